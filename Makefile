@@ -1,0 +1,87 @@
+# Needs make and Python 3.11 or newer with venv; everything else is installed into .venv*.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PIP = -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo golden bench clean python
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.done ## install regraft and its tools into .venv
+
+# Runs one stage after another, every one of them, and fails at the end if any did.
+STAGES = failed=; \
+	stage() { echo; echo "==> $$*"; .venv/bin/"$$@" || failed="$$failed [$$*]"; }; \
+	verdict() { test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }; }
+
+test: .venv/.done ## lint, types and tests
+	@$(STAGES); \
+	stage ruff check .; \
+	stage ruff format --check .; \
+	stage mypy; \
+	stage pytest; \
+	verdict
+
+lint: .venv/.done ## lint and types alone
+	@$(STAGES); \
+	stage ruff check .; \
+	stage ruff format --check .; \
+	stage mypy; \
+	verdict
+
+format: .venv/.done ## format the code and mend what ruff can mend
+	@.venv/bin/ruff check --fix-only .
+	@.venv/bin/ruff format .
+
+demo: .venv-demo/.done ## install the core alone, without torch, and run the demo
+	@.venv-demo/bin/python -m regraft.demo
+
+golden: .venv-golden/.done ## write tests/golden anew
+	@.venv-golden/bin/python scripts/make_golden.py tests/golden --set small
+
+bench: .venv/.done ## run every benchmark
+	@set -e; for file in benchmarks/bench_*.py; do \
+		test -e "$$file" || { echo "there are no benchmarks" >&2; exit 1; }; \
+		echo; echo "==> $$file"; .venv/bin/python "$$file"; \
+	done
+
+clean: ## remove the environments, caches and builds
+	@rm -rf .venv .venv-demo .venv-golden .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The environments. A .done file says that everything named in its prerequisites is installed.
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "regraft needs Python 3.11 or newer, and '$(PYTHON)' is not." >&2; \
+		echo "Install one and name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+		exit 1; \
+	}
+
+.venv/.created .venv-demo/.created .venv-golden/.created: | python
+	@echo "==> creating $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@touch $@
+
+.venv/.torch .venv-golden/.torch: %/.torch: requirements/torch.txt %/.created
+	@echo "==> installing torch into $(@D)"
+	@$(@D)/bin/python $(PIP) -r requirements/torch.txt
+	@touch $@
+
+.venv/.done: pyproject.toml requirements/test.txt .venv/.torch
+	@echo "==> installing regraft and its tools into .venv"
+	@.venv/bin/python $(PIP) -r requirements/test.txt -e '.[dev]'
+	@touch $@
+
+.venv-demo/.done: pyproject.toml .venv-demo/.created
+	@echo "==> installing regraft into .venv-demo"
+	@.venv-demo/bin/python $(PIP) -e .
+	@touch $@
+
+.venv-golden/.done: requirements/golden.txt .venv-golden/.torch
+	@echo "==> installing the older libraries into .venv-golden"
+	@.venv-golden/bin/python $(PIP) -r requirements/golden.txt
+	@touch $@

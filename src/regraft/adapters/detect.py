@@ -1,0 +1,243 @@
+"""Finding out what an adapter is: which rule books apply, and which layout it is in, with the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.packing import packing_of_version
+from regraft.adapters.scan import Scan
+from regraft.equation.notation import Key
+from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
+from regraft.files.folder import load_json
+from regraft.names.keys import Group
+from regraft.plan.model import ModelConfig, Scope
+from regraft.rules.book import Book, books_for, library
+from regraft.rules.templates import match_group
+
+
+def load_model(path: Path | str) -> ModelConfig:
+    """The config of a base model from its folder or its ``config.json``.
+
+    Raises ``BadInputError``.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise BadInputError(
+            Finding(
+                "no-config",
+                "there is no config.json of a base model here",
+                where=str(path),
+                fix="give the folder of the base model, or its config.json",
+            )
+        )
+    data = load_json(file)
+    if not isinstance(data.get("model_type"), str):
+        raise BadInputError(
+            Finding(
+                "no-model-type",
+                "this is no config of a transformers model: it has no model_type",
+                where=str(file),
+            )
+        )
+    return ModelConfig(data, str(file))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The rule books that apply and what told it."""
+
+    books: tuple[Book, ...]
+    scopes: Mapping[str, Scope]
+    model: ModelConfig | None
+    model_type: str | None
+    """That of the whole base model, where it is known."""
+    evidence: str
+
+
+def find_books(
+    scan: Scan, config: Mapping[str, Any], model: ModelConfig | None, where: str
+) -> Known:
+    """The rule books for an adapter: by its base's config, by what its own config says, or by its keys.
+
+    Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
+    and lead to different results.
+    """
+    if model is None:
+        model = _model_beside(config)
+    if model is not None:
+        books = tuple(books_for(model.model_types()))
+        if not books:
+            raise _unknown_model(model.model_types(), model.path)
+        scopes = {book.name: Scope(model.part_of(book.model_types)) for book in books}
+        shown = ", ".join(model.model_types())
+        return Known(books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})")
+    named = _named_model_type(config)
+    if named is not None:
+        books = tuple(books_for([named]))
+        if not books:
+            raise _unknown_model([named], f"{where}/adapter_config.json")
+        return Known(books, {}, None, named, f"adapter_config.json says that the base is {named}")
+    fitting = [book for book in library() if _speaks_of(book, scan)]
+    if not fitting:
+        raise UnmatchedKeysError(
+            Finding(
+                "model-needed",
+                "nothing in these keys tells which model they are for",
+                where=where,
+                fix="give the base model with --model (its folder or its config.json)",
+            )
+        )
+    outcomes: dict[object, list[Book]] = {}
+    for book in fitting:
+        outcomes.setdefault(_outcome(book, scan), []).append(book)
+    if len(outcomes) > 1:
+        names = "; ".join(" or ".join(b.name for b in same) for same in outcomes.values())
+        raise AmbiguousError(
+            Finding(
+                "which-model",
+                f"the keys fit models whose layouts differ: {names}",
+                where=where,
+                fix="give the base model with --model (its folder or its config.json)",
+            )
+        )
+    book = fitting[0]
+    return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
+
+
+def _model_beside(config: Mapping[str, Any]) -> ModelConfig | None:
+    name = config.get("base_model_name_or_path")
+    if isinstance(name, str) and name and (Path(name) / "config.json").is_file():
+        return load_model(name)
+    return None
+
+
+def _named_model_type(config: Mapping[str, Any]) -> str | None:
+    mapping = config.get("auto_mapping")
+    library_name = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+    if isinstance(library_name, str) and library_name.startswith("transformers.models."):
+        return library_name.split(".")[2]
+    return None
+
+
+def _unknown_model(model_types: Sequence[str], where: str) -> UnmatchedKeysError:
+    known = sorted({t for book in library() for t in book.model_types})
+    return UnmatchedKeysError(
+        Finding(
+            "unknown-model",
+            f"no rule book knows {', '.join(model_types)}, so nothing says whether its layout changed; "
+            f"known: {', '.join(known)}",
+            where=where,
+            fix="write a rule book for it",
+        )
+    )
+
+
+def _candidates(scan: Scan) -> list[Group]:
+    groups = [
+        Group(pairs.modules.template + ".weight", pairs.modules.ids, pairs.modules.numbers)
+        for pairs in scan.pairs
+    ]
+    return groups + [other.keys for other in scan.others]
+
+
+def _modules(scan: Scan) -> list[Group]:
+    return [pairs.modules for pairs in scan.pairs]
+
+
+def _speaks_of(book: Book, scan: Scan) -> bool:
+    keys = [
+        term.key
+        for rule in book.rules
+        for term in (*rule.equation.left, *rule.equation.right)
+        if term.key is not None
+    ]
+    if any(match_group(key, group) for key in keys for group in _candidates(scan)):
+        return True
+    return any(match_group(p.module, group) for p in book.parameters for group in _modules(scan))
+
+
+def _outcome(book: Book, scan: Scan) -> object:
+    """What a book makes of an adapter's keys, to compare books by."""
+    result = []
+    for group in _candidates(scan):
+        hits = [
+            (
+                tuple(str(t) for t in rule.equation.left),
+                tuple(str(t) for t in rule.equation.right),
+                rule.left_kinds,
+                rule.right_kinds,
+            )
+            for rule in book.rules
+            for term in (*rule.equation.left, *rule.equation.right)
+            if term.key is not None and match_group(term.key, group) is not None
+        ]
+        carried = any(
+            carry.term.key is not None and match_group(carry.term.key, group) is not None
+            for carry in book.carries
+        )
+        result.append((group.template, tuple(hits), carried or bool(hits)))
+    return tuple(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """The layout an adapter is in; ``None`` where its names are the same in all."""
+
+    layout: str | None
+    evidence: list[str]
+
+
+def detect_layout(scan: Scan, books: Sequence[Book], where: str) -> Detected:
+    """The layout that the names tell.
+
+    Raises ``BadInputError`` where some names are of one layout and some of another.
+    """
+    seen: dict[str, str] = {}
+    for book in books:
+        for layout, group in _evidence(book, scan):
+            seen.setdefault(layout, group)
+    if len(seen) > 1:
+        (one, key), (other, rival) = sorted(seen.items())[:2]
+        raise BadInputError(
+            Finding(
+                "mixed-layouts",
+                f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
+                where=where,
+                key=rival,
+                fix="keep the keys of one layout and remove the others",
+            )
+        )
+    for layout, key in seen.items():
+        return Detected(layout, [f"{key} is a name of {layout}"])
+    return Detected(None, ["all its names are the same in every layout"])
+
+
+def _evidence(book: Book, scan: Scan) -> list[tuple[str, str]]:
+    result = []
+    names = {"left": book.left, "right": book.right}
+    keys: dict[str, list[Key]] = {
+        "left": [t.key for r in book.rules for t in r.equation.left if t.key is not None],
+        "right": [t.key for r in book.rules for t in r.equation.right if t.key is not None],
+    }
+    modules = {
+        side: [p.module for p in book.parameters if side in p.sides] for side in ("left", "right")
+    }
+    for group in _candidates(scan):
+        sides = [s for s, each in keys.items() if any(match_group(k, group) for k in each)]
+        if len(sides) == 1:
+            result.append((names[sides[0]], group.name(0).removesuffix(".weight")))
+    for group in _modules(scan):
+        sides = [s for s, each in modules.items() if any(match_group(k, group) for k in each)]
+        if len(sides) == 1:
+            result.append((names[sides[0]], group.name(0)))
+    return result
+
+
+def layout_of_version(version: Any) -> str | None:
+    """The layout that a ``peft_version`` makes likely where names do not tell."""
+    packing = packing_of_version(version)
+    return {None: None, "peft-0.18": "transformers-v4", "peft-0.19": "transformers-v5"}[packing]

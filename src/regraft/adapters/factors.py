@@ -1,0 +1,90 @@
+"""The internal form of a LoRA: factors by base tensor, free of any packing.
+
+``A`` is (rank, in) and ``B`` is (out, rank); for stacked experts (E, rank, in) and (E, out, rank). The delta of the
+base weight is ``scale * B @ A`` in (out, in) orientation, whatever way the base stores it: a tensor's kind says that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.adapters.peft_config import Scale
+from regraft.names.keys import Group
+from regraft.plan.plan import Headers
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class Factors:
+    """LoRA factors by the id of their base tensor in ``headers``."""
+
+    headers: Headers
+    a: list[Array]
+    b: list[Array]
+    scales: list[Scale]
+    kinds: list[tuple[Group, str]] = field(default_factory=list)
+    """The base keys of each kind."""
+
+
+@dataclass(slots=True)
+class Lora:
+    """The LoRA of one base tensor."""
+
+    a: Array
+    b: Array
+    scale: Scale
+    exact: bool = True
+    """Whether every number of the factors is one of the source's (or zero): nothing was rescaled."""
+
+
+@dataclass(slots=True)
+class Images:
+    """LoRAs of base tensors whose keys share a template; row i belongs to key i, ``None`` where it has none."""
+
+    keys: Group
+    kind: str
+    loras: list[Lora | None]
+
+
+def rescale(b: Array, ratio: float) -> tuple[Array, bool]:
+    """``b * ratio``, and whether that is exact in every bit.
+
+    A 16-bit factor keeps its dtype where the ratio is a power of two and nothing overflows or underflows;
+    otherwise the result is float32 (float64 stays).
+
+    >>> rescale(np.float16([1.5]), 2.0)
+    (array([3.], dtype=float16), True)
+    """
+    if ratio == 1.0:
+        return b, True
+    mantissa, _ = np.frexp(ratio)
+    if abs(mantissa) == 0.5:
+        scaled = (b * b.dtype.type(ratio)).astype(b.dtype)
+        with np.errstate(all="ignore"):
+            back = (scaled / scaled.dtype.type(ratio)).astype(b.dtype)
+        if np.ascontiguousarray(back).tobytes() == np.ascontiguousarray(b).tobytes():
+            return scaled, True
+    wide = np.float64 if b.dtype == np.float64 else np.float32
+    return (b.astype(np.float64) * ratio).astype(wide), False
+
+
+def common_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:
+    """The narrowest dtype that holds every value of all of them exactly.
+
+    >>> common_dtype({np.dtype("float16"), np.dtype("float32")})
+    dtype('float32')
+    """
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def delta(lora: Lora) -> npt.NDArray[np.float64]:
+    """The delta in float64, (out, in) or (E, out, in)."""
+    product = lora.b.astype(np.float64) @ lora.a.astype(np.float64)
+    return np.asarray(product * lora.scale.value)

@@ -1,0 +1,458 @@
+"""The deltas reader: what becomes of LoRA factors when a plan moves their base weights.
+
+In each copy of a plan the batch axes are iterated; every other axis goes out to out and in to in, or crosswise. Then
+a low-rank block ``B A`` lands as ``(P B)(A Q)``, or as ``(P A^T)(B^T Q)``. One rule for every equation there is.
+Ranks add where blocks meet; components that share a factor bit for bit are one; components that a split leaves
+without effect are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import prod
+
+import numpy as np
+
+from regraft.adapters.factors import Array, Factors, Images, Lora, common_dtype, rescale
+from regraft.adapters.peft_config import Scale
+from regraft.adapters.record import Part, Record
+from regraft.equation.lower import Copy, CopyAxis
+from regraft.errors import Finding, RefusedError
+from regraft.names.keys import Ints
+from regraft.plan.plan import Entry, index_grid
+from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT
+
+Index = slice | Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A copy seen as blocks of matrices: one for each value of the iterated axes.
+
+    Rows are the target's out index, columns its in index. Crosswise, rows come from the source's in index.
+    """
+
+    term: int
+    cross: bool
+    source_slot: Ints
+    source_batch: Ints
+    target_slot: Ints
+    target_batch: Ints
+    rows_from: Ints
+    """(iterations, rows): indices along the source's out (crosswise: in)."""
+    rows_to: Ints
+    columns_from: Ints
+    columns_to: Ints
+    splits: bool
+    """Whether a source tensor gives only a part of itself to one target."""
+
+
+def blocks_of(entry: Entry, target: int) -> list[Block]:
+    """The blocks that land in one term of the side that is written.
+
+    Raises ``RefusedError`` where an axis goes from out to a batch or from one matrix's in to both: such an
+    equation has no low-rank image.
+    """
+    return [_block(entry, copy) for copy in entry.copies if copy.target == target]
+
+
+def _role(axis: CopyAxis, source: bool, kind: str) -> str:
+    place = axis.source if source else axis.target
+    return BATCH if place.in_key else KINDS[kind].role(place.index)
+
+
+def _block(entry: Entry, copy: Copy) -> Block:
+    read, written = entry.read[copy.source], entry.written[copy.target]
+    kinds = entry.read_kinds[copy.source], entry.written_kinds[copy.target]
+    iterated, straight, crossed = [], [], []
+    for axis in copy.axes:
+        roles = _role(axis, True, kinds[0]), _role(axis, False, kinds[1])
+        if axis.size == 1 and BATCH not in roles:
+            continue
+        if BATCH in roles:
+            iterated.append(axis)
+        elif NONE in roles:
+            raise _no_image(entry, f"{axis.name} is neither an out nor an in axis")
+        elif roles[0] == roles[1]:
+            straight.append(axis)
+        else:
+            crossed.append(axis)
+    if straight and crossed:
+        raise _no_image(
+            entry,
+            f"{straight[0].name} keeps its side and {crossed[0].name} changes it, "
+            "so a low-rank block does not stay one",
+        )
+    cross = bool(crossed)
+    shapes = entry.flat_shape(read), entry.flat_shape(written)
+    grid = index_grid([axis.size for axis in iterated])
+    count = grid.shape[1]
+    slots, batches, out_at, in_at = [], [], [], []
+    for side, (term, kind) in enumerate(((read, kinds[0]), (written, kinds[1]))):
+        stack = entry.stack(term)
+        holes = np.zeros((len(stack), count), dtype=np.int64)
+        holes += np.array(
+            copy.target_key_start if side else copy.source_key_start, dtype=np.int64
+        ).reshape(-1, 1)
+        starts = copy.target_start if side else copy.source_start
+        roles = [KINDS[kind].role(dim) for dim in range(len(shapes[side]))]
+        dims = np.zeros((len(shapes[side]), count), dtype=np.int64)
+        dims += np.array(starts, dtype=np.int64).reshape(-1, 1)
+        for row, axis in zip(grid, iterated, strict=True):
+            place = axis.target if side else axis.source
+            (holes if place.in_key else dims)[place.index] += row * place.step
+        slots.append(np.ravel_multi_index(tuple(holes), stack) if stack else np.zeros(count, int))
+        batches.append(_at(dims, roles, BATCH, count))
+        out_at.append(_at(dims, roles, OUT, count))
+        in_at.append(_at(dims, roles, IN, count))
+    inner = straight or crossed
+    target_out = [a for a in inner if _role(a, False, kinds[1]) == OUT]
+    target_in = [a for a in inner if _role(a, False, kinds[1]) == IN]
+    rows_from = (in_at if cross else out_at)[0][:, None] + _offsets(target_out, True)
+    columns_from = (out_at if cross else in_at)[0][:, None] + _offsets(target_in, True)
+    rows_to = out_at[1][:, None] + _offsets(target_out, False)
+    columns_to = in_at[1][:, None] + _offsets(target_in, False)
+    per_target = Counter(zip(slots[0].tolist(), slots[1].tolist(), strict=True))
+    given = min(per_target.values()) * rows_from.shape[1] * columns_from.shape[1]
+    return Block(
+        copy.source,
+        cross,
+        slots[0],
+        batches[0],
+        slots[1],
+        batches[1],
+        rows_from,
+        rows_to,
+        columns_from,
+        columns_to,
+        given < prod(shapes[0]),
+    )
+
+
+def _at(dims: Ints, roles: Sequence[str], role: str, count: int) -> Ints:
+    return dims[roles.index(role)] if role in roles else np.zeros(count, dtype=np.int64)
+
+
+def _offsets(axes: Iterable[CopyAxis], source: bool) -> Ints:
+    offsets = np.zeros(1, dtype=np.int64)
+    for axis in axes:
+        step = (axis.source if source else axis.target).step
+        offsets = (offsets[:, None] + np.arange(axis.size) * step).reshape(-1)
+    return offsets
+
+
+def _no_image(entry: Entry, why: str) -> RefusedError:
+    return RefusedError(
+        Finding(
+            "no-image",
+            f"a LoRA has no exact image under this equation: {why}",
+            rule=str(entry.rule),
+            fix="merge the adapter into its base and convert the base",
+        )
+    )
+
+
+@dataclass(slots=True)
+class _Contribution:
+    source: int
+    a: Array
+    b: Array
+    scale: Scale
+    block: Block
+    at: int
+    """The iteration of the block."""
+
+
+@dataclass(slots=True)
+class _Component:
+    rows: set[int]
+    columns: set[int]
+
+
+@dataclass(slots=True)
+class _Stack:
+    """The components of one matrix of a target."""
+
+    rank: int = 0
+    placed: list[tuple[_Contribution, list[int]]] = field(default_factory=list)
+
+
+def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) -> Iterator[Images]:
+    """The LoRA of every tensor that an entry writes.
+
+    ``record`` says, on a way back, which components were whose, and is told, on a way there, for the next way
+    back. ``fast`` allows the path for whole stacks; its results are those of the general path.
+
+    Raises ``RefusedError`` where the equation has no low-rank image.
+    """
+    for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
+        keys = entry.keys(term)
+        slots = prod(entry.stack(term))
+        loras: list[Lora | None] = []
+        if all((ids < 0).all() for ids in entry.sources):
+            continue
+        blocks = blocks_of(entry, number)
+        shape = entry.flat_shape(term)
+        whole = _Whole.of(entry, blocks, shape, kind) if fast and not record.recorded else None
+        for loop in range(len(entry)):
+            for slot in range(slots):
+                row = loop * slots + slot
+                lora = whole.image(loop, factors, record, keys.name(row)) if whole else None
+                if lora is None:
+                    lora = _image(
+                        entry, factors, blocks, loop, slot, shape, kind, record, keys.name(row)
+                    )
+                loras.append(lora)
+        yield Images(keys, kind, loras)
+
+
+def _image(
+    entry: Entry,
+    factors: Factors,
+    blocks: list[Block],
+    loop: int,
+    slot: int,
+    shape: tuple[int, ...],
+    kind: str,
+    record: Record,
+    key: str,
+) -> Lora | None:
+    roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
+    batch = shape[roles.index(BATCH)] if BATCH in roles else 1
+    out_size, in_size = shape[roles.index(OUT)], shape[roles.index(IN)]
+    given: list[list[_Contribution]] = [[] for _ in range(batch)]
+    for block in blocks:
+        for at in np.flatnonzero(block.target_slot == slot).tolist():
+            source = int(entry.sources[block.term][loop].reshape(-1)[block.source_slot[at]])
+            if source < 0:
+                continue
+            a, b = factors.a[source], factors.b[source]
+            if a.ndim == 3:
+                a, b = a[block.source_batch[at]], b[block.source_batch[at]]
+            rows, columns = block.rows_from[at], block.columns_from[at]
+            if block.cross:
+                a, b = b[columns].T, a[:, rows].T
+            else:
+                a, b = a[:, columns], b[rows]
+            contribution = _Contribution(source, a, b, factors.scales[source], block, at)
+            if block.splits:
+                contribution = _without_effectless(contribution, record.part(key))
+            given[block.target_batch[at]].append(contribution)
+    flat = [c for each in given for c in each]
+    if not any(c.a.shape[0] for c in flat):
+        return None
+    part = record.part(key)
+    scale = part.scale if part is not None else _common_scale(flat)
+    stacks = [_stack(each) for each in given]
+    rank = max(stack.rank for stack in stacks)
+    if part is not None:
+        rank = max(rank, part.scale.rank)
+    exact = True
+    scaled: dict[int, Array] = {}
+    for contribution in flat:
+        ratio = contribution.scale.ratio_to(scale)
+        scaled[id(contribution)], same = rescale(contribution.b, ratio)
+        exact &= same
+    a_out = np.zeros((batch, rank, in_size), common_dtype({c.a.dtype for c in flat}))
+    packed = np.zeros((out_size, rank, batch), common_dtype({s.dtype for s in scaled.values()}))
+    for number, stack in enumerate(stacks):
+        for contribution, places in stack.placed:
+            block, at = contribution.block, contribution.at
+            if not places:
+                continue
+            a_out[number][np.ix_(places, block.columns_to[at])] = contribution.a
+            packed[:, :, number][np.ix_(block.rows_to[at], places)] = scaled[id(contribution)]
+            if not block.splits:
+                record.note(
+                    key,
+                    Part(
+                        factors.headers.name(contribution.source),
+                        int(block.source_batch[at]),
+                        number,
+                        tuple(places),
+                        contribution.scale,
+                    ),
+                )
+    b_out = packed.transpose(2, 0, 1)
+    if BATCH not in roles:
+        a_out, b_out = a_out[0], b_out[0]
+    return Lora(a_out, b_out, scale.at_rank(rank), exact)
+
+
+def _without_effectless(contribution: _Contribution, part: Part | None) -> _Contribution:
+    a, b = contribution.a, contribution.b
+    alive = (a != 0).any(axis=1) & (b != 0).any(axis=0)
+    keep = alive
+    if part is not None:
+        told = np.zeros(len(alive), dtype=bool)
+        told[[place for place in part.places if place < len(alive)]] = True
+        if not (alive & ~told).any():
+            keep = told
+    if keep.all():
+        return contribution
+    return _Contribution(
+        contribution.source,
+        a[keep],
+        b[:, keep],
+        contribution.scale,
+        contribution.block,
+        contribution.at,
+    )
+
+
+def _common_scale(contributions: list[_Contribution]) -> Scale:
+    """The scale of the largest number of components, so that as few as possible are rescaled."""
+    counts: Counter[Fraction] = Counter()
+    for contribution in contributions:
+        counts[contribution.scale.exact] += contribution.a.shape[0]
+    best = max(counts.values())
+    return next(c.scale for c in contributions if counts[c.scale.exact] == best)
+
+
+def _stack(contributions: list[_Contribution]) -> _Stack:
+    """Give every component of one matrix its place; equal factors in disjoint blocks share one."""
+    stack = _Stack()
+    components: list[_Component] = []
+    by_a: dict[tuple[int, bytes], int] = {}
+    by_b: dict[tuple[int, bytes, Fraction], int] = {}
+    regions: dict[bytes, int] = {}
+    alone = len(contributions) < 2
+    for contribution in contributions:
+        rank = contribution.a.shape[0]
+        if alone:
+            stack.placed.append((contribution, list(range(rank))))
+            stack.rank = rank
+            continue
+        block, at = contribution.block, contribution.at
+        rows = regions.setdefault(b"r" + block.rows_to[at].tobytes(), len(regions))
+        columns = regions.setdefault(b"c" + block.columns_to[at].tobytes(), len(regions))
+        places = []
+        for number in range(rank):
+            a_key = (columns, contribution.a[number].tobytes())
+            b_key = (rows, contribution.b[:, number].tobytes(), contribution.scale.exact)
+            place = by_a.get(a_key)
+            if place is None or rows in components[place].rows or len(components[place].columns) > 1:
+                place = by_b.get(b_key)
+                if place is not None and (
+                    columns in components[place].columns or len(components[place].rows) > 1
+                ):
+                    place = None
+            if place is None:
+                place = len(components)
+                components.append(_Component({rows}, {columns}))
+            else:
+                components[place].rows.add(rows)
+                components[place].columns.add(columns)
+            by_a.setdefault(a_key, place)
+            by_b.setdefault(b_key, place)
+            places.append(place)
+        stack.placed.append((contribution, places))
+    if not alone:
+        stack.rank = len(components)
+    return stack
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Whole:
+    """The fast path: experts that stand in keys on one side and are a whole stack on the other."""
+
+    entry: Entry
+    blocks: list[Block]
+    shape: tuple[int, ...]
+    roles: list[str]
+
+    @staticmethod
+    def of(
+        entry: Entry, blocks: list[Block], shape: tuple[int, ...], kind: str
+    ) -> _Whole | None:
+        roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
+        if BATCH not in roles:
+            return None
+        batch = shape[roles.index(BATCH)]
+        order = np.arange(batch)
+        for block in blocks:
+            if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
+                return None
+            if not np.array_equal(block.target_batch, order):
+                return None
+            for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
+                if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
+                    return None
+        return _Whole(entry, blocks, shape, roles)
+
+    def image(self, loop: int, factors: Factors, record: Record, key: str) -> Lora | None:
+        """The LoRA of one target; ``None`` where something is uneven and the general path is needed."""
+        batch = self.shape[self.roles.index(BATCH)]
+        out_size, in_size = self.shape[self.roles.index(OUT)], self.shape[self.roles.index(IN)]
+        parts: list[tuple[Block, list[int], list[Array], list[Array]]] = []
+        scale: Scale | None = None
+        dtypes: set[np.dtype[np.generic]] = set()
+        for block in self.blocks:
+            flat = self.entry.sources[block.term][loop].reshape(-1)[block.source_slot]
+            if (flat < 0).any():
+                return None
+            ids = flat.tolist()
+            a = [factors.a[i] for i in ids]
+            b = [factors.b[i] for i in ids]
+            first = factors.scales[ids[0]]
+            if scale is None:
+                scale = first
+            if first.exact != scale.exact or any(
+                s is not first and s != first for s in map(factors.scales.__getitem__, ids)
+            ):
+                return None
+            if a[0].ndim != 2 or any(x.shape[0] != a[0].shape[0] for x in a):
+                return None
+            dtypes.update(x.dtype for x in a)
+            dtypes.update(x.dtype for x in b)
+            parts.append((block, ids, a, b))
+        if scale is None or len(dtypes) > 1:
+            return None
+        rank = sum(a[0].shape[0] for _, _, a, _ in parts)
+        dtype = dtypes.pop()
+        a_out = np.empty((batch, rank, in_size), dtype)
+        covers = len(parts) == 1 and parts[0][2][0].shape[1] == in_size
+        if not covers:
+            a_out.fill(0)
+        packed = np.zeros((out_size, rank, batch), dtype)
+        at = 0
+        spans = []
+        for block, _, a, b in parts:
+            r = a[0].shape[0]
+            columns = slice(int(block.columns_to[0, 0]), int(block.columns_to[0, -1]) + 1)
+            rows = slice(int(block.rows_to[0, 0]), int(block.rows_to[0, -1]) + 1)
+            a_out[:, at : at + r, columns] = np.concatenate(a).reshape(batch, r, -1)
+            stacked = np.concatenate(b).reshape(batch, -1, r)
+            packed[rows, at : at + r] = stacked.transpose(1, 2, 0)
+            spans.append((at, r, columns, rows))
+            at += r
+        if len(parts) > 1 and self._may_share(a_out, packed, spans):
+            return None
+        for (_, ids, _, _), (start, r, _, _) in zip(parts, spans, strict=True):
+            record.note_stack(
+                key, factors.headers, ids, range(start, start + r), factors.scales[ids[0]]
+            )
+        return Lora(a_out, packed.transpose(2, 0, 1), scale.at_rank(rank))
+
+    @staticmethod
+    def _may_share(
+        a: Array, packed: Array, spans: list[tuple[int, int, slice, slice]]
+    ) -> bool:
+        """Whether two parts could have a component in common, by the first numbers of their factors."""
+        for number, (start, r, columns, rows) in enumerate(spans):
+            for other, other_r, other_columns, other_rows in spans[:number]:
+                mine = a[:, start : start + r, columns.start]
+                theirs = a[:, other : other + other_r, other_columns.start]
+                if (mine[:, :, None] == theirs[:, None, :]).any():
+                    return True
+                if rows == other_rows:
+                    mine, theirs = (
+                        packed[rows.start, start : start + r],
+                        packed[rows.start, other : other + other_r],
+                    )
+                    if (mine[:, None] == theirs[None]).any():
+                        return True
+        return False

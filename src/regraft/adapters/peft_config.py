@@ -1,0 +1,177 @@
+"""How PEFT reads ``adapter_config.json``: which modules are adapted, with which rank, alpha and scale.
+
+Source: PEFT 0.18.1 and 0.21.2, ``peft/utils/other.py`` (``get_pattern_key``), ``peft/tuners/tuners_utils.py``
+(``check_target_module_exists``, ``inject_adapter``) and ``peft/tuners/lora/layer.py`` (scaling).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import isclose, sqrt
+from typing import Any
+
+Number = int | float
+ALL_LINEAR = "all-linear"
+
+_SAME_SCALE = 1e-12
+"""Closer than this, scales differ only because an alpha of rsLoRA is irrational."""
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of ``init_lora_weights`` (or their beginnings) that change the base weights when the adapter loads."""
+
+VARIANTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "use_bdlora": "BdLoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+"""Config fields that make a LoRA something else than ``scale * B @ A``, and what that is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A LoRA's rank and alpha; what multiplies ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA."""
+
+    rank: int
+    alpha: Number
+    rslora: bool = False
+
+    @property
+    def value(self) -> float:
+        """The factor before ``B @ A``.
+
+        >>> Scale(4, 8).value, Scale(4, 8, rslora=True).value
+        (2.0, 4.0)
+        """
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def exact(self) -> Fraction:
+        """The factor (its square for rsLoRA) as a fraction, so that equal scales are equal."""
+        alpha = Fraction(self.alpha)
+        return alpha * alpha / self.rank if self.rslora else alpha / self.rank
+
+    def ratio_to(self, other: Scale) -> float:
+        """What ``B`` must be multiplied by to move to another scale; 1.0 where they are the same."""
+        if self.exact == other.exact and self.rslora == other.rslora:
+            return 1.0
+        if other.alpha == 0:
+            return 0.0
+        ratio = self.value / other.value
+        return 1.0 if isclose(ratio, 1.0, rel_tol=_SAME_SCALE) else ratio
+
+    def at_rank(self, rank: int) -> Scale:
+        """The same scale at another rank; alpha is whole where it can be.
+
+        >>> Scale(4, 8).at_rank(8)
+        Scale(rank=8, alpha=16, rslora=False)
+        """
+        if rank == self.rank:
+            return self
+        if self.rslora:
+            ratio = Fraction(rank, self.rank)
+            root = Fraction(_root(ratio.numerator), _root(ratio.denominator))
+            exact = Fraction(self.alpha) * root if root * root == ratio else None
+            alpha = (
+                _plain(exact) if exact is not None else self.alpha * sqrt(rank / self.rank)
+            )
+            return Scale(rank, alpha, True)
+        return Scale(rank, _plain(Fraction(self.alpha) * rank / self.rank), False)
+
+
+def _root(number: int) -> int:
+    return int(sqrt(number) + 0.5)
+
+
+def _plain(value: Fraction) -> Number:
+    return int(value) if value.denominator == 1 else float(value)
+
+
+class Patterns:
+    """``rank_pattern`` or ``alpha_pattern``: the first entry whose expression fits the end of a module's path.
+
+    The order is that of the sorted keys, because PEFT sorts them when it saves a config.
+    """
+
+    def __init__(self, patterns: Mapping[str, Any] | None) -> None:
+        self.entries = sorted((patterns or {}).items())
+        self._compiled = [(_ending(key), value) for key, value in self.entries]
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def find(self, path: str) -> Any | None:
+        """The value for a module's path, ``None`` where no entry fits.
+
+        >>> Patterns({"layers.0.*q_proj": 4}).find("model.layers.0.self_attn.q_proj")
+        4
+        """
+        for pattern, value in self._compiled:
+            if pattern.match(path):
+                return value
+        return None
+
+
+@lru_cache(maxsize=65536)
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+class LoraConfig:
+    """A LoRA's ``adapter_config.json`` as PEFT resolves it, module by module."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+        self.rslora = bool(data.get("use_rslora"))
+        self.ranks = Patterns(data.get("rank_pattern"))
+        self.alphas = Patterns(data.get("alpha_pattern"))
+
+    def scale(self, path: str) -> Scale:
+        """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
+        rank = self.ranks.find(path)
+        alpha = self.alphas.find(path)
+        return Scale(
+            self.data["r"] if rank is None else rank,
+            self.data["lora_alpha"] if alpha is None else alpha,
+            self.rslora,
+        )
+
+    def variants(self) -> list[str]:
+        """What makes this more than a plain LoRA, by the names people use."""
+        return [name for field, name in VARIANTS.items() if self.data.get(field)]
+
+    def changes_base(self) -> str | None:
+        """The initialisation, where it changes the base weights when the adapter loads."""
+        init = self.data.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+            return init
+        return None
+
+
+def targets_module(target_modules: str | Sequence[str] | None, path: str) -> bool:
+    """Whether ``target_modules`` names a module. ``None`` (PEFT's own default) counts as naming everything.
+
+    >>> targets_module(["q_proj"], "model.layers.0.self_attn.q_proj")
+    True
+    """
+    if target_modules is None:
+        return True
+    if isinstance(target_modules, str):
+        if target_modules.lower() == ALL_LINEAR:
+            return True
+        return re.fullmatch(target_modules, path) is not None
+    return any(path == target or path.endswith("." + target) for target in target_modules)
+
+
+def targets_parameter(target_parameters: Iterable[str] | None, name: str) -> bool:
+    """Whether ``target_parameters`` names a parameter (module path, dot, parameter name)."""
+    return any(name == entry or name.endswith("." + entry) for entry in target_parameters or ())

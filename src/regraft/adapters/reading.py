@@ -1,0 +1,421 @@
+"""Reading a PEFT LoRA into factors by base tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.factors import Array, Factors
+from regraft.adapters.packing import PACKINGS, packing_of_version, swaps, unpack
+from regraft.adapters.peft_config import (
+    LoraConfig,
+    Scale,
+    targets_module,
+    targets_parameter,
+)
+from regraft.adapters.scan import PREFIX, Pairs, Scan
+from regraft.equation.notation import ConfigPath, Term
+from regraft.equation.sizes import known_shape
+from regraft.errors import AmbiguousError, BadInputError, Finding
+from regraft.names.keys import Group
+from regraft.plan.model import Scope
+from regraft.plan.plan import Headers
+from regraft.rules.book import Book, Rule
+from regraft.rules.kinds import KINDS
+from regraft.rules.templates import match_group
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of some rule books: the layout that is read, with each book's config."""
+
+    books: tuple[Book, ...]
+    layout: str
+    scopes: Mapping[str, Scope]
+
+    def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
+        """Every term of this side with its kind."""
+        return [
+            (rule, term, kind, self.scopes.get(book.name, Scope()))
+            for book in self.books
+            for rule in book.rules
+            for term, kind in zip(
+                rule.equation.sides(book.right == self.layout)[0],
+                rule.kinds(book.right == self.layout)[0],
+                strict=True,
+            )
+        ]
+
+    def find(self, keys: Group) -> tuple[Rule, Term, str, Scope] | None:
+        """The rule that speaks of a key on this side."""
+        for found in self.rules():
+            key = found[1].key
+            if key is not None and match_group(key, keys) is not None:
+                return found
+        return None
+
+    def parameters(self, modules: Group) -> tuple[str, ...] | None:
+        """The parameters of a module in registration order, where a book says that it has its own."""
+        for book in self.books:
+            here = "right" if book.right == self.layout else "left"
+            for table in book.parameters:
+                if here in table.sides and match_group(table.module, modules) is not None:
+                    return table.names
+        return None
+
+
+class FactorReader:
+    """Turns the pairs of a scan into ``Factors``; all problems of the adapter are collected."""
+
+    def __init__(
+        self,
+        scan: Scan,
+        tensors: Sequence[Array],
+        names: Sequence[str],
+        config: Mapping[str, Any],
+        side: Side,
+        where: str,
+        packing: str | None = None,
+    ) -> None:
+        self.scan, self.tensors, self.names, self.side = scan, tensors, names, side
+        self.config, self.lora, self.where = config, LoraConfig(config), where
+        self.findings: list[Finding] = []
+        self.ambiguous: list[Finding] = []
+        self.forced = packing
+        self.packing: str | None = packing
+        self.targeted = 0
+        self.untargeted: list[Finding] = []
+
+    def read(self) -> Factors:
+        """The factors.
+
+        Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where the packing of stacked
+        experts cannot be told.
+        """
+        groups: list[Group] = []
+        factors = Factors(Headers((), [], []), [], [], [])
+        shapes: list[tuple[int, ...]] = []
+        dtypes: list[str] = []
+        wrapped: dict[str, list[Pairs]] = {}
+        for pairs in self.scan.pairs:
+            if self.side.parameters(pairs.modules) is not None or pairs.depth:
+                wrapped.setdefault(pairs.modules.template, []).append(pairs)
+            else:
+                self.add_modules(pairs, factors, groups, shapes, dtypes)
+        for same in wrapped.values():
+            self.add_parameters(same, factors, groups, shapes, dtypes)
+        if not self.targeted and self.untargeted:
+            self.findings.append(
+                Finding(
+                    "targets-nothing",
+                    f"target_modules = {self.config.get('target_modules')!r} and target_parameters = "
+                    f"{self.config.get('target_parameters')!r} name nothing that is in the weights file "
+                    f"({self.untargeted[0].key}, …)",
+                    where=self.where,
+                    key="adapter_config.json",
+                    fix="use the config that was saved with these weights",
+                )
+            )
+        else:
+            self.findings.extend(self.untargeted)
+        if self.findings:
+            raise BadInputError(self.findings)
+        if self.ambiguous:
+            raise AmbiguousError(self.ambiguous)
+        factors.headers = Headers(groups, shapes, dtypes)
+        return factors
+
+    def report(self, code: str, message: str, key: str, fix: str | None = None) -> None:
+        self.findings.append(Finding(code, message, where=self.where, key=key, fix=fix))
+
+    def add_modules(
+        self,
+        pairs: Pairs,
+        factors: Factors,
+        groups: list[Group],
+        shapes: list[tuple[int, ...]],
+        dtypes: list[str],
+    ) -> None:
+        start = len(factors.a)
+        a = [self.tensors[i] for i in pairs.a.tolist()]
+        b = [self.tensors[i] for i in pairs.b.tolist()]
+        keys = Group(
+            pairs.modules.template + ".weight",
+            np.arange(start, start + len(a)),
+            pairs.modules.numbers,
+        )
+        found = self.side.find(keys)
+        kind = "embedding" if pairs.embedding else found[2] if found is not None else "any"
+        scales = self.scales(pairs, keys)
+        stored = self.check_pairs(pairs, a, b, scales, kind)
+        self.check_targets(pairs, keys)
+        factors.a += a
+        factors.b += b
+        factors.scales += scales
+        groups.append(keys)
+        shapes += stored
+        dtypes += [x.dtype.name for x in a]
+        factors.kinds.append((keys, kind))
+
+    def scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
+        if not self.lora.ranks and not self.lora.alphas:
+            return [self.lora.scale("")] * len(keys)
+        entries = self.config.get("target_parameters")
+        paths = pairs.modules.names()
+        cache: dict[tuple[int, Any], Scale] = {}
+        result = []
+        for path in paths:
+            name = path + ".weight" if targets_parameter(entries, path + ".weight") else path
+            scale = self.lora.scale(name)
+            result.append(cache.setdefault((scale.rank, scale.alpha), scale))
+        return result
+
+    def check_pairs(
+        self, pairs: Pairs, a: list[Array], b: list[Array], scales: list[Scale], kind: str
+    ) -> list[tuple[int, ...]]:
+        """The shape of each base tensor, out and in as its kind stores them."""
+        known: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, ...] | str] = {}
+        shapes: list[tuple[int, ...]] = []
+        for row, (x, y, scale) in enumerate(zip(a, b, scales, strict=True)):
+            at = (x.shape, y.shape, scale.rank)
+            shape = known.get(at)
+            if shape is None:
+                shape = known[at] = _base_shape(*at, kind)
+            if isinstance(shape, str):
+                self.report("shape", shape, self.names[int(pairs.a[row])])
+                shape = (0, 0)
+            shapes.append(shape)
+        odd = next(
+            (i for i, x in enumerate(a) if not _is_float(x) or not _is_float(b[i])), None
+        )
+        if odd is not None:
+            which = pairs.a if not _is_float(a[odd]) else pairs.b
+            dtype = self.tensors[int(which[odd])].dtype
+            self.report(
+                "dtype",
+                f"a LoRA factor is a floating-point tensor, this one is {dtype}",
+                self.names[int(which[odd])],
+                "save the adapter unquantised",
+            )
+        return shapes
+
+    def check_targets(self, pairs: Pairs, keys: Group) -> None:
+        modules = self.config.get("target_modules")
+        parameters = self.config.get("target_parameters")
+        if modules is None and not parameters:
+            self.targeted += len(keys)
+            return
+        if not isinstance(modules, str) and modules is not None:
+            leaf = pairs.modules.template.rsplit(".", 1)[-1]
+            if "\0" not in leaf and leaf in modules:
+                self.targeted += len(keys)
+                return
+        missing = None
+        for path in pairs.modules.names():
+            if targets_module(modules if modules is not None else [], path) or targets_parameter(
+                parameters, path + ".weight"
+            ):
+                self.targeted += 1
+            elif missing is None:
+                missing = path
+        if missing is not None:
+            self.untargeted.append(
+                Finding(
+                    "not-targeted",
+                    "neither target_modules nor target_parameters of adapter_config.json names this "
+                    "module, so PEFT would ignore its factors",
+                    where=self.where,
+                    key=f"{PREFIX}{missing}.lora_A.weight",
+                    fix="add it to target_modules, or remove its factors from the weights file",
+                )
+            )
+
+    def add_parameters(
+        self,
+        same: list[Pairs],
+        factors: Factors,
+        groups: list[Group],
+        shapes: list[tuple[int, ...]],
+        dtypes: list[str],
+    ) -> None:
+        by_module: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
+        for pairs in same:
+            for row, numbers in enumerate(map(tuple, pairs.modules.numbers.tolist())):
+                ids = int(pairs.a[row]), int(pairs.b[row])
+                by_module.setdefault(numbers, {})[pairs.depth] = ids
+        template = same[0].modules.template
+        names = self.side.parameters(same[0].modules) or ("weight",)
+        entries = self.config.get("target_parameters")
+        found: dict[str, list[tuple[tuple[int, ...], tuple[int, int]]]] = {}
+        for numbers, depths in by_module.items():
+            module = Group(template, np.zeros(1, dtype=np.int64), np.array([numbers])).name(0)
+            wanted = [n for n in names if targets_parameter(entries, f"{module}.{n}")]
+            if not wanted and self.linear_fits(module, depths):
+                wanted = ["weight"]
+            if not wanted:
+                self.untargeted.append(
+                    Finding(
+                        "not-targeted",
+                        "target_parameters of adapter_config.json names no parameter of this module",
+                        where=self.where,
+                        key=self.names[next(iter(depths.values()))[0]],
+                        fix=f"add {module}.{names[0]} or another of its parameters",
+                    )
+                )
+                continue
+            if sorted(depths) != list(range(len(wanted))):
+                self.report(
+                    "nesting",
+                    f"target_parameters names {len(wanted)} of its parameters ({', '.join(wanted)}), but the "
+                    f"file has factors for {len(depths)} ('.base_layer' repeated {sorted(depths)} times)",
+                    self.names[next(iter(depths.values()))[0]],
+                )
+                continue
+            self.targeted += 1
+            for position, name in enumerate(wanted):
+                found.setdefault(name, []).append((numbers, depths[len(wanted) - 1 - position]))
+        for name, rows in found.items():
+            self.add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
+
+    def linear_fits(self, module: str, depths: Mapping[int, object]) -> bool:
+        modules = self.config.get("target_modules")
+        return len(depths) == 1 and 0 in depths and targets_module(modules or [], module)
+
+    def add_parameter(
+        self,
+        template: str,
+        rows: list[tuple[tuple[int, ...], tuple[int, int]]],
+        factors: Factors,
+        groups: list[Group],
+        shapes: list[tuple[int, ...]],
+        dtypes: list[str],
+    ) -> None:
+        start = len(factors.a)
+        numbers = np.array([row[0] for row in rows], dtype=np.int64).reshape(len(rows), -1)
+        keys = Group(template, np.arange(start, start + len(rows)), numbers)
+        found = self.side.find(keys)
+        kind = found[2] if found is not None else "parameter"
+        kept = []
+        for row, (_, (i, j)) in enumerate(rows):
+            a, b = self.tensors[i], self.tensors[j]
+            name = keys.name(row)
+            scale = self.lora.scale(name)
+            for x, number in ((a, i), (b, j)):
+                if not _is_float(x):
+                    self.report(
+                        "dtype",
+                        f"a LoRA factor is a floating-point tensor, this one is {x.dtype}",
+                        self.names[number],
+                        "save the adapter unquantised",
+                    )
+            if not KINDS[kind].name.startswith("experts"):
+                shape = _base_shape(a.shape, b.shape, scale.rank, kind)
+                if isinstance(shape, str):
+                    self.report("shape", shape, self.names[i])
+                    continue
+            else:
+                if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                    self.report(
+                        "shape",
+                        f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit together",
+                        self.names[i],
+                    )
+                    continue
+                experts, left = divmod(a.shape[0], scale.rank)
+                if left or not experts:
+                    self.report(
+                        "rank",
+                        f"{a.shape[0]} rows of lora_A are no multiple of the rank {scale.rank} that "
+                        "adapter_config.json gives",
+                        self.names[i],
+                        "use the config that was saved with these weights",
+                    )
+                    continue
+                packing = self.choose_packing(a, b, experts, found, self.names[i])
+                if packing is None:
+                    continue
+                a, b = unpack(a, b, experts, swaps(packing, kind, experts))
+                shape = _stored(kind, experts, b.shape[1], a.shape[2])
+            kept.append(row)
+            factors.a.append(a)
+            factors.b.append(b)
+            factors.scales.append(scale)
+            shapes.append(shape)
+            dtypes.append(a.dtype.name)
+        keys = Group(template, np.arange(start, start + len(kept)), numbers[kept])
+        groups.append(keys)
+        factors.kinds.append((keys, kind))
+
+    def choose_packing(
+        self,
+        a: Array,
+        b: Array,
+        experts: int,
+        found: tuple[Rule, Term, str, Scope] | None,
+        name: str,
+    ) -> str | None:
+        """The packing: told by ``peft_version`` and the shapes; where they leave it open, ask."""
+        if self.forced is not None:
+            return self.forced
+        told = packing_of_version(self.config.get("peft_version"))
+        kind = found[2] if found is not None else "experts"
+        if swaps(PACKINGS[0], kind, experts) == swaps(PACKINGS[1], kind, experts):
+            self.packing = told or self.packing
+            return told or PACKINGS[-1]
+        fits = list(PACKINGS)
+        if found is not None:
+            _, term, _, scope = found
+            rule = found[0]
+            expected = known_shape(
+                rule.equation,
+                term,
+                lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
+            )
+            if expected is not None:
+                fits = []
+                for packing in PACKINGS:
+                    x, y = unpack(a, b, experts, swaps(packing, kind, experts))
+                    if _stored(kind, experts, y.shape[1], x.shape[2]) == expected:
+                        fits.append(packing)
+        if len(fits) == 1:
+            self.packing = fits[0]
+        elif told is not None:
+            self.packing = told
+        else:
+            self.ambiguous.append(
+                Finding(
+                    "packing",
+                    "adapter_config.json has no peft_version, and the shapes fit both the packing before "
+                    "PEFT 0.19 and the one since",
+                    where=self.where,
+                    key=name,
+                    fix="put the peft_version that wrote it into adapter_config.json, or say which with "
+                    f"--from {self.side.layout}/{PACKINGS[0]} (or /{PACKINGS[1]}), or give --model",
+                )
+            )
+            return None
+        return self.packing
+
+
+def _stored(kind: str, experts: int, out_size: int, in_size: int) -> tuple[int, ...]:
+    return (experts, out_size, in_size) if kind == "experts" else (experts, in_size, out_size)
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+
+
+def _base_shape(
+    a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: str
+) -> tuple[int, ...] | str:
+    if len(a) < 2 or len(b) < 2:
+        return f"LoRA factors have two dims or more, these have {list(a)} and {list(b)}"
+    if a[0] != b[1] and len(a) == 2:
+        return f"lora_A {list(a)} and lora_B {list(b)} do not fit together: their ranks differ"
+    if a[0] != rank:
+        return f"adapter_config.json gives the rank {rank}, the factors have {a[0]}"
+    shape = (b[0], *a[1:])
+    return (shape[1], shape[0]) if kind in ("embedding", "conv1d") else shape

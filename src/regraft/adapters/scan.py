@@ -1,0 +1,195 @@
+"""What an adapter's tensors are, by their names alone: LoRA factors with their modules, and the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from regraft.errors import Finding
+from regraft.names.keys import MARK, Group, Ints, group_names
+
+PREFIX = "base_model.model."
+"""What PEFT writes before every module path."""
+
+_FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?", re.DOTALL)
+_NAMED = re.compile(r"(.*)\.lora_(?:embedding_)?[AB]\.([^.]+?)(?:\.weight)?", re.DOTALL)
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """The LoRA factors of modules of one template. ``modules.ids`` are meaningless; row i has the tensors
+    number ``a[i]`` and ``b[i]`` of the file."""
+
+    modules: Group
+    a: Ints
+    b: Ints
+    depth: int
+    """How many ``.base_layer`` stood at the end of the module's path."""
+    embedding: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Others:
+    """Tensors that are no LoRA factors. ``keys`` are their names without the prefix and without ``base_layer``."""
+
+    keys: Group
+    prefix: str
+    wrapped: bool
+    """Whether ``.base_layer`` stood in the name: the module is adapted, too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scan:
+    """The tensors of an adapter by what they are."""
+
+    pairs: tuple[Pairs, ...]
+    others: tuple[Others, ...]
+
+
+def scan_names(names: Sequence[str], where: str, lora: bool = True) -> tuple[Scan, list[Finding]]:
+    """Sort an adapter's tensor names; problems come as findings. Without ``lora`` nothing is taken for a factor.
+
+    >>> scan, _ = scan_names(["base_model.model.l.0.q.lora_A.weight", "base_model.model.l.0.q.lora_B.weight"], "f")
+    >>> scan.pairs[0].modules.name(0), scan.pairs[0].a.tolist(), scan.pairs[0].b.tolist()
+    ('l.0.q', [0], [1])
+    """
+    findings: list[Finding] = []
+    factors: dict[tuple[str, str, int, bool], dict[str, Group]] = {}
+    others: list[Others] = []
+    for group in group_names(names):
+        found = _FACTOR.fullmatch(group.template) if lora else None
+        if found is None:
+            others.append(_other(group))
+            if lora:
+                _check_factor_name(group, where, findings)
+            continue
+        path, embedding, letter, weight = found.groups()
+        if bool(embedding) == bool(weight):
+            findings.append(
+                _finding(
+                    "odd-key",
+                    "a LoRA factor's key ends in lora_A.weight, lora_B.weight, lora_embedding_A or "
+                    "lora_embedding_B",
+                    where,
+                    group,
+                )
+            )
+            continue
+        if not _check_prefix(group, path, where, findings):
+            continue
+        path = path[len(PREFIX) :]
+        depth = 0
+        while path.endswith(".base_layer"):
+            path, depth = path[: -len(".base_layer")], depth + 1
+        factors.setdefault((path, "", depth, bool(embedding)), {})[letter] = group
+    pairs = []
+    for (path, _, depth, embedding), letters in factors.items():
+        pair = _pair(path, depth, embedding, letters, where, findings)
+        if pair is not None:
+            pairs.append(pair)
+    return Scan(tuple(pairs), tuple(others)), findings
+
+
+def _finding(code: str, message: str, where: str, group: Group, fix: str | None = None) -> Finding:
+    more = f" ({len(group)} keys like this one)" if len(group) > 1 else ""
+    return Finding(code, message + more, where=where, key=group.name(0), fix=fix)
+
+
+def _check_prefix(group: Group, path: str, where: str, findings: list[Finding]) -> bool:
+    if not path.startswith(PREFIX):
+        start = path.find(PREFIX)
+        wrapper = path[:start] if start > 0 else path.split(".")[0] + "."
+        findings.append(
+            _finding(
+                "prefix",
+                f"keys of a PEFT adapter begin with {PREFIX!r}, this one begins with {wrapper!r}",
+                where,
+                group,
+                f"strip {wrapper!r} from every key (a wrapper put it there)"
+                if start > 0
+                else f"put {PREFIX!r} before every key, or save the adapter with PEFT's save_pretrained",
+            )
+        )
+        return False
+    segments = path[len(PREFIX) :].split(".")
+    for position, segment in enumerate(segments[:4]):
+        doubled = position + 1 < len(segments) and segment == segments[position + 1] == "model"
+        if segment in _WRAPPERS or doubled:
+            shown = "model.model" if doubled else segment
+            findings.append(
+                _finding(
+                    "prefix",
+                    f"{shown!r} in the module path comes from a wrapper or from a doubled prefix, "
+                    "it is no part of the model",
+                    where,
+                    group,
+                    f"take {('model.' if doubled else segment + '.')!r} out of every key",
+                )
+            )
+            return False
+    return True
+
+
+def _check_factor_name(group: Group, where: str, findings: list[Finding]) -> None:
+    found = _NAMED.fullmatch(group.template)
+    if found and found[2] not in ("weight", "bias") and MARK not in found[2]:
+        findings.append(
+            _finding(
+                "adapter-name",
+                f"the adapter's name {found[2]!r} was left in the key; saved adapters have no names in their keys",
+                where,
+                group,
+                f"take '.{found[2]}' out of every key, or save the adapter with PEFT's save_pretrained",
+            )
+        )
+
+
+def _other(group: Group) -> Others:
+    prefix = PREFIX if group.template.startswith(PREFIX) else ""
+    key = group.template[len(prefix) :]
+    parts = key.split(".")
+    bare = ".".join(part for part in parts if part != "base_layer")
+    return Others(Group(bare, group.ids, group.numbers), prefix, bare != key)
+
+
+def _pair(
+    path: str,
+    depth: int,
+    embedding: bool,
+    letters: dict[str, Group],
+    where: str,
+    findings: list[Finding],
+) -> Pairs | None:
+    a, b = letters.get("A"), letters.get("B")
+    if a is None or b is None:
+        have = a if a is not None else b
+        assert have is not None
+        other = "lora_B" if b is None else "lora_A"
+        findings.append(
+            _finding("half", f"it has no {other} beside it", where, have, "save the adapter again")
+        )
+        return None
+    if np.array_equal(a.numbers, b.numbers):
+        return Pairs(Group(path, a.ids, a.numbers), a.ids, b.ids, depth, embedding)
+    rows = {numbers: row for row, numbers in enumerate(map(tuple, b.numbers.tolist()))}
+    both_a, both_b = [], []
+    for row, numbers in enumerate(map(tuple, a.numbers.tolist())):
+        partner = rows.pop(numbers, None)
+        if partner is None:
+            findings.append(
+                Finding("half", "it has no lora_B beside it", where=where, key=a.name(row))
+            )
+        else:
+            both_a.append(row)
+            both_b.append(partner)
+    for row in rows.values():
+        findings.append(Finding("half", "it has no lora_A beside it", where=where, key=b.name(row)))
+    if not both_a:
+        return None
+    kept = a.take(np.array(both_a))
+    ids = b.ids[np.array(both_b)]
+    return Pairs(Group(path, kept.ids, kept.numbers), kept.ids, ids, depth, embedding)

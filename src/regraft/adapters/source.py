@@ -1,0 +1,202 @@
+"""Opening an adapter: its config, its tensors, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.factors import Array
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.files.folder import load_json
+from regraft.files.safetensors import open_tensors, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_BIN = "adapter_model.bin"
+RECORD = "regraft"
+"""The key of regraft's own entry in a file's metadata."""
+
+PEFT_TYPES = frozenset(
+    "ADALORA ADAMSS ADAPTION_PROMPT ARROW BEFT BOFT BONE C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA "
+    "GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY "
+    "PREFIX_TUNING PROMPT_TUNING PSOFT PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA "
+    "TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA".split()
+)
+"""The values of ``peft_type`` that PEFT up to 0.21.2 knows."""
+
+
+@dataclass(slots=True)
+class Source:
+    """An adapter as it is on disk. The tensors are views; nothing has been read yet."""
+
+    name: str
+    """The sub-folder it came from, or an empty string."""
+    where: str
+    config: dict[str, Any]
+    tensors: dict[str, Array]
+    metadata: dict[str, str] = field(default_factory=dict)
+    weights: Path | None = None
+
+    @property
+    def peft_type(self) -> str:
+        """``LORA``, ``IA3``, ..."""
+        return str(self.config["peft_type"])
+
+    def record(self) -> Mapping[str, Any]:
+        """What regraft wrote into the metadata when it made this file; empty where it did not."""
+        try:
+            data = json.loads(self.metadata.get(RECORD, "{}"))
+        except json.JSONDecodeError:
+            return {}
+        return data if isinstance(data, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The adapters of a source, by folder, and the files to carry over (relative to ``root``)."""
+
+    root: Path
+    folders: tuple[Path, ...]
+    weights: Path | None
+    """The weights file itself, where that is what was given."""
+    others: tuple[Path, ...]
+
+
+def find_adapters(src: Path) -> Found:
+    """What a source path holds: a folder, one weights file, or a folder with adapters in sub-folders.
+
+    Raises ``BadInputError``.
+    """
+    if src.is_file():
+        if src.suffix not in (".safetensors", ".bin"):
+            raise BadInputError(
+                Finding(
+                    "not-an-adapter",
+                    "an adapter is a folder, a .safetensors file or an adapter_model.bin",
+                    where=str(src),
+                )
+            )
+        if not (src.parent / CONFIG).is_file():
+            raise BadInputError(
+                Finding(
+                    "no-config",
+                    f"there is no {CONFIG} beside it, and rank and alpha stand there",
+                    where=str(src),
+                    fix=f"put the {CONFIG} that belongs to it beside it",
+                )
+            )
+        return Found(src.parent, (src.parent,), src, ())
+    if not src.is_dir():
+        raise BadInputError(
+            Finding("not-found", "there is no such file or folder", where=str(src))
+        )
+    folders = sorted({path.parent for path in src.rglob(CONFIG)})
+    if not folders:
+        has = any((src / name).exists() for name in (WEIGHTS, WEIGHTS_BIN))
+        raise BadInputError(
+            Finding(
+                "no-config",
+                f"there is no {CONFIG} here" + (", and rank and alpha stand there" if has else ""),
+                where=str(src),
+                fix="give the folder that PEFT's save_pretrained wrote",
+            )
+        )
+    own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN)}
+    others = tuple(
+        sorted(path.relative_to(src) for path in src.rglob("*") if path.is_file() and path not in own)
+    )
+    return Found(src, tuple(folders), None, others)
+
+
+def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Source:
+    """Open one adapter; everything that is wrong with its two files is reported together.
+
+    Raises ``BadInputError``.
+    """
+    findings: list[Finding] = []
+    config: dict[str, Any] = {}
+    try:
+        config = load_json(folder / CONFIG)
+        findings += _check_config(config, str(folder / CONFIG))
+    except RegraftError as error:
+        findings += error.findings
+    tensors: dict[str, Array] = {}
+    metadata: dict[str, str] = {}
+    file = weights
+    if file is None:
+        file = next((p for p in (folder / WEIGHTS, folder / WEIGHTS_BIN) if p.is_file()), None)
+    try:
+        if file is None:
+            findings.append(
+                Finding(
+                    "no-weights",
+                    f"the weights are missing: there is neither {WEIGHTS} nor {WEIGHTS_BIN}",
+                    where=str(folder),
+                    fix="copy the weights file here, or save the adapter again",
+                )
+            )
+        elif file.suffix == ".bin":
+            from regraft.files.bin import open_bin
+
+            tensors = open_bin(file)
+        else:
+            header = read_header(file)
+            metadata = dict(header.metadata)
+            tensors = open_tensors(file, header)
+        if file is not None and not tensors:
+            findings.append(
+                Finding("empty", "the adapter is empty: its weights file has no tensors", where=str(file))
+            )
+    except RegraftError as error:
+        findings += error.findings
+    if findings:
+        raise BadInputError(findings)
+    name = str(folder.relative_to(root))
+    return Source("" if name == "." else name, str(folder), config, tensors, metadata, file)
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:
+    findings = []
+    peft_type = config.get("peft_type")
+    if peft_type not in PEFT_TYPES:
+        findings.append(
+            Finding(
+                "peft-type",
+                f"unknown peft_type {peft_type!r}; PEFT knows LORA, IA3, LOHA, … "
+                f"({len(PEFT_TYPES)} types)",
+                where=where,
+                key="peft_type",
+                fix="check the spelling; a config without peft_type is not PEFT's",
+            )
+        )
+    if peft_type == "LORA":
+        for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+            value = config.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool) or (name == "r" and value <= 0):
+                findings.append(
+                    Finding(
+                        "config",
+                        f"a {'positive whole ' if name == 'r' else ''}number was expected, this is {value!r}",
+                        where=where,
+                        key=name,
+                    )
+                )
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = config.get(name)
+            if value is not None and not isinstance(value, dict):
+                findings.append(
+                    Finding("config", f"a table was expected, this is {value!r}", where=where, key=name)
+                )
+        for name in ("target_modules", "target_parameters", "modules_to_save"):
+            value = config.get(name)
+            sound = value is None or (
+                isinstance(value, list) and all(isinstance(x, str) for x in value)
+            )
+            if not sound and not (name == "target_modules" and isinstance(value, str)):
+                findings.append(
+                    Finding("config", f"a list of names was expected, this is {value!r}", where=where, key=name)
+                )
+    return findings

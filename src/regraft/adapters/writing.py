@@ -1,0 +1,282 @@
+"""Writing factors as PEFT reads them: tensor names, nesting of parameters, and the config that goes with them.
+
+Source: PEFT 0.21.2, ``peft/tuners/tuners_utils.py`` (``inject_adapter``) and ``peft/tuners/lora/layer.py``
+(``ParamWrapper``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.adapters.factors import Array, Images, Lora
+from regraft.adapters.packing import SINCE, pack, swaps
+from regraft.adapters.peft_config import LoraConfig, Patterns, Scale, targets_module
+from regraft.adapters.reading import Side
+from regraft.adapters.scan import PREFIX
+from regraft.errors import Finding, RefusedError
+from regraft.names.keys import Group, fill_rows
+from regraft.plan.model import ModelConfig
+from regraft.rules.kinds import KINDS
+
+PEFT_VERSION = {"peft-0.18": "0.18.1", SINCE: "0.19.0"}
+"""The ``peft_version`` that tells a packing to whoever reads the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One LoRA in the result."""
+
+    key: str
+    """The base tensor's key."""
+    module: str
+    parameter: str | None
+    """The parameter's name where the LoRA goes through ``target_parameters``."""
+    scale: Scale
+
+    @property
+    def path(self) -> str:
+        """What PEFT matches ``rank_pattern`` and ``alpha_pattern`` against."""
+        return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
+
+
+@dataclass(slots=True)
+class Result:
+    """An adapter's tensors and what they adapt."""
+
+    tensors: dict[str, Array] = field(default_factory=dict)
+    written: list[Written] = field(default_factory=list)
+    wrappers: dict[str, int] = field(default_factory=dict)
+    """How many adapters are nested around each module."""
+
+
+def write_factors(images: Iterable[Images], side: Side, packing: str, reclaimed: Sequence[str]) -> Result:
+    """Name and pack factors for a layout.
+
+    Leaf names in ``reclaimed`` go through ``target_parameters`` even where the module is a Linear, because PEFT
+    would move them to the experts' parameters otherwise.
+
+    Raises ``RefusedError`` for what PEFT cannot hold.
+    """
+    result = Result()
+    nested: dict[str, dict[str, tuple[str, str, Lora]]] = defaultdict(dict)
+    templates: dict[str, tuple[str, ...] | None] = {}
+    for image in images:
+        kind = KINDS[image.kind]
+        template, _, leaf = image.keys.template.rpartition(".")
+        modules = Group(template, image.keys.ids, image.keys.numbers[:, : template.count("\0")])
+        is_module = kind.module and leaf == "weight"
+        if is_module and template.rpartition(".")[2].replace("\0", "") not in {
+            name.rstrip("0123456789") for name in reclaimed
+        }:
+            _write_modules(image, modules, result)
+            continue
+        paths = fill_rows(modules.template, modules.numbers)
+        keys = image.keys.names()
+        for path, key, lora in zip(paths, keys, image.loras, strict=True):
+            if lora is None:
+                continue
+            if is_module and path.rpartition(".")[2] not in reclaimed:
+                _put_module(path, key, lora, False, result)
+                continue
+            nested[path][key.rpartition(".")[2]] = (key, image.kind, lora)
+            templates[path] = templates.get(template) or side.parameters(modules)
+    for path, parameters in nested.items():
+        order = templates[path] or tuple(parameters)
+        names = sorted(parameters, key=lambda n: order.index(n) if n in order else len(order))
+        result.wrappers[path] = len(names)
+        for depth, name in enumerate(reversed(names)):
+            key, kind_name, lora = parameters[name]
+            a, b = lora.a, lora.b
+            if kind_name.startswith("experts"):
+                _check_single(key, kind_name, a, b, packing)
+                a, b = pack(a, b, swaps(packing, kind_name, a.shape[0]))
+            place = PREFIX + path + ".base_layer" * depth
+            result.tensors[f"{place}.lora_A.weight"] = a
+            result.tensors[f"{place}.lora_B.weight"] = b
+            result.written.append(Written(key, path, name, lora.scale))
+    return result
+
+
+def _write_modules(image: Images, modules: Group, result: Result) -> None:
+    embedding = image.kind == "embedding"
+    ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    paths = fill_rows(modules.template, modules.numbers)
+    for path, lora in zip(paths, image.loras, strict=True):
+        if lora is not None:
+            result.tensors[f"{PREFIX}{path}.{ends[0]}"] = lora.a
+            result.tensors[f"{PREFIX}{path}.{ends[1]}"] = lora.b
+            result.written.append(Written(path + ".weight", path, None, lora.scale))
+            result.wrappers[path] = 1
+
+
+def _put_module(path: str, key: str, lora: Lora, embedding: bool, result: Result) -> None:
+    ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    result.tensors[f"{PREFIX}{path}.{ends[0]}"] = lora.a
+    result.tensors[f"{PREFIX}{path}.{ends[1]}"] = lora.b
+    result.written.append(Written(key, path, None, lora.scale))
+    result.wrappers[path] = 1
+
+
+def _check_single(key: str, kind: str, a: Array, b: Array, packing: str) -> None:
+    out_size, in_size = b.shape[1], a.shape[2]
+    awkward = kind != "experts" or packing != SINCE
+    if a.shape[0] == 1 and awkward and out_size != in_size:
+        raise RefusedError(
+            Finding(
+                "single-expert",
+                "PEFT cannot hold a LoRA on a parameter of one single expert that is stored this way "
+                f"({in_size} in, {out_size} out)",
+                key=key,
+                fix="merge the adapter into its base and convert the base",
+            )
+        )
+
+
+class ConfigWriter:
+    """The config of a converted LoRA; what need not change stays."""
+
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        result: Result,
+        model: ModelConfig | None,
+    ) -> None:
+        self.source, self.result, self.model = source, result, model
+
+    def write(self, packing: str) -> dict[str, Any]:
+        """The new config; every target's rank and scale resolve to what its factors need."""
+        config = dict(self.source)
+        scales = {w.path: w.scale for w in self.result.written}
+        rank, alpha, ranks, alphas = self.patterns(scales)
+        config["r"], config["lora_alpha"] = rank, alpha
+        config["rank_pattern"], config["alpha_pattern"] = ranks, alphas
+        modules = [w.module for w in self.result.written if w.parameter is None]
+        parameters = [w.path for w in self.result.written if w.parameter is not None]
+        config["target_modules"] = self.target_modules(modules)
+        if parameters or self.source.get("target_parameters"):
+            config["target_parameters"] = self.shorten(parameters) or None
+        for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+            if name in config:
+                config[name] = None
+        if parameters:
+            if config.get("lora_dropout"):
+                config["lora_dropout"] = 0.0
+            config["init_lora_weights"] = True
+        if any(w.parameter is not None for w in self.result.written) or self.has_packing():
+            config["peft_version"] = PEFT_VERSION[packing]
+        return config
+
+    def has_packing(self) -> bool:
+        """Whether the source had packed parameters, so that its version meant something."""
+        return bool(self.source.get("target_parameters"))
+
+    def target_modules(self, modules: Sequence[str]) -> list[str]:
+        """An explicit list; the source's own entries where they still name the same and nothing else."""
+        entries = self.source.get("target_modules")
+        filtered = self.source.get("layers_to_transform") is not None or bool(
+            self.source.get("exclude_modules")
+        )
+        if not isinstance(entries, list) or filtered:
+            return self.shorten(modules)
+        result: list[str] = []
+        covered: set[str] = set()
+        for entry in entries:
+            now = {m for m in modules if targets_module([entry], m)}
+            if now:
+                result.append(entry)
+                covered |= now
+        return result + self.shorten([m for m in modules if m not in covered])
+
+    def shorten(self, paths: Sequence[str]) -> list[str]:
+        """Suffixes where they provably name these paths and nothing else: the same in every layer."""
+        layers = None
+        if self.model is not None and not self.model.is_composite():
+            value = self.model.data.get("num_hidden_layers")
+            layers = value if isinstance(value, int) else None
+        tails: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            tails[tail_of(path)].append(path)
+        result = []
+        for tail, same in tails.items():
+            numbers = [re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path) for path in same]
+            heads = {path[: -len(tail)].rstrip("0123456789.") for path in same}
+            every = (
+                layers is not None
+                and len(heads) == 1
+                and all(len(n) == 1 for n in numbers)
+                and sorted(int(n[0]) for n in numbers) == list(range(layers))
+            )
+            result.extend([tail] if every else sorted(same, key=_natural))
+        return result
+
+    def patterns(
+        self, scales: Mapping[str, Scale]
+    ) -> tuple[int, Any, dict[str, int], dict[str, Any]]:
+        """Rank and alpha for most targets, and patterns that exclude each other for the rest."""
+        old = self.source.get("r"), self.source.get("lora_alpha")
+        counts = Counter((s.rank, s.alpha) for s in scales.values())
+        if not counts:
+            return self.source["r"], self.source["lora_alpha"], {}, {}
+        best = max(counts.values())
+        common = next(p for p in counts if counts[p] == best)
+        if counts.get(old) == best:  # type: ignore[arg-type]
+            common = old  # type: ignore[assignment]
+        tails: dict[str, set[tuple[int, Any]]] = defaultdict(set)
+        for path, scale in scales.items():
+            tails[tail_of(path)].add((scale.rank, scale.alpha))
+        ranks: dict[str, int] = {}
+        alphas: dict[str, Any] = {}
+        for path, scale in scales.items():
+            pair = scale.rank, scale.alpha
+            if pair == common:
+                continue
+            tail = tail_of(path)
+            alone = len(tails[tail]) == 1 and not any(
+                other.endswith("." + tail) and tails[other] != tails[tail] for other in tails
+            )
+            pattern = re.escape(tail) if alone else "^" + re.escape(path)
+            if pair[0] != common[0]:
+                ranks[pattern] = pair[0]
+            if pair[1] != common[1]:
+                alphas[pattern] = pair[1]
+        return common[0], common[1], ranks, alphas
+
+
+def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[str]:
+    """Paths whose rank or scale PEFT would not resolve from a config as their factors need it."""
+    lora = LoraConfig(config)
+    if not lora.ranks and not lora.alphas:
+        common = lora.scale("")
+        return [
+            w.path
+            for w in written
+            if common.rank != w.scale.rank or common.ratio_to(w.scale) != 1.0
+        ]
+    wrong = []
+    for w in written:
+        scale = lora.scale(w.path)
+        if scale.rank != w.scale.rank or scale.ratio_to(w.scale) != 1.0:
+            wrong.append(w.path)
+    return wrong
+
+
+def tail_of(path: str) -> str:
+    """What follows the last number of a path.
+
+    >>> tail_of("model.layers.0.mlp.experts.gate_up_proj")
+    'mlp.experts.gate_up_proj'
+    """
+    segments = path.split(".")
+    last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
+    return ".".join(segments[last + 1 :]) or path
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+__all__ = ["ConfigWriter", "Patterns", "Result", "Written", "check_config", "write_factors"]

@@ -1,0 +1,120 @@
+"""The functions that most users need."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from regraft.adapters.convert import Converted, convert_adapter
+from regraft.adapters.detect import load_model
+from regraft.adapters.source import CONFIG, WEIGHTS, Found, Source, find_adapters, open_adapter
+from regraft.errors import Finding, RegraftError
+from regraft.files.folder import check_destination, copy_file, staged_folder
+from regraft.files.safetensors import write_tensors
+from regraft.layouts import parse_layout
+from regraft.report import Report
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and how much there is."""
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    model: str | os.PathLike[str] | None = None,
+    source: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert an adapter, or a folder of adapters, to another layout.
+
+    Args:
+        src: a folder that PEFT's ``save_pretrained`` wrote, one ``.safetensors`` (or ``adapter_model.bin``) with its
+            ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders.
+        dst: the folder to write. It appears whole or not at all.
+        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
+        model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
+            does not tell what it is for, or how many experts there are.
+        source: the layout of ``src``; found out, with evidence, where it is not given.
+        overwrite: replace ``dst`` if it exists.
+        dry_run: do everything but write.
+        progress: told how far it is.
+
+    Returns:
+        What was done: every target with its rank and scale, and notes.
+
+    Raises:
+        BadInputError: the input breaks a rule of its format, or contradicts its config or its base.
+        UnmatchedKeysError: keys that no rule and no carry-over explains.
+        AmbiguousError: more than one reading fits, with different results.
+        RefusedError: what was asked for has no exact image.
+    """
+    src_path, dst_path = Path(src), Path(dst)
+    layout = parse_layout(to)
+    source_layout = parse_layout(source) if source is not None else None
+    found = find_adapters(src_path)
+    if not dry_run:
+        check_destination(src_path, dst_path, overwrite)
+    config = load_model(model) if model is not None else None
+    report = Report(str(src_path), str(dst_path), written=not dry_run)
+    report.files = [str(path) for path in found.others]
+    converted: list[tuple[Source, Converted]] = []
+    findings: list[Finding] = []
+    failed: list[RegraftError] = []
+    for number, folder in enumerate(found.folders):
+        if progress is not None:
+            progress(folder.name, number, len(found.folders))
+        try:
+            opened = open_adapter(folder, found.root, found.weights)
+            result = convert_adapter(opened, layout, config, source_layout)
+        except RegraftError as error:
+            failed.append(error)
+            findings += error.findings
+            continue
+        if not result.report.copied or not dry_run:
+            _note_values(opened, result)
+        converted.append((opened, result))
+        report.adapters.append(result.report)
+    if failed:
+        raise type(failed[0])(findings)
+    if not dry_run:
+        _write(found, dst_path, converted, overwrite)
+    if progress is not None:
+        progress("", len(found.folders), len(found.folders))
+    return report
+
+
+def _note_values(source: Source, result: Converted) -> None:
+    for name, tensor in source.tensors.items():
+        if tensor.dtype.kind in "fV" and not np.isfinite(np.add.reduce(tensor, axis=None, dtype=float)):
+            bad = ~np.isfinite(tensor.astype(np.float32))
+            if bad.any():
+                result.report.notes.append(
+                    f"{name} holds {int(bad.sum())} values that are NaN or infinite; they were kept"
+                )
+
+
+def _write(
+    found: Found, dst: Path, converted: list[tuple[Source, Converted]], overwrite: bool
+) -> None:
+    with staged_folder(dst, overwrite) as staged:
+        for source, result in converted:
+            folder = staged / source.name
+            folder.mkdir(parents=True, exist_ok=True)
+            if result.report.copied and source.weights is not None:
+                copy_file(source.weights, folder / source.weights.name)
+                copy_file(Path(source.where) / CONFIG, folder / CONFIG)
+                continue
+            write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
+            text = json.dumps(result.config, indent=2, sort_keys=True) + "\n"
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+        for path in found.others:
+            (staged / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(found.root / path, staged / path)

@@ -1,0 +1,274 @@
+"""Solving the sizes of an equation's axes from the shapes of the side that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+
+from regraft.equation.notation import (
+    REST,
+    Axis,
+    Bound,
+    ConfigPath,
+    Equation,
+    Expr,
+    Product,
+    ShapeOf,
+    Sum,
+    Term,
+    Value,
+    axes_of,
+    loops_of,
+)
+
+
+class SizeError(ValueError):
+    """Sizes that contradict each other or do not divide; ``at`` is an offset in the equation's text."""
+
+    def __init__(self, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+class UnknownSizeError(SizeError):
+    """Sizes that nothing determines; ``axes`` names them."""
+
+    def __init__(self, axes: Sequence[str], at: int | None = None) -> None:
+        super().__init__(f"nothing says how large {', '.join(axes)} is", at)
+        self.axes = tuple(axes)
+
+
+Lookup = Callable[[ConfigPath | ShapeOf], int | None]
+
+
+def extent(expr: Expr, sizes: Mapping[str, int]) -> int:
+    """The number of positions an expression spans.
+
+    >>> extent(Sum((Axis("a"), Axis("b"))), {"a": 3, "b": 5})
+    8
+    """
+    if isinstance(expr, Axis):
+        return sizes[expr.name]
+    if isinstance(expr, Product):
+        return prod(extent(factor, sizes) for factor in expr.factors)
+    return sum(extent(term, sizes) for term in expr.terms)
+
+
+def shape_of(term: Term, sizes: Mapping[str, int], rest: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a term's tensor; ``rest`` is what ``...`` stands for."""
+    dims = term.dims[:-1] if term.ends_open else term.dims
+    shape = tuple(extent(dim, sizes) for dim in dims)
+    return (*shape, *rest) if term.ends_open else shape
+
+
+def solve_sizes(
+    equation: Equation,
+    shapes: Iterable[tuple[Term, Sequence[int]]],
+    holes: Iterable[tuple[Expr, int]] = (),
+    lookup: Lookup | None = None,
+) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Sizes of all axes, and the dims that ``...`` stands for.
+
+    ``shapes`` gives the shape of each known tensor (terms of either side), ``holes`` how many values an index
+    has. Every clause and every given shape must hold exactly.
+
+    >>> from regraft.equation.notation import parse_equation
+    >>> equation = parse_equation("(a + b) i == a i, b i where a = b")
+    >>> solve_sizes(equation, [(equation.left[0], (6, 4))])[0] == {"a": 3, "b": 3, "i": 4}
+    True
+
+    Raises ``UnknownSizeError`` for a size that nothing determines, ``SizeError`` for a contradiction.
+    """
+    solver = _Solver(equation, lookup)
+    rest: tuple[int, ...] | None = None
+    known: list[tuple[Expr, int, int]] = [(hole, size, 0) for hole, size in holes]
+    for term, shape in shapes:
+        fixed = len(term.dims) - term.ends_open
+        if len(shape) != fixed if not term.ends_open else len(shape) < fixed:
+            raise SizeError(
+                f"{term} has {fixed}{' or more' if term.ends_open else ''} dims, "
+                f"but the tensor's shape is {list(shape)}",
+                term.start,
+            )
+        if term.ends_open:
+            if rest is not None and rest != tuple(shape[fixed:]):
+                raise SizeError(
+                    f"... is {list(rest)} in one tensor and {list(shape[fixed:])} in another",
+                    term.start,
+                )
+            rest = tuple(shape[fixed:])
+            solver.put(REST, prod(rest), term.start)
+        known.extend(
+            (dim, size, term.start) for dim, size in zip(term.dims[:fixed], shape, strict=False)
+        )
+    solver.run(known)
+    for dim, size, at in known:
+        got = extent(dim, solver.sizes)
+        if got != size:
+            detail = ", ".join(f"{name} = {solver.sizes[name]}" for name in axes_of(dim))
+            raise SizeError(f"{dim} is {got} ({detail}), but the tensor has {size}", at)
+    return dict(solver.sizes), rest if rest is not None else ()
+
+
+def known_shape(equation: Equation, term: Term, lookup: Lookup) -> tuple[int, ...] | None:
+    """A term's shape as far as the ``where`` clauses alone say it; ``None`` where they do not."""
+    solver = _Solver(equation, lookup)
+    try:
+        solver.run([])
+    except UnknownSizeError:
+        pass
+    except SizeError:
+        return None
+    if any(name not in solver.sizes for dim in term.dims for name in axes_of(dim)):
+        return None
+    return shape_of(term, solver.sizes, ())
+
+
+def undetermined(equation: Equation, reverse: bool = False) -> tuple[str, ...]:
+    """Axes whose size the side that is read and the ``where`` clauses leave open (for lint).
+
+    >>> from regraft.equation.notation import parse_equation
+    >>> undetermined(parse_equation("a i, b i == (a + b) i"), reverse=True)
+    ('a', 'b')
+    """
+    source, _ = equation.sides(reverse)
+    solver = _Solver(equation, lambda value: 1)
+    for term in source:
+        for hole in term.key.holes if term.key else ():
+            if isinstance(hole, Axis):
+                solver.sizes[hole.name] = 1
+    if any(term.ends_open for term in source):
+        solver.sizes[REST] = 1
+    dims = [dim for term in source for dim in (*term.dims, *(term.key.holes if term.key else ()))]
+    return solver.settle_symbolically(dims)
+
+
+def limit_of(bound: Bound, lookup: Lookup) -> int | None:
+    """What a loop's index must stay below; ``None`` where nothing says it."""
+    return _evaluate(bound.values, {}, lookup)
+
+
+def _evaluate(
+    values: tuple[tuple[str, Value], ...], sizes: Mapping[str, int], lookup: Lookup | None
+) -> int | None:
+    result, divisor = 1, 1
+    for op, value in values:
+        if isinstance(value, int):
+            number: int | None = value
+        elif isinstance(value, Axis):
+            number = sizes.get(value.name)
+        else:
+            number = lookup(value) if lookup else None
+        if number is None:
+            return None
+        if op == "*":
+            result *= number
+        else:
+            divisor *= number
+    if divisor == 0 or result % divisor:
+        raise SizeError(f"{result} is not divisible by {divisor}")
+    return result // divisor
+
+
+class _Solver:
+    def __init__(self, equation: Equation, lookup: Lookup | None) -> None:
+        self.equation = equation
+        self.lookup = lookup
+        self.sizes: dict[str, int] = {}
+        terms = (*equation.left, *equation.right)
+        self.axes = dict.fromkeys(
+            name
+            for term in terms
+            for expr in (*term.dims, *(term.key.holes if term.key else ()))
+            for name in axes_of(expr)
+        )
+        self.same: dict[str, str] = {}
+        for clause in equation.where:
+            if len(clause.values) == 1 and isinstance(clause.values[0][1], Axis):
+                a, b = self.root(clause.axis), self.root(clause.values[0][1].name)
+                if a != b:
+                    self.same[a] = b
+
+    def root(self, axis: str) -> str:
+        while axis in self.same:
+            axis = self.same[axis]
+        return axis
+
+    def put(self, axis: str, size: int, at: int | None) -> None:
+        if size < 0:
+            raise SizeError(f"{axis} would be {size}", at)
+        root = self.root(axis)
+        for name in self.axes:
+            if self.root(name) == root:
+                if self.sizes.setdefault(name, size) != size:
+                    raise SizeError(
+                        f"{name} is {self.sizes[name]} in one place and {size} in another", at
+                    )
+        if axis not in self.axes:
+            self.sizes.setdefault(axis, size)
+
+    def run(self, known: list[tuple[Expr, int, int]]) -> None:
+        loops = loops_of(self.equation)
+        while True:
+            before = len(self.sizes)
+            for clause in self.equation.where:
+                value = _evaluate(clause.values, self.sizes, self.lookup)
+                if value is not None:
+                    self.put(clause.axis, value, clause.start)
+            for dim, size, at in known:
+                self.solve(dim, size, at)
+            if len(self.sizes) == before:
+                break
+        open_axes = [name for name in self.axes if name not in self.sizes and name not in loops]
+        if open_axes:
+            raise UnknownSizeError(open_axes)
+
+    def unknowns(self, expr: Expr) -> set[str]:
+        return {self.root(name) for name in axes_of(expr) if name not in self.sizes}
+
+    def solve(self, dim: Expr, size: int, at: int) -> None:
+        unknown = self.unknowns(dim)
+        if len(unknown) != 1:
+            return
+        (root,) = unknown
+
+        def at_value(value: int) -> int:
+            trial = {n: self.sizes.get(n, value) for n in axes_of(dim)}
+            return extent(dim, trial)
+
+        zero, one = at_value(0), at_value(1)
+        slope = one - zero
+        if slope and at_value(2) == zero + 2 * slope:
+            found, left = divmod(size - zero, slope)
+            if left or found < 0:
+                raise SizeError(f"a size of {size} does not divide into {dim}", at)
+        elif slope == 0 and zero == size:
+            return
+        else:
+            found = next((v for v in range(size + 1) if at_value(v) >= size), -1)
+            if found < 0 or at_value(found) != size:
+                raise SizeError(f"a size of {size} does not divide into {dim}", at)
+        name = next(n for n in axes_of(dim) if self.root(n) == root)
+        self.put(name, found, at)
+
+    def settle_symbolically(self, dims: list[Expr]) -> tuple[str, ...]:
+        while True:
+            before = len(self.sizes)
+            for clause in self.equation.where:
+                if all(
+                    not isinstance(value, Axis) or value.name in self.sizes
+                    for _, value in clause.values
+                ):
+                    self._mark(clause.axis)
+            for dim in dims:
+                if len(self.unknowns(dim)) == 1:
+                    for name in axes_of(dim):
+                        self._mark(name)
+            for name in list(self.sizes):
+                self._mark(name)
+            if len(self.sizes) == before:
+                return tuple(name for name in self.axes if name not in self.sizes)
+
+    def _mark(self, axis: str) -> None:
+        for name in (axis, *(n for n in self.axes if self.root(n) == self.root(axis))):
+            self.sizes.setdefault(name, 1)

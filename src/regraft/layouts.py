@@ -1,0 +1,52 @@
+"""Layout names: what ``to`` and ``source`` may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regraft.adapters.packing import BEFORE, PACKINGS, SINCE
+from regraft.errors import BadInputError, Finding
+
+LAYOUTS = {
+    "transformers-v4": "names and shapes of transformers 4 (4.57.6), experts packed as by PEFT 0.18",
+    "transformers-v5": "names and shapes of transformers 5 (5.23.0), experts packed as since PEFT 0.19",
+}
+"""The layouts that are known, and what they are."""
+
+_USUAL = {"transformers-v4": BEFORE, "transformers-v5": SINCE}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout of the base, and how adapters pack stacked experts in it (``None``: as usual there)."""
+
+    name: str
+    packing: str | None = None
+
+    @property
+    def usual_packing(self) -> str:
+        """The packing that adapters of this layout have unless they say otherwise."""
+        return self.packing or _USUAL[self.name]
+
+    def __str__(self) -> str:
+        return self.name if self.packing is None else f"{self.name}/{self.packing}"
+
+
+def parse_layout(text: str) -> Layout:
+    """A layout from its name, with the packing after a slash where it matters.
+
+    >>> parse_layout("transformers-v5"), parse_layout("transformers-v4/peft-0.19").packing
+    (Layout(name='transformers-v5', packing=None), 'peft-0.19')
+
+    Raises ``BadInputError`` for an unknown name; it lists the known ones.
+    """
+    name, _, packing = text.partition("/")
+    if name not in LAYOUTS or (packing and packing not in PACKINGS):
+        known = ", ".join(LAYOUTS)
+        raise BadInputError(
+            Finding(
+                "unknown-layout",
+                f"there is no layout {text!r}; known: {known}, each also with /{' or /'.join(PACKINGS)}",
+            )
+        )
+    return Layout(name, packing or None)

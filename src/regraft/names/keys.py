@@ -1,0 +1,124 @@
+"""Key tables: many tensor names held as few templates and columns of numbers.
+
+``model.layers.7.mlp.experts.12.w1.weight`` is the template ``model.layers.#.mlp.experts.#.w#.weight`` and the
+numbers 7, 12, 1. A checkpoint of a hundred thousand tensors has a few dozen templates, so rules are matched
+against templates, and everything that depends on numbers is done in columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+MARK = "\0"
+"""Stands for a number in a template."""
+
+Ints = npt.NDArray[np.int64]
+
+_NUMBER = re.compile(r"[0-9]+")
+_PADDED = re.compile(r"(?<![0-9])0[0-9]|[0-9]{18}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """All names of one template. Row i is the name number ``ids[i]``, its numbers are ``numbers[i]``."""
+
+    template: str
+    ids: Ints
+    numbers: Ints
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, row: int) -> str:
+        """The name in a row.
+
+        >>> table("a.3.b", "a.4.b")[0].name(1)
+        'a.4.b'
+        """
+        return fill(self.template, self.numbers[row].tolist())
+
+    def names(self) -> list[str]:
+        """All names, row by row."""
+        return fill_rows(self.template, self.numbers)
+
+    def take(self, rows: Ints | npt.NDArray[np.bool_]) -> Group:
+        """The same template with some of the rows."""
+        return Group(self.template, self.ids[rows], self.numbers[rows])
+
+
+def fill(template: str, numbers: Sequence[int]) -> str:
+    """Put numbers into a template's marks, from left to right."""
+    parts = template.split(MARK)
+    return parts[0] + "".join(f"{n}{text}" for n, text in zip(numbers, parts[1:], strict=True))
+
+
+def fill_rows(template: str, numbers: Ints) -> list[str]:
+    """One name for each row of numbers."""
+    if not len(numbers):
+        return []
+    pattern = template.replace("%", "%%").replace(MARK, "%d")
+    return [pattern % tuple(row) for row in numbers.tolist()]
+
+
+def table(*names: str) -> list[Group]:
+    """Group names by template; ``ids`` count the names from 0.
+
+    >>> [group.template.replace(MARK, "#") for group in table("a.0.w1", "a.1.w3", "b")]
+    ['a.#.w#', 'b']
+    """
+    return group_names(names)
+
+
+def group_names(names: Iterable[str]) -> list[Group]:
+    """Group names by template, in order of first appearance. A number written with leading zeros is text."""
+    names = names if isinstance(names, (list, tuple)) else list(names)
+    if not names:
+        return []
+    text = "\n".join(names)
+    if text.count("\n") != len(names) - 1 or MARK in text or _PADDED.search(text):
+        templates, numbers = _split_slowly(names)
+    else:
+        templates = _NUMBER.sub(MARK, text).split("\n")
+        numbers = np.array(_NUMBER.findall(text), dtype="U18").astype(np.int64)
+    index: dict[str, int] = {}
+    codes = np.fromiter(
+        (index.setdefault(t, len(index)) for t in templates), dtype=np.int64, count=len(templates)
+    )
+    widths = np.fromiter((t.count(MARK) for t in index), dtype=np.int64, count=len(index))
+    starts = np.zeros(len(codes) + 1, dtype=np.int64)
+    np.cumsum(widths[codes], out=starts[1:])
+    order = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[order], np.arange(len(index) + 1))
+    groups = []
+    for number, template in enumerate(index):
+        ids = order[bounds[number] : bounds[number + 1]]
+        columns = starts[ids][:, None] + np.arange(widths[number])
+        groups.append(Group(template, ids, numbers[columns]))
+    return groups
+
+
+def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:
+    templates, numbers = [], []
+
+    def mark(match: re.Match[str]) -> str:
+        digits = match[0]
+        if (len(digits) > 1 and digits[0] == "0") or len(digits) > 17:
+            return digits
+        numbers.append(int(digits))
+        return MARK
+
+    for name in names:
+        templates.append(_NUMBER.sub(mark, name.replace(MARK, "\ufffd")))
+    return templates, np.array(numbers, dtype=np.int64)
+
+
+def rows_of(groups: Iterable[Group]) -> Iterator[tuple[Group, int]]:
+    """Every row of every group."""
+    for group in groups:
+        for row in range(len(group)):
+            yield group, row

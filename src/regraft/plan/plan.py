@@ -1,0 +1,229 @@
+"""The plan: pure data that says where every element of every tensor goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from regraft.equation.lower import Copy, flat_shape, stacked_holes
+from regraft.equation.notation import Axis, Term, loops_of
+from regraft.equation.sizes import extent, shape_of
+from regraft.names.keys import MARK, Group, Ints
+from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.templates import write_group
+
+
+class Headers:
+    """Names, shapes and dtypes of tensors. ``shapes[i]`` and ``dtypes[i]`` belong to the id ``i``."""
+
+    __slots__ = ("_rows", "_starts", "dtypes", "groups", "shapes")
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[str],
+    ) -> None:
+        self.groups, self.shapes, self.dtypes = tuple(groups), shapes, dtypes
+        self._rows: Ints | None = None
+        self._starts: Ints | None = None
+
+    def name(self, number: int) -> str:
+        """The name of the tensor with an id."""
+        if self._rows is None or self._starts is None:
+            sizes = [len(group) for group in self.groups]
+            self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+            ids = np.concatenate([g.ids for g in self.groups]) if sizes else np.zeros(0, np.int64)
+            self._rows = np.empty(ids.max(initial=-1) + 1, dtype=np.int64)
+            self._rows[ids] = np.arange(len(ids))
+        row = int(self._rows[number])
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.groups[group].name(row - int(self._starts[group]))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One rule at work: all values of its loops that have the same sizes.
+
+    ``sources[t]`` holds the ids of the tensors of term ``t`` of the side that is read, shaped (loop values,
+    stacked indices...); -1 where a tensor is absent, which only a partial plan (an adapter's) has.
+    """
+
+    rule: Rule
+    reverse: bool
+    rests: tuple[str, ...]
+    loops: Ints
+    """(loop values, numbers in ``{*p}`` and loops)."""
+    sizes: dict[str, int]
+    rest: tuple[int, ...]
+    """What ``...`` stands for."""
+    sources: tuple[Ints, ...]
+    copies: tuple[Copy, ...]
+
+    def __len__(self) -> int:
+        return len(self.loops)
+
+    @property
+    def read(self) -> tuple[Term, ...]:
+        """The terms of the side that is read."""
+        return self.rule.equation.sides(self.reverse)[0]
+
+    @property
+    def written(self) -> tuple[Term, ...]:
+        """The terms of the side that is written."""
+        return self.rule.equation.sides(self.reverse)[1]
+
+    @property
+    def read_kinds(self) -> tuple[str, ...]:
+        """The kinds of the side that is read."""
+        return self.rule.kinds(self.reverse)[0]
+
+    @property
+    def written_kinds(self) -> tuple[str, ...]:
+        """The kinds of the side that is written."""
+        return self.rule.kinds(self.reverse)[1]
+
+    def shape(self, term: Term) -> tuple[int, ...]:
+        """The shape of a term's tensors."""
+        return shape_of(term, self.sizes, self.rest)
+
+    def flat_shape(self, term: Term) -> tuple[int, ...]:
+        """The same with ``...`` as one dim."""
+        return flat_shape(term, self.sizes)
+
+    def stack(self, term: Term) -> tuple[int, ...]:
+        """How many values each stacked index of a term's key has."""
+        return tuple(extent(h, self.sizes) for h in stacked_holes(self.rule.equation, term))
+
+    def keys(self, term: Term) -> Group:
+        """The keys of a term, loop values first, then stacked indices, row major."""
+        return keys_of(term, self.rule, self.rests, self.loops, self.stack(term))
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether every tensor stays whole: one source, one target, the same bytes and the same kind."""
+        if len(self.read) != 1 or len(self.written) != 1 or self.read_kinds != self.written_kinds:
+            return False
+        return self.read[0].dims == self.written[0].dims and not self.stack(self.read[0])
+
+
+def index_grid(sizes: Sequence[int]) -> Ints:
+    """All indices of a grid, (axes, points), row major.
+
+    >>> index_grid((2, 2)).tolist()
+    [[0, 0, 1, 1], [0, 1, 0, 1]]
+    """
+    return np.indices(tuple(sizes), dtype=np.int64).reshape(len(sizes), prod(sizes))
+
+
+def keys_of(
+    term: Term, rule: Rule, rests: Sequence[str], loops: Ints, stack: Sequence[int]
+) -> Group:
+    """The keys of a term for some loop values; see ``Entry.keys``."""
+    assert term.key is not None
+    names = loops_of(rule.equation)
+    marks = sum(text.count(MARK) for text in rests)
+    per_loop = prod(stack)
+    grid = index_grid(stack)
+    holes = np.empty((len(loops) * per_loop, len(term.key.holes)), dtype=np.int64)
+    stacked = 0
+    for position, hole in enumerate(term.key.holes):
+        if isinstance(hole, Axis) and hole.name in names:
+            holes[:, position] = np.repeat(loops[:, marks + names.index(hole.name)], per_loop)
+        else:
+            holes[:, position] = np.tile(grid[stacked], len(loops))
+            stacked += 1
+    rest_numbers = np.repeat(loops[:, :marks], per_loop, axis=0)
+    return write_group(term.key, rests, rest_numbers, holes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """Keys that stay what they are, and the line of the book that says so."""
+
+    group: Group
+    carry: Carry
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Where everything goes. Frozen, printable, and splittable: entries do not depend on each other."""
+
+    source_layout: str
+    target_layout: str
+    books: tuple[Book, ...]
+    headers: Headers
+    entries: tuple[Entry, ...]
+    carried: tuple[Carried, ...]
+
+    def fired(self) -> dict[str, int]:
+        """How often every rule of the books fired; 0 where it did not."""
+        counts = {str(rule): 0 for book in self.books for rule in book.rules}
+        for entry in self.entries:
+            counts[str(entry.rule)] += len(entry)
+        return counts
+
+    def targets(self) -> Iterator[Group]:
+        """The keys of the result."""
+        for entry in self.entries:
+            for term in entry.written:
+                yield entry.keys(term)
+        for carried in self.carried:
+            yield carried.group
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, entry by entry."""
+        return {
+            "source_layout": self.source_layout,
+            "target_layout": self.target_layout,
+            "books": [book.name for book in self.books],
+            "rules": self.fired(),
+            "entries": [
+                {
+                    "rule": str(entry.rule),
+                    "times": len(entry),
+                    "sizes": entry.sizes,
+                    "sources": [
+                        {
+                            "keys": entry.keys(t).names(),
+                            "absent": int((ids < 0).sum()),
+                            "shape": entry.shape(t),
+                        }
+                        for t, ids in zip(entry.read, entry.sources, strict=True)
+                    ],
+                    "targets": [
+                        {"keys": entry.keys(t).names(), "shape": entry.shape(t)}
+                        for t in entry.written
+                    ],
+                }
+                for entry in self.entries
+            ],
+            "carried": [
+                {"keys": c.group.names(), "why": c.carry.why, "where": c.carry.where}
+                for c in self.carried
+            ],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source_layout} -> {self.target_layout}"]
+        for entry in self.entries:
+            lines.append(f"  {entry.rule.name}, {len(entry)} times [{entry.rule.where}]")
+            for sign, terms in (("-", entry.read), ("+", entry.written)):
+                for term in terms:
+                    lines.append(f"    {sign} {term.key}  {list(entry.shape(term))}")
+        for carried in self.carried:
+            shown = carried.group.template.replace(MARK, "*")
+            lines.append(f"  carried over: {shown} ({len(carried.group)}): {carried.carry.why}")
+        return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""What a conversion did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One adapted tensor of the result."""
+
+    key: str
+    """The base tensor's key in the result's layout."""
+    rank: int
+    alpha: int | float
+    scale: float
+    """What multiplies ``B @ A``."""
+    rule: str
+    """The rule that moved it, or why it was carried over."""
+    exact: bool
+    """Whether every number is the source's own, bit for bit; otherwise a scale was folded into B."""
+    parameter: bool = False
+    """Whether PEFT adapts it through ``target_parameters``."""
+
+
+@dataclass(slots=True)
+class AdapterReport:
+    """What became of one adapter."""
+
+    name: str
+    """The sub-folder, or an empty string."""
+    peft_type: str
+    source_layout: str
+    target_layout: str
+    evidence: list[str]
+    """Why it was taken for what it is."""
+    copied: bool = False
+    """Whether it was in the target layout already and was copied as it is."""
+    targets: list[Target] = field(default_factory=list)
+    carried: int = 0
+    """How many tensors beside LoRA factors were carried over or moved."""
+    tensors_in: int = 0
+    tensors_out: int = 0
+    rules: dict[str, int] = field(default_factory=dict)
+    """How often every rule fired."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a conversion did; ``to_dict`` gives plain data."""
+
+    source: str
+    destination: str
+    adapters: list[AdapterReport] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """Other files that were carried over."""
+    written: bool = True
+
+    @property
+    def targets(self) -> list[Target]:
+        """The adapted tensors of all adapters."""
+        return [target for adapter in self.adapters for target in adapter.targets]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, of all adapters."""
+        return [note for adapter in self.adapters for note in adapter.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)

@@ -1,0 +1,350 @@
+"""Rule books: TOML files that say how one layout of a model family becomes another.
+
+    name = "mixtral"
+    left = "transformers-v4"
+    right = "transformers-v5"
+    model_types = ["mixtral"]
+
+    [[equation]]
+    name = "expert down"
+    text = '''
+    {*p}.layers.{l}.block_sparse_moe.experts.{e}.w2.weight : o f
+        == {*p}.layers.{l}.mlp.experts.down_proj : e o f
+    where e = config.num_local_experts
+    '''
+    left_kind = "linear"
+    right_kind = "experts"
+
+    [[carry]]
+    keys = ["{*p}.layers.{l}.self_attn.{*q}"]
+    why = "attention is the same in both"
+
+    [[parameters]]
+    side = "right"
+    module = "{*p}.layers.{l}.mlp.experts"
+    names = ["gate_up_proj", "down_proj"]
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from regraft.equation.lower import check_equation
+from regraft.equation.notation import Equation, Key, Term, parse_equation, parse_key
+from regraft.equation.sizes import undetermined
+from regraft.errors import BadInputError, Finding
+from regraft.rules.kinds import KINDS
+
+Side = Literal["left", "right"]
+
+
+class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    text: str
+    left_kind: str | list[str] = "linear"
+    right_kind: str | list[str] = "linear"
+
+
+class _CarryTable(msgspec.Struct, forbid_unknown_fields=True):
+    keys: list[str]
+    why: str
+    kind: str = "any"
+    where: str = ""
+
+
+class _ParametersTable(msgspec.Struct, forbid_unknown_fields=True):
+    side: Literal["left", "right", "both"]
+    module: str
+    names: list[str]
+
+
+class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    equation: list[Any] = []
+    carry: list[Any] = []
+    parameters: list[Any] = []
+
+
+class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    title: str
+    left: str
+    right: str
+    model_types: list[str]
+    reclaimed: list[str] = []
+    reclaimed_model_types: list[str] = []
+    source: str = ""
+    include: list[str] = []
+
+
+_T = TypeVar("_T", bound=_PartTable)
+_PACKAGE, _FOLDER = "regraft.rules", "library"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One equation of a book, with the kinds of its tensors and the line it stands on."""
+
+    name: str
+    equation: Equation
+    left_kinds: tuple[str, ...]
+    right_kinds: tuple[str, ...]
+    book: str
+    where: str
+    """``file:line``."""
+
+    def kinds(self, reverse: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kinds of the side that is read and of the side that is written."""
+        kinds = (self.left_kinds, self.right_kinds)
+        return kinds[::-1] if reverse else kinds
+
+    def __str__(self) -> str:
+        return f"{self.book}/{self.name} ({self.where})"
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Keys that are the same in both layouts. ``term`` has dims where the book knows their sizes."""
+
+    term: Term
+    equation: Equation
+    why: str
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of a module in the order in which the module registers them."""
+
+    sides: tuple[Side, ...]
+    module: Key
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """A rule book: two layouts of one model family, and what leads from one to the other."""
+
+    name: str
+    title: str
+    left: str
+    right: str
+    model_types: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    carries: tuple[Carry, ...]
+    parameters: tuple[Parameters, ...]
+    reclaimed: tuple[str, ...]
+    """Leaf names that PEFT moves from ``target_modules`` to the experts' parameters, whatever they name."""
+    reclaimed_model_types: tuple[str, ...]
+    """Model types for which PEFT up to 0.21.2 does that."""
+    path: str
+    source: str
+
+
+def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
+    """Read and check a rule book; everything that is wrong with it is reported together, with file and line.
+
+    ``include`` names files beside it whose equations, carry-overs and parameters become part of it.
+
+    ``shown`` is what messages call the file.
+
+    Raises ``BadInputError``.
+    """
+    shown = str(path) if shown is None else shown
+    text = path.read_text(encoding="utf-8")
+    table = _convert(text, shown, _BookTable)
+    findings: list[Finding] = []
+    rules: list[Rule] = []
+    carries: list[Carry] = []
+    parameters: list[Parameters] = []
+    parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
+    folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
+    for name in table.include:
+        part = folder / name
+        if not part.is_file():
+            line = _line_of_field(text, "`include`")
+            message = f"include: there is no file {name} beside it"
+            findings.append(Finding("rule-book", message, where=f"{shown}:{line}"))
+            continue
+        included = part.read_text(encoding="utf-8")
+        parts.append((name, included, _convert(included, name, _PartTable)))
+    for where, source, part_table in parts:
+        loader = _Loader(where, source, table.name)
+        rules += filter(None, (loader.rule(i, raw) for i, raw in enumerate(part_table.equation)))
+        carries += [c for i, raw in enumerate(part_table.carry) for c in loader.carry(i, raw)]
+        parameters += filter(
+            None, (loader.parameters(i, raw) for i, raw in enumerate(part_table.parameters))
+        )
+        findings += loader.findings
+    if table.left == table.right:
+        findings.append(Finding("rule-book", "left and right are one layout", where=f"{shown}:1"))
+    seen: dict[str, str] = {}
+    for rule in rules:
+        if seen.setdefault(rule.name, rule.where) != rule.where:
+            message = f"two equations are called {rule.name!r}; the first is at {seen[rule.name]}"
+            findings.append(Finding("rule-book", message, where=rule.where))
+    if findings:
+        raise BadInputError(findings)
+    return Book(
+        table.name,
+        table.title,
+        table.left,
+        table.right,
+        tuple(table.model_types),
+        tuple(rules),
+        tuple(carries),
+        tuple(parameters),
+        tuple(table.reclaimed),
+        tuple(table.reclaimed_model_types),
+        shown,
+        table.source,
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> tuple[Book, ...]:
+    """The rule books that come with regraft."""
+    folder = resources.files(_PACKAGE) / _FOLDER
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return tuple(load_book(file, file.name) for file in files if not file.name.startswith("_"))
+
+
+def _convert(text: str, shown: str, kind: type[_T]) -> _T:
+    try:
+        return msgspec.convert(tomllib.loads(text), kind)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInputError(Finding("toml", f"not TOML: {error}", where=shown)) from None
+    except msgspec.ValidationError as error:
+        line = _line_of_field(text, str(error))
+        raise BadInputError(Finding("rule-book", str(error), where=f"{shown}:{line}")) from None
+
+
+class _Loader:
+    def __init__(self, path: str, text: str, book: str) -> None:
+        self.path, self.text, self.book = path, text, book
+        self.findings: list[Finding] = []
+        self.lines = {
+            name: [
+                self.text.count("\n", 0, m.start()) + 1
+                for m in re.finditer(rf"^[ \t]*\[\[{name}\]\]", self.text, re.MULTILINE)
+            ]
+            for name in ("equation", "carry", "parameters")
+        }
+
+    def line(self, table: str, number: int) -> int:
+        lines = self.lines[table]
+        return lines[number] if number < len(lines) else 1
+
+    def report(self, code: str, message: str, line: int) -> None:
+        self.findings.append(Finding(code, message, where=f"{self.path}:{line}"))
+
+    def convert(self, table: str, number: int, raw: Any, kind: type[Any]) -> Any:
+        try:
+            return msgspec.convert(raw, kind)
+        except msgspec.ValidationError as error:
+            self.report("rule-book", f"[[{table}]]: {error}", self.line(table, number))
+            return None
+
+    def parse(self, text: str, line: int) -> Equation | None:
+        try:
+            equation = parse_equation(text)
+            check_equation(equation)
+        except BadInputError as error:
+            for finding in error.findings:
+                self.report(finding.code, finding.message, line)
+            return None
+        return equation
+
+    def rule(self, number: int, raw: Any) -> Rule | None:
+        line = self.line("equation", number)
+        table = self.convert("equation", number, raw, _EquationTable)
+        if table is None:
+            return None
+        equation = self.parse(table.text, line)
+        if equation is None:
+            return None
+        if equation.left[0].key is None:
+            self.report("rule-book", f"{table.name}: a rule's terms need keys", line)
+            return None
+        for reverse, direction in ((False, "left to right"), (True, "right to left")):
+            loose = undetermined(equation, reverse)
+            if loose:
+                self.report(
+                    "undetermined",
+                    f"{table.name}: read {direction}, nothing says how large {', '.join(loose)} is",
+                    line,
+                )
+        kinds = []
+        for side, kind in ((equation.left, table.left_kind), (equation.right, table.right_kind)):
+            each = [kind] * len(side) if isinstance(kind, str) else kind
+            if len(each) != len(side):
+                self.report(
+                    "kind", f"{table.name}: {len(each)} kinds for a side of {len(side)} terms", line
+                )
+            for term, name in zip(side, each, strict=False):
+                if name not in KINDS:
+                    known = ", ".join(KINDS)
+                    self.report("kind", f"{table.name}: no kind {name!r}; known: {known}", line)
+                elif not KINDS[name].fits(term):
+                    self.report(
+                        "kind", f"{table.name}: {term} has not the dims of kind {name!r}", line
+                    )
+            kinds.append(tuple(each))
+        return Rule(
+            table.name, equation, kinds[0], kinds[1], self.book, f"{self.path}:{line}"
+        )
+
+    def carry(self, number: int, raw: Any) -> Iterable[Carry]:
+        line = self.line("carry", number)
+        table = self.convert("carry", number, raw, _CarryTable)
+        if table is None:
+            return
+        if table.kind not in KINDS:
+            self.report("kind", f"no kind {table.kind!r}; known: {', '.join(KINDS)}", line)
+            return
+        for key in table.keys:
+            term = key if " : " in key else f"{key} : ..."
+            text = f"{term} == {term}" + (f" where {table.where}" if table.where else "")
+            equation = self.parse(text, line)
+            if equation is not None:
+                yield Carry(
+                    equation.left[0], equation, table.why, table.kind, f"{self.path}:{line}"
+                )
+
+    def parameters(self, number: int, raw: Any) -> Parameters | None:
+        table = self.convert("parameters", number, raw, _ParametersTable)
+        if table is None:
+            return None
+        try:
+            key = parse_key(table.module)
+        except BadInputError as error:
+            self.report("notation", error.findings[0].message, self.line("parameters", number))
+            return None
+        sides: tuple[Side, ...] = ("left", "right") if table.side == "both" else (table.side,)
+        return Parameters(sides, key, tuple(table.names))
+
+
+def _line_of_field(text: str, message: str) -> int:
+    field = re.search(r"`([\w]+)`|\$\.(\w+)", message)
+    if field:
+        name = field[1] or field[2]
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip().startswith((name, f"[[{name}", f"[{name}")):
+                return number
+    return 1
+
+
+def books_for(model_types: Sequence[str], books: Iterable[Book] | None = None) -> list[Book]:
+    """The books that know one of the model types."""
+    wanted = set(model_types)
+    return [b for b in (library() if books is None else books) if wanted & set(b.model_types)]

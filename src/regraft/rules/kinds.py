@@ -1,0 +1,61 @@
+"""Kinds of tensors: which dims are batch, out and in. They come from the layout, never from a shape.
+
+Source: how torch's and transformers' modules store their weights, and how PEFT reads them
+(``peft/tuners/lora/layer.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regraft.equation.notation import Term
+
+BATCH, OUT, IN, NONE = "batch", "out", "in", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The role of every dim of a tensor.
+
+    ``module`` is True where PEFT adapts the module (``target_modules``), False where it adapts the parameter
+    (``target_parameters``).
+    """
+
+    name: str
+    roles: tuple[str, ...] | None
+    module: bool
+
+    def fits(self, term: Term) -> bool:
+        """Whether a term can be of this kind."""
+        if self.roles is None:
+            return True
+        dims = len(term.dims)
+        return dims <= len(self.roles) if term.ends_open else dims == len(self.roles)
+
+    def role(self, dim: int) -> str:
+        """The role of a dim.
+
+        >>> KINDS["experts"].role(0)
+        'batch'
+        """
+        return NONE if self.roles is None else self.roles[dim]
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("linear", (OUT, IN), module=True),
+        Kind("conv1d", (IN, OUT), module=True),
+        Kind("embedding", (IN, OUT), module=True),
+        Kind("parameter", (OUT, IN), module=False),
+        Kind("experts", (BATCH, OUT, IN), module=False),
+        Kind("experts-transposed", (BATCH, IN, OUT), module=False),
+        Kind("experts-unmarked", (BATCH, IN, OUT), module=False),
+        Kind("vector", (NONE,), module=False),
+        Kind("any", None, module=True),
+    )
+}
+"""``linear`` (out, in), transformers' ``Conv1D`` (in, out), ``embedding`` (vocabulary = in, hidden = out), a
+``parameter`` of its own (out, in), ``experts`` (E, out, in), ``experts-transposed`` (E, in, out) on a module that says
+so (``is_transposed``), ``experts-unmarked`` the same on a module that does not, ``vector`` and ``any`` for what has no
+delta."""

@@ -1,0 +1,154 @@
+"""Matching key templates against the templates of a key table, and writing keys from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.equation.notation import Axis, Hole, Key, Segments
+from regraft.names.keys import MARK, Group, Ints
+
+_DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """The rows of a group that a key template matches."""
+
+    rows: npt.NDArray[np.intp]
+    """Which rows of the group."""
+    rests: tuple[str, ...]
+    """What each ``{*p}`` holds, as a template with marks, in the order of the key."""
+    rest_numbers: Ints
+    """(rows, marks in all rests)."""
+    holes: Ints
+    """(rows, holes): the index in each hole."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    pattern: re.Pattern[str]
+    kinds: tuple[str, ...]
+    """What each capture group is: ``hole``, ``rest``, or the digits of a literal number."""
+
+
+@lru_cache(maxsize=4096)
+def _compile(key: Key) -> _Compiled:
+    pieces: list[str] = []
+    kinds: list[str] = []
+    dot_taken = False
+    for position, part in enumerate(key.parts):
+        if isinstance(part, Hole):
+            pieces.append(f"({MARK})")
+            kinds.append("hole")
+        elif isinstance(part, Segments):
+            last = position == len(key.parts) - 1
+            if last and position:
+                pieces[-1] = pieces[-1].removesuffix(r"\.")
+                pieces.append(r"(?:\.(.+))?")
+            elif last:
+                pieces.append("(.+)")
+            else:
+                pieces.append(r"(?:(.+)\.)?")
+                dot_taken = True
+            kinds.append("rest")
+        else:
+            text = part
+            if dot_taken:
+                text, dot_taken = text[1:], False
+            at = 0
+            for match in _DIGITS.finditer(text):
+                pieces.append(re.escape(text[at : match.start()]) + f"({MARK})")
+                kinds.append(match[0])
+                at = match.end()
+            pieces.append(re.escape(text[at:]))
+    return _Compiled(re.compile("".join(pieces), re.DOTALL), tuple(kinds))
+
+
+def literal_digits(key: Key) -> int:
+    """How many numbers a template spells out; where two templates match, the one with more wins."""
+    return sum(len(_DIGITS.findall(part)) for part in key.parts if isinstance(part, str))
+
+
+def match_group(key: Key, group: Group) -> Match | None:
+    """Match a key template against a group; ``None`` where no row matches.
+
+    >>> from regraft.equation.notation import parse_key
+    >>> from regraft.names.keys import table
+    >>> (group,) = table("model.layers.0.w1", "model.layers.1.w1", "model.layers.1.w2")
+    >>> match = match_group(parse_key("{*p}.layers.{l}.w1"), group)
+    >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
+    (('model',), [0, 1], [0, 1])
+    """
+    compiled = _compile(key)
+    found = compiled.pattern.fullmatch(group.template)
+    if found is None:
+        return None
+    mask: npt.NDArray[np.bool_] | None = None
+    hole_columns: list[int] = []
+    rests: list[str] = []
+    rest_columns: list[int] = []
+    for number, kind in enumerate(compiled.kinds, 1):
+        start, end = found.span(number)
+        column = group.template.count(MARK, 0, start) if start >= 0 else 0
+        if kind == "hole":
+            hole_columns.append(column)
+        elif kind == "rest":
+            text = found[number] or ""
+            rests.append(text)
+            rest_columns.extend(range(column, column + text.count(MARK)))
+        else:
+            equal = group.numbers[:, column] == int(kind)
+            mask = equal if mask is None else mask & equal
+    rows = np.arange(len(group)) if mask is None else np.flatnonzero(mask)
+    if not len(rows):
+        return None
+    numbers = group.numbers if mask is None else group.numbers[rows]
+    return Match(rows, tuple(rests), numbers[:, rest_columns], numbers[:, hole_columns])
+
+
+def write_group(
+    key: Key, rests: Sequence[str], rest_numbers: Ints, holes: Ints, ids: Ints | None = None
+) -> Group:
+    """The keys that a template gives for rests and hole indices, one row each; the inverse of a match."""
+    template: list[str] = []
+    columns: list[Ints | int] = []
+    hole = rest = rest_column = 0
+    for part in key.parts:
+        if isinstance(part, Hole):
+            template.append(MARK)
+            columns.append(holes[:, hole])
+            hole += 1
+        elif isinstance(part, Segments):
+            text = rests[rest]
+            rest += 1
+            marks = text.count(MARK)
+            columns.extend(rest_numbers[:, rest_column + i] for i in range(marks))
+            rest_column += marks
+            if text:
+                template.append(text)
+            elif template:
+                template[-1] = template[-1].removesuffix(".")
+            else:
+                template.append("")
+        else:
+            text = part
+            if template and template[-1] == "" and len(template) == 1:
+                text = text.removeprefix(".")
+            columns.extend(int(m[0]) for m in _DIGITS.finditer(text))
+            template.append(_DIGITS.sub(MARK, text))
+    count = len(holes)
+    numbers = np.empty((count, len(columns)), dtype=np.int64)
+    for position, column in enumerate(columns):
+        numbers[:, position] = column
+    return Group("".join(template), np.arange(count) if ids is None else ids, numbers)
+
+
+def hole_axes(key: Key) -> tuple[str | None, ...]:
+    """The axis in each hole, ``None`` for a product or a sum."""
+    return tuple(hole.name if isinstance(hole, Axis) else None for hole in key.holes)

@@ -1,0 +1,19 @@
+"""What holds for every test: no network, one thread, steady property tests."""
+
+import contextlib
+import os
+
+# Read when the libraries are imported, so set before anything else.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from hypothesis import settings
+
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+with contextlib.suppress(ImportError):
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,27 @@
+"""Importing regraft is light: the heavy libraries come in only where they are asked for."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import json, sys, time
+start = time.perf_counter()
+import regraft
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(sys.modules)}))
+"""
+
+
+def test_import_leaves_heavy_libraries_out(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    with capsys.disabled():
+        print(f"\nimport regraft: {report['seconds'] * 1000:.0f} ms")
+    heavy = {"torch", "transformers", "peft", "accelerate"}
+    assert heavy.isdisjoint(report["modules"])
