@@ -32,7 +32,7 @@ from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.layouts import LAYOUTS, Layout
 from regraft.names.keys import Group
 from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig, Scope
+from regraft.plan.model import ModelConfig
 from regraft.plan.plan import Headers, Plan
 from regraft.report import AdapterReport, Target
 from regraft.rules.book import Rule
@@ -407,8 +407,7 @@ class _Conversion:
             [tensors[i].shape for i in order],
             [tensors[i].dtype.name for i in order],
         )
-        scopes = {name: Scope(scope.config) for name, scope in self.known.scopes.items()}
-        plan = self.plan_absolute(headers, target, scopes)
+        plan = self.plan_absolute(headers, target)
         result = apply_plan(plan, [tensors[i] for i in order])
         sources: dict[str, str] = {}
         whose: dict[str, bool] = {}
@@ -427,13 +426,13 @@ class _Conversion:
             _Moved(sources[name], name, whose[name], tensor) for name, tensor in result.items()
         ]
 
-    def plan_absolute(self, headers: Headers, target: str, scopes: dict[str, Scope]) -> Plan:
+    def plan_absolute(self, headers: Headers, target: str) -> Plan:
         try:
             return build_plan(
                 headers,
                 self.known.books,
                 target_layout=target,
-                scopes=scopes,
+                scopes=dict(self.known.scopes),
                 where=self.source.where,
             )
         except BadInputError as error:

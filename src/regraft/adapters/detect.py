@@ -72,7 +72,7 @@ def find_books(
         books = tuple(books_for(model.model_types()))
         if not books:
             raise _unknown_model(model.model_types(), model.path)
-        scopes = {book.name: Scope(model.part_of(book.model_types)) for book in books}
+        scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(model.model_types())
         return Known(books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})")
     named = _named_model_type(config)

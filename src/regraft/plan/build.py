@@ -37,7 +37,8 @@ from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.templates import (
     Match,
     hole_axes,
-    literal_digits,
+    Specificity,
+    specificity,
     match_group,
     write_group,
 )
@@ -115,6 +116,7 @@ class _Builder:
             count=len(headers.shapes),
         )
         self.shape_list = list(codes)
+        self.dims = np.array([len(shape) for shape in codes], dtype=np.int64)
 
     def build(self) -> Plan:
         entries: list[Entry] = []
@@ -135,16 +137,17 @@ class _Builder:
         return book.left == self.target
 
     def claims(self) -> dict[Rule, list[_Claim]]:
-        found = [
-            (literal_digits(term.key), _Claim(rule, number, term, group, match))
-            for book in self.books
-            for rule in book.rules
-            for number, term in enumerate(rule.equation.sides(self.reverse(book))[0])
-            if term.key is not None
-            for group in self.headers.groups
-            if (match := match_group(term.key, group)) is not None
-        ]
-        found.sort(key=lambda pair: -pair[0])
+        found: list[tuple[Specificity, _Claim]] = []
+        for book in self.books:
+            scope = self.scopes.get(book.name, Scope())
+            for rule in book.rules:
+                for number, term in enumerate(rule.equation.sides(self.reverse(book))[0]):
+                    for group in self.headers.groups:
+                        claim = self.claim(rule, number, term, group, scope)
+                        if claim is not None:
+                            found.append((specificity(term), claim))
+        found.sort(key=lambda pair: pair[0], reverse=True)
+        ranks = {rank: place for place, (rank, _) in enumerate(found)}
         digits = np.full(len(self.owner), -1)
         claims: dict[Rule, list[_Claim]] = {r: [] for book in self.books for r in book.rules}
         taken: list[_Claim] = []
@@ -152,7 +155,7 @@ class _Builder:
             ids = claim.ids()
             rivals = self.owner[ids]
             if (rivals >= 0).any():
-                clash = (rivals >= 0) & (digits[ids] == spelled)
+                clash = (rivals >= 0) & (digits[ids] == ranks[spelled])
                 if clash.any():
                     first = int(np.flatnonzero(clash)[0])
                     other = taken[int(rivals[first])].rule
@@ -179,10 +182,26 @@ class _Builder:
                 str(claim.rule),
             )
             self.owner[ids] = len(taken)
-            digits[ids] = spelled
+            digits[ids] = ranks[spelled]
             taken.append(claim)
             claims[claim.rule].append(claim)
         return claims
+
+    def claim(
+        self, rule: Rule, number: int, term: Term, group: Group, scope: Scope
+    ) -> _Claim | None:
+        """The keys of a group that a term speaks of: by name, by number of dims, and inside its scope."""
+        assert term.key is not None
+        match = match_group(term.key, group)
+        if match is None or not scope.admits(group.template):
+            return None
+        claim = _Claim(rule, number, term, group, match)
+        fixed = len(term.dims) - term.ends_open
+        dims = self.dims[self.shape_code[claim.ids()]]
+        fits = dims >= fixed if term.ends_open else dims == fixed
+        if fits.all():
+            return claim
+        return claim.keep(fits) if fits.any() else None
 
     def entries(self, rule: Rule, claims: list[_Claim]) -> Iterable[Entry]:
         by_rests: dict[tuple[str, ...], list[_Claim]] = defaultdict(list)
@@ -199,11 +218,12 @@ class _Builder:
                 continue
             left = group if free.all() else group.take(free)
             for book in self.books:
+                scope = self.scopes.get(book.name, Scope())
                 for carry in book.carries:
                     if not len(left) or carry.term.key is None:
                         continue
                     match = match_group(carry.term.key, left)
-                    if match is None:
+                    if match is None or not scope.admits(left.template):
                         continue
                     taken = left.take(match.rows)
                     self.check_carried(book, taken, carry, match)

@@ -9,6 +9,16 @@ from typing import Any
 from regraft.equation.notation import ConfigPath
 
 
+_SUB_MODELS = {
+    "text_config": "language_model",
+    "vision_config": "vision_tower",
+    "audio_config": "audio_tower",
+}
+"""What transformers calls the module that belongs to a part of a composite config."""
+
+_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's ``config.json`` and the part of it that a rule book speaks of.
@@ -42,10 +52,23 @@ class ModelConfig:
         """All model types in it, that of the whole model first."""
         return [str(p["model_type"]) for _, p in self.parts() if isinstance(p.get("model_type"), str)]
 
-    def part_of(self, model_types: tuple[str, ...]) -> Mapping[str, Any] | None:
-        """The innermost part that has one of the model types."""
-        found = [p for _, p in self.parts() if p.get("model_type") in model_types]
-        return found[-1] if found else None
+    def part_of(self, model_types: tuple[str, ...]) -> tuple[str, Mapping[str, Any]] | None:
+        """The part that has one of the model types, and its path; of several, the language model's."""
+        found = [(path, p) for path, p in self.parts() if p.get("model_type") in model_types]
+        found.sort(key=lambda pair: not pair[0].endswith("text_config."))
+        return found[0] if found else None
+
+    def scope_of(self, model_types: tuple[str, ...]) -> Scope:
+        """The scope of a rule book for these model types.
+
+        Inside a bigger model a book speaks of its own sub-model only, and of the whole where it knows that, too.
+        """
+        found = self.part_of(model_types)
+        if found is None:
+            return Scope()
+        path, part = found
+        below = None if self.model_type in model_types else _SUB_MODELS.get(path.split(".")[-2:][0])
+        return Scope(part, below=below)
 
     def is_composite(self) -> bool:
         """Whether there are configs of other models inside."""
@@ -58,6 +81,17 @@ class Scope:
 
     config: Mapping[str, Any] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    below: str | None = None
+    """A segment that keys must have: the name of the sub-model that the book speaks of."""
+
+    def admits(self, template: str) -> bool:
+        """Whether keys of a template belong to the sub-model; heads stand outside and are let in.
+
+        >>> Scope(below="language_model").admits("model.vision_tower.layers.0.norm")
+        False
+        """
+        segments = template.split(".")
+        return self.below is None or self.below in segments or segments[0] in _HEADS
 
     def look_up(self, value: ConfigPath) -> int | None:
         """The first of the fields that the config has as a whole number."""

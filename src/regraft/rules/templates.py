@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from regraft.equation.notation import Axis, Hole, Key, Segments
+from regraft.equation.notation import Axis, Hole, Key, Segments, Term
 from regraft.names.keys import MARK, Group, Ints
 
 _DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
@@ -70,9 +70,18 @@ def _compile(key: Key) -> _Compiled:
     return _Compiled(re.compile("".join(pieces), re.DOTALL), tuple(kinds))
 
 
-def literal_digits(key: Key) -> int:
-    """How many numbers a template spells out; where two templates match, the one with more wins."""
-    return sum(len(_DIGITS.findall(part)) for part in key.parts if isinstance(part, str))
+Specificity = tuple[int, int, int]
+
+
+def specificity(term: Term) -> Specificity:
+    """How closely a term describes a tensor; where two match, the closer one wins.
+
+    Numbers spelled out count most (not every digit is an index), then dims, then letters.
+    """
+    assert term.key is not None
+    texts = [part for part in term.key.parts if isinstance(part, str)]
+    digits = sum(len(_DIGITS.findall(text)) for text in texts)
+    return digits, len(term.dims) - term.ends_open, sum(map(len, texts))
 
 
 def match_group(key: Key, group: Group) -> Match | None:
