@@ -11,7 +11,7 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
-from regraft.adapters.source import CONFIG, WEIGHTS, Found, Source, find_adapters, open_adapter
+from regraft.adapters.source import ASIDE, CONFIG, WEIGHTS, Found, Source, find_adapters, open_adapter
 from regraft.errors import Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
@@ -111,8 +111,12 @@ def _write(
             if result.report.copied and source.weights is not None:
                 copy_file(source.weights, folder / source.weights.name)
                 copy_file(Path(source.where) / CONFIG, folder / CONFIG)
+                if source.aside:
+                    copy_file(Path(source.where) / ASIDE, folder / ASIDE)
                 continue
             write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
+            if result.aside:
+                write_tensors(folder / ASIDE, result.aside, {"format": "pt"})
             text = json.dumps(result.config, indent=2, sort_keys=True) + "\n"
             (folder / CONFIG).write_text(text, encoding="utf-8")
         for path in found.others:

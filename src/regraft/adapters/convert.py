@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,31 +13,36 @@ import numpy as np
 from regraft.adapters.detect import Detected, Known, detect_layout, find_books, layout_of_version
 from regraft.adapters.factors import Array, Factors, Images, Lora
 from regraft.adapters.image import images
+from regraft.adapters.kept import (
+    BaseWeights,
+    Kept,
+    add_factors,
+    drop_stand_ins,
+    fill_saved,
+    keep_uncalled,
+)
+from regraft.adapters.others import move_others, rename_saved, write_others
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
 from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.record import Record, read_record
-from regraft.adapters.scan import PREFIX, Others, Scan, scan_names
+from regraft.adapters.scan import PREFIX, Scan, scan_names
 from regraft.adapters.source import RECORD, Source
 from regraft.adapters.writing import (
     ConfigWriter,
     Result,
     Written,
     check_config,
-    tail_of,
     write_factors,
 )
-from regraft.arrays.apply import apply_plan
-from regraft.equation.notation import parse_key
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout
-from regraft.names.keys import Group
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
-from regraft.plan.plan import Headers, Plan
+from regraft.plan.plan import Plan
 from regraft.report import AdapterReport, Target
 from regraft.rules.book import Rule
-from regraft.rules.templates import match_group
 
 _FORMAT = 1
 
@@ -50,6 +56,8 @@ class Converted:
     metadata: dict[str, str]
     report: AdapterReport
     plan: Plan | None = None
+    aside: dict[str, Array] = field(default_factory=dict)
+    """Factors that the layout cannot hold, for a file beside the result."""
 
 
 def convert_adapter(
@@ -165,11 +173,11 @@ class _Conversion:
         target = self.to.name
         repack = layout == target
         side = Side(self.known.books, layout, self.known.scopes)
-        factors = self.read_factors(side)
-        arrays = list(self.source.tensors.values())
-        others = self.plan_others(target, side, repack)
         recorded = self.source.record()
         record = self.open_record(recorded)
+        back, returned = self.take_back(recorded)
+        factors = self.read_factors(side)
+        others = move_others(self.scan, self.source, self.known, side, target, repack)
         plan: Plan | None = None
         if repack:
             made = list(_unmoved(factors))
@@ -179,14 +187,33 @@ class _Conversion:
             self.refuse_unknown_variants(plan)
             made = list(_images(plan, factors, record))
             rules = _rule_of_each(plan)
+        base = BaseWeights(self.known, target, self.checkpoint())
+        made, saved, kept = keep_uncalled(made, self.known, target, base, self.source.where)
+        entries = self.source.config.get("modules_to_save") or []
+        names_now = rename_saved(self.source.config, others)
+        others = fill_saved(
+            others, names_now or entries, self.known, target, base, kept, self.source.where
+        )
         packing = self.target_packing(recorded)
         out_side = Side(self.known.books, target, self.known.scopes)
         result = write_factors(made, out_side, packing, self.reclaimed(target))
-        exact = {image.keys.name(i): lora.exact for image in made for i, lora in enumerate(image.loras) if lora}
+        add_factors(result, back, returned)
+        exact = {
+            image.keys.name(i): lora.exact
+            for image in made
+            for i, lora in enumerate(image.loras)
+            if lora is not None
+        }
         report = self.new_report(layout)
-        config = self.write_config(result, packing, recorded, others)
-        names = self.write_others(others, result, arrays)
-        report.carried = len(names)
+        if kept.entries:
+            names_now = [*(names_now or entries), *kept.entries]
+            self.notes.append(
+                f"{len(kept.modules)} LoRAs were added to their base weights, which are saved in their place "
+                f"({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
+            )
+        config = self.write_config(result, packing, recorded, names_now)
+        write_others([*others, *saved], result)
+        report.carried = len(others) + len(saved)
         report.tensors_out = len(result.tensors)
         if plan is not None:
             report.rules = plan.fired()
@@ -205,8 +232,29 @@ class _Conversion:
         self.note_changes(config, made)
         metadata = dict(self.source.metadata)
         metadata.setdefault("format", "pt")
-        metadata[RECORD] = self.new_record(layout, config, record)
-        return Converted(config, result.tensors, metadata, report, plan)
+        metadata[RECORD] = self.new_record(layout, config, record, kept)
+        return Converted(config, result.tensors, metadata, report, plan, kept.tensors)
+
+    def take_back(self, recorded: Mapping[str, Any]) -> tuple[dict[str, Array], list[Written]]:
+        """Leave out what only stood in for something in the layout that this adapter comes back from."""
+        if recorded.get("source", {}).get("layout") != self.to.name:
+            return {}, []
+        drop, factors, written = drop_stand_ins(
+            self.source.tensors, recorded.get("kept", {}), self.source.aside
+        )
+        if drop:
+            self.source = replace(
+                self.source,
+                tensors={n: t for n, t in self.source.tensors.items() if n not in drop},
+            )
+            self.names = list(self.source.tensors)
+            self.scan, _ = scan_names(self.names, self.source.where, self.is_lora)
+        return factors, written
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The base's weights, where the base was given as a folder that has them."""
+        model = self.known.model
+        return Checkpoint.find(Path(model.path).parent) if model is not None else None
 
     def read_factors(self, side: Side) -> Factors:
         reader = FactorReader(
@@ -362,145 +410,16 @@ class _Conversion:
             return str(before["packing"])
         return self.to.usual_packing
 
-    # Tensors that are no LoRA factors
-
-    def plan_others(self, target: str, side: Side, repack: bool) -> list[_Moved]:
-        inside = [o for o in self.scan.others if o.prefix]
-        outside = [o for o in self.scan.others if not o.prefix]
-        if outside and self.is_lora:
-            raise BadInputError(
-                [
-                    Finding(
-                        "prefix",
-                        f"keys of a PEFT adapter begin with {PREFIX!r}",
-                        where=self.source.where,
-                        key=o.keys.name(0),
-                        fix=f"put {PREFIX!r} before every key, or save the adapter with save_pretrained",
-                    )
-                    for o in outside
-                ]
-            )
-        moved = [
-            _Moved(name, name, False, i, inside=False)
-            for o in outside
-            for name, i in zip(o.keys.names(), o.keys.ids.tolist(), strict=True)
-        ]
-        if not inside:
-            return moved
-        self.refuse_changed(inside, side)
-        wrapped = {i for o in inside if o.wrapped for i in o.keys.ids.tolist()}
-        tensors = list(self.source.tensors.values())
-        if repack:
-            return moved + [
-                _Moved(name, name, i in wrapped, i)
-                for o in inside
-                for name, i in zip(o.keys.names(), o.keys.ids.tolist(), strict=True)
-            ]
-        order = [i for o in inside for i in o.keys.ids.tolist()]
-        place = {i: at for at, i in enumerate(order)}
-        groups = [
-            Group(o.keys.template, np.array([place[i] for i in o.keys.ids.tolist()]), o.keys.numbers)
-            for o in inside
-        ]
-        headers = Headers(
-            groups,
-            [tensors[i].shape for i in order],
-            [tensors[i].dtype.name for i in order],
-        )
-        plan = self.plan_absolute(headers, target)
-        result = apply_plan(plan, [tensors[i] for i in order])
-        sources: dict[str, str] = {}
-        whose: dict[str, bool] = {}
-        for entry in plan.entries:
-            for term in entry.written:
-                keys = entry.keys(term)
-                per_loop = len(keys) // len(entry)
-                for row in range(len(keys)):
-                    first = int(entry.sources[0][row // per_loop].reshape(-1)[0])
-                    sources[keys.name(row)] = headers.name(first)
-                    whose[keys.name(row)] = order[first] in wrapped
-        for carried in plan.carried:
-            for name, i in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
-                sources[name], whose[name] = name, order[i] in wrapped
-        return moved + [
-            _Moved(sources[name], name, whose[name], tensor) for name, tensor in result.items()
-        ]
-
-    def plan_absolute(self, headers: Headers, target: str) -> Plan:
-        try:
-            return build_plan(
-                headers,
-                self.known.books,
-                target_layout=target,
-                scopes=dict(self.known.scopes),
-                where=self.source.where,
-            )
-        except BadInputError as error:
-            if all(finding.code == "missing" for finding in error.findings):
-                raise RefusedError(
-                    [
-                        Finding(
-                            "partial-weights",
-                            f"saved weights (modules_to_save) become part of a bigger tensor, and {f.message}",
-                            where=f.where,
-                            rule=f.rule,
-                            fix="merge the adapter into its base and convert the base",
-                        )
-                        for f in error.findings
-                    ]
-                ) from None
-            raise
-
-    def refuse_changed(self, others: Iterable[Others], side: Side) -> None:
-        """Refuse tensors of families that have no rule where the base weight they stand on changes."""
-        findings = []
-        for rule, term, _, _ in side.rules():
-            key = term.key
-            if key is None or _keeps(rule):
-                continue
-            module = str(key).removesuffix(".weight")
-            below = parse_key(module + ".{*adapter_tensor}")
-            for other in others:
-                if match_group(key, other.keys) is not None:
-                    continue
-                match = match_group(below, other.keys)
-                if match is not None and match.rests[-1]:
-                    kind = self.source.peft_type
-                    findings.append(
-                        Finding(
-                            "no-image",
-                            f"this tensor of {'a variant of ' if kind == 'LORA' else ''}{kind} stands on a "
-                            "weight that is laid out otherwise there, and no rule carries it"
-                            + (f" ({len(match.rows)} like it)" if len(match.rows) > 1 else ""),
-                            where=self.source.where,
-                            key=other.keys.name(int(match.rows[0])),
-                            rule=str(rule),
-                            fix="merge the adapter into its base and convert the base",
-                        )
-                    )
-        if findings:
-            raise RefusedError(findings)
-
-    def write_others(self, others: list[_Moved], result: Result, arrays: list[Array]) -> list[str]:
-        names = []
-        for item in others:
-            tensor = arrays[item.tensor] if isinstance(item.tensor, int) else item.tensor
-            name = item.new
-            if item.inside:
-                module, _, leaf = name.rpartition(".")
-                depth = result.wrappers.get(module, 1) if item.wrapped else 0
-                name = PREFIX + module + ".base_layer" * depth + "." * bool(module) + leaf
-            result.tensors[name] = tensor
-            names.append(name)
-        return names
-
     # The config
 
     def write_config(
-        self, result: Result, packing: str, recorded: Mapping[str, Any], others: list[_Moved]
+        self,
+        result: Result,
+        packing: str,
+        recorded: Mapping[str, Any],
+        saved: list[str] | None,
     ) -> dict[str, Any]:
         source = self.source.config
-        saved = self.modules_to_save(others)
         if not self.is_lora or not result.written:
             config = dict(source)
             if saved is not None:
@@ -552,34 +471,14 @@ class _Conversion:
         del config
         return old
 
-    def modules_to_save(self, others: list[_Moved]) -> list[str] | None:
-        """``modules_to_save`` with the names the modules have now; ``None`` where nothing changes."""
-        entries = self.source.config.get("modules_to_save")
-        if not isinstance(entries, list):
-            return None
-        result: list[str] = []
-        for entry in entries:
-            new: dict[str, list[str]] = {}
-            same = True
-            for item in others:
-                owner = _owner(item.old, entry)
-                if owner is not None:
-                    new.setdefault(owner, []).append(item.new)
-                    same &= item.old == item.new
-            modules = [_common_module(names) for names in new.values()]
-            if same or not modules or all(m.endswith(entry) for m in modules):
-                result.append(entry)
-            else:
-                result += sorted({m if m.endswith(entry) else tail_of(m) for m in modules})
-        result = list(dict.fromkeys(result))
-        return None if result == entries else result
-
     def open_record(self, recorded: Mapping[str, Any]) -> Record:
         if recorded.get("source", {}).get("layout") != self.to.name:
             return Record()
         return read_record(recorded.get("parts", {}), bool(self.source.config.get("use_rslora")))
 
-    def new_record(self, layout: str, config: Mapping[str, Any], record: Record) -> str:
+    def new_record(
+        self, layout: str, config: Mapping[str, Any], record: Record, kept: Kept
+    ) -> str:
         source = self.source.config
         changed = {
             name: [source.get(name), config.get(name)]
@@ -594,6 +493,7 @@ class _Conversion:
                 "config": changed,
                 "had": [name for name in changed if name in source],
                 "parts": record.to_json(),
+                "kept": kept.to_json(),
             },
             sort_keys=True,
         )
@@ -623,17 +523,6 @@ class _Conversion:
                 self.notes.append(
                     f"peft_version says {config[name]} now, because it tells readers how experts are packed"
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Moved:
-    old: str
-    new: str
-    wrapped: bool
-    """Whether the module it belongs to is adapted, too."""
-    tensor: Array | int
-    inside: bool = True
-    """Whether it belongs to a module of the base: its key has PEFT's prefix."""
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:
@@ -668,36 +557,6 @@ def _rule_of_each(plan: Plan) -> dict[str, str]:
     for carried in plan.carried:
         rules.update(dict.fromkeys(carried.group.names(), carried.carry.why))
     return rules
-
-
-def _keeps(rule: Rule) -> bool:
-    """Whether a rule leaves name, shape and kind as they are."""
-    left, right = rule.equation.left, rule.equation.right
-    return (
-        len(left) == len(right) == 1
-        and left[0].key == right[0].key
-        and left[0].dims == right[0].dims
-        and rule.left_kinds == rule.right_kinds
-    )
-
-
-def _owner(key: str, entry: str) -> str | None:
-    """The module that an entry of ``modules_to_save`` saves and that a tensor belongs to."""
-    segments = key.split(".")
-    for end in range(1, len(segments)):
-        path = ".".join(segments[:end])
-        if path.endswith(entry):
-            return path
-    return None
-
-
-def _common_module(names: list[str]) -> str:
-    split = [name.split(".")[:-1] for name in names]
-    common = split[0]
-    for other in split[1:]:
-        length = next((i for i, (x, y) in enumerate(zip(common, other, strict=False)) if x != y), None)
-        common = common[: min(len(common), len(other)) if length is None else length]
-    return ".".join(common)
 
 
 __all__ = ["Converted", "Written", "convert_adapter"]

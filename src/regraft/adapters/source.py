@@ -16,6 +16,8 @@ from regraft.files.safetensors import open_tensors, read_header
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
+ASIDE = "regraft_kept.safetensors"
+"""A file beside the weights: factors that their layout cannot hold, for the way back."""
 RECORD = "regraft"
 """The key of regraft's own entry in a file's metadata."""
 
@@ -39,6 +41,8 @@ class Source:
     tensors: dict[str, Array]
     metadata: dict[str, str] = field(default_factory=dict)
     weights: Path | None = None
+    aside: dict[str, Array] = field(default_factory=dict)
+    """Factors that regraft kept in a file beside the weights."""
 
     @property
     def peft_type(self) -> str:
@@ -104,7 +108,7 @@ def find_adapters(src: Path) -> Found:
                 fix="give the folder that PEFT's save_pretrained wrote",
             )
         )
-    own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN)}
+    own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
     others = tuple(
         sorted(path.relative_to(src) for path in src.rglob("*") if path.is_file() and path not in own)
     )
@@ -124,6 +128,7 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
     except RegraftError as error:
         findings += error.findings
     tensors: dict[str, Array] = {}
+    aside: dict[str, Array] = {}
     metadata: dict[str, str] = {}
     file = weights
     if file is None:
@@ -150,12 +155,14 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
             findings.append(
                 Finding("empty", "the adapter is empty: its weights file has no tensors", where=str(file))
             )
+        if (folder / ASIDE).is_file():
+            aside = open_tensors(folder / ASIDE)
     except RegraftError as error:
         findings += error.findings
     if findings:
         raise BadInputError(findings)
     name = str(folder.relative_to(root))
-    return Source("" if name == "." else name, str(folder), config, tensors, metadata, file)
+    return Source("" if name == "." else name, str(folder), config, tensors, metadata, file, aside)
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:

@@ -68,10 +68,19 @@ class _ParametersTable(msgspec.Struct, forbid_unknown_fields=True):
     names: list[str]
 
 
+class _ModuleTable(msgspec.Struct, forbid_unknown_fields=True):
+    side: Literal["left", "right", "both"]
+    module: str
+    tensors: list[str]
+    called: bool = True
+    why: str = ""
+
+
 class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     equation: list[Any] = []
     carry: list[Any] = []
     parameters: list[Any] = []
+    module: list[Any] = []
 
 
 class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
@@ -132,6 +141,19 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A module that PEFT cannot treat like any other."""
+
+    sides: tuple[Side, ...]
+    module: Key
+    tensors: tuple[str, ...]
+    """All its tensors: PEFT saves and loads a module of ``modules_to_save`` as a whole."""
+    called: bool
+    """False where the model reads the module's weight and does not call the module: a LoRA on it has no effect."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Book:
     """A rule book: two layouts of one model family, and what leads from one to the other."""
 
@@ -143,6 +165,7 @@ class Book:
     rules: tuple[Rule, ...]
     carries: tuple[Carry, ...]
     parameters: tuple[Parameters, ...]
+    modules: tuple[Module, ...]
     reclaimed: tuple[str, ...]
     """Leaf names that PEFT moves from ``target_modules`` to the experts' parameters, whatever they name."""
     reclaimed_model_types: tuple[str, ...]
@@ -167,6 +190,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     rules: list[Rule] = []
     carries: list[Carry] = []
     parameters: list[Parameters] = []
+    modules: list[Module] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
     folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
     for name in table.include:
@@ -185,6 +209,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         parameters += filter(
             None, (loader.parameters(i, raw) for i, raw in enumerate(part_table.parameters))
         )
+        modules += filter(None, (loader.module(i, raw) for i, raw in enumerate(part_table.module)))
         findings += loader.findings
     if table.left == table.right:
         findings.append(Finding("rule-book", "left and right are one layout", where=f"{shown}:1"))
@@ -204,6 +229,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         tuple(rules),
         tuple(carries),
         tuple(parameters),
+        tuple(modules),
         tuple(table.reclaimed),
         tuple(table.reclaimed_model_types),
         shown,
@@ -238,7 +264,7 @@ class _Loader:
                 self.text.count("\n", 0, m.start()) + 1
                 for m in re.finditer(rf"^[ \t]*\[\[{name}\]\]", self.text, re.MULTILINE)
             ]
-            for name in ("equation", "carry", "parameters")
+            for name in ("equation", "carry", "parameters", "module")
         }
 
     def line(self, table: str, number: int) -> int:
@@ -323,15 +349,26 @@ class _Loader:
 
     def parameters(self, number: int, raw: Any) -> Parameters | None:
         table = self.convert("parameters", number, raw, _ParametersTable)
-        if table is None:
+        key = self.key(table.module, self.line("parameters", number)) if table else None
+        return Parameters(_sides(table.side), key, tuple(table.names)) if key else None
+
+    def module(self, number: int, raw: Any) -> Module | None:
+        table = self.convert("module", number, raw, _ModuleTable)
+        key = self.key(table.module, self.line("module", number)) if table else None
+        if key is None:
             return None
+        return Module(_sides(table.side), key, tuple(table.tensors), table.called, table.why)
+
+    def key(self, text: str, line: int) -> Key | None:
         try:
-            key = parse_key(table.module)
+            return parse_key(text)
         except BadInputError as error:
-            self.report("notation", error.findings[0].message, self.line("parameters", number))
+            self.report("notation", error.findings[0].message, line)
             return None
-        sides: tuple[Side, ...] = ("left", "right") if table.side == "both" else (table.side,)
-        return Parameters(sides, key, tuple(table.names))
+
+
+def _sides(side: Literal["left", "right", "both"]) -> tuple[Side, ...]:
+    return ("left", "right") if side == "both" else (side,)
 
 
 def _line_of_field(text: str, message: str) -> int:

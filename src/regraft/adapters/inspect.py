@@ -1,0 +1,326 @@
+"""Telling what an adapter is, without converting it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.detect import (
+    Known,
+    detect_layout,
+    find_books,
+    layout_of_version,
+    load_model,
+)
+from regraft.adapters.factors import Array
+from regraft.adapters.peft_config import LoraConfig, targets_parameter
+from regraft.adapters.reading import FactorReader, Side
+from regraft.adapters.scan import Scan, scan_names
+from regraft.adapters.source import Source, find_adapters, open_adapter
+from regraft.errors import AmbiguousError, Finding, RegraftError
+from regraft.layouts import LAYOUTS
+from regraft.names.patterns import patterns
+from regraft.plan.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPattern:
+    """Adapted tensors of the base that are alike."""
+
+    pattern: str
+    """Their keys, such as ``model.layers.{0..31}.mlp.experts.{0..7}.w1.weight``."""
+    count: int
+    shape: tuple[int, ...] | None
+    """The base tensor's shape; ``None`` where the factors alone don't tell."""
+    rank: int
+    alpha: int | float
+    scale: float
+    """What multiplies ``B @ A``."""
+    dtype: str
+    parameter: bool
+    """Whether PEFT adapts it through ``target_parameters``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPattern:
+    """Tensors of the file that are no LoRA factors and are alike."""
+
+    pattern: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class Inspected:
+    """What one adapter is."""
+
+    name: str
+    """The sub-folder, or an empty string."""
+    peft_type: str
+    layout: str | None
+    """``None`` where the names are the same in every layout, or the model is not known."""
+    evidence: list[str]
+    """Why it was taken for what it is."""
+    packing: str | None
+    """How stacked experts are packed, where there are any."""
+    base_model: str | None
+    """What the adapter's own config calls its base."""
+    model_type: str | None
+    peft_version: str | None
+    rslora: bool
+    variants: list[str]
+    """What makes it more than a plain LoRA."""
+    tensors: int
+    bytes: int
+    dtypes: dict[str, int]
+    targets: list[TargetPattern] = field(default_factory=list)
+    others: list[TensorPattern] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
+    """What is wrong with it."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks there are, smallest first."""
+        return sorted({target.rank for target in self.targets})
+
+    @property
+    def alphas(self) -> list[int | float]:
+        """The alphas there are, smallest first."""
+        return sorted({target.alpha for target in self.targets})
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales there are, smallest first."""
+        return sorted({target.scale for target in self.targets})
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What the adapters of a source are; ``to_dict`` gives plain data."""
+
+    source: str
+    adapters: list[Inspected] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """Other files beside them."""
+
+    @property
+    def problems(self) -> list[Finding]:
+        """What is wrong, of all adapters."""
+        return [problem for adapter in self.adapters for problem in adapter.problems]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as plain data."""
+        data = asdict(self)
+        for plain, adapter in zip(data["adapters"], self.adapters, strict=True):
+            plain["ranks"], plain["alphas"] = adapter.ranks, adapter.alphas
+            plain["scales"] = adapter.scales
+            plain["problems"] = [problem.to_dict() for problem in adapter.problems]
+        return data
+
+
+def inspect(
+    src: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+) -> Inspection:
+    """Tell what an adapter is, or each adapter of a folder.
+
+    What is wrong with an adapter that can be opened stands in its ``problems``; a base model that
+    is not known is no problem, only less is told.
+
+    Args:
+        src: what `regraft.convert` takes.
+        model: the base model's folder or its ``config.json``.
+
+    Raises:
+        BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
+    """
+    found = find_adapters(Path(src))
+    config = load_model(Path(model)) if model is not None else None
+    findings: list[Finding] = []
+    failed: list[RegraftError] = []
+    inspection = Inspection(str(src), files=[str(path) for path in found.others])
+    for folder in found.folders:
+        try:
+            source = open_adapter(folder, found.root, found.weights)
+        except RegraftError as error:
+            failed.append(error)
+            findings += error.findings
+            continue
+        inspection.adapters.append(inspect_adapter(source, config))
+    if failed:
+        raise type(failed[0])(findings)
+    return inspection
+
+
+def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspected:
+    """Tell what one opened adapter is."""
+    config = source.config
+    lora = source.peft_type == "LORA"
+    names, tensors = list(source.tensors), list(source.tensors.values())
+    scan, problems = scan_names(names, source.where, lora)
+    known, evidence = _find_model(scan, source, model)
+    result = Inspected(
+        name=source.name,
+        peft_type=source.peft_type,
+        layout=None,
+        evidence=evidence,
+        packing=None,
+        base_model=_text(config.get("base_model_name_or_path")),
+        model_type=known.model_type if known is not None else None,
+        peft_version=_text(config.get("peft_version")),
+        rslora=bool(config.get("use_rslora")),
+        variants=_variants(config) if lora else [],
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        dtypes=dict(Counter(tensor.dtype.name for tensor in tensors).most_common()),
+        problems=problems,
+    )
+    if known is not None:
+        result.layout = _find_layout(scan, source, known, result)
+    result.others = _other_patterns(scan, tensors)
+    if lora and scan.pairs:
+        _read_targets(scan, source, known, result)
+        _note_idle(scan, tensors, result)
+    if source.record():
+        result.notes.append(
+            f"regraft wrote it, from {source.record().get('source', {}).get('layout')}"
+        )
+    return result
+
+
+def _find_model(
+    scan: Scan, source: Source, model: ModelConfig | None
+) -> tuple[Known | None, list[str]]:
+    try:
+        known = find_books(scan, source.config, model, source.where)
+    except RegraftError as error:
+        finding = error.findings[0]
+        fix = f" ({finding.fix})" if finding.fix else ""
+        return None, [f"the base model is not known: {finding.message}{fix}"]
+    return known, [known.evidence]
+
+
+def _find_layout(scan: Scan, source: Source, known: Known, result: Inspected) -> str | None:
+    try:
+        detected = detect_layout(scan, known.books, source.where)
+    except RegraftError as error:
+        result.problems += error.findings
+        return None
+    result.evidence += detected.evidence
+    if detected.layout is not None:
+        return detected.layout
+    recorded = source.record().get("layout")
+    if recorded in LAYOUTS:
+        result.evidence.append(f"regraft wrote it as {recorded}")
+        return str(recorded)
+    version = source.config.get("peft_version")
+    likely = layout_of_version(version) if source.config.get("target_parameters") else None
+    if likely is not None:
+        result.evidence.append(f"it was saved by PEFT {version}, which goes with {likely}")
+    return likely
+
+
+def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspected) -> None:
+    """Targets as the converter reads them; where it can't, by the names alone."""
+    if result.problems:
+        result.targets = _targets_by_name(scan, source)
+        return
+    books, scopes = (known.books, known.scopes) if known is not None else ((), {})
+    side = Side(books, result.layout or next(iter(LAYOUTS)), scopes)
+    names, tensors = list(source.tensors), list(source.tensors.values())
+    reader = FactorReader(scan, tensors, names, source.config, side, source.where)
+    try:
+        factors = reader.read()
+    except RegraftError as error:
+        result.targets = _targets_by_name(scan, source)
+        if known is None and source.config.get("target_parameters"):
+            result.notes.append("how its experts are packed cannot be told without the base model")
+        elif isinstance(error, AmbiguousError):
+            result.notes += [f"{f.key}: {f.message}" for f in error.findings]
+        else:
+            result.problems += error.findings
+        return
+    result.packing = reader.packing
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    entries = source.config.get("target_parameters")
+    for group in factors.headers.groups:
+        for row, i in enumerate(group.ids.tolist()):
+            scale, name = factors.scales[i], group.name(row)
+            parameter = bool(entries) and targets_parameter(entries, name)
+            looks = (
+                tuple(map(int, factors.headers.shapes[i])),
+                scale.rank,
+                scale.alpha,
+                scale.value,
+                factors.a[i].dtype.name,
+                parameter,
+            )
+            alike.setdefault(looks, []).append(name)
+    result.targets = [
+        TargetPattern(pattern, count, *looks)
+        for looks, keys in alike.items()
+        for pattern, count in patterns(keys)
+    ]
+
+
+def _targets_by_name(scan: Scan, source: Source) -> list[TargetPattern]:
+    config = LoraConfig(source.config)
+    tensors = list(source.tensors.values())
+    entries = source.config.get("target_parameters")
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for pairs in scan.pairs:
+        for path, i in zip(pairs.modules.names(), pairs.a.tolist(), strict=True):
+            scale = config.scale(path)
+            looks = (None, scale.rank, scale.alpha, scale.value, tensors[i].dtype.name)
+            alike.setdefault((*looks, bool(pairs.depth and entries)), []).append(path)
+    return [
+        TargetPattern(pattern, count, *looks)
+        for looks, keys in alike.items()
+        for pattern, count in patterns(keys)
+    ]
+
+
+def _other_patterns(scan: Scan, tensors: Sequence[Array]) -> list[TensorPattern]:
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for other in scan.others:
+        for name, i in zip(other.keys.names(), other.keys.ids.tolist(), strict=True):
+            looks = (tuple(map(int, tensors[i].shape)), tensors[i].dtype.name)
+            alike.setdefault(looks, []).append(name)
+    return [
+        TensorPattern(pattern, count, *looks)
+        for looks, keys in alike.items()
+        for pattern, count in patterns(keys)
+    ]
+
+
+def _note_idle(scan: Scan, tensors: Sequence[Array], result: Inspected) -> None:
+    """Note targets whose B is zero, as it is before training."""
+    total = sum(len(pairs.b) for pairs in scan.pairs)
+    idle = sum(not _has_values(tensors[i]) for pairs in scan.pairs for i in pairs.b.tolist())
+    if idle:
+        which = "every pair" if idle == total else f"{idle} of {total} pairs"
+        result.notes.append(f"B is zero in {which} of factors, so there the adapter does nothing")
+
+
+def _has_values(tensor: Array) -> bool:
+    flat = tensor.reshape(-1)
+    # A trained factor shows it at once; only an untrained one is read to its end.
+    return bool((flat[:64] != 0).any()) or bool((flat != 0).any())
+
+
+def _variants(config: dict[str, Any]) -> list[str]:
+    lora = LoraConfig(config)
+    init = lora.changes_base()
+    return lora.variants() + ([f"the initialisation {init}"] if init is not None else [])
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+__all__ = ["Inspected", "Inspection", "TargetPattern", "TensorPattern", "inspect"]

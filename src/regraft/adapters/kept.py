@@ -1,0 +1,247 @@
+"""What only the base's own weights can supply, and what is kept aside so that the way back finds it again.
+
+A model may read a module's weight without calling the module; a LoRA on it has no effect there, and its sum with the
+base weight is saved in its place (``modules_to_save``). And a module saved as a whole may hold more tensors in one
+layout than in the other; what is missing is filled in from the base. The original factors go into a file beside the
+result, which only regraft reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.detect import Known
+from regraft.adapters.factors import Array, Images, Lora, delta
+from regraft.adapters.others import Moved, owner_of
+from regraft.adapters.peft_config import Scale
+from regraft.adapters.scan import PREFIX
+from regraft.adapters.writing import Result, Written, tail_of
+from regraft.errors import Finding, RefusedError
+from regraft.files.checkpoint import Checkpoint
+from regraft.names.keys import Group, group_names
+from regraft.plan.build import build_plan
+from regraft.plan.plan import Headers
+from regraft.rules.book import Module
+from regraft.rules.templates import match_group
+
+
+@dataclass(slots=True)
+class Kept:
+    """Factors kept aside (by their tensor names in the source), and digests of what stands in their place."""
+
+    tensors: dict[str, Array] = field(default_factory=dict)
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+    entries: list[str] = field(default_factory=list)
+    """New entries of ``modules_to_save``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record must say of it."""
+        return {"modules": self.modules, "filled": self.filled}
+
+
+def digest(array: Array) -> str:
+    """A digest of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
+
+
+class BaseWeights:
+    """The base's tensors under the names of a layout, whichever of the two the checkpoint is in."""
+
+    def __init__(self, known: Known, layout: str, checkpoint: Checkpoint | None) -> None:
+        self.known, self.layout, self.checkpoint = known, layout, checkpoint
+
+    def read(self, name: str) -> Array | None:
+        """A tensor by its name in the layout; ``None`` where the checkpoint has it not as it is."""
+        if self.checkpoint is None:
+            return None
+        for candidate in (name, self.other_name(name)):
+            for spelled in (candidate, candidate.removeprefix("model."), f"model.{candidate}"):
+                if spelled in self.checkpoint:
+                    return self.checkpoint.read(spelled)
+        return None
+
+    def other_name(self, name: str) -> str:
+        """The same tensor's name in the other layout."""
+        for book in self.known.books:
+            other = book.left if book.right == self.layout else book.right
+            groups = group_names([name])
+            headers = Headers(groups, [()], [""])
+            for rule in book.rules:
+                read, written = rule.equation.sides(book.right == self.layout)
+                if len(read) == len(written) == 1 and read[0].key is not None:
+                    match = match_group(read[0].key, groups[0])
+                    if match is not None and read[0].ends_open and len(read[0].dims) == 1:
+                        plan = build_plan(headers, [book], target_layout=other)
+                        return next(plan.targets()).name(0)
+        return name
+
+
+def modules_of(known: Known, layout: str) -> list[Module]:
+    """The special modules of a layout."""
+    return [
+        module
+        for book in known.books
+        for module in book.modules
+        if ("right" if book.right == layout else "left") in module.sides
+    ]
+
+
+def keep_uncalled(
+    images: Iterable[Images], known: Known, layout: str, base: BaseWeights, where: str
+) -> tuple[list[Images], list[Moved], Kept]:
+    """Take LoRAs off modules that are never called, and save the sum of base and delta in their place.
+
+    Raises ``RefusedError`` where the base's weights are needed and not at hand.
+    """
+    special = [m for m in modules_of(known, layout) if not m.called]
+    kept = Kept()
+    saved: list[Moved] = []
+    result: list[Images] = []
+    findings: list[Finding] = []
+    for image in images:
+        template = image.keys.template.removesuffix(".weight")
+        modules = Group(template, image.keys.ids, image.keys.numbers)
+        table = next((m for m in special if match_group(m.module, modules) is not None), None)
+        if table is None:
+            result.append(image)
+            continue
+        for row, lora in enumerate(image.loras):
+            if lora is None:
+                continue
+            name = modules.name(row)
+            tensors = {leaf: base.read(f"{name}.{leaf}") for leaf in table.tensors}
+            weight = tensors.get("weight")
+            if weight is None:
+                findings.append(
+                    Finding(
+                        "needs-base-weights",
+                        f"a LoRA has no effect here ({table.why}); its sum with the base weight can be saved in "
+                        "its place, but the base's weights are not at hand",
+                        where=where,
+                        key=name,
+                        fix="give the base's folder with its model.safetensors as --model",
+                    )
+                )
+                continue
+            _save(name, lora, weight, tensors, kept, saved)
+    if findings:
+        raise RefusedError(findings)
+    return result, saved, kept
+
+
+def _save(
+    name: str,
+    lora: Lora,
+    weight: Array,
+    tensors: Mapping[str, Array | None],
+    kept: Kept,
+    saved: list[Moved],
+) -> None:
+    merged = (weight.astype(np.float64) + delta(lora)).astype(weight.dtype)
+    digests = {}
+    for leaf, tensor in tensors.items():
+        value = merged if leaf == "weight" else tensor
+        if value is not None:
+            saved.append(Moved(f"{name}.{leaf}", f"{name}.{leaf}", value))
+            digests[f"{name}.{leaf}"] = digest(value)
+    kept.tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.a
+    kept.tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.b
+    kept.modules[name] = {
+        "rank": lora.scale.rank,
+        "alpha": lora.scale.alpha,
+        "rslora": lora.scale.rslora,
+        "saved": digests,
+    }
+    entry = tail_of(name)
+    if entry not in kept.entries:
+        kept.entries.append(entry)
+
+
+def fill_saved(
+    others: list[Moved],
+    entries: Iterable[str],
+    known: Known,
+    layout: str,
+    base: BaseWeights,
+    kept: Kept,
+    where: str,
+) -> list[Moved]:
+    """Complete modules that are saved as a whole and have more tensors in this layout.
+
+    Raises ``RefusedError`` where the base's weights are needed and not at hand.
+    """
+    have = {item.new for item in others}
+    owners = {o for item in others for e in entries if (o := owner_of(item.new, e)) is not None}
+    filled: list[Moved] = []
+    findings: list[Finding] = []
+    for table in modules_of(known, layout):
+        for owner in sorted(owners):
+            (group,) = group_names([owner])
+            if match_group(table.module, group) is None:
+                continue
+            for leaf in table.tensors:
+                name = f"{owner}.{leaf}"
+                if name in have:
+                    continue
+                tensor = base.read(name)
+                if tensor is None:
+                    findings.append(
+                        Finding(
+                            "needs-base-weights",
+                            f"the saved module holds {leaf}, too, which the adapter has not: the base has it, "
+                            "but the base's weights are not at hand",
+                            where=where,
+                            key=owner,
+                            fix="give the base's folder with its model.safetensors as --model",
+                        )
+                    )
+                    continue
+                filled.append(Moved(name, name, tensor))
+                kept.filled[name] = digest(tensor)
+    if findings:
+        raise RefusedError(findings)
+    return others + filled
+
+
+def drop_stand_ins(
+    tensors: Mapping[str, Array], recorded: Mapping[str, Any], aside: Mapping[str, Array]
+) -> tuple[set[str], dict[str, Array], list[Written]]:
+    """On a way back: tensors that only stood in for something, and the factors that they stood in for.
+
+    What was changed since (its digest differs) is left as it is.
+    """
+    drop: set[str] = set()
+    factors: dict[str, Array] = {}
+    written: list[Written] = []
+
+    def unchanged(names: Mapping[str, str]) -> bool:
+        return all(
+            PREFIX + name in tensors and digest(tensors[PREFIX + name]) == value
+            for name, value in names.items()
+        )
+
+    for name, value in recorded.get("filled", {}).items():
+        if unchanged({name: value}):
+            drop.add(PREFIX + name)
+    for module, what in recorded.get("modules", {}).items():
+        names = [f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"]
+        if unchanged(what["saved"]) and all(name in aside for name in names):
+            drop |= {PREFIX + name for name in what["saved"]}
+            factors.update((name, aside[name]) for name in names)
+            scale = Scale(what["rank"], what["alpha"], what["rslora"])
+            written.append(Written(f"{module}.weight", module, None, scale))
+    return drop, factors, written
+
+
+def add_factors(result: Result, factors: Mapping[str, Array], written: Iterable[Written]) -> None:
+    """Put factors back under the names they had."""
+    result.tensors.update(factors)
+    for item in written:
+        result.written.append(item)
+        result.wrappers[item.module] = 1

@@ -1,0 +1,234 @@
+"""An adapter's tensors that are no LoRA factors: saved weights, biases, token rows, other families' tensors.
+
+Saved weights are base tensors and go through the plan as such. What belongs to a family that has no rule is carried
+over where the weight that it stands on is the same in both layouts, and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.detect import Known
+from regraft.adapters.factors import Array
+from regraft.adapters.reading import Side
+from regraft.adapters.scan import PREFIX, Others, Scan
+from regraft.adapters.source import Source
+from regraft.adapters.writing import Result, tail_of
+from regraft.arrays.apply import apply_plan
+from regraft.equation.notation import parse_key
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.names.keys import Group
+from regraft.plan.build import build_plan
+from regraft.plan.plan import Headers, Plan
+from regraft.rules.book import Rule
+from regraft.rules.templates import match_group
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One such tensor and its names before and after, without PEFT's prefix and without ``base_layer``."""
+
+    old: str
+    new: str
+    tensor: Array
+    wrapped: bool = False
+    """Whether the module it belongs to is adapted, too."""
+    inside: bool = True
+    """Whether it belongs to a module of the base: its key has PEFT's prefix."""
+
+
+def move_others(
+    scan: Scan, source: Source, known: Known, side: Side, target: str, in_place: bool
+) -> list[Moved]:
+    """Move everything that is no LoRA factor to a layout; ``in_place`` where names stay as they are.
+
+    Raises ``RefusedError`` for what has no image, ``UnmatchedKeysError`` for keys that nothing explains.
+    """
+    tensors = list(source.tensors.values())
+    outside = [o for o in scan.others if not o.prefix]
+    if outside and source.peft_type == "LORA":
+        raise BadInputError(
+            [
+                Finding(
+                    "prefix",
+                    f"keys of a PEFT adapter begin with {PREFIX!r}",
+                    where=source.where,
+                    key=o.keys.name(0),
+                    fix=f"put {PREFIX!r} before every key, or save the adapter with save_pretrained",
+                )
+                for o in outside
+            ]
+        )
+    moved = [Moved(name, name, tensors[i], inside=False) for o in outside for name, i in _rows(o)]
+    inside = [o for o in scan.others if o.prefix]
+    if not inside:
+        return moved
+    if in_place:
+        return moved + [
+            Moved(name, name, tensors[i], o.wrapped) for o in inside for name, i in _rows(o)
+        ]
+    _refuse_changed(inside, side, source)
+    return moved + _apply(inside, tensors, source, known, target)
+
+
+def _rows(other: Others) -> Iterable[tuple[str, int]]:
+    return zip(other.keys.names(), other.keys.ids.tolist(), strict=True)
+
+
+def _apply(
+    inside: list[Others], tensors: list[Array], source: Source, known: Known, target: str
+) -> list[Moved]:
+    order = [i for o in inside for i in o.keys.ids.tolist()]
+    wrapped = [o.wrapped for o in inside for _ in range(len(o.keys))]
+    place = {i: at for at, i in enumerate(order)}
+    groups = [
+        Group(o.keys.template, np.array([place[i] for i in o.keys.ids.tolist()]), o.keys.numbers)
+        for o in inside
+    ]
+    mine = [tensors[i] for i in order]
+    headers = Headers(groups, [t.shape for t in mine], [t.dtype.name for t in mine])
+    plan = _plan(headers, source, known, target)
+    origin: dict[str, int] = {}
+    for entry in plan.entries:
+        for term in entry.written:
+            keys = entry.keys(term)
+            per_loop = len(keys) // len(entry)
+            for row in range(len(keys)):
+                first = entry.sources[0][row // per_loop].reshape(-1)[0]
+                origin[keys.name(row)] = int(first)
+    for carried in plan.carried:
+        origin.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
+    return [
+        Moved(headers.name(origin[name]), name, tensor, wrapped[origin[name]])
+        for name, tensor in apply_plan(plan, mine).items()
+    ]
+
+
+def _plan(headers: Headers, source: Source, known: Known, target: str) -> Plan:
+    try:
+        return build_plan(
+            headers,
+            known.books,
+            target_layout=target,
+            scopes=dict(known.scopes),
+            where=source.where,
+        )
+    except BadInputError as error:
+        if any(finding.code != "missing" for finding in error.findings):
+            raise
+        raise RefusedError(
+            [
+                replace(
+                    finding,
+                    code="partial-weights",
+                    message="saved weights (modules_to_save) would be part of a bigger tensor, and "
+                    + finding.message,
+                    fix="merge the adapter into its base and convert the base",
+                )
+                for finding in error.findings
+            ]
+        ) from None
+
+
+def _refuse_changed(others: Iterable[Others], side: Side, source: Source) -> None:
+    """Refuse tensors of families that have no rule where the base weight they stand on changes."""
+    rules = side.rules()
+    whole = [term.key for _, term, _, _ in rules if term.key is not None]
+    opaque = [o for o in others if not any(match_group(key, o.keys) for key in whole)]
+    findings = []
+    for rule, term, _, _ in rules:
+        if term.key is None or _keeps(rule):
+            continue
+        below = parse_key(str(term.key).removesuffix(".weight") + ".{*adapter_tensor}")
+        for other in opaque:
+            match = match_group(below, other.keys)
+            if match is None or not match.rests[-1]:
+                continue
+            kind = "this variant of LORA" if source.peft_type == "LORA" else source.peft_type
+            more = f" ({len(match.rows)} like it)" if len(match.rows) > 1 else ""
+            findings.append(
+                Finding(
+                    "no-image",
+                    "the weight that this tensor stands on is laid out otherwise there, and there is no rule "
+                    f"that carries {kind} along{more}",
+                    where=source.where,
+                    key=other.keys.name(int(match.rows[0])),
+                    rule=str(rule),
+                    fix="merge the adapter into its base and convert the base",
+                )
+            )
+    if findings:
+        raise RefusedError(findings)
+
+
+def _keeps(rule: Rule) -> bool:
+    """Whether a rule leaves name, shape and kind as they are."""
+    left, right = rule.equation.left, rule.equation.right
+    return (
+        len(left) == len(right) == 1
+        and left[0].key == right[0].key
+        and left[0].dims == right[0].dims
+        and rule.left_kinds == rule.right_kinds
+    )
+
+
+def write_others(others: Iterable[Moved], result: Result) -> None:
+    """Put moved tensors into a result under the names that PEFT gives them."""
+    for item in others:
+        name = item.new
+        if item.inside:
+            module, dot, leaf = name.rpartition(".")
+            depth = result.wrappers.get(module, 1) if item.wrapped else 0
+            name = PREFIX + module + ".base_layer" * depth + dot + leaf
+        result.tensors[name] = item.tensor
+
+
+def rename_saved(config: Mapping[str, Any], others: Iterable[Moved]) -> list[str] | None:
+    """``modules_to_save`` with the names that its modules have now; ``None`` where it need not change."""
+    entries = config.get("modules_to_save")
+    if not isinstance(entries, list):
+        return None
+    others = list(others)
+    result: list[str] = []
+    for entry in entries:
+        moved: dict[str, list[str]] = {}
+        same = True
+        for item in others:
+            owner = owner_of(item.old, entry)
+            if owner is not None:
+                moved.setdefault(owner, []).append(item.new)
+                same &= item.old == item.new
+        modules = [_common_module(names) for names in moved.values()]
+        if same or all(module.endswith(entry) for module in modules):
+            result.append(entry)
+        else:
+            result += sorted({m if m.endswith(entry) else tail_of(m) for m in modules})
+    result = list(dict.fromkeys(result))
+    return None if result == entries else result
+
+
+def owner_of(key: str, entry: str) -> str | None:
+    """The module that an entry of ``modules_to_save`` saves and that a tensor belongs to, as PEFT matches them.
+
+    >>> owner_of("model.layers.0.mlp.gate.weight", "gate")
+    'model.layers.0.mlp.gate'
+    """
+    segments = key.split(".")
+    for end in range(1, len(segments)):
+        path = ".".join(segments[:end])
+        if path.endswith(entry):
+            return path
+    return None
+
+
+def _common_module(names: list[str]) -> str:
+    split = [name.split(".")[:-1] for name in names]
+    common = split[0]
+    for other in split[1:]:
+        while common != other[: len(common)]:
+            common = common[:-1]
+    return ".".join(common)

@@ -1,0 +1,188 @@
+"""The commands and their options. Each returns what is to be done; `regraft.cli.run` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import regraft
+from regraft.cli.output import Output
+
+Job = Callable[[], int]
+
+# Without Rich, help is plain text without boxes, wherever it goes.
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TOUR = """\
+regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, exactly.
+
+  regraft inspect my-lora                              what it is, and which layout it has
+  regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
+  regraft convert out back --to transformers-v4        and back again
+
+  --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
+  --dry-run       do everything but write
+  --json          the same for programs
+
+'regraft COMMAND --help' has all options. Nothing is guessed: what has no exact image is refused.
+"""
+
+_Src = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="A folder that save_pretrained wrote, a weights file with its config beside it, "
+        "or a folder with several adapters in sub-folders.",
+        show_default=False,
+    ),
+]
+_Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        help="The base model's folder or its config.json, of either version. Needed where the "
+        "adapter itself doesn't tell what it is for, or how many experts there are.",
+        show_default=False,
+    ),
+]
+_Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document; messages go to stderr."),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        Output().text(f"regraft {regraft.__version__}\n")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Move adapters between weight layouts, exactly."""
+    if context.invoked_subcommand is None:
+        Output().text(TOUR)
+
+
+@app.command()
+def convert(
+    src: _Src,
+    dst: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DST",
+            help="The folder to write. It appears whole or not at all.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="LAYOUT",
+            help="The layout to convert to: transformers-v5 or transformers-v4.",
+            show_default=False,
+        ),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="LAYOUT",
+            help="The layout of SRC. Found out, with evidence, where it is not given.",
+            show_default=False,
+        ),
+    ] = None,
+    model: _Model = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST if it exists.")
+    ] = False,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
+    """Convert an adapter to another layout.
+
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image.
+    """
+    _check_layout(to, "--to")
+    if source is not None:
+        _check_layout(source, "--from")
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.api import convert
+        from regraft.cli.words import show_report
+
+        with out.waiting() as progress:
+            report = convert(
+                src,
+                dst,
+                to=to,
+                model=model,
+                source=source,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        if json:
+            out.data(report.to_dict())
+        elif not quiet:
+            show_report(out, report)
+        return 0
+
+    return job
+
+
+@app.command()
+def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet = False) -> Job:
+    """Tell what an adapter is, and which layout it has.
+
+    Shows why it was taken for that, and its ranks, scales and targets.
+
+    Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.adapters.inspect import inspect
+        from regraft.cli.words import show_findings, show_inspection
+
+        inspection = inspect(src, model=model)
+        if json:
+            out.data(inspection.to_dict())
+        elif not quiet:
+            show_inspection(out, inspection)
+        if inspection.problems:
+            show_findings(out, "bad input", inspection.problems)
+            return 1
+        return 0
+
+    return job
+
+
+def _check_layout(name: str, option: str) -> None:
+    from regraft.errors import BadInputError
+    from regraft.layouts import parse_layout
+
+    try:
+        parse_layout(name)
+    except BadInputError as error:
+        raise typer.BadParameter(error.findings[0].message, param_hint=option) from None

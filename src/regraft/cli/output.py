@@ -1,0 +1,148 @@
+"""Writing to the terminal, or to whatever stands in its place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_UNBOUNDED = 10_000
+_PATIENCE = 1.0
+"""Seconds before progress is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a command's words go: results to stdout, messages to stderr."""
+
+    json: bool = False
+    quiet: bool = False
+
+    def text(self, text: str) -> None:
+        """Write plain text to stdout."""
+        _write(sys.stdout, text)
+
+    def warn(self, text: str) -> None:
+        """Write plain text to stderr."""
+        _write(sys.stderr, text)
+
+    def data(self, data: Any) -> None:
+        """Write one JSON document to stdout."""
+        import json
+
+        _write(sys.stdout, json.dumps(data, indent=2) + "\n")
+
+    def show(self, *parts: RenderableType, error: bool = False) -> None:
+        """Write what Rich can render, one part below the other."""
+        stream = sys.stderr if error else sys.stdout
+        console = _console(stream)
+        with console.capture() as captured:
+            for part in parts:
+                console.print(part)
+        text = captured.get()
+        if console.color_system is None:
+            text = "".join(line.rstrip() + "\n" for line in text.split("\n")[:-1])
+        _write(stream, text)
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[str, int, int], None] | None]:
+        """Show progress on stderr, on a terminal only, once the work has taken a while."""
+        if self.json or self.quiet or not _has_colors(sys.stderr) or not _is_terminal(sys.stderr):
+            yield None
+            return
+        from threading import Timer
+
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        bar = Progress(
+            SpinnerColumn("line"),
+            TextColumn("converting {task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=_console(sys.stderr),
+            transient=True,
+        )
+        task = bar.add_task("", total=None)
+
+        def tell(name: str, done: int, total: int) -> None:
+            bar.update(
+                task,
+                description=visible(name),
+                completed=done,
+                total=total if total > 1 else None,
+            )
+
+        timer = Timer(_PATIENCE, bar.start)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield tell
+        finally:
+            timer.cancel()
+            timer.join()
+            bar.stop()
+
+
+def visible(text: str) -> str:
+    r"""Text with everything that doesn't print (control characters, say) escaped.
+
+    >>> print(visible("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _has_colors(stream: TextIO) -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    return _is_terminal(stream) or bool(os.environ.get("FORCE_COLOR"))
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    colors = _has_colors(stream)
+    return Console(
+        file=stream,
+        color_system="auto" if colors else None,
+        force_terminal=True if colors else None,
+        width=None if stream.isatty() else _UNBOUNDED,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        _silence(stream)
+    except OSError:
+        _silence(stream)
+        raise
+
+
+def _silence(stream: TextIO) -> None:
+    """Drop what is still buffered; else Python complains about it when it exits."""
+    with suppress(OSError, ValueError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, stream.fileno())
+        os.close(sink)

@@ -1,0 +1,121 @@
+"""Running one command line: errors become messages and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from regraft.cli.app import app
+from regraft.cli.output import Output
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Finding,
+    RefusedError,
+    RegraftError,
+    UnmatchedKeysError,
+)
+
+DONE, BAD_INPUT, USAGE, REFUSED, NO, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 70, 130, 143
+
+# Typer brings its own copy of click in newer releases, and exports this subclass only.
+_UsageError = typer.BadParameter.__bases__[0]
+
+_KINDS: tuple[tuple[type[RegraftError], str, str, int], ...] = (
+    (UnmatchedKeysError, "unmatched-keys", "nothing explains these keys", BAD_INPUT),
+    (AmbiguousError, "ambiguous", "more than one reading fits", BAD_INPUT),
+    (BadInputError, "bad-input", "bad input", BAD_INPUT),
+    (RefusedError, "refused", "refused, because there is no exact image", REFUSED),
+)
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command line and return its exit status."""
+    options = args[: args.index("--")] if "--" in args else args
+    out = Output(json="--json" in options)
+    try:
+        with _termination():
+            job = app(args=list(args), prog_name="regraft", standalone_mode=False)
+            # Commands return what is to be done instead of doing it, so that click's own handling
+            # of errors and interrupts ends with the parsing.
+            return int(job() if callable(job) else job or DONE)
+    except RegraftError as error:
+        return _fail_known(out, error)
+    except OSError as error:
+        finding = Finding("system", error.strerror or str(error), where=_file_of(error))
+        return _fail(out, "bad-input", "bad input", [finding], BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(out, "interrupted", "interrupted", [], INTERRUPTED)
+    except _Terminated:
+        return _fail(out, "interrupted", "terminated", [], TERMINATED)
+    except Exception as error:
+        if isinstance(error, _UsageError):
+            return _fail_usage(out, error)
+        return _fail_bug(out, error)
+
+
+def _fail_known(out: Output, error: RegraftError) -> int:
+    for kind, name, title, status in _KINDS:
+        if isinstance(error, kind):
+            return _fail(out, name, title, error.findings, status)
+    return _fail(out, "internal", "a bug in regraft", error.findings, BUG)
+
+
+def _fail_usage(out: Output, error: Exception) -> int:
+    message = getattr(error, "format_message", error.__str__)()
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "regraft")
+    finding = Finding("usage", message.rstrip("."), fix=f"see '{command} --help'")
+    return _fail(out, "usage", "usage", [finding], USAGE)
+
+
+def _fail_bug(out: Output, error: Exception) -> int:
+    if os.environ.get("REGRAFT_DEBUG", "0") not in ("", "0"):
+        out.warn("".join(traceback.format_exception(error)))
+    finding = Finding(
+        "internal",
+        f"{type(error).__name__}: {error}",
+        fix="please report it, with the traceback that REGRAFT_DEBUG=1 shows",
+    )
+    return _fail(out, "internal", "a bug in regraft", [finding], BUG)
+
+
+def _fail(out: Output, kind: str, title: str, findings: Sequence[Finding], status: int) -> int:
+    if out.json:
+        out.data({"error": {"kind": kind, "findings": [f.to_dict() for f in findings]}})
+    from regraft.cli.words import show_findings
+
+    show_findings(out, title, findings)
+    return status
+
+
+def _file_of(error: OSError) -> str | None:
+    return None if error.filename is None else os.fsdecode(error.filename)
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let a request to terminate unwind the stack, so that staged folders are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,277 @@
+"""Reports, inspections and findings in words and tables that a person can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from regraft.cli.output import Output, visible
+from regraft.errors import Finding
+from regraft.names.patterns import patterns
+from regraft.report import AdapterReport, Report, Target
+
+if TYPE_CHECKING:
+    from regraft.adapters.inspect import Inspected, Inspection
+
+GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"
+_ROWS = 40
+_FINDINGS = 200
+_FILES = 6
+
+
+def show_report(out: Output, report: Report, load: bool = True) -> None:
+    """What a conversion did; the last line says how to load the result, unless ``load`` is off."""
+    for adapter in report.adapters:
+        _show_adapter(out, adapter, report)
+    if report.files:
+        names = [visible(name) for name in report.files[:_FILES]]
+        more = [f"and {len(report.files) - _FILES} more"] if len(report.files) > _FILES else []
+        out.show(Text("Files carried over: " + ", ".join(names + more)))
+    if load:
+        out.show(_last_line(report))
+
+
+def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:
+    title = visible(adapter.name or Path(report.source).name or report.source)
+    head = Text(title, NAME)
+    head.append(f": {adapter.peft_type}, {adapter.source_layout} -> {adapter.target_layout}", "")
+    out.show(head, *_bullets(adapter.evidence, FAINT), Text())
+    rows = _rows_of(adapter)
+    if rows:
+        table = _table("target", "count", "rank", "scale", "how", "numbers")
+        for pattern, count, target, how in rows[:_ROWS]:
+            table.add_row(
+                _cell(pattern),
+                str(count),
+                str(target.rank),
+                f"{target.scale:g}",
+                _cell(how, FAINT if how.startswith("carried over") else ""),
+                _cell("exact", GOOD) if target.exact else _cell("rescaled", WARNING),
+            )
+        out.show(*_cut(table, len(rows)), Text())
+    out.show(_summary(adapter))
+    for note in adapter.notes:
+        out.show(_note(note))
+
+
+def _rows_of(adapter: AdapterReport) -> list[tuple[str, int, Target, str]]:
+    alike: dict[tuple[object, ...], list[Target]] = {}
+    for target in adapter.targets:
+        looks = (target.rank, target.scale, target.rule, target.exact)
+        alike.setdefault(looks, []).append(target)
+    return [
+        (pattern, count, targets[0], _how(targets[0].rule, adapter))
+        for targets in alike.values()
+        for pattern, count in patterns(target.key for target in targets)
+    ]
+
+
+def _how(rule: str, adapter: AdapterReport) -> str:
+    if rule in adapter.rules or rule == "carried over":
+        return rule
+    return f"carried over: {rule}"
+
+
+def _summary(adapter: AdapterReport) -> Text:
+    text = Text(f"{adapter.tensors_in} tensors in, {adapter.tensors_out} out")
+    rescaled = sum(not target.exact for target in adapter.targets)
+    if adapter.copied:
+        text.append("; copied as they are")
+    elif rescaled:
+        text.append(f"; {rescaled} of {len(adapter.targets)} targets ")
+        text.append("rescaled", WARNING)
+    elif adapter.targets:
+        text.append("; ")
+        text.append("every number is the source's own, bit for bit", GOOD)
+    if adapter.carried and not adapter.copied:
+        text.append(f"; {_count(adapter.carried, 'tensor')} of them no LoRA factors")
+    return text
+
+
+def _last_line(report: Report) -> Text:
+    if not report.written:
+        return Text("Nothing was written: this was a dry run.", WARNING)
+    calls = []
+    for number, adapter in enumerate(report.adapters):
+        folder = _quote(str(Path(report.destination) / adapter.name))
+        if number == 0:
+            calls.append(f"model = PeftModel.from_pretrained(model, {folder})")
+        else:
+            calls.append(f"model.load_adapter({folder}, {_quote(Path(adapter.name).name)})")
+    if len(calls) > _FILES:
+        calls[_FILES:] = ["…"]
+    if len(calls) == 1:
+        calls = [calls[0].removeprefix("model = ")]
+    layouts = {adapter.target_layout for adapter in report.adapters}
+    version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
+    text = Text(f"Load with transformers {version}: ")
+    text.append("; ".join(calls), NAME)
+    return text
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else json.dumps(text)
+
+
+def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
+    """Every problem, with where it is and what to do, on stderr."""
+    head = Text("regraft: ", NAME)
+    head.append(title, BAD)
+    if len(findings) > 1:
+        head.append(f", {len(findings)} problems")
+    places = {finding.where for finding in findings}
+    common = places.pop() if len(places) == 1 else None
+    if common is not None:
+        head.append(f" in {visible(common)}")
+    parts: list[Text | Padding] = [head]
+    for number, finding in enumerate(findings[:_FINDINGS], 1):
+        parts += _finding(finding, number if len(findings) > 1 else None, common)
+    if len(findings) > _FINDINGS:
+        left = len(findings) - _FINDINGS
+        parts.append(Text(f"… and {left} more; --json lists them all", WARNING))
+    out.show(*parts, error=True)
+
+
+def _finding(finding: Finding, number: int | None, common: str | None) -> list[Text | Padding]:
+    lines = []
+    if finding.where is not None and finding.where != common:
+        lines.append(Text(visible(finding.where)))
+    if finding.key is not None:
+        lines.append(Text(visible(finding.key), NAME))
+    lines.append(Text(visible(finding.message)))
+    if finding.rule is not None:
+        lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))
+    if finding.fix is not None:
+        fix = Text("To mend it: ", GOOD)
+        fix.append(visible(finding.fix), "")
+        lines.append(fix)
+    lead = "" if number is None else f"{number}. "
+    lines[0] = Text.assemble(lead, lines[0])
+    indent = len(lead)
+    return [
+        Padding(line, (0, 0, 0, 2 + (indent if at else 0)), expand=False)
+        for at, line in enumerate(lines)
+    ]
+
+
+def show_inspection(out: Output, inspection: Inspection) -> None:
+    """What adapters are."""
+    for number, adapter in enumerate(inspection.adapters):
+        if number:
+            out.show(Text())
+        _show_inspected(out, adapter, inspection.source)
+    if inspection.files:
+        names = [visible(name) for name in inspection.files[:_FILES]]
+        more = len(inspection.files) - _FILES
+        out.show(Text("Other files: " + ", ".join(names + [f"and {more} more"] * (more > 0))))
+
+
+def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
+    head = Text(visible(adapter.name or Path(source).name or source), NAME)
+    head.append(": " + " with ".join([adapter.peft_type, *adapter.variants]), "")
+    facts = _table("", "", header=False)
+    layout = Text(
+        adapter.layout or "the same in every layout, or not known",
+        GOOD if adapter.layout else WARNING,
+    )
+    facts.add_row("layout", layout)
+    for reason in adapter.evidence:
+        facts.add_row("", _cell(visible(reason), FAINT))
+    base = adapter.model_type or "not known"
+    if adapter.base_model:
+        base += f" ({visible(adapter.base_model)})"
+    facts.add_row("base", _cell(base))
+    if adapter.packing:
+        facts.add_row("experts", f"packed as by {adapter.packing}")
+    if adapter.peft_version:
+        facts.add_row("saved by", f"PEFT {visible(adapter.peft_version)}")
+    dtypes = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
+    facts.add_row("tensors", f"{dtypes}; {_size(adapter.bytes)}")
+    if adapter.ranks:
+        facts.add_row("ranks", _numbers(adapter.ranks))
+        facts.add_row("alphas", _numbers(adapter.alphas) + " (rsLoRA)" * adapter.rslora)
+        facts.add_row("scales", _numbers(adapter.scales))
+    out.show(head, facts)
+    if adapter.targets:
+        table = _table("target", "count", "base shape", "rank", "alpha", "scale", "dtype")
+        for t in adapter.targets[:_ROWS]:
+            shape = "?" if t.shape is None else " x ".join(map(str, t.shape))
+            table.add_row(
+                _cell(visible(t.pattern)),
+                str(t.count),
+                shape,
+                str(t.rank),
+                f"{t.alpha:g}",
+                f"{t.scale:g}",
+                t.dtype,
+            )
+        out.show(Text(), *_cut(table, len(adapter.targets)))
+    if adapter.others:
+        table = _table("other tensors", "count", "shape", "dtype")
+        for o in adapter.others[:_ROWS]:
+            table.add_row(
+                _cell(visible(o.pattern)), str(o.count), " x ".join(map(str, o.shape)), o.dtype
+            )
+        out.show(Text(), *_cut(table, len(adapter.others)))
+    if adapter.notes:
+        out.show(Text(), *map(_note, adapter.notes))
+
+
+_RIGHT = frozenset({"count", "rank", "alpha", "scale"})
+
+
+def _table(*names: str, header: bool = True) -> Table:
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=NAME, show_header=header
+    )
+    for name in names:
+        text = name in ("target", "other tensors", "how") or not header
+        table.add_column(
+            name,
+            justify="right" if name in _RIGHT else "left",
+            no_wrap=not text,
+            overflow="fold",
+        )
+    return table
+
+
+def _cell(text: str, style: str = "") -> Text:
+    return Text(visible(text), style)
+
+
+def _cut(table: Table, rows: int) -> list[Table | Text]:
+    if rows <= _ROWS:
+        return [table]
+    return [table, Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
+
+
+def _bullets(lines: Iterable[str], style: str) -> list[Text | Padding]:
+    return [Padding(Text(visible(line), style), (0, 0, 0, 2), expand=False) for line in lines]
+
+
+def _note(note: str) -> Text:
+    text = Text("Note: ", WARNING)
+    text.append(visible(note), "")
+    return text
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

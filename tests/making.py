@@ -1,0 +1,60 @@
+"""Rule books, headers and plans made of text and arrays, for tests."""
+
+import numpy as np
+
+from regraft.names.keys import group_names
+from regraft.plan.build import build_plan
+from regraft.plan.model import Scope
+from regraft.plan.plan import Headers
+from regraft.rules.book import load_book
+
+HEAD = """name = "test"
+title = "a book for tests"
+left = "old"
+right = "new"
+model_types = ["test"]
+"""
+
+
+class Text:
+    """A file that is only its text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def read_text(self, encoding):
+        assert encoding == "utf-8"
+        return self.text
+
+
+def book_of(body, shown="test.toml", head=HEAD):
+    return load_book(Text(head + body), shown)
+
+
+def equation_of(text, name="rule", left_kind="any", right_kind="any"):
+    """One equation as a table of a rule book; kinds are a name or a list of them."""
+    kinds = [f"{side}_kind = {kind!r}" for side, kind in (("left", left_kind), ("right", right_kind))]
+    return "\n".join(["", "[[equation]]", f"name = {name!r}", f"text = '''\n{text}\n'''", *kinds, ""])
+
+
+def rule_book(*texts, **kinds):
+    return book_of("".join(equation_of(text, f"rule {i}", **kinds) for i, text in enumerate(texts)))
+
+
+def headers_of(tensors):
+    """Headers of a dict of arrays (numpy's or torch's), or of shapes."""
+    shapes = [tuple(getattr(t, "shape", t)) for t in tensors.values()]
+    dtypes = [str(getattr(t, "dtype", "float32")).removeprefix("torch.") for t in tensors.values()]
+    return Headers(group_names(list(tensors)), shapes, dtypes)
+
+
+def plan_of(book, tensors, to="new", config=None, shapes=None, **options):
+    scopes = {book.name: Scope(config, shapes or {})}
+    return build_plan(headers_of(tensors), [book], target_layout=to, scopes=scopes, **options)
+
+
+def same_bits(one, other):
+    """Whether two arrays agree in shape, dtype and every bit."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes()
