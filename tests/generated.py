@@ -242,3 +242,111 @@ def _distribute(slot, name):
     for i, part in enumerate(slot[1]):
         inside = part[1] if part[0] == "product" else [part]
         slot[1][i] = ("product", [("axis", name), *inside])
+
+
+# Equations between kinds of weights, and low-rank deltas on them
+
+KINDS = ("linear", "conv1d", "experts", "experts-transposed")
+
+
+def is_stack(kind):
+    return kind.startswith("experts")
+
+
+def as_stored(kind, matrix):
+    """A delta in (out, in) or (E, out, in) orientation as a kind stores it, or back."""
+    return np.swapaxes(matrix, -1, -2) if kind in ("conv1d", "experts-transposed") else matrix
+
+
+@st.composite
+def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
+    """A random equation whose axes go from out to out and in to in (or all crosswise), batches anywhere.
+
+    ``gathers``: every tensor of the left side goes whole into one of the right. ``mixes``: one out axis changes to
+    in while others stay, so that no low-rank image exists.
+    """
+    pair = draw(st.sampled_from(kinds)), draw(st.sampled_from(kinds))
+    least = 2 if mixes else 1
+    outs = [f"o{i}" for i in range(2 if mixes else draw(st.integers(0, 2)))]
+    ins = [f"i{i}" for i in range(draw(st.integers(0, 1)))]
+    factors = {"out": draw(factors_of("p")), "in": draw(factors_of("q", draw(st.sampled_from([1, 1, 2]))))}
+    batch = []
+    if any(map(is_stack, pair)) or draw(st.booleans()):
+        batch = ["e"]
+        if draw(st.integers(0, 2)) == 0:
+            factors["batch"] = draw(factors_of("t", 2))
+    roles = list(factors)
+    shared = [*outs, *ins, *batch]
+    sizes = draw(sizes_of(shared, factors.values(), least=least))
+    crossed = not mixes and draw(st.integers(0, 3)) == 0
+    sides = []
+    for side, kind in zip(("left", "right"), pair, strict=True):
+        right = side == "right"
+        if gathers:
+            cut = [[[i] for i in range(len(f))] if not right else [list(range(len(f)))] for f in factors.values()]
+        else:
+            cut = [draw(parts_of(len(f))) for f in factors.values()]
+        terms = []
+        for choice in product(*cut):
+            slots = {"out": _axes(outs), "in": _axes(ins), "batch": _axes(batch)}
+            for role, part in zip(roles, choice, strict=True):
+                slots[role] += draw(slots_of(factors[role], part))
+            if mixes and right:
+                slots["in"].append(slots["out"].pop(0))
+            out, into, stack = (list(draw(st.permutations(slots[r]))) for r in ("out", "in", "batch"))
+            if crossed and right:
+                out, into = into, out
+            holes = []
+            if not is_stack(kind):
+                free = [s for s in stack if gathers and right or draw(st.integers(0, 3)) == 0]
+                where = draw(st.sampled_from([out, into]))
+                for slot in free:
+                    where.insert(draw(st.integers(0, len(where))), slot)
+                holes = [slot for slot in stack if slot not in free]
+            dims = [_one(out), _one(into)]
+            if kind in ("conv1d", "experts-transposed"):
+                dims.reverse()
+            if is_stack(kind):
+                dims.insert(0, _one(stack))
+            terms.append(Tensor(f"{side}{len(terms)}x", holes, dims, kind))
+        sides.append(terms)
+    return Made(sizes, boxes_of(shared, list(factors.values())), *sides)
+
+
+@dataclass
+class Low:
+    """Random low-rank factors on the tensors of a side; ``None`` where there are none."""
+
+    a: dict
+    b: dict
+    scales: dict
+
+    def delta(self, key, kind):
+        product_ = self.b[key].astype(np.float64) @ self.a[key].astype(np.float64)
+        return as_stored(kind, product_) * self.scales[key].value
+
+
+def shapes_and_kinds(made, side):
+    return {k: (t.shape(made.sizes), t.kind) for t in side for k in t.keys(made.sizes)}
+
+
+@st.composite
+def factors_on(draw, made, scale_of, everywhere=False, reverse=False):
+    """Small-integer factors of random rank on some tensors of a side; some share a factor, some are zero."""
+    tensors = shapes_and_kinds(made, made.sides(reverse)[0])
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    chosen = [k for k in tensors if everywhere or draw(st.integers(0, 3))] or [next(iter(tensors))]
+    low, drawn = Low({}, {}, {}), {}
+    same = draw(st.integers(1, 3)) if everywhere and draw(st.booleans()) else None
+    for key in chosen:
+        shape, kind = tensors[key]
+        rank = same or draw(st.integers(1, 3))
+        *batch, out, into = as_stored(kind, np.empty(shape)).shape
+        a = random.integers(-2, 3, (*batch, rank, into)).astype(np.float64)
+        b = random.integers(-2, 3, (*batch, out, rank)).astype(np.float64)
+        if random.integers(4) == 0:
+            a = drawn.setdefault(("a", a.shape), a)
+        if random.integers(6) == 0:
+            b = drawn.setdefault(("b", b.shape), b)
+        low.a[key], low.b[key], low.scales[key] = a, b, scale_of(rank)
+    return low

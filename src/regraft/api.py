@@ -11,7 +11,15 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
-from regraft.adapters.source import ASIDE, CONFIG, WEIGHTS, Found, Source, find_adapters, open_adapter
+from regraft.adapters.source import (
+    ASIDE,
+    CONFIG,
+    WEIGHTS,
+    Found,
+    Source,
+    find_adapters,
+    open_adapter,
+)
 from regraft.errors import Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
@@ -62,7 +70,7 @@ def convert(
     found = find_adapters(src_path)
     if not dry_run:
         check_destination(src_path, dst_path, overwrite)
-    config = load_model(model) if model is not None else None
+    config = load_model(Path(model)) if model is not None else None
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
@@ -93,7 +101,9 @@ def convert(
 
 def _note_values(source: Source, result: Converted) -> None:
     for name, tensor in source.tensors.items():
-        if tensor.dtype.kind in "fV" and not np.isfinite(np.add.reduce(tensor, axis=None, dtype=float)):
+        if tensor.dtype.kind in "fV" and not np.isfinite(
+            np.add.reduce(tensor, axis=None, dtype=float)
+        ):
             bad = ~np.isfinite(tensor.astype(np.float32))
             if bad.any():
                 result.report.notes.append(

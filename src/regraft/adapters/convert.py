@@ -94,9 +94,7 @@ class _Conversion:
         self.scan, findings = scan_names(self.names, self.source.where, self.is_lora)
         if findings:
             raise BadInputError(findings)
-        self.known = find_books(
-            self.scan, self.source.config, self.given_model, self.source.where
-        )
+        self.known = find_books(self.scan, self.source.config, self.given_model, self.source.where)
         self.evidence.append(self.known.evidence)
         layout = self.choose_layout()
         if layout == self.to.name and not self.must_repack(layout):
@@ -326,7 +324,7 @@ class _Conversion:
                     findings.append(
                         Finding(
                             "missing",
-                            f"target_modules names it, but the file has no factors for it"
+                            "target_modules names it, but the file has no factors for it"
                             + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""),
                             where=self.source.where,
                             key=PREFIX + lost[0],
@@ -397,7 +395,9 @@ class _Conversion:
         lora = LoraConfig(self.source.config)
         plain = not lora.variants() and lora.changes_base() is None
         for book in self.known.books:
-            certain = self.known.model_type is None or self.known.model_type in book.reclaimed_model_types
+            certain = (
+                self.known.model_type is None or self.known.model_type in book.reclaimed_model_types
+            )
             if book.right == target and (plain or certain):
                 names += book.reclaimed
         return tuple(dict.fromkeys(names))
@@ -476,9 +476,7 @@ class _Conversion:
             return Record()
         return read_record(recorded.get("parts", {}), bool(self.source.config.get("use_rslora")))
 
-    def new_record(
-        self, layout: str, config: Mapping[str, Any], record: Record, kept: Kept
-    ) -> str:
+    def new_record(self, layout: str, config: Mapping[str, Any], record: Record, kept: Kept) -> str:
         source = self.source.config
         changed = {
             name: [source.get(name), config.get(name)]
@@ -505,7 +503,9 @@ class _Conversion:
                 f"lora_dropout {source['lora_dropout']} became 0: PEFT takes no dropout on target_parameters "
                 "(outputs are the same; further training differs)"
             )
-        inexact = sum(1 for image in made for lora in image.loras if lora is not None and not lora.exact)
+        inexact = sum(
+            1 for image in made for lora in image.loras if lora is not None and not lora.exact
+        )
         if inexact:
             self.notes.append(
                 f"in {inexact} targets parts of unequal scale share one now: the ratio was folded into B"
@@ -517,7 +517,9 @@ class _Conversion:
             if lora is not None and lora.b.dtype != lora.a.dtype
         )
         if wider:
-            self.notes.append(f"B became float32 in {wider} targets, because the ratio is no power of two")
+            self.notes.append(
+                f"B became float32 in {wider} targets, because the ratio is no power of two"
+            )
         for name in config:
             if name == "peft_version" and source.get(name) != config[name]:
                 self.notes.append(
@@ -528,9 +530,7 @@ class _Conversion:
 def _unmoved(factors: Factors) -> Iterator[Images]:
     for keys, kind in factors.kinds:
         ids = keys.ids.tolist()
-        yield Images(
-            keys, kind, [Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in ids]
-        )
+        yield Images(keys, kind, [Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in ids])
 
 
 def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:

@@ -74,7 +74,9 @@ def find_books(
             raise _unknown_model(model.model_types(), model.path)
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(model.model_types())
-        return Known(books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})")
+        return Known(
+            books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})"
+        )
     named = _named_model_type(config)
     if named is not None:
         books = tuple(books_for([named]))

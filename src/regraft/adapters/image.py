@@ -9,7 +9,7 @@ without effect are dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
@@ -22,7 +22,7 @@ from regraft.adapters.record import Part, Record
 from regraft.equation.lower import Copy, CopyAxis
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
-from regraft.plan.plan import Entry, index_grid
+from regraft.plan.plan import Entry, walk
 from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT
 
 Index = slice | Ints
@@ -88,52 +88,55 @@ def _block(entry: Entry, copy: Copy) -> Block:
         )
     cross = bool(crossed)
     shapes = entry.flat_shape(read), entry.flat_shape(written)
-    grid = index_grid([axis.size for axis in iterated])
-    count = grid.shape[1]
-    slots, batches, out_at, in_at = [], [], [], []
-    for side, (term, kind) in enumerate(((read, kinds[0]), (written, kinds[1]))):
-        stack = entry.stack(term)
-        holes = np.zeros((len(stack), count), dtype=np.int64)
-        holes += np.array(
-            copy.target_key_start if side else copy.source_key_start, dtype=np.int64
-        ).reshape(-1, 1)
-        starts = copy.target_start if side else copy.source_start
-        roles = [KINDS[kind].role(dim) for dim in range(len(shapes[side]))]
-        dims = np.zeros((len(shapes[side]), count), dtype=np.int64)
-        dims += np.array(starts, dtype=np.int64).reshape(-1, 1)
-        for row, axis in zip(grid, iterated, strict=True):
-            place = axis.target if side else axis.source
-            (holes if place.in_key else dims)[place.index] += row * place.step
-        slots.append(np.ravel_multi_index(tuple(holes), stack) if stack else np.zeros(count, int))
-        batches.append(_at(dims, roles, BATCH, count))
-        out_at.append(_at(dims, roles, OUT, count))
-        in_at.append(_at(dims, roles, IN, count))
+    sides = [
+        _Walked.of(entry, copy, iterated, bool(target), kind, len(shape))
+        for target, (kind, shape) in enumerate(zip(kinds, shapes, strict=True))
+    ]
+    here, there = sides
     inner = straight or crossed
     target_out = [a for a in inner if _role(a, False, kinds[1]) == OUT]
     target_in = [a for a in inner if _role(a, False, kinds[1]) == IN]
-    rows_from = (in_at if cross else out_at)[0][:, None] + _offsets(target_out, True)
-    columns_from = (out_at if cross else in_at)[0][:, None] + _offsets(target_in, True)
-    rows_to = out_at[1][:, None] + _offsets(target_out, False)
-    columns_to = in_at[1][:, None] + _offsets(target_in, False)
-    per_target = Counter(zip(slots[0].tolist(), slots[1].tolist(), strict=True))
+    rows_from = (here.in_at if cross else here.out_at)[:, None] + _offsets(target_out, True)
+    columns_from = (here.out_at if cross else here.in_at)[:, None] + _offsets(target_in, True)
+    per_target = Counter(zip(here.slot.tolist(), there.slot.tolist(), strict=True))
     given = min(per_target.values()) * rows_from.shape[1] * columns_from.shape[1]
     return Block(
         copy.source,
         cross,
-        slots[0],
-        batches[0],
-        slots[1],
-        batches[1],
+        here.slot,
+        here.batch,
+        there.slot,
+        there.batch,
         rows_from,
-        rows_to,
+        there.out_at[:, None] + _offsets(target_out, False),
         columns_from,
-        columns_to,
+        there.in_at[:, None] + _offsets(target_in, False),
         given < prod(shapes[0]),
     )
 
 
-def _at(dims: Ints, roles: Sequence[str], role: str, count: int) -> Ints:
-    return dims[roles.index(role)] if role in roles else np.zeros(count, dtype=np.int64)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Walked:
+    """One side of a copy at every value of the iterated axes: key slot, batch index, out and in index."""
+
+    slot: Ints
+    batch: Ints
+    out_at: Ints
+    in_at: Ints
+
+    @staticmethod
+    def of(
+        entry: Entry, copy: Copy, axes: list[CopyAxis], target: bool, kind: str, dims: int
+    ) -> _Walked:
+        slot, moved = walk(entry, copy, axes, target)
+        start = np.array(copy.target_start if target else copy.source_start, dtype=np.int64)
+        index = moved + start.reshape(-1, 1)
+        roles = [KINDS[kind].role(dim) for dim in range(dims)]
+
+        def along(role: str) -> Ints:
+            return index[roles.index(role)] if role in roles else np.zeros_like(slot)
+
+        return _Walked(slot, along(BATCH), along(OUT), along(IN))
 
 
 def _offsets(axes: Iterable[CopyAxis], source: bool) -> Ints:
@@ -334,7 +337,11 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
             a_key = (columns, contribution.a[number].tobytes())
             b_key = (rows, contribution.b[:, number].tobytes(), contribution.scale.exact)
             place = by_a.get(a_key)
-            if place is None or rows in components[place].rows or len(components[place].columns) > 1:
+            if (
+                place is None
+                or rows in components[place].rows
+                or len(components[place].columns) > 1
+            ):
                 place = by_b.get(b_key)
                 if place is not None and (
                     columns in components[place].columns or len(components[place].rows) > 1
@@ -365,9 +372,7 @@ class _Whole:
     roles: list[str]
 
     @staticmethod
-    def of(
-        entry: Entry, blocks: list[Block], shape: tuple[int, ...], kind: str
-    ) -> _Whole | None:
+    def of(entry: Entry, blocks: list[Block], shape: tuple[int, ...], kind: str) -> _Whole | None:
         roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
         if BATCH not in roles:
             return None
@@ -414,8 +419,7 @@ class _Whole:
         rank = sum(a[0].shape[0] for _, _, a, _ in parts)
         dtype = dtypes.pop()
         a_out = np.empty((batch, rank, in_size), dtype)
-        covers = len(parts) == 1 and parts[0][2][0].shape[1] == in_size
-        if not covers:
+        if any(a[0].shape[1] != in_size for _, _, a, _ in parts):
             a_out.fill(0)
         packed = np.zeros((out_size, rank, batch), dtype)
         at = 0
@@ -438,9 +442,7 @@ class _Whole:
         return Lora(a_out, packed.transpose(2, 0, 1), scale.at_rank(rank))
 
     @staticmethod
-    def _may_share(
-        a: Array, packed: Array, spans: list[tuple[int, int, slice, slice]]
-    ) -> bool:
+    def _may_share(a: Array, packed: Array, spans: list[tuple[int, int, slice, slice]]) -> bool:
         """Whether two parts could have a component in common, by the first numbers of their factors."""
         for number, (start, r, columns, rows) in enumerate(spans):
             for other, other_r, other_columns, other_rows in spans[:number]:

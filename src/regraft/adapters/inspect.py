@@ -62,8 +62,8 @@ class Inspected:
     name: str
     """The sub-folder, or an empty string."""
     peft_type: str
-    layout: str | None
-    """``None`` where the names are the same in every layout, or the model is not known."""
+    layouts: list[str]
+    """The layouts it may be in: all where it is the same in each, none where the model is not known."""
     evidence: list[str]
     """Why it was taken for what it is."""
     packing: str | None
@@ -83,6 +83,11 @@ class Inspected:
     notes: list[str] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     """What is wrong with it."""
+
+    @property
+    def layout(self) -> str | None:
+        """The layout, where it can be one only."""
+        return self.layouts[0] if len(self.layouts) == 1 else None
 
     @property
     def ranks(self) -> list[int]:
@@ -118,6 +123,7 @@ class Inspection:
         """The inspection as plain data."""
         data = asdict(self)
         for plain, adapter in zip(data["adapters"], self.adapters, strict=True):
+            plain["layout"] = adapter.layout
             plain["ranks"], plain["alphas"] = adapter.ranks, adapter.alphas
             plain["scales"] = adapter.scales
             plain["problems"] = [problem.to_dict() for problem in adapter.problems]
@@ -167,7 +173,7 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
     result = Inspected(
         name=source.name,
         peft_type=source.peft_type,
-        layout=None,
+        layouts=[],
         evidence=evidence,
         packing=None,
         base_model=_text(config.get("base_model_name_or_path")),
@@ -181,7 +187,7 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
         problems=problems,
     )
     if known is not None:
-        result.layout = _find_layout(scan, source, known, result)
+        result.layouts = _find_layouts(scan, source, known, result)
     result.others = _other_patterns(scan, tensors)
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
@@ -205,24 +211,25 @@ def _find_model(
     return known, [known.evidence]
 
 
-def _find_layout(scan: Scan, source: Source, known: Known, result: Inspected) -> str | None:
+def _find_layouts(scan: Scan, source: Source, known: Known, result: Inspected) -> list[str]:
     try:
         detected = detect_layout(scan, known.books, source.where)
     except RegraftError as error:
         result.problems += error.findings
-        return None
+        return []
     result.evidence += detected.evidence
     if detected.layout is not None:
-        return detected.layout
+        return [detected.layout]
     recorded = source.record().get("layout")
     if recorded in LAYOUTS:
         result.evidence.append(f"regraft wrote it as {recorded}")
-        return str(recorded)
+        return [str(recorded)]
     version = source.config.get("peft_version")
     likely = layout_of_version(version) if source.config.get("target_parameters") else None
     if likely is not None:
         result.evidence.append(f"it was saved by PEFT {version}, which goes with {likely}")
-    return likely
+        return [likely]
+    return list(LAYOUTS)
 
 
 def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspected) -> None:

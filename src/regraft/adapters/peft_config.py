@@ -81,9 +81,7 @@ class Scale:
             ratio = Fraction(rank, self.rank)
             root = Fraction(_root(ratio.numerator), _root(ratio.denominator))
             exact = Fraction(self.alpha) * root if root * root == ratio else None
-            alpha = (
-                _plain(exact) if exact is not None else self.alpha * sqrt(rank / self.rank)
-            )
+            alpha = _plain(exact) if exact is not None else self.alpha * sqrt(rank / self.rank)
             return Scale(rank, alpha, True)
         return Scale(rank, _plain(Fraction(self.alpha) * rank / self.rank), False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -104,9 +105,9 @@ class FactorReader:
             if self.side.parameters(pairs.modules) is not None or pairs.depth:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
             else:
-                self.add_modules(pairs, factors, groups, shapes, dtypes)
+                self._add_modules(pairs, factors, groups, shapes, dtypes)
         for same in wrapped.values():
-            self.add_parameters(same, factors, groups, shapes, dtypes)
+            self._add_parameters(same, factors, groups, shapes, dtypes)
         if not self.targeted and self.untargeted:
             self.findings.append(
                 Finding(
@@ -128,10 +129,10 @@ class FactorReader:
         factors.headers = Headers(groups, shapes, dtypes)
         return factors
 
-    def report(self, code: str, message: str, key: str, fix: str | None = None) -> None:
+    def _report(self, code: str, message: str, key: str, fix: str | None = None) -> None:
         self.findings.append(Finding(code, message, where=self.where, key=key, fix=fix))
 
-    def add_modules(
+    def _add_modules(
         self,
         pairs: Pairs,
         factors: Factors,
@@ -149,18 +150,18 @@ class FactorReader:
         )
         found = self.side.find(keys)
         kind = "embedding" if pairs.embedding else found[2] if found is not None else "any"
-        scales = self.scales(pairs, keys)
-        stored = self.check_pairs(pairs, a, b, scales, kind)
-        self.check_targets(pairs, keys)
+        scales = self._scales(pairs, keys)
+        stored = self._check_pairs(pairs, a, b, scales, kind)
+        self._check_targets(pairs, keys)
         factors.a += a
         factors.b += b
         factors.scales += scales
         groups.append(keys)
         shapes += stored
-        dtypes += [x.dtype.name for x in a]
+        dtypes += [dtype_name(x.dtype) for x in a]
         factors.kinds.append((keys, kind))
 
-    def scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
+    def _scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
         if not self.lora.ranks and not self.lora.alphas:
             return [self.lora.scale("")] * len(keys)
         entries = self.config.get("target_parameters")
@@ -173,36 +174,35 @@ class FactorReader:
             result.append(cache.setdefault((scale.rank, scale.alpha), scale))
         return result
 
-    def check_pairs(
+    def _check_pairs(
         self, pairs: Pairs, a: list[Array], b: list[Array], scales: list[Scale], kind: str
     ) -> list[tuple[int, ...]]:
         """The shape of each base tensor, out and in as its kind stores them."""
-        known: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, ...] | str] = {}
-        shapes: list[tuple[int, ...]] = []
-        for row, (x, y, scale) in enumerate(zip(a, b, scales, strict=True)):
-            at = (x.shape, y.shape, scale.rank)
-            shape = known.get(at)
-            if shape is None:
-                shape = known[at] = _base_shape(*at, kind)
-            if isinstance(shape, str):
-                self.report("shape", shape, self.names[int(pairs.a[row])])
-                shape = (0, 0)
-            shapes.append(shape)
-        odd = next(
-            (i for i, x in enumerate(a) if not _is_float(x) or not _is_float(b[i])), None
-        )
-        if odd is not None:
-            which = pairs.a if not _is_float(a[odd]) else pairs.b
-            dtype = self.tensors[int(which[odd])].dtype
-            self.report(
-                "dtype",
-                f"a LoRA factor is a floating-point tensor, this one is {dtype}",
-                self.names[int(which[odd])],
-                "save the adapter unquantised",
-            )
+        ranks = [scale.rank for scale in scales]
+        each = list(zip([x.shape for x in a], [y.shape for y in b], ranks, strict=True))
+        known = {key: _base_shape(*key, kind) for key in set(each)}
+        problems = {key: shape for key, shape in known.items() if isinstance(shape, str)}
+        if problems:
+            for row, key in enumerate(each):
+                if key in problems:
+                    self._report("shape", problems[key], self.names[int(pairs.a[row])])
+        shapes = [shape if isinstance(shape := known[key], tuple) else (0, 0) for key in each]
+        for ids, arrays in ((pairs.a, a), (pairs.b, b)):
+            for dtype in {x.dtype for x in arrays}:
+                if not _is_float(dtype):
+                    odd = next(i for i, x in enumerate(arrays) if x.dtype == dtype)
+                    self._report_dtype(dtype, self.names[int(ids[odd])])
         return shapes
 
-    def check_targets(self, pairs: Pairs, keys: Group) -> None:
+    def _report_dtype(self, dtype: np.dtype[Any], key: str) -> None:
+        self._report(
+            "dtype",
+            f"a LoRA factor is a floating-point tensor, this one is {dtype}",
+            key,
+            "save the adapter unquantised",
+        )
+
+    def _check_targets(self, pairs: Pairs, keys: Group) -> None:
         modules = self.config.get("target_modules")
         parameters = self.config.get("target_parameters")
         if modules is None and not parameters:
@@ -233,7 +233,7 @@ class FactorReader:
                 )
             )
 
-    def add_parameters(
+    def _add_parameters(
         self,
         same: list[Pairs],
         factors: Factors,
@@ -253,7 +253,7 @@ class FactorReader:
         for numbers, depths in by_module.items():
             module = Group(template, np.zeros(1, dtype=np.int64), np.array([numbers])).name(0)
             wanted = [n for n in names if targets_parameter(entries, f"{module}.{n}")]
-            if not wanted and self.linear_fits(module, depths):
+            if not wanted and self._linear_fits(module, depths):
                 wanted = ["weight"]
             if not wanted:
                 self.untargeted.append(
@@ -267,7 +267,7 @@ class FactorReader:
                 )
                 continue
             if sorted(depths) != list(range(len(wanted))):
-                self.report(
+                self._report(
                     "nesting",
                     f"target_parameters names {len(wanted)} of its parameters ({', '.join(wanted)}), but the "
                     f"file has factors for {len(depths)} ('.base_layer' repeated {sorted(depths)} times)",
@@ -278,13 +278,13 @@ class FactorReader:
             for position, name in enumerate(wanted):
                 found.setdefault(name, []).append((numbers, depths[len(wanted) - 1 - position]))
         for name, rows in found.items():
-            self.add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
+            self._add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
 
-    def linear_fits(self, module: str, depths: Mapping[int, object]) -> bool:
+    def _linear_fits(self, module: str, depths: Mapping[int, object]) -> bool:
         modules = self.config.get("target_modules")
         return len(depths) == 1 and 0 in depths and targets_module(modules or [], module)
 
-    def add_parameter(
+    def _add_parameter(
         self,
         template: str,
         rows: list[tuple[tuple[int, ...], tuple[int, int]]],
@@ -304,21 +304,16 @@ class FactorReader:
             name = keys.name(row)
             scale = self.lora.scale(name)
             for x, number in ((a, i), (b, j)):
-                if not _is_float(x):
-                    self.report(
-                        "dtype",
-                        f"a LoRA factor is a floating-point tensor, this one is {x.dtype}",
-                        self.names[number],
-                        "save the adapter unquantised",
-                    )
+                if not _is_float(x.dtype):
+                    self._report_dtype(x.dtype, self.names[number])
             if not KINDS[kind].name.startswith("experts"):
                 shape = _base_shape(a.shape, b.shape, scale.rank, kind)
                 if isinstance(shape, str):
-                    self.report("shape", shape, self.names[i])
+                    self._report("shape", shape, self.names[i])
                     continue
             else:
                 if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                    self.report(
+                    self._report(
                         "shape",
                         f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit together",
                         self.names[i],
@@ -326,7 +321,7 @@ class FactorReader:
                     continue
                 experts, left = divmod(a.shape[0], scale.rank)
                 if left or not experts:
-                    self.report(
+                    self._report(
                         "rank",
                         f"{a.shape[0]} rows of lora_A are no multiple of the rank {scale.rank} that "
                         "adapter_config.json gives",
@@ -334,7 +329,7 @@ class FactorReader:
                         "use the config that was saved with these weights",
                     )
                     continue
-                packing = self.choose_packing(a, b, experts, found, self.names[i])
+                packing = self._choose_packing(a, b, experts, found, self.names[i])
                 if packing is None:
                     continue
                 a, b = unpack(a, b, experts, swaps(packing, kind, experts))
@@ -344,12 +339,12 @@ class FactorReader:
             factors.b.append(b)
             factors.scales.append(scale)
             shapes.append(shape)
-            dtypes.append(a.dtype.name)
+            dtypes.append(dtype_name(a.dtype))
         keys = Group(template, np.arange(start, start + len(kept)), numbers[kept])
         groups.append(keys)
         factors.kinds.append((keys, kind))
 
-    def choose_packing(
+    def _choose_packing(
         self,
         a: Array,
         b: Array,
@@ -400,12 +395,18 @@ class FactorReader:
         return self.packing
 
 
+@lru_cache(maxsize=64)
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """A dtype's name; numpy works it out anew each time."""
+    return dtype.name
+
+
 def _stored(kind: str, experts: int, out_size: int, in_size: int) -> tuple[int, ...]:
     return (experts, out_size, in_size) if kind == "experts" else (experts, in_size, out_size)
 
 
-def _is_float(array: Array) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
 def _base_shape(

@@ -79,7 +79,9 @@ def read_record(data: Mapping[str, Iterable[Sequence[Any]]], rslora: bool) -> Re
         del target
         for key, batch, rank, alpha, places in parts:
             scale = Scale(rank, _number(alpha), rslora)
-            spots = tuple(places) if isinstance(places, list) else tuple(range(places, places + rank))
+            spots = (
+                tuple(places) if isinstance(places, list) else tuple(range(places, places + rank))
+            )
             if "{}" in key:
                 for number in range(batch):
                     name = key.replace("{}", str(number))

@@ -16,13 +16,20 @@ PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?", re.DOTALL)
 _NAMED = re.compile(r"(.*)\.lora_(?:embedding_)?[AB]\.([^.]+?)(?:\.weight)?", re.DOTALL)
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model")
+_WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "base_model",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
     """The LoRA factors of modules of one template. ``modules.ids`` are meaningless; row i has the tensors
-    number ``a[i]`` and ``b[i]`` of the file."""
+    number ``a[i]`` and ``b[i]`` of the file.
+    """
 
     modules: Group
     a: Ints

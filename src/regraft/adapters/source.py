@@ -22,10 +22,55 @@ RECORD = "regraft"
 """The key of regraft's own entry in a file's metadata."""
 
 PEFT_TYPES = frozenset(
-    "ADALORA ADAMSS ADAPTION_PROMPT ARROW BEFT BOFT BONE C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA "
-    "GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY "
-    "PREFIX_TUNING PROMPT_TUNING PSOFT PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA "
-    "TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA".split()
+    [
+        "ADALORA",
+        "ADAMSS",
+        "ADAPTION_PROMPT",
+        "ARROW",
+        "BEFT",
+        "BOFT",
+        "BONE",
+        "C3A",
+        "CARTRIDGE",
+        "CPT",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LILY",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "MULTITASK_PROMPT_TUNING",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PSOFT",
+        "PVERA",
+        "P_TUNING",
+        "RANDLORA",
+        "ROAD",
+        "SHADOW",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+        "XLORA",
+    ]
 )
 """The values of ``peft_type`` that PEFT up to 0.21.2 knows."""
 
@@ -94,9 +139,7 @@ def find_adapters(src: Path) -> Found:
             )
         return Found(src.parent, (src.parent,), src, ())
     if not src.is_dir():
-        raise BadInputError(
-            Finding("not-found", "there is no such file or folder", where=str(src))
-        )
+        raise BadInputError(Finding("not-found", "there is no such file or folder", where=str(src)))
     folders = sorted({path.parent for path in src.rglob(CONFIG)})
     if not folders:
         has = any((src / name).exists() for name in (WEIGHTS, WEIGHTS_BIN))
@@ -110,7 +153,9 @@ def find_adapters(src: Path) -> Found:
         )
     own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
     others = tuple(
-        sorted(path.relative_to(src) for path in src.rglob("*") if path.is_file() and path not in own)
+        sorted(
+            path.relative_to(src) for path in src.rglob("*") if path.is_file() and path not in own
+        )
     )
     return Found(src, tuple(folders), None, others)
 
@@ -153,7 +198,11 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
             tensors = open_tensors(file, header)
         if file is not None and not tensors:
             findings.append(
-                Finding("empty", "the adapter is empty: its weights file has no tensors", where=str(file))
+                Finding(
+                    "empty",
+                    "the adapter is empty: its weights file has no tensors",
+                    where=str(file),
+                )
             )
         if (folder / ASIDE).is_file():
             aside = open_tensors(folder / ASIDE)
@@ -182,7 +231,11 @@ def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:
     if peft_type == "LORA":
         for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
             value = config.get(name)
-            if not isinstance(value, kinds) or isinstance(value, bool) or (name == "r" and value <= 0):
+            if (
+                not isinstance(value, kinds)
+                or isinstance(value, bool)
+                or (name == "r" and value <= 0)
+            ):
                 findings.append(
                     Finding(
                         "config",
@@ -195,7 +248,9 @@ def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:
             value = config.get(name)
             if value is not None and not isinstance(value, dict):
                 findings.append(
-                    Finding("config", f"a table was expected, this is {value!r}", where=where, key=name)
+                    Finding(
+                        "config", f"a table was expected, this is {value!r}", where=where, key=name
+                    )
                 )
         for name in ("target_modules", "target_parameters", "modules_to_save"):
             value = config.get(name)
@@ -204,6 +259,11 @@ def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:
             )
             if not sound and not (name == "target_modules" and isinstance(value, str)):
                 findings.append(
-                    Finding("config", f"a list of names was expected, this is {value!r}", where=where, key=name)
+                    Finding(
+                        "config",
+                        f"a list of names was expected, this is {value!r}",
+                        where=where,
+                        key=name,
+                    )
                 )
     return findings

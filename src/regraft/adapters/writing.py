@@ -53,7 +53,9 @@ class Result:
     """How many adapters are nested around each module."""
 
 
-def write_factors(images: Iterable[Images], side: Side, packing: str, reclaimed: Sequence[str]) -> Result:
+def write_factors(
+    images: Iterable[Images], side: Side, packing: str, reclaimed: Sequence[str]
+) -> Result:
     """Name and pack factors for a layout.
 
     Leaf names in ``reclaimed`` go through ``target_parameters`` even where the module is a Linear, because PEFT
@@ -103,7 +105,11 @@ def write_factors(images: Iterable[Images], side: Side, packing: str, reclaimed:
 
 def _write_modules(image: Images, modules: Group, result: Result) -> None:
     embedding = image.kind == "embedding"
-    ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    ends = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if embedding
+        else ("lora_A.weight", "lora_B.weight")
+    )
     paths = fill_rows(modules.template, modules.numbers)
     for path, lora in zip(paths, image.loras, strict=True):
         if lora is not None:
@@ -114,7 +120,11 @@ def _write_modules(image: Images, modules: Group, result: Result) -> None:
 
 
 def _put_module(path: str, key: str, lora: Lora, embedding: bool, result: Result) -> None:
-    ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    ends = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if embedding
+        else ("lora_A.weight", "lora_B.weight")
+    )
     result.tensors[f"{PREFIX}{path}.{ends[0]}"] = lora.a
     result.tensors[f"{PREFIX}{path}.{ends[1]}"] = lora.b
     result.written.append(Written(key, path, None, lora.scale))

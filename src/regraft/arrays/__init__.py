@@ -1,0 +1,1 @@
+"""The arrays reader: carry out a plan, or one equation, on tensors in memory."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.arrays.move import move
-from regraft.equation.lower import flat_shape, lower, nest_of
+from regraft.equation.lower import check_equation, flat_shape, lower, nest_of
 from regraft.equation.notation import parse_equation
 from regraft.equation.sizes import shape_of, solve_sizes
 from regraft.errors import BadInputError, Finding
@@ -28,10 +28,13 @@ def rearrange(
     if clauses:
         text += (", " if " where " in text else " where ") + clauses
     equation = parse_equation(text)
+    check_equation(equation)
     read, written = equation.sides(reverse)
     if len(arrays) != len(read):
         raise BadInputError(
-            Finding("arrays", f"{len(read)} arrays are read by {equation}, {len(arrays)} were given")
+            Finding(
+                "arrays", f"{len(read)} arrays are read by {equation}, {len(arrays)} were given"
+            )
         )
     shapes: Sequence[tuple[int, ...]] = [array.shape for array in arrays]
     solved, rest = solve_sizes(equation, zip(read, shapes, strict=True))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from regraft.arrays.move import move
-from regraft.equation.lower import Nest, nest_of
+from regraft.equation.lower import Copy, Nest, nest_of, strides_of
 from regraft.errors import BadInputError, Finding
-from regraft.plan.plan import Entry, Plan, index_grid
+from regraft.plan.plan import Entry, Plan, walk
 
 
 def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -82,37 +82,21 @@ def _apply_entry(
             result.update(zip(names[first : first + slots[number]], made[number], strict=True))
 
 
-def _shapes(entry: Entry, copy: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(entry: Entry, copy: Copy) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (
         entry.flat_shape(entry.read[copy.source]),
         entry.flat_shape(entry.written[copy.target]),
     )
 
 
-def _steps(entry: Entry, copy: Any) -> tuple[list[int], list[int], list[int], list[int]]:
+def _steps(entry: Entry, copy: Copy) -> tuple[list[int], list[int], list[int], list[int]]:
     """For every value of the axes that stand in a key: source slot, target slot, and the offsets there."""
     axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-    grid = index_grid([axis.size for axis in axes])
     slots, offsets = [], []
-    for side, (term, shape) in enumerate(
-        zip((entry.read[copy.source], entry.written[copy.target]), _shapes(entry, copy), strict=True)
-    ):
-        stack = entry.stack(term)
-        holes = np.zeros((len(stack), grid.shape[1]), dtype=np.int64)
-        holes += np.array(
-            copy.target_key_start if side else copy.source_key_start, dtype=np.int64
-        ).reshape(-1, 1)
-        at = np.zeros(grid.shape[1], dtype=np.int64)
-        strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
-        for row, axis in zip(grid, axes, strict=True):
-            place = axis.target if side else axis.source
-            if place.in_key:
-                holes[place.index] += row * place.step
-            else:
-                at += row * place.step * strides[place.index]
-        slot = np.ravel_multi_index(tuple(holes), stack) if stack else np.zeros_like(at)
+    for target, shape in enumerate(_shapes(entry, copy)):
+        slot, dims = walk(entry, copy, axes, bool(target))
         slots.append(slot.tolist())
-        offsets.append(at.tolist())
+        offsets.append((np.array(strides_of(shape), dtype=np.int64) @ dims).tolist())
     return slots[0], slots[1], offsets[0], offsets[1]
 
 

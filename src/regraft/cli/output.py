@@ -50,6 +50,11 @@ class Output:
             text = "".join(line.rstrip() + "\n" for line in text.split("\n")[:-1])
         _write(stream, text)
 
+    @property
+    def width(self) -> int:
+        """How many columns stdout has; as many as it takes where it is no terminal."""
+        return _console(sys.stdout).width
+
     @contextmanager
     def waiting(self) -> Iterator[Callable[[str, int, int], None] | None]:
         """Show progress on stderr, on a terminal only, once the work has taken a while."""

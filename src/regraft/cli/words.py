@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.padding import Padding
 from rich.table import Table
@@ -25,6 +25,14 @@ _FINDINGS = 200
 _FILES = 6
 
 
+class _Row(NamedTuple):
+    pattern: str
+    count: int
+    target: Target
+    """One of those that the pattern stands for; they are alike."""
+    how: str
+
+
 def show_report(out: Output, report: Report, load: bool = True) -> None:
     """What a conversion did; the last line says how to load the result, unless ``load`` is off."""
     for adapter in report.adapters:
@@ -39,34 +47,44 @@ def show_report(out: Output, report: Report, load: bool = True) -> None:
 
 def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:
     title = visible(adapter.name or Path(report.source).name or report.source)
-    head = Text(title, NAME)
-    head.append(f": {adapter.peft_type}, {adapter.source_layout} -> {adapter.target_layout}", "")
+    kind = f": {adapter.peft_type}, {adapter.source_layout} -> {adapter.target_layout}"
+    head = Text.assemble((title, NAME), kind)
     out.show(head, *_bullets(adapter.evidence, FAINT), Text())
     rows = _rows_of(adapter)
     if rows:
-        table = _table("target", "count", "rank", "scale", "how", "numbers")
-        for pattern, count, target, how in rows[:_ROWS]:
-            table.add_row(
-                _cell(pattern),
-                str(count),
-                str(target.rank),
-                f"{target.scale:g}",
-                _cell(how, FAINT if how.startswith("carried over") else ""),
-                _cell("exact", GOOD) if target.exact else _cell("rescaled", WARNING),
-            )
-        out.show(*_cut(table, len(rows)), Text())
+        out.show(*_cut(_targets(rows[:_ROWS], out.width), len(rows)), Text())
     out.show(_summary(adapter))
     for note in adapter.notes:
         out.show(_note(note))
 
 
-def _rows_of(adapter: AdapterReport) -> list[tuple[str, int, Target, str]]:
+def _targets(rows: Sequence[_Row], width: int) -> Table:
+    beside = max(len(r.pattern) for r in rows) + max(len(r.how) for r in rows) + 36 <= width
+    names = ["target", "count", "rank", "scale", "how", "numbers"]
+    table = _table(*(name for name in names if beside or name != "how"))
+    for row in rows:
+        how = _cell(row.how, FAINT if row.how.startswith("carried over") else "")
+        pattern = _cell(row.pattern)
+        if not beside:
+            pattern = Text("\n").join([pattern, Text.assemble("  ", how)])
+        table.add_row(
+            pattern,
+            str(row.count),
+            str(row.target.rank),
+            f"{row.target.scale:g}",
+            *([how] if beside else []),
+            _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING),
+        )
+    return table
+
+
+def _rows_of(adapter: AdapterReport) -> list[_Row]:
     alike: dict[tuple[object, ...], list[Target]] = {}
     for target in adapter.targets:
         looks = (target.rank, target.scale, target.rule, target.exact)
         alike.setdefault(looks, []).append(target)
     return [
-        (pattern, count, targets[0], _how(targets[0].rule, adapter))
+        _Row(pattern, count, targets[0], _how(targets[0].rule, adapter))
         for targets in alike.values()
         for pattern, count in patterns(target.key for target in targets)
     ]
@@ -121,8 +139,7 @@ def _quote(text: str) -> str:
 
 def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     """Every problem, with where it is and what to do, on stderr."""
-    head = Text("regraft: ", NAME)
-    head.append(title, BAD)
+    head = Text.assemble(("regraft: ", NAME), (title, BAD))
     if len(findings) > 1:
         head.append(f", {len(findings)} problems")
     places = {finding.where for finding in findings}
@@ -148,9 +165,7 @@ def _finding(finding: Finding, number: int | None, common: str | None) -> list[T
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))
     if finding.fix is not None:
-        fix = Text("To mend it: ", GOOD)
-        fix.append(visible(finding.fix), "")
-        lines.append(fix)
+        lines.append(Text.assemble(("To mend it: ", GOOD), visible(finding.fix)))
     lead = "" if number is None else f"{number}. "
     lines[0] = Text.assemble(lead, lines[0])
     indent = len(lead)
@@ -173,13 +188,16 @@ def show_inspection(out: Output, inspection: Inspection) -> None:
 
 
 def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
-    head = Text(visible(adapter.name or Path(source).name or source), NAME)
-    head.append(": " + " with ".join([adapter.peft_type, *adapter.variants]), "")
+    name = visible(adapter.name or Path(source).name or source)
+    kind = " with ".join([adapter.peft_type, *adapter.variants])
+    head = Text.assemble((name, NAME), f": {kind}")
     facts = _table("", "", header=False)
-    layout = Text(
-        adapter.layout or "the same in every layout, or not known",
-        GOOD if adapter.layout else WARNING,
-    )
+    if adapter.layout is not None:
+        layout = Text(adapter.layout, GOOD)
+    elif adapter.layouts:
+        layout = Text(" or ".join(adapter.layouts) + ": it is the same in each", GOOD)
+    else:
+        layout = Text("not known", WARNING)
     facts.add_row("layout", layout)
     for reason in adapter.evidence:
         facts.add_row("", _cell(visible(reason), FAINT))
@@ -256,9 +274,7 @@ def _bullets(lines: Iterable[str], style: str) -> list[Text | Padding]:
 
 
 def _note(note: str) -> Text:
-    text = Text("Note: ", WARNING)
-    text.append(visible(note), "")
-    return text
+    return Text.assemble(("Note: ", WARNING), visible(note))
 
 
 def _numbers(values: Iterable[float]) -> str:

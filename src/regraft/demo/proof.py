@@ -121,10 +121,9 @@ def swap_experts(tensors: Mapping[str, Array], experts: int) -> dict[str, Array]
     order = [1, 0, *range(2, experts)]
     result = dict(tensors)
     for name, tensor in tensors.items():
-        if ".mlp.experts." in name and ".lora_A." in name:
-            result[name] = tensor.reshape(experts, -1, tensor.shape[1])[order].reshape(tensor.shape)
-        elif ".mlp.experts." in name:
-            result[name] = tensor.reshape(len(tensor), -1, experts)[..., order].reshape(
-                tensor.shape
-            )
+        if ".mlp.experts." in name:
+            is_a = ".lora_A." in name
+            split = (experts, -1, tensor.shape[1]) if is_a else (len(tensor), -1, experts)
+            blocks = tensor.reshape(split)
+            result[name] = (blocks[order] if is_a else blocks[..., order]).reshape(tensor.shape)
     return result

@@ -16,11 +16,12 @@ from math import prod
 
 from regraft.equation.notation import (
     Axis,
+    Bound,
     Equation,
     Expr,
-    Product,
     Sum,
     Term,
+    Where,
     axes_of,
     loops_of,
     notation_error,
@@ -109,7 +110,6 @@ class _Box:
     key_start: tuple[int, ...]
 
 
-
 def stacked_holes(equation: Equation, term: Term) -> tuple[Expr, ...]:
     """The holes of a term's key that are no loops, from left to right."""
     loops = loops_of(equation)
@@ -130,7 +130,9 @@ def _boxes(
                 for name, step in axes:
                     if name in places:
                         raise notation_error(
-                            equation.text, term.start, f"axis {name} stands twice in one box of {term}"
+                            equation.text,
+                            term.start,
+                            f"axis {name} stands twice in one box of {term}",
                         )
                     places[name] = Place(in_key, index, step)
             starts = tuple(offset for _, offset in choice)
@@ -185,12 +187,13 @@ def check_equation(equation: Equation) -> None:
     known = {name for term in terms for d in term.dims for name in axes_of(d)} | {
         name for term in terms if term.key for h in term.key.holes for name in axes_of(h)
     }
-    for clause in (*equation.where, *equation.bounds):
+    clauses: tuple[Where | Bound, ...] = (*equation.where, *equation.bounds)
+    for clause in clauses:
         names_used = [v.name for _, v in clause.values if isinstance(v, Axis)]
-        for name in (clause.axis, *names_used):
-            if name not in known:
+        for axis in (clause.axis, *names_used):
+            if axis not in known:
                 raise notation_error(
-                    equation.text, clause.start, f"no key and no dim has an axis {name}"
+                    equation.text, clause.start, f"no key and no dim has an axis {axis}"
                 )
 
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from regraft.errors import BadInputError, Finding
 
 REST = "..."
+_KEY_ENDS = " \t\r\n:,()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,9 +292,8 @@ class _Scanner:
 
     def take_word(self, word: str) -> bool:
         self.skip()
-        end = self.at + len(word)
-        if self.text.startswith(word, self.at) and not self.text[end : end + 1].isalnum():
-            self.at = end
+        if self.ends((word,)):
+            self.at += len(word)
             return True
         return False
 
@@ -301,9 +301,21 @@ class _Scanner:
         if not self.take(token):
             raise self.error(message)
 
-    def ends(self, stops: tuple[str, ...]) -> bool:
-        rest = self.text[self.at :]
-        return any(rest.startswith(stop) if stop else not rest for stop in stops)
+    def ends(self, stops: tuple[str, ...], at: int | None = None) -> bool:
+        """Whether one of the stops stands here; a stop that is a word must be a whole one."""
+        at = self.at if at is None else at
+        return any(
+            at >= len(self.text)
+            if not stop
+            else self.text.startswith(stop, at) and self._whole(stop, at)
+            for stop in stops
+        )
+
+    def _whole(self, stop: str, at: int) -> bool:
+        if not stop.isalpha():
+            return True
+        before, after = self.text[:at][-1:], self.text[at + len(stop) :][:1]
+        return (not before or before.isspace() or before == ",") and (not after or after.isspace())
 
     def side(self, stops: tuple[str, ...]) -> tuple[Term, ...]:
         terms = []
@@ -336,26 +348,23 @@ class _Scanner:
         return Term(key, tuple(dims), start)
 
     def _has_key(self, stops: tuple[str, ...]) -> bool:
-        depth = 0
         for position in range(self.at, len(self.text)):
             char = self.text[position]
-            depth += (char == "{") - (char == "}")
-            if depth == 0:
-                if char == ":":
-                    return True
-                if char in ",\n" or any(s and self.text.startswith(s, position) for s in stops):
-                    return False
+            if char in ":{}":
+                return True
+            if char in ",\n" or self.ends(tuple(filter(None, stops)), position):
+                return False
         return False
 
     def key(self) -> Key:
         parts: list[str | Hole | Segments] = []
         start = self.at
-        while self.at < len(self.text) and self.text[self.at] not in " \t\r\n:,":
+        while self.at < len(self.text) and self.text[self.at] not in _KEY_ENDS:
             if self.text[self.at] == "{":
                 parts.append(self._hole())
             else:
                 begin = self.at
-                while self.at < len(self.text) and self.text[self.at] not in " \t\r\n:,{":
+                while self.at < len(self.text) and self.text[self.at] not in _KEY_ENDS + "{":
                     if self.text[self.at] == "}":
                         raise self.error("this } closes no {")
                     self.at += 1
@@ -369,7 +378,9 @@ class _Scanner:
                 if not (isinstance(before, str) and before.endswith(".")) or not (
                     isinstance(after, str) and after.startswith(".")
                 ):
-                    raise self.error(f"{part} holds whole segments: dots must stand around it", start)
+                    raise self.error(
+                        f"{part} holds whole segments: dots must stand around it", start
+                    )
         return Key(tuple(parts))
 
     def _hole(self) -> Hole | Segments:
@@ -384,7 +395,9 @@ class _Scanner:
             part = Hole(self.atom())
         self.skip()
         if not self.text.startswith("}", self.at):
-            raise self.error("this { is not closed (a sum or product in a hole needs brackets)", opened)
+            raise self.error(
+                "this { is not closed (a sum or product in a hole needs brackets)", opened
+            )
         self.at += 1
         return part
 

@@ -14,7 +14,6 @@ from regraft.equation.notation import (
     Expr,
     Product,
     ShapeOf,
-    Sum,
     Term,
     Value,
     axes_of,
@@ -44,7 +43,8 @@ Lookup = Callable[[ConfigPath | ShapeOf], int | None]
 def extent(expr: Expr, sizes: Mapping[str, int]) -> int:
     """The number of positions an expression spans.
 
-    >>> extent(Sum((Axis("a"), Axis("b"))), {"a": 3, "b": 5})
+    >>> from regraft.equation.notation import parse_equation
+    >>> extent(parse_equation("(a + b) == a, b").left[0].dims[0], {"a": 3, "b": 5})
     8
     """
     if isinstance(expr, Axis):
@@ -199,11 +199,10 @@ class _Solver:
             raise SizeError(f"{axis} would be {size}", at)
         root = self.root(axis)
         for name in self.axes:
-            if self.root(name) == root:
-                if self.sizes.setdefault(name, size) != size:
-                    raise SizeError(
-                        f"{name} is {self.sizes[name]} in one place and {size} in another", at
-                    )
+            if self.root(name) == root and self.sizes.setdefault(name, size) != size:
+                raise SizeError(
+                    f"{name} is {self.sizes[name]} in one place and {size} in another", at
+                )
         if axis not in self.axes:
             self.sizes.setdefault(axis, size)
 

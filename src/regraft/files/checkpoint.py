@@ -37,7 +37,11 @@ class Checkpoint:
                 isinstance(shard, str) and Path(shard).name == shard for shard in names.values()
             ):
                 raise BadInputError(
-                    Finding("index", "its weight_map does not name files of this folder", where=str(index))
+                    Finding(
+                        "index",
+                        "its weight_map does not name files of this folder",
+                        where=str(index),
+                    )
                 )
             return Checkpoint(folder, names)
         single = folder / SINGLE

@@ -1,0 +1,1 @@
+"""Tensor names as templates and columns of numbers."""

@@ -20,7 +20,6 @@ MARK = "\0"
 Ints = npt.NDArray[np.int64]
 
 _NUMBER = re.compile(r"[0-9]+")
-_PADDED = re.compile(r"(?<![0-9])0[0-9]|[0-9]{18}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,15 +79,10 @@ def group_names(names: Iterable[str]) -> list[Group]:
     if not names:
         return []
     text = "\n".join(names)
-    if text.count("\n") != len(names) - 1 or MARK in text or _PADDED.search(text):
-        templates, numbers = _split_slowly(names)
-    else:
-        templates = _NUMBER.sub(MARK, text).split("\n")
-        numbers = np.array(_NUMBER.findall(text), dtype="U18").astype(np.int64)
-    index: dict[str, int] = {}
-    codes = np.fromiter(
-        (index.setdefault(t, len(index)) for t in templates), dtype=np.int64, count=len(templates)
-    )
+    split = None if text.count("\n") != len(names) - 1 or MARK in text else _split(text)
+    templates, numbers = _split_slowly(names) if split is None else split
+    index = {template: code for code, template in enumerate(dict.fromkeys(templates))}
+    codes = np.array([index[template] for template in templates], dtype=np.int64)
     widths = np.fromiter((t.count(MARK) for t in index), dtype=np.int64, count=len(index))
     starts = np.zeros(len(codes) + 1, dtype=np.int64)
     np.cumsum(widths[codes], out=starts[1:])
@@ -100,6 +94,34 @@ def group_names(names: Iterable[str]) -> list[Group]:
         columns = starts[ids][:, None] + np.arange(widths[number])
         groups.append(Group(template, ids, numbers[columns]))
     return groups
+
+
+def _split(text: str) -> tuple[list[str], Ints] | None:
+    """Templates and numbers of lines; ``None`` where a number has leading zeros or is too long for an index."""
+    letters = np.frombuffer(text.encode(), dtype=np.uint8)
+    digit = (letters - ord("0")) < 10
+    before = np.empty_like(digit)
+    before[0] = False
+    before[1:] = digit[:-1]
+    starts = np.flatnonzero(digit & ~before)
+    if len(starts):
+        after = np.flatnonzero(before & ~digit)
+        ends = np.append(after, len(letters)) if digit[-1] else after
+        lengths = ends - starts
+        longest = int(lengths.max())
+        if longest > 17 or ((lengths > 1) & (letters[starts] == ord("0"))).any():
+            return None
+        numbers = np.zeros(len(starts), dtype=np.int64)
+        for place in range(longest):
+            longer = lengths > place
+            at = starts[longer] + place
+            numbers[longer] = numbers[longer] * 10 + (letters[at] - ord("0"))
+        marked = letters.copy()
+        marked[starts] = ord(MARK)
+        kept = marked[~digit | ~before]
+    else:
+        numbers, kept = np.zeros(0, dtype=np.int64), letters
+    return kept.tobytes().decode().split("\n"), numbers
 
 
 def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:

@@ -1,0 +1,1 @@
+"""Plans: pure data made of headers, rules and names."""

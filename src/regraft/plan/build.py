@@ -36,10 +36,10 @@ from regraft.plan.plan import Carried, Entry, Headers, Plan, keys_of
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.templates import (
     Match,
-    hole_axes,
     Specificity,
-    specificity,
+    hole_axes,
     match_group,
+    specificity,
     write_group,
 )
 
@@ -109,12 +109,8 @@ class _Builder:
         self.unmatched: list[Finding] = []
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
         self.owner = np.full(count, -1, dtype=np.int64)
-        codes: dict[tuple[int, ...], int] = {}
-        self.shape_code = np.fromiter(
-            (codes.setdefault(shape, len(codes)) for shape in headers.shapes),
-            dtype=np.int64,
-            count=len(headers.shapes),
-        )
+        codes = {shape: code for code, shape in enumerate(dict.fromkeys(headers.shapes))}
+        self.shape_code = np.array([codes[shape] for shape in headers.shapes], dtype=np.int64)
         self.shape_list = list(codes)
         self.dims = np.array([len(shape) for shape in codes], dtype=np.int64)
 
@@ -127,7 +123,9 @@ class _Builder:
         if self.findings or self.unmatched:
             kind: type[RegraftError] = BadInputError if self.findings else UnmatchedKeysError
             raise kind([*self.findings, *self.unmatched])
-        source = next((b.left if b.right == self.target else b.right for b in self.books), self.target)
+        source = next(
+            (b.left if b.right == self.target else b.right for b in self.books), self.target
+        )
         return Plan(source, self.target, self.books, self.headers, tuple(entries), tuple(carried))
 
     def report(self, code: str, message: str, **place: str | None) -> None:
@@ -239,7 +237,9 @@ class _Builder:
         self, equation: Equation, key: Key, scope: Scope, group: Group, holes: Ints, where: str
     ) -> None:
         for bound in equation.bounds:
-            limit = limit_of(bound, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None)
+            limit = limit_of(
+                bound, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
+            )
             if limit is None:
                 continue
             over = holes[:, hole_axes(key).index(bound.axis)] >= limit
@@ -527,9 +527,7 @@ class _Family:
             fix="give the base model that it belongs to",
         )
 
-    def report_missing(
-        self, filled: Ints, term: int, stack: tuple[int, ...], loops: Ints
-    ) -> None:
+    def report_missing(self, filled: Ints, term: int, stack: tuple[int, ...], loops: Ints) -> None:
         keys = keys_of(self.read[term], self.rule, self.rests, loops, stack)
         rows = np.flatnonzero(filled.reshape(-1) < 0)
         shown = ", ".join(keys.name(int(row)) for row in rows[:3])

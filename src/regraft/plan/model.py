@@ -8,7 +8,6 @@ from typing import Any
 
 from regraft.equation.notation import ConfigPath
 
-
 _SUB_MODELS = {
     "text_config": "language_model",
     "vision_config": "vision_tower",
@@ -50,7 +49,9 @@ class ModelConfig:
 
     def model_types(self) -> list[str]:
         """All model types in it, that of the whole model first."""
-        return [str(p["model_type"]) for _, p in self.parts() if isinstance(p.get("model_type"), str)]
+        return [
+            str(p["model_type"]) for _, p in self.parts() if isinstance(p.get("model_type"), str)
+        ]
 
     def part_of(self, model_types: tuple[str, ...]) -> tuple[str, Mapping[str, Any]] | None:
         """The part that has one of the model types, and its path; of several, the language model's."""

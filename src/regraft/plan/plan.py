@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.equation.lower import Copy, flat_shape, stacked_holes
+from regraft.equation.lower import Copy, CopyAxis, flat_shape, stacked_holes
 from regraft.equation.notation import Axis, Term, loops_of
 from regraft.equation.sizes import extent, shape_of
 from regraft.names.keys import MARK, Group, Ints
@@ -122,6 +122,28 @@ def index_grid(sizes: Sequence[int]) -> Ints:
     [[0, 0, 1, 1], [0, 1, 0, 1]]
     """
     return np.indices(tuple(sizes), dtype=np.int64).reshape(len(sizes), prod(sizes))
+
+
+def walk(entry: Entry, copy: Copy, axes: Sequence[CopyAxis], target: bool) -> tuple[Ints, Ints]:
+    """Where each point of some axes of a copy stands on one side.
+
+    Returns the stacked slot of the key at each point, and how far each dim moves there from the block's start
+    (dims, points).
+    """
+    term = entry.written[copy.target] if target else entry.read[copy.source]
+    starts = copy.target_key_start if target else copy.source_key_start
+    grid = index_grid([axis.size for axis in axes])
+    stack = entry.stack(term)
+    holes = np.zeros((len(stack), grid.shape[1]), dtype=np.int64)
+    holes += np.array(starts, dtype=np.int64).reshape(-1, 1)
+    dims = np.zeros((len(term.dims), grid.shape[1]), dtype=np.int64)
+    for row, axis in zip(grid, axes, strict=True):
+        place = axis.target if target else axis.source
+        (holes if place.in_key else dims)[place.index] += row * place.step
+    slots = np.zeros(grid.shape[1], dtype=np.int64)
+    for hole, size in zip(holes, stack, strict=True):
+        slots = slots * size + hole
+    return slots, dims
 
 
 def keys_of(

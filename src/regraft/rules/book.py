@@ -1,28 +1,28 @@
 """Rule books: TOML files that say how one layout of a model family becomes another.
 
-    name = "mixtral"
-    left = "transformers-v4"
-    right = "transformers-v5"
-    model_types = ["mixtral"]
+name = "mixtral"
+left = "transformers-v4"
+right = "transformers-v5"
+model_types = ["mixtral"]
 
-    [[equation]]
-    name = "expert down"
-    text = '''
-    {*p}.layers.{l}.block_sparse_moe.experts.{e}.w2.weight : o f
-        == {*p}.layers.{l}.mlp.experts.down_proj : e o f
-    where e = config.num_local_experts
-    '''
-    left_kind = "linear"
-    right_kind = "experts"
+[[equation]]
+name = "expert down"
+text = '''
+{*p}.layers.{l}.block_sparse_moe.experts.{e}.w2.weight : o f
+    == {*p}.layers.{l}.mlp.experts.down_proj : e o f
+where e = config.num_local_experts
+'''
+left_kind = "linear"
+right_kind = "experts"
 
-    [[carry]]
-    keys = ["{*p}.layers.{l}.self_attn.{*q}"]
-    why = "attention is the same in both"
+[[carry]]
+keys = ["{*p}.layers.{l}.self_attn.{*q}"]
+why = "attention is the same in both"
 
-    [[parameters]]
-    side = "right"
-    module = "{*p}.layers.{l}.mlp.experts"
-    names = ["gate_up_proj", "down_proj"]
+[[parameters]]
+side = "right"
+module = "{*p}.layers.{l}.mlp.experts"
+names = ["gate_up_proj", "down_proj"]
 """
 
 from __future__ import annotations
@@ -326,9 +326,7 @@ class _Loader:
                         "kind", f"{table.name}: {term} has not the dims of kind {name!r}", line
                     )
             kinds.append(tuple(each))
-        return Rule(
-            table.name, equation, kinds[0], kinds[1], self.book, f"{self.path}:{line}"
-        )
+        return Rule(table.name, equation, kinds[0], kinds[1], self.book, f"{self.path}:{line}")
 
     def carry(self, number: int, raw: Any) -> Iterable[Carry]:
         line = self.line("carry", number)

@@ -103,7 +103,7 @@ def match_group(key: Key, group: Group) -> Match | None:
     rests: list[str] = []
     rest_columns: list[int] = []
     for number, kind in enumerate(compiled.kinds, 1):
-        start, end = found.span(number)
+        start = found.start(number)
         column = group.template.count(MARK, 0, start) if start >= 0 else 0
         if kind == "hole":
             hole_columns.append(column)
