@@ -298,7 +298,9 @@ def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
                 out, into = into, out
             holes = []
             if not is_stack(kind):
-                free = [s for s in stack if gathers and right or draw(st.integers(0, 3)) == 0]
+                other = pair[not right]
+                may = is_stack(other) or (right and not crossed)
+                free = [s for s in stack if may and (right if gathers else draw(st.integers(0, 3)) == 0)]
                 where = draw(st.sampled_from([out, into]))
                 for slot in free:
                     where.insert(draw(st.integers(0, len(where))), slot)

@@ -281,6 +281,7 @@ class _Conversion:
             partial=True,
             guess=self.guess,
             where=self.source.where,
+            unmatched_fix=self.known.unmatched_fix,
         )
         self.check_gaps(plan)
         return plan

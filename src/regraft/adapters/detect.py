@@ -57,6 +57,13 @@ class Known:
     """That of the whole base model, where it is known."""
     evidence: str
 
+    @property
+    def unmatched_fix(self) -> str:
+        """What to do about keys that none of the books explains."""
+        if self.model is None:
+            return "give the base model with --model (its folder or its config.json)"
+        return "check the prefix and the model, or add the key to a rule book"
+
 
 def find_books(
     scan: Scan, config: Mapping[str, Any], model: ModelConfig | None, where: str
@@ -164,7 +171,7 @@ def _speaks_of(book: Book, scan: Scan) -> bool:
 
 def _outcome(book: Book, scan: Scan) -> object:
     """What a book makes of an adapter's keys, to compare books by."""
-    result = []
+    result: list[object] = []
     for group in _candidates(scan):
         hits = [
             (
@@ -182,7 +189,26 @@ def _outcome(book: Book, scan: Scan) -> object:
             for carry in book.carries
         )
         result.append((group.template, tuple(hits), carried or bool(hits)))
+    for group in _modules(scan):
+        for table in book.parameters:
+            if match_group(table.module, group) is not None:
+                kinds = tuple(_parameter_kinds(book, f"{table.module}.{n}") for n in table.names)
+                result.append((group.template, table.sides, table.names, kinds))
     return tuple(result)
+
+
+def _parameter_kinds(book: Book, key: str) -> tuple[tuple[str, str], ...]:
+    """The kinds that a parameter has on either side."""
+    return tuple(
+        (side, kind)
+        for rule in book.rules
+        for side, terms, kinds in (
+            ("left", rule.equation.left, rule.left_kinds),
+            ("right", rule.equation.right, rule.right_kinds),
+        )
+        for term, kind in zip(terms, kinds, strict=True)
+        if str(term.key) == key
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
 
@@ -288,22 +288,14 @@ def _image(
 def _without_effectless(contribution: _Contribution, part: Part | None) -> _Contribution:
     a, b = contribution.a, contribution.b
     alive = (a != 0).any(axis=1) & (b != 0).any(axis=0)
-    keep = alive
-    if part is not None:
-        told = np.zeros(len(alive), dtype=bool)
-        told[[place for place in part.places if place < len(alive)]] = True
-        if not (alive & ~told).any():
+    keep: Ints = np.flatnonzero(alive)
+    if part is not None and all(place < len(alive) for place in part.places):
+        told = np.array(part.places, dtype=np.int64)
+        if np.isin(keep, told).all():
             keep = told
-    if keep.all():
+    if np.array_equal(keep, np.arange(len(alive))):
         return contribution
-    return _Contribution(
-        contribution.source,
-        a[keep],
-        b[:, keep],
-        contribution.scale,
-        contribution.block,
-        contribution.at,
-    )
+    return replace(contribution, a=a[keep], b=b[:, keep])
 
 
 def _common_scale(contributions: list[_Contribution]) -> Scale:

@@ -116,6 +116,7 @@ def _plan(headers: Headers, source: Source, known: Known, target: str) -> Plan:
             target_layout=target,
             scopes=dict(known.scopes),
             where=source.where,
+            unmatched_fix=known.unmatched_fix,
         )
     except BadInputError as error:
         if any(finding.code != "missing" for finding in error.findings):

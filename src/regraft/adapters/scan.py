@@ -27,8 +27,9 @@ _WRAPPERS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """The LoRA factors of modules of one template. ``modules.ids`` are meaningless; row i has the tensors
-    number ``a[i]`` and ``b[i]`` of the file.
+    """The LoRA factors of modules of one template.
+
+    Row i of ``modules`` has the tensors number ``a[i]`` and ``b[i]`` of the file.
     """
 
     modules: Group

@@ -79,16 +79,19 @@ def build_plan(
     partial: bool = False,
     guess: Guess | None = None,
     where: str | None = None,
+    unmatched_fix: str = "check the prefix and the model, or add the key to a rule book",
 ) -> Plan:
     """Plan the conversion of some tensors to a layout.
 
     ``scopes`` gives each book's config; ``partial`` allows tensors to be absent (an adapter need not adapt
     everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
-    in messages.
+    in messages, ``unmatched_fix`` what to do about keys that nothing explains.
 
     Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
     """
-    builder = _Builder(headers, books, target_layout, scopes or {}, partial, guess, where)
+    builder = _Builder(
+        headers, books, target_layout, scopes or {}, partial, guess, where, unmatched_fix
+    )
     return builder.build()
 
 
@@ -102,7 +105,9 @@ class _Builder:
         partial: bool,
         guess: Guess | None,
         where: str | None,
+        unmatched_fix: str,
     ) -> None:
+        self.unmatched_fix = unmatched_fix
         self.headers, self.books, self.target = headers, tuple(books), target_layout
         self.scopes, self.partial, self.guess, self.where = scopes, partial, guess, where
         self.findings: list[Finding] = []
@@ -299,7 +304,7 @@ class _Builder:
                 f"no rule and no carry-over explains this key{_others(group)} (rule books: {books})",
                 where=self.where,
                 key=group.name(0),
-                fix="check the prefix and the model, or add the key to a rule book",
+                fix=self.unmatched_fix,
             )
         )
 

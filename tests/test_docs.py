@@ -1,0 +1,174 @@
+"""The documentation is true: what it shows is run, what it lists is complete."""
+
+import ast
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from regraft.cli import main
+from regraft.rules.book import library
+from regraft.rules.kinds import KINDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def blocks(page, language):
+    """The fenced blocks of a language, each with the line that it begins on."""
+    text = page.read_text(encoding="utf-8")
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, found.start(1)), found[1]
+
+
+def named(page):
+    return str(page.relative_to(ROOT))
+
+
+def rows(text):
+    """The rows of a page's tables, as lists of cells."""
+    for line in text.splitlines():
+        if line.startswith("|") and not set(line) <= set("|-: "):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder in which paths of the repository lead to it."""
+    for name in ("tests", "src"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_python_blocks(page, folder, capsys):
+    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
+    names = {}
+    for line, block in blocks(page, "python"):
+        if ">>>" not in block:
+            compile(block, named(page), "exec")
+            continue
+        test = doctest.DocTestParser().get_doctest(block, names, named(page), str(page), line)
+        runner.run(test, clear_globs=False)
+        names = test.globs
+    assert not runner.failures, capsys.readouterr().out
+
+
+def commands(block):
+    """The commands of a console block and what it shows of their output."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        yield command, shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands(page, folder, capsys):
+    """Every command runs and says what the page shows; `...` stands for what was left out."""
+    checker = doctest.OutputChecker()
+    for _, block in blocks(page, "console"):
+        for command, shown in commands(block):
+            program, *args = shlex.split(command)
+            assert program == "regraft", command
+            main(args)
+            written = capsys.readouterr()
+            got = written.out + written.err
+            assert checker.check_output(shown, got, FLAGS), f"$ {command}\n{got}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = {}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            if file not in headings:
+                headings[file] = {
+                    re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                    for line in file.read_text(encoding="utf-8").splitlines()
+                    if line.startswith("#")
+                }
+            assert anchor in headings[file], target
+
+
+def test_index_has_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+def test_readme_has_every_model_type():
+    books = {book.name: set(book.model_types) for book in library()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = {cells[0]: set(cells[1].split(", ")) for cells in rows(readme) if cells[0] in books}
+    assert told == books
+
+
+def test_rule_book_page_has_every_field_and_kind():
+    text = (ROOT / "docs/rule-books.md").read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "src/regraft/rules/book.py").read_text(encoding="utf-8"))
+    tables = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+    fields = {
+        node.target.id
+        for name, table in tables.items()
+        if name.endswith("Table")
+        for node in table.body
+        if isinstance(node, ast.AnnAssign)
+    }
+    assert "reclaimed" in fields
+    for name in [*fields, *KINDS]:
+        assert f"`{name}`" in text or f"[[{name}]]" in text, name
+
+
+def codes_in_source():
+    """Every code that a finding can have: literals that reach a parameter called `code`."""
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    makers = {"Finding": 0}
+    codes = set()
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            names = [arg.arg for arg in node.args.args if arg.arg != "self"]
+            if "code" in names:
+                makers[node.name] = names.index("code")
+            for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+                if arg.arg == "code":
+                    codes.add(ast.literal_eval(default))
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":
+            codes |= literals(node.value)
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            place = makers.get(ast.unparse(node.func).rpartition(".")[2])
+            if place is not None and len(node.args) > place:
+                codes |= literals(node.args[place])
+            for keyword in node.keywords:
+                if keyword.arg == "code":
+                    codes |= literals(keyword.value)
+    return codes
+
+
+def literals(node):
+    """The strings that an expression can be; a name that is only passed on has none."""
+    if isinstance(node, ast.IfExp):
+        return literals(node.body) | literals(node.orelse)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return {node.value}
+    return set()
+
+
+def test_errors_page_has_every_code():
+    codes = codes_in_source()
+    assert {"unmatched", "unknown-size", "notation", "partial-weights", "internal"} <= codes
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    told = [cells[0].strip("`") for cells in rows(page) if cells[0].startswith("`")]
+    assert sorted(told) == sorted(codes)
