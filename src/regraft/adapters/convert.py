@@ -330,8 +330,9 @@ class _Conversion:
                             where=self.source.where,
                             key=PREFIX + lost[0],
                             rule=str(entry.rule),
-                            fix="save the adapter again; if it was left out on purpose, name the modules "
-                            "that are there one by one in target_modules",
+                            fix="check that --model is the base it was trained on, otherwise save it again; if "
+                            "it was left out on purpose, name the modules that are there one by one in "
+                            "target_modules",
                         )
                     )
         if findings:
