@@ -325,7 +325,8 @@ class _Conversion:
                     findings.append(
                         Finding(
                             "missing",
-                            "target_modules names it, but the file has no factors for it"
+                            "target_modules names it and the base model has it, but the file has no "
+                            "factors for it"
                             + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""),
                             where=self.source.where,
                             key=PREFIX + lost[0],

@@ -299,12 +299,16 @@ def _without_effectless(contribution: _Contribution, part: Part | None) -> _Cont
 
 
 def _common_scale(contributions: list[_Contribution]) -> Scale:
-    """The scale of the largest number of components, so that as few as possible are rescaled."""
+    """The scale of the largest number of components, so that as few as possible are rescaled.
+
+    A scale of zero is chosen only where there is no other: nothing could be folded back from it.
+    """
     counts: Counter[Fraction] = Counter()
-    for contribution in contributions:
+    alive = [c for c in contributions if c.scale.alpha] or contributions
+    for contribution in alive:
         counts[contribution.scale.exact] += contribution.a.shape[0]
     best = max(counts.values())
-    return next(c.scale for c in contributions if counts[c.scale.exact] == best)
+    return next(c.scale for c in alive if counts[c.scale.exact] == best)
 
 
 def _stack(contributions: list[_Contribution]) -> _Stack:
