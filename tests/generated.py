@@ -273,7 +273,8 @@ def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
     batch = []
     if any(map(is_stack, pair)) or draw(st.booleans()):
         batch = ["e"]
-        if draw(st.integers(0, 2)) == 0:
+        # an index that stands in keys on both sides is a loop, and every key must hold it
+        if any(map(is_stack, pair)) and draw(st.integers(0, 2)) == 0:
             factors["batch"] = draw(factors_of("t", 2))
     roles = list(factors)
     shared = [*outs, *ins, *batch]

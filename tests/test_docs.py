@@ -105,6 +105,15 @@ def test_index_has_every_page():
         assert page.name == "index.md" or f"({page.name})" in index, page.name
 
 
+def test_design_has_every_module():
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    for folder in ("src/regraft", "src/regraft/adapters"):
+        for path in (ROOT / folder).iterdir():
+            if path.suffix == ".py" or (path / "__init__.py").exists():
+                name = path.stem
+                assert name.startswith("__") or re.search(rf"\b{name}\b", text), path
+
+
 def test_readme_has_every_model_type():
     books = {book.name: set(book.model_types) for book in library()}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,9 +141,7 @@ def test_every_field_and_kind_is_described():
 
 def codes_in_source():
     """Every code that a finding can have: literals that reach a parameter called `code`."""
-    trees = [
-        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")
-    ]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     makers = {"Finding": 0}
     codes = set()

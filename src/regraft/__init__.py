@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
@@ -10,6 +12,11 @@ from regraft.errors import (
     RegraftError,
     UnmatchedKeysError,
 )
+
+if TYPE_CHECKING:
+    from regraft.adapters.inspect import inspect
+    from regraft.api import convert
+    from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
 
@@ -22,16 +29,20 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "inspect",
 ]
 
 
+_LAZY = {
+    "convert": "regraft.api",
+    "inspect": "regraft.adapters.inspect",
+    "Report": "regraft.report",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name == "convert":
-        from regraft.api import convert
+    if name not in _LAZY:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    from importlib import import_module
 
-        return convert
-    if name == "Report":
-        from regraft.report import Report
-
-        return Report
-    raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

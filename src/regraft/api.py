@@ -20,7 +20,7 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
-from regraft.errors import Finding, RegraftError
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
 from regraft.layouts import parse_layout
@@ -68,8 +68,7 @@ def convert(
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
     found = find_adapters(src_path)
-    if not dry_run:
-        check_destination(src_path, dst_path, overwrite)
+    check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
@@ -91,7 +90,8 @@ def convert(
         converted.append((opened, result))
         report.adapters.append(result.report)
     if failed:
-        raise type(failed[0])(findings)
+        kinds = {type(error) for error in failed}
+        raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
     if not dry_run:
         _write(found, dst_path, converted, overwrite)
     if progress is not None:

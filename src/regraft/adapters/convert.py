@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from regraft.adapters.detect import Detected, Known, detect_layout, find_books, layout_of_version
+from regraft.adapters.complete import check_complete, guess_count
+from regraft.adapters.detect import Known, detect_layout, find_books
 from regraft.adapters.factors import Array, Factors, Images, Lora
 from regraft.adapters.image import images
 from regraft.adapters.kept import (
@@ -21,30 +19,23 @@ from regraft.adapters.kept import (
     fill_saved,
     keep_uncalled,
 )
-from regraft.adapters.others import move_others, rename_saved, write_others
+from regraft.adapters.others import Moved, move_others, rename_saved, write_others
 from regraft.adapters.packing import packing_of_version
-from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
+from regraft.adapters.peft_config import targets_module, targets_parameter
 from regraft.adapters.reading import FactorReader, Side
-from regraft.adapters.record import Record, read_record
-from regraft.adapters.scan import PREFIX, Scan, scan_names
-from regraft.adapters.source import RECORD, Source
-from regraft.adapters.writing import (
-    ConfigWriter,
-    Result,
-    Written,
-    check_config,
-    write_factors,
-)
-from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.adapters.record import Record
+from regraft.adapters.remembered import KEY, Origin, write_remembered
+from regraft.adapters.scan import Scan, scan_names
+from regraft.adapters.source import Source
+from regraft.adapters.variants import reclaimed_names, refuse_variants
+from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
 from regraft.plan.plan import Plan
 from regraft.report import AdapterReport, Target
-from regraft.rules.book import Rule
-
-_FORMAT = 1
 
 
 @dataclass(slots=True)
@@ -73,193 +64,144 @@ def convert_adapter(
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
-    return _Conversion(source, to, model, layout).run()
+    scan, findings = scan_names(list(source.tensors), source.where, _is_lora(source))
+    if findings:
+        raise BadInputError(findings)
+    known = find_books(scan, source.config, model, source.where)
+    conversion = _Conversion(source, to, known, scan, [known.evidence])
+    conversion.choose_layout(layout)
+    return conversion.copy() if conversion.is_there_already() else conversion.convert()
+
+
+def _is_lora(source: Source) -> bool:
+    return source.peft_type == "LORA"
 
 
 @dataclass(slots=True)
 class _Conversion:
     source: Source
     to: Layout
-    given_model: ModelConfig | None
-    given_layout: Layout | None
-    scan: Scan = field(init=False)
-    names: list[str] = field(init=False)
-    known: Known = field(init=False)
+    known: Known
+    scan: Scan
+    evidence: list[str]
     notes: list[str] = field(default_factory=list)
-    evidence: list[str] = field(default_factory=list)
+    layout: str = ""
+    """The source's."""
     packing: str | None = None
-
-    def run(self) -> Converted:
-        self.names = list(self.source.tensors)
-        self.scan, findings = scan_names(self.names, self.source.where, self.is_lora)
-        if findings:
-            raise BadInputError(findings)
-        self.known = find_books(self.scan, self.source.config, self.given_model, self.source.where)
-        self.evidence.append(self.known.evidence)
-        layout = self.choose_layout()
-        if layout == self.to.name and not self.must_repack(layout):
-            return self.copy(layout)
-        return self.convert(layout)
+    """How stacked experts are packed in the source, as far as it is known."""
 
     @property
-    def is_lora(self) -> bool:
-        return self.source.peft_type == "LORA"
+    def config(self) -> dict[str, Any]:
+        return self.source.config
 
-    def choose_layout(self) -> str:
+    @property
+    def comes_back(self) -> bool:
+        """Whether regraft made the source from an adapter of the layout that it goes to now."""
+        return self.source.remembered().source.layout == self.to.name
+
+    def choose_layout(self, given: Layout | None) -> None:
         """The layout the adapter is in; where its names are the same in all, the one that makes work."""
-        detected = detect_layout(self.scan, self.known.books, self.source.where)
-        if self.given_layout is not None:
-            if detected.layout not in (None, self.given_layout.name):
-                raise BadInputError(
-                    Finding(
-                        "layout",
-                        f"it was said to be {self.given_layout}, but {detected.evidence[0]}",
-                        where=self.source.where,
-                        fix="leave --from out",
-                    )
-                )
-            self.packing = self.given_layout.packing
-            return self.given_layout.name
-        if detected.layout is not None:
+        detected = detect_layout(self.scan, self.source, self.known.books)
+        if given is None:
             self.evidence += detected.evidence
-            return detected.layout
-        return self.choose_unnamed(detected)
+            other = next(name for name in LAYOUTS if name != self.to.name)
+            self.layout = detected.layout or other
+        elif detected.by_names and detected.layout != given.name:
+            raise BadInputError(
+                Finding(
+                    "layout",
+                    f"it was said to be {given}, but {detected.evidence[0]}",
+                    where=self.source.where,
+                    fix="leave --from out",
+                )
+            )
+        else:
+            self.layout, self.packing = given.name, given.packing
 
-    def choose_unnamed(self, detected: Detected) -> str:
-        recorded = self.source.record().get("layout")
-        if recorded in LAYOUTS:
-            self.evidence.append(f"regraft wrote it as {recorded}")
-            return str(recorded)
-        self.evidence += detected.evidence
-        if self.source.config.get("target_parameters"):
-            version = self.source.config.get("peft_version")
-            likely = layout_of_version(version)
-            if likely is not None:
-                self.evidence.append(f"it was saved by PEFT {version}, which goes with {likely}")
-                return likely
-        return next(name for name in LAYOUTS if name != self.to.name)
-
-    def must_repack(self, layout: str) -> bool:
-        """Whether stacked experts are packed otherwise than they are to be."""
-        if not self.is_lora or not self.source.config.get("target_parameters"):
+    def is_there_already(self) -> bool:
+        """Whether it is in the target layout, with experts packed as they are to be."""
+        if self.layout != self.to.name:
             return False
-        have = self.packing or packing_of_version(self.source.config.get("peft_version"))
-        return have != self.to.usual_packing and layout == self.to.name
+        if not _is_lora(self.source) or not self.config.get("target_parameters"):
+            return True
+        have = self.packing or packing_of_version(self.config.get("peft_version"))
+        return have == self.to.usual_packing
 
-    def copy(self, layout: str) -> Converted:
-        report = self.new_report(layout)
+    def copy(self) -> Converted:
+        report = self.new_report()
         report.copied = True
         report.tensors_out = report.tensors_in
-        report.carried = len(self.names)
-        report.notes.append(f"it is in {self.to.name} already and was copied as it is")
-        return Converted(
-            dict(self.source.config), dict(self.source.tensors), dict(self.source.metadata), report
-        )
+        report.carried = report.tensors_in
+        self.notes.append(f"it is in {self.to.name} already and was copied as it is")
+        tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
+        return Converted(dict(self.config), tensors, metadata, report)
 
-    def new_report(self, layout: str) -> AdapterReport:
+    def new_report(self) -> AdapterReport:
         return AdapterReport(
             self.source.name,
             self.source.peft_type,
-            layout,
+            self.layout,
             str(self.to),
             self.evidence,
-            tensors_in=len(self.names),
+            tensors_in=len(self.source.tensors),
             notes=self.notes,
         )
 
-    def convert(self, layout: str) -> Converted:
-        target = self.to.name
-        repack = layout == target
-        side = Side(self.known.books, layout, self.known.scopes)
-        recorded = self.source.record()
-        record = self.open_record(recorded)
-        back, returned = self.take_back(recorded)
-        factors = self.read_factors(side)
-        others = move_others(self.scan, self.source, self.known, side, target, repack)
-        plan: Plan | None = None
-        if repack:
-            made = list(_unmoved(factors))
-            rules: dict[str, str] = {}
-        else:
-            plan = self.plan_factors(factors, target)
-            self.refuse_unknown_variants(plan)
-            made = list(_images(plan, factors, record))
-            rules = _rule_of_each(plan)
-        base = BaseWeights(self.known, target, self.checkpoint())
-        made, saved, kept = keep_uncalled(made, self.known, target, base, self.source.where)
-        entries = self.source.config.get("modules_to_save") or []
-        names_now = rename_saved(self.source.config, others)
-        others = fill_saved(
-            others, names_now or entries, self.known, target, base, kept, self.source.where
+    def convert(self) -> Converted:
+        report = self.new_report()
+        record = Record()
+        if self.comes_back:
+            record = self.source.remembered().record(bool(self.config.get("use_rslora")))
+        factors_back, written_back = self.take_back()
+        here = Side(self.known.books, self.layout, self.known.scopes)
+        there = Side(self.known.books, self.to.name, self.known.scopes)
+        in_place = self.layout == self.to.name
+        factors = self.read_factors(here)
+        others = move_others(
+            self.scan, self.source, self.known, here, self.to.name, in_place=in_place
         )
-        packing = self.target_packing(recorded)
-        out_side = Side(self.known.books, target, self.known.scopes)
-        result = write_factors(made, out_side, packing, self.reclaimed(target))
-        add_factors(result, back, returned)
-        exact = {
-            image.keys.name(i): lora.exact
-            for image in made
-            for i, lora in enumerate(image.loras)
-            if lora is not None
-        }
-        report = self.new_report(layout)
-        if kept.entries:
-            names_now = [*(names_now or entries), *kept.entries]
-            self.notes.append(
-                f"{len(kept.modules)} LoRAs were added to their base weights, which are saved in their place "
-                f"({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
-            )
-        config = self.write_config(result, packing, recorded, names_now)
-        write_others([*others, *saved], result)
-        report.carried = len(others) + len(saved)
-        report.tensors_out = len(result.tensors)
-        if plan is not None:
-            report.rules = plan.fired()
-        report.targets = [
-            Target(
-                w.key,
-                w.scale.rank,
-                w.scale.alpha,
-                w.scale.value,
-                rules.get(w.key, "carried over"),
-                exact.get(w.key, True),
-                w.parameter is not None,
-            )
-            for w in result.written
-        ]
+        plan = None if in_place else self.plan(factors)
+        made = list(_unmoved(factors) if plan is None else _images(plan, factors, record))
+        made, others, saved, kept = self.use_base(made, others)
+        reclaimed = reclaimed_names(self.config, self.known, self.to.name)
+        result = write_factors(made, there, self.target_packing, reclaimed)
+        add_factors(result, factors_back, written_back)
+        config = self.write_config(result, saved)
+        write_others(others, result)
         self.note_changes(config, made)
-        metadata = dict(self.source.metadata)
-        metadata.setdefault("format", "pt")
-        metadata[RECORD] = self.new_record(layout, config, record, kept)
+        report.carried = len(others)
+        report.tensors_out = len(result.tensors)
+        report.rules = plan.fired() if plan is not None else {}
+        report.targets = _targets(result.written, made, plan)
+        metadata = {"format": "pt", **self.source.metadata}
+        metadata[KEY] = write_remembered(
+            self.to.name,
+            Origin(self.layout, self.packing),
+            self.config,
+            config,
+            record,
+            kept.table,
+        )
         return Converted(config, result.tensors, metadata, report, plan, kept.tensors)
 
-    def take_back(self, recorded: Mapping[str, Any]) -> tuple[dict[str, Array], list[Written]]:
+    def take_back(self) -> tuple[dict[str, Array], list[Written]]:
         """Leave out what only stood in for something in the layout that this adapter comes back from."""
-        if recorded.get("source", {}).get("layout") != self.to.name:
+        if not self.comes_back:
             return {}, []
-        drop, factors, written = drop_stand_ins(
-            self.source.tensors, recorded.get("kept", {}), self.source.aside
-        )
+        table = self.source.remembered().kept
+        drop, factors, written = drop_stand_ins(self.source.tensors, table, self.source.aside)
         if drop:
-            self.source = replace(
-                self.source,
-                tensors={n: t for n, t in self.source.tensors.items() if n not in drop},
-            )
-            self.names = list(self.source.tensors)
-            self.scan, _ = scan_names(self.names, self.source.where, self.is_lora)
+            tensors = {n: t for n, t in self.source.tensors.items() if n not in drop}
+            self.source = replace(self.source, tensors=tensors)
+            self.scan, _ = scan_names(list(tensors), self.source.where, _is_lora(self.source))
         return factors, written
-
-    def checkpoint(self) -> Checkpoint | None:
-        """The base's weights, where the base was given as a folder that has them."""
-        model = self.known.model
-        return Checkpoint.find(Path(model.path).parent) if model is not None else None
 
     def read_factors(self, side: Side) -> Factors:
         reader = FactorReader(
             self.scan,
             list(self.source.tensors.values()),
-            self.names,
-            self.source.config if self.is_lora else {"r": 1, "lora_alpha": 1},
+            list(self.source.tensors),
+            self.config if _is_lora(self.source) else {"r": 1, "lora_alpha": 1},
             side,
             self.source.where,
             self.packing,
@@ -267,173 +209,63 @@ class _Conversion:
         factors = reader.read()
         if reader.packing is not None:
             self.packing = reader.packing
-            version = self.source.config.get("peft_version")
+            version = self.config.get("peft_version")
             told = f"peft_version {version}" if version else "the shapes"
             self.evidence.append(f"experts are packed as by {reader.packing} ({told})")
         return factors
 
-    def plan_factors(self, factors: Factors, target: str) -> Plan:
+    def plan(self, factors: Factors) -> Plan:
         plan = build_plan(
             factors.headers,
             self.known.books,
-            target_layout=target,
+            target_layout=self.to.name,
             scopes=dict(self.known.scopes),
             partial=True,
-            guess=self.guess,
+            guess=guess_count(self.config),
             where=self.source.where,
             unmatched_fix=self.known.unmatched_fix,
         )
-        self.check_gaps(plan)
+        check_complete(plan, self.config, self.source.where)
+        if _is_lora(self.source):
+            refuse_variants(plan, self.scan, self.config, self.known, self.source.where)
         return plan
 
-    def guess(self, rule: Rule, axis: str, seen: int) -> int | None:
-        """How many experts there are where no config says it: as many as were seen, if one more would be named.
-
-        A config that names modules by leaf names would have adapted every further expert, so there is none.
-        """
-        entries = self.source.config.get("target_modules")
-        if (
-            not isinstance(entries, list)
-            or self.source.config.get("layers_to_transform") is not None
-            or self.source.config.get("exclude_modules")
-            or any(any(part.isdigit() for part in entry.split(".")) for entry in entries)
-        ):
-            return None
-        return seen
-
-    def check_gaps(self, plan: Plan) -> None:
-        """Where one leaf name adapts every expert, an expert that is missing was lost."""
-        entries = self.source.config.get("target_modules")
-        filtered = self.source.config.get("layers_to_transform") is not None or bool(
-            self.source.config.get("exclude_modules")
-        )
-        if not isinstance(entries, list) or filtered:
-            return
-        findings = []
-        for entry in plan.entries:
-            for term, ids in zip(entry.read, entry.sources, strict=True):
-                absent = np.flatnonzero(ids.reshape(-1) < 0)
-                if not len(absent) or len(absent) == ids.size:
-                    continue
-                keys = entry.keys(term)
-                lost = []
-                for row in absent.tolist():
-                    module = keys.name(row).removesuffix(".weight")
-                    if targets_module(entries, module):
-                        lost.append(module)
-                if lost:
-                    findings.append(
-                        Finding(
-                            "missing",
-                            "target_modules names it and the base model has it, but the file has no "
-                            "factors for it"
-                            + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""),
-                            where=self.source.where,
-                            key=PREFIX + lost[0],
-                            rule=str(entry.rule),
-                            fix="check that --model is the base it was trained on, otherwise save it again; if "
-                            "it was left out on purpose, name the modules that are there one by one in "
-                            "target_modules",
-                        )
-                    )
-        if findings:
-            raise BadInputError(findings)
-
-    def refuse_unknown_variants(self, plan: Plan) -> None:
-        """What is more than a plain LoRA is carried over, but not where its base weight changes."""
-        if not self.is_lora:
-            return
-        lora = LoraConfig(self.source.config)
-        names = lora.variants()
-        init = lora.changes_base()
-        if init is not None:
-            names.append(f"the initialisation {init!r}, which changes base weights when it loads,")
-        if not names:
-            return
-        moved = [
-            entry.keys(term).name(int(row))
-            for entry in plan.entries
-            if not (entry.moves_nothing and entry.read[0].key == entry.written[0].key)
-            for term, ids in zip(entry.read, entry.sources, strict=True)
-            for row in np.flatnonzero(ids.reshape(-1) >= 0)[:1]
-        ]
-        if moved:
-            raise RefusedError(
-                Finding(
-                    "variant",
-                    f"{' and '.join(names)} cannot follow it: its weight moves to a parameter that PEFT adapts "
-                    "with plain LoRA only",
-                    where=self.source.where,
-                    key=moved[0],
-                    fix="merge the adapter into its base and convert the base, or train a plain LoRA on the "
-                    "experts and keep the rest as a second adapter",
-                )
+    def use_base(
+        self, made: list[Images], others: list[Moved]
+    ) -> tuple[list[Images], list[Moved], list[str] | None, Kept]:
+        """What only the base's own weights can supply; also ``modules_to_save`` where it changes."""
+        model = self.known.model
+        checkpoint = Checkpoint.find(Path(model.path).parent) if model is not None else None
+        base = BaseWeights(self.known, self.to.name, checkpoint)
+        where = self.source.where
+        made, merged, kept = keep_uncalled(made, self.known, self.to.name, base, where)
+        renamed = rename_saved(self.config, others)
+        entries = renamed or self.config.get("modules_to_save") or []
+        others = fill_saved(others, entries, self.known, self.to.name, base, kept, where)
+        if kept.entries:
+            renamed = [*entries, *kept.entries]
+            self.notes.append(
+                f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
+                f"place ({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
             )
-        reclaimed = self.reclaimed(self.to.name)
-        if not reclaimed or not self.to.name.endswith("v5"):
-            return
-        hit = [
-            path
-            for pairs in self.scan.pairs
-            for path in pairs.modules.names()
-            if path.rpartition(".")[2] in reclaimed
-        ]
-        if hit:
-            raise RefusedError(
-                Finding(
-                    "variant",
-                    f"PEFT moves every LoRA with this module's name to the experts when it loads an adapter for "
-                    f"this model, and what keeps it (target_parameters) does not go with {' and '.join(names)}",
-                    where=self.source.where,
-                    key=hit[0],
-                    fix="merge the adapter into its base and convert the base",
-                )
-            )
+        return made, [*others, *merged], renamed, kept
 
-    def reclaimed(self, target: str) -> tuple[str, ...]:
-        """Leaf names that must not stand in ``target_modules`` of the result."""
-        if not self.is_lora:
-            return ()
-        names: list[str] = []
-        lora = LoraConfig(self.source.config)
-        plain = not lora.variants() and lora.changes_base() is None
-        for book in self.known.books:
-            certain = (
-                self.known.model_type is None or self.known.model_type in book.reclaimed_model_types
-            )
-            if book.right == target and (plain or certain):
-                names += book.reclaimed
-        return tuple(dict.fromkeys(names))
-
-    def target_packing(self, recorded: Mapping[str, Any]) -> str:
-        if self.to.packing is not None:
-            return self.to.packing
-        before = recorded.get("source", {})
-        if before.get("layout") == self.to.name and before.get("packing"):
-            return str(before["packing"])
+    @property
+    def target_packing(self) -> str:
+        """How stacked experts are to be packed: as asked for, as they came, or as is usual."""
+        if self.to.packing is None and self.comes_back:
+            return self.source.remembered().source.packing or self.to.usual_packing
         return self.to.usual_packing
 
-    # The config
-
-    def write_config(
-        self,
-        result: Result,
-        packing: str,
-        recorded: Mapping[str, Any],
-        saved: list[str] | None,
-    ) -> dict[str, Any]:
-        source = self.source.config
-        if not self.is_lora or not result.written:
-            config = dict(source)
-            if saved is not None:
-                config["modules_to_save"] = saved
-            return self.restored(config, recorded, result) or config
-        config = ConfigWriter(source, result, self.known.model).write(packing)
+    def write_config(self, result: Result, saved: list[str] | None) -> dict[str, Any]:
+        config = dict(self.config)
+        if _is_lora(self.source) and result.written:
+            config = ConfigWriter(self.config, result, self.known.model).write(self.target_packing)
         if saved is not None:
             config["modules_to_save"] = saved
-        restored = self.restored(config, recorded, result)
-        if restored is not None:
-            return restored
+        before = self.config_before(result)
+        if before is not None:
+            return before
         wrong = check_config(config, result.written)
         if wrong:
             raise RegraftError(
@@ -445,89 +277,76 @@ class _Conversion:
             )
         return config
 
-    def restored(
-        self, config: dict[str, Any], recorded: Mapping[str, Any], result: Result
-    ) -> dict[str, Any] | None:
-        """The config this adapter had in the target layout before, where it still says the truth."""
-        before = recorded.get("source", {})
-        if before.get("layout") != self.to.name or (
-            before.get("packing") and before["packing"] != self.target_packing(recorded)
-        ):
+    def config_before(self, result: Result) -> dict[str, Any] | None:
+        """The config that this adapter had in the target layout, where it says the truth of the result."""
+        remembered = self.source.remembered()
+        if not self.comes_back or remembered.source.packing not in (None, self.target_packing):
             return None
-        old = dict(self.source.config)
-        for name, (was, became) in recorded.get("config", {}).items():
-            if self.source.config.get(name) != became:
+        before = remembered.config_before(self.config)
+        if before is None or check_config(before, result.written):
+            return None
+        for w in result.written:
+            name = f"{w.module}.{w.parameter or 'weight'}"
+            if not targets_module(before.get("target_modules") or [], w.module) and (
+                not targets_parameter(before.get("target_parameters"), name)
+            ):
                 return None
-            if was is None and name not in recorded.get("had", []):
-                old.pop(name, None)
-            else:
-                old[name] = was
-        if self.is_lora:
-            if check_config(old, result.written):
-                return None
-            for w in result.written:
-                named = targets_module(old.get("target_modules") or [], w.module)
-                if not named and not targets_parameter(
-                    old.get("target_parameters"), f"{w.module}.{w.parameter or 'weight'}"
-                ):
-                    return None
-        del config
-        return old
+        return before
 
-    def open_record(self, recorded: Mapping[str, Any]) -> Record:
-        if recorded.get("source", {}).get("layout") != self.to.name:
-            return Record()
-        return read_record(recorded.get("parts", {}), bool(self.source.config.get("use_rslora")))
-
-    def new_record(self, layout: str, config: Mapping[str, Any], record: Record, kept: Kept) -> str:
-        source = self.source.config
-        changed = {
-            name: [source.get(name), config.get(name)]
-            for name in sorted({*source, *config})
-            if source.get(name) != config.get(name)
-        }
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "layout": self.to.name,
-                "source": {"layout": layout, "packing": self.packing},
-                "config": changed,
-                "had": [name for name in changed if name in source],
-                "parts": record.to_json(),
-                "kept": kept.to_json(),
-            },
-            sort_keys=True,
-        )
-
-    def note_changes(self, config: Mapping[str, Any], made: Iterable[Images]) -> None:
-        source = self.source.config
+    def note_changes(self, config: Mapping[str, Any], made: Sequence[Images]) -> None:
+        source = self.config
+        loras = [lora for image in made for lora in image.loras if lora is not None]
         if source.get("lora_dropout") and not config.get("lora_dropout"):
             self.notes.append(
                 f"lora_dropout {source['lora_dropout']} became 0: PEFT takes no dropout on target_parameters "
                 "(outputs are the same; further training differs)"
             )
-        inexact = sum(
-            1 for image in made for lora in image.loras if lora is not None and not lora.exact
-        )
-        if inexact:
+        folded = sum(not lora.exact for lora in loras)
+        if folded:
             self.notes.append(
-                f"in {inexact} targets parts of unequal scale share one now: the ratio was folded into B"
+                f"parts of unequal scale share one now in {_count(folded, 'target')}: the ratio was folded into B"
             )
-        wider = sum(
-            1
-            for image in made
-            for lora in image.loras
-            if lora is not None and lora.b.dtype != lora.a.dtype
-        )
+        wider = sum(lora.b.dtype != lora.a.dtype for lora in loras)
         if wider:
             self.notes.append(
-                f"B became float32 in {wider} targets, because the ratio is no power of two"
+                f"B became float32 in {_count(wider, 'target')}, because the ratio is no power of two"
             )
-        for name in config:
-            if name == "peft_version" and source.get(name) != config[name]:
-                self.notes.append(
-                    f"peft_version says {config[name]} now, because it tells readers how experts are packed"
-                )
+        if source.get("peft_version") != config.get("peft_version"):
+            self.notes.append(
+                f"peft_version says {config.get('peft_version')} now, because it tells readers how "
+                "experts are packed"
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def _targets(written: Iterable[Written], made: Iterable[Images], plan: Plan | None) -> list[Target]:
+    exact = {
+        image.keys.name(row): lora.exact
+        for image in made
+        for row, lora in enumerate(image.loras)
+        if lora is not None
+    }
+    rules: dict[str, str] = {}
+    for entry in plan.entries if plan is not None else ():
+        for term in entry.written:
+            rules.update(dict.fromkeys(entry.keys(term).names(), str(entry.rule)))
+    for carried in plan.carried if plan is not None else ():
+        rules.update(dict.fromkeys(carried.group.names(), carried.carry.why))
+    return [
+        Target(
+            w.key,
+            w.scale.rank,
+            w.scale.alpha,
+            w.scale.value,
+            rules.get(w.key, "carried over"),
+            exact.get(w.key, True),
+            w.parameter is not None,
+        )
+        for w in written
+    ]
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:
@@ -541,25 +360,9 @@ def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
     for entry in plan.entries:
         yield from images(entry, factors, record)
     for carried in plan.carried:
-        ids = carried.group.ids.tolist()
+        keys = carried.group
+        kind = kinds[keys.template]
         loras: list[Lora | None] = [
-            Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in ids
+            Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in keys.ids.tolist()
         ]
-        yield Images(carried.group, _carried_kind(kinds[carried.group.template]), loras)
-
-
-def _carried_kind(kind: str) -> str:
-    return "linear" if kind == "any" else kind
-
-
-def _rule_of_each(plan: Plan) -> dict[str, str]:
-    rules = {}
-    for entry in plan.entries:
-        for term in entry.written:
-            rules.update(dict.fromkeys(entry.keys(term).names(), str(entry.rule)))
-    for carried in plan.carried:
-        rules.update(dict.fromkeys(carried.group.names(), carried.carry.why))
-    return rules
-
-
-__all__ = ["Converted", "Written", "convert_adapter"]
+        yield Images(keys, "linear" if kind == "any" else kind, loras)

@@ -9,9 +9,11 @@ from typing import Any
 
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.scan import Scan
+from regraft.adapters.source import Source
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.files.folder import load_json
+from regraft.layouts import LAYOUTS, parse_layout
 from regraft.names.keys import Group
 from regraft.plan.model import ModelConfig, Scope
 from regraft.rules.book import Book, books_for, library
@@ -213,14 +215,16 @@ def _parameter_kinds(book: Book, key: str) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """The layout an adapter is in; ``None`` where its names are the same in all."""
+    """The layout an adapter is in; ``None`` where nothing tells, because its names are the same in all."""
 
     layout: str | None
     evidence: list[str]
+    by_names: bool = False
+    """Whether the names themselves tell it."""
 
 
-def detect_layout(scan: Scan, books: Sequence[Book], where: str) -> Detected:
-    """The layout that the names tell.
+def detect_layout(scan: Scan, source: Source, books: Sequence[Book]) -> Detected:
+    """The layout that the names tell; where they are the same in all, what else makes one likely.
 
     Raises ``BadInputError`` where some names are of one layout and some of another.
     """
@@ -234,14 +238,23 @@ def detect_layout(scan: Scan, books: Sequence[Book], where: str) -> Detected:
             Finding(
                 "mixed-layouts",
                 f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
-                where=where,
+                where=source.where,
                 key=rival,
                 fix="keep the keys of one layout and remove the others",
             )
         )
     for layout, key in seen.items():
-        return Detected(layout, [f"{key} is a name of {layout}"])
-    return Detected(None, ["all its names are the same in every layout"])
+        return Detected(layout, [f"{key} is a name of {layout}"], by_names=True)
+    written = source.remembered().layout
+    if written in LAYOUTS:
+        return Detected(written, [f"regraft wrote it as {written}"])
+    same = "all its names are the same in every layout"
+    version = source.config.get("peft_version")
+    packing = packing_of_version(version) if source.config.get("target_parameters") else None
+    if packing is None:
+        return Detected(None, [same])
+    likely = next(name for name in LAYOUTS if parse_layout(name).usual_packing == packing)
+    return Detected(likely, [same, f"it was saved by PEFT {version}, which goes with {likely}"])
 
 
 def _evidence(book: Book, scan: Scan) -> list[tuple[str, str]]:
@@ -263,9 +276,3 @@ def _evidence(book: Book, scan: Scan) -> list[tuple[str, str]]:
         if len(sides) == 1:
             result.append((names[sides[0]], group.name(0)))
     return result
-
-
-def layout_of_version(version: Any) -> str | None:
-    """The layout that a ``peft_version`` makes likely where names do not tell."""
-    packing = packing_of_version(version)
-    return {None: None, "peft-0.18": "transformers-v4", "peft-0.19": "transformers-v5"}[packing]

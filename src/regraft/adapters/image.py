@@ -8,7 +8,7 @@ without effect are dropped.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -315,8 +315,8 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
     """Give every component of one matrix its place; equal factors in disjoint blocks share one."""
     stack = _Stack()
     components: list[_Component] = []
-    by_a: dict[tuple[int, bytes], int] = {}
-    by_b: dict[tuple[int, bytes, Fraction], int] = {}
+    by_a: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    by_b: dict[tuple[int, bytes, Fraction], list[int]] = defaultdict(list)
     regions: dict[bytes, int] = {}
     alone = len(contributions) < 2
     for contribution in contributions:
@@ -330,27 +330,26 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
         columns = regions.setdefault(b"c" + block.columns_to[at].tobytes(), len(regions))
         places = []
         for number in range(rank):
-            a_key = (columns, contribution.a[number].tobytes())
-            b_key = (rows, contribution.b[:, number].tobytes(), contribution.scale.exact)
-            place = by_a.get(a_key)
-            if (
-                place is None
-                or rows in components[place].rows
-                or len(components[place].columns) > 1
-            ):
-                place = by_b.get(b_key)
-                if place is not None and (
-                    columns in components[place].columns or len(components[place].rows) > 1
-                ):
-                    place = None
-            if place is None:
-                place = len(components)
-                components.append(_Component({rows}, {columns}))
-            else:
+            same_a = by_a[columns, contribution.a[number].tobytes()]
+            same_b = by_b[rows, contribution.b[:, number].tobytes(), contribution.scale.exact]
+            shared = [
+                place
+                for place in same_a
+                if rows not in components[place].rows and len(components[place].columns) == 1
+            ] or [
+                place
+                for place in same_b
+                if columns not in components[place].columns and len(components[place].rows) == 1
+            ]
+            if shared:
+                place = shared[0]
                 components[place].rows.add(rows)
                 components[place].columns.add(columns)
-            by_a.setdefault(a_key, place)
-            by_b.setdefault(b_key, place)
+            else:
+                place = len(components)
+                components.append(_Component({rows}, {columns}))
+            same_a.append(place)
+            same_b.append(place)
             places.append(place)
         stack.placed.append((contribution, places))
     if not alone:

@@ -13,7 +13,6 @@ from regraft.adapters.detect import (
     Known,
     detect_layout,
     find_books,
-    layout_of_version,
     load_model,
 )
 from regraft.adapters.factors import Array
@@ -63,7 +62,7 @@ class Inspected:
     """The sub-folder, or an empty string."""
     peft_type: str
     layouts: list[str]
-    """The layouts it may be in: all where it is the same in each, none where the model is not known."""
+    """The layouts it may be in: all where it is the same in each, none where nothing is known."""
     evidence: list[str]
     """Why it was taken for what it is."""
     packing: str | None
@@ -192,10 +191,8 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
         _note_idle(scan, tensors, result)
-    if source.record():
-        result.notes.append(
-            f"regraft wrote it, from {source.record().get('source', {}).get('layout')}"
-        )
+    if source.remembered().layout:
+        result.notes.append(f"regraft wrote it, from {source.remembered().source.layout}")
     return result
 
 
@@ -213,23 +210,12 @@ def _find_model(
 
 def _find_layouts(scan: Scan, source: Source, known: Known, result: Inspected) -> list[str]:
     try:
-        detected = detect_layout(scan, known.books, source.where)
+        detected = detect_layout(scan, source, known.books)
     except RegraftError as error:
         result.problems += error.findings
         return []
     result.evidence += detected.evidence
-    if detected.layout is not None:
-        return [detected.layout]
-    recorded = source.record().get("layout")
-    if recorded in LAYOUTS:
-        result.evidence.append(f"regraft wrote it as {recorded}")
-        return [str(recorded)]
-    version = source.config.get("peft_version")
-    likely = layout_of_version(version) if source.config.get("target_parameters") else None
-    if likely is not None:
-        result.evidence.append(f"it was saved by PEFT {version}, which goes with {likely}")
-        return [likely]
-    return list(LAYOUTS)
+    return [detected.layout] if detected.layout is not None else list(LAYOUTS)
 
 
 def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspected) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Images, Lora, delta
 from regraft.adapters.others import Moved, owner_of
 from regraft.adapters.peft_config import Scale
+from regraft.adapters.remembered import KeptModule, KeptTable
 from regraft.adapters.scan import PREFIX
 from regraft.adapters.writing import Result, Written, tail_of
 from regraft.errors import Finding, RefusedError
@@ -35,14 +35,9 @@ class Kept:
     """Factors kept aside (by their tensor names in the source), and digests of what stands in their place."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
-    filled: dict[str, str] = field(default_factory=dict)
+    table: KeptTable = field(default_factory=KeptTable)
     entries: list[str] = field(default_factory=list)
     """New entries of ``modules_to_save``."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What the record must say of it."""
-        return {"modules": self.modules, "filled": self.filled}
 
 
 def digest(array: Array) -> str:
@@ -152,12 +147,8 @@ def _save(
             digests[f"{name}.{leaf}"] = digest(value)
     kept.tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.a
     kept.tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.b
-    kept.modules[name] = {
-        "rank": lora.scale.rank,
-        "alpha": lora.scale.alpha,
-        "rslora": lora.scale.rslora,
-        "saved": digests,
-    }
+    scale = lora.scale
+    kept.table.modules[name] = KeptModule(scale.rank, scale.alpha, scale.rslora, digests)
     entry = tail_of(name)
     if entry not in kept.entries:
         kept.entries.append(entry)
@@ -203,14 +194,14 @@ def fill_saved(
                     )
                     continue
                 filled.append(Moved(name, name, tensor))
-                kept.filled[name] = digest(tensor)
+                kept.table.filled[name] = digest(tensor)
     if findings:
         raise RefusedError(findings)
     return others + filled
 
 
 def drop_stand_ins(
-    tensors: Mapping[str, Array], recorded: Mapping[str, Any], aside: Mapping[str, Array]
+    tensors: Mapping[str, Array], table: KeptTable, aside: Mapping[str, Array]
 ) -> tuple[set[str], dict[str, Array], list[Written]]:
     """On a way back: tensors that only stood in for something, and the factors that they stood in for.
 
@@ -226,15 +217,15 @@ def drop_stand_ins(
             for name, value in names.items()
         )
 
-    for name, value in recorded.get("filled", {}).items():
+    for name, value in table.filled.items():
         if unchanged({name: value}):
             drop.add(PREFIX + name)
-    for module, what in recorded.get("modules", {}).items():
+    for module, what in table.modules.items():
         names = [f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"]
-        if unchanged(what["saved"]) and all(name in aside for name in names):
-            drop |= {PREFIX + name for name in what["saved"]}
+        if unchanged(what.saved) and all(name in aside for name in names):
+            drop |= {PREFIX + name for name in what.saved}
             factors.update((name, aside[name]) for name in names)
-            scale = Scale(what["rank"], what["alpha"], what["rslora"])
+            scale = Scale(what.rank, what.alpha, what.rslora)
             written.append(Written(f"{module}.weight", module, None, scale))
     return drop, factors, written
 

@@ -1,20 +1,18 @@
-"""What a conversion remembers of where components came from, so that the way back gives the same bits.
-
-It is written into the result's metadata. On the way back it is a hint that is checked: components that it leaves out
-must be without effect, otherwise it is not used.
-"""
+"""Whose components are whose: noted on a way there, asked on the way back."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.adapters.peft_config import Number, Scale
+from regraft.names.keys import MARK, fill
 from regraft.plan.plan import Headers
 
-_NUMBERS = re.compile(r"\d+")
+_MOST = 1 << 20
+
+Noted = tuple[str, int, int, Number, int | list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +28,19 @@ class Part:
 
 @dataclass(slots=True)
 class Record:
-    """Parts by the key of the tensor they came from (``recorded``), and what this conversion notes."""
+    """Parts by the key of the tensor they came from (``recorded``), and what this conversion notes.
+
+    What is recorded is a hint that is checked: components that it leaves out must be without effect, otherwise it
+    is not used.
+    """
 
     recorded: dict[str, Part] = field(default_factory=dict)
-    noted: dict[str, list[Any]] = field(default_factory=dict)
+    noted: dict[str, list[Noted]] = field(default_factory=dict)
+    """By target: source key (``{}`` for a whole stack), batch (or stack size), rank, alpha, places."""
+
+    def to_json(self) -> dict[str, list[Noted]]:
+        """What was noted, as plain data."""
+        return self.noted
 
     def part(self, key: str) -> Part | None:
         """What is recorded of a tensor that is written now."""
@@ -41,55 +48,55 @@ class Record:
 
     def note(self, target: str, part: Part) -> None:
         """Remember one source of a target."""
-        places: list[int] | int = list(part.places)
-        if part.places == tuple(range(part.places[0], part.places[0] + len(part.places))):
-            places = part.places[0]
+        first = part.places[0]
+        in_a_row = part.places == tuple(range(first, first + len(part.places)))
         self.noted.setdefault(target, []).append(
-            [part.key, part.target_batch, part.scale.rank, part.scale.alpha, places]
+            (
+                part.key,
+                part.target_batch,
+                part.scale.rank,
+                part.scale.alpha,
+                first if in_a_row else list(part.places),
+            )
         )
 
     def note_stack(
         self, target: str, headers: Headers, ids: Sequence[int], places: range, scale: Scale
     ) -> None:
         """Remember sources that are a whole stack: number i of the keys belongs to batch i."""
-        first = headers.name(ids[0])
         if len(ids) == 1:
-            self.noted.setdefault(target, []).append(
-                [first, 0, scale.rank, scale.alpha, places.start]
-            )
-            return
-        second = headers.name(ids[1])
-        at = next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)
-        end = _NUMBERS.match(first, at)
-        assert end is not None
-        template = first[:at] + "{}" + first[end.end() :]
+            key, batch = headers.name(ids[0]), 0
+        else:
+            key, batch = _numbered(headers, ids[0], ids[1]), len(ids)
         self.noted.setdefault(target, []).append(
-            [template, len(ids), scale.rank, scale.alpha, places.start]
+            (key, batch, scale.rank, scale.alpha, places.start)
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """What was noted, as plain data."""
-        return self.noted
 
-
-def read_record(data: Mapping[str, Iterable[Sequence[Any]]], rslora: bool) -> Record:
-    """A record from plain data; parts that do not read as such are left out (it is only a hint)."""
+def read_record(parts: Mapping[str, Iterable[Sequence[Any]]], rslora: bool) -> Record:
+    """A record from what another one noted; sizes that no adapter has are passed over."""
     record = Record()
-    for target, parts in data.items():
-        del target
-        for key, batch, rank, alpha, places in parts:
-            scale = Scale(rank, _number(alpha), rslora)
+    for noted in parts.values():
+        for key, batch, rank, alpha, places in noted:
+            if not (0 < rank < _MOST and 0 <= batch < _MOST):
+                continue
+            scale = Scale(rank, alpha, rslora)
             spots = (
                 tuple(places) if isinstance(places, list) else tuple(range(places, places + rank))
             )
-            if "{}" in key:
-                for number in range(batch):
-                    name = key.replace("{}", str(number))
-                    record.recorded[name] = Part(name, 0, number, spots, scale)
-            else:
-                record.recorded[key] = Part(key, 0, batch, spots, scale)
+            numbered = "{}" in key
+            for number in range(batch) if numbered else (batch,):
+                name = key.replace("{}", str(number)) if numbered else key
+                record.recorded[name] = Part(name, 0, number, spots, scale)
     return record
 
 
-def _number(value: Any) -> Number:
-    return value if isinstance(value, (int, float)) else float(value)
+def _numbered(headers: Headers, first: int, second: int) -> str:
+    """The key that two neighbours share, with ``{}`` for the number in which they differ."""
+    group, row = headers.find(first)
+    other, other_row = headers.find(second)
+    numbers = group.numbers[row].tolist()
+    (at,) = [i for i, n in enumerate(other.numbers[other_row].tolist()) if n != numbers[i]]
+    head = fill(MARK.join(group.template.split(MARK)[: at + 1]), numbers[:at])
+    tail = fill(MARK.join(group.template.split(MARK)[at + 1 :]), numbers[at + 1 :])
+    return head + "{}" + tail

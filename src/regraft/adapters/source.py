@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.factors import Array
+from regraft.adapters.remembered import Remembered, read_remembered
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.folder import load_json
 from regraft.files.safetensors import open_tensors, read_header
@@ -18,8 +18,6 @@ WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
 ASIDE = "regraft_kept.safetensors"
 """A file beside the weights: factors that their layout cannot hold, for the way back."""
-RECORD = "regraft"
-"""The key of regraft's own entry in a file's metadata."""
 
 PEFT_TYPES = frozenset(
     [
@@ -94,13 +92,9 @@ class Source:
         """``LORA``, ``IA3``, ..."""
         return str(self.config["peft_type"])
 
-    def record(self) -> Mapping[str, Any]:
+    def remembered(self) -> Remembered:
         """What regraft wrote into the metadata when it made this file; empty where it did not."""
-        try:
-            data = json.loads(self.metadata.get(RECORD, "{}"))
-        except json.JSONDecodeError:
-            return {}
-        return data if isinstance(data, dict) else {}
+        return read_remembered(self.metadata)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ class Headers:
         self._rows: Ints | None = None
         self._starts: Ints | None = None
 
-    def name(self, number: int) -> str:
-        """The name of the tensor with an id."""
+    def find(self, number: int) -> tuple[Group, int]:
+        """The group and the row of the tensor with an id."""
         if self._rows is None or self._starts is None:
             sizes = [len(group) for group in self.groups]
             self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -43,7 +43,12 @@ class Headers:
             self._rows[ids] = np.arange(len(ids))
         row = int(self._rows[number])
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.groups[group].name(row - int(self._starts[group]))
+        return self.groups[group], row - int(self._starts[group])
+
+    def name(self, number: int) -> str:
+        """The name of the tensor with an id."""
+        group, row = self.find(number)
+        return group.name(row)
 
     def __len__(self) -> int:
         return sum(map(len, self.groups))

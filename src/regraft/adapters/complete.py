@@ -1,0 +1,74 @@
+"""Whether an adapter has what its config promises, and how many experts there are where no base says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.peft_config import targets_module
+from regraft.adapters.scan import PREFIX
+from regraft.errors import BadInputError, Finding
+from regraft.plan.build import Guess
+from regraft.plan.plan import Plan
+from regraft.rules.book import Rule
+
+
+def named_everywhere(config: Mapping[str, Any]) -> list[str] | None:
+    """``target_modules`` where every module with a listed name was adapted; ``None`` where something filters them."""
+    entries = config.get("target_modules")
+    filtered = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    return entries if isinstance(entries, list) and not filtered else None
+
+
+def guess_count(config: Mapping[str, Any]) -> Guess:
+    """How many values an index has: as many as were seen, if the config would have named one more.
+
+    A config that names modules by leaf names adapts every expert there is, so the last one seen is the last.
+    """
+    entries = named_everywhere(config)
+    sure = entries is not None and not any(
+        part.isdigit() for entry in entries for part in entry.split(".")
+    )
+
+    def guess(rule: Rule, axis: str, seen: int) -> int | None:
+        return seen if sure else None
+
+    return guess
+
+
+def check_complete(plan: Plan, config: Mapping[str, Any], where: str) -> None:
+    """Where a listed name adapts every expert, an expert that is not in the file was lost.
+
+    Raises ``BadInputError``.
+    """
+    entries = named_everywhere(config)
+    if entries is None:
+        return
+    findings = []
+    for entry in plan.entries:
+        for term, ids in zip(entry.read, entry.sources, strict=True):
+            absent = np.flatnonzero(ids.reshape(-1) < 0)
+            if not len(absent) or len(absent) == ids.size:
+                continue
+            keys = entry.keys(term)
+            modules = [keys.name(row).removesuffix(".weight") for row in absent.tolist()]
+            lost = [module for module in modules if targets_module(entries, module)]
+            if lost:
+                more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+                findings.append(
+                    Finding(
+                        "missing",
+                        "target_modules names it and the base model has it, but the file has no "
+                        f"factors for it{more}",
+                        where=where,
+                        key=PREFIX + lost[0],
+                        rule=str(entry.rule),
+                        fix="check that --model is the base it was trained on, otherwise save it again; if "
+                        "it was left out on purpose, name the modules that are there one by one in "
+                        "target_modules",
+                    )
+                )
+    if findings:
+        raise BadInputError(findings)

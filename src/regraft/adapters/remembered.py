@@ -1,0 +1,109 @@
+"""What regraft writes into a result's metadata, so that the way back gives the same bits and the same config.
+
+It is a hint, and read as one: an entry that cannot be what regraft wrote counts as no entry, and whatever it says is
+checked against the tensors and the config that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from regraft.adapters.peft_config import Number
+from regraft.adapters.record import Noted, Record, read_record
+
+KEY = "regraft"
+"""The metadata key."""
+FORMAT = 1
+
+
+class Origin(msgspec.Struct):
+    """Where a file came from: its layout, and how experts were packed there."""
+
+    layout: str = ""
+    packing: str | None = None
+
+
+class KeptModule(msgspec.Struct):
+    """A LoRA that is kept aside: its scale, and digests of the tensors that stand in its place."""
+
+    rank: int
+    alpha: Number
+    rslora: bool
+    saved: dict[str, str]
+
+
+class KeptTable(msgspec.Struct):
+    """What is kept aside by module, and digests of tensors that were filled in from the base."""
+
+    modules: dict[str, KeptModule] = {}
+    filled: dict[str, str] = {}
+
+
+class Remembered(msgspec.Struct, kw_only=True):
+    """One entry."""
+
+    format: int = 0
+    layout: str = ""
+    """The layout the file was written in."""
+    source: Origin = msgspec.field(default_factory=Origin)
+    config: dict[str, tuple[Any, Any]] = {}
+    """Config fields that changed: what they were and what they became."""
+    had: list[str] = []
+    """Those of them that were there before."""
+    parts: dict[str, list[Noted]] = {}
+    """By target: source key (``{}`` where a whole stack is meant), batch (or stack size), rank, alpha, places."""
+    kept: KeptTable = msgspec.field(default_factory=KeptTable)
+
+    def record(self, rslora: bool) -> Record:
+        """The parts by the key that they came from."""
+        return read_record(self.parts, rslora)
+
+    def config_before(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The config as it was before; ``None`` where a field was changed since."""
+        if any(config.get(name) != became for name, (_, became) in self.config.items()):
+            return None
+        before = dict(config)
+        for name, (was, _) in self.config.items():
+            if name in self.had:
+                before[name] = was
+            else:
+                before.pop(name, None)
+        return before
+
+
+def read_remembered(metadata: Mapping[str, str]) -> Remembered:
+    """The entry of a file's metadata; an empty one where there is none."""
+    try:
+        found = msgspec.json.decode(metadata.get(KEY, "{}"), type=Remembered)
+    except msgspec.DecodeError:
+        return Remembered()
+    return found if found.format == FORMAT else Remembered()
+
+
+def write_remembered(
+    layout: str,
+    origin: Origin,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    record: Record,
+    kept: KeptTable,
+) -> str:
+    """The entry for a file that was written from another."""
+    changed = {
+        name: (before.get(name), after.get(name))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    }
+    entry = Remembered(
+        format=FORMAT,
+        layout=layout,
+        source=origin,
+        config=changed,
+        had=[name for name in changed if name in before],
+        parts=record.to_json(),
+        kept=kept,
+    )
+    return msgspec.json.encode(entry).decode()

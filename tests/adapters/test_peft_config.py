@@ -1,0 +1,98 @@
+"""Ranks, scales and targets resolve as PEFT resolves them."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regraft.adapters.peft_config import LoraConfig, Patterns, Scale, targets_module, targets_parameter
+
+ALPHAS = st.one_of(st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3))
+SCALES = st.builds(Scale, st.integers(1, 64), ALPHAS, st.booleans())
+
+
+@given(SCALES, st.integers(1, 64))
+def test_a_scale_at_another_rank_is_the_same_scale(scale, rank):
+    other = scale.at_rank(rank)
+    assert other.rank == rank
+    assert other.rslora == scale.rslora
+    assert math.isclose(other.value, scale.value, rel_tol=1e-12)
+    assert other.ratio_to(scale) == 1.0
+    assert scale.ratio_to(other) == 1.0
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 64))
+def test_alpha_stays_whole_where_it_can_be(rank, factor, other):
+    moved = Scale(rank, rank * factor).at_rank(other)
+    assert moved == Scale(other, other * factor)
+    assert isinstance(moved.alpha, int)
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
+def test_rslora_alpha_stays_whole_where_the_root_is(rank, root, alpha):
+    moved = Scale(rank, alpha, True).at_rank(rank * root * root)
+    assert moved == Scale(rank * root * root, alpha * root, True)
+    assert isinstance(moved.alpha, int)
+
+
+@given(SCALES, SCALES)
+def test_the_ratio_is_what_b_is_multiplied_by(one, other):
+    if other.alpha != 0:
+        assert math.isclose(one.ratio_to(other) * other.value, one.value, rel_tol=1e-9)
+    if one.value == other.value and one.rslora == other.rslora:
+        assert one.ratio_to(other) == 1.0
+
+
+def test_scales_are_those_of_peft():
+    assert LoraConfig({"r": 8, "lora_alpha": 16}).scale("x").value == 2
+    assert LoraConfig({"r": 16, "lora_alpha": 8, "use_rslora": True}).scale("x").value == 2
+    config = LoraConfig({"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 2}, "alpha_pattern": {"k": 4}})
+    assert [config.scale(p) for p in ("a.q", "a.k", "a.v")] == [Scale(2, 8), Scale(8, 4), Scale(8, 8)]
+
+
+SEGMENTS = st.sampled_from(["model", "layers", "0", "1", "10", "self_attn", "q_proj", "v_proj", "mlp", "w1"])
+PATHS = st.lists(SEGMENTS, min_size=1, max_size=5).map(".".join)
+PATTERNS = st.one_of(
+    PATHS,
+    PATHS.map(lambda p: "^" + re.escape(p)),
+    PATHS.map(lambda p: ".*" + p),
+    st.sampled_from([r"layers\.\d+\.mlp", r".*\.(0|1)\.w1", "q_proj|v_proj", r"(w1|q_proj)", r"layers.\d.*", "proj"]),
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(PATTERNS, st.integers(1, 9), max_size=4), PATHS)
+def test_the_pattern_that_counts_is_the_one_that_peft_takes_from_a_saved_config(patterns, path):
+    other = pytest.importorskip("peft.utils.other")
+    saved = dict(sorted(patterns.items()))
+    key = other.get_pattern_key(saved.keys(), path)
+    assert Patterns(patterns).find(path) == saved.get(key)
+
+
+@settings(max_examples=200)
+@given(st.one_of(PATTERNS, st.lists(PATHS, max_size=4)), PATHS)
+def test_a_module_is_targeted_where_peft_targets_it(targets, path):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = peft.LoraConfig(target_modules=targets)
+    assert targets_module(targets, path) == bool(check_target_module_exists(config, path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "name", "named"),
+    [
+        (["experts.w"], "m.experts.w", True),
+        (["experts.w"], "experts.w", True),
+        (["experts.w"], "m.xexperts.w", False),
+        (["w"], "m.experts.w", True),
+        ([r".*\.w"], "m.experts.w", False),
+        (["m.experts"], "m.experts.w", False),
+        ([], "w", False),
+        (None, "w", False),
+    ],
+)
+def test_parameters_are_named_literally(entries, name, named):
+    assert targets_parameter(entries, name) is named

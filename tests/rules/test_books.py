@@ -1,0 +1,177 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from making import HEAD, book_of, equation_of
+
+from regraft.equation import check_equation, undetermined
+from regraft.errors import BadInputError
+from regraft.rules.book import books_for, library, load_book
+from regraft.rules.kinds import KINDS
+
+
+def findings(body, head=HEAD):
+    with pytest.raises(BadInputError) as caught:
+        book_of(body, head=head)
+    return {(f.where, f.code): f.message for f in caught.value.findings}
+
+
+def line_of(text, marker, number=0):
+    lines = [i for i, line in enumerate(text.split("\n"), 1) if marker in line]
+    return lines[number]
+
+
+def test_a_book_holds_rules_with_their_lines_and_kinds():
+    body = equation_of("x.{l} : a i, y.{l} : b i == z.{l} : (a + b) i where a = b", "fuse", "linear", "linear")
+    book = book_of(body)
+    (rule,) = book.rules
+    assert str(rule) == f"test/fuse (test.toml:{line_of(HEAD + body, '[[equation]]')})"
+    assert rule.kinds() == (("linear", "linear"), ("linear",))
+    assert rule.kinds(reverse=True) == (("linear",), ("linear", "linear"))
+
+
+def test_all_that_is_wrong_comes_together_with_file_and_line():
+    body = "".join(
+        [
+            equation_of("x : a == y : (a", "open bracket"),
+            equation_of("x : (a + b) == y : a, z : b", "loose"),
+            equation_of("x : a i == y : a i", "kind", left_kind="lineal"),
+            equation_of("x : a i == y : a i", "dims", right_kind="experts"),
+            equation_of("x : a i == y : a i", "count", left_kind=["linear", "linear"]),
+            equation_of("a i == i a", "no keys"),
+            '\n[[carry]]\nkeys = ["{*p}.x", "{*p.y"]\nwhy = "same"\n',
+            '\n[[carry]]\nkeys = ["x"]\nwhy = "same"\nkind = "nothing"\n',
+            '\n[[carry]]\nkeys = ["x : a"]\nwhy = "same"\nwhere = "b = 3"\n',
+            '\n[[parameters]]\nside = "up"\nmodule = "m"\nnames = ["w"]\n',
+            '\n[[parameters]]\nside = "left"\nmodule = "m.{"\nnames = ["w"]\n',
+            '\n[[equation]]\nname = "odd"\ntext = "x : a == y : a"\nkind = "linear"\n',
+        ]
+    )
+    found = findings(body)
+    text = HEAD + body
+    tables = [line_of(text, "[[equation]]", i) for i in range(7)]
+    carries = [line_of(text, "[[carry]]", i) for i in range(3)]
+    parameters = [line_of(text, "[[parameters]]", i) for i in range(2)]
+    expected = {
+        (tables[0], "notation"): "x : a == y : (a",
+        (tables[1], "undetermined"): "read left to right, nothing says how large a, b is",
+        (tables[2], "kind"): "no kind 'lineal'; known: linear",
+        (tables[3], "kind"): "has not the dims of kind 'experts'",
+        (tables[4], "kind"): "2 kinds for a side of 1 terms",
+        (tables[5], "rule-book"): "need keys",
+        (carries[0], "notation"): "{*p.y",
+        (carries[1], "kind"): "no kind 'nothing'",
+        (carries[2], "notation"): "no axis b|has an axis b",
+        (parameters[0], "rule-book"): "up",
+        (parameters[1], "notation"): "m.{",
+        (tables[6], "rule-book"): "kind",
+    }
+    for (line, code), message in expected.items():
+        got = found.pop((f"test.toml:{line}", code))
+        assert any(part in got for part in message.split("|")), (line, got)
+    assert not found
+
+
+def test_two_rules_of_one_name_are_an_error():
+    body = equation_of("x : a == y : a", "one") + equation_of("v : a == w : a", "one")
+    ((place, message),) = findings(body).items()
+    assert place[0] == f"test.toml:{line_of(HEAD + body, '[[equation]]', 1)}"
+    assert "'one'" in message
+    assert f"test.toml:{line_of(HEAD + body, '[[equation]]', 0)}" in message
+
+
+def test_a_book_between_one_layout_and_itself_is_an_error():
+    ((_, message),) = findings("", HEAD.replace('"new"', '"old"')).items()
+    assert "one layout" in message
+
+
+@pytest.mark.parametrize(
+    ("head", "line", "message"),
+    [
+        (HEAD.replace('title = "a book for tests"\n', ""), 1, "title"),
+        (HEAD.replace('["test"]', '"test"'), 5, "model_types"),
+        (HEAD + 'colour = "red"\n', 6, "colour"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line(head, line, message):
+    ((place, text),) = findings("", head).items()
+    assert place == (f"test.toml:{line}", "rule-book")
+    assert message in text
+
+
+def test_what_is_no_toml_says_so():
+    ((place, message),) = findings("", "name = 3 3\n").items()
+    assert place == ("test.toml", "toml")
+    assert "not TOML" in message
+    assert "line 1" in message
+
+
+def test_included_files_become_part_of_the_book_under_their_own_lines(tmp_path):
+    (tmp_path / "book.toml").write_text(
+        HEAD + 'include = ["part.toml", "gone.toml"]\n' + equation_of("x : a == y : (a", "bad")
+    )
+    (tmp_path / "part.toml").write_text("# a part\n" + equation_of("x : a == y : b", "worse"))
+    with pytest.raises(BadInputError) as caught:
+        load_book(tmp_path / "book.toml")
+    places = {f.where.removeprefix(f"{tmp_path}/") for f in caught.value.findings}
+    assert places == {"book.toml:6", "book.toml:8", "part.toml:3"}
+    (tmp_path / "part.toml").write_text("# a part\n" + equation_of("x : a == y : a", "better"))
+    (tmp_path / "book.toml").write_text(HEAD + 'include = ["part.toml"]\n' + equation_of("v : a == w : a", "own"))
+    book = load_book(tmp_path / "book.toml")
+    assert sorted(rule.name for rule in book.rules) == ["better", "own"]
+    assert {rule.book for rule in book.rules} == {"test"}
+
+
+def library_files():
+    import regraft.rules
+
+    return sorted((Path(regraft.rules.__file__).parent / "library").glob("*.toml"))
+
+
+def test_the_library_is_whole():
+    files = [f for f in library_files() if not f.name.startswith("_")]
+    assert len(files) >= 11
+    assert {book.path for book in library()} == {f.name for f in files}
+    assert len({book.name for book in library()}) == len(files)
+
+
+@pytest.mark.parametrize("book", library(), ids=lambda book: book.name)
+def test_a_book_of_the_library_is_sound(book):
+    assert book.title
+    assert book.source
+    assert book.model_types
+    assert {book.left, book.right} == {"transformers-v4", "transformers-v5"}
+    assert bool(book.reclaimed) >= bool(book.reclaimed_model_types)
+    for rule in book.rules:
+        check_equation(rule.equation)
+        assert undetermined(rule.equation) == ()
+        assert undetermined(rule.equation, reverse=True) == ()
+        for side, kinds in ((rule.equation.left, rule.left_kinds), (rule.equation.right, rule.right_kinds)):
+            assert all(KINDS[kind].fits(term) for term, kind in zip(side, kinds, strict=True))
+    for carry in book.carries:
+        assert carry.why
+
+
+def test_every_part_of_the_library_is_used():
+    parts = {f.name for f in library_files() if f.name.startswith("_")}
+    used = {n for f in library_files() for n in tomllib.loads(f.read_text()).get("include", [])}
+    assert used == parts
+
+
+def test_a_model_type_belongs_to_one_book():
+    types = [t for book in library() for t in book.model_types]
+    assert len(types) == len(set(types))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("mixtral", "minimax", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "deepseek_v2"),
+        *("deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "jamba", "granitemoe", "dbrx", "jetmoe"),
+        *("gpt_oss", "qwen3_vl_moe"),
+    ],
+)
+def test_the_families_that_were_asked_for_have_a_book(model_type):
+    (book,) = books_for([model_type])
+    assert model_type in book.model_types
+    assert book.rules
