@@ -163,7 +163,7 @@ def test_the_fast_path_is_the_general_path_bit_for_bit(data):
 
 @settings(max_examples=200)
 @given(cases(equal_scales(1)))
-def test_there_and_back_gives_the_same_deltas_at_no_greater_a_rank(case):
+def test_there_and_back_without_a_record_gives_the_same_deltas(case):
     made, low, reverse = case
     there = convert(made, low, reverse)
     middle = type(low)(

@@ -100,8 +100,7 @@ def _split(text: str) -> tuple[list[str], Ints] | None:
     """Templates and numbers of lines; ``None`` where a number has leading zeros or is too long for an index."""
     letters = np.frombuffer(text.encode(), dtype=np.uint8)
     digit = (letters - ord("0")) < 10
-    before = np.empty_like(digit)
-    before[0] = False
+    before = np.zeros_like(digit)
     before[1:] = digit[:-1]
     starts = np.flatnonzero(digit & ~before)
     if len(starts):

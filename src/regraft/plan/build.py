@@ -386,6 +386,7 @@ class _Family:
                 most = np.zeros(count, dtype=np.int64)
                 np.maximum.at(most, at, stack[:, column] + 1)
                 signature.append(most)
+        signature += self.target_sizes(loops)
         _, first, kind = np.unique(
             np.stack(signature, axis=1), axis=0, return_index=True, return_inverse=True
         )
@@ -394,6 +395,31 @@ class _Family:
             entry = self.entry(np.flatnonzero(kind == number), loops, placed, signature, example)
             if entry is not None:
                 yield entry
+
+    def target_sizes(self, loops: Ints) -> list[Ints]:
+        """What each ``shape(KEY, dim)`` is for every loop value, -1 where the target has no such tensor."""
+        values = [
+            value
+            for clause in self.rule.equation.where
+            for _, value in clause.values
+            if isinstance(value, ShapeOf)
+        ]
+        columns = []
+        for value in values:
+            sizes = [self.look_up(value, loop) for loop in loops]
+            columns.append(np.array([-1 if s is None else s for s in sizes], dtype=np.int64))
+        return columns
+
+    def look_up(self, value: ConfigPath | ShapeOf, loop: Ints) -> int | None:
+        """A size that the config or the target says."""
+        if isinstance(value, ConfigPath):
+            return self.scope.look_up(value)
+        marks = sum(text.count(MARK) for text in self.rests)
+        columns = {name: marks + i for i, name in enumerate(self.loop_names)}
+        holes = [columns[h.name] for h in value.key.holes if isinstance(h, Axis)]
+        key = write_group(value.key, self.rests, loop[None, :marks], loop[None, holes]).name(0)
+        shape = self.scope.shapes.get(key)
+        return None if shape is None else shape[value.dim]
 
     def entry(
         self,
@@ -456,14 +482,7 @@ class _Family:
         self, shapes: list[tuple[Term, tuple[int, ...]]], seen: list[list[int]], loop: Ints
     ) -> tuple[dict[str, int], tuple[int, ...]]:
         def look_up(value: ConfigPath | ShapeOf) -> int | None:
-            if isinstance(value, ConfigPath):
-                return self.scope.look_up(value)
-            marks = sum(text.count(MARK) for text in self.rests)
-            columns = {name: marks + i for i, name in enumerate(self.loop_names)}
-            holes = [columns[h.name] for h in value.key.holes if isinstance(h, Axis)]
-            key = write_group(value.key, self.rests, loop[None, :marks], loop[None, holes]).name(0)
-            shape = self.scope.shapes.get(key)
-            return None if shape is None else shape[value.dim]
+            return self.look_up(value, loop)
 
         equation = self.rule.equation
         try:

@@ -370,9 +370,9 @@ def _sides(side: Literal["left", "right", "both"]) -> tuple[Side, ...]:
 
 
 def _line_of_field(text: str, message: str) -> int:
-    field = re.search(r"`([\w]+)`|\$\.(\w+)", message)
+    field = re.search(r"\$\.(\w+)", message) or re.search(r"`(\w+)`", message)
     if field:
-        name = field[1] or field[2]
+        name = field[1]
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip().startswith((name, f"[[{name}", f"[{name}")):
                 return number

@@ -42,16 +42,17 @@ def _compile(key: Key) -> _Compiled:
     pieces: list[str] = []
     kinds: list[str] = []
     dot_taken = False
+    leading = True
     for position, part in enumerate(key.parts):
         if isinstance(part, Hole):
             pieces.append(f"({MARK})")
             kinds.append("hole")
+            leading = False
         elif isinstance(part, Segments):
-            last = position == len(key.parts) - 1
-            if last and position:
+            if not leading:
                 pieces[-1] = pieces[-1].removesuffix(r"\.")
                 pieces.append(r"(?:\.(.+))?")
-            elif last:
+            elif position == len(key.parts) - 1:
                 pieces.append("(.+)")
             else:
                 pieces.append(r"(?:(.+)\.)?")
@@ -61,6 +62,7 @@ def _compile(key: Key) -> _Compiled:
             text = part
             if dot_taken:
                 text, dot_taken = text[1:], False
+            leading = leading and not text
             at = 0
             for match in _DIGITS.finditer(text):
                 pieces.append(re.escape(text[at : match.start()]) + f"({MARK})")
