@@ -110,7 +110,8 @@ class Made:
     def bare_text(self):
         """Without keys and sizes; only where there are no holes."""
         return " == ".join(
-            ", ".join(" ".join(map(written, t.dims)) for t in side) for side in (self.left, self.right)
+            ", ".join(" ".join(map(written, t.dims)) for t in side)
+            for side in (self.left, self.right)
         )
 
     def elements(self):
@@ -124,7 +125,9 @@ class Made:
 
     def filled(self, side, values=None, dtype=np.int64):
         """A side's tensors by key, every element with its own value."""
-        tensors = {k: np.full(t.shape(self.sizes), -1, dtype) for t in side for k in t.keys(self.sizes)}
+        tensors = {
+            k: np.full(t.shape(self.sizes), -1, dtype) for t in side for k in t.keys(self.sizes)
+        }
         for number, at in self.elements():
             key, index = self.place(side, at)
             assert tensors[key][index] == -1
@@ -167,7 +170,11 @@ def _one(parts):
 def parts_of(draw, count):
     """A random partition of range(count) into ordered parts, the whole in one part being likeliest."""
     order = draw(st.permutations(range(count)))
-    cuts = sorted(draw(st.sets(st.integers(1, count - 1)))) if count > 1 and draw(st.booleans()) else []
+    cuts = (
+        sorted(draw(st.sets(st.integers(1, count - 1))))
+        if count > 1 and draw(st.booleans())
+        else []
+    )
     return [list(order[a:b]) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
 
 
@@ -269,7 +276,10 @@ def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
     least = 2 if mixes else 1
     outs = [f"o{i}" for i in range(2 if mixes else draw(st.integers(0, 2)))]
     ins = [f"i{i}" for i in range(draw(st.integers(0, 1)))]
-    factors = {"out": draw(factors_of("p")), "in": draw(factors_of("q", draw(st.sampled_from([1, 1, 2]))))}
+    factors = {
+        "out": draw(factors_of("p")),
+        "in": draw(factors_of("q", draw(st.sampled_from([1, 1, 2])))),
+    }
     batch = []
     if any(map(is_stack, pair)) or draw(st.booleans()):
         batch = ["e"]
@@ -284,7 +294,10 @@ def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
     for side, kind in zip(("left", "right"), pair, strict=True):
         right = side == "right"
         if gathers:
-            cut = [[[i] for i in range(len(f))] if not right else [list(range(len(f)))] for f in factors.values()]
+            cut = [
+                [[i] for i in range(len(f))] if not right else [list(range(len(f)))]
+                for f in factors.values()
+            ]
         else:
             cut = [draw(parts_of(len(f))) for f in factors.values()]
         terms = []
@@ -294,14 +307,18 @@ def kind_equations(draw, gathers=False, mixes=False, kinds=KINDS):
                 slots[role] += draw(slots_of(factors[role], part))
             if mixes and right:
                 slots["in"].append(slots["out"].pop(0))
-            out, into, stack = (list(draw(st.permutations(slots[r]))) for r in ("out", "in", "batch"))
+            out, into, stack = (
+                list(draw(st.permutations(slots[r]))) for r in ("out", "in", "batch")
+            )
             if crossed and right:
                 out, into = into, out
             holes = []
             if not is_stack(kind):
                 other = pair[not right]
                 may = is_stack(other) or (right and not crossed)
-                free = [s for s in stack if may and (right if gathers else draw(st.integers(0, 3)) == 0)]
+                free = [
+                    s for s in stack if may and (right if gathers else draw(st.integers(0, 3)) == 0)
+                ]
                 where = draw(st.sampled_from([out, into]))
                 for slot in free:
                     where.insert(draw(st.integers(0, len(where))), slot)

@@ -33,8 +33,12 @@ def book_of(body, shown="test.toml", head=HEAD):
 
 def equation_of(text, name="rule", left_kind="any", right_kind="any"):
     """One equation as a table of a rule book; kinds are a name or a list of them."""
-    kinds = [f"{side}_kind = {kind!r}" for side, kind in (("left", left_kind), ("right", right_kind))]
-    return "\n".join(["", "[[equation]]", f"name = {name!r}", f"text = '''\n{text}\n'''", *kinds, ""])
+    kinds = [
+        f"{side}_kind = {kind!r}" for side, kind in (("left", left_kind), ("right", right_kind))
+    ]
+    return "\n".join(
+        ["", "[[equation]]", f"name = {name!r}", f"text = '''\n{text}\n'''", *kinds, ""]
+    )
 
 
 def rule_book(*texts, **kinds):

@@ -92,11 +92,22 @@ def convert(
     if failed:
         kinds = {type(error) for error in failed}
         raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+    _note_company(report, [result for _, result in converted])
     if not dry_run:
         _write(found, dst_path, converted, overwrite)
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
+
+
+def _note_company(report: Report, results: list[Converted]) -> None:
+    """Adapters that PEFT cannot hold on one model at a time."""
+    targets = {tuple(sorted(r.config.get("target_parameters") or ())) for r in results}
+    if len(targets - {()}) > 1:
+        report.adapters[0].notes.append(
+            "these adapters name different target_parameters: PEFT loads each of them alone, but not two on "
+            "one model"
+        )
 
 
 def _note_values(source: Source, result: Converted) -> None:

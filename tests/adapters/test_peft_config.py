@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.adapters.peft_config import LoraConfig, Patterns, Scale, targets_module, targets_parameter
+from regraft.adapters.peft_config import (
+    LoraConfig,
+    Patterns,
+    Scale,
+    targets_module,
+    targets_parameter,
+)
 
-ALPHAS = st.one_of(st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3))
+ALPHAS = st.one_of(
+    st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3)
+)
 SCALES = st.builds(Scale, st.integers(1, 64), ALPHAS, st.booleans())
 
 
@@ -48,17 +56,34 @@ def test_the_ratio_is_what_b_is_multiplied_by(one, other):
 def test_scales_are_those_of_peft():
     assert LoraConfig({"r": 8, "lora_alpha": 16}).scale("x").value == 2
     assert LoraConfig({"r": 16, "lora_alpha": 8, "use_rslora": True}).scale("x").value == 2
-    config = LoraConfig({"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 2}, "alpha_pattern": {"k": 4}})
-    assert [config.scale(p) for p in ("a.q", "a.k", "a.v")] == [Scale(2, 8), Scale(8, 4), Scale(8, 8)]
+    config = LoraConfig(
+        {"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 2}, "alpha_pattern": {"k": 4}}
+    )
+    assert [config.scale(p) for p in ("a.q", "a.k", "a.v")] == [
+        Scale(2, 8),
+        Scale(8, 4),
+        Scale(8, 8),
+    ]
 
 
-SEGMENTS = st.sampled_from(["model", "layers", "0", "1", "10", "self_attn", "q_proj", "v_proj", "mlp", "w1"])
+SEGMENTS = st.sampled_from(
+    ["model", "layers", "0", "1", "10", "self_attn", "q_proj", "v_proj", "mlp", "w1"]
+)
 PATHS = st.lists(SEGMENTS, min_size=1, max_size=5).map(".".join)
 PATTERNS = st.one_of(
     PATHS,
     PATHS.map(lambda p: "^" + re.escape(p)),
     PATHS.map(lambda p: ".*" + p),
-    st.sampled_from([r"layers\.\d+\.mlp", r".*\.(0|1)\.w1", "q_proj|v_proj", r"(w1|q_proj)", r"layers.\d.*", "proj"]),
+    st.sampled_from(
+        [
+            r"layers\.\d+\.mlp",
+            r".*\.(0|1)\.w1",
+            "q_proj|v_proj",
+            r"(w1|q_proj)",
+            r"layers.\d.*",
+            "proj",
+        ]
+    ),
 )
 
 

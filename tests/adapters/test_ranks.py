@@ -17,7 +17,9 @@ def convert(text, shapes, a, b, scales=None, to="new", **kinds):
     plan = plan_of(rule_book(text, **kinds), {k: shapes[k] for k in keys}, to, partial=True)
     scales = scales or {k: Scale(a[k].shape[-2], 2 * a[k].shape[-2]) for k in keys}
     headers = headers_of({k: shapes[k] for k in keys})
-    factors = Factors(headers, [a[k] for k in keys], [b[k] for k in keys], [scales[k] for k in keys])
+    factors = Factors(
+        headers, [a[k] for k in keys], [b[k] for k in keys], [scales[k] for k in keys]
+    )
     return {
         key: lora
         for entry in plan.entries
@@ -39,7 +41,9 @@ def test_chunk_then_fuse_returns_to_the_rank_it_had():
     a, b = {"qkv": random(2, 5)}, {"qkv": random(9, 2)}
     parts = convert(FUSE, SHAPES, a, b, to="old")
     assert {k: x.scale.rank for k, x in parts.items()} == {"q": 2, "k": 2, "v": 2}
-    whole = convert(FUSE, SHAPES, {k: x.a for k, x in parts.items()}, {k: x.b for k, x in parts.items()})
+    whole = convert(
+        FUSE, SHAPES, {k: x.a for k, x in parts.items()}, {k: x.b for k, x in parts.items()}
+    )
     assert same_bits(whole["qkv"].a, a["qkv"])
     assert same_bits(whole["qkv"].b, b["qkv"])
     assert whole["qkv"].scale == Scale(2, 4)
@@ -121,7 +125,9 @@ def test_one_rank_for_all_experts_is_the_largest_with_zeros_for_the_rest():
     text = "x.{e} : o i == y : e o i where e = 3"
     ranks = {"x.0": 1, "x.2": 4}
     a, b = {k: random(r, 5) for k, r in ranks.items()}, {k: random(2, r) for k, r in ranks.items()}
-    lora = convert(text, dict.fromkeys(ranks, (2, 5)), a, b, left_kind="linear", right_kind="experts")["y"]
+    lora = convert(
+        text, dict.fromkeys(ranks, (2, 5)), a, b, left_kind="linear", right_kind="experts"
+    )["y"]
     assert lora.a.shape == (3, 4, 5)
     assert lora.b.shape == (3, 2, 4)
     assert lora.scale == Scale(4, 8)

@@ -159,7 +159,8 @@ def test_refused_lists_every_finding(tmp_path: Path, capsys: Capture) -> None:
     assert messages.startswith("regraft: refused")
     assert str(DORA) in messages
     for projection in ("w1", "w2", "w3"):
-        assert f"experts.0.{projection}.lora_magnitude_vector" in messages
+        assert f"experts.0.{projection}.weight" in messages
+    assert "DoRA" in messages
     assert "rule: mixtral/experts down" in messages
     assert "To mend it: " in messages
     assert main([*command, "--json"]) == 3

@@ -137,11 +137,13 @@ def test_megatrons_fused_qkv_with_grouped_heads():
     k, v = numbered(groups * dim, width) + 1000, numbered(groups * dim, width) + 2000
     fused = np.concatenate(
         [
-            np.concatenate([
-                q.reshape(groups, queries * dim, width)[g],
-                k.reshape(groups, dim, width)[g],
-                v.reshape(groups, dim, width)[g],
-            ])
+            np.concatenate(
+                [
+                    q.reshape(groups, queries * dim, width)[g],
+                    k.reshape(groups, dim, width)[g],
+                    v.reshape(groups, dim, width)[g],
+                ]
+            )
             for g in range(groups)
         ]
     )
@@ -207,7 +209,19 @@ def test_the_last_dims_move_as_a_whole():
 
 
 NUMPY_DTYPES = [
-    *("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex64", "complex128"),
+    *(
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+    ),
     *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu),
 ]
 
@@ -233,7 +247,9 @@ def test_bits_are_moved_untouched_whatever_the_dtype(dtype):
     assert top.dtype == bottom.dtype == x.dtype
     assert top.tobytes() == raw[:2].transpose(1, 0, 2).tobytes()
     assert bottom.tobytes() == raw[2:].transpose(1, 0, 2).tobytes()
-    plan = plan_of(rule_book("x : (a + b) i == y : i a, z : i b where a = config.a"), {"x": x}, config={"a": 2})
+    plan = plan_of(
+        rule_book("x : (a + b) i == y : i a, z : i b where a = config.a"), {"x": x}, config={"a": 2}
+    )
     moved = apply_plan(plan, [x])
     assert same_bits(moved["y"], top)
     assert same_bits(moved["z"], bottom)
@@ -242,12 +258,24 @@ def test_bits_are_moved_untouched_whatever_the_dtype(dtype):
 @needs_torch
 @pytest.mark.parametrize(
     "name",
-    ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "complex64", "float64"],
+    [
+        "bfloat16",
+        "float16",
+        "float32",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int8",
+        "bool",
+        "complex64",
+        "float64",
+    ],
 )
 def test_torch_tensors_move_with_all_their_bits(name):
     dtype = getattr(torch, name)
     size = torch.empty(0, dtype=dtype).element_size()
-    raw = np.random.default_rng(1).integers(0, 2 if name == "bool" else 256, (4, 3, 5, size), np.uint8)
+    raw = np.random.default_rng(1).integers(
+        0, 2 if name == "bool" else 256, (4, 3, 5, size), np.uint8
+    )
     tensors = {f"x.{e}": torch.from_numpy(raw[e]).view(dtype)[..., 0] for e in range(4)}
     plan = plan_of(rule_book("x.{e} : o i == y : e i o"), tensors)
     (stacked,) = apply_plan(plan, list(tensors.values())).values()
@@ -255,7 +283,9 @@ def test_torch_tensors_move_with_all_their_bits(name):
     assert stacked.shape == (4, 5, 3)
     bits = stacked.contiguous().view(torch.uint8).numpy().reshape(4, 5, 3, size)
     assert (bits == raw.transpose(0, 2, 1, 3)).all()
-    back = apply_plan(plan_of(rule_book("x.{e} : o i == y : e i o"), {"y": stacked}, "old"), [stacked])
+    back = apply_plan(
+        plan_of(rule_book("x.{e} : o i == y : e i o"), {"y": stacked}, "old"), [stacked]
+    )
     for key, tensor in tensors.items():
         assert torch.equal(back[key].view(torch.uint8), tensor.contiguous().view(torch.uint8))
 

@@ -30,7 +30,11 @@ def solve(text, *shapes, reverse=False, config=None):
         ("(h d) i == h (d i) where h = i", [(12, 4)], {"h": 4, "d": 3, "i": 4}),
         ("(a b) == a b where a = b", [(9,)], {"a": 3, "b": 3}),
         ("(a + b) == a, b where a = b, a = 0", [(0,)], {"a": 0, "b": 0}),
-        ("(a (n + k) d) == (a n d), (a k d) where a = 2, k = 1, d = 3", [(24,)], {"a": 2, "n": 3, "k": 1, "d": 3}),
+        (
+            "(a (n + k) d) == (a n d), (a k d) where a = 2, k = 1, d = 3",
+            [(24,)],
+            {"a": 2, "n": 3, "k": 1, "d": 3},
+        ),
     ],
 )
 def test_sizes_come_from_the_shapes_that_are_read_and_the_where_clauses(text, shapes, sizes):

@@ -47,7 +47,9 @@ def test_a_huge_number_is_text():
     assert templates(huge, "a.1") == [huge, "a.#"]
 
 
-@pytest.mark.parametrize("odd", ["a\n.0.b", "\n", "a.0\n1", "", "%s.0", "%%d{}", "ü.0.ß", "a.0.\u0663", "\r\n0"])
+@pytest.mark.parametrize(
+    "odd", ["a\n.0.b", "\n", "a.0\n1", "", "%s.0", "%%d{}", "ü.0.ß", "a.0.\u0663", "\r\n0"]
+)
 def test_odd_characters_in_names_are_kept(odd):
     assert names_back([odd, "a.0.b", "c"]) == [odd, "a.0.b", "c"]
 
@@ -75,7 +77,9 @@ def test_every_name_comes_back(names):
     assert names_back(names) == names
 
 
-@given(st.lists(st.lists(st.integers(0, 10**17 - 1), min_size=2, max_size=2), min_size=1, max_size=9))
+@given(
+    st.lists(st.lists(st.integers(0, 10**17 - 1), min_size=2, max_size=2), min_size=1, max_size=9)
+)
 def test_numbers_stand_in_columns(rows):
     (group,) = group_names([f"l.{a}.e.{b}.w" for a, b in rows])
     assert group.numbers.tolist() == rows

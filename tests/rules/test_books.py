@@ -22,7 +22,9 @@ def line_of(text, marker, number=0):
 
 
 def test_a_book_holds_rules_with_their_lines_and_kinds():
-    body = equation_of("x.{l} : a i, y.{l} : b i == z.{l} : (a + b) i where a = b", "fuse", "linear", "linear")
+    body = equation_of(
+        "x.{l} : a i, y.{l} : b i == z.{l} : (a + b) i where a = b", "fuse", "linear", "linear"
+    )
     book = book_of(body)
     (rule,) = book.rules
     assert str(rule) == f"test/fuse (test.toml:{line_of(HEAD + body, '[[equation]]')})"
@@ -116,7 +118,9 @@ def test_included_files_become_part_of_the_book_under_their_own_lines(tmp_path):
     places = {f.where.removeprefix(f"{tmp_path}/") for f in caught.value.findings}
     assert places == {"book.toml:6", "book.toml:8", "part.toml:3"}
     (tmp_path / "part.toml").write_text("# a part\n" + equation_of("x : a == y : a", "better"))
-    (tmp_path / "book.toml").write_text(HEAD + 'include = ["part.toml"]\n' + equation_of("v : a == w : a", "own"))
+    (tmp_path / "book.toml").write_text(
+        HEAD + 'include = ["part.toml"]\n' + equation_of("v : a == w : a", "own")
+    )
     book = load_book(tmp_path / "book.toml")
     assert sorted(rule.name for rule in book.rules) == ["better", "own"]
     assert {rule.book for rule in book.rules} == {"test"}
@@ -146,7 +150,10 @@ def test_a_book_of_the_library_is_sound(book):
         check_equation(rule.equation)
         assert undetermined(rule.equation) == ()
         assert undetermined(rule.equation, reverse=True) == ()
-        for side, kinds in ((rule.equation.left, rule.left_kinds), (rule.equation.right, rule.right_kinds)):
+        for side, kinds in (
+            (rule.equation.left, rule.left_kinds),
+            (rule.equation.right, rule.right_kinds),
+        ):
             assert all(KINDS[kind].fits(term) for term, kind in zip(side, kinds, strict=True))
     for carry in book.carries:
         assert carry.why
@@ -166,8 +173,28 @@ def test_a_model_type_belongs_to_one_book():
 @pytest.mark.parametrize(
     "model_type",
     [
-        *("mixtral", "minimax", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "deepseek_v2"),
-        *("deepseek_v3", "dots1", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "jamba", "granitemoe", "dbrx", "jetmoe"),
+        *(
+            "mixtral",
+            "minimax",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "olmoe",
+            "flex_olmo",
+            "deepseek_v2",
+        ),
+        *(
+            "deepseek_v3",
+            "dots1",
+            "glm4_moe",
+            "ernie4_5_moe",
+            "hunyuan_v1_moe",
+            "jamba",
+            "granitemoe",
+            "dbrx",
+            "jetmoe",
+        ),
         *("gpt_oss", "qwen3_vl_moe"),
     ],
 )

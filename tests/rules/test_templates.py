@@ -20,7 +20,10 @@ def matches(key, *names):
         for row, at in enumerate(match.rows.tolist()):
             assert written.name(row) == group.name(at)
             numbers = iter(match.rest_numbers[row].tolist())
-            rests = ["".join(str(next(numbers)) if c == "\0" else c for c in text) for text in match.rests]
+            rests = [
+                "".join(str(next(numbers)) if c == "\0" else c for c in text)
+                for text in match.rests
+            ]
             result[group.name(at)] = (rests, match.holes[row].tolist())
     return result
 
@@ -33,7 +36,9 @@ def test_a_hole_is_a_number():
 
 
 def test_a_hole_may_stand_within_a_segment():
-    assert matches("shard_{s}.w{n}", "shard_3.w1", "shard_x.w1", "shard_3.w") == {"shard_3.w1": ([], [3, 1])}
+    assert matches("shard_{s}.w{n}", "shard_3.w1", "shard_x.w1", "shard_3.w") == {
+        "shard_3.w1": ([], [3, 1])
+    }
 
 
 def test_a_literal_number_is_that_number():
@@ -63,7 +68,14 @@ def test_segments_are_any_number_of_whole_segments_none_too(key, name, rest):
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("{*p}.w", "aw"), ("a.{*q}", "ab"), ("a.{*q}", "a."), ("a.{*p}.b", "axb"), ("a.{*p}.b", "a.xb"), ("{*p}.w", ".w")],
+    [
+        ("{*p}.w", "aw"),
+        ("a.{*q}", "ab"),
+        ("a.{*q}", "a."),
+        ("a.{*p}.b", "axb"),
+        ("a.{*p}.b", "a.xb"),
+        ("{*p}.w", ".w"),
+    ],
 )
 def test_segments_are_whole(key, name):
     assert matches(key, name) == {}
@@ -76,7 +88,9 @@ def test_numbers_spelled_out_make_a_template_closer_then_dims_then_letters():
     assert len(set(ranks)) == len(ranks)
 
 
-SEGMENT = st.one_of(st.sampled_from(["a", "bc", "w1", "0", "12", "x_3"]), st.integers(0, 99).map(str))
+SEGMENT = st.one_of(
+    st.sampled_from(["a", "bc", "w1", "0", "12", "x_3"]), st.integers(0, 99).map(str)
+)
 REST = st.lists(SEGMENT, max_size=3).map(".".join)
 PIECE = st.sampled_from(["x", "y2", "{l}", "{e}", "n{k}", "{*p}", "{*q}", "4"])
 

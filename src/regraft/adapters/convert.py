@@ -104,8 +104,7 @@ class _Conversion:
         detected = detect_layout(self.scan, self.source, self.known.books)
         if given is None:
             self.evidence += detected.evidence
-            other = next(name for name in LAYOUTS if name != self.to.name)
-            self.layout = detected.layout or other
+            self.layout = detected.layout or self.unnamed_layout()
         elif detected.by_names and detected.layout != given.name:
             raise BadInputError(
                 Finding(
@@ -117,6 +116,16 @@ class _Conversion:
             )
         else:
             self.layout, self.packing = given.name, given.packing
+
+    def unnamed_layout(self) -> str:
+        """What to take an adapter for whose names are the same in all layouts.
+
+        PEFT treats some configs otherwise in transformers 5, so on the way there it is taken for an old one. Back,
+        only a config that names modules by an expression could match more there than it did.
+        """
+        other = next(name for name in LAYOUTS if name != self.to.name)
+        expression = isinstance(self.config.get("target_modules"), str)
+        return self.to.name if self.to.name == "transformers-v4" and not expression else other
 
     def is_there_already(self) -> bool:
         """Whether it is in the target layout, with experts packed as they are to be."""
@@ -157,10 +166,10 @@ class _Conversion:
         there = Side(self.known.books, self.to.name, self.known.scopes)
         in_place = self.layout == self.to.name
         factors = self.read_factors(here)
+        plan = None if in_place else self.plan(factors)
         others = move_others(
             self.scan, self.source, self.known, here, self.to.name, in_place=in_place
         )
-        plan = None if in_place else self.plan(factors)
         made = list(_unmoved(factors) if plan is None else _images(plan, factors, record))
         made, others, saved, kept = self.use_base(made, others)
         reclaimed = reclaimed_names(self.config, self.known, self.to.name)

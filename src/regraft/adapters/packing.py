@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.factors import Array
-
-SINCE = "peft-0.19"
-BEFORE = "peft-0.18"
-PACKINGS = (BEFORE, SINCE)
+from regraft.layouts import BEFORE, SINCE
 
 
 def packing_of_version(version: Any) -> str | None:

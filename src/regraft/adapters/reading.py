@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.factors import Array, Factors
-from regraft.adapters.packing import PACKINGS, packing_of_version, swaps, unpack
+from regraft.adapters.packing import packing_of_version, swaps, unpack
 from regraft.adapters.peft_config import (
     LoraConfig,
     Scale,
@@ -21,6 +21,7 @@ from regraft.adapters.scan import PREFIX, Pairs, Scan
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
+from regraft.layouts import PACKINGS
 from regraft.names.keys import Group
 from regraft.plan.model import Scope
 from regraft.plan.plan import Headers

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.adapters.factors import Array, Images, Lora
-from regraft.adapters.packing import SINCE, pack, swaps
+from regraft.adapters.packing import pack, swaps
 from regraft.adapters.peft_config import LoraConfig, Patterns, Scale, targets_module
 from regraft.adapters.reading import Side
 from regraft.adapters.scan import PREFIX
 from regraft.errors import Finding, RefusedError
+from regraft.layouts import SINCE
 from regraft.names.keys import Group, fill_rows
 from regraft.plan.model import ModelConfig
 from regraft.rules.kinds import KINDS

@@ -187,6 +187,13 @@ def check_equation(equation: Equation) -> None:
     known = {name for term in terms for d in term.dims for name in axes_of(d)} | {
         name for term in terms if term.key for h in term.key.holes for name in axes_of(h)
     }
+    for bound in equation.bounds:
+        if bound.axis not in loops:
+            raise notation_error(
+                equation.text,
+                bound.start,
+                f"{bound.axis} is no loop, so it has a size and no bound",
+            )
     clauses: tuple[Where | Bound, ...] = (*equation.where, *equation.bounds)
     for clause in clauses:
         names_used = [v.name for _, v in clause.values if isinstance(v, Axis)]

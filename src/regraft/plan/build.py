@@ -163,7 +163,7 @@ class _Builder:
                     first = int(np.flatnonzero(clash)[0])
                     other = taken[int(rivals[first])].rule
                     self.report(
-                        "overlap",
+                        "two-rules",
                         f"two rules claim it, the other one is {other}",
                         key=self.headers.name(int(ids[first])),
                         rule=str(claim.rule),
