@@ -37,7 +37,10 @@ class Adapter:
 
     def weights(self, change):
         """Write the tensors again as ``change`` leaves or returns them."""
-        tensors = {k: v.copy() for k, v in open_tensors(self.weights_file, read_header(self.weights_file)).items()}
+        tensors = {
+            k: v.copy()
+            for k, v in open_tensors(self.weights_file, read_header(self.weights_file)).items()
+        }
         write_tensors(self.weights_file, change(tensors) or tensors, {"format": "pt"})
 
     def rename(self, new_name):
@@ -80,7 +83,7 @@ def test_it_converts_as_it_is(adapter):
 @pytest.mark.parametrize("size", [0, 5, 8, 300, -1, -64])
 def test_truncated_weights(adapter, size):
     data = adapter.weights_file.read_bytes()
-    adapter.weights_file.write_bytes(data[:size] if size >= 0 else data[:size])
+    adapter.weights_file.write_bytes(data[:size])
     adapter.fails(adapter.weights_file, "download or save the file again")
 
 
@@ -165,7 +168,14 @@ def test_unknown_peft_type(adapter, peft_type):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("r", 0), ("r", "4"), ("r", True), ("lora_alpha", None), ("rank_pattern", [1]), ("target_modules", [1])],
+    [
+        ("r", 0),
+        ("r", "4"),
+        ("r", True),
+        ("lora_alpha", None),
+        ("rank_pattern", [1]),
+        ("target_modules", [1]),
+    ],
 )
 def test_fields_of_the_wrong_type(adapter, field, value):
     adapter.config(**{field: value})
@@ -185,9 +195,18 @@ def test_a_rank_pattern_that_makes_no_sense(adapter, entry):
     assert not adapter.new.exists()
 
 
+def test_a_regular_expression_that_is_none(adapter):
+    adapter.config(target_modules="(q_proj")
+    with pytest.raises(regraft.BadInputError, match="target_modules"):
+        adapter.convert()
+    assert not adapter.new.exists()
+
+
 def test_a_config_that_targets_nothing_in_the_file(adapter):
     adapter.config(target_modules=["query", "value"])
-    adapter.fails(adapter.folder, "adapter_config.json", "query", "target_modules", code="targets-nothing")
+    adapter.fails(
+        adapter.folder, "adapter_config.json", "query", "target_modules", code="targets-nothing"
+    )
 
 
 def test_factors_that_the_config_does_not_target(adapter):
@@ -242,17 +261,19 @@ def test_extra_expert(adapter):
 
 
 def test_experts_renumbered_from_one(adapter):
-    adapter.rename(lambda name: name.replace("experts.0.", "experts.4.") if "layers.1" in name else name)
+    adapter.rename(
+        lambda name: name.replace("experts.0.", "experts.4.") if "layers.1" in name else name
+    )
     adapter.fails(adapter.folder, "layers.1.block_sparse_moe.experts.4.w", code="extra")
 
 
 def test_a_lora_a_without_lora_b(adapter):
-    adapter.weights(lambda tensors: tensors.pop(QUERY.format("B")) and None)
+    adapter.weights(lambda t: {k: v for k, v in t.items() if k != QUERY.format("B")})
     adapter.fails(adapter.folder, QUERY.format("A"), "lora_B", code="half")
 
 
 def test_a_lora_b_without_lora_a(adapter):
-    adapter.weights(lambda tensors: tensors.pop(EXPERT.format(1, "w2", "A")) and None)
+    adapter.weights(lambda t: {k: v for k, v in t.items() if k != EXPERT.format(1, "w2", "A")})
     adapter.fails(adapter.folder, EXPERT.format(1, "w2", "B"), "lora_A", code="half")
 
 
@@ -262,7 +283,9 @@ def test_factors_whose_ranks_differ(adapter):
 
 
 def test_a_wrong_shape_beside_its_siblings(adapter):
-    adapter.weights(lambda t: t.update({EXPERT.format(1, "w1", "A"): np.zeros((4, 15), np.float32)}))
+    adapter.weights(
+        lambda t: t.update({EXPERT.format(1, "w1", "A"): np.zeros((4, 15), np.float32)})
+    )
     adapter.fails(adapter.folder, "layers.1.block_sparse_moe.experts.1.w1", "15", "16")
 
 
@@ -301,7 +324,9 @@ def test_nan_in_an_expert_is_kept_bit_for_bit(adapter):
     report = adapter.convert()
     assert any(EXPERT.format(1, "w2", "A") in note for note in report.notes)
     file = adapter.new / "adapter_model.safetensors"
-    words = np.concatenate([np.ravel(t).view(np.uint32) for t in open_tensors(file, read_header(file)).values()])
+    words = np.concatenate(
+        [np.ravel(t).view(np.uint32) for t in open_tensors(file, read_header(file)).values()]
+    )
     assert (words == payload).sum() == 1
 
 
@@ -311,7 +336,9 @@ def test_nan_in_an_expert_is_kept_bit_for_bit(adapter):
 def test_old_and_new_keys_together(adapter):
     def add(tensors):
         for letter, shape in (("A", (16, 16)), ("B", (48, 16))):
-            tensors[PREFIX + f"model.layers.0.mlp.experts.lora_{letter}.weight"] = np.zeros(shape, np.float32)
+            tensors[PREFIX + f"model.layers.0.mlp.experts.lora_{letter}.weight"] = np.zeros(
+                shape, np.float32
+            )
 
     adapter.weights(add)
     adapter.fails(adapter.folder, "mlp.experts", "block_sparse_moe", code="mixed-layouts")
@@ -340,17 +367,15 @@ def test_adapter_names_left_in_the_keys(adapter):
 
 
 def test_a_key_that_nothing_explains(adapter):
-    adapter.weights(lambda t: t.update({PREFIX + "model.layers.0.oddity.weight": np.zeros(3, np.float32)}))
+    adapter.weights(
+        lambda t: t.update({PREFIX + "model.layers.0.oddity.weight": np.zeros(3, np.float32)})
+    )
     adapter.fails("model.layers.0.oddity.weight", kind=regraft.UnmatchedKeysError, code="unmatched")
 
 
 def test_a_module_that_the_model_does_not_have(adapter):
-    adapter.rename(lambda name: name.replace("q_proj", "query"))
-    adapter.config(target_modules=["w1", "w2", "w3", "query", "k_proj", "v_proj", "o_proj"])
-    kinds = (regraft.UnmatchedKeysError, regraft.BadInputError)
-    with pytest.raises(kinds, match=r"self_attn\.query"):
-        adapter.convert()
-    assert not adapter.new.exists()
+    adapter.rename(lambda name: name.replace("self_attn.q_proj", "attention.q_proj"))
+    adapter.fails("layers.0.attention.q_proj", kind=regraft.UnmatchedKeysError, code="unmatched")
 
 
 # The wrong base
@@ -404,19 +429,27 @@ def test_a_base_without_a_sound_config(adapter, tmp_path, text):
 
 @pytest.mark.parametrize("option", ["to", "source"])
 def test_an_unknown_layout_lists_the_known_ones(adapter, option):
-    with pytest.raises(regraft.BadInputError, match=r"transformers-v6.*transformers-v4, transformers-v5"):
+    with pytest.raises(
+        regraft.BadInputError, match=r"transformers-v6.*transformers-v4, transformers-v5"
+    ):
         adapter.convert(**{option: "transformers-v6"})
     assert not adapter.new.exists()
 
 
 def test_a_source_layout_that_the_keys_contradict(adapter):
-    adapter.fails(adapter.folder, "transformers-v5", "block_sparse_moe", source="transformers-v5", code="layout")
+    adapter.fails(
+        adapter.folder,
+        "transformers-v5",
+        "block_sparse_moe",
+        source="transformers-v5",
+        code="layout",
+    )
 
 
 def test_a_destination_that_exists(adapter):
     adapter.new.mkdir()
     (adapter.new / "mine.txt").write_text("keep me")
-    with pytest.raises(regraft.BadInputError, match="exists already.*overwrite") as caught:
+    with pytest.raises(regraft.BadInputError, match=r"exists already.*overwrite") as caught:
         adapter.convert()
     assert str(adapter.new) in str(caught.value)
     assert [p.name for p in adapter.new.iterdir()] == ["mine.txt"]
@@ -461,7 +494,9 @@ def test_several_problems_are_reported_together(adapter):
 def test_a_refusal_of_one_of_several_adapters_writes_none_of_them(tmp_path):
     source = tmp_path / "all"
     for name in ("mixtral__gud_attn", "mixtral__dora"):
-        shutil.copytree(GOLDEN / "cases" / name, source / name, ignore=shutil.ignore_patterns("reference*"))
+        shutil.copytree(
+            GOLDEN / "cases" / name, source / name, ignore=shutil.ignore_patterns("reference*")
+        )
     with pytest.raises(regraft.RefusedError, match="mixtral__dora"):
         regraft.convert(source, tmp_path / "new", to="transformers-v5", model=BASE)
     assert [p.name for p in tmp_path.iterdir()] == ["all"]

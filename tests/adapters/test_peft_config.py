@@ -87,10 +87,22 @@ PATTERNS = st.one_of(
 )
 
 
+@st.composite
+def paths_with_patterns(draw):
+    """A path, and patterns in any order, many of which fit it."""
+    path = draw(PATHS)
+    segments = path.split(".")
+    ends = [".".join(segments[at:]) for at in range(len(segments))]
+    fitting = st.sampled_from([*ends, *(f".*{end}" for end in ends), *map(re.escape, ends)])
+    keys = draw(st.lists(st.one_of(fitting, PATTERNS), max_size=4, unique=True))
+    return path, {key: number for number, key in enumerate(draw(st.permutations(keys)), 1)}
+
+
 @settings(max_examples=300)
-@given(st.dictionaries(PATTERNS, st.integers(1, 9), max_size=4), PATHS)
-def test_the_pattern_that_counts_is_the_one_that_peft_takes_from_a_saved_config(patterns, path):
+@given(paths_with_patterns())
+def test_the_pattern_that_counts_is_the_one_that_peft_takes_from_a_saved_config(case):
     other = pytest.importorskip("peft.utils.other")
+    path, patterns = case
     saved = dict(sorted(patterns.items()))
     key = other.get_pattern_key(saved.keys(), path)
     assert Patterns(patterns).find(path) == saved.get(key)

@@ -230,7 +230,7 @@ def all_bits(dtype, shape):
     """Random bits of a dtype: NaNs with payloads, infinities, denormals and negative zeros among them."""
     dtype = np.dtype(dtype)
     count = int(np.prod(shape)) * dtype.itemsize
-    raw = np.random.default_rng(0).integers(0, 2 if dtype == bool else 256, count, np.uint8)
+    raw = np.random.default_rng(0).integers(0, 2 if dtype.kind == "b" else 256, count, np.uint8)
     values = raw.view(dtype).reshape(shape)
     if dtype.kind == "f":
         words = values.view(f"u{dtype.itemsize}").reshape(-1)

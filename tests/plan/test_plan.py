@@ -29,7 +29,7 @@ def place(book, number=0):
 
 
 def experts(count, layers=(0,), shape=(2, 3)):
-    return {f"m.{l}.experts.{e}.w": shape for l in layers for e in range(count)}
+    return {f"m.{layer}.experts.{e}.w": shape for layer in layers for e in range(count)}
 
 
 def test_a_plan_says_where_everything_goes_from_headers_alone():
@@ -156,7 +156,7 @@ def test_a_bound_is_a_limit_for_rules_and_carry_overs():
         equation_of(STACK + " where l < config.layers")
         + '\n[[carry]]\nkeys = ["{*p}.{l}.norm"]\nwhere = "l < config.layers"\nwhy = "norms stay"\n'
     )
-    tensors = {**experts(2, range(4)), **{f"m.{l}.norm": (3,) for l in range(4)}}
+    tensors = {**experts(2, range(4)), **{f"m.{layer}.norm": (3,) for layer in range(4)}}
     assert plan_of(book, tensors, config={"layers": 4}).fired() == {place(book): 4}
     assert plan_of(book, tensors, config={}).fired() == {place(book): 4}
     found = fails(book, tensors, config={"layers": 3})

@@ -69,6 +69,9 @@ class Side:
         return None
 
 
+_AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"
+
+
 class FactorReader:
     """Turns the pairs of a scan into ``Factors``; all problems of the adapter are collected."""
 
@@ -130,7 +133,7 @@ class FactorReader:
         factors.headers = Headers(groups, shapes, dtypes)
         return factors
 
-    def _report(self, code: str, message: str, key: str, fix: str | None = None) -> None:
+    def _report(self, code: str, message: str, key: str, fix: str = _AGAIN) -> None:
         self.findings.append(Finding(code, message, where=self.where, key=key, fix=fix))
 
     def _add_modules(

@@ -14,6 +14,7 @@ from regraft.names.keys import MARK, Group, Ints, group_names
 PREFIX = "base_model.model."
 """What PEFT writes before every module path."""
 
+_AGAIN = "save the adapter again"
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?", re.DOTALL)
 _NAMED = re.compile(r"(.*)\.lora_(?:embedding_)?[AB]\.([^.]+?)(?:\.weight)?", re.DOTALL)
 _WRAPPERS = (
@@ -84,6 +85,7 @@ def scan_names(names: Sequence[str], where: str, lora: bool = True) -> tuple[Sca
                     "lora_embedding_B",
                     where,
                     group,
+                    "rename it, or save the adapter with PEFT's save_pretrained",
                 )
             )
             continue
@@ -177,9 +179,7 @@ def _pair(
         have = a if a is not None else b
         assert have is not None
         other = "lora_B" if b is None else "lora_A"
-        findings.append(
-            _finding("half", f"it has no {other} beside it", where, have, "save the adapter again")
-        )
+        findings.append(_finding("half", f"it has no {other} beside it", where, have, _AGAIN))
         return None
     if np.array_equal(a.numbers, b.numbers):
         return Pairs(Group(path, a.ids, a.numbers), a.ids, b.ids, depth, embedding)
@@ -189,13 +189,17 @@ def _pair(
         partner = rows.pop(numbers, None)
         if partner is None:
             findings.append(
-                Finding("half", "it has no lora_B beside it", where=where, key=a.name(row))
+                Finding(
+                    "half", "it has no lora_B beside it", where=where, key=a.name(row), fix=_AGAIN
+                )
             )
         else:
             both_a.append(row)
             both_b.append(partner)
     for row in rows.values():
-        findings.append(Finding("half", "it has no lora_A beside it", where=where, key=b.name(row)))
+        findings.append(
+            Finding("half", "it has no lora_A beside it", where=where, key=b.name(row), fix=_AGAIN)
+        )
     if not both_a:
         return None
     kept = a.take(np.array(both_a))

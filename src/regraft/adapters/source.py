@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.config_check import check_fields
 from regraft.adapters.factors import Array
 from regraft.adapters.remembered import Remembered, read_remembered
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -18,59 +18,6 @@ WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
 ASIDE = "regraft_kept.safetensors"
 """A file beside the weights: factors that their layout cannot hold, for the way back."""
-
-PEFT_TYPES = frozenset(
-    [
-        "ADALORA",
-        "ADAMSS",
-        "ADAPTION_PROMPT",
-        "ARROW",
-        "BEFT",
-        "BOFT",
-        "BONE",
-        "C3A",
-        "CARTRIDGE",
-        "CPT",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "LILY",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
-        "LORA",
-        "MISS",
-        "MULTITASK_PROMPT_TUNING",
-        "OFT",
-        "OSF",
-        "PEANUT",
-        "POLY",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-        "PSOFT",
-        "PVERA",
-        "P_TUNING",
-        "RANDLORA",
-        "ROAD",
-        "SHADOW",
-        "SHIRA",
-        "SUPERTUNING",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-        "XLORA",
-    ]
-)
-"""The values of ``peft_type`` that PEFT up to 0.21.2 knows."""
 
 
 @dataclass(slots=True)
@@ -163,7 +110,7 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
     config: dict[str, Any] = {}
     try:
         config = load_json(folder / CONFIG)
-        findings += _check_config(config, str(folder / CONFIG))
+        findings += check_fields(config, str(folder / CONFIG))
     except RegraftError as error:
         findings += error.findings
     tensors: dict[str, Array] = {}
@@ -196,6 +143,7 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
                     "empty",
                     "the adapter is empty: its weights file has no tensors",
                     where=str(file),
+                    fix="save the adapter again; a sharded (ZeRO, FSDP) state must be gathered first",
                 )
             )
         if (folder / ASIDE).is_file():
@@ -206,58 +154,3 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
         raise BadInputError(findings)
     name = str(folder.relative_to(root))
     return Source("" if name == "." else name, str(folder), config, tensors, metadata, file, aside)
-
-
-def _check_config(config: Mapping[str, Any], where: str) -> list[Finding]:
-    findings = []
-    peft_type = config.get("peft_type")
-    if peft_type not in PEFT_TYPES:
-        findings.append(
-            Finding(
-                "peft-type",
-                f"unknown peft_type {peft_type!r}; PEFT knows LORA, IA3, LOHA, … "
-                f"({len(PEFT_TYPES)} types)",
-                where=where,
-                key="peft_type",
-                fix="check the spelling; a config without peft_type is not PEFT's",
-            )
-        )
-    if peft_type == "LORA":
-        for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-            value = config.get(name)
-            if (
-                not isinstance(value, kinds)
-                or isinstance(value, bool)
-                or (name == "r" and value <= 0)
-            ):
-                findings.append(
-                    Finding(
-                        "config",
-                        f"a {'positive whole ' if name == 'r' else ''}number was expected, this is {value!r}",
-                        where=where,
-                        key=name,
-                    )
-                )
-        for name in ("rank_pattern", "alpha_pattern"):
-            value = config.get(name)
-            if value is not None and not isinstance(value, dict):
-                findings.append(
-                    Finding(
-                        "config", f"a table was expected, this is {value!r}", where=where, key=name
-                    )
-                )
-        for name in ("target_modules", "target_parameters", "modules_to_save"):
-            value = config.get(name)
-            sound = value is None or (
-                isinstance(value, list) and all(isinstance(x, str) for x in value)
-            )
-            if not sound and not (name == "target_modules" and isinstance(value, str)):
-                findings.append(
-                    Finding(
-                        "config",
-                        f"a list of names was expected, this is {value!r}",
-                        where=where,
-                        key=name,
-                    )
-                )
-    return findings
