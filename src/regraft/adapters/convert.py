@@ -247,8 +247,8 @@ class _Conversion:
         checkpoint = Checkpoint.find(Path(model.path).parent) if model is not None else None
         base = BaseWeights(self.known, self.to.name, checkpoint)
         where = self.source.where
-        made, merged, kept = keep_uncalled(made, self.known, self.to.name, base, where)
         renamed = rename_saved(self.config, others)
+        made, others, kept = keep_uncalled(made, others, self.known, self.to.name, base, where)
         entries = renamed or self.config.get("modules_to_save") or []
         others = fill_saved(others, entries, self.known, self.to.name, base, kept, where)
         if kept.entries:
@@ -257,7 +257,7 @@ class _Conversion:
                 f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
                 f"place ({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
             )
-        return made, [*others, *merged], renamed, kept
+        return made, others, renamed, kept
 
     @property
     def target_packing(self) -> str:

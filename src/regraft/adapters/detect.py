@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def find_books(
         books = tuple(books_for(model.model_types()))
         if not books:
             raise _unknown_model(model.model_types(), model.path)
+        model = _replicate_layers(model, config.get("layer_replication"))
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(model.model_types())
         return Known(
@@ -117,6 +118,14 @@ def find_books(
         )
     book = fitting[0]
     return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
+
+
+def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
+    """The model as PEFT builds it for ``layer_replication``: ranges of layers, one after the other."""
+    if not isinstance(replication, list):
+        return model
+    layers = sum(end - start for start, end in replication)
+    return replace(model, data={**model.data, "num_hidden_layers": layers})
 
 
 def _model_beside(config: Mapping[str, Any]) -> ModelConfig | None:

@@ -88,15 +88,22 @@ def modules_of(known: Known, layout: str) -> list[Module]:
 
 
 def keep_uncalled(
-    images: Iterable[Images], known: Known, layout: str, base: BaseWeights, where: str
+    images: Iterable[Images],
+    others: list[Moved],
+    known: Known,
+    layout: str,
+    base: BaseWeights,
+    where: str,
 ) -> tuple[list[Images], list[Moved], Kept]:
     """Take LoRAs off modules that are never called, and save the sum of base and delta in their place.
+
+    Other tensors of such a module (a trained bias) are saved with it.
 
     Raises ``RefusedError`` where the base's weights are needed and not at hand.
     """
     special = [m for m in modules_of(known, layout) if not m.called]
     kept = Kept()
-    saved: list[Moved] = []
+    saved = {item.new: item for item in others}
     result: list[Images] = []
     findings: list[Finding] = []
     for image in images:
@@ -110,8 +117,7 @@ def keep_uncalled(
             if lora is None:
                 continue
             name = modules.name(row)
-            tensors = {leaf: base.read(f"{name}.{leaf}") for leaf in table.tensors}
-            weight = tensors.get("weight")
+            weight = base.read(f"{name}.weight")
             if weight is None:
                 findings.append(
                     Finding(
@@ -124,27 +130,28 @@ def keep_uncalled(
                     )
                 )
                 continue
-            _save(name, lora, weight, tensors, kept, saved)
+            tensors = {leaf: base.read(f"{name}.{leaf}") for leaf in table.tensors}
+            tensors["weight"] = (weight.astype(np.float64) + delta(lora)).astype(weight.dtype)
+            _save(name, lora, tensors, kept, saved)
     if findings:
         raise RefusedError(findings)
-    return result, saved, kept
+    return result, list(saved.values()), kept
 
 
 def _save(
-    name: str,
-    lora: Lora,
-    weight: Array,
-    tensors: Mapping[str, Array | None],
-    kept: Kept,
-    saved: list[Moved],
+    name: str, lora: Lora, tensors: Mapping[str, Array | None], kept: Kept, saved: dict[str, Moved]
 ) -> None:
-    merged = (weight.astype(np.float64) + delta(lora)).astype(weight.dtype)
     digests = {}
     for leaf, tensor in tensors.items():
-        value = merged if leaf == "weight" else tensor
-        if value is not None:
-            saved.append(Moved(f"{name}.{leaf}", f"{name}.{leaf}", value))
-            digests[f"{name}.{leaf}"] = digest(value)
+        key = f"{name}.{leaf}"
+        own = saved.get(key)
+        if own is not None:
+            wrapped = ".base_layer" * own.wrapped
+            kept.tensors[f"{PREFIX}{name}{wrapped}.{leaf}"] = own.tensor
+            tensor = own.tensor
+        if tensor is not None:
+            saved[key] = Moved(key, key, tensor)
+            digests[key] = digest(tensor)
     kept.tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.a
     kept.tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.b
     scale = lora.scale
@@ -224,7 +231,8 @@ def drop_stand_ins(
         names = [f"{PREFIX}{module}.lora_{x}.weight" for x in "AB"]
         if unchanged(what.saved) and all(name in aside for name in names):
             drop |= {PREFIX + name for name in what.saved}
-            factors.update((name, aside[name]) for name in names)
+            mine = PREFIX + module + "."
+            factors.update((name, x) for name, x in aside.items() if name.startswith(mine))
             scale = Scale(what.rank, what.alpha, what.rslora)
             written.append(Written(f"{module}.weight", module, None, scale))
     return drop, factors, written

@@ -203,11 +203,11 @@ def rename_saved(config: Mapping[str, Any], others: Iterable[Moved]) -> list[str
             if owner is not None:
                 moved.setdefault(owner, []).append(item.new)
                 same &= item.old == item.new
-        modules = [_common_module(names) for names in moved.values()]
+        modules = sorted({module for names in moved.values() for module in _modules_of(names)})
         if same or all(module.endswith(entry) for module in modules):
             result.append(entry)
         else:
-            result += sorted({m if m.endswith(entry) else tail_of(m) for m in modules})
+            result += [m if m.endswith(entry) else tail_of(m) for m in modules]
     result = list(dict.fromkeys(result))
     return None if result == entries else result
 
@@ -226,10 +226,11 @@ def owner_of(key: str, entry: str) -> str | None:
     return None
 
 
-def _common_module(names: list[str]) -> str:
-    split = [name.split(".")[:-1] for name in names]
-    common = split[0]
-    for other in split[1:]:
-        while common != other[: len(common)]:
-            common = common[:-1]
-    return ".".join(common)
+def _modules_of(names: list[str]) -> list[str]:
+    """The modules that hold some tensors, without those inside another one of them."""
+    modules = sorted({name.rpartition(".")[0] for name in names})
+    outer: list[str] = []
+    for module in modules:
+        if not outer or not module.startswith(outer[-1] + "."):
+            outer.append(module)
+    return outer

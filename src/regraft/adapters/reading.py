@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -108,8 +108,9 @@ class FactorReader:
         for pairs in self.scan.pairs:
             if self.side.parameters(pairs.modules) is not None or pairs.depth:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
-            else:
-                self._add_modules(pairs, factors, groups, shapes, dtypes)
+                continue
+            for part, as_parameter in self._split(pairs):
+                self._add_modules(part, as_parameter, factors, groups, shapes, dtypes)
         for same in wrapped.values():
             self._add_parameters(same, factors, groups, shapes, dtypes)
         if not self.targeted and self.untargeted:
@@ -136,9 +137,30 @@ class FactorReader:
     def _report(self, code: str, message: str, key: str, fix: str = _AGAIN) -> None:
         self.findings.append(Finding(code, message, where=self.where, key=key, fix=fix))
 
+    def _split(self, pairs: Pairs) -> Iterator[tuple[Pairs, bool]]:
+        """The modules of a group, those that are adapted as parameters (``X.weight``) apart."""
+        entries = self.config.get("target_parameters")
+        if not entries:
+            yield pairs, False
+            return
+        modules = self.config.get("target_modules") or []
+        apart = np.array(
+            [
+                targets_parameter(entries, path + ".weight") and not targets_module(modules, path)
+                for path in pairs.modules.names()
+            ]
+        )
+        for rows, as_parameter in ((~apart, False), (apart, True)):
+            if rows.any():
+                part = replace(
+                    pairs, modules=pairs.modules.take(rows), a=pairs.a[rows], b=pairs.b[rows]
+                )
+                yield part, as_parameter
+
     def _add_modules(
         self,
         pairs: Pairs,
+        as_parameter: bool,
         factors: Factors,
         groups: list[Group],
         shapes: list[tuple[int, ...]],
@@ -153,7 +175,8 @@ class FactorReader:
             pairs.modules.numbers,
         )
         found = self.side.find(keys)
-        kind = "embedding" if pairs.embedding else found[2] if found is not None else "any"
+        unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
+        kind = found[2] if found is not None else unruled
         scales = self._scales(pairs, keys)
         stored = self._check_pairs(pairs, a, b, scales, kind)
         self._check_targets(pairs, keys)

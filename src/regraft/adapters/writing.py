@@ -259,6 +259,8 @@ class ConfigWriter:
 
 def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[str]:
     """Paths whose rank or scale PEFT would not resolve from a config as their factors need it."""
+    if not written:
+        return []
     lora = LoraConfig(config)
     if not lora.ranks and not lora.alphas:
         common = lora.scale("")

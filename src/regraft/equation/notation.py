@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from regraft.errors import BadInputError, Finding
 
@@ -371,6 +372,11 @@ class _Scanner:
                 parts.append(self.text[begin : self.at])
         if not parts:
             raise self.error("a key was expected", start)
+        segments = [i for i, part in enumerate(parts) if isinstance(part, Segments)]
+        for left, right in pairwise(segments):
+            between = [part for part in parts[left:right] if isinstance(part, str)]
+            if any(char.isdigit() for text in between for char in text):
+                raise self.error("a number between two {*...} cannot be told from theirs", start)
         for position, part in enumerate(parts):
             if isinstance(part, Segments):
                 before = parts[position - 1] if position else "."

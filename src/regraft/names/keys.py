@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from regraft.errors import BadInputError, Finding
+
 MARK = "\0"
 """Stands for a number in a template."""
 
@@ -134,7 +136,16 @@ def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:
         return MARK
 
     for name in names:
-        templates.append(_NUMBER.sub(mark, name.replace(MARK, "\ufffd")))
+        if MARK in name:
+            raise BadInputError(
+                Finding(
+                    "name",
+                    "a tensor's name has a NUL character, which no tool writes",
+                    key=name.replace(MARK, "\ufffd"),
+                    fix="save the file again",
+                )
+            )
+        templates.append(_NUMBER.sub(mark, name))
     return templates, np.array(numbers, dtype=np.int64)
 
 
