@@ -374,8 +374,8 @@ class _Scanner:
             raise self.error("a key was expected", start)
         segments = [i for i, part in enumerate(parts) if isinstance(part, Segments)]
         for left, right in pairwise(segments):
-            between = [part for part in parts[left:right] if isinstance(part, str)]
-            if any(char.isdigit() for text in between for char in text):
+            between = "".join(part for part in parts[left:right] if isinstance(part, str))
+            if any(map(str.isdigit, between)) and not any(map(str.isalpha, between)):
                 raise self.error("a number between two {*...} cannot be told from theirs", start)
         for position, part in enumerate(parts):
             if isinstance(part, Segments):
