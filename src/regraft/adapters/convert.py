@@ -29,7 +29,7 @@ from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.variants import reclaimed_names, refuse_variants
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout
 from regraft.plan.build import build_plan
@@ -70,7 +70,11 @@ def convert_adapter(
     known = find_books(scan, source.config, model, source.where)
     conversion = _Conversion(source, to, known, scan, [known.evidence])
     conversion.choose_layout(layout)
-    return conversion.copy() if conversion.is_there_already() else conversion.convert()
+    if not conversion.is_there_already():
+        return conversion.convert()
+    if not conversion.by_names:
+        replace(conversion, layout=conversion.other_layout, notes=[], evidence=[]).convert()
+    return conversion.copy()
 
 
 def _is_lora(source: Source) -> bool:
@@ -87,6 +91,8 @@ class _Conversion:
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     """The source's."""
+    by_names: bool = False
+    """Whether the names themselves tell it; otherwise they are the same in all layouts, which must be so."""
     packing: str | None = None
     """How stacked experts are packed in the source, as far as it is known."""
 
@@ -102,6 +108,7 @@ class _Conversion:
     def choose_layout(self, given: Layout | None) -> None:
         """The layout the adapter is in; where its names are the same in all, the one that makes work."""
         detected = detect_layout(self.scan, self.source, self.known.books)
+        self.by_names = detected.by_names
         if given is None:
             self.evidence += detected.evidence
             self.layout = detected.layout or self.unnamed_layout()
@@ -117,15 +124,23 @@ class _Conversion:
         else:
             self.layout, self.packing = given.name, given.packing
 
+    @property
+    def other_layout(self) -> str:
+        """The layout that is not the target."""
+        return next(name for name in LAYOUTS if name != self.to.name)
+
     def unnamed_layout(self) -> str:
         """What to take an adapter for whose names are the same in all layouts.
 
         PEFT treats some configs otherwise in transformers 5, so on the way there it is taken for an old one. Back,
         only a config that names modules by an expression could match more there than it did.
         """
-        other = next(name for name in LAYOUTS if name != self.to.name)
         expression = isinstance(self.config.get("target_modules"), str)
-        return self.to.name if self.to.name == "transformers-v4" and not expression else other
+        return (
+            self.to.name
+            if self.to.name == "transformers-v4" and not expression
+            else self.other_layout
+        )
 
     def is_there_already(self) -> bool:
         """Whether it is in the target layout, with experts packed as they are to be."""
@@ -174,6 +189,17 @@ class _Conversion:
         made, others, saved, kept = self.use_base(made, others)
         reclaimed = reclaimed_names(self.config, self.known, self.to.name)
         result = write_factors(made, there, self.target_packing, reclaimed)
+        if kept.entries and not result.written:
+            raise RefusedError(
+                Finding(
+                    "nothing-left",
+                    "every LoRA of it had to be added to its base weight, so nothing is left that PEFT "
+                    "could adapt, and PEFT loads no such adapter",
+                    where=self.source.where,
+                    key=next(iter(kept.table.modules)),
+                    fix="merge the adapter into its base and convert the base",
+                )
+            )
         add_factors(result, factors_back, written_back)
         config = self.write_config(result, saved)
         write_others(others, result)
@@ -247,7 +273,8 @@ class _Conversion:
         checkpoint = Checkpoint.find(Path(model.path).parent) if model is not None else None
         base = BaseWeights(self.known, self.to.name, checkpoint)
         where = self.source.where
-        renamed = rename_saved(self.config, others)
+        there = Side(self.known.books, self.to.name, self.known.scopes)
+        renamed = rename_saved(self.config, others, there)
         made, others, kept = keep_uncalled(made, others, self.known, self.to.name, base, where)
         entries = renamed or self.config.get("modules_to_save") or []
         others = fill_saved(others, entries, self.known, self.to.name, base, kept, where)
@@ -374,4 +401,6 @@ def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
         loras: list[Lora | None] = [
             Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in keys.ids.tolist()
         ]
-        yield Images(keys, "linear" if kind == "any" else kind, loras)
+        if kind == "any" or carried.carry.kind == "linear":
+            kind = "linear"
+        yield Images(keys, kind, loras)

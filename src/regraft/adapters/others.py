@@ -182,34 +182,65 @@ def write_others(others: Iterable[Moved], result: Result) -> None:
     for item in others:
         name = item.new
         if item.inside:
-            module, dot, leaf = name.rpartition(".")
-            depth = result.wrappers.get(module, 1) if item.wrapped else 0
-            name = PREFIX + module + ".base_layer" * depth + dot + leaf
+            # A base tensor inside an adapted module stands below its wrappers; an adapter's own does not.
+            own = not item.wrapped and item.old == item.new
+            name = PREFIX + (name if own else _inside_wrappers(name, result.wrappers))
         result.tensors[name] = item.tensor
 
 
-def rename_saved(config: Mapping[str, Any], others: Iterable[Moved]) -> list[str] | None:
-    """``modules_to_save`` with the names that its modules have now; ``None`` where it need not change."""
+def _inside_wrappers(name: str, wrappers: Mapping[str, int]) -> str:
+    """A base tensor's name with ``.base_layer`` after every module that is adapted.
+
+    >>> _inside_wrappers("mlp.gate.stats.bias", {"mlp.gate": 1})
+    'mlp.gate.base_layer.stats.bias'
+    """
+    segments = name.split(".")
+    result = segments[:1]
+    for end in range(1, len(segments)):
+        result += ["base_layer"] * wrappers.get(".".join(segments[:end]), 0)
+        result.append(segments[end])
+    return ".".join(result)
+
+
+def rename_saved(
+    config: Mapping[str, Any], others: Iterable[Moved], there: Side
+) -> list[str] | None:
+    """``modules_to_save`` with the names that its modules have now; ``None`` where it need not change.
+
+    PEFT saves no module inside another saved one, and an entry that named nothing must name nothing now.
+    """
     entries = config.get("modules_to_save")
     if not isinstance(entries, list):
         return None
     others = list(others)
-    result: list[str] = []
+    result: dict[str, list[str]] = {}
     for entry in entries:
-        moved: dict[str, list[str]] = {}
-        same = True
-        for item in others:
-            owner = owner_of(item.old, entry)
-            if owner is not None:
-                moved.setdefault(owner, []).append(item.new)
-                same &= item.old == item.new
-        modules = sorted({module for names in moved.values() for module in _modules_of(names)})
-        if same or all(module.endswith(entry) for module in modules):
-            result.append(entry)
+        moved = [(owner, m) for m in others if (owner := owner_of(m.old, entry)) is not None]
+        if not moved:
+            if not there.has_parameters_in(entry):
+                result[entry] = []
+            continue
+        if all(item.old == item.new for _, item in moved):
+            result[entry] = sorted({owner for owner, _ in moved})
+            continue
+        modules = _modules_of([item.new for _, item in moved])
+        if all(module.endswith(entry) for module in modules):
+            result[entry] = modules
         else:
-            result += [m if m.endswith(entry) else tail_of(m) for m in modules]
-    result = list(dict.fromkeys(result))
-    return None if result == entries else result
+            for module in modules:
+                name = module if module.endswith(entry) else tail_of(module)
+                result.setdefault(name, []).append(module)
+    every = {module for modules in result.values() for module in modules}
+    kept = [
+        name
+        for name, modules in result.items()
+        if not modules or not all(_is_inside(module, every) for module in modules)
+    ]
+    return None if kept == entries else kept
+
+
+def _is_inside(module: str, others: Iterable[str]) -> bool:
+    return any(module.startswith(other + ".") for other in others)
 
 
 def owner_of(key: str, entry: str) -> str | None:

@@ -59,6 +59,15 @@ class Side:
                 return found
         return None
 
+    def has_parameters_in(self, name: str) -> bool:
+        """Whether a module of this side that has parameters of its own ends in a name."""
+        here = {book.name: "right" if book.right == self.layout else "left" for book in self.books}
+        return any(
+            here[book.name] in table.sides and str(table.module).endswith(name)
+            for book in self.books
+            for table in book.parameters
+        )
+
     def parameters(self, modules: Group) -> tuple[str, ...] | None:
         """The parameters of a module in registration order, where a book says that it has its own."""
         for book in self.books:

@@ -105,7 +105,7 @@ def solve_sizes(
     for dim, size, at in known:
         got = extent(dim, solver.sizes)
         if got != size:
-            detail = ", ".join(f"{name} = {solver.sizes[name]}" for name in axes_of(dim))
+            detail = "; ".join(dict.fromkeys(solver.why(name) for name in axes_of(dim)))
             raise SizeError(f"{dim} is {got} ({detail}), but the tensor has {size}", at)
     return dict(solver.sizes), rest if rest is not None else ()
 
@@ -175,6 +175,7 @@ class _Solver:
         self.equation = equation
         self.lookup = lookup
         self.sizes: dict[str, int] = {}
+        self.told: dict[str, str] = {}
         terms = (*equation.left, *equation.right)
         self.axes = dict.fromkeys(
             name
@@ -194,15 +195,21 @@ class _Solver:
             axis = self.same[axis]
         return axis
 
-    def put(self, axis: str, size: int, at: int | None) -> None:
+    def why(self, axis: str) -> str:
+        """An axis' size and the clause that says it."""
+        clause = self.told.get(self.root(axis))
+        return f"{axis} = {self.sizes[axis]}" + (f" by {clause}" if clause else "")
+
+    def put(self, axis: str, size: int, at: int | None, told: str = "") -> None:
         if size < 0:
             raise SizeError(f"{axis} would be {size}", at)
         root = self.root(axis)
         for name in self.axes:
             if self.root(name) == root and self.sizes.setdefault(name, size) != size:
-                raise SizeError(
-                    f"{name} is {self.sizes[name]} in one place and {size} in another", at
-                )
+                here = f" ({told})" if told else ""
+                raise SizeError(f"{self.why(name)} in one place and {size} in another{here}", at)
+        if told:
+            self.told.setdefault(root, told)
         if axis not in self.axes:
             self.sizes.setdefault(axis, size)
 
@@ -213,7 +220,7 @@ class _Solver:
             for clause in self.equation.where:
                 value = _evaluate(clause.values, self.sizes, self.lookup)
                 if value is not None:
-                    self.put(clause.axis, value, clause.start)
+                    self.put(clause.axis, value, clause.start, str(clause))
             for dim, size, at in known:
                 self.solve(dim, size, at)
             if len(self.sizes) == before:

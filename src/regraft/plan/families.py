@@ -107,6 +107,8 @@ class Family:
             loops = np.concatenate([claim.match.rest_numbers, holes[:, loop_columns]], axis=1)
             rows[claim.term].append((loops, holes[:, stack_columns], claim.ids()))
         self.rows = [_join(parts) for parts in rows]
+        self.most: dict[Expr, int] = {}
+        """The most values that an index has for any loop values."""
 
     def entries(self) -> Iterable[Entry]:
         """One entry for all loop values that have the same shapes and counts."""
@@ -135,6 +137,8 @@ class Family:
                 most = np.zeros(count, dtype=np.int64)
                 np.maximum.at(most, at, stack[:, column] + 1)
                 signature.append(most)
+                hole = holes[column]
+                self.most[hole] = max(self.most.get(hole, 0), int(most.max(initial=0)))
         signature += self._target_sizes(loops)
         _, first, kind = np.unique(
             np.stack(signature, axis=1), axis=0, return_index=True, return_inverse=True
@@ -239,14 +243,14 @@ class Family:
         except UnknownSizeError as error:
             counts: list[tuple[Expr, int]] = []
             unknown = set(error.axes)
-            for holes, most in zip(self.holes, seen, strict=True):
-                for hole, found in zip(holes, most, strict=True):
+            for holes, counts_here in zip(self.holes, seen, strict=True):
+                for hole, found in zip(holes, counts_here, strict=True):
                     if found and unknown & set(axes_of(hole)):
                         number: int | None = found
                         if self.sources.partial:
-                            name = next(axes_of(hole))
                             guess = self.sources.guess
-                            number = guess(self.rule, name, found) if guess else None
+                            most = self.most.get(hole, found)
+                            number = guess(self.rule, next(axes_of(hole)), most) if guess else None
                         if number is not None:
                             counts.append((hole, number))
             most_of: dict[Expr, int] = {}
