@@ -625,9 +625,16 @@ def output_of(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:
 class Scenario:
     """How one adapter is set up."""
 
-    lora: Settings  # of peft.LoraConfig
+    lora: Settings  # of peft.LoraConfig, or of the config of that `peft_type`
     dtype: torch.dtype = torch.float32  # of the file
     untrained: str = ""  # a regex: the modules whose B stays zero
+    peft_type: str = "LORA"
+
+    def config(self) -> peft.PeftConfig:
+        """The config that PEFT makes an adapter of."""
+        if self.peft_type == "LORA":
+            return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **self.lora})
+        return peft.PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**self.lora)
 
 
 def common_scenarios(base: Base) -> Iterator[tuple[str, Scenario]]:
@@ -787,6 +794,19 @@ def expert_scenarios(base: Base, last: int) -> Iterator[tuple[str, Scenario]]:
             "trainable_tokens",
             Scenario({"target_modules": everything, "trainable_token_indices": [3, 7, 11]}),
         )
+        yield (
+            "params_embedding",
+            Scenario({"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]}),
+        )
+        yield "mts_layer", Scenario({"target_modules": attention, "modules_to_save": ["layers.1"]})
+        yield (
+            "layer_replication",
+            Scenario({"target_modules": everything, "layer_replication": [[0, 2], [1, 2]]}),
+        )
+        ia3 = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+        yield "ia3_attn", Scenario(ia3, peft_type="IA3")
+    if base.model_type in ("jamba", "ernie4_5_moe"):
+        yield "all_linear_bias", Scenario({"target_modules": "all-linear", "bias": "all"})
 
 
 def parameter_scenarios(base: Base, last: int) -> Iterator[tuple[str, Scenario]]:
@@ -903,12 +923,17 @@ SMALL: dict[str, tuple[str, ...]] = {
         "dropout",
         "dora",
         "lora_bias",
+        "params_embedding",
+        "mts_layer",
+        "layer_replication",
+        "ia3_attn",
     ),
-    "qwen2_moe": ("gud_attn", "shared_only", "shared_gate", "bias_all"),
+    "qwen2_moe": ("gud_attn", "shared_only", "shared_gate", "bias_all", "patterns_projection"),
     "qwen3_moe": ("gud", "mts_router"),
-    "deepseek_v3": ("gud", "all_linear"),
+    "deepseek_v3": ("gud", "all_linear", "patterns_projection"),
     "phimoe": ("gud_attn", "router"),
-    "jamba": ("gud_attn",),
+    "jamba": ("gud_attn", "all_linear_bias"),
+    "ernie4_5_moe": ("all_linear_bias", "mts_router"),
     "granitemoe": ("params_attn",),
     "gpt_oss": ("params_attn",),
     "dbrx": ("all_linear",),
@@ -960,7 +985,7 @@ def randomize(model: peft.PeftModel, scenario: Scenario, seed: int) -> None:
                 weight.copy_(0.1 * drawn)
                 if scenario.untrained and re.fullmatch(scenario.untrained, name):
                     weight.zero_()
-            else:  # a bias, a magnitude, a token or a whole module: near what it was
+            else:  # a bias, a magnitude, a factor of IA3, a token, a whole module: near what it was
                 weight.add_(0.1 * drawn)
             weight.copy_(weight.to(scenario.dtype).float())
 
@@ -969,8 +994,7 @@ def write_case(
     folder: Path, base_model: transformers.PreTrainedModel, inputs: Inputs, item: Scenario
 ) -> str:
     """Save the adapter and its outputs; return how large its effect is, in words."""
-    settings = {"r": 4, "lora_alpha": 8, **item.lora}
-    model = peft.get_peft_model(copy.deepcopy(base_model), peft.LoraConfig(**settings)).eval()
+    model = peft.get_peft_model(copy.deepcopy(base_model), item.config()).eval()
     randomize(model, item, zlib.crc32(folder.name.encode()))
     for weight in model.parameters():
         if weight.requires_grad:
@@ -1033,7 +1057,8 @@ def make(out: Path, chosen: str, only: str) -> list[str]:
                 failures.append(f"{case}: {type(error).__name__}: {error}")
                 print("FAILED", failures[-1], flush=True)
                 continue
-            index[case] = {"model_class": base.model_class, "base": name, "peft_type": "LORA"}
+            about = {"model_class": base.model_class, "base": name, "peft_type": item.peft_type}
+            index[case] = about
             index_file.write_text(json.dumps(index, indent=1) + "\n")
             print(f"{case}: {effect}", flush=True)
     return failures

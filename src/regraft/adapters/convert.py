@@ -70,11 +70,9 @@ def convert_adapter(
     known = find_books(scan, source.config, model, source.where)
     conversion = _Conversion(source, to, known, scan, [known.evidence])
     conversion.choose_layout(layout)
-    if not conversion.is_there_already():
-        return conversion.convert()
-    if not conversion.by_names:
-        replace(conversion, layout=conversion.other_layout, notes=[], evidence=[]).convert()
-    return conversion.copy()
+    if conversion.is_there_already():
+        return conversion.copy()
+    return conversion.convert()
 
 
 def _is_lora(source: Source) -> bool:
@@ -91,8 +89,6 @@ class _Conversion:
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     """The source's."""
-    by_names: bool = False
-    """Whether the names themselves tell it; otherwise they are the same in all layouts, which must be so."""
     packing: str | None = None
     """How stacked experts are packed in the source, as far as it is known."""
 
@@ -108,7 +104,6 @@ class _Conversion:
     def choose_layout(self, given: Layout | None) -> None:
         """The layout the adapter is in; where its names are the same in all, the one that makes work."""
         detected = detect_layout(self.scan, self.source, self.known.books)
-        self.by_names = detected.by_names
         if given is None:
             self.evidence += detected.evidence
             self.layout = detected.layout or self.unnamed_layout()
@@ -132,15 +127,36 @@ class _Conversion:
     def unnamed_layout(self) -> str:
         """What to take an adapter for whose names are the same in all layouts.
 
-        PEFT treats some configs otherwise in transformers 5, so on the way there it is taken for an old one. Back,
-        only a config that names modules by an expression could match more there than it did.
+        Its shapes may tell. Where they do not, it makes no difference to the tensors; but PEFT treats some configs
+        otherwise in transformers 5, so on the way there it is taken for an old one. Back, only a config that
+        names modules by an expression could match more there than it did.
         """
+        errors = {name: self.misfit(name) for name in LAYOUTS}
+        fitting = [name for name, error in errors.items() if error is None]
+        if not fitting:
+            raise errors[self.other_layout] or AssertionError
+        if len(fitting) == 1:
+            self.evidence.append(f"its shapes are those of {fitting[0]}")
+            return fitting[0]
         expression = isinstance(self.config.get("target_modules"), str)
         return (
             self.to.name
             if self.to.name == "transformers-v4" and not expression
             else self.other_layout
         )
+
+    def misfit(self, layout: str) -> RegraftError | None:
+        """Why an adapter cannot be of a layout, ``None`` where it can."""
+        target = next(name for name in LAYOUTS if name != layout)
+        side = Side(self.known.books, layout, self.known.scopes)
+        try:
+            self.plan(self.read_factors(side, quiet=True), target)
+            move_others(self.scan, self.source, self.known, side, target, in_place=False)
+        except RefusedError:
+            return None
+        except RegraftError as error:
+            return error
+        return None
 
     def is_there_already(self) -> bool:
         """Whether it is in the target layout, with experts packed as they are to be."""
@@ -181,7 +197,7 @@ class _Conversion:
         there = Side(self.known.books, self.to.name, self.known.scopes)
         in_place = self.layout == self.to.name
         factors = self.read_factors(here)
-        plan = None if in_place else self.plan(factors)
+        plan = None if in_place else self.plan(factors, self.to.name)
         others = move_others(
             self.scan, self.source, self.known, here, self.to.name, in_place=in_place
         )
@@ -231,7 +247,7 @@ class _Conversion:
             self.scan, _ = scan_names(list(tensors), self.source.where, _is_lora(self.source))
         return factors, written
 
-    def read_factors(self, side: Side) -> Factors:
+    def read_factors(self, side: Side, quiet: bool = False) -> Factors:
         reader = FactorReader(
             self.scan,
             list(self.source.tensors.values()),
@@ -242,18 +258,18 @@ class _Conversion:
             self.packing,
         )
         factors = reader.read()
-        if reader.packing is not None:
+        if reader.packing is not None and not quiet:
             self.packing = reader.packing
             version = self.config.get("peft_version")
             told = f"peft_version {version}" if version else "the shapes"
             self.evidence.append(f"experts are packed as by {reader.packing} ({told})")
         return factors
 
-    def plan(self, factors: Factors) -> Plan:
+    def plan(self, factors: Factors, target: str) -> Plan:
         plan = build_plan(
             factors.headers,
             self.known.books,
-            target_layout=self.to.name,
+            target_layout=target,
             scopes=dict(self.known.scopes),
             partial=True,
             guess=guess_count(self.config),
@@ -401,6 +417,6 @@ def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
         loras: list[Lora | None] = [
             Lora(factors.a[i], factors.b[i], factors.scales[i]) for i in keys.ids.tolist()
         ]
-        if kind == "any" or carried.carry.kind == "linear":
+        if kind == "any" or (kind == "parameter" and carried.carry.kind == "linear"):
             kind = "linear"
         yield Images(keys, kind, loras)

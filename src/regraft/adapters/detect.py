@@ -43,6 +43,7 @@ def load_model(path: Path | str) -> ModelConfig:
                 "no-model-type",
                 "this is no config of a transformers model: it has no model_type",
                 where=str(file),
+                fix="give the config.json of the base model, not the adapter's",
             )
         )
     return ModelConfig(data, str(file))
@@ -75,15 +76,18 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
+    if not scan.pairs and not any(other.prefix for other in scan.others):
+        return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
         model = _model_beside(config)
     if model is not None:
         books = tuple(books_for(model.model_types()))
         if not books:
             raise _unknown_model(model.model_types(), model.path)
+        _check_family(config, model, where)
         model = _replicate_layers(model, config.get("layer_replication"))
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
-        shown = ", ".join(model.model_types())
+        shown = ", ".join(dict.fromkeys(model.model_types()))
         return Known(
             books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})"
         )
@@ -92,8 +96,9 @@ def find_books(
         books = tuple(books_for([named]))
         if not books:
             raise _unknown_model([named], f"{where}/adapter_config.json")
+        _check_explained(books, scan, named, where)
         return Known(books, {}, None, named, f"adapter_config.json says that the base is {named}")
-    fitting = [book for book in library() if _speaks_of(book, scan)]
+    fitting = books_by_keys(scan)
     if not fitting:
         raise UnmatchedKeysError(
             Finding(
@@ -143,6 +148,50 @@ def _named_model_type(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _check_family(config: Mapping[str, Any], model: ModelConfig, where: str) -> None:
+    """The base that the adapter names must be the one that is given, where both are known."""
+    named = _named_model_type(config)
+    types = model.model_types()
+    if named is not None and books_for([named]) and named not in types:
+        raise BadInputError(
+            Finding(
+                "wrong-base",
+                f"its base is {named}, but {model.path} is of {', '.join(dict.fromkeys(types))}",
+                where=where,
+                key="adapter_config.json: auto_mapping",
+                fix="give the base model that it was trained on",
+            )
+        )
+
+
+def _check_explained(books: Sequence[Book], scan: Scan, named: str, where: str) -> None:
+    """Without a config the parts of a composite model are not known; then its keys are not explained."""
+    keys = [
+        term.key
+        for book in books
+        for rule in book.rules
+        for term in (*rule.equation.left, *rule.equation.right)
+    ]
+    keys += [carry.term.key for book in books for carry in book.carries]
+    modules = [table.module for book in books for table in book.parameters]
+    for module in _modules(scan):
+        group = Group(module.template + ".weight", module.ids, module.numbers)
+        if any(key is not None and match_group(key, group) for key in keys) or any(
+            match_group(key, module) for key in modules
+        ):
+            continue
+        raise UnmatchedKeysError(
+            Finding(
+                "model-needed",
+                f"adapter_config.json says that the base is {named}, which does not explain this key; it may "
+                "belong to a part of it that only its config names",
+                where=where,
+                key=group.name(0),
+                fix="give the base model with --model (its folder or its config.json)",
+            )
+        )
+
+
 def _unknown_model(model_types: Sequence[str], where: str) -> UnmatchedKeysError:
     known = sorted({t for book in library() for t in book.model_types})
     return UnmatchedKeysError(
@@ -166,6 +215,11 @@ def _candidates(scan: Scan) -> list[Group]:
 
 def _modules(scan: Scan) -> list[Group]:
     return [pairs.modules for pairs in scan.pairs]
+
+
+def books_by_keys(scan: Scan) -> list[Book]:
+    """The books that have a rule for one of the keys."""
+    return [book for book in library() if _speaks_of(book, scan)]
 
 
 def _speaks_of(book: Book, scan: Scan) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from regraft.adapters.detect import (
     Known,
+    books_by_keys,
     detect_layout,
     find_books,
     load_model,
@@ -24,6 +25,7 @@ from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import patterns
 from regraft.plan.model import ModelConfig
+from regraft.rules.book import Book
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
     lora = source.peft_type == "LORA"
     names, tensors = list(source.tensors), list(source.tensors.values())
     scan, problems = scan_names(names, source.where, lora)
-    known, evidence = _find_model(scan, source, model)
+    known, books, evidence = _find_model(scan, source, model)
     result = Inspected(
         name=source.name,
         peft_type=source.peft_type,
@@ -185,8 +187,8 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
         dtypes=dict(Counter(tensor.dtype.name for tensor in tensors).most_common()),
         problems=problems,
     )
-    if known is not None:
-        result.layouts = _find_layouts(scan, source, known, result)
+    if books:
+        result.layouts = _find_layouts(scan, source, books, result)
     result.others = _other_patterns(scan, tensors)
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
@@ -198,19 +200,23 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
 
 def _find_model(
     scan: Scan, source: Source, model: ModelConfig | None
-) -> tuple[Known | None, list[str]]:
+) -> tuple[Known | None, Sequence[Book], list[str]]:
+    """What is known of the base, the books that tell the layout all the same, and why."""
     try:
         known = find_books(scan, source.config, model, source.where)
     except RegraftError as error:
         finding = error.findings[0]
         fix = f" ({finding.fix})" if finding.fix else ""
-        return None, [f"the base model is not known: {finding.message}{fix}"]
-    return known, [known.evidence]
+        books = books_by_keys(scan) if finding.code == "model-needed" else ()
+        return None, books, [f"the base model is not known: {finding.message}{fix}"]
+    return known, known.books, [known.evidence]
 
 
-def _find_layouts(scan: Scan, source: Source, known: Known, result: Inspected) -> list[str]:
+def _find_layouts(
+    scan: Scan, source: Source, books: Sequence[Book], result: Inspected
+) -> list[str]:
     try:
-        detected = detect_layout(scan, source, known.books)
+        detected = detect_layout(scan, source, books)
     except RegraftError as error:
         result.problems += error.findings
         return []

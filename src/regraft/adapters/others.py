@@ -223,12 +223,15 @@ def rename_saved(
         if all(item.old == item.new for _, item in moved):
             result[entry] = sorted({owner for owner, _ in moved})
             continue
+        if all(_stays_in(item.new, owner) for owner, item in moved):
+            result[entry] = sorted({owner for owner, _ in moved})
+            continue
         modules = _modules_of([item.new for _, item in moved])
         if all(module.endswith(entry) for module in modules):
             result[entry] = modules
         else:
             for module in modules:
-                name = module if module.endswith(entry) else tail_of(module)
+                name = module if module.endswith(entry) else _ending(module, moved, entry)
                 result.setdefault(name, []).append(module)
     every = {module for modules in result.values() for module in modules}
     kept = [
@@ -237,6 +240,22 @@ def rename_saved(
         if not modules or not all(_is_inside(module, every) for module in modules)
     ]
     return None if kept == entries else kept
+
+
+def _stays_in(name: str, owner: str) -> bool:
+    """Whether a tensor is still in a module that can be saved: a list of numbered modules can not."""
+    rest = name.removeprefix(owner + ".")
+    return rest != name and not rest.split(".")[0].isdigit()
+
+
+def _ending(module: str, moved: Iterable[tuple[str, Moved]], entry: str) -> str:
+    """As much of a module's path as tells it from modules that are not saved."""
+    if any(char.isdigit() for char in entry):
+        return module
+    for owner, _ in moved:
+        if module.startswith(owner + "."):
+            return tail_of(owner) + module[len(owner) :]
+    return tail_of(module)
 
 
 def _is_inside(module: str, others: Iterable[str]) -> bool:

@@ -218,10 +218,10 @@ class FactorReader:
         each = list(zip([x.shape for x in a], [y.shape for y in b], ranks, strict=True))
         known = {key: _base_shape(*key, kind) for key in set(each)}
         problems = {key: shape for key, shape in known.items() if isinstance(shape, str)}
-        if problems:
-            for row, key in enumerate(each):
-                if key in problems:
-                    self._report("shape", problems[key], self.names[int(pairs.a[row])])
+        for key, problem in problems.items():
+            rows = [row for row, other in enumerate(each) if other == key]
+            more = f" ({len(rows)} modules like this one)" if len(rows) > 1 else ""
+            self._report("shape", problem + more, self.names[int(pairs.a[rows[0]])])
         shapes = [shape if isinstance(shape := known[key], tuple) else (0, 0) for key in each]
         for ids, arrays in ((pairs.a, a), (pairs.b, b)):
             for dtype in {x.dtype for x in arrays}:

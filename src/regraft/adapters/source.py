@@ -67,6 +67,7 @@ def find_adapters(src: Path) -> Found:
                     "not-an-adapter",
                     "an adapter is a folder, a .safetensors file or an adapter_model.bin",
                     where=str(src),
+                    fix="give the folder that PEFT's save_pretrained wrote",
                 )
             )
         if not (src.parent / CONFIG).is_file():
@@ -80,7 +81,11 @@ def find_adapters(src: Path) -> Found:
             )
         return Found(src.parent, (src.parent,), src, ())
     if not src.is_dir():
-        raise BadInputError(Finding("not-found", "there is no such file or folder", where=str(src)))
+        raise BadInputError(
+            Finding(
+                "not-found", "there is no such file or folder", where=str(src), fix="check the path"
+            )
+        )
     folders = sorted({path.parent for path in src.rglob(CONFIG)})
     if not folders:
         has = any((src / name).exists() for name in (WEIGHTS, WEIGHTS_BIN))
@@ -95,10 +100,17 @@ def find_adapters(src: Path) -> Found:
     own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
     others = tuple(
         sorted(
-            path.relative_to(src) for path in src.rglob("*") if path.is_file() and path not in own
+            path.relative_to(src)
+            for path in src.rglob("*")
+            if path.is_file() and path not in own and not _is_bookkeeping(path.relative_to(src))
         )
     )
     return Found(src, tuple(folders), None, others)
+
+
+def _is_bookkeeping(path: Path) -> bool:
+    """Whether a file belongs to git or to a download cache (which keeps the weights themselves in ``blobs``)."""
+    return any(part in (".git", ".cache", "blobs", "refs", ".no_exist") for part in path.parts[:-1])
 
 
 def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Source:

@@ -8,7 +8,7 @@ against templates, and everything that depends on numbers is done in columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,10 +147,3 @@ def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:
             )
         templates.append(_NUMBER.sub(mark, name))
     return templates, np.array(numbers, dtype=np.int64)
-
-
-def rows_of(groups: Iterable[Group]) -> Iterator[tuple[Group, int]]:
-    """Every row of every group."""
-    for group in groups:
-        for row in range(len(group)):
-            yield group, row

@@ -282,13 +282,17 @@ class Family:
     ) -> None:
         ids = next(part[2][part[0] == example] for part in placed if part is not None)
         missing = isinstance(error, UnknownSizeError)
+        message = str(error)
+        if isinstance(error, UnknownSizeError):
+            clauses = [str(c) for c in self.rule.equation.where if c.axis in error.axes]
+            message += f" ({', '.join(clauses)})" if clauses else ""
         self.sources.report(
             "unknown-size" if missing else "wrong-base",
-            str(error),
+            message,
             key=self.sources.headers.name(int(ids[0])) if len(ids) else None,
             rule=str(self.rule),
             fix=(
-                "give the base model with --model: its config says it"
+                "give the base model with --model, with a config that says it"
                 if missing
                 else "give the base model that it belongs to"
             ),
