@@ -95,11 +95,22 @@ class Scope:
         return self.below is None or self.below in segments or segments[0] in _HEADS
 
     def look_up(self, value: ConfigPath) -> int | None:
-        """The first of the fields that the config has as a whole number."""
+        """The first of the fields that the config has as a whole number.
+
+        Attention heads share the hidden size where a config says nothing of ``head_dim``.
+        """
         for path in value.paths:
-            node: Any = self.config
-            for name in path:
-                node = node.get(name) if isinstance(node, Mapping) else None
-            if isinstance(node, int) and not isinstance(node, bool):
-                return node
+            found = self._field(path)
+            if found is not None:
+                return found
+        if value.paths == (("head_dim",),):
+            hidden, heads = self._field(("hidden_size",)), self._field(("num_attention_heads",))
+            if hidden is not None and heads and hidden % heads == 0:
+                return hidden // heads
         return None
+
+    def _field(self, path: tuple[str, ...]) -> int | None:
+        node: Any = self.config
+        for name in path:
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return node if isinstance(node, int) and not isinstance(node, bool) else None
