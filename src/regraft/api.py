@@ -105,7 +105,9 @@ def convert(
                 progress=progress,
                 **options,
             )
-        return Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
+        report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
+        report.files = list(done.others)
+        return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
     found = find_adapters(src_path)
     if not dry_run:

@@ -61,6 +61,8 @@ class CheckpointReport:
     """Of the weights files that were written."""
     files: list[str] = field(default_factory=list)
     """The weights files."""
+    others: list[str] = field(default_factory=list)
+    """Files beside the weights that were carried over."""
     rules: dict[str, int] = field(default_factory=dict)
     """How often every rule fired."""
     carried: int = 0

@@ -96,7 +96,8 @@ def _split_rope(config: dict[str, Any], path: str, changes: list[str]) -> dict[s
             result[name] = value
             continue
         result["rope_theta"] = rope["rope_theta"]
-        result["rope_scaling"] = scaling or None
+        if scaling:
+            result["rope_scaling"] = scaling
         if _PARTIAL in rope:
             result[_PARTIAL] = rope[_PARTIAL]
     changes.append(f"{path}rope_parameters are now rope_theta and rope_scaling")

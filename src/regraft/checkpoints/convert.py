@@ -23,8 +23,10 @@ from regraft.report import CheckpointReport
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
-_SLACK = 6 << 20
-"""What a thread's stack, the units in flight and the allocator take."""
+_SLACK = 4 << 20
+"""What the threads' stacks, the units in flight and the allocator take."""
+_WORDS = 12 << 20
+"""What it takes to print a report when the work is done and the buffers are free."""
 
 
 def convert_checkpoint(
@@ -56,8 +58,8 @@ def convert_checkpoint(
     ready = prepare(src, to, model=model, source_layout=source, shard_size=limit, casts=casts)
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    report.memory = resident() + jobs * 2 * buffer_size(jobs) + _SLACK
-    report.memory = max(report.memory, peak() + (1 << 20))
+    needed = max(jobs * 2 * buffer_size(jobs) + _SLACK, _WORDS)
+    report.memory = max(resident() + needed, peak())
     if tell is not None:
         size = (
             f"{ready.layout.size / 1e9:.3g} GB"

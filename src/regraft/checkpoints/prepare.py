@@ -89,6 +89,7 @@ def prepare(
         tensors_out=len(moves.names),
         bytes=layout.size,
         files=[file.name for file in layout.files],
+        others=[str(path) for path in source.others],
         rules=plan.fired() if plan is not None else {},
         carried=sum(len(c.group) for c in plan.carried) if plan is not None else len(tensors),
         renamed=len(moves.kept),

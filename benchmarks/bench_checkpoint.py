@@ -1,0 +1,222 @@
+"""Converting checkpoints beside cp and beside transformers.
+
+    python benchmarks/bench_checkpoint.py                 # everything, about ten minutes
+    python benchmarks/bench_checkpoint.py --runs 3 --gb 1 --only fuse,rename
+    python benchmarks/bench_checkpoint.py --scale         # the plan of a 1 TB checkpoint, and flat memory
+    python benchmarks/bench_checkpoint.py --moves         # permutes and transposes in memory
+
+Every contender runs in a process of its own, in shuffled order, with the source in the page cache,
+and until the bytes are on disk. Medians are shown. regraft's time is that of the whole command, start of
+Python included.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+SHARD = 500_000_000
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "dtype": "bfloat16",
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "model_type": "mixtral",
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+GRANITE = {
+    **MIXTRAL,
+    "architectures": ["GraniteMoeForCausalLM"],
+    "intermediate_size": 3584,
+    "model_type": "granitemoe",
+    "num_local_experts": 16,
+}
+
+
+def shapes_of(config, layers):
+    hidden, inner, experts = (
+        config[k] for k in ("hidden_size", "intermediate_size", "num_local_experts")
+    )
+    values = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        for name, rows in (("q", hidden), ("k", values), ("v", values), ("o", hidden)):
+            yield f"{at}self_attn.{name}_proj.weight", (rows, hidden)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}{name}.weight", (hidden,)
+        moe = at + "block_sparse_moe."
+        if config["model_type"] == "granitemoe":
+            yield moe + "router.layer.weight", (experts, hidden)
+            yield moe + "input_linear.weight", (experts, 2 * inner, hidden)
+            yield moe + "output_linear.weight", (experts, hidden, inner)
+            continue
+        yield moe + "gate.weight", (experts, hidden)
+        for expert in range(experts):
+            yield f"{moe}experts.{expert}.w1.weight", (inner, hidden)
+            yield f"{moe}experts.{expert}.w2.weight", (hidden, inner)
+            yield f"{moe}experts.{expert}.w3.weight", (inner, hidden)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def make(folder, config, gigabytes):
+    """A checkpoint of random numbers in shards, one tensor in memory at a time."""
+    folder.mkdir(parents=True)
+    per_layer = sum(2 * int(np.prod(s)) for n, s in shapes_of(config, 1) if ".layers." in n)
+    layers = max(1, round(gigabytes * 1e9 / per_layer))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": layers}, indent=2)
+    )
+    shards, size = [[]], 0
+    for name, shape in shapes_of(config, layers):
+        if size > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += 2 * int(np.prod(shape))
+    random_numbers = np.random.default_rng(0)
+    total, where = 0, {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in shard:
+            end = at + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+            at, where[name] = end, file
+        total += at
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, shape in shard:
+                values = random_numbers.standard_normal(shape, dtype=np.float32)
+                values *= 0.02
+                out.write(values.astype(ml_dtypes.bfloat16).tobytes())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    os.sync()
+
+
+def copy(src, dst):
+    return ["sh", "-c", f"cp -r --reflink=never '{src}' '{dst}' && sync '{dst}'/*"]
+
+
+def regraft(src, dst, to, jobs):
+    return [
+        sys.executable, "-m", "regraft", "convert", str(src), str(dst), "--to", to,
+        "--jobs", str(jobs), "--quiet",
+    ]  # fmt: skip
+
+
+def transformers(src, dst, original):
+    code = (
+        "import sys, transformers, glob, os\n"
+        "m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='bfloat16')\n"
+        f"m.save_pretrained(sys.argv[2], max_shard_size='500MB', save_original_format={original})\n"
+        "for f in glob.glob(sys.argv[2] + '/*'):\n"
+        "    d = os.open(f, os.O_RDONLY); os.fsync(d); os.close(d)\n"
+    )
+    return [sys.executable, "-c", code, str(src), str(dst)]
+
+
+def run(command, dst):
+    """Seconds, and the most memory in MB."""
+    shutil.rmtree(dst, ignore_errors=True)
+    os.sync()
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return seconds, usage.ru_maxrss * 1024 / 1e6
+
+
+def warm(folder):
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            while opened.read(1 << 24):
+                pass
+
+
+def race(title, src, contenders, runs, dst):
+    times = {name: [] for name in contenders}
+    memory = dict.fromkeys(contenders, 0.0)
+    size = sum(file.stat().st_size for file in src.iterdir())
+    for _ in range(runs):
+        for name in random.sample(list(contenders), len(contenders)):
+            warm(src)
+            seconds, most = run(contenders[name], dst)
+            times[name].append(seconds)
+            memory[name] = max(memory[name], most)
+    shutil.rmtree(dst, ignore_errors=True)
+    base = statistics.median(times["cp + sync"])
+    print(f"\n{title}: {size / 1e9:.2f} GB in {len(list(src.glob('*.safetensors')))} files")
+    print(f"{'':24}{'median s':>9}{'GB/s':>7}{'x cp':>7}{'min s':>7}{'max s':>7}{'peak MB':>9}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(
+            f"{name:24}{median:9.2f}{size / 1e9 / median:7.2f}{base / median:7.2f}"
+            f"{min(values):7.2f}{max(values):7.2f}{memory[name]:9.0f}",
+            flush=True,
+        )
+
+
+def race_all(work, runs, gigabytes, only):
+    v4, v5, granite, dst = (work / name for name in ("v4", "v5", "granite", "out"))
+    make(v4, MIXTRAL, gigabytes)
+    subprocess.run(regraft(v4, v5, "transformers-v5", 2), check=True)
+    if "rename" in only:
+        make(granite, GRANITE, gigabytes)
+    cases = {
+        "fuse": (v4, "transformers-v5", False),
+        "split": (v5, "transformers-v4", True),
+        "rename": (granite, "transformers-v5", False),
+    }
+    for name in only:
+        src, to, original = cases[name]
+        contenders = {
+            "cp + sync": copy(src, dst),
+            "regraft, 1 worker": regraft(src, dst, to, 1),
+            "regraft, 2 workers": regraft(src, dst, to, 2),
+        }
+        try:
+            import transformers as _  # noqa: F401
+
+            contenders["transformers"] = transformers(src, dst, original)
+        except ImportError:
+            print("transformers is not installed and stays out")
+        race(name, src, contenders, runs, dst)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--gb", type=float, default=2.2)
+    parser.add_argument("--only", default="fuse,split,rename")
+    parser.add_argument("--work", type=Path, help="a folder to make files in")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        race_all(Path(folder), options.runs, options.gb, options.only.split(","))
+
+
+if __name__ == "__main__":
+    main()
