@@ -72,7 +72,7 @@ class Cutter:
         for part in self.moves.strided:
             for row in np.flatnonzero((mine & ~self.gaps)[part.targets]).tolist():
                 number, block = self._block(part, row, place)
-                for piece in _split(block):
+                for piece in split_block(block):
                     yield [(number, piece)]
         # Where tiles write back what lies between their elements, nobody else may write meanwhile.
         for target in np.flatnonzero(mine & self.gaps).tolist():
@@ -160,13 +160,13 @@ def _scaled(cutter: Cutter, targets: Ints, at: Ints, cast: np.ndarray[Any, Any])
     return np.where(cast, at // items[:, 0] * items[:, 1], at)
 
 
-def _split(block: Block) -> Iterator[Block]:
+def split_block(block: Block, size: int = UNIT) -> Iterator[Block]:
     """A large block in parts along the loop that is outermost in the target."""
     total = block.written.itemsize
-    for size in block.sizes:
-        total *= size
+    for count in block.sizes:
+        total *= count
     loop = max(range(len(block.sizes)), key=lambda i: block.target_strides[i])
-    step = max(1, block.sizes[loop] * UNIT // max(total, 1))
+    step = max(1, block.sizes[loop] * size // max(total, 1))
     for start in range(0, block.sizes[loop], step):
         sizes = list(block.sizes)
         sizes[loop] = min(step, block.sizes[loop] - start)
