@@ -62,7 +62,9 @@ def test_blocks_move_as_numpy_says(nest, item, budget, cut):
 def test_a_tile_stays_in_its_budget_and_is_long_both_ways():
     tile = tile_of((4096, 4096), (4096, 1), (1, 4096), 1 << 20)
     assert tile == (1024, 1024)
-    assert tile_of((32, 2, 64, 4096), (2 << 18, 4096, 8192, 1), (2 << 18, 1 << 18, 4096, 1), 1 << 20)
+    assert tile_of(
+        (32, 2, 64, 4096), (2 << 18, 4096, 8192, 1), (2 << 18, 1 << 18, 4096, 1), 1 << 20
+    )
     assert tile_of((3,), (1,), (1,), 1) == (1,)
 
 

@@ -135,7 +135,7 @@ def _check_place(src: Path, dst: Path, overwrite: bool) -> None:
 
 def _check_space(work: Work, ready: Prepared) -> None:
     others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
-    needed = ready.layout.size + others + (1 << 20)
+    needed = ready.layout.size + others + len(ready.layout.index or b"") + (1 << 18)
     needed -= sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
     state = os.statvfs(work.folder)
     free = state.f_bavail * state.f_frsize

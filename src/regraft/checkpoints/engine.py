@@ -10,10 +10,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
+from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import File
 from regraft.checkpoints.tiles import Mover, read_into, write_all
@@ -61,9 +64,9 @@ class Engine:
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
+        self.complete: SimpleQueue[_Active | None] = SimpleQueue()
         self.waiting = list(range(len(files)))[::-1]
         self.active: dict[int, _Active] = {}
-        self.written = 0
         self.synced = time.monotonic()
         self.unsynced = 0
 
@@ -75,12 +78,22 @@ class Engine:
         threads = [
             threading.Thread(target=self._work, name=f"regraft-{n}") for n in range(self.jobs)
         ]
+        working = len(threads)
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.5)
+            # Waiting for the disk is done here, so that no worker has to.
+            while working or not self.complete.empty():
+                with suppress(Empty):
+                    active = self.complete.get(timeout=0.5)
+                    if active is None:
+                        working -= 1
+                    else:
+                        self._seal(active)
+                if self._is_due():
+                    self._note()
+        except OSError as error:
+            raise cannot_write(self.work.dst, error) from error
         finally:
             self.stop.set()
             for thread in threads:
@@ -103,12 +116,13 @@ class Engine:
                     return
                 active, number, unit = taken
                 if number < 0:
-                    self._seal(active)
+                    self.complete.put(active)
                     active = None
                     continue
                 if unit is not None:
                     for op in unit:
                         worker.do(op, active.out)
+                    begin_writing(active.out, *_range_of(unit))
                 self._finish(active, number, unit)
         except OSError as error:
             self._fail(cannot_write(self.work.dst, error))
@@ -116,6 +130,7 @@ class Engine:
             self._fail(error)
         finally:
             worker.close()
+            self.complete.put(None)
 
     def _fail(self, error: BaseException) -> None:
         with self.lock:
@@ -142,6 +157,7 @@ class Engine:
                     return mine, number, unit
                 mine.drained = True
                 if not mine.running:
+                    del self.active[mine.number]
                     return mine, -1, None
 
     def _open_next(self) -> _Active | None:
@@ -166,28 +182,26 @@ class Engine:
         size = sum(size_of(op) for op in unit) if unit else 0
         with self.lock:
             active.running -= 1
-            self.written += size
             self.unsynced += size
             if unit is not None:
                 active.finished.append((active.number, number))
-            late = time.monotonic() - self.synced > _SYNC_SECONDS
-            if self.unsynced > _SYNC_BYTES or late:
-                due = True
-                self.unsynced, self.synced = 0, time.monotonic()
-            else:
-                due = False
             complete = active.drained and not active.running
+            if complete:
+                del self.active[active.number]
+        if complete:
+            self.complete.put(active)
         if self.progress is not None:
             self.progress(size)
-        if complete:
-            self._seal(active)
-        elif due:
-            self._note()
+
+    def _is_due(self) -> bool:
+        late = time.monotonic() - self.synced > _SYNC_SECONDS
+        if not late and self.unsynced < _SYNC_BYTES:
+            return False
+        self.unsynced, self.synced = 0, time.monotonic()
+        return True
 
     def _seal(self, active: _Active) -> None:
         """Wait until a finished file is on disk."""
-        with self.lock:
-            self.active.pop(active.number, None)
         os.fsync(active.out)
         active.close()
         self.work.note(active.finished)
@@ -293,6 +307,15 @@ class _Worker:
             with np.errstate(all="ignore"):
                 result.view(op.written)[...] = data.view(op.read)
             write_all(out, result.data, op.target_at + at * op.written.itemsize)
+
+
+def _range_of(unit: list[Op]) -> tuple[int, int]:
+    """The part of the target that the runs of a unit fill; of no length where it is not one part."""
+    runs = [op for op in unit if isinstance(op, Run)]
+    if len(runs) < len(unit):
+        return 0, 0
+    first = runs[0].target_at
+    return first, runs[-1].target_at + runs[-1].size - first
 
 
 def size_of(op: Op) -> int:
