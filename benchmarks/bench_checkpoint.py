@@ -219,14 +219,78 @@ def race_all(work, runs, gigabytes, only):
         race(name, src, contenders, runs, dst)
 
 
+def make_huge(folder):
+    """Headers of a 1 TB checkpoint over holes: 100k tensors in 200 shards."""
+    folder.mkdir(parents=True)
+    config = {**GRANITE, "model_type": "qwen3_moe", "hidden_size": 4096, "num_experts": 272}
+    config |= {"moe_intermediate_size": 768, "num_hidden_layers": 122}
+    del config["num_local_experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [("model.embed_tokens.weight", (32000, 4096)), ("model.norm.weight", (4096,))]
+    for layer in range(122):
+        at = f"model.layers.{layer}."
+        names.append((at + "mlp.gate.weight", (272, 4096)))
+        names += [(f"{at}self_attn.{p}_proj.weight", (4096, 4096)) for p in "qkvo"]
+        for expert in range(272):
+            inside = f"{at}mlp.experts.{expert}."
+            names += [(f"{inside}{p}_proj.weight", (768, 4096)) for p in ("gate", "up")]
+            names.append((inside + "down_proj.weight", (4096, 768)))
+    where, total = {}, 0
+    per_file = -(-len(names) // 200)
+    for number in range(200):
+        file = f"model-{number + 1:05d}-of-00200.safetensors"
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in names[number * per_file : (number + 1) * per_file]:
+            end = at + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+            at, where[name] = end, file
+        total += at
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + at)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return len(names), total
+
+
+def scale(work):
+    count, total = make_huge(work / "huge")
+    code = (
+        "import sys, time, resource\n"
+        "from pathlib import Path\n"
+        "from regraft.checkpoints.prepare import prepare\n"
+        "from regraft.checkpoints.units import Cutter\n"
+        "begun = time.perf_counter()\n"
+        "ready = prepare(Path(sys.argv[1]), 'transformers-v5')\n"
+        "Cutter(ready.moves, ready.dtypes, ready.source.tensors)\n"
+        "seconds = time.perf_counter() - begun\n"
+        "memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6\n"
+        "print(f'{seconds:.2f} s, {memory:.0f} MB')\n"
+    )
+    print(f"plan of {count} tensors, {total / 1e12:.2f} TB, 200 shards:")
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code, str(work / "huge")], check=True)
+    for gigabytes in (1, 20):
+        make_apart(work / "v4", MIXTRAL, gigabytes)
+        seconds, most = run(regraft(work / "v4", work / "out", "transformers-v5", 2), work / "out")
+        print(f"{gigabytes} GB: {seconds:.1f} s, peak {most:.0f} MB", flush=True)
+        shutil.rmtree(work / "v4")
+        shutil.rmtree(work / "out")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--gb", type=float, default=2.2)
     parser.add_argument("--only", default="fuse,split,rename")
     parser.add_argument("--work", type=Path, help="a folder to make files in")
+    parser.add_argument("--scale", action="store_true", help="a huge plan, and memory by size")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        if options.scale:
+            scale(Path(folder))
+            return
         race_all(Path(folder), options.runs, options.gb, options.only.split(","))
 
 

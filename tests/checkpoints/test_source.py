@@ -73,7 +73,7 @@ def test_one_tensor_in_two_shards(tmp_path):
     other["lm_head.weight"] = np.zeros(1)
     write_tensors(src / "model-00001-of-00002.safetensors", tensors, {})
     write_tensors(src / "model-00002-of-00002.safetensors", other, {})
-    with pytest.raises(BadInputError, match="is in .* as well"):
+    with pytest.raises(BadInputError, match=r"is in .* as well"):
         open_checkpoint(src)
 
 

@@ -96,6 +96,8 @@ def identity(tensors: Tensors) -> Moves:
 def moves_of(plan: Plan, tensors: Tensors) -> Moves:
     """What a plan moves; not finished, so that more can be added.
 
+    Rows beyond the tensors stand for weights whose bytes are in other tensors.
+
     Raises ``RefusedError`` where tensors of packed elements would be cut or joined.
     """
     moves = Moves()
@@ -103,7 +105,7 @@ def moves_of(plan: Plan, tensors: Tensors) -> Moves:
     for entry in plan.entries:
         if is_whole(entry):
             ids = entry.sources[0].reshape(-1)
-            moves.add_whole(entry.keys(entry.written[0]).names(), ids, tensors)
+            moves.add_whole(*_real(entry.keys(entry.written[0]), ids, tensors), tensors)
         else:
             findings += _check_packed(entry, tensors)
             if not findings:
@@ -112,8 +114,13 @@ def moves_of(plan: Plan, tensors: Tensors) -> Moves:
     if findings:
         raise RefusedError(findings)
     for carried in plan.carried:
-        moves.add_whole(carried.group.names(), carried.group.ids, tensors)
+        moves.add_whole(*_real(carried.group, carried.group.ids, tensors), tensors)
     return moves
+
+
+def _real(keys: Group, ids: Ints, tensors: Tensors) -> tuple[list[str], Ints]:
+    real = ids < len(tensors)
+    return (keys if real.all() else keys.take(real)).names(), ids[real]
 
 
 def is_whole(entry: Entry) -> bool:
@@ -255,6 +262,11 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _check_packed(entry: Entry, tensors: Tensors) -> list[Finding]:
     used = {int(i) for ids in entry.sources for i in ids.reshape(-1)[:1]}
+    if any(i >= len(tensors) for i in used):
+        key = entry.keys(entry.written[0]).name(0)
+        message = "it is packed, and its weight would be cut or joined"
+        fix = "convert the model before it is quantised"
+        return [Finding("packed", message, key=key, rule=str(entry.rule), fix=fix)]
     return [
         Finding(
             "packed",

@@ -12,16 +12,16 @@ from typing import Any
 import regraft
 from regraft.adapters.detect import load_model
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
+from regraft.checkpoints.companions import add_companions, find_companions
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
 from regraft.checkpoints.sharding import Layout, lay_out
-from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
+from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
-from regraft.names.keys import group_names
 from regraft.plan.model import ModelConfig
-from regraft.plan.plan import Headers, Plan
+from regraft.plan.plan import Plan
 from regraft.report import CheckpointReport
 
 
@@ -75,11 +75,20 @@ def prepare(
     source = open_checkpoint(path)
     config = model_of(source, model)
     tensors = source.tensors
-    headers = headers_of(tensors)
+    companions = find_companions(source, config.data if config is not None else None)
+    headers = companions.headers
     known = detect(headers, config, source.where, source_layout)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
-    moves = identity(tensors) if plan is None else finish(moves_of(plan, tensors), tensors)
-    dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, frozenset())
+    if plan is None:
+        moves = identity(tensors)
+        kept = frozenset(tensors.names[row] for row in companions.rows())
+    else:
+        moves = moves_of(plan, tensors)
+        count = len(moves.names)
+        add_companions(moves, plan, companions, source)
+        kept = frozenset(moves.names[count:])
+        moves = finish(moves, tensors)
+    dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
     layout = lay_out(source, moves, dtypes, shard_size)
     report = CheckpointReport(
         known.layout or to or "",
@@ -102,11 +111,6 @@ def prepare(
             + ", ".join(source.left_out)
         )
     return Prepared(source, known, plan, moves, dtypes, layout, text, report)
-
-
-def headers_of(tensors: Tensors) -> Headers:
-    """The headers to plan from."""
-    return Headers(group_names(tensors.names), tensors.shapes, tensors.dtypes)
 
 
 def model_of(source: Source, model: Path | None) -> ModelConfig | None:

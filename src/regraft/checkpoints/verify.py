@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.engine import changed, open_source
-from regraft.checkpoints.prepare import Prepared, headers_of, model_of, prepare
+from regraft.checkpoints.prepare import Prepared, model_of, prepare
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
@@ -65,7 +66,11 @@ def verify(
     told = Path(model) if model is not None else None
     other = open_checkpoint(Path(dst))
     config = model_of(other, told) or model_of(open_checkpoint(Path(src)), None)
-    target = detect(headers_of(other.tensors), config, other.where).layout
+    target = detect(
+        find_companions(other, config.data if config is not None else None).headers,
+        config,
+        other.where,
+    ).layout
     first = prepare(Path(src), target, model=told)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
