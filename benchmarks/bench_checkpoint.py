@@ -77,8 +77,8 @@ def shapes_of(config, layers):
     yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
-def make(folder, config, gigabytes):
-    """A checkpoint of random numbers in shards, one tensor in memory at a time."""
+def make(folder, config, gigabytes, holes=False):
+    """A checkpoint of random numbers in shards, one tensor in memory at a time; or of holes."""
     folder.mkdir(parents=True)
     per_layer = sum(2 * int(np.prod(s)) for n, s in shapes_of(config, 1) if ".layers." in n)
     layers = max(1, round(gigabytes * 1e9 / per_layer))
@@ -106,6 +106,9 @@ def make(folder, config, gigabytes):
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
+            if holes:
+                out.truncate(8 + len(text) + at)
+                continue
             for _, shape in shard:
                 values = random_numbers.standard_normal(shape, dtype=np.float32)
                 values *= 0.02
@@ -115,16 +118,18 @@ def make(folder, config, gigabytes):
     os.sync()
 
 
-def make_apart(folder, config, gigabytes):
+def apart(function, *arguments):
     """In a process of its own: a child's peak memory is at least its parent's."""
     code = "import sys, json, pathlib, bench_checkpoint as b\n"
-    code += "b.make(pathlib.Path(sys.argv[1]), *json.loads(sys.argv[2]))"
-    what = json.dumps([config, gigabytes])
+    code += f"b.{function}(pathlib.Path(sys.argv[1]), *json.loads(sys.argv[2]))"
+    folder, *rest = arguments
     here = {
         **os.environ,
         "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    subprocess.run([sys.executable, "-c", code, str(folder), what], check=True, env=here)
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder), json.dumps(rest)], check=True, env=here
+    )
 
 
 def copy(src, dst):
@@ -195,10 +200,10 @@ def race(title, src, contenders, runs, dst):
 
 def race_all(work, runs, gigabytes, only):
     v4, v5, granite, dst = (work / name for name in ("v4", "v5", "granite", "out"))
-    make_apart(v4, MIXTRAL, gigabytes)
+    apart("make", v4, MIXTRAL, gigabytes)
     subprocess.run(regraft(v4, v5, "transformers-v5", 2), check=True)
     if "rename" in only:
-        make_apart(granite, GRANITE, gigabytes)
+        apart("make", granite, GRANITE, gigabytes)
     cases = {
         "fuse": (v4, "transformers-v5", False),
         "split": (v5, "transformers-v4", True),
@@ -223,7 +228,7 @@ def make_huge(folder):
     """Headers of a 1 TB checkpoint over holes: 100k tensors in 200 shards."""
     folder.mkdir(parents=True)
     config = {**GRANITE, "model_type": "qwen3_moe", "hidden_size": 4096, "num_experts": 272}
-    config |= {"moe_intermediate_size": 768, "num_hidden_layers": 122}
+    config |= {"moe_intermediate_size": 1216, "num_hidden_layers": 122}
     del config["num_local_experts"]
     (folder / "config.json").write_text(json.dumps(config))
     names = [("model.embed_tokens.weight", (32000, 4096)), ("model.norm.weight", (4096,))]
@@ -233,8 +238,8 @@ def make_huge(folder):
         names += [(f"{at}self_attn.{p}_proj.weight", (4096, 4096)) for p in "qkvo"]
         for expert in range(272):
             inside = f"{at}mlp.experts.{expert}."
-            names += [(f"{inside}{p}_proj.weight", (768, 4096)) for p in ("gate", "up")]
-            names.append((inside + "down_proj.weight", (4096, 768)))
+            names += [(f"{inside}{p}_proj.weight", (1216, 4096)) for p in ("gate", "up")]
+            names.append((inside + "down_proj.weight", (4096, 1216)))
     where, total = {}, 0
     per_file = -(-len(names) // 200)
     for number in range(200):
@@ -251,11 +256,11 @@ def make_huge(folder):
             out.truncate(8 + len(text) + at)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return len(names), total
+    print(f"plan of {len(names)} tensors, {total / 1e12:.2f} TB, 200 shards:", flush=True)
 
 
 def scale(work):
-    count, total = make_huge(work / "huge")
+    apart("make_huge", work / "huge")
     code = (
         "import sys, time, resource\n"
         "from pathlib import Path\n"
@@ -268,11 +273,10 @@ def scale(work):
         "memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6\n"
         "print(f'{seconds:.2f} s, {memory:.0f} MB')\n"
     )
-    print(f"plan of {count} tensors, {total / 1e12:.2f} TB, 200 shards:")
     for _ in range(5):
         subprocess.run([sys.executable, "-c", code, str(work / "huge")], check=True)
     for gigabytes in (1, 20):
-        make_apart(work / "v4", MIXTRAL, gigabytes)
+        apart("make", work / "v4", MIXTRAL, gigabytes, True)
         seconds, most = run(regraft(work / "v4", work / "out", "transformers-v5", 2), work / "out")
         print(f"{gigabytes} GB: {seconds:.1f} s, peak {most:.0f} MB", flush=True)
         shutil.rmtree(work / "v4")

@@ -99,7 +99,7 @@ class Engine:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-            if self.errors:
+            if self.active:
                 self._note()
             for active in self.active.values():
                 active.close()
