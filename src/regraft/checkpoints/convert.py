@@ -23,10 +23,8 @@ from regraft.report import CheckpointReport
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
-_SLACK = 4 << 20
-"""What the threads' stacks, the units in flight and the allocator take."""
-_WORDS = 12 << 20
-"""What it takes to print a report when the work is done and the buffers are free."""
+_SLACK = 2 << 20
+"""What the threads' stacks, the units in flight and the report take."""
 
 
 def convert_checkpoint(
@@ -58,8 +56,7 @@ def convert_checkpoint(
     ready = prepare(src, to, model=model, source_layout=source, shard_size=limit, casts=casts)
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    needed = max(jobs * 2 * buffer_size(jobs) + _SLACK, _WORDS)
-    report.memory = max(resident() + needed, peak())
+    report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())
     if tell is not None:
         size = (
             f"{ready.layout.size / 1e9:.3g} GB"

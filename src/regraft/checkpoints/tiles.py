@@ -151,7 +151,9 @@ class Mover:
 
     def budget(self, block: Block) -> int:
         """How many elements a tile may have: with gaps it may take four times its room."""
-        return max(1, self.size // _DENSE // max(block.read.itemsize, block.written.itemsize))
+        item = max(block.read.itemsize, block.written.itemsize)
+        gaps = block.has_gaps or has_gaps(block.sizes, block.source_strides, block.read.itemsize)
+        return max(1, self.size // (_DENSE if gaps else 1) // item)
 
     def buffers(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """The two buffers, made when they are first needed."""
@@ -188,8 +190,9 @@ class Mover:
         read, written = block.read.itemsize, block.written.itemsize
         tile = tile_of(block.sizes, block.source_strides, block.target_strides, self.budget(block))
         gaps = block.has_gaps
+        loose = has_gaps(block.sizes, block.source_strides, block.read.itemsize)
         for part, start in _parts(block.sizes, tile):
-            here = self.side(part, block.source_strides, True)
+            here = self.side(part, block.source_strides, loose)
             there = self.side(part, block.target_strides, gaps)
             at = block.source_at + read * _dot(start, block.source_strides)
             to = block.target_at + written * _dot(start, block.target_strides)

@@ -177,8 +177,6 @@ def convert(
 
     def job() -> int:
         from regraft.api import convert
-        from regraft.cli.checkpoint_words import show_checkpoint
-        from regraft.cli.words import show_report
 
         with out.waiting() as progress:
             report = convert(
@@ -199,10 +197,13 @@ def convert(
             )
         if json:
             out.data(report.to_dict())
-        elif report.checkpoint is not None:
-            if not quiet:
-                show_checkpoint(out, report, report.checkpoint)
+        elif report.checkpoint is not None and not quiet:
+            from regraft.cli.checkpoint_words import show_checkpoint
+
+            show_checkpoint(out, report, report.checkpoint)
         elif not quiet:
+            from regraft.cli.words import show_report
+
             show_report(out, report)
         return 0
 
