@@ -32,7 +32,22 @@ def convert_config(config: Mapping[str, Any], to: str) -> tuple[dict[str, Any], 
     {'model_type': 'mixtral', 'rope_parameters': {'rope_type': 'default', 'rope_theta': 1000000.0}}
     """
     changes: list[str] = []
-    return _convert(config, to, "", changes), changes
+    result = _convert(config, to, "", changes)
+    if to == V4:
+        _agree_on_ties(result, changes)
+    return result, changes
+
+
+def _agree_on_ties(config: dict[str, Any], changes: list[str]) -> None:
+    """Version 5 goes by the whole model's field and writes another value inside; version 4 goes by the inner."""
+    text, tied = config.get("text_config"), config.get("tie_word_embeddings")
+    if (
+        isinstance(text, dict)
+        and isinstance(tied, bool)
+        and text.get("tie_word_embeddings", tied) != tied
+    ):
+        config["text_config"] = {**text, "tie_word_embeddings": tied}
+        changes.append(f"text_config.tie_word_embeddings is now {tied}, as that of the whole model")
 
 
 def _convert(config: Mapping[str, Any], to: str, path: str, changes: list[str]) -> dict[str, Any]:
@@ -85,7 +100,11 @@ def _join_rope(config: dict[str, Any], path: str, changes: list[str]) -> dict[st
 
 def _split_rope(config: dict[str, Any], path: str, changes: list[str]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+    if (
+        not isinstance(rope, Mapping)
+        or "rope_theta" not in rope
+        or rope.get("rope_type") == "axial"
+    ):
         return config
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", _PARTIAL)}
     if scaling.get("rope_type", "default") == "default" and len(scaling) <= 1:
