@@ -283,6 +283,40 @@ def scale(work):
         shutil.rmtree(work / "out")
 
 
+def moves():
+    """One thread in memory: a RoPE permute beside memcpy, a bf16 transpose beside torch."""
+    from regraft.arrays.anonymous import rearrange
+
+    random_numbers = np.random.default_rng(0)
+    matrix = random_numbers.integers(0, 1 << 16, (4096, 4096), np.uint16).view(ml_dtypes.bfloat16)
+    other = np.empty_like(matrix)
+    contenders = {
+        "memcpy": lambda: np.copyto(other.view(np.uint16), matrix.view(np.uint16)),
+        "RoPE permute": lambda: rearrange("(h d two) i == (h two d) i", matrix, h=32, two=2),
+        "transpose": lambda: rearrange("o i == i o", matrix),
+        "numpy transpose": lambda: np.ascontiguousarray(matrix.T),
+        "memcpy to new memory": lambda: matrix.view(np.uint16).copy(),
+    }
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        tensor = torch.from_numpy(matrix.view(np.int16)).view(torch.bfloat16)
+        contenders["torch transpose"] = lambda: tensor.t().contiguous()
+    except ImportError:
+        print("torch is not installed and stays out")
+    times = {name: [] for name in contenders}
+    for _ in range(11):
+        for name in random.sample(list(contenders), len(contenders)):
+            begun = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - begun)
+    print("a 4096 x 4096 bfloat16 matrix, one thread:")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"  {name:22}{median * 1e3:8.2f} ms {matrix.nbytes / 1e9 / median:7.2f} GB/s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
@@ -290,7 +324,11 @@ def main():
     parser.add_argument("--only", default="fuse,split,rename")
     parser.add_argument("--work", type=Path, help="a folder to make files in")
     parser.add_argument("--scale", action="store_true", help="a huge plan, and memory by size")
+    parser.add_argument("--moves", action="store_true", help="permutes and transposes in memory")
     options = parser.parse_args()
+    if options.moves:
+        moves()
+        return
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         if options.scale:
             scale(Path(folder))
