@@ -250,3 +250,18 @@ def test_no_tensors(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {}, {})
     with pytest.raises(BadInputError, match="no tensors"):
         open_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_the_safetensors_library_opens_the_result(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    src = write_folder(tmp_path / "src", mixtral(), shards=3)
+    convert(src, tmp_path / "out", shard_size="700B")
+    ours = tensors_of(tmp_path / "out")
+    seen = set()
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                assert np.array_equal(opened.get_tensor(name), ours[name])
+                seen.add(name)
+    assert seen == ours.keys()
