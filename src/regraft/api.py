@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.checkpoints.convert import convert_checkpoint
+from regraft.checkpoints.in_place import convert_in_place
+from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
@@ -39,13 +43,20 @@ def convert(
     source: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    shard_size: str | int | None = None,
+    dtype: str | list[str] | None = None,
+    jobs: int | None = None,
+    resume: bool = False,
+    in_place: bool = False,
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert an adapter, or a folder of adapters, to another layout.
+    """Convert an adapter, a folder of adapters, or a whole checkpoint to another layout.
 
     Args:
         src: a folder that PEFT's ``save_pretrained`` wrote, one ``.safetensors`` (or ``adapter_model.bin``) with its
-            ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders.
+            ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders; or a model's
+            checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
         dst: the folder to write. It appears whole or not at all.
         to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
@@ -53,6 +64,14 @@ def convert(
         source: the layout of ``src``; found out, with evidence, where it is not given.
         overwrite: replace ``dst`` if it exists.
         dry_run: do everything but write.
+        shard_size: checkpoints only: the size of a weights file, such as ``"5GB"`` or a number of bytes; as the
+            source is sharded where it is not given.
+        dtype: checkpoints only: cast to a type (``"bfloat16"``), or some tensors (``"*.norm.weight=float32"``).
+        jobs: checkpoints only: how many workers; as many as there are cores where it is not given.
+        resume: checkpoints only: continue what a run that died had begun.
+        in_place: checkpoints only: rewrite the headers of ``src`` itself, where tensors only change their names.
+            ``dst`` is ``src`` then.
+        tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
     Returns:
@@ -67,6 +86,29 @@ def convert(
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
+    if is_checkpoint(src_path):
+        told = Path(model) if model is not None else None
+        options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
+        options["source"] = source_layout.name if source_layout is not None else None
+        if in_place:
+            done = convert_in_place(src_path, dst_path, **options)
+        else:
+            done = convert_checkpoint(
+                src_path,
+                dst_path,
+                shard_size=shard_size,
+                dtype=dtype,
+                jobs=jobs,
+                resume=resume,
+                overwrite=overwrite,
+                tell=tell,
+                progress=progress,
+                **options,
+            )
+        report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
+        report.files = list(done.others)
+        return report
+    _check_options(shard_size, dtype, jobs, resume, in_place)
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
@@ -107,6 +149,15 @@ def _note_company(report: Report, results: list[Converted]) -> None:
         report.adapters[0].notes.append(
             "these adapters name different target_parameters: PEFT loads each of them alone, but not two on "
             "one model"
+        )
+
+
+def _check_options(*given: object) -> None:
+    names = ("shard_size", "dtype", "jobs", "resume", "in_place")
+    wrong = [name for name, value in zip(names, given, strict=True) if value]
+    if wrong:
+        raise BadInputError(
+            Finding("option", f"{' and '.join(wrong)}: only for checkpoints, and SRC is none")
         )
 
 

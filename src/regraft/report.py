@@ -48,12 +48,47 @@ class AdapterReport:
 
 
 @dataclass(slots=True)
+class CheckpointReport:
+    """What became of a checkpoint."""
+
+    source_layout: str
+    target_layout: str
+    evidence: list[str]
+    """Why it was taken for what it is."""
+    tensors_in: int = 0
+    tensors_out: int = 0
+    bytes: int = 0
+    """Of the weights files that were written."""
+    files: list[str] = field(default_factory=list)
+    """The weights files."""
+    others: list[str] = field(default_factory=list)
+    """Files beside the weights that were carried over."""
+    rules: dict[str, int] = field(default_factory=dict)
+    """How often every rule fired."""
+    carried: int = 0
+    """How many tensors are the same in both layouts."""
+    renamed: int = 0
+    """How many only got another name."""
+    casts: dict[str, int] = field(default_factory=dict)
+    """How many tensors were cast from what to what."""
+    config: list[str] = field(default_factory=list)
+    """What changed in ``config.json``."""
+    memory: int = 0
+    """The most memory it may take, in bytes, as announced before the work began."""
+    resumed: bool = False
+    """Whether a run before had done a part of it."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Report:
     """What a conversion did; ``to_dict`` gives plain data."""
 
     source: str
     destination: str
     adapters: list[AdapterReport] = field(default_factory=list)
+    checkpoint: CheckpointReport | None = None
+    """What became of a checkpoint, where that is what was converted."""
     files: list[str] = field(default_factory=list)
     """Other files that were carried over."""
     written: bool = True
@@ -66,7 +101,8 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What the user should know, of all adapters."""
-        return [note for adapter in self.adapters for note in adapter.notes]
+        notes = [note for adapter in self.adapters for note in adapter.notes]
+        return notes + (self.checkpoint.notes if self.checkpoint is not None else [])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -400,7 +400,7 @@ def test_the_wrong_base(adapter, tmp_path, field, value, key):
 
 
 def test_a_base_of_another_family(adapter):
-    with pytest.raises(regraft.BadInputError, match="its base is mixtral.*qwen3_moe"):
+    with pytest.raises(regraft.BadInputError, match=r"its base is mixtral.*qwen3_moe"):
         adapter.convert(model=GOLDEN / "bases/qwen3_moe")
     assert not adapter.new.exists()
 

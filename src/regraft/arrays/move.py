@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
+from regraft.arrays.transpose import copy_strided
 from regraft.equation.lower import Nest
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -32,6 +33,7 @@ def move(
     size = read.dtype.itemsize
     here = read[nest.source_offset + source_offset :]
     there = write[nest.target_offset + target_offset :]
-    as_strided(there, nest.sizes, [s * size for s in nest.target_strides])[...] = as_strided(
-        here, nest.sizes, [s * size for s in nest.source_strides], writeable=False
+    copy_strided(
+        as_strided(there, nest.sizes, [s * size for s in nest.target_strides]),
+        as_strided(here, nest.sizes, [s * size for s in nest.source_strides], writeable=False),
     )

@@ -26,6 +26,8 @@ regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, 
   regraft inspect my-lora                              what it is, and which layout it has
   regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
   regraft convert out back --to transformers-v4        and back again
+  regraft convert model out --to transformers-v5       the same for a whole checkpoint
+  regraft verify model out                             check it, bit for bit
 
   --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
   --dry-run       do everything but write
@@ -85,13 +87,14 @@ def _start(
 def convert(
     src: _Src,
     dst: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="DST",
             help="The folder to write. It appears whole or not at all.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    *,
     to: Annotated[
         str,
         typer.Option(
@@ -115,36 +118,92 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it exists.")
     ] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size",
+            metavar="SIZE",
+            help="Checkpoints: the size of a weights file, such as 200MB or 5GB. As SRC is sharded "
+            "where it is not given.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            metavar="[PATTERN=]DTYPE",
+            help="Checkpoints: cast floating-point tensors (bfloat16), or those whose names fit a "
+            "pattern (*.norm.weight=float32). May be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Checkpoints: how many workers. As many as there are cores where it is not given.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Checkpoints: continue what a run that died had begun."),
+    ] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
+        ),
+    ] = False,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
-    """Convert an adapter to another layout.
+    """Convert an adapter, or a whole checkpoint, to another layout.
 
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image.
     """
     _check_layout(to, "--to")
     if source is not None:
         _check_layout(source, "--from")
+    if shard_size is not None:
+        _check_size(shard_size)
+    if dst is None and not in_place:
+        raise typer.BadParameter("DST is missing", param_hint="DST")
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.api import convert
-        from regraft.cli.words import show_report
 
         with out.waiting() as progress:
             report = convert(
                 src,
-                dst,
+                src if dst is None else dst,
                 to=to,
                 model=model,
                 source=source,
                 overwrite=overwrite,
                 dry_run=dry_run,
+                shard_size=shard_size,
+                dtype=dtype,
+                jobs=jobs,
+                resume=resume,
+                in_place=in_place,
+                tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
         if json:
             out.data(report.to_dict())
+        elif report.checkpoint is not None and not quiet:
+            from regraft.cli.checkpoint_words import show_checkpoint
+
+            show_checkpoint(out, report, report.checkpoint)
         elif not quiet:
+            from regraft.cli.words import show_report
+
             show_report(out, report)
         return 0
 
@@ -176,6 +235,47 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
         return 0
 
     return job
+
+
+@app.command()
+def verify(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint: a folder or a file.")],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
+    ],
+    model: _Model = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
+    """Check that a checkpoint is another one in its own layout: every element, bit for bit.
+
+    Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.checkpoints.verify import verify
+        from regraft.cli.checkpoint_words import show_verification
+
+        with out.waiting() as progress:
+            result = verify(src, dst, model=model, progress=progress)
+        if json:
+            out.data(result.to_dict())
+        elif not quiet:
+            show_verification(out, result)
+        return 0 if result.equal else 4
+
+    return job
+
+
+def _check_size(text: str) -> None:
+    from regraft.checkpoints.sharding import parse_size
+    from regraft.errors import BadInputError
+
+    try:
+        parse_size(text)
+    except BadInputError as error:
+        raise typer.BadParameter(error.findings[0].message, param_hint="--shard-size") from None
 
 
 def _check_layout(name: str, option: str) -> None:

@@ -1,0 +1,187 @@
+"""Finding out which layout a checkpoint is in, and planning what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from regraft.equation.notation import ConfigPath, Term
+from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.names.keys import Group
+from regraft.plan.build import build_plan
+from regraft.plan.model import ModelConfig, Scope
+from regraft.plan.plan import Headers, Plan
+from regraft.rules.book import Book, Rule, books_for, library
+from regraft.rules.templates import match_group
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """What a checkpoint is."""
+
+    books: tuple[Book, ...]
+    scopes: dict[str, Scope]
+    layout: str | None
+    """``None`` where its names are the same in every layout."""
+    evidence: tuple[str, ...]
+
+
+def detect(
+    headers: Headers, model: ModelConfig | None, where: str, source: str | None = None
+) -> Detected:
+    """The rule books for a checkpoint and the layout its names are of.
+
+    Without a config, the names alone tell the book, where they do.
+
+    Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
+    and differ, ``BadInputError`` where names of two layouts stand together.
+    """
+    if model is not None:
+        books = tuple(books_for(model.model_types()))
+        if not books:
+            known = ", ".join(sorted({t for book in library() for t in book.model_types}))
+            message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"
+            raise UnmatchedKeysError(
+                Finding("unknown-model", message, where=model.path, fix="write a rule book for it")
+            )
+        scopes = {book.name: model.scope_of(book.model_types) for book in books}
+        told = f"the model is {', '.join(model.model_types())} ({model.path})"
+    else:
+        book = _book_by_names(headers, where)
+        books, scopes = (book,), {book.name: Scope()}
+        told = f"the names are those of {book.title.split(':')[0]}"
+    if source is not None:
+        return Detected(books, scopes, source, (told, "its layout was given"))
+    seen: dict[str, str] = {}
+    for book in books:
+        for layout, key in _evidence(book, headers.groups, scopes[book.name]):
+            seen.setdefault(layout, key)
+    if len(seen) > 1:
+        (one, key), (other, rival) = sorted(seen.items())[:2]
+        raise BadInputError(
+            Finding(
+                "mixed-layouts",
+                f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
+                where=where,
+                key=rival,
+                fix="keep the keys of one layout and remove the others",
+            )
+        )
+    for layout, key in seen.items():
+        return Detected(books, scopes, layout, (told, f"{key} is a name of {layout}"))
+    shaped = _by_shape(books, scopes, headers, where)
+    if shaped is not None:
+        layout, evidence = shaped
+        return Detected(books, scopes, layout, (told, evidence))
+    return Detected(books, scopes, None, (told, "all its names are the same in every layout"))
+
+
+def _by_shape(
+    books: Sequence[Book], scopes: dict[str, Scope], headers: Headers, where: str
+) -> tuple[str, str] | None:
+    """The layout that a shape tells, where a tensor has one name in both and not one shape."""
+    unclear: str | None = None
+    for book in books:
+        scope = scopes[book.name]
+        for rule in book.rules:
+            left, right = rule.equation.left, rule.equation.right
+            if len(left) == len(right) == 1 and left[0].dims == right[0].dims:
+                continue
+            for group in headers.groups:
+                keys = [side[0].key for side in (left, right)]
+                if not scope.admits(group.template) or not all(
+                    key is not None and match_group(key, group) for key in keys
+                ):
+                    continue
+                shape = headers.shapes[int(group.ids[0])]
+                sides = ((book.left, left[0]), (book.right, right[0]))
+                fits = [name for name, term in sides if _fits(rule, term, shape, scope)]
+                if len(fits) == 1:
+                    return fits[0], f"{group.name(0)} has the shape {list(shape)}, as in {fits[0]}"
+                unclear = unclear or group.name(0)
+    if unclear is not None:
+        raise AmbiguousError(
+            Finding(
+                "which-layout",
+                "its name is the same in both layouts, and its shape fits both, or neither",
+                where=where,
+                key=unclear,
+                fix="say with --from which layout it is in",
+            )
+        )
+    return None
+
+
+def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
+    try:
+        solve_sizes(
+            rule.equation,
+            [(term, shape)],
+            lookup=lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
+        )
+    except UnknownSizeError:
+        return True
+    except SizeError:
+        return False
+    return True
+
+
+def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Plan | None:
+    """The plan to a layout; ``None`` where the checkpoint is in it already.
+
+    Raises what `build_plan` raises.
+    """
+    if known.layout == target:
+        return None
+    return build_plan(headers, known.books, target_layout=target, scopes=known.scopes, where=where)
+
+
+def _evidence(book: Book, groups: Sequence[Group], scope: Scope) -> list[tuple[str, str]]:
+    sides = (
+        (book.left, [t.key for r in book.rules for t in r.equation.left if t.key is not None]),
+        (book.right, [t.key for r in book.rules for t in r.equation.right if t.key is not None]),
+    )
+    found = []
+    for group in groups:
+        if not scope.admits(group.template):
+            continue
+        hits = [name for name, keys in sides if any(match_group(k, group) for k in keys)]
+        if len(hits) == 1:
+            found.append((hits[0], group.name(0)))
+    return found
+
+
+def _book_by_names(headers: Headers, where: str) -> Book:
+    outcomes: dict[object, Book] = {}
+    for book in library():
+        evidence = _evidence(book, headers.groups, Scope())
+        if not evidence:
+            continue
+        layout = evidence[0][0]
+        target = book.right if layout == book.left else book.left
+        try:
+            plan = build_plan(headers, [book], target_layout=target, where=where)
+        except RegraftError:
+            continue
+        outcomes.setdefault(frozenset(g.template for g in plan.targets()), book)
+    if not outcomes:
+        raise UnmatchedKeysError(
+            Finding(
+                "model-needed",
+                "there is no config.json, and the names do not tell which model this is",
+                where=where,
+                fix="give the model with --model (its folder or its config.json)",
+            )
+        )
+    if len(outcomes) > 1:
+        names = ", ".join(book.name for book in outcomes.values())
+        raise AmbiguousError(
+            Finding(
+                "which-model",
+                f"the names fit models whose layouts differ: {names}",
+                where=where,
+                fix="give the model with --model (its folder or its config.json)",
+            )
+        )
+    return next(iter(outcomes.values()))

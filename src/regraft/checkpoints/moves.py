@@ -1,0 +1,280 @@
+"""What a plan moves, in columns: contiguous runs of bytes, and strided blocks.
+
+The bytes reader of a plan. It knows where every tensor's bytes are and what the plan says, and
+nothing of rules or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from regraft.checkpoints.source import Tensors
+from regraft.equation.lower import Copy, Nest, nest_of, strides_of
+from regraft.errors import Finding, RefusedError
+from regraft.files.dtypes import DTYPES
+from regraft.names.keys import Group, Ints
+from regraft.plan.plan import Entry, Plan, index_grid, walk
+
+LONG_RUN = 1 << 16
+"""Runs of so many bytes are worth a system call each; shorter ones are gathered in memory."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """Contiguous runs, one a row. Bytes are counted in the source's type."""
+
+    sources: Ints
+    """Rows of the source's tensors."""
+    source_at: Ints
+    """Bytes from the tensor's start."""
+    targets: Ints
+    target_at: Ints
+    sizes: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Strided:
+    """One loop nest at many places. Sizes and strides count elements, offsets bytes of the source's type."""
+
+    sizes: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    sources: Ints
+    source_at: Ints
+    targets: Ints
+    target_at: Ints
+
+
+@dataclass(slots=True, eq=False)
+class Moves:
+    """The result's tensors, and what they are made of."""
+
+    names: list[str] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    runs: list[Runs] = field(default_factory=list)
+    strided: list[Strided] = field(default_factory=list)
+    first: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """For every target the first of its sources: the one that stands first in the source's files."""
+    dtypes: list[str] = field(default_factory=list)
+    sizes: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """In bytes of the source's type."""
+    whole: bool = True
+    """Whether every target is one source's bytes."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """For every tensor that stays whole and is renamed, its new name."""
+
+    def add(self, names: Iterable[str], shape: tuple[int, ...], count: int) -> int:
+        """Add targets of one shape; the number of the first."""
+        at = len(self.names)
+        self.names += names
+        self.shapes += [shape] * count
+        return at
+
+    def add_whole(self, names: Sequence[str], ids: Ints, tensors: Tensors) -> None:
+        """Add targets that are sources as they are."""
+        at = len(self.names)
+        self.names += names
+        self.shapes += [tensors.shapes[i] for i in ids.tolist()]
+        none = np.zeros(len(ids), dtype=np.int64)
+        targets = at + np.arange(len(ids), dtype=np.int64)
+        self.runs.append(Runs(ids, none, targets, none, tensors.sizes[ids]))
+        for i, name in zip(ids.tolist(), names, strict=True):
+            if tensors.names[i] != name:
+                self.kept[tensors.names[i]] = name
+
+
+def identity(tensors: Tensors) -> Moves:
+    """Every tensor as it is."""
+    moves = Moves()
+    moves.add_whole(tensors.names, np.arange(len(tensors), dtype=np.int64), tensors)
+    return finish(moves, tensors)
+
+
+def moves_of(plan: Plan, tensors: Tensors) -> Moves:
+    """What a plan moves; not finished, so that more can be added.
+
+    Rows beyond the tensors stand for weights whose bytes are in other tensors.
+
+    Raises ``RefusedError`` where tensors of packed elements would be cut or joined.
+    """
+    moves = Moves()
+    findings: list[Finding] = []
+    for entry in plan.entries:
+        if is_whole(entry):
+            ids = entry.sources[0].reshape(-1)
+            moves.add_whole(*_real(entry.keys(entry.written[0]), ids, tensors), tensors)
+        else:
+            findings += _check_packed(entry, tensors)
+            if not findings:
+                keys = [entry.keys(term) for term in entry.written]
+                add_entry(moves, entry, keys, entry.copies, entry.sizes, entry.sources, tensors)
+    if findings:
+        raise RefusedError(findings)
+    for carried in plan.carried:
+        moves.add_whole(*_real(carried.group, carried.group.ids, tensors), tensors)
+    return moves
+
+
+def _real(keys: Group, ids: Ints, tensors: Tensors) -> tuple[list[str], Ints]:
+    real = ids < len(tensors)
+    return (keys if real.all() else keys.take(real)).names(), ids[real]
+
+
+def is_whole(entry: Entry) -> bool:
+    """Whether an entry only renames."""
+    if len(entry.read) != 1 or len(entry.written) != 1:
+        return False
+    return entry.read[0].dims == entry.written[0].dims
+
+
+def add_entry(
+    moves: Moves,
+    entry: Entry,
+    keys: Sequence[Group],
+    copies: Sequence[Copy],
+    sizes: dict[str, int],
+    sources: Sequence[Ints],
+    tensors: Tensors,
+) -> None:
+    """Add what an entry makes; ``sizes`` and ``copies`` may be those of another grid than its own."""
+    entry = replace(entry, sizes=sizes, copies=tuple(copies))
+    loops = np.arange(len(entry), dtype=np.int64)[:, None]
+    moves.whole = False
+    bases, slots = [], []
+    for term, group in zip(entry.written, keys, strict=True):
+        bases.append(moves.add(group.names(), entry.shape(term), len(group)))
+        slots.append(len(group) // len(entry))
+    for copy in entry.copies:
+        shapes = (
+            entry.flat_shape(entry.read[copy.source]),
+            entry.flat_shape(entry.written[copy.target]),
+        )
+        axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
+        from_slots, from_dims = walk(entry, copy, axes, False)
+        to_slots, to_dims = walk(entry, copy, axes, True)
+        from_at = np.array(strides_of(shapes[0]), dtype=np.int64) @ from_dims
+        to_at = np.array(strides_of(shapes[1]), dtype=np.int64) @ to_dims
+        ids = sources[copy.source].reshape(len(entry), -1)[:, from_slots]
+        targets = bases[copy.target] + loops * slots[copy.target] + to_slots[None, :]
+        rows = (ids.reshape(-1), np.tile(from_at, len(entry)), targets.reshape(-1))
+        _add_nest(moves, nest_of(copy, *shapes), *rows, np.tile(to_at, len(entry)), tensors)
+
+
+def _add_nest(
+    moves: Moves,
+    nest: Nest,
+    ids: Ints,
+    from_at: Ints,
+    targets: Ints,
+    to_at: Ints,
+    tensors: Tensors,
+) -> None:
+    bits = {dtype: DTYPES[dtype].bits for dtype in set(tensors.dtypes)}
+    items = np.array([bits[tensors.dtypes[i]] // 8 for i in ids.tolist()], dtype=np.int64)
+    source_at = (from_at + nest.source_offset) * items
+    target_at = (to_at + nest.target_offset) * items
+    if 0 in nest.sizes:
+        return
+    run, outer = 1, len(nest.sizes)
+    if outer and nest.source_strides[-1] == nest.target_strides[-1] == 1:
+        run, outer = nest.sizes[-1], outer - 1
+    if outer == 0:
+        moves.runs.append(Runs(ids, source_at, targets, target_at, run * items))
+        return
+    if run * int(items.max(initial=1)) < LONG_RUN:
+        strides = nest.source_strides, nest.target_strides
+        moves.strided.append(Strided(nest.sizes, *strides, ids, source_at, targets, target_at))
+        return
+    grid = index_grid(nest.sizes[:outer])
+    steps: list[Ints] = [
+        np.array(strides[:outer], dtype=np.int64) @ grid
+        for strides in (nest.source_strides, nest.target_strides)
+    ]
+    points = grid.shape[1]
+    ids, source_at, targets, target_at, items = (
+        np.repeat(column, points) for column in (ids, source_at, targets, target_at, items)
+    )
+    rows = len(ids) // points
+    moves.runs.append(
+        Runs(
+            ids,
+            source_at + np.tile(steps[0], rows) * items,
+            targets,
+            target_at + np.tile(steps[1], rows) * items,
+            run * items,
+        )
+    )
+
+
+def finish(moves: Moves, tensors: Tensors) -> Moves:
+    """Work out dtypes, sizes and the first source of every target.
+
+    Raises ``RefusedError`` where tensors of several dtypes would become one.
+    """
+    codes = {dtype: code for code, dtype in enumerate(dict.fromkeys(tensors.dtypes))}
+    of_source = np.array([codes[dtype] for dtype in tensors.dtypes], dtype=np.int64)
+    place = np.empty(len(tensors), dtype=np.int64)
+    order = np.lexsort((tensors.starts, tensors.files))
+    place[order] = np.arange(len(tensors))
+    count = len(moves.names)
+    first = np.full(count, len(tensors), dtype=np.int64)
+    low = np.full(count, len(codes), dtype=np.int64)
+    high = np.full(count, -1, dtype=np.int64)
+    parts: list[Runs | Strided] = [*moves.runs, *moves.strided]
+    for part in parts:
+        np.minimum.at(first, part.targets, place[part.sources])
+        np.minimum.at(low, part.targets, of_source[part.sources])
+        np.maximum.at(high, part.targets, of_source[part.sources])
+    mixed = np.flatnonzero((low != high) & (high >= 0))
+    names = list(codes)
+    if len(mixed):
+        raise RefusedError(
+            Finding(
+                "dtype",
+                f"tensors of {names[int(low[i])]} and {names[int(high[i])]} would become this one",
+                key=moves.names[int(i)],
+                fix="cast them to one dtype first",
+            )
+            for i in mixed[:20].tolist()
+        )
+    empty = first == len(tensors)
+    if empty.any():
+        low[empty] = 0
+        first[empty] = 0
+    moves.first = order[first]
+    moves.dtypes = [names[code] for code in low.tolist()]
+    moves.sizes = np.array(
+        [size_of(d, s) for d, s in zip(moves.dtypes, moves.shapes, strict=True)], dtype=np.int64
+    )
+    return moves
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """How many bytes a tensor has."""
+    count = DTYPES[dtype].bits
+    for size in shape:
+        count *= size
+    return count // 8
+
+
+def _check_packed(entry: Entry, tensors: Tensors) -> list[Finding]:
+    used = {int(i) for ids in entry.sources for i in ids.reshape(-1)[:1]}
+    if any(i >= len(tensors) for i in used):
+        key = entry.keys(entry.written[0]).name(0)
+        message = "it is packed, and its weight would be cut or joined"
+        fix = "convert the model before it is quantised"
+        return [Finding("packed", message, key=key, rule=str(entry.rule), fix=fix)]
+    return [
+        Finding(
+            "packed",
+            f"its elements are packed ({tensors.dtypes[i]}), and it would be cut or joined",
+            key=tensors.names[i],
+            rule=str(entry.rule),
+            fix="convert the model before it is quantised",
+        )
+        for i in used
+        if DTYPES[tensors.dtypes[i]].bits % 8
+    ]

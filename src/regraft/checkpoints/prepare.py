@@ -1,0 +1,143 @@
+"""From a checkpoint and a layout to everything that is known before a byte is moved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import regraft
+from regraft.adapters.detect import load_model
+from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
+from regraft.checkpoints.companions import add_companions, find_companions
+from regraft.checkpoints.config import convert_config as rename_fields
+from regraft.checkpoints.detect import Detected, detect, make_plan
+from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
+from regraft.checkpoints.sharding import Layout, lay_out
+from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
+from regraft.checkpoints.units import UNIT
+from regraft.files.folder import load_json
+from regraft.plan.model import ModelConfig
+from regraft.plan.plan import Plan
+from regraft.report import CheckpointReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A conversion that is ready to be carried out."""
+
+    source: Source
+    known: Detected
+    plan: Plan | None
+    """``None`` where the checkpoint is in the layout already."""
+    moves: Moves
+    dtypes: list[str]
+    """Those to write, target by target."""
+    layout: Layout
+    config: bytes | None
+    report: CheckpointReport
+
+    def job(self) -> bytes:
+        """What identifies the work: the same job makes the same bytes."""
+        digest = hashlib.sha256()
+        parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
+        for part in parts:
+            for field in fields(part):
+                value = getattr(part, field.name)
+                digest.update(
+                    value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+                )
+        for file in self.layout.files:
+            digest.update(file.head)
+        files = [(str(f.path.resolve()), f.size, f.changed) for f in self.source.files]
+        out = [(file.name, file.size) for file in self.layout.files]
+        return json.dumps(
+            [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1
+        ).encode()
+
+
+def prepare(
+    path: Path,
+    to: str | None,
+    *,
+    model: Path | None = None,
+    source_layout: str | None = None,
+    shard_size: int | None = None,
+    casts: Sequence[Cast] = (),
+) -> Prepared:
+    """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
+
+    Raises what opening, detecting and planning raise.
+    """
+    source = open_checkpoint(path)
+    config = model_of(source, model)
+    tensors = source.tensors
+    companions = find_companions(source, config.data if config is not None else None)
+    headers = companions.headers
+    known = detect(headers, config, source.where, source_layout)
+    plan = make_plan(headers, known, to, source.where) if to is not None else None
+    if plan is None:
+        moves = identity(tensors)
+        kept = frozenset(tensors.names[row] for row in companions.rows())
+    else:
+        moves = moves_of(plan, tensors)
+        count = len(moves.names)
+        add_companions(moves, plan, companions, source)
+        kept = frozenset(moves.names[count:])
+        moves = finish(moves, tensors)
+    dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
+    layout = lay_out(source, moves, dtypes, shard_size)
+    report = CheckpointReport(
+        known.layout or to or "",
+        to or known.layout or "",
+        list(known.evidence),
+        tensors_in=len(tensors),
+        tensors_out=len(moves.names),
+        bytes=layout.size,
+        files=[file.name for file in layout.files],
+        others=[str(path) for path in source.others],
+        rules=plan.fired() if plan is not None else {},
+        carried=sum(len(c.group) for c in plan.carried) if plan is not None else len(tensors),
+        renamed=len(moves.kept),
+        casts=changed,
+    )
+    text = _convert_config(source, known, to, casts, report) if to is not None else None
+    if source.left_out:
+        report.notes.append(
+            "left out, because they hold weights in another form or lie elsewhere: "
+            + ", ".join(source.left_out)
+        )
+    return Prepared(source, known, plan, moves, dtypes, layout, text, report)
+
+
+def model_of(source: Source, model: Path | None) -> ModelConfig | None:
+    """The config of the model: the one that was given, or the one beside the weights."""
+    if model is not None:
+        return load_model(model)
+    return load_model(source.config) if source.config is not None else None
+
+
+def _convert_config(
+    source: Source, known: Detected, to: str, casts: Sequence[Cast], report: CheckpointReport
+) -> bytes | None:
+    if source.config is None:
+        return None
+    config: dict[str, Any] = load_json(source.config)
+    changes: list[str] = []
+    if known.layout != to:
+        config, changes = rename_fields(config, to)
+    whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
+    for name in ("dtype", "torch_dtype"):
+        if whole is not None and config.get(name) not in (None, TORCH[whole.dtype]):
+            config[name] = TORCH[whole.dtype]
+            changes.append(f"{name} is now {config[name]}")
+    report.config = changes
+    if not changes:
+        return source.config.read_bytes()
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+__all__ = ["CONFIG", "Prepared", "prepare"]

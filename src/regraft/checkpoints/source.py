@@ -1,0 +1,337 @@
+"""Opening a checkpoint: where every tensor's bytes are, from headers alone.
+
+A checkpoint is one ``.safetensors`` file, or a folder with one, or with shards and an index, and
+with a config, a tokenizer and other files beside them. A file that ``torch.save`` wrote
+(``pytorch_model.bin``) is read too. Source of the names: ``save_pretrained`` of transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.files.dtypes import DTYPES
+from regraft.files.folder import load_json
+from regraft.files.header import TensorInfo, read_header
+from regraft.names.keys import Ints
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
+_ADAPTER = "adapter_config.json"
+# The same weights in another form: carried over, they would be in the old layout beside the new one.
+_OTHER_WEIGHTS = re.compile(
+    r"(.*\.(bin|pt|pth|ckpt|msgpack|h5|gguf|onnx|safetensors)(\.index\.json)?)$"
+)
+_MAX_INDEX_BYTES = 100_000_000
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a checkpoint, as it was when its header was read."""
+
+    path: Path
+    name: str
+    size: int
+    """In bytes."""
+    changed: int
+    """Its modification time, in nanoseconds."""
+    metadata: Mapping[str, str]
+    data_start: int
+    """Where the data begins; 0 where there is no such place."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensors:
+    """All tensors of a checkpoint, in columns; row i is the tensor ``names[i]``."""
+
+    names: list[str]
+    dtypes: list[str]
+    """The format's names, such as ``BF16``."""
+    shapes: list[tuple[int, ...]]
+    """In elements."""
+    files: Ints
+    """The number of the file."""
+    starts: Ints
+    """Where the bytes begin, from the start of the file."""
+    sizes: Ints
+    """In bytes."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to read."""
+
+    where: str
+    root: Path
+    """The folder that its files are in."""
+    files: tuple[File, ...]
+    tensors: Tensors
+    config: Path | None
+    """Its ``config.json``."""
+    index: Mapping[str, Any] | None
+    """The index's metadata; ``None`` where there is no index."""
+    others: tuple[Path, ...]
+    """Files to carry over, relative to the folder."""
+    left_out: tuple[str, ...] = field(default=())
+    """Weights in other forms that stay behind."""
+
+    @property
+    def is_bin(self) -> bool:
+        """Whether torch wrote it."""
+        return self.files[0].path.suffix == ".bin"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path looks like a checkpoint, and not like an adapter."""
+    if path.is_file():
+        if path.name.startswith("adapter_model") or (path.parent / _ADAPTER).is_file():
+            return False
+        return path.suffix in (".safetensors", ".bin")
+    if (path / _ADAPTER).is_file() or any(path.glob("adapter_model*")):
+        return False
+    if any((path / name).is_file() for name in (INDEX, SINGLE, _BIN, _BIN_INDEX)):
+        return True
+    if not path.is_dir() or any(path.rglob(_ADAPTER)):
+        return False
+    return any(path.glob("*.safetensors")) or (path / CONFIG).is_file()
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Read the headers of a checkpoint; everything that is wrong with them is reported together.
+
+    Reads headers and the index, never the data.
+
+    Raises ``BadInputError``.
+    """
+    index: _Index | None = None
+    others: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
+    if path.is_file():
+        found = [path]
+        root = path.parent
+        config = root / CONFIG if (root / CONFIG).is_file() else None
+    else:
+        root = path
+        if not path.is_dir():
+            raise BadInputError(
+                Finding("not-found", "there is no such file or folder", where=str(path))
+            )
+        index = _find_index(root)
+        weights = _list_shards(root, index)
+        found = [root / name for name in weights]
+        config = root / CONFIG if (root / CONFIG).is_file() else None
+        others, left_out = _list_others(root, weights)
+    findings = _check_links(root, [*found, *(root / other for other in others)])
+    files: list[File] = []
+    parts: list[tuple[Mapping[str, TensorInfo], int]] = []
+    for file in found:
+        try:
+            opened, tensors = _open_file(file)
+        except RegraftError as error:
+            findings += error.findings
+            continue
+        files.append(opened)
+        parts.append((tensors, opened.data_start))
+    if not findings:
+        findings += _check_names(root, files, [part for part, _ in parts], index)
+    if findings:
+        raise BadInputError(findings)
+    metadata = index.metadata if index is not None else None
+    return Source(
+        str(path), root, tuple(files), _columns(parts), config, metadata, others, left_out
+    )
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] = {}
+    path: str = ""
+
+
+def _find_index(root: Path) -> _Index | None:
+    file = next((root / n for n in (INDEX, _BIN_INDEX) if (root / n).is_file()), None)
+    if file is None or (file.name == _BIN_INDEX and (root / SINGLE).is_file()):
+        return None
+    where = str(file)
+    data = load_json(file)
+    names = data.get("weight_map")
+    metadata = data.get("metadata", {})
+    if not isinstance(names, dict) or not names or not isinstance(metadata, dict):
+        message = "its weight_map must be a table of tensors and the files that they are in"
+        raise BadInputError(Finding("index", message, where=where, fix="save the model again"))
+    findings = []
+    for shard in dict.fromkeys(str(s) if isinstance(s, str) else repr(s) for s in names.values()):
+        if not _is_plain(shard):
+            findings.append(
+                Finding(
+                    "index",
+                    f"it names {shard[:200]!r}, and a shard must be a file of this folder",
+                    where=where,
+                    fix="correct weight_map, or download the index again",
+                )
+            )
+    if findings:
+        raise BadInputError(findings[:_SHOWN])
+    return _Index(names, metadata, where)
+
+
+def _is_plain(name: str) -> bool:
+    return (
+        bool(name)
+        and name not in (".", "..")
+        and not set("/\\\0") & set(name)
+        and Path(name).suffix in (".safetensors", ".bin")
+    )
+
+
+def _list_shards(root: Path, index: _Index | None) -> list[str]:
+    if index is not None:
+        return sorted(set(index.weight_map.values()))
+    for name in (SINGLE, _BIN):
+        if (root / name).is_file():
+            return [name]
+    names = sorted(path.name for path in root.glob("*.safetensors"))
+    if len(names) == 1:
+        return names
+    if not names:
+        message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
+        raise BadInputError(Finding("no-weights", message, where=str(root)))
+    parts = [_SHARD.fullmatch(name) for name in names]
+    wholes = {(m[1], m[3]) for m in parts if m}
+    if all(parts) and len(wholes) == 1 and len(names) == int(next(iter(wholes))[1]):
+        return names
+    message = f"there are {len(names)} weight files and no {INDEX} that says which belong together"
+    fix = "download the index, or keep the files of one model"
+    raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
+
+
+def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    own = {*weights, INDEX, _BIN_INDEX, CONFIG}
+    others, left_out = [], []
+    for folder, names, files in os.walk(root):
+        inside = Path(folder).relative_to(root)
+        names[:] = sorted(n for n in names if n not in (".git", ".cache", "__pycache__"))
+        for name in sorted(files):
+            at_top = inside == Path()
+            if at_top and name in own:
+                continue
+            if at_top and _OTHER_WEIGHTS.fullmatch(name):
+                left_out.append(name)
+            else:
+                others.append(inside / name)
+        for name in list(names):
+            if (Path(folder) / name).is_symlink():
+                names.remove(name)
+                left_out.append(str(inside / name))
+    return tuple(others), tuple(left_out)
+
+
+def _check_links(root: Path, paths: Iterable[Path]) -> list[Finding]:
+    """Links that lead out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
+    home = root.resolve()
+    allowed = (home, home.parent.parent / "blobs")
+    return [
+        Finding(
+            "link-outside",
+            f"it is a link that leads out of the folder, to {path.resolve()}",
+            where=str(path),
+            fix="replace the link with the file, if it is what you expect",
+        )
+        for path in paths
+        if path.is_symlink() and not any(path.resolve().is_relative_to(p) for p in allowed)
+    ]
+
+
+def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
+    if path.suffix == ".bin":
+        from regraft.checkpoints.torch_zip import read_zip
+
+        tensors: Mapping[str, TensorInfo] = read_zip(path)
+        metadata: Mapping[str, str] = {"format": "pt"}
+        data_start = 0
+    else:
+        header = read_header(path)
+        tensors, metadata, data_start = header.tensors, header.metadata, header.data_start
+    status = path.stat()
+    file = File(path, path.name, status.st_size, status.st_mtime_ns, metadata, data_start)
+    return file, tensors
+
+
+def _check_names(
+    root: Path,
+    files: list[File],
+    parts: list[Mapping[str, TensorInfo]],
+    index: _Index | None,
+) -> list[Finding]:
+    findings: list[Finding] = []
+    seen: dict[str, str] = {}
+    for file, tensors in zip(files, parts, strict=True):
+        if not seen.keys().isdisjoint(tensors):
+            name = next(name for name in tensors if name in seen)
+            findings.append(
+                Finding(
+                    "duplicate-key",
+                    f"the tensor is in {seen[name]} as well, and which is meant is unclear",
+                    where=str(file.path),
+                    key=name,
+                    fix="remove one of them",
+                )
+            )
+        seen.update(dict.fromkeys(tensors, file.name))
+    if not seen and not findings:
+        findings.append(Finding("empty", "the checkpoint has no tensors", where=str(root)))
+    if index is not None and seen != index.weight_map:
+        listed = index.weight_map
+        wrong = [(name, shard) for name, shard in listed.items() if seen.get(name) != shard]
+        unlisted = [name for name in seen if name not in listed]
+        for name, shard in wrong[:_SHOWN]:
+            more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+            message = f"the index says that it is in {shard}, and it is not{more}"
+            findings.append(
+                Finding("index", message, where=index.path, key=name, fix="download it again")
+            )
+        if unlisted:
+            more = f" (and {len(unlisted) - 1} more like it)" if len(unlisted) > 1 else ""
+            message = f"it is in {seen[unlisted[0]]}, and the index does not list it{more}"
+            fix = "list it in the index, or remove it from the file"
+            findings.append(Finding("index", message, where=index.path, key=unlisted[0], fix=fix))
+    return findings
+
+
+def _columns(parts: list[tuple[Mapping[str, TensorInfo], int]]) -> Tensors:
+    names = [name for tensors, _ in parts for name in tensors]
+    infos = [info for tensors, _ in parts for info in tensors.values()]
+    count = len(infos)
+    counts = np.array([len(tensors) for tensors, _ in parts], dtype=np.int64)
+    files = np.repeat(np.arange(len(parts), dtype=np.int64), counts)
+    starts = np.fromiter((info.start for info in infos), np.int64, count)
+    ends = np.fromiter((info.end for info in infos), np.int64, count)
+    base = np.array([start for _, start in parts], dtype=np.int64)
+    return Tensors(
+        names,
+        [info.dtype for info in infos],
+        [info.shape for info in infos],
+        files,
+        starts + base[files],
+        ends - starts,
+    )
+
+
+def item_bits(dtype: str) -> int:
+    """The size of one element of a type, in bits."""
+    return DTYPES[dtype].bits

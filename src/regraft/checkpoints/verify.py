@@ -1,0 +1,208 @@
+"""Checking that a checkpoint is another one in a different layout, bit for bit, without holding either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regraft.checkpoints.companions import find_companions
+from regraft.checkpoints.detect import detect
+from regraft.checkpoints.engine import changed, open_source
+from regraft.checkpoints.prepare import Prepared, model_of, prepare
+from regraft.checkpoints.sharding import OutFile
+from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.checkpoints.tiles import Mover, read_into
+from regraft.checkpoints.units import Cutter, Run
+from regraft.errors import Finding
+
+_BUFFER = 4 << 20
+_SHOWN = 50
+
+
+@dataclass(slots=True)
+class Verification:
+    """What comparing two checkpoints found."""
+
+    source: str
+    destination: str
+    source_layout: str
+    target_layout: str
+    tensors: int = 0
+    """How many of the second were compared."""
+    bytes: int = 0
+    """How many bytes were compared."""
+    differences: list[Finding] = field(default_factory=list)
+    """Tensors that are missing, too many, or differ."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every element of the one is in the other, at its place and nowhere else."""
+        return not self.differences
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        data = asdict(self)
+        data["equal"] = self.equal
+        data["differences"] = [finding.to_dict() for finding in self.differences]
+        return data
+
+
+def verify(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Check that ``dst`` is ``src`` in its own layout: every element accounted for, and no bit changed.
+
+    Raises ``BadInputError`` and its kin where one of the two cannot be read or planned.
+    """
+    told = Path(model) if model is not None else None
+    other = open_checkpoint(Path(dst))
+    config = model_of(other, told) or model_of(open_checkpoint(Path(src)), None)
+    target = detect(
+        find_companions(other, config.data if config is not None else None).headers,
+        config,
+        other.where,
+    ).layout
+    first = prepare(Path(src), target, model=told)
+    layouts = first.report.source_layout, first.report.target_layout
+    result = Verification(str(src), str(dst), *layouts)
+    same = _compare_names(first, other, result)
+    _Comparison(first, other, result, progress).run(same)
+    return result
+
+
+def _compare_names(ready: Prepared, other: Source, result: Verification) -> dict[int, int]:
+    """The targets that are there with their shape and type: target to row in the other."""
+    rows = {name: row for row, name in enumerate(other.tensors.names)}
+    same: dict[int, int] = {}
+    for target, name in enumerate(ready.moves.names):
+        row = rows.pop(name, None)
+        if row is None:
+            result.differences.append(
+                Finding("missing", "it is not there", where=result.destination, key=name)
+            )
+            continue
+        for what, expected, found in (
+            ("shape", list(ready.moves.shapes[target]), list(other.tensors.shapes[row])),
+            ("dtype", ready.dtypes[target], other.tensors.dtypes[row]),
+        ):
+            if expected != found:
+                message = f"its {what} is {found}, and {expected} was expected"
+                result.differences.append(
+                    Finding(what, message, where=result.destination, key=name)
+                )
+                break
+        else:
+            same[target] = row
+    result.differences += [
+        Finding("extra", "nothing in the source leads to it", where=result.destination, key=name)
+        for name in rows
+    ]
+    return same
+
+
+class _Comparison:
+    def __init__(
+        self,
+        ready: Prepared,
+        other: Source,
+        result: Verification,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self.ready, self.other, self.result, self.progress = ready, other, result, progress
+        self.mover = Mover(_BUFFER)
+        self.second = np.empty(_BUFFER, np.uint8)
+        self.open: dict[int, int] = {}
+        self.wrong: dict[int, int] = {}
+
+    def run(self, same: dict[int, int]) -> None:
+        """Compare the bytes of targets with rows of the other checkpoint."""
+        cutter = Cutter(self.ready.moves, self.ready.dtypes, self.ready.source.tensors)
+        total = int(self.other.tensors.sizes.sum())
+        by_file: dict[int, list[int]] = {}
+        for target, row in same.items():
+            by_file.setdefault(int(self.other.tensors.files[row]), []).append(target)
+        for number, targets in sorted(by_file.items()):
+            file = self.other.files[number]
+            rows = [same[target] for target in targets]
+            starts = self.other.tensors.starts[rows]
+            order = np.argsort(starts, kind="stable")
+            out = OutFile(file.name, b"", np.array(targets)[order], starts[order], file.size)
+            there = open_source(file)
+            try:
+                for unit in cutter.units(out):
+                    for op in unit:
+                        if isinstance(op, Run):
+                            self._run(op, there, out)
+                        else:
+                            self._block(op[0], op[1], there, out)
+                    if self.progress is not None:
+                        self.progress(file.name, self.result.bytes, total)
+            except EOFError:
+                raise changed(file.path, "it ended early") from None
+            finally:
+                os.close(there)
+                for opened in self.open.values():
+                    os.close(opened)
+                self.open.clear()
+            self.result.tensors += len(targets)
+        for target, count in list(self.wrong.items())[:_SHOWN]:
+            message = f"{count} of its {int(self.ready.moves.sizes[target])} bytes differ"
+            self.result.differences.append(
+                Finding(
+                    "differs",
+                    message,
+                    where=self.result.destination,
+                    key=self.ready.moves.names[target],
+                )
+            )
+        if len(self.wrong) > _SHOWN:
+            message = f"{len(self.wrong) - _SHOWN} more tensors differ"
+            self.result.differences.append(Finding("differs", message))
+
+    def source(self, number: int) -> int:
+        if number not in self.open:
+            if len(self.open) > 32:
+                os.close(self.open.pop(next(iter(self.open))))
+            self.open[number] = open_source(self.ready.source.files[number])
+        return self.open[number]
+
+    def _run(self, op: Run, there: int, out: OutFile) -> None:
+        here = self.source(op.file)
+        first = self.mover.buffers()[0]
+        for at in range(0, op.size, _BUFFER):
+            size = min(_BUFFER, op.size - at)
+            read_into(here, first[:size].data, op.source_at + at)
+            read_into(there, self.second[:size].data, op.target_at + at)
+            self._note(first[:size], self.second[:size], op.target_at + at, out)
+
+    def _block(self, number: int, block: Any, there: int, out: OutFile) -> None:
+        item = block.written.itemsize
+        for side, data, at in self.mover.tiles(block, self.source(number), there):
+            size = side.span * item
+            for part, start in enumerate(side.segments):
+                found = self.second[:size]
+                read_into(there, found.data, at + start * item)
+                self._note(data[part * size : (part + 1) * size], found, at + start * item, out)
+
+    def _note(self, expected: Any, found: Any, at: int, out: OutFile) -> None:
+        self.result.bytes += len(found)
+        if np.array_equal(expected, found):
+            return
+        for place in np.flatnonzero(expected != found).tolist():
+            row = int(np.searchsorted(out.starts, at + place, side="right")) - 1
+            while self.ready.moves.sizes[out.targets[row]] == 0:
+                row -= 1
+            target = int(out.targets[row])
+            self.wrong[target] = self.wrong.get(target, 0) + 1
+
+
+__all__ = ["Verification", "verify"]

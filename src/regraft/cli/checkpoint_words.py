@@ -1,0 +1,76 @@
+"""Reports on checkpoints in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from regraft.cli.output import Output, visible
+from regraft.report import CheckpointReport, Report
+
+if TYPE_CHECKING:
+    from regraft.checkpoints.verify import Verification
+
+_GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
+_SHOWN = 50
+
+
+def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
+    """What became of a checkpoint."""
+    name = visible(Path(report.source).name or report.source)
+    layouts = f": {checkpoint.source_layout} -> {checkpoint.target_layout}"
+    out.show(Text.assemble((name, _NAME), layouts))
+    for line in checkpoint.evidence:
+        out.show(Text(f"  {visible(line)}", _FAINT))
+    for rule, times in checkpoint.rules.items():
+        if times:
+            out.show(Text(f"  {visible(rule)}: {times} times"))
+    summary = Text(
+        f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
+        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
+        f"{size_of(checkpoint.bytes)}; "
+    )
+    if checkpoint.casts:
+        casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
+        summary.append(f"cast: {casts}", _WARNING)
+    else:
+        summary.append("every number is the source's own, bit for bit", _GOOD)
+    out.show(summary)
+    for change in checkpoint.config:
+        out.show(Text(f"config.json: {visible(change)}"))
+    if report.files:
+        out.show(Text(f"Files carried over: {', '.join(map(visible, report.files[:6]))}"))
+    if checkpoint.resumed:
+        out.show(Text("Continued what a run before had begun."))
+    for note in checkpoint.notes:
+        out.show(Text.assemble(("Note: ", _WARNING), visible(note)))
+    if not report.written:
+        out.show(Text("Nothing was written: this was a dry run.", _WARNING))
+
+
+def show_verification(out: Output, result: Verification) -> None:
+    """Whether two checkpoints are one."""
+    for finding in result.differences[:_SHOWN]:
+        out.show(Text(visible(str(finding))))
+    if len(result.differences) > _SHOWN:
+        out.show(Text(f"… and {len(result.differences) - _SHOWN} more; --json lists them all"))
+    if result.equal:
+        words = f": {result.tensors} tensors, {size_of(result.bytes)}, every bit is accounted for"
+        out.show(Text.assemble(("Equal", _GOOD), words))
+    else:
+        out.show(Text.assemble(("Not equal", _BAD), f": {len(result.differences)} differences"))
+
+
+def size_of(count: float) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> size_of(4_400_000_000)
+    '4.4 GB'
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"

@@ -1,0 +1,267 @@
+"""Whole checkpoints converted file to file, against the arrays reader and against the golden files."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
+
+import regraft
+from regraft.arrays.apply import apply_plan
+from regraft.checkpoints.prepare import prepare
+from regraft.checkpoints.source import open_checkpoint
+from regraft.checkpoints.verify import verify
+from regraft.errors import AmbiguousError, BadInputError, RefusedError, UnmatchedKeysError
+from regraft.files.safetensors import open_tensors, read_header, write_tensors
+from regraft.report import Report
+
+V4, V5 = "transformers-v4", "transformers-v5"
+BASES = sorted((Path(__file__).parents[1] / "golden" / "bases").iterdir())
+
+
+def tensors_of(folder):
+    result = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        result |= open_tensors(file)
+    return result
+
+
+def same(one, other):
+    return set(one) == set(other) and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and np.ascontiguousarray(one[name]).tobytes() == np.ascontiguousarray(other[name]).tobytes()
+        for name in one
+    )
+
+
+def without_nulls(data):
+    if not isinstance(data, dict):
+        return data
+    return {name: without_nulls(value) for name, value in data.items() if value is not None}
+
+
+def convert(src, dst, to=V5, **options) -> Report:
+    return regraft.convert(src, dst, to=to, **options)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda path: path.name)
+def test_real_models_there_and_back(base, tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    report = convert(base, there)
+    ready = prepare(base, V5)
+    if ready.plan is not None:
+        source = list(tensors_of(base).values())
+        assert same(apply_plan(ready.plan, source), tensors_of(there))
+    assert verify(base, there).equal
+    convert(there, back, V4)
+    assert same(tensors_of(base), tensors_of(back))
+    assert verify(there, back).equal and verify(base, back).equal
+    before, after = (json.loads((p / "config.json").read_text()) for p in (base, back))
+    assert without_nulls(after) == without_nulls(before)
+    assert report.checkpoint.tensors_in == len(tensors_of(base))
+    assert beside(there) == ["back", "there"]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_shards_workers_and_sizes_do_not_change_a_number(tmp_path, shards, jobs):
+    tensors = mixtral()
+    src = write_folder(tmp_path / "src", tensors, shards=shards)
+    convert(src, tmp_path / "plain", jobs=jobs)
+    convert(src, tmp_path / "cut", jobs=jobs, shard_size="500B")
+    plain, cut = (tensors_of(tmp_path / name) for name in ("plain", "cut"))
+    assert same(plain, cut)
+    for layer in range(2):
+        made = plain[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+        old = f"model.layers.{layer}.block_sparse_moe.experts."
+        for expert in range(3):
+            both = [tensors[f"{old}{expert}.{w}.weight"] for w in ("w1", "w3")]
+            assert np.array_equal(made[expert], np.concatenate(both))
+    files = sorted(path.name for path in (tmp_path / "plain").glob("*.safetensors"))
+    assert files == sorted(path.name for path in src.glob("*.safetensors"))
+
+
+def test_by_size(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral(), shards=2)
+    convert(src, tmp_path / "out", shard_size=1000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    total = 0
+    for file in files:
+        header = read_header(file)
+        sizes = [info.end - info.start for info in header.tensors.values()]
+        assert sum(sizes) <= 1000 or len(sizes) == 1
+        assert header.metadata == {"format": "pt"}
+        assert {index["weight_map"][name] for name in header.tensors} == {file.name}
+        total += sum(sizes)
+    assert index["metadata"]["total_size"] == total
+    convert(src, tmp_path / "one", shard_size="1GB")
+    assert [p.name for p in sorted((tmp_path / "one").iterdir())] == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_one_file_without_an_index_stays_one(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    report = convert(src / "model.safetensors", tmp_path / "out")
+    assert report.checkpoint.files == ["model.safetensors"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_without_a_config(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    config = (src / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(AmbiguousError, match="mixtral, phimoe"):
+        convert(src, tmp_path / "out")
+    convert(src, tmp_path / "out", model=config)
+    assert verify(src, tmp_path / "out", model=config).equal
+    base = next(base for base in BASES if base.name == "jamba") / "model.safetensors"
+    alone = tmp_path / "jamba.safetensors"
+    alone.write_bytes(base.read_bytes())
+    alone.parent.joinpath("config.json").unlink()
+    convert(alone, tmp_path / "jamba")
+    convert(base, tmp_path / "told")
+    assert same(tensors_of(tmp_path / "jamba"), tensors_of(tmp_path / "told"))
+
+
+def test_other_files_are_carried_over(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    (src / "tokenizer.json").write_text("{}")
+    (src / "sub").mkdir()
+    (src / "sub" / "notes.txt").write_text("x")
+    (src / "pytorch_model.bin").write_bytes(b"old")
+    report = convert(src, tmp_path / "out")
+    assert set(snapshot(tmp_path / "out")) == {
+        "config.json",
+        "model.safetensors",
+        "sub/notes.txt",
+        "tokenizer.json",
+    }
+    assert "pytorch_model.bin" in report.notes[0]
+    assert set(report.files) == {"sub/notes.txt", "tokenizer.json"}
+
+
+def test_in_its_layout_already_is_a_copy(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral(), shards=2)
+    convert(src, tmp_path / "out", V4)
+    before, after = snapshot(src), snapshot(tmp_path / "out")
+    before.pop("model.safetensors.index.json")
+    index = json.loads(after.pop("model.safetensors.index.json"))
+    assert after == before
+    assert len(index["weight_map"]) == len(mixtral())
+
+
+def test_dtypes_are_kept_and_cast_by_name(tmp_path):
+    tensors = mixtral(dtype=ml_dtypes.bfloat16)
+    tensors["model.norm.weight"] = np.ones(8, np.float32)
+    src = write_folder(tmp_path / "src", tensors)
+    convert(src, tmp_path / "kept")
+    kept = tensors_of(tmp_path / "kept")
+    assert kept["model.norm.weight"].dtype == np.float32
+    assert kept["lm_head.weight"].dtype == ml_dtypes.bfloat16
+    report = convert(src, tmp_path / "cast", dtype=["float32", "*.gate_up_proj=float16"])
+    cast = tensors_of(tmp_path / "cast")
+    assert cast["lm_head.weight"].dtype == np.float32
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    assert np.array_equal(cast[fused], kept[fused].astype(np.float16))
+    assert cast[fused].dtype == np.float16
+    assert report.checkpoint.casts == {"BF16 -> F32": 16, "BF16 -> F16": 2}
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_two_types_in_one_target_are_refused(tmp_path):
+    tensors = mixtral()
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    src = write_folder(tmp_path / "src", tensors)
+    with pytest.raises(RefusedError, match=r"F16|F32"):
+        convert(src, tmp_path / "out")
+    assert beside(src) == ["src"]
+
+
+def test_unaligned_sources_are_laid_out_aligned(tmp_path):
+    tensors = mixtral()
+    tensors["model.layers.0.self_attn.flags"] = np.array([True, False, True])
+    src = write_folder(tmp_path / "src", tensors)
+    convert(src, tmp_path / "out")
+    header = read_header(tmp_path / "out" / "model.safetensors")
+    for name, info in header.tensors.items():
+        assert (header.data_start + info.start) % (1 if "flags" in name else 4) == 0
+    assert verify(src, tmp_path / "out").equal
+
+
+def test_metadata_and_aliases_are_kept(tmp_path):
+    tensors = mixtral()
+    metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight", "trained": "yes"}
+    del tensors["lm_head.weight"]
+    src = write_folder(tmp_path / "src", tensors, metadata=metadata)
+    convert(src, tmp_path / "out")
+    assert read_header(tmp_path / "out" / "model.safetensors").metadata == metadata
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    report = convert(src, tmp_path / "out", dry_run=True)
+    assert not report.written and report.checkpoint.tensors_out == 19
+    assert beside(src) == ["src"]
+
+
+def test_missing_expert(tmp_path):
+    tensors = mixtral()
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    src = write_folder(tmp_path / "src", tensors)
+    with pytest.raises(BadInputError, match=r"experts\.2\.w3"):
+        convert(src, tmp_path / "out")
+
+
+def test_mixed_and_unknown_names(tmp_path):
+    tensors = mixtral()
+    tensors["model.layers.0.mlp.experts.down_proj"] = np.zeros((3, 8, 6), np.float32)
+    src = write_folder(tmp_path / "src", tensors)
+    with pytest.raises(BadInputError, match="old and new keys stand together"):
+        convert(src, tmp_path / "out")
+    tensors = mixtral()
+    tensors["model.surprise"] = np.zeros(1, np.float32)
+    with pytest.raises(UnmatchedKeysError, match="surprise"):
+        convert(write_folder(tmp_path / "two", tensors), tmp_path / "out")
+    config = {**MIXTRAL, "model_type": "novel"}
+    with pytest.raises(UnmatchedKeysError, match="novel"):
+        convert(write_folder(tmp_path / "three", mixtral(), config), tmp_path / "out")
+
+
+def test_one_name_two_shapes_is_told_by_the_shape(tmp_path):
+    base = next(base for base in BASES if base.name == "qwen3_vl_moe")
+    convert(base, tmp_path / "v5")
+    for path, layout in ((base, V4), (tmp_path / "v5", V5)):
+        assert prepare(path, V5).report.source_layout == layout
+
+
+def test_options_of_checkpoints_are_refused_for_adapters(tmp_path):
+    with pytest.raises(BadInputError, match="jobs: only for checkpoints"):
+        convert(tmp_path, tmp_path / "out", jobs=2)
+
+
+def test_no_tensors(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {}, {})
+    with pytest.raises(BadInputError, match="no tensors"):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_the_safetensors_library_opens_the_result(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    src = write_folder(tmp_path / "src", mixtral(), shards=3)
+    convert(src, tmp_path / "out", shard_size="700B")
+    ours = tensors_of(tmp_path / "out")
+    seen = set()
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                assert np.array_equal(opened.get_tensor(name), ours[name])
+                seen.add(name)
+    assert seen == ours.keys()

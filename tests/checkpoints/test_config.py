@@ -1,0 +1,81 @@
+"""Fields of config.json in the names of either version."""
+
+import pytest
+
+from regraft.checkpoints.config import V4, V5, convert_config
+
+PAIRS = [
+    (
+        {"model_type": "mixtral", "rope_theta": 1e6, "vocab_size": 3},
+        {
+            "model_type": "mixtral",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "vocab_size": 3,
+        },
+    ),
+    (
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2},
+        {"model_type": "qwen3_moe", "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    (
+        {
+            "model_type": "gpt_oss",
+            "rope_theta": 1.5e5,
+            "rope_scaling": {"rope_type": "yarn", "factor": 32.0},
+        },
+        {
+            "model_type": "gpt_oss",
+            "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "rope_theta": 1.5e5},
+        },
+    ),
+    (
+        {"model_type": "glm4_moe", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        {
+            "model_type": "glm4_moe",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    (
+        {"model_type": "llava", "text_config": {"model_type": "qwen3_moe", "num_experts": 4}},
+        {"model_type": "llava", "text_config": {"model_type": "qwen3_moe", "num_local_experts": 4}},
+    ),
+    (
+        {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
+        {"model_type": "granitemoehybrid", "layer_types": ["linear_attention", "full_attention"]},
+    ),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0]["model_type"])
+def test_there_and_back(pair):
+    old, new = pair
+    assert convert_config(old, V5)[0] == new
+    assert convert_config(new, V4)[0] == old
+    assert convert_config(new, V5) == (new, [])
+    assert convert_config(old, V4) == (old, [])
+
+
+def test_what_a_version_has_not_said_stays_unsaid():
+    assert convert_config({"model_type": "mixtral"}, V5) == ({"model_type": "mixtral"}, [])
+    strange = {"model_type": "x", "rope_theta": "big", "rope_parameters": {"full_attention": {}}}
+    assert convert_config(strange, V5)[0] == convert_config(strange, V4)[0] == strange
+
+
+def test_old_spelling_of_the_type():
+    old = {"model_type": "x", "rope_theta": 1.0, "rope_scaling": {"type": "linear", "factor": 2}}
+    rope = convert_config(old, V5)[0]["rope_parameters"]
+    assert rope == {"rope_type": "linear", "factor": 2, "rope_theta": 1.0}
+
+
+def test_ties_are_those_of_the_whole_model():
+    new = {
+        "model_type": "qwen3_vl_moe",
+        "tie_word_embeddings": False,
+        "text_config": {"model_type": "qwen3_vl_moe_text", "tie_word_embeddings": True},
+    }
+    assert convert_config(new, V4)[0]["text_config"]["tie_word_embeddings"] is False
+    assert convert_config(new, V5)[0] == new

@@ -1,0 +1,281 @@
+"""Opening checkpoints: hostile and broken ones end with an error that says what is wrong."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from checkpoints.models import mixtral, snapshot, write_folder
+
+import regraft
+from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.checkpoints.torch_zip import read_zip
+from regraft.checkpoints.verify import verify
+from regraft.errors import BadInputError, RefusedError
+from regraft.files.safetensors import open_tensors, write_tensors
+
+INDEX = "model.safetensors.index.json"
+
+
+def folder(tmp_path, change=None, shards=2):
+    src = write_folder(tmp_path / "src", mixtral(), shards=shards)
+    if change is not None:
+        index = json.loads((src / INDEX).read_text())
+        change(index)
+        (src / INDEX).write_text(json.dumps(index))
+    return src
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", "x.txt", 7, None],
+)
+def test_an_index_that_leads_elsewhere(tmp_path, name):
+    src = folder(tmp_path, lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    with pytest.raises(BadInputError, match="must be a file of this folder"):
+        open_checkpoint(src)
+
+
+def test_an_index_that_is_none(tmp_path):
+    src = folder(tmp_path, lambda index: index.update(weight_map=[1, 2]))
+    with pytest.raises(BadInputError, match="weight_map"):
+        open_checkpoint(src)
+
+
+def test_everything_that_is_wrong_is_told_together(tmp_path):
+    src = folder(tmp_path, shards=3)
+    (src / "model-00001-of-00003.safetensors").unlink()
+    (src / "model-00002-of-00003.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(BadInputError) as caught:
+        open_checkpoint(src)
+    assert [finding.code for finding in caught.value.findings] == [
+        "missing-file",
+        "header-too-large",
+    ]
+
+
+def test_keys_that_are_not_where_the_index_says(tmp_path):
+    def change(index):
+        index["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
+        del index["weight_map"]["lm_head.weight"]
+
+    with pytest.raises(BadInputError) as caught:
+        open_checkpoint(folder(tmp_path, change))
+    assert {finding.key for finding in caught.value.findings} == {"model.extra", "lm_head.weight"}
+
+
+def test_one_tensor_in_two_shards(tmp_path):
+    src = folder(tmp_path)
+    tensors = dict(open_tensors(src / "model-00001-of-00002.safetensors"))
+    tensors["lm_head.weight"] = np.zeros(1)
+    other = dict(open_tensors(src / "model-00002-of-00002.safetensors"))
+    other["lm_head.weight"] = np.zeros(1)
+    write_tensors(src / "model-00001-of-00002.safetensors", tensors, {})
+    write_tensors(src / "model-00002-of-00002.safetensors", other, {})
+    with pytest.raises(BadInputError, match=r"is in .* as well"):
+        open_checkpoint(src)
+
+
+def test_links(tmp_path):
+    src = folder(tmp_path)
+    shard = src / "model-00001-of-00002.safetensors"
+    outside = shard.rename(tmp_path / "elsewhere.safetensors")
+    shard.symlink_to(outside)
+    with pytest.raises(BadInputError, match="leads out of the folder"):
+        open_checkpoint(src)
+
+
+def test_the_links_of_a_download_cache(tmp_path):
+    snapshots = tmp_path / "models--a--b" / "snapshots" / "1234"
+    src = write_folder(snapshots, mixtral())
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for file in list(src.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_shards_without_an_index(tmp_path):
+    src = folder(tmp_path)
+    (src / INDEX).unlink()
+    assert len(open_checkpoint(src).tensors) == len(mixtral())
+    (src / "model-00001-of-00002.safetensors").rename(src / "other.safetensors")
+    with pytest.raises(BadInputError, match="belong together"):
+        open_checkpoint(src)
+
+
+def test_what_is_a_checkpoint(tmp_path):
+    src = folder(tmp_path)
+    assert is_checkpoint(src) and is_checkpoint(src / "model-00001-of-00002.safetensors")
+    (src / "adapter_config.json").write_text("{}")
+    assert not is_checkpoint(src)
+    assert not is_checkpoint(tmp_path / "nothing")
+
+
+class TestTorch:
+    """Files that torch.save wrote."""
+
+    def save(self, path, state):
+        torch = pytest.importorskip("torch")
+        torch.save(state, path)
+
+    def state(self):
+        torch = pytest.importorskip("torch")
+        return {name: torch.from_numpy(array) for name, array in mixtral().items()}
+
+    def test_converts(self, tmp_path):
+        src = write_folder(tmp_path / "src", mixtral())
+        regraft.convert(src, tmp_path / "wanted", to="transformers-v5")
+        (src / "model.safetensors").unlink()
+        self.save(src / "pytorch_model.bin", self.state())
+        regraft.convert(src, tmp_path / "out", to="transformers-v5")
+        wanted, found = (
+            open_tensors(tmp_path / name / "model.safetensors") for name in ("wanted", "out")
+        )
+        assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+        assert wanted.keys() == found.keys()
+        assert verify(src, tmp_path / "out").equal
+
+    def test_shared_and_cut_storages_and_types(self, tmp_path):
+        torch = pytest.importorskip("torch")
+        base = torch.arange(24, dtype=torch.bfloat16).reshape(4, 6)
+        state = {
+            "a": base,
+            "b": base[1:3],
+            "c": torch.nn.Parameter(torch.ones(3)),
+            "d": torch.tensor(5),
+            "e": torch.ones(2, dtype=torch.float8_e4m3fn),
+            "f": torch.zeros(0, 3),
+        }
+        self.save(tmp_path / "x.bin", state)
+        infos = read_zip(tmp_path / "x.bin")
+        data = (tmp_path / "x.bin").read_bytes()
+        for name, tensor in state.items():
+            info = infos[name]
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            assert data[info.start : info.end] == flat.tobytes()
+            assert info.shape == tuple(tensor.shape)
+        assert [infos[name].dtype for name in "abcde"] == ["BF16", "BF16", "F32", "I64", "F8_E4M3"]
+
+    def test_not_in_a_row(self, tmp_path):
+        torch = pytest.importorskip("torch")
+        self.save(tmp_path / "x.bin", {"a": torch.ones(3, 4).t()})
+        with pytest.raises(BadInputError, match="do not lie in a row"):
+            read_zip(tmp_path / "x.bin")
+
+    @pytest.mark.parametrize("what", [print, zipfile.ZipFile, np.dtype])
+    def test_code_is_never_run(self, tmp_path, what):
+        class Evil:
+            def __reduce__(self):
+                return what, ("x",)
+
+        with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({"a": Evil()}))
+        with pytest.raises(BadInputError, match="only plain tensors"):
+            read_zip(tmp_path / "x.bin")
+
+    def test_storages_that_lie(self, tmp_path):
+        self.save(tmp_path / "x.bin", self.state())
+        data = (tmp_path / "x.bin").read_bytes()
+        for cut in (100, len(data) // 2, len(data) - 10):
+            (tmp_path / "cut.bin").write_bytes(data[:cut])
+            with pytest.raises(BadInputError):
+                read_zip(tmp_path / "cut.bin")
+
+
+GRANITE = {
+    "model_type": "granitemoe",
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_local_experts": 3,
+    "num_hidden_layers": 1,
+}
+
+
+def granite():
+    at = "model.layers.0.block_sparse_moe."
+    shapes = {
+        "model.embed_tokens.weight": (10, 8),
+        at + "input_linear.weight": (3, 12, 8),
+        at + "output_linear.weight": (3, 8, 6),
+        at + "router.layer.weight": (3, 8),
+    }
+    return {name: np.random.default_rng(1).random(shape) for name, shape in shapes.items()}
+
+
+class TestInPlace:
+    """Headers that are rewritten where they are."""
+
+    def make(self, tmp_path, room=400):
+        src = write_folder(tmp_path / "src", granite(), GRANITE)
+        file = src / "model.safetensors"
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        head = data[8 : 8 + length] + b" " * room
+        file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+        return src
+
+    def test_there_and_back(self, tmp_path):
+        src = self.make(tmp_path)
+        regraft.convert(src, tmp_path / "wanted", to="transformers-v5")
+        before = open_tensors(src / "model.safetensors")
+        regraft.convert(src, src, to="transformers-v5", in_place=True)
+        assert verify(tmp_path / "wanted", src).equal
+        assert {path.name for path in src.iterdir()} == {"config.json", "model.safetensors"}
+        regraft.convert(src, src, to="transformers-v4", in_place=True)
+        after = open_tensors(src / "model.safetensors")
+        assert list(before) == list(after)
+
+    def test_a_header_that_does_not_fit(self, tmp_path):
+        regraft.convert(self.make(tmp_path), tmp_path / "v5", to="transformers-v5")
+        src = tmp_path / "v5"
+        before = snapshot(src)
+        with pytest.raises(RefusedError, match="takes"):
+            regraft.convert(src, src, to="transformers-v4", in_place=True)
+        assert snapshot(src) == before
+
+    def test_more_than_names(self, tmp_path):
+        src = write_folder(tmp_path / "src", mixtral())
+        before = snapshot(src)
+        with pytest.raises(RefusedError, match="more than names changes"):
+            regraft.convert(src, src, to="transformers-v5", in_place=True)
+        assert snapshot(src) == before
+
+    @pytest.mark.parametrize("kind", ["symlink", "hardlink"])
+    def test_a_file_with_another_name(self, tmp_path, kind):
+        src = self.make(tmp_path)
+        file = src / "model.safetensors"
+        if kind == "hardlink":
+            (src / "twin.txt").hardlink_to(file)
+        else:
+            file.rename(src / "real.safetensors")
+            file.symlink_to("real.safetensors")
+        with pytest.raises(RefusedError, match="other names"):
+            regraft.convert(src, src, to="transformers-v5", in_place=True)
+
+    def test_dying_in_the_middle(self, tmp_path, monkeypatch):
+        from regraft.checkpoints import in_place
+
+        src = self.make(tmp_path)
+        before = snapshot(src)
+
+        class Died(BaseException):
+            pass
+
+        kept = (src / "model.safetensors").read_bytes()
+        write_head = in_place._write_head
+
+        def half(path, head):
+            write_head(path, head[:400])
+            raise Died
+
+        monkeypatch.setattr(in_place, "_write_head", half)
+        with pytest.raises(Died):
+            regraft.convert(src, src, to="transformers-v5", in_place=True)
+        assert (src / "model.safetensors").read_bytes() != kept
+        monkeypatch.setattr(in_place, "_write_head", write_head)
+        in_place.restore(src)
+        assert snapshot(src) == before
