@@ -12,8 +12,10 @@ use_one_thread()
 import random  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
+from concurrent.futures import Future  # noqa: E402
 from copy import deepcopy  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel  # noqa: E402
@@ -143,6 +145,7 @@ class TransformersPlanner:
     def plan(self, names: list[str]) -> dict[str, WeightRenaming | WeightConverter]:
         """The transform that makes each tensor of the model, with its sources collected."""
         transforms: dict[str, WeightRenaming | WeightConverter] = {}
+        unread: Future[Any] = Future()
         for name in sorted(names, key=dot_natural_key):
             target, pattern = rename_source_key(
                 name, self.renamings, self.converters, self.prefix, self.expected
@@ -155,7 +158,7 @@ class TransformersPlanner:
                 else deepcopy(self.converter_of[pattern])
             )
             transform = transforms.setdefault(target, fresh)
-            transform.add_tensor(target, name, pattern or name, None)
+            transform.add_tensor(target, name, pattern or name, unread)
         return transforms
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from regraft.names.keys import Ints
 from regraft.plan.plan import Entry, walk
 from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT
 
-Index = slice | Ints
+_TILE = 32
+"""Experts that are turned at a time, so that what is read stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -365,6 +367,7 @@ class _Whole:
     blocks: list[Block]
     shape: tuple[int, ...]
     roles: list[str]
+    scratch: dict[tuple[tuple[int, int], np.dtype[Any]], Array] = field(default_factory=dict)
 
     @staticmethod
     def of(entry: Entry, blocks: list[Block], shape: tuple[int, ...], kind: str) -> _Whole | None:
@@ -397,35 +400,40 @@ class _Whole:
             ids = flat.tolist()
             a = [factors.a[i] for i in ids]
             b = [factors.b[i] for i in ids]
-            first = factors.scales[ids[0]]
+            scales = [factors.scales[i] for i in ids]
+            first = scales[0]
             if scale is None:
                 scale = first
-            if first.exact != scale.exact or any(
-                s is not first and s != first for s in map(factors.scales.__getitem__, ids)
-            ):
+            if first.exact != scale.exact or scales.count(first) != len(scales):
                 return None
-            if a[0].ndim != 2 or any(x.shape[0] != a[0].shape[0] for x in a):
+            if a[0].ndim != 2 or len({x.shape for x in a}) > 1:
                 return None
-            dtypes.update(x.dtype for x in a)
-            dtypes.update(x.dtype for x in b)
+            dtypes |= {x.dtype for x in a}
+            dtypes |= {x.dtype for x in b}
             parts.append((block, ids, a, b))
         if scale is None or len(dtypes) > 1:
             return None
         rank = sum(a[0].shape[0] for _, _, a, _ in parts)
         dtype = dtypes.pop()
-        a_out = np.empty((batch, rank, in_size), dtype)
-        if any(a[0].shape[1] != in_size for _, _, a, _ in parts):
-            a_out.fill(0)
-        packed = np.zeros((out_size, rank, batch), dtype)
+        whole_in = all(a[0].shape[1] == in_size for _, _, a, _ in parts)
+        if whole_in:
+            in_order = [x for each in zip(*(a for _, _, a, _ in parts), strict=True) for x in each]
+            a_out = np.concatenate(in_order).reshape(batch, rank, in_size)
+        else:
+            a_out = np.zeros((batch, rank, in_size), dtype)
+        packed = (np.empty if len(parts) == 1 else np.zeros)((out_size, rank, batch), dtype)
         at = 0
         spans = []
         for block, _, a, b in parts:
             r = a[0].shape[0]
             columns = slice(int(block.columns_to[0, 0]), int(block.columns_to[0, -1]) + 1)
             rows = slice(int(block.rows_to[0, 0]), int(block.rows_to[0, -1]) + 1)
-            a_out[:, at : at + r, columns] = np.concatenate(a).reshape(batch, r, -1)
-            stacked = np.concatenate(b).reshape(batch, -1, r)
-            packed[rows, at : at + r] = stacked.transpose(1, 2, 0)
+            if not whole_in:
+                a_out[:, at : at + r, columns] = np.concatenate(a).reshape(batch, r, -1)
+            stacked = self._gather(b).reshape(batch, -1, r)
+            for first in range(0, batch, _TILE):
+                some = slice(first, first + _TILE)
+                packed[rows, at : at + r, some] = stacked[some].transpose(1, 2, 0)
             spans.append((at, r, columns, rows))
             at += r
         if len(parts) > 1 and self._may_share(a_out, packed, spans):
@@ -435,6 +443,16 @@ class _Whole:
                 key, factors.headers, ids, range(start, start + r), factors.scales[ids[0]]
             )
         return Lora(a_out, packed.transpose(2, 0, 1), scale.at_rank(rank))
+
+    def _gather(self, arrays: list[Array]) -> Array:
+        """The arrays one below the other, in memory that is used again for the next target."""
+        shape = (sum(len(x) for x in arrays), arrays[0].shape[1])
+        if len({x.shape[1] for x in arrays}) > 1:
+            return np.concatenate(arrays)
+        kind = (shape, arrays[0].dtype)
+        if kind not in self.scratch:
+            self.scratch[kind] = np.empty(*kind)
+        return np.concatenate(arrays, out=self.scratch[kind])
 
     @staticmethod
     def _may_share(a: Array, packed: Array, spans: list[tuple[int, int, slice, slice]]) -> bool:

@@ -214,21 +214,30 @@ class FactorReader:
         self, pairs: Pairs, a: list[Array], b: list[Array], scales: list[Scale], kind: str
     ) -> list[tuple[int, ...]]:
         """The shape of each base tensor, out and in as its kind stores them."""
-        ranks = [scale.rank for scale in scales]
-        each = list(zip([x.shape for x in a], [y.shape for y in b], ranks, strict=True))
+        first = scales[0].rank
+        sizes = zip([x.shape for x in a], [y.shape for y in b], strict=True)
+        if all(scale is scales[0] for scale in scales) and len(found := set(sizes)) == 1:
+            (alone,) = found
+            shape = _base_shape(*alone, first, kind)
+            if isinstance(shape, tuple):
+                self._check_dtypes(pairs, a, b)
+                return [shape] * len(a)
+        each = [(x.shape, y.shape, s.rank) for x, y, s in zip(a, b, scales, strict=True)]
         known = {key: _base_shape(*key, kind) for key in set(each)}
-        problems = {key: shape for key, shape in known.items() if isinstance(shape, str)}
-        for key, problem in problems.items():
-            rows = [row for row, other in enumerate(each) if other == key]
-            more = f" ({len(rows)} modules like this one)" if len(rows) > 1 else ""
-            self._report("shape", problem + more, self.names[int(pairs.a[rows[0]])])
-        shapes = [shape if isinstance(shape := known[key], tuple) else (0, 0) for key in each]
+        for key, problem in known.items():
+            if isinstance(problem, str):
+                rows = [row for row, other in enumerate(each) if other == key]
+                more = f" ({len(rows)} modules like this one)" if len(rows) > 1 else ""
+                self._report("shape", problem + more, self.names[int(pairs.a[rows[0]])])
+        self._check_dtypes(pairs, a, b)
+        return [shape if isinstance(shape := known[key], tuple) else (0, 0) for key in each]
+
+    def _check_dtypes(self, pairs: Pairs, a: list[Array], b: list[Array]) -> None:
         for ids, arrays in ((pairs.a, a), (pairs.b, b)):
             for dtype in {x.dtype for x in arrays}:
                 if not _is_float(dtype):
                     odd = next(i for i, x in enumerate(arrays) if x.dtype == dtype)
                     self._report_dtype(dtype, self.names[int(ids[odd])])
-        return shapes
 
     def _report_dtype(self, dtype: np.dtype[Any], key: str) -> None:
         self._report(
