@@ -83,7 +83,10 @@ def test_an_unknown_dtype(src, tmp_path):
 _MEASURED = """
 import sys
 from pathlib import Path
+import regraft.api
+from regraft.checkpoints.memory import resident
 from regraft.cli import main
+print(f"imports {resident()}")
 status = main(sys.argv[1:])
 lines = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -105,4 +108,5 @@ def test_memory_is_announced_and_kept(tmp_path, options):
     )
     announced = int(re.search(r"peak memory (\d+) MB", done.stderr)[1])
     assert int(done.stdout.rpartition("peak ")[2]) <= (announced + 1) * 1e6
-    assert announced <= 64
+    imports = int(re.search(r"imports (\d+)", done.stdout)[1])
+    assert announced * 1e6 - imports <= 27e6  # 64 MB where the imports take 37

@@ -37,7 +37,7 @@ _OPEN = 32
 """Source files that a worker keeps open."""
 _SYNC_BYTES, _SYNC_SECONDS = 1 << 29, 5.0
 """How much work may be lost when the power fails."""
-BUFFERS = 5 << 20
+BUFFERS = 3 << 20
 """Bytes of buffers, of all workers together."""
 _SMALLEST = 1 << 18
 
