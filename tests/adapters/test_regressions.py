@@ -350,3 +350,47 @@ def test_replicated_layers_count_as_the_models_own(tmp_path, with_model):
     again, _ = read(tmp_path / "back")
     assert again.keys() == tensors.keys()
     assert all(same_bits(again[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("version", "layout"), [("0.21.2", "transformers-v5"), ("0.18.1", "transformers-v4")]
+)
+def test_saved_experts_of_one_name_are_of_the_layout_that_peft_goes_with(tmp_path, version, layout):
+    source = saved_square_experts(tmp_path, {"peft_version": version})
+    report = regraft.convert(source, tmp_path / "out", to="transformers-v5")
+    assert report.adapters[0].source_layout == layout
+    assert report.adapters[0].copied == (layout == "transformers-v5")
+
+
+def test_saved_experts_of_one_name_and_no_version_are_asked_about(tmp_path):
+    source = saved_square_experts(tmp_path, {})
+    with pytest.raises(regraft.AmbiguousError, match="--from"):
+        regraft.convert(source, tmp_path / "out", to="transformers-v5")
+    assert not (tmp_path / "out").exists()
+
+
+def saved_square_experts(folder, fields):
+    """A Qwen3-VL-MoE adapter that saves its experts whole; nothing but the version tells the layout."""
+    prefix = "base_model.model.model.language_model.layers.0."
+    tensors = {
+        f"{prefix}mlp.experts.gate_up_proj": np.ones((2, 4, 4), np.float32),
+        f"{prefix}mlp.experts.down_proj": np.ones((2, 4, 4), np.float32),
+        f"{prefix}self_attn.q_proj.lora_A.weight": np.ones((1, 4), np.float32),
+        f"{prefix}self_attn.q_proj.lora_B.weight": np.ones((4, 1), np.float32),
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["experts"],
+        "auto_mapping": {
+            "parent_library": "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
+        },
+        **fields,
+    }
+    source = folder / "saved"
+    source.mkdir()
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    write_tensors(source / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return source

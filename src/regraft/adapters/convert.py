@@ -29,13 +29,20 @@ from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.variants import reclaimed_names, refuse_variants
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
-from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Finding,
+    RefusedError,
+    RegraftError,
+)
 from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
 from regraft.plan.plan import Plan
 from regraft.report import AdapterReport, Target
+from regraft.rules.templates import match_group
 
 
 @dataclass(slots=True)
@@ -138,12 +145,44 @@ class _Conversion:
         if len(fitting) == 1:
             self.evidence.append(f"its shapes are those of {fitting[0]}")
             return fitting[0]
+        if self.is_turned():
+            return self.layout_of_version()
         expression = isinstance(self.config.get("target_modules"), str)
         return (
             self.to.name
             if self.to.name == "transformers-v4" and not expression
             else self.other_layout
         )
+
+    def is_turned(self) -> bool:
+        """Whether a saved weight is laid out otherwise in the other layout, under the same name."""
+        rules = Side(self.known.books, self.to.name, self.known.scopes).rules()
+        return any(
+            match_group(term.key, other.keys) is not None
+            for rule, term, _, _ in rules
+            if term.key is not None
+            and [str(t.key) for t in rule.equation.left]
+            == [str(t.key) for t in rule.equation.right]
+            and [t.dims for t in rule.equation.left] != [t.dims for t in rule.equation.right]
+            for other in self.scan.others
+        )
+
+    def layout_of_version(self) -> str:
+        """The layout that goes with the PEFT that saved an adapter, where nothing else tells it."""
+        version = self.config.get("peft_version")
+        packing = packing_of_version(version)
+        if packing is None:
+            raise AmbiguousError(
+                Finding(
+                    "which-layout",
+                    "its names and shapes fit both layouts, and adapter_config.json has no peft_version",
+                    where=self.source.where,
+                    fix=f"say which it is with --from ({' or '.join(LAYOUTS)})",
+                )
+            )
+        layout = next(n for n in LAYOUTS if Layout(n).usual_packing == packing)
+        self.evidence.append(f"it was saved by PEFT {version}, which goes with {layout}")
+        return layout
 
     def misfit(self, layout: str) -> RegraftError | None:
         """Why an adapter cannot be of a layout, ``None`` where it can."""
