@@ -62,6 +62,8 @@ class Scale:
 
     def ratio_to(self, other: Scale) -> float:
         """What ``B`` must be multiplied by to move to another scale; 1.0 where they are the same."""
+        if self == other:
+            return 1.0
         if self.exact == other.exact and self.rslora == other.rslora:
             return 1.0
         if other.alpha == 0:

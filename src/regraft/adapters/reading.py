@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from regraft.plan.plan import Headers
 from regraft.rules.book import Book, Rule
 from regraft.rules.kinds import KINDS
 from regraft.rules.templates import match_group
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +197,7 @@ class FactorReader:
         factors.scales += scales
         groups.append(keys)
         shapes += stored
-        dtypes += [dtype_name(x.dtype) for x in a]
+        dtypes += map(dtype_name, map(_DTYPE, a))
         factors.kinds.append((keys, kind))
 
     def _scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
@@ -215,8 +218,8 @@ class FactorReader:
     ) -> list[tuple[int, ...]]:
         """The shape of each base tensor, out and in as its kind stores them."""
         first = scales[0].rank
-        sizes = zip([x.shape for x in a], [y.shape for y in b], strict=True)
-        if all(scale is scales[0] for scale in scales) and len(found := set(sizes)) == 1:
+        sizes = zip(map(_SHAPE, a), map(_SHAPE, b), strict=True)
+        if scales.count(scales[0]) == len(scales) and len(found := set(sizes)) == 1:
             (alone,) = found
             shape = _base_shape(*alone, first, kind)
             if isinstance(shape, tuple):
@@ -234,7 +237,7 @@ class FactorReader:
 
     def _check_dtypes(self, pairs: Pairs, a: list[Array], b: list[Array]) -> None:
         for ids, arrays in ((pairs.a, a), (pairs.b, b)):
-            for dtype in {x.dtype for x in arrays}:
+            for dtype in set(map(_DTYPE, arrays)):
                 if not _is_float(dtype):
                     odd = next(i for i, x in enumerate(arrays) if x.dtype == dtype)
                     self._report_dtype(dtype, self.names[int(ids[odd])])

@@ -100,14 +100,11 @@ def group_names(names: Iterable[str]) -> list[Group]:
 
 def _split(text: str) -> tuple[list[str], Ints] | None:
     """Templates and numbers of lines; ``None`` where a number has leading zeros or is too long for an index."""
-    letters = np.frombuffer(text.encode(), dtype=np.uint8)
+    letters = np.frombuffer(f"\n{text}\n".encode(), dtype=np.uint8)
     digit = (letters - ord("0")) < 10
-    before = np.zeros_like(digit)
-    before[1:] = digit[:-1]
-    starts = np.flatnonzero(digit & ~before)
+    edges = np.flatnonzero(digit[1:] != digit[:-1]) + 1
+    starts, ends = edges[::2], edges[1::2]
     if len(starts):
-        after = np.flatnonzero(before & ~digit)
-        ends = np.append(after, len(letters)) if digit[-1] else after
         lengths = ends - starts
         longest = int(lengths.max())
         if longest > 17 or ((lengths > 1) & (letters[starts] == ord("0"))).any():
@@ -119,10 +116,10 @@ def _split(text: str) -> tuple[list[str], Ints] | None:
             numbers[longer] = numbers[longer] * 10 + (letters[at] - ord("0"))
         marked = letters.copy()
         marked[starts] = ord(MARK)
-        kept = marked[~digit | ~before]
+        kept = marked.tobytes().translate(None, b"0123456789")
     else:
-        numbers, kept = np.zeros(0, dtype=np.int64), letters
-    return kept.tobytes().decode().split("\n"), numbers
+        numbers, kept = np.zeros(0, dtype=np.int64), letters.tobytes()
+    return kept[1:-1].decode().split("\n"), numbers
 
 
 def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:
