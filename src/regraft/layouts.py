@@ -36,6 +36,24 @@ class Layout:
         return self.name if self.packing is None else f"{self.name}/{self.packing}"
 
 
+def layout_of_packing(packing: str) -> str:
+    """The layout whose adapters usually have a packing.
+
+    >>> layout_of_packing("peft-0.18")
+    'transformers-v4'
+    """
+    return next(name for name, usual in _USUAL.items() if usual == packing)
+
+
+def other_layout(name: str) -> str:
+    """The layout that a layout is converted to or from.
+
+    >>> other_layout("transformers-v4")
+    'transformers-v5'
+    """
+    return next(other for other in LAYOUTS if other != name)
+
+
 def parse_layout(text: str) -> Layout:
     """A layout from its name, with the packing after a slash where it matters.
 

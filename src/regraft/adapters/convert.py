@@ -37,7 +37,7 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.files.checkpoint import Checkpoint
-from regraft.layouts import LAYOUTS, Layout
+from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
 from regraft.plan.plan import Plan
@@ -126,11 +126,6 @@ class _Conversion:
         else:
             self.layout, self.packing = given.name, given.packing
 
-    @property
-    def other_layout(self) -> str:
-        """The layout that is not the target."""
-        return next(name for name in LAYOUTS if name != self.to.name)
-
     def unnamed_layout(self) -> str:
         """What to take an adapter for whose names are the same in all layouts.
 
@@ -141,7 +136,7 @@ class _Conversion:
         errors = {name: self.misfit(name) for name in LAYOUTS}
         fitting = [name for name, error in errors.items() if error is None]
         if not fitting:
-            raise errors[self.other_layout] or AssertionError
+            raise errors[other_layout(self.to.name)] or AssertionError
         if len(fitting) == 1:
             self.evidence.append(f"its shapes are those of {fitting[0]}")
             return fitting[0]
@@ -151,7 +146,7 @@ class _Conversion:
         return (
             self.to.name
             if self.to.name == "transformers-v4" and not expression
-            else self.other_layout
+            else other_layout(self.to.name)
         )
 
     def is_turned(self) -> bool:
@@ -180,13 +175,13 @@ class _Conversion:
                     fix=f"say which it is with --from ({' or '.join(LAYOUTS)})",
                 )
             )
-        layout = next(n for n in LAYOUTS if Layout(n).usual_packing == packing)
+        layout = layout_of_packing(packing)
         self.evidence.append(f"it was saved by PEFT {version}, which goes with {layout}")
         return layout
 
     def misfit(self, layout: str) -> RegraftError | None:
         """Why an adapter cannot be of a layout, ``None`` where it can."""
-        target = next(name for name in LAYOUTS if name != layout)
+        target = other_layout(layout)
         side = Side(self.known.books, layout, self.known.scopes)
         try:
             self.plan(self.read_factors(side, quiet=True), target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from regraft.adapters.source import Source
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.files.folder import load_json
-from regraft.layouts import LAYOUTS, parse_layout
+from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
 from regraft.plan.model import ModelConfig, Scope
 from regraft.rules.book import Book, books_for, library
@@ -286,26 +286,34 @@ class Detected:
     """Whether the names themselves tell it."""
 
 
-def detect_layout(scan: Scan, source: Source, books: Sequence[Book]) -> Detected:
-    """The layout that the names tell; where they are the same in all, what else makes one likely.
+def one_layout(evidence: Iterable[tuple[str, str]], where: str) -> dict[str, str]:
+    """The layout that names tell, with one of them; nothing where they are the same in all.
 
     Raises ``BadInputError`` where some names are of one layout and some of another.
     """
     seen: dict[str, str] = {}
-    for book in books:
-        for layout, group in _evidence(book, scan):
-            seen.setdefault(layout, group)
+    for layout, key in evidence:
+        seen.setdefault(layout, key)
     if len(seen) > 1:
         (one, key), (other, rival) = sorted(seen.items())[:2]
         raise BadInputError(
             Finding(
                 "mixed-layouts",
                 f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
-                where=source.where,
+                where=where,
                 key=rival,
                 fix="keep the keys of one layout and remove the others",
             )
         )
+    return seen
+
+
+def detect_layout(scan: Scan, source: Source, books: Sequence[Book]) -> Detected:
+    """The layout that the names tell; where they are the same in all, what else makes one likely.
+
+    Raises ``BadInputError`` where some names are of one layout and some of another.
+    """
+    seen = one_layout((e for book in books for e in _evidence(book, scan)), source.where)
     for layout, key in seen.items():
         return Detected(layout, [f"{key} is a name of {layout}"], by_names=True)
     written = source.remembered().layout
@@ -316,7 +324,7 @@ def detect_layout(scan: Scan, source: Source, books: Sequence[Book]) -> Detected
     packing = packing_of_version(version) if source.config.get("target_parameters") else None
     if packing is None:
         return Detected(None, [same])
-    likely = next(name for name in LAYOUTS if parse_layout(name).usual_packing == packing)
+    likely = layout_of_packing(packing)
     return Detected(likely, [same, f"it was saved by PEFT {version}, which goes with {likely}"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from regraft.adapters.factors import Array, Images, Lora
 from regraft.adapters.packing import pack, swaps
-from regraft.adapters.peft_config import LoraConfig, Patterns, Scale, targets_module
+from regraft.adapters.peft_config import LoraConfig, Scale, targets_module
 from regraft.adapters.reading import Side
 from regraft.adapters.scan import PREFIX
 from regraft.errors import Finding, RefusedError
@@ -292,4 +292,4 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
 
 
-__all__ = ["ConfigWriter", "Patterns", "Result", "Written", "check_config", "write_factors"]
+__all__ = ["ConfigWriter", "Result", "Written", "check_config", "write_factors"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from regraft.adapters.detect import one_layout
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
-from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
 from regraft.names.keys import Group
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig, Scope
@@ -53,21 +54,9 @@ def detect(
         told = f"the names are those of {book.title.split(':')[0]}"
     if source is not None:
         return Detected(books, scopes, source, (told, "its layout was given"))
-    seen: dict[str, str] = {}
-    for book in books:
-        for layout, key in _evidence(book, headers.groups, scopes[book.name]):
-            seen.setdefault(layout, key)
-    if len(seen) > 1:
-        (one, key), (other, rival) = sorted(seen.items())[:2]
-        raise BadInputError(
-            Finding(
-                "mixed-layouts",
-                f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
-                where=where,
-                key=rival,
-                fix="keep the keys of one layout and remove the others",
-            )
-        )
+    seen = one_layout(
+        (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
+    )
     for layout, key in seen.items():
         return Detected(books, scopes, layout, (told, f"{key} is a name of {layout}"))
     shaped = _by_shape(books, scopes, headers, where)

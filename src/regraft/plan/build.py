@@ -17,7 +17,6 @@ from regraft.equation.sizes import (
     SizeError,
     UnknownSizeError,
     limit_of,
-    shape_of,
     solve_sizes,
 )
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
@@ -299,4 +298,4 @@ def _others(group: Group) -> str:
     return f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
 
 
-__all__ = ["Guess", "build_plan", "shape_of"]
+__all__ = ["Guess", "build_plan"]
