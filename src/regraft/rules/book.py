@@ -138,6 +138,8 @@ class Parameters:
     sides: tuple[Side, ...]
     module: Key
     names: tuple[str, ...]
+    where: str = ""
+    """``file:line``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Module:
     called: bool
     """False where the model reads the module's weight and does not call the module: a LoRA on it has no effect."""
     why: str
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,16 +349,21 @@ class _Loader:
                 )
 
     def parameters(self, number: int, raw: Any) -> Parameters | None:
+        line = self.line("parameters", number)
         table = self.convert("parameters", number, raw, _ParametersTable)
-        key = self.key(table.module, self.line("parameters", number)) if table else None
-        return Parameters(_sides(table.side), key, tuple(table.names)) if key else None
-
-    def module(self, number: int, raw: Any) -> Module | None:
-        table = self.convert("module", number, raw, _ModuleTable)
-        key = self.key(table.module, self.line("module", number)) if table else None
+        key = self.key(table.module, line) if table else None
         if key is None:
             return None
-        return Module(_sides(table.side), key, tuple(table.tensors), table.called, table.why)
+        return Parameters(_sides(table.side), key, tuple(table.names), f"{self.path}:{line}")
+
+    def module(self, number: int, raw: Any) -> Module | None:
+        line = self.line("module", number)
+        table = self.convert("module", number, raw, _ModuleTable)
+        key = self.key(table.module, line) if table else None
+        if key is None:
+            return None
+        tensors, where = tuple(table.tensors), f"{self.path}:{line}"
+        return Module(_sides(table.side), key, tensors, table.called, table.why, where)
 
     def key(self, text: str, line: int) -> Key | None:
         try:
