@@ -18,7 +18,7 @@ from regraft.equation.lower import Copy
 from regraft.equation.notation import Axis, Term, loops_of
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts import parse_layout
-from regraft.names.keys import Group, group_names
+from regraft.names.keys import Group, Ints, group_names
 from regraft.names.patterns import patterns
 from regraft.plan.build import build_plan
 from regraft.plan.model import Scope
@@ -253,7 +253,7 @@ class _Search:
         )
         plan, problems = self.plan_of(best, group)
         found = _locate(plan, self.explanation.base) if plan is not None else None
-        if found is None:
+        if plan is None or found is None:
             return replace(
                 made,
                 problems=problems,
@@ -489,7 +489,7 @@ def _family(best: _Claim, headers: Headers, read: Sequence[Term]) -> list[Group]
     return groups
 
 
-def _loop_values(term: Term, match: Match, loops: Sequence[str]) -> np.ndarray:  # type: ignore[type-arg]
+def _loop_values(term: Term, match: Match, loops: Sequence[str]) -> Ints:
     assert term.key is not None
     names = [hole.name if isinstance(hole, Axis) else "" for hole in term.key.holes]
     columns = [names.index(loop) for loop in loops]
@@ -526,7 +526,8 @@ def _with_entry(
     """Sources, targets and pieces of one loop value of an entry."""
     loops = loops_of(entry.rule.equation)
     sizes = {name: size for name, size in entry.sizes.items() if name not in loops}
-    sources, targets = [], []
+    sources: list[End] = []
+    targets: list[End] = []
     names: list[list[list[str]]] = [[], []]
     for reading, terms, kinds in (
         (True, entry.read, entry.read_kinds),

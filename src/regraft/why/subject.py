@@ -117,8 +117,8 @@ def _open_adapter(
 ) -> Subject:
     found = find_adapters(src)
     if len(found.folders) > 1:
-        names = ", ".join(str(folder) for folder in found.folders[:5])
-        message = f"there are {len(found.folders)} adapters here: {names}"
+        folders = ", ".join(str(folder) for folder in found.folders[:5])
+        message = f"there are {len(found.folders)} adapters here: {folders}"
         raise BadInputError(Finding("option", message, where=str(src), fix="give one of them"))
     opened = open_adapter(found.folders[0], found.root, found.weights)
     problems: list[Finding] = []
