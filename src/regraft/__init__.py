@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from regraft.adapters.inspect import inspect
     from regraft.api import convert
     from regraft.report import Report
+    from regraft.rules.book import load_book, only_books
+    from regraft.why.diff import diff
+    from regraft.why.explain import explain
 
 __version__ = "0.1.0.dev0"
 
@@ -29,7 +32,11 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "diff",
+    "explain",
     "inspect",
+    "load_book",
+    "only_books",
 ]
 
 
@@ -37,6 +44,10 @@ _LAZY = {
     "convert": "regraft.api",
     "inspect": "regraft.adapters.inspect",
     "Report": "regraft.report",
+    "diff": "regraft.why.diff",
+    "explain": "regraft.why.explain",
+    "load_book": "regraft.rules.book",
+    "only_books": "regraft.rules.book",
 }
 
 

@@ -29,6 +29,7 @@ from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
 from regraft.layouts import parse_layout
 from regraft.report import Report
+from regraft.rules.book import own_layouts
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -58,7 +59,8 @@ def convert(
             ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders; or a model's
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
         dst: the folder to write. It appears whole or not at all.
-        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
+        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``; for checkpoints also one that
+            a rule book of your own leads to (``with regraft.only_books(...)``).
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
         source: the layout of ``src``; found out, with evidence, where it is not given.
@@ -84,8 +86,8 @@ def convert(
         RefusedError: what was asked for has no exact image.
     """
     src_path, dst_path = Path(src), Path(dst)
-    layout = parse_layout(to)
-    source_layout = parse_layout(source) if source is not None else None
+    layout = parse_layout(to, own_layouts())
+    source_layout = parse_layout(source, own_layouts()) if source is not None else None
     if is_checkpoint(src_path):
         told = Path(model) if model is not None else None
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
@@ -109,6 +111,7 @@ def convert(
         report.files = list(done.others)
         return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
+    parse_layout(layout.name)  # how adapters pack experts is known for the library's layouts only
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None

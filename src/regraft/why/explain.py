@@ -23,7 +23,7 @@ from regraft.names.patterns import patterns
 from regraft.plan.build import build_plan
 from regraft.plan.model import Scope
 from regraft.plan.plan import Entry, Headers, Plan, walk
-from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.book import Book, Carry, Rule, own_layouts
 from regraft.rules.templates import Match, match_group, specificity
 from regraft.why.near import closest, part_ways
 from regraft.why.subject import Name, Subject, open_subject
@@ -132,7 +132,7 @@ def explain(
 
     Raises ``BadInputError`` where ``src`` cannot be read.
     """
-    layout = parse_layout(to).name
+    layout = parse_layout(to, own_layouts()).name
     known = Path(model) if model is not None else None
     subject = open_subject(Path(src), to, known, source)
     return _Search(subject, key, layout).explain()

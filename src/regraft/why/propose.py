@@ -7,14 +7,15 @@ carried out, and what it makes is compared with the file that is there.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from importlib.resources.abc import Traversable
 from itertools import chain
-from typing import cast
+from typing import Any, cast
+
+import numpy as np
 
 from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_equation
@@ -26,7 +27,7 @@ from regraft.plan.plan import Headers, Plan
 from regraft.rules.book import Book, Carry, Rule, load_book
 from regraft.rules.write import write_book
 from regraft.why.blocks import Finder, natural
-from regraft.why.content import Tensor, digest
+from regraft.why.content import Bits, Tensor, digest
 from regraft.why.relate import (
     Names,
     Relation,
@@ -41,6 +42,8 @@ _COMMENT = (
     "Proposed by regraft diff from two files, by content. It holds for these two; read it before you use it\n"
     "for others. Contents do not tell the kinds of tensors ('any'): name them before you convert adapters."
 )
+
+_CHUNK = 1 << 20
 
 Tensors = Mapping[str, Tensor]
 
@@ -60,6 +63,8 @@ class Proposal:
     """Names of the second file."""
     ambiguous: int
     """How many tensors are equal to others, so that only names told which is which."""
+    made: tuple[tuple[Rule, tuple[str, ...], tuple[str, ...]], ...] = ()
+    """What every rule makes of the first file, and what of that the second has otherwise."""
 
 
 def propose(
@@ -92,8 +97,25 @@ def propose(
         verified = check(book, left, right, *whole)
         best = best or Proposal(book, text, verified, *whole, ambiguous)
         if verified:
-            return replace(best, book=book, text=text, verified=True)
-    return best
+            best = replace(best, book=book, text=text, verified=True)
+            break
+    assert best is not None
+    return replace(best, made=tuple(_made(best, left, right)))
+
+
+def _made(
+    proposal: Proposal, left: Tensors, right: Tensors
+) -> Iterator[tuple[Rule, tuple[str, ...], tuple[str, ...]]]:
+    plan = plan_names(proposal.book, left, proposal.explained, proposal.book.right)
+    if plan is None:
+        return
+    table: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for rule, made, wrong in compare(plan, left, right):
+        table[rule][0].extend(made)
+        table[rule][1].extend(wrong)
+    for each in proposal.book.rules:
+        names, differ = table[str(each)]
+        yield each, tuple(names), tuple(differ)
 
 
 class _Text:
@@ -170,9 +192,15 @@ def _in_any_order(tensor: Tensor) -> object:
     """The same for a tensor and its transposes and reshapes; equal ones are compared afterwards."""
     if not tensor.whole or not tensor.bits.size:
         return tensor.look
-    counts = tensor.bits.reshape(-1).copy()
-    counts.sort()
-    return tensor.dtype, hashlib.blake2b(digest(counts), digest_size=16).digest()
+    flat = tensor.bits.reshape(-1)
+    plain = mixed = 0
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK].astype(np.uint64) + np.uint64(1)
+        plain += int(part.sum(dtype=np.uint64))
+        part *= np.uint64(0x9E3779B97F4A7C15)
+        part ^= part >> np.uint64(29)
+        mixed += int((part * part).sum(dtype=np.uint64))
+    return tensor.dtype, flat.size, plain % 2**64, mixed % 2**64
 
 
 def _closest(
@@ -319,10 +347,10 @@ def compare(
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """Carry a plan out, a few tensors at a time: the rule, what it makes, and what of that differs."""
     count = 1 + max((int(g.ids.max()) for g in plan.headers.groups if len(g)), default=-1)
-    bits = [None] * count
+    bits: list[Any] = [None] * count
     for group in plan.headers.groups:
         for number, name in zip(group.ids.tolist(), group.names(), strict=True):
-            bits[number] = source[name].bits if name in source else None  # type: ignore[call-overload]
+            bits[number] = source[name].bits if name in source else None
     for entry in plan.entries:
         for row in range(len(entry)):
             part = replace(
@@ -339,11 +367,10 @@ def compare(
         yield "", names, wrong
 
 
-def _equal(tensor: Tensor | None, bits: object) -> bool:
+def _equal(tensor: Tensor | None, bits: Bits) -> bool:
     if tensor is None:
         return False
-    shape = getattr(bits, "shape", None)
-    return tensor.bits.shape == shape and digest(bits) == tensor.digest
+    return tensor.bits.shape == bits.shape and digest(bits) == tensor.digest
 
 
 __all__ = ["Proposal", "check", "compare", "plan_names", "propose", "relate"]

@@ -1,0 +1,72 @@
+"""Lint and export of rule books, as the commands do them: with files for keys, and models for books."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.adapters.detect import load_model
+from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.names.keys import group_names
+from regraft.rules.book import Book, books_for, find_book, library, only_books
+from regraft.rules.lint import Linted, in_order, lint_book, lint_file
+from regraft.rules.lint_keys import Keys, lint_keys
+from regraft.rules.write import write_book
+from regraft.why.subject import open_subject
+
+
+def lint(book: str, keys: Path | None = None, model: Path | None = None) -> Linted:
+    """What is wrong with a rule book: a file, or one of the library's by name.
+
+    ``keys`` is a checkpoint or an adapter whose names it must fit. A book that does not load is a finding.
+
+    Raises ``BadInputError`` where the book or the keys cannot be read.
+    """
+    path = Path(book)
+    found: Linted | Book = find_book(book) if not path.is_file() else lint_file(path)
+    if isinstance(found, Linted):
+        return found
+    faults = list(lint_book(found))
+    fired: dict[str, int] = {}
+    count = 0
+    if keys is not None:
+        names = keys_of(keys, model, found)
+        fired, more = lint_keys(found, names)
+        faults += more
+        count = len(names)
+    return Linted(found.name, found.path, len(found.rules), count, fired, in_order(faults))
+
+
+def keys_of(src: Path, model: Path | None, book: Book) -> Keys:
+    """The base's names that a checkpoint or an adapter speaks of."""
+    with only_books([book]):
+        subject = open_subject(src, None, model)
+    if subject.kind == "checkpoint":
+        dims = {
+            number: len(subject.headers.shapes[number])
+            for group in subject.headers.groups
+            for number in group.ids.tolist()
+        }
+        return Keys(subject.headers.groups, dims, subject.where, True)
+    bases = list(dict.fromkeys(name.base for name in subject.names.values()))
+    return Keys(tuple(group_names(bases)), {}, subject.where, False)
+
+
+def export(model: str) -> str:
+    """The rule books that apply to a model, as TOML.
+
+    ``model`` is a model type, the name of a book, or a model's folder or ``config.json``.
+
+    Raises ``UnmatchedKeysError`` where no book knows it, ``BadInputError`` where several do.
+    """
+    path = Path(model)
+    types = load_model(path).model_types() if path.exists() else [model]
+    books = books_for(types) or [book for book in library() if book.name == model]
+    if not books:
+        known = ", ".join(sorted({t for book in library() for t in book.model_types}))
+        message = f"no rule book knows {', '.join(types)}; known: {known}"
+        raise UnmatchedKeysError(Finding("unknown-model", message, fix="write a rule book for it"))
+    if len(books) > 1:
+        names = ", ".join(book.name for book in books)
+        message = f"several rule books work together for it: {names}"
+        raise BadInputError(Finding("option", message, fix="export them one by one, by name"))
+    return write_book(books[0])
