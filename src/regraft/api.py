@@ -27,7 +27,7 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
-from regraft.layouts import parse_layout
+from regraft.layouts import LAYOUTS, parse_layout
 from regraft.report import Report
 from regraft.rules.book import own_layouts
 
@@ -111,7 +111,9 @@ def convert(
         report.files = list(done.others)
         return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
-    parse_layout(layout.name)  # how adapters pack experts is known for the library's layouts only
+    if layout.name not in LAYOUTS:
+        message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
+        raise BadInputError(Finding("unknown-layout", message, fix="convert its base, a checkpoint"))
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None

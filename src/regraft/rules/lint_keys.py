@@ -63,7 +63,7 @@ def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
                 rule=rule.name,
                 fix="correct its keys, or remove it if no model has them",
             )
-            faults.append(Fault("warning", finding, keys.where))
+            faults.append(Fault("warning", finding))
     for where, count in lines.items():
         own = where.startswith(f"{book.path}:")
         if own and not count:
@@ -73,7 +73,7 @@ def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
                 where=where,
                 fix="correct its keys, or remove it if no model has them",
             )
-            faults.append(Fault("note", finding, keys.where))
+            faults.append(Fault("note", finding))
     for group in keys.groups:
         rows = [row for row, number in enumerate(group.ids.tolist()) if number not in explained]
         if rows:
@@ -140,7 +140,7 @@ def _missing(
                     rule=rule.name,
                     fix="complete the checkpoint; or give the missing ones their own rule",
                 )
-                yield Fault("error", finding, keys.where, str(term.key))
+                yield Fault("error", finding, None, str(term.key))
 
 
 Loop = tuple[object, ...]
