@@ -113,7 +113,9 @@ def convert(
     _check_options(shard_size, dtype, jobs, resume, in_place)
     if layout.name not in LAYOUTS:
         message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
-        raise BadInputError(Finding("unknown-layout", message, fix="convert its base, a checkpoint"))
+        raise BadInputError(
+            Finding("unknown-layout", message, fix="convert its base, a checkpoint")
+        )
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None

@@ -82,7 +82,7 @@ class Finder:
         if not whole.whole or not whole.bits.size:
             return None
         for way in self._ways(whole):
-            if way is not None and len(way.blocks) > 1:
+            if way is not None and (len(way.blocks) > 1 or way.blocks[0].lead is not None):
                 self.used.update(block.part for block in way.blocks)
                 return way
         return None
@@ -187,8 +187,6 @@ class Finder:
         stacked = len(whole.shape) == 2
         width = whole.shape[-1]
         fitting = [n for n in names if n not in self.used and self.parts[n].shape[0] <= width]
-        if len(fitting) < 2:
-            return None
         by_first: dict[int, list[str]] = defaultdict(list)
         for name in fitting:
             by_first[int(self.parts[name].bits[0])].append(name)

@@ -81,6 +81,9 @@ def pair(left: Tensor, right: Tensor, names: Names) -> Relation | None:
     if "(" in "".join(dims):
         shape, text = (left.shape, dims[0]) if "(" not in dims[0] else (right.shape, dims[1])
         where = tuple(f"{axis} = {n}" for axis, n in zip(text.split()[1:], shape[1:], strict=True))
+    elif left.name == right.name:
+        # Only sizes tell the layouts apart where a tensor keeps its name.
+        where = tuple(f"{axis} = {n}" for axis, n in zip(dims[0].split(), left.shape, strict=False))
     template, numbers = names[left.name]
     piece = Piece(template, numbers, (None,) * len(numbers), dims[0])
     template, numbers = names[right.name]
@@ -190,9 +193,15 @@ def _piece(parts: Sequence[str], names: Names, stacked: bool) -> Piece | None:
         return None
     if not stacked:
         return Piece(template, numbers, (None,) * len(numbers), "")
+    if len(parts) == 1:
+        zeros = [at for at, alone in enumerate(isolated(template)) if alone and not numbers[at]]
+        single: list[Role] = [
+            "e" if at == max(zeros, default=-1) else None for at in range(len(numbers))
+        ]
+        return Piece(template, numbers, tuple(single), "") if zeros else None
     roles: list[Role] = []
     for column in zip(*(n for _, n in split), strict=True):
-        if list(column) == list(range(len(parts))) and (len(parts) > 1 or "e" not in roles):
+        if list(column) == list(range(len(parts))):
             roles.append("e")
         elif len(set(column)) == 1:
             roles.append(None)
