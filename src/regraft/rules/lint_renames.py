@@ -164,6 +164,7 @@ def _on_keys(renames: Sequence[Rename], keys: Sequence[str]) -> Iterator[Fault]:
                 "error", "collision", renames[max(last, rename_of_first)], message, fix, None, key
             )
     for i, rename in enumerate(renames):
+        yield from _part_of_word(rename, keys)
         if i not in fired:
             message = f"it matches none of the {len(keys)} keys"
             yield _fault("warning", "dead-rule", rename, message, "correct or remove it")
@@ -230,7 +231,7 @@ def _crosses(tree: Any) -> bool:
 
 
 def _loose(rename: Rename, tree: Any) -> Iterator[Fault]:
-    """Expressions that match more than is meant: bare dots, indices of one digit, parts of words."""
+    """Expressions that match more or less than is meant: bare dots, indices of one digit."""
     flat = list(tree)
     for op, _ in flat:
         if op is sre.ANY:
@@ -251,21 +252,24 @@ def _loose(rename: Rename, tree: Any) -> Iterator[Fault]:
             )
             yield _fault("error", "incomplete-index", rename, message, r"write \d+", None, "10")
             return
-    yield from _part_of_word(rename, flat)
 
 
-def _part_of_word(rename: Rename, flat: list[Any]) -> Iterator[Fault]:
-    """A name that is found inside a longer one."""
-    if not flat or rename.source.startswith("^"):
-        return
-    last_op, last = flat[-1]
-    if last_op is sre.LITERAL and chr(last).isalnum():
-        example = example_of(rename.source)
-        longer = example + "x.weight"
-        if rename.apply(longer) != longer:
-            message = f"{rename.source!r} ends inside a segment, so it renames {longer}, too"
-            fix = r"end it with \. or (?=\.|$)"
-            yield _fault("note", "loose-regex", rename, message, fix, None, longer)
+def _part_of_word(rename: Rename, keys: Sequence[str]) -> Iterator[Fault]:
+    """A name that is found by itself in some keys, and inside a longer one in others."""
+    whole, part = None, None
+    for key in keys:
+        found = re.search(rename.source, key)
+        if found is None or not found[0] or not (found[0][-1].isalnum() or found[0][-1] == "_"):
+            continue
+        following = key[found.end() : found.end() + 1]
+        if following.isalnum() or following == "_":
+            part = part or key
+        else:
+            whole = whole or key
+    if whole is not None and part is not None:
+        message = f"{rename.source!r} ends inside a segment: it renames {whole}, and {part}, too"
+        fix = r"end it with \. or (?=\.|$)"
+        yield _fault("warning", "loose-regex", rename, message, fix, None, part)
 
 
 def _lossy(rename: Rename, tree: Any) -> Iterator[Fault]:
