@@ -21,6 +21,7 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
@@ -89,6 +90,7 @@ def convert(
     if is_checkpoint(src_path):
         told = Path(model) if model is not None else None
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
+        options["foreign"] = InstalledTransformers()
         options["source"] = source_layout.name if source_layout is not None else None
         if in_place:
             done = convert_in_place(src_path, dst_path, **options)
@@ -112,6 +114,7 @@ def convert(
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
+    foreign = InstalledTransformers()
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
@@ -122,7 +125,7 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout)
+            result = convert_adapter(opened, layout, config, source_layout, foreign)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings

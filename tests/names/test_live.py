@@ -53,10 +53,8 @@ def test_every_holder(family, holder):
     assert list(found.skeleton.tensors) == list(plain)
     assert found.skeleton.kinds == expected.kinds
     assert found.skeleton.parameters == expected.parameters
-    told = [(s.path, s.classes, s.model_type, s.custom_code) for s in found.skeleton.submodels]
-    assert told == [
-        (s.path, s.classes, s.model_type, s.custom_code) for s in expected.submodels
-    ]
+    told = [(s.path, s.classes, s.native, s.model_type) for s in found.skeleton.submodels]
+    assert told == [(s.path, s.classes, s.native, s.model_type) for s in expected.submodels]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = held.state_dict()
@@ -113,16 +111,15 @@ def test_classes():
     class MyViT(transformers.ViTModel):
         pass
 
-    class Foreign(transformers.PreTrainedModel):
-        config_class = transformers.ViTConfig
-        _supports_sdpa = True
+    class Foreign(transformers.ViTPreTrainedModel):
+        pass
 
     [mine] = skeleton_of(MyViT(vit().config)).submodels
     assert mine.classes == ("MyViT", "ViTModel", "ViTPreTrainedModel")
-    assert not mine.custom_code
+    assert mine.native == "ViTModel"
     [foreign] = skeleton_of(Foreign(vit().config)).submodels
-    assert foreign.classes == ("Foreign",)
-    assert foreign.custom_code
+    assert foreign.classes == ("Foreign", "ViTPreTrainedModel")
+    assert foreign.native is None
     sharded = fsdp2(vit())
     assert type(sharded).__name__ == "FSDPViTForImageClassification"
     assert skeleton_of(sharded).submodels[0].classes[0] == "ViTForImageClassification"

@@ -254,11 +254,14 @@ def verify(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
         with out.waiting() as progress:
-            result = verify(src, dst, model=model, progress=progress)
+            result = verify(
+                src, dst, model=model, progress=progress, foreign=InstalledTransformers()
+            )
         if json:
             out.data(result.to_dict())
         elif not quiet:

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Live models: which models a holder holds, and what each of their tensors is called there.
 
 The canonical name of a tensor says where it stands in its model. It is found by walking modules, not by reading names,
@@ -373,5 +374,13 @@ def _submodel(module: Any, path: str) -> SubModel:
     config = getattr(module, "config", None)
     get = config.get if isinstance(config, Mapping) else partial(getattr, config)
     model_type = get("model_type", None)
-    prefix = getattr(module, "base_model_prefix", "")
-    return SubModel(path, facts.classes, model_type or None, config, prefix, facts.custom_code)
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return SubModel(
+        path=path,
+        classes=facts.classes,
+        native=facts.native,
+        model_type=model_type or None,
+        config=config,
+        base_model_prefix=getattr(module, "base_model_prefix", "") or "",
+        ignored=tuple(ignored),
+    )

@@ -22,7 +22,8 @@ class Facts:
     """A wrapper of PEFT's; whatever else is in it belongs to adapters."""
     classes: tuple[str, ...] | None = None
     """The model classes, where it is a transformers model."""
-    custom_code: bool = False
+    native: str | None = None
+    """The first of them that transformers itself defines and that is a whole model."""
     kind: str | None = None
     """The kind of its weight; "any" if its tensors have none; ``None`` if they are parameters by themselves."""
     extra_state: bool = False
@@ -74,7 +75,7 @@ def facts_of(kind: type) -> Facts:
     """What a class tells; remembered.
 
     >>> facts_of(int)
-    Facts(wrapped=(), hidden=False, adapter=False, classes=None, custom_code=False, kind=None, extra_state=False)
+    Facts(wrapped=(), hidden=False, adapter=False, classes=None, native=None, kind=None, extra_state=False)
     """
     facts = _known.get(kind)
     if facts is None:
@@ -89,7 +90,7 @@ def _look(kind: type) -> Facts:
             return _WRAPPERS[name]
     return Facts(
         classes=_model_classes(kind),
-        custom_code=_is_custom(kind),
+        native=_native(kind),
         kind=next((_KINDS[name] for name in named if name in _KINDS), None),
         extra_state=_has_extra_state(kind),
     )
@@ -110,11 +111,9 @@ def _model_classes(kind: type) -> tuple[str, ...] | None:
     return tuple(c.__name__ for c in models) if models else None
 
 
-def _is_custom(kind: type) -> bool:
-    return bool(_models(kind)) and not any(
-        c.__module__.startswith("transformers.") and not c.__name__.endswith("PreTrainedModel")
-        for c in _models(kind)
-    )
+def _native(kind: type) -> str | None:
+    own = (c.__name__ for c in _models(kind) if c.__module__.startswith("transformers."))
+    return next((name for name in own if not name.endswith("PreTrainedModel")), None)
 
 
 def _has_extra_state(kind: type) -> bool:

@@ -17,7 +17,8 @@ from regraft.names.live import Live, LiveModel
 from regraft.names.modules import WRAPPER_SEGMENTS
 
 Lands = Callable[[int, list[str]], list[bool]]
-"""Given a model's number and canonical keys, old or new, says for each whether the model has a place for it."""
+"""Given a model's number and canonical keys, old or new, with or without the ``base_model_prefix`` that only a head
+model has, says for each whether the model has a place for it."""
 
 Segments = tuple[str, ...]
 Kept = tuple[int, ...]
@@ -38,8 +39,6 @@ class Part:
     model: int
     prefix: str
     """What was taken away in front, with its dot."""
-    added: str
-    """What was put in front: the model's ``base_model_prefix``, where the file is of the model below its head."""
     keys: Mapping[str, str]
     """Canonical key, in the file's spelling: the file's key."""
     doubles: Mapping[str, str]
@@ -48,8 +47,7 @@ class Part:
     """Whether the prefix is the model's place in the holder, not counting wrappers."""
 
     def __str__(self) -> str:
-        text = f"{len(self.keys)} keys" + (f" under {self.prefix!r}" if self.prefix else "")
-        return text + (f", {self.added!r} put in front" if self.added else "")
+        return f"{len(self.keys)} keys" + (f" under {self.prefix!r}" if self.prefix else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,6 @@ class _Node:
 class _Candidate:
     model: int
     node: _Node
-    added: str
     own: bool
     choices: dict[int, Kept] = field(default_factory=dict)
     """For a template: which segments after the prefix are kept."""
@@ -148,9 +145,8 @@ def _candidates(live: Live, keys: list[str], lands: Lands) -> list[_Candidate]:
     for number, model in enumerate(live.models):
         paths = {tuple(path.split(".")) if path else () for path in model.paths}
         found = [
-            _Candidate(number, node, added, any(v in paths for v in _variants(node.segments)))
+            _Candidate(number, node, any(v in paths for v in _variants(node.segments)))
             for node in nodes
-            for added in _additions(model, node)
         ]
         asked = [
             (candidate, code, rows, option, kept)
@@ -168,6 +164,9 @@ def _candidates(live: Live, keys: list[str], lands: Lands) -> list[_Candidate]:
             candidate.choices[code] = kept
             candidate.landed.update(rows)
             candidate.spots += len(keys[rows[0]].split(".")) - len(kept)
+        for candidate in found:
+            if _reads_as_bare(model, candidate, keys):
+                candidate.own = False
         result += [candidate for candidate in found if candidate.landed]
     return result
 
@@ -196,19 +195,27 @@ def _nodes(split: list[list[str]], codes: list[int], wanted: set[Segments]) -> I
                 stack.append((longer, inside))
 
 
-def _additions(model: LiveModel, node: _Node) -> list[str]:
-    """What may be put in front: nothing, or the name of the model below the head."""
+def _reads_as_bare(model: LiveModel, candidate: _Candidate, keys: list[str]) -> bool:
+    """Whether a model's own path before the keys may as well be the first segment of keys without any path.
+
+    A head model in a holder's ``model`` may have a ``model`` itself: ``model.layers.0`` is a key of it, and a key of
+    its base under the holder's path. Both are the same tensor, but the first reading fits other models, too.
+    """
     base = model.skeleton.submodels[0].base_model_prefix
-    if not base or node.segments[-1:] == (base,):
-        return [""]
-    return ["", f"{base}."] if any(s.path == base for s in model.skeleton.submodels) else [""]
+    prefix = candidate.node.prefix
+    if not base or candidate.node.segments[-1:] != (base,):
+        return False
+    if all(submodel.path != base for submodel in model.skeleton.submodels):
+        return False
+    below = (keys[number][len(prefix) :] for number in candidate.landed)
+    return not any(key.startswith(f"{base}.") for key in below)
 
 
 def _options(key: str, candidate: _Candidate) -> Iterator[tuple[str, Kept]]:
     """A file's key as canonical ones, with what is kept: as it is, then with ever more wrappers taken away."""
     segments = tuple(key[len(candidate.node.prefix) :].split("."))
     for kept in _kept(_shape(segments)):
-        yield candidate.added + ".".join(segments[i] for i in kept), kept
+        yield ".".join(segments[i] for i in kept), kept
 
 
 def _variants(segments: Segments) -> list[Segments]:
@@ -291,7 +298,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
             for number in rows:
                 segments = keys[number][len(candidate.node.prefix) :].split(".")
                 text = ".".join(segments[i] for i in kept)
-                first.append((keys[number], candidate.added + text))
+                first.append((keys[number], text))
     told = lands(candidate.model, [option for _, option in first])
     homes = {key: option for (key, option), there in zip(first, told, strict=True) if there}
     rest = [
@@ -313,7 +320,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
             if other != key:
                 doubles[key] = other
     return Part(
-        candidate.model, candidate.node.prefix, candidate.added, found, doubles, candidate.own
+        candidate.model, candidate.node.prefix, found, doubles, candidate.own
     )
 
 
@@ -335,7 +342,7 @@ def _carry(live: Live, keys: list[str], parts: list[Part]) -> Iterator[tuple[str
             path = live.models[part.model].path
             if key.startswith(part.prefix):
                 rest = tuple(key[len(part.prefix) :].split("."))
-                front = f"{path}.{part.added}" if path else part.added
+                front = f"{path}." if path else ""
                 names += [front + ".".join(variant) for variant in _variants(rest)]
         found = dict.fromkeys(k for name in names for k in places.get((name, depth), ()))
         if len(found) == 1:

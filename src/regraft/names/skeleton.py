@@ -1,39 +1,38 @@
-"""What a live model is, without its tensors: sub-models, keys, shapes and kinds."""
+"""What is known of a model without its weights: the models in it, its names and shapes, and what the tensors are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SubModel:
-    """A transformers model, or one inside it.
-
-    ``custom_code`` is True where none of its classes is a model of transformers' own, so that its names may mean
-    something else than they do there. A user's subclass of a model of transformers is not custom code in this sense.
-    """
+    """A model of transformers inside a model; the root is one, too."""
 
     path: str
-    """The canonical path in the model; "" for the model itself."""
+    """Its canonical path, empty for the root."""
     classes: tuple[str, ...]
-    """Class names along the MRO, most derived first, those below PreTrainedModel only and none that torch made."""
+    """Its class and that class's bases below ``PreTrainedModel``, most derived first."""
+    native: str | None
+    """The first of them that transformers itself defines; ``None`` for foreign code."""
     model_type: str | None
     config: Any
-    """The live config, an object or a dict."""
     base_model_prefix: str
-    custom_code: bool
+    ignored: tuple[str, ...] = ()
+    """Patterns of old tensors that the model has no use for (``_keys_to_ignore_on_load_unexpected``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """One model: its sub-models (itself first), and its tensors by canonical key in state dict order."""
+    """A model's canonical names; wrappers contribute no segments to any of them."""
 
     submodels: tuple[SubModel, ...]
+    """The root first, then in the order of the modules."""
     tensors: Mapping[str, tuple[int, ...]]
-    """Shapes; persistent buffers included. A sharded tensor has its whole shape."""
-    kinds: Mapping[str, str]
-    """Kinds of tensors; one that is not here is of kind ``any``."""
-    parameters: Mapping[str, tuple[str, ...]]
-    """For a module's path: its own parameters of kind ``parameter`` or ``experts``, in the order of registration."""
+    """Key and shape of everything in its state dict, in order."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """The kind (`rules.kinds`) of each tensor that PEFT can adapt; what is not in it is of kind ``any``."""
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Module and the names of its own matrices, in the order in which it registers them."""
