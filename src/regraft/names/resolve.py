@@ -79,14 +79,8 @@ class _Candidate:
     landed: set[int] = field(default_factory=set)
     spots: int = 0
 
-    def rank(self) -> tuple[int, bool, int, bool, int]:
-        return (
-            -len(self.landed),
-            not self.own,
-            self.spots,
-            bool(self.added),
-            len(self.node.segments),
-        )
+    def rank(self) -> tuple[int, bool, int, int]:
+        return (-len(self.landed), not self.own, self.spots, len(self.node.segments))
 
 
 def resolve(live: Live, file_keys: Sequence[str], lands: Lands) -> Resolved:
@@ -319,9 +313,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
             other = found.setdefault(homes[key], key)
             if other != key:
                 doubles[key] = other
-    return Part(
-        candidate.model, candidate.node.prefix, found, doubles, candidate.own
-    )
+    return Part(candidate.model, candidate.node.prefix, found, doubles, candidate.own)
 
 
 def _carry(live: Live, keys: list[str], parts: list[Part]) -> Iterator[tuple[str, str]]:
