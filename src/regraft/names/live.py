@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Live models: which models a holder holds, and what each of their tensors is called there.
 
 The canonical name of a tensor says where it stands in its model. It is found by walking modules, not by reading names,
