@@ -14,8 +14,7 @@ from regraft.errors import (
 )
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import inspect
-    from regraft.api import convert
+    from regraft.api import convert, inspect
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -35,7 +34,7 @@ __all__ = [
 
 _LAZY = {
     "convert": "regraft.api",
-    "inspect": "regraft.adapters.inspect",
+    "inspect": "regraft.api",
     "Report": "regraft.report",
 }
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.inspect import Inspection
+from regraft.adapters.inspect import inspect as inspect_adapters
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -143,6 +145,24 @@ def convert(
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
+
+
+def inspect(
+    src: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+) -> Inspection:
+    """Tell what an adapter is, or each adapter of a folder.
+
+    What is wrong with an adapter that can be opened stands in its ``problems``; a base model that
+    is not known is no problem, only less is told.
+
+    Args:
+        src: what `regraft.convert` takes.
+        model: the base model's folder or its ``config.json``.
+
+    Raises:
+        BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
+    """
+    return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 
 def _note_company(report: Report, results: list[Converted]) -> None:

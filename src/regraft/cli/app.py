@@ -221,7 +221,7 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.adapters.inspect import inspect
+        from regraft.api import inspect
         from regraft.cli.words import show_findings, show_inspection
 
         inspection = inspect(src, model=model)
