@@ -15,6 +15,8 @@ from regraft.errors import (
 
 if TYPE_CHECKING:
     from regraft.api import convert, inspect
+    from regraft.live.mapping import mapping
+    from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -28,7 +30,9 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "convert_state_dict",
     "inspect",
+    "mapping",
 ]
 
 
@@ -36,6 +40,8 @@ _LAZY = {
     "convert": "regraft.api",
     "inspect": "regraft.api",
     "Report": "regraft.report",
+    "convert_state_dict": "regraft.live.state_dict",
+    "mapping": "regraft.live.mapping",
 }
 
 
