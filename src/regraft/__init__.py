@@ -16,6 +16,8 @@ from regraft.errors import (
 if TYPE_CHECKING:
     from regraft.adapters.inspect import inspect
     from regraft.api import convert
+    from regraft.bridges.peft.hook import install, installed, uninstall
+    from regraft.bridges.peft.load import load_adapter
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -30,12 +32,20 @@ __all__ = [
     "UnmatchedKeysError",
     "convert",
     "inspect",
+    "install",
+    "installed",
+    "load_adapter",
+    "uninstall",
 ]
 
 
 _LAZY = {
     "convert": "regraft.api",
     "inspect": "regraft.adapters.inspect",
+    "install": "regraft.bridges.peft.hook",
+    "installed": "regraft.bridges.peft.hook",
+    "load_adapter": "regraft.bridges.peft.load",
+    "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
 }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from regraft.equation.notation import ConfigPath
 
@@ -18,6 +21,16 @@ _SUB_MODELS = {
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
+class Weights(Protocol):
+    """The tensors of a model by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> npt.NDArray[np.generic]:
+        """One tensor."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's ``config.json`` and the part of it that a rule book speaks of.
@@ -28,6 +41,8 @@ class ModelConfig:
 
     data: Mapping[str, Any]
     path: str
+    weights: Weights | None = None
+    """The model's tensors, where they are not in files beside its config."""
 
     @property
     def model_type(self) -> str | None:

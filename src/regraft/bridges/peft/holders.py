@@ -1,0 +1,151 @@
+"""Finding the model that an adapter is for, inside whatever holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from regraft.adapters.scan import PREFIX
+from regraft.adapters.source import Source
+from regraft.bridges.peft.known import Adapter, below, convert_for
+from regraft.bridges.peft.slots import base_slots, inner_name
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A model in a holder."""
+
+    path: str
+    """Where it stands, wrappers left out; empty for the holder itself."""
+    base: PreTrainedModel
+    """The transformers model that an adapter's names are relative to."""
+    peft_model: PeftModel | None
+    """The ``PeftModel`` around it, if there is one."""
+
+    @property
+    def label(self) -> str:
+        """The place for people."""
+        return f"{self.path or 'the model'} ({type(self.base).__name__})"
+
+
+def find_models(root: Any) -> list[Place]:
+    """The outermost models in ``root``, each once; ``root`` may be a module or any object with models as attributes."""
+    places: dict[int, Place] = {}
+    for place in _models_below(root, "", None):
+        places.setdefault(id(place.base), place)
+    return list(places.values())
+
+
+def _models_below(node: Any, path: str, around: PeftModel | None) -> Iterator[Place]:
+    if isinstance(node, PeftModel):
+        yield from _models_below(node.get_base_model(), path, node)
+    elif isinstance(node, PreTrainedModel):
+        yield Place(path, node, around)
+    elif isinstance(node, nn.Module):
+        wrapped = inner_name(node)
+        for name, child in node._modules.items():
+            if child is not None:
+                below = path if name == wrapped else _join(path, name)
+                yield from _models_below(child, below, around)
+    else:
+        for name, value in _values(node):
+            if isinstance(value, nn.Module):
+                yield from _models_below(value, _join(path, name), around)
+
+
+def _values(node: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, and the items of those that are dicts, lists or tuples."""
+    for name, value in getattr(node, "__dict__", {}).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            yield from ((f"{name}.{index}", item) for index, item in enumerate(value))
+        else:
+            yield name, value
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
+    """The model in ``root`` that an adapter is for, and the adapter in its layout.
+
+    Keys that begin with a model's path say that it is this one. Otherwise all models are tried, and the adapter
+    must fit one of them only.
+
+    Raises ``BadInputError`` where there is no model or it fits none, ``AmbiguousError`` where it fits several; and
+    what the conversion raises where there is one model only.
+    """
+    places = find_models(root)
+    if not places:
+        raise BadInputError(
+            Finding(
+                "no-model",
+                f"there is no transformers model in this {type(root).__name__}",
+                where=source.where,
+                fix="give a PreTrainedModel, a PeftModel, or something that holds one",
+            )
+        )
+    named = [(place, bare) for place in places if (bare := below(source, place.path)) is not None]
+    if len(named) == 1:
+        place, bare = named[0]
+        return place, convert_for(place.base, bare)
+    if len(places) == 1:
+        return places[0], convert_for(places[0].base, source)
+    fitting: list[tuple[Place, Adapter]] = []
+    failed: list[Finding] = []
+    for place in places:
+        try:
+            adapter = convert_for(place.base, source)
+        except RegraftError as error:
+            failed.append(_misfit(place, str(error), source))
+            continue
+        missing = strangers(place.base, adapter)
+        if missing:
+            failed.append(_misfit(place, f"it has no module {missing[0]}", source))
+        else:
+            fitting.append((place, adapter))
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise BadInputError(failed)
+    names = " and ".join(place.label for place, _ in fitting)
+    raise AmbiguousError(
+        Finding(
+            "which-target",
+            f"the adapter fits several models in this {type(root).__name__}: {names}",
+            where=source.where,
+            fix="give the model itself instead of what holds it",
+        )
+    )
+
+
+def _misfit(place: Place, why: str, source: Source) -> Finding:
+    return Finding(
+        "wrong-base",
+        f"it does not fit {place.label}: {why}",
+        where=source.where,
+        fix="give the model that the adapter was trained on",
+    )
+
+
+def strangers(base: nn.Module, adapter: Adapter) -> list[str]:
+    """The modules that an adapter's keys name and ``base`` has not."""
+    have = {name.rpartition(".")[0] for name in base_slots(base)}
+    tree = {".".join(name.split(".")[:n]) for name in have for n in range(1, name.count(".") + 2)}
+    odd: list[str] = []
+    for key in adapter.tensors:
+        path = key.removeprefix(PREFIX)
+        module = path.split(".lora_")[0] if ".lora_" in path else path.rpartition(".")[0]
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        if key.startswith(PREFIX) and module not in tree and module not in odd:
+            odd.append(module)
+    return odd
