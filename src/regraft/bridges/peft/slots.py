@@ -127,7 +127,7 @@ def adapter_slots(root: nn.Module, adapter_name: str, config: Any) -> dict[str, 
             for kind, table in module._modules.items():
                 if kind == "base_layer" or not _holds(table, adapter_name):
                     continue
-                needed = kind.startswith(prefix) or kind == "trainable_tokens_delta"
+                needed = kind.startswith((prefix, "trainable_tokens_"))
                 for rest, owner, name in _entry(table, adapter_name):
                     key = f"{start}{kind}{rest}"
                     if kind == _DORA:
@@ -149,7 +149,8 @@ def _holds(table: nn.Module | None, adapter_name: str) -> bool:
 def _entry(table: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module, str]]:
     """An adapter's entry of one of PEFT's tables: for each tensor the rest of its path, its owner and its name."""
     if not isinstance(table, nn.ModuleDict):
-        yield "", table, adapter_name
+        if adapter_name in _own_tensors(table):
+            yield "", table, adapter_name
         return
     for path, module in walk(table[adapter_name]):
         for name in _own_tensors(module):
