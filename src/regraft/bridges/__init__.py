@@ -1,1 +1,1 @@
-"""Bridges to other libraries: the only place that imports them."""
+"""Bridges to other libraries: the only place that imports them, one package each."""
