@@ -77,11 +77,11 @@ def _join(path: str, name: str) -> str:
 def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
     """The model in ``root`` that an adapter is for, and the adapter in its layout.
 
-    Keys that begin with a model's path say that it is this one. Otherwise all models are tried, and the adapter
-    must fit one of them only.
+    An adapter fits where its names are there, as they are or without the model's path in the holder before them; it
+    must fit one model only.
 
-    Raises ``BadInputError`` where there is no model or it fits none, ``AmbiguousError`` where it fits several; and
-    what the conversion raises where there is one model only.
+    Raises ``BadInputError`` where there is no model or it fits none of several, ``AmbiguousError`` where it fits
+    several; and what the conversion raises where there is one model only.
     """
     places = find_models(root)
     if not places:
@@ -93,29 +93,21 @@ def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
                 fix="give a PreTrainedModel, a PeftModel, or something that holds one",
             )
         )
-    named = [(place, bare) for place in places if (bare := below(source, place.path)) is not None]
-    if len(named) == 1:
-        place, bare = named[0]
-        return place, convert_for(place.base, bare)
-    if len(places) == 1:
-        return places[0], convert_for(places[0].base, source)
     fitting: list[tuple[Place, Adapter]] = []
-    failed: list[Finding] = []
+    failed: list[RegraftError] = []
     for place in places:
         try:
-            adapter = convert_for(place.base, source)
+            fitting.append((place, _fitted(place, source)))
         except RegraftError as error:
-            failed.append(_misfit(place, str(error), source))
-            continue
-        missing = strangers(place.base, adapter)
-        if missing:
-            failed.append(_misfit(place, f"it has no module {missing[0]}", source))
-        else:
-            fitting.append((place, adapter))
+            failed.append(error)
     if len(fitting) == 1:
         return fitting[0]
+    if len(places) == 1:
+        raise failed[0]
     if not fitting:
-        raise BadInputError(failed)
+        raise BadInputError(
+            _misfit(place, str(error), source) for place, error in zip(places, failed, strict=True)
+        )
     names = " and ".join(place.label for place, _ in fitting)
     raise AmbiguousError(
         Finding(
@@ -125,6 +117,37 @@ def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
             fix="give the model itself instead of what holds it",
         )
     )
+
+
+def _fitted(place: Place, source: Source) -> Adapter:
+    """The adapter for one model.
+
+    Raises what the conversion raises, and ``BadInputError`` where names are not there.
+    """
+    try:
+        return _landing(place, source)
+    except RegraftError:
+        bare = below(source, place.path)
+        if bare is None:
+            raise
+    return _landing(place, bare)
+
+
+def _landing(place: Place, source: Source) -> Adapter:
+    adapter = convert_for(place.base, source)
+    odd = strangers(place.base, adapter)
+    if odd:
+        raise BadInputError(
+            Finding(
+                "no-place",
+                f"the {type(place.base).__name__} has no such module",
+                where=source.where,
+                key=name,
+                fix="give the model that the adapter was trained on",
+            )
+            for name in odd
+        )
+    return adapter
 
 
 def _misfit(place: Place, why: str, source: Source) -> Finding:
@@ -137,15 +160,21 @@ def _misfit(place: Place, why: str, source: Source) -> Finding:
 
 
 def strangers(base: nn.Module, adapter: Adapter) -> list[str]:
-    """The modules that an adapter's keys name and ``base`` has not."""
-    have = {name.rpartition(".")[0] for name in base_slots(base)}
-    tree = {".".join(name.split(".")[:n]) for name in have for n in range(1, name.count(".") + 2)}
-    odd: list[str] = []
+    """The modules that an adapter's keys name and ``base`` has not; none where its layers are yet to be repeated."""
+    if adapter.config.get("layer_replication"):
+        return []
+    tree = {"": None}
+    for name in base_slots(base):
+        parts = name.split(".")[:-1]
+        tree |= dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts)))
+    odd: dict[str, None] = {}
     for key in adapter.tensors:
-        path = key.removeprefix(PREFIX)
-        module = path.split(".lora_")[0] if ".lora_" in path else path.rpartition(".")[0]
-        while module.endswith(".base_layer"):
-            module = module.removesuffix(".base_layer")
-        if key.startswith(PREFIX) and module not in tree and module not in odd:
-            odd.append(module)
-    return odd
+        if not key.startswith(PREFIX):
+            continue
+        name, lora, _ = key.removeprefix(PREFIX).partition(".lora_")
+        name = ".".join(part for part in name.split(".") if part != "base_layer")
+        # Other families put up to two names of their own behind the module's.
+        shorter = (name.rsplit(".", cut)[0] for cut in range(1 if lora else 3))
+        if name not in tree and not any(part in tree for part in shorter):
+            odd[name] = None
+    return list(odd)
