@@ -26,7 +26,20 @@ from regraft.bridges.peft.place import place_tensors
 from regraft.errors import BadInputError, Finding, RefusedError
 
 _OWN_WAY = frozenset(
-    "ADALORA ADAPTION_PROMPT FROD OFT PVERA RANDLORA SHIRA TINYLORA UNILORA VBLORA VERA XLORA".split()
+    (
+        "ADALORA",
+        "ADAPTION_PROMPT",
+        "FROD",
+        "OFT",
+        "PVERA",
+        "RANDLORA",
+        "SHIRA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "XLORA",
+    )
 )
 """Families whose files are not simply one tensor for each tensor of the model: PEFT puts them in place itself."""
 

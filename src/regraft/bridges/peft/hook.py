@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,8 +113,7 @@ def _converted(root: Any, model_id: Any, options: dict[str, Any], config: Any = 
         return None
     source = find_source(model_id, options)
     if config is not None:
-        given = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-        source = replace(source, config={**source.config, **given})
+        source = replace(source, config=source.config | _plain(config))
     try:
         return (*choose(root, source), source)
     except RegraftError as error:
@@ -124,6 +124,12 @@ def _converted(root: Any, model_id: Any, options: dict[str, Any], config: Any = 
             stacklevel=4,
         )
         return None
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """A config of the caller's as the file would have it; which PEFT wrote the weights, only the file knows."""
+    fields = json.loads(json.dumps(config.to_dict(), default=sorted))
+    return {name: value for name, value in fields.items() if name != "peft_version"}
 
 
 def _from_pretrained(original: classmethod[Any, Any, Any]) -> Any:

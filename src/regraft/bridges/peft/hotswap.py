@@ -134,7 +134,8 @@ def _check_shapes(
 
 def _rank_dim(slot: Slot, key: str) -> int | None:
     """The dim of a factor that is its rank (times the number of experts)."""
-    if not isinstance(slot.layer, LoraLayer):
+    layer: Any = slot.layer
+    if not isinstance(layer, LoraLayer):
         return None
     if ".lora_A." in key or key.endswith(".lora_embedding_A"):
         return 0
@@ -144,9 +145,8 @@ def _rank_dim(slot: Slot, key: str) -> int | None:
 
 
 def _keeps_shape(slot: Slot, adapter_name: str) -> bool:
-    return isinstance(slot.layer, LoraLayer) and isinstance(
-        slot.layer.scaling[adapter_name], torch.Tensor
-    )
+    layer: Any = slot.layer
+    return isinstance(layer, LoraLayer) and isinstance(layer.scaling[adapter_name], torch.Tensor)
 
 
 def _swap_in(slot: Slot, tensor: torch.Tensor, adapter_name: str) -> None:
@@ -170,10 +170,7 @@ def _tell_size(layer: nn.Module) -> None:
 
 
 def _set_scale(layer: Any, path: str, adapter_name: str, config: Any) -> None:
-    if isinstance(layer, ParamWrapper):
-        name = _parameter_path(layer, path)
-    else:
-        name = path
+    name = _parameter_path(layer, path) if isinstance(layer, ParamWrapper) else path
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
     layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha

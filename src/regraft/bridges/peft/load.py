@@ -72,6 +72,7 @@ def load_adapter(
             lambda folder: peft_model.load_adapter(folder, adapter_name, is_trainable=is_trainable),
         )
         return model
+    check_sharding(model, place, adapter)
     if place.base is not model or is_adapted(place.base):
         inject(place.base, adapter, adapter_name, is_trainable=is_trainable)
         return model
@@ -135,9 +136,7 @@ def inject(
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     with undone_on_failure(base, changes_weights(adapter)):
         with wrappers_aside(base), handing(adapter, base):
-            inject_adapter_in_model(
-                config, base, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-            )
+            inject_adapter_in_model(config, base, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
             if autocast:
                 cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype=True)
             place_tensors(base, adapter.tensors, adapter_name, config, adapter.where)
@@ -147,7 +146,7 @@ def inject(
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
         if not is_trainable:
-            base.eval()
+            base.train(False)
 
 
 def is_adapted(base: nn.Module) -> bool:
@@ -173,6 +172,23 @@ def check_name(adapter_name: str, source: Source) -> None:
                 fix="choose another name",
             )
         ) from error
+
+
+def check_sharding(holder: Any, place: Place, adapter: Adapter) -> None:
+    """Raises ``RefusedError`` for stacked experts whose parameters FSDP1 keeps flattened."""
+    modules = [*place.base.modules(), *(holder.modules() if isinstance(holder, nn.Module) else ())]
+    if adapter.config.get("target_parameters") and any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in modules
+    ):
+        raise RefusedError(
+            Finding(
+                "flattened",
+                "PEFT cannot adapt a parameter that FullyShardedDataParallel has flattened",
+                where=adapter.where,
+                key=f"target_parameters: {min(adapter.config['target_parameters'])}",
+                fix="load the adapter before the model is wrapped, or shard it with fully_shard",
+            )
+        )
 
 
 def check_free(place: Place, adapter_name: str, source: Source) -> None:

@@ -96,10 +96,11 @@ def fill(slot: Slot, tensor: torch.Tensor) -> None:
 
 
 def _device(slot: Slot) -> torch.device:
-    if isinstance(slot.layer, BaseTunerLayer):
-        for tensor in slot.layer.get_base_layer().parameters():
+    layer: Any = slot.layer
+    if isinstance(layer, BaseTunerLayer):
+        for tensor in layer.get_base_layer().parameters():
             if not tensor.is_meta:
-                return tensor.device
+                return torch.device(tensor.device)
     return torch.device("cpu")
 
 

@@ -89,8 +89,9 @@ def _put_inside(wrapper: nn.Module, module: nn.Module | None) -> None:
             break
         wrapper = child
     wrapper._modules[name] = module
-    if hasattr(wrapper, "_initialize"):  # a compiled module holds its inner module's call, too
-        wrapper._initialize()
+    renew: Any = getattr(wrapper, "_initialize", None)
+    if renew is not None:  # a compiled module holds its inner module's call, too
+        renew()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +110,10 @@ class Slot:
     @property
     def tensor(self) -> torch.Tensor:
         """The tensor as it is now."""
-        held = self.owner._parameters.get(self.name)
-        if held is None:
-            held = self.owner._buffers[self.name]
-        assert held is not None
-        return held
+        parameter = self.owner._parameters.get(self.name)
+        found = self.owner._buffers[self.name] if parameter is None else parameter
+        assert found is not None
+        return found
 
 
 def adapter_slots(root: nn.Module, adapter_name: str, config: Any) -> dict[str, Slot]:
@@ -143,7 +143,9 @@ def adapter_slots(root: nn.Module, adapter_name: str, config: Any) -> dict[str, 
 
 
 def _holds(table: nn.Module | None, adapter_name: str) -> bool:
-    return isinstance(table, nn.ModuleDict | nn.ParameterDict | BufferDict) and adapter_name in table
+    return (
+        isinstance(table, nn.ModuleDict | nn.ParameterDict | BufferDict) and adapter_name in table
+    )
 
 
 def _entry(table: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module, str]]:
