@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
+import peft
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())
+
+two_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"),
+    reason="PEFT took one adapter of target_parameters before 0.20",
+)
 
 
 def case_folder(name):

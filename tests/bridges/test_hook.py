@@ -18,6 +18,7 @@ from golden_models import (  # noqa: E402
     is_bare,
     same_tree,
     tree_of,
+    two_adapters,
 )
 from peft.utils import hotswap  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -96,6 +97,7 @@ def test_names_and_memory(adapter_name, low_cpu_mem_usage, installed):
     assert is_adapted(mixin(base_model(CASE), case_folder(CASE), adapter_name=adapter_name), CASE)
 
 
+@two_adapters
 def test_a_second_adapter(installed):
     loaded = peft.PeftModel.from_pretrained(base_model(CASE), case_folder(CASE))
     result = loaded.load_adapter(case_folder(SAME), "other")

@@ -22,6 +22,7 @@ from golden_models import (  # noqa: E402
     reference,
     same_tree,
     tree_of,
+    two_adapters,
 )
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
@@ -203,6 +204,7 @@ def test_a_holder_without_a_model_is_told_so():
         regraft.load_adapter(nn.Linear(2, 2), case_folder(CASE))
 
 
+@two_adapters
 @pytest.mark.parametrize(
     "wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")]
 )
@@ -215,6 +217,7 @@ def test_a_second_adapter_is_added_and_the_first_stays_active(wrap):
     assert is_adapted(first, SAME)
 
 
+@two_adapters
 def test_a_second_adapter_in_the_model_itself():
     model = base_model(CASE)
     holder = Plain(model)
@@ -285,7 +288,15 @@ def rename(config, tensors):
 
 
 @pytest.mark.parametrize("change", [drop_layer, add_layer, widen, rename])
-@pytest.mark.parametrize("held", ["bare", "holder", "second", "second-inside"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        "bare",
+        "holder",
+        pytest.param("second", marks=two_adapters),
+        pytest.param("second-inside", marks=two_adapters),
+    ],
+)
 def test_a_failed_load_leaves_the_model_as_it_was(change, held, tmp_path):
     folder = changed(tmp_path, change)
     model = base_model(CASE)
@@ -348,6 +359,7 @@ def test_hotswap_puts_ranks_and_scales_in_place(other, held):
     assert is_adapted(model, SECOND)
 
 
+@two_adapters
 def test_hotswap_leaves_other_adapters_alone():
     loaded = regraft.load_adapter(base_model(SECOND), case_folder(SECOND), adapter_name="a")
     regraft.load_adapter(loaded, case_folder(SECOND), adapter_name="aa")

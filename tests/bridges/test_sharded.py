@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
-from golden_models import base_model, case_folder, is_adapted, outputs  # noqa: E402
+from golden_models import base_model, case_folder, is_adapted, outputs, two_adapters  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import regraft  # noqa: E402
@@ -86,6 +86,7 @@ def test_flattened_experts_are_refused(processes):
         regraft.load_adapter(sharded_1(base_model(CASE)), case_folder(CASE))
 
 
+@two_adapters
 @pytest.mark.parametrize("spread", [data_parallel, sharded_2])
 def test_an_adapter_is_added_to_a_spread_peft_model(spread, processes):
     inner = regraft.load_adapter(

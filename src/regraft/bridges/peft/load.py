@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_adapter
 from torch import nn
 from transformers import PreTrainedModel
@@ -122,11 +123,13 @@ def inject(
     """
     with adapter.config_folder() as folder:
         config = PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning or config.is_adaption_prompt:
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    shares = getattr(tuner, "uses_shared_state", False)
+    if config.is_prompt_learning or config.is_adaption_prompt or shares:
         raise RefusedError(
             Finding(
                 "needs-peft-model",
-                f"{adapter.peft_type} works around a model, not inside it",
+                f"{adapter.peft_type} needs a PeftModel around the model",
                 where=adapter.where,
                 fix="load it with regraft.load_adapter into the bare transformers model",
             )
