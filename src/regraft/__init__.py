@@ -14,8 +14,7 @@ from regraft.errors import (
 )
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import inspect
-    from regraft.api import convert
+    from regraft.api import convert, inspect
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
     from regraft.report import Report
@@ -41,7 +40,7 @@ __all__ = [
 
 _LAZY = {
     "convert": "regraft.api",
-    "inspect": "regraft.adapters.inspect",
+    "inspect": "regraft.api",
     "install": "regraft.bridges.peft.hook",
     "installed": "regraft.bridges.peft.hook",
     "load_adapter": "regraft.bridges.peft.load",

@@ -15,6 +15,7 @@ from regraft.adapters.source import Source
 from regraft.bridges.peft.known import Adapter, below, convert_for
 from regraft.bridges.peft.slots import base_slots, inner_name
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
+from regraft.names.live import walk_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,8 @@ def _models_below(node: Any, path: str, around: PeftModel | None) -> Iterator[Pl
                 below = path if name == wrapped else _join(path, name)
                 yield from _models_below(child, below, around)
     else:
-        for name, value in _values(node):
-            if isinstance(value, nn.Module):
-                yield from _models_below(value, _join(path, name), around)
-
-
-def _values(node: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, and the items of those that are dicts, lists or tuples."""
-    for name, value in getattr(node, "__dict__", {}).items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        elif isinstance(value, list | tuple):
-            yield from ((f"{name}.{index}", item) for index, item in enumerate(value))
-        else:
-            yield name, value
+        for prefix, module in walk_modules(node):
+            yield from _models_below(module, prefix[:-1], around)
 
 
 def _join(path: str, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +22,14 @@ from regraft.adapters.packing import packing_of_version
 from regraft.adapters.scan import PREFIX
 from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.bridges.peft.slots import base_slots
+from regraft.bridges.transformers import import_model
 from regraft.errors import AmbiguousError, Finding
 from regraft.files.dtypes import DTYPES
 from regraft.layouts import Layout
+from regraft.names.live import skeleton_of
 from regraft.plan.model import ModelConfig
 from regraft.report import AdapterReport
+from regraft.rules.book import Book
 
 _CARRIED = {
     DTYPES[name].numpy: (carrier, dtype)
@@ -115,6 +118,27 @@ def known_model(model: Any) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class LiveTransformers:
+    """What the installed transformers knows of one live model."""
+
+    live: Any
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str]:
+        """The rule book for the model, from its own modules; see `plan.model.Foreign`."""
+        imported = import_model(skeleton_of(self.live))
+        told = f"transformers {transformers.__version__} has a registry for {imported.name}"
+        return imported.book(keys, shapes, adapter=adapter), told
+
+
 def live_layout() -> Layout:
     """The layout of models in the transformers that is installed, with experts packed as its PEFT packs them."""
     new = int(transformers.__version__.split(".")[0]) >= 5
@@ -128,7 +152,8 @@ def convert_for(model: Any, source: Source) -> Adapter:
 
     Raises as ``convert_adapter`` does.
     """
-    done = convert_adapter(source, live_layout(), known_model(model))
+    foreign = LiveTransformers(model)
+    done = convert_adapter(source, live_layout(), known_model(model), foreign=foreign)
     tensors = {name: to_torch(tensor) for name, tensor in done.tensors.items()}
     return Adapter(done.config, tensors, source.where, done.report)
 

@@ -18,22 +18,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-_INNER = {
-    "OptimizedModule": "_orig_mod",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "ActivationWrapper": "_checkpoint_wrapped_module",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-}
-"""Wrappers that stand for the module inside them, and the attribute that holds it."""
+from regraft.names.modules import facts_of
 
 _DORA = "lora_magnitude_vector"
 """PEFT saves it without the ``.weight`` that it has in the model."""
 
 
 def inner_name(module: nn.Module) -> str | None:
-    """The attribute that holds the module that a wrapper stands for; ``None`` for any other module."""
-    return next((_INNER[c.__name__] for c in type(module).__mro__ if c.__name__ in _INNER), None)
+    """The child that a wrapper stands for; ``None`` for any other module, PEFT's own included."""
+    facts = facts_of(type(module))
+    names = () if facts.adapter else facts.wrapped
+    return next((name for name in names if module._modules.get(name) is not None), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -85,18 +85,18 @@ class Imported:
         keys: Iterable[str] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         *,
-        keep_prefix: bool = False,
+        adapter: bool = False,
     ) -> Book:
         """The rule book between the old names and the model's.
 
         ``keys`` are names of the file at hand, or those that a file had: where an old name can be spelled in
         several ways, the book has their spelling. ``shapes`` are theirs, and tell whether a tensor is stored
-        turned. With ``keep_prefix`` a file that has ``base_model_prefix`` where the model has not, or the other
-        way round, keeps it so.
+        turned. An ``adapter`` has the names of modules, which in transformers 4 are not always those of files; and
+        one that has ``base_model_prefix`` where the model has not, or the other way round, keeps it so.
         """
         from regraft.bridges.transformers.making import make_book
 
-        return make_book(self, list(keys), shapes or {}, keep_prefix)
+        return make_book(self, list(keys), shapes or {}, adapter)
 
     @cached_property
     def origins(self) -> list[tuple[Rows, Origin]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
 
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
 from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
@@ -51,15 +54,42 @@ def make_book(
     imported: Imported,
     keys: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
-    keep_prefix: bool,
+    adapter: bool,
 ) -> Book:
     """The rule book of a model; see `Imported.book`."""
     maker = _Maker(imported, shapes)
     maker.listen(keys)
-    shift = maker.shift if keep_prefix else 0
+    shift = maker.shift if adapter else 0
     for rows, origin in imported.origins:
-        maker.add(rows, origin, shift)
+        maker.add(rows, module_names(origin, imported) if adapter else origin, shift)
     return maker.book()
+
+
+@lru_cache(maxsize=1)
+def _renamed_on_loading() -> dict[str, list[tuple[re.Pattern[str], str]]]:
+    text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
+    return {
+        name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
+        for table in tomllib.loads(text)["renamed"]
+        for name in table["classes"]
+    }
+
+
+def module_names(origin: Origin, imported: Imported) -> Origin:
+    """Old names as the modules of transformers 4 had them, which its adapters have."""
+    root = imported.skeleton.submodels[0]
+    patterns = next((p for n in root.classes if (p := _renamed_on_loading().get(n))), None)
+    if patterns is None:
+        return origin
+    old = tuple(_first_replaced(text, patterns) for text in origin.old)
+    return replace(origin, old=old)
+
+
+def _first_replaced(text: str, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, new in patterns:
+        if pattern.search(text):
+            return pattern.sub(new, text)
+    return text
 
 
 @dataclass(slots=True)

@@ -143,7 +143,13 @@ Tensors = list[list[Dim]]
 
 
 def _merge(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     first = tensors[0]
     for other in tensors[1:]:
@@ -156,7 +162,13 @@ def _merge(
 
 
 def _concatenate(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     at = op.dim % len(tensors[0])
     if getattr(op, "num_shards_attribute", None) is not None:
@@ -179,7 +191,13 @@ def _concatenate(
 
 
 def _chunk(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     if getattr(op, "num_shards_attribute", None) is not None:
         raise UnknownOperationError("a chunk into a number of parts that the config tells")
@@ -205,7 +223,13 @@ def _chunk(
 
 
 def _split(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     (tensor,) = tensors
     at = op.dim % len(tensor)
@@ -217,7 +241,13 @@ def _split(
 
 
 def _interleave(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     (tensor,) = tensors
     at = op.dim % len(tensor)
@@ -229,7 +259,13 @@ def _interleave(
 
 
 def _transpose(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     (tensor,) = tensors
     if op.check_dims and not turned:
@@ -241,7 +277,13 @@ def _transpose(
 
 
 def _flatten(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     (tensor,) = tensors
     for axis, size in zip(tensor[1:], (op.in_channels, *op.kernel_size), strict=True):
@@ -250,7 +292,13 @@ def _flatten(
 
 
 def _permute(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     named = op.permute_layer_names
     part = getattr(config, op.subconfig_key, config) if op.subconfig_key is not None else config
@@ -274,7 +322,13 @@ def _permute(
 
 
 def _ernie(
-    chain: Chain, op: Any, tensors: Tensors, names: list[str], shapes: Any, config: Any, turned: bool
+    chain: Chain,
+    op: Any,
+    tensors: Tensors,
+    names: list[str],
+    shapes: Any,
+    config: Any,
+    turned: bool,
 ) -> Tensors:
     kinds = [chain.axis("e") for _ in shapes]
     for kind, shape in zip(kinds, shapes, strict=True):

@@ -131,7 +131,18 @@ class Renamer:
         for place, scoped in enumerate(left):
             done = scoped.rename(key, scoped.transform.backward)
             if done is not None and done[0] != key:
-                yield from self._undone(done[0], left[place + 1 :])
-                yield from self._undone(key, left[place + 1 :])
+                ways = (done[0], key) if not _doubles(scoped, key, done[0]) else (key, done[0])
+                for way in ways:
+                    yield from self._undone(way, left[place + 1 :])
                 return
         yield key
+
+
+def _doubles(scoped: Scoped, key: str, old: str) -> bool:
+    """Whether a prefix would stand twice: a model that calls a part ``text_model`` had no such prefix in it."""
+    name = scoped.path.rpartition(".")[2]
+    return (
+        scoped.transform.adds_prefix
+        and bool(name)
+        and old.count(f"{name}.") > key.count(f"{name}.")
+    )

@@ -90,7 +90,9 @@ def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -
     scoped: list[Scoped] = []
     applied: list[Applied] = []
     if key_mapping:
-        scoped += (Scoped(t, "", root.base_model_prefix, root) for t in read_key_mapping(key_mapping))
+        scoped += (
+            Scoped(t, "", root.base_model_prefix, root) for t in read_key_mapping(key_mapping)
+        )
     claimed: defaultdict[str, list[str]] = defaultdict(list)
     for model in skeleton.submodels:
         entry, why = _entry(model, claimed)
