@@ -22,7 +22,7 @@ from regraft.adapters.packing import packing_of_version
 from regraft.adapters.scan import PREFIX
 from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.bridges.peft.slots import base_slots
-from regraft.bridges.transformers import import_model
+from regraft.bridges.transformers.imported import import_model
 from regraft.errors import AmbiguousError, Finding
 from regraft.files.dtypes import DTYPES
 from regraft.layouts import Layout
