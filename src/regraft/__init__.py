@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from regraft.api import convert, inspect
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
+    from regraft.live.mapping import mapping
+    from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -30,10 +32,12 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "convert_state_dict",
     "inspect",
     "install",
     "installed",
     "load_adapter",
+    "mapping",
     "uninstall",
 ]
 
@@ -46,6 +50,8 @@ _LAZY = {
     "load_adapter": "regraft.bridges.peft.load",
     "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
+    "convert_state_dict": "regraft.live.state_dict",
+    "mapping": "regraft.live.mapping",
 }
 
 

@@ -22,6 +22,7 @@ from regraft.adapters.packing import packing_of_version
 from regraft.adapters.scan import PREFIX
 from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.bridges.peft.slots import base_slots
+from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
 from regraft.errors import AmbiguousError, Finding
 from regraft.files.dtypes import DTYPES
@@ -178,8 +179,7 @@ def to_torch(array: Array) -> torch.Tensor:
 
 def to_numpy(tensor: torch.Tensor) -> Array:
     """A tensor as an array, every bit as it is."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    plain = full.detach().cpu().contiguous()
+    plain = whole(tensor).detach().cpu().contiguous()
     if plain.dtype in _CARRIERS:
         carrier, name = _CARRIERS[plain.dtype]
         carried = plain.view(torch.int16 if carrier is np.uint16 else torch.uint8)

@@ -11,6 +11,7 @@ from torch import nn
 
 from regraft.adapters.scan import PREFIX
 from regraft.bridges.peft.slots import Slot, adapter_slots, base_slots
+from regraft.bridges.torch_tensors import place as spread
 from regraft.errors import BadInputError, Finding
 
 
@@ -92,7 +93,7 @@ def fill(slot: Slot, tensor: torch.Tensor) -> None:
             else:
                 slot.owner._buffers[slot.name] = made
         else:
-            have.copy_(_spread(tensor, have))
+            have.copy_(spread(tensor, have))
 
 
 def _device(slot: Slot) -> torch.device:
@@ -102,13 +103,3 @@ def _device(slot: Slot) -> torch.device:
             if not tensor.is_meta:
                 return torch.device(tensor.device)
     return torch.device("cpu")
-
-
-def _spread(tensor: torch.Tensor, have: torch.Tensor) -> torch.Tensor:
-    """A tensor over the same devices as the one that it goes into."""
-    mesh = getattr(have, "device_mesh", None)
-    if mesh is None:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(have.device, have.dtype), mesh, have.placements)  # type: ignore[attr-defined]

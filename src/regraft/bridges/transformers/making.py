@@ -65,6 +65,16 @@ def make_book(
     return maker.book()
 
 
+def count_rules(imported: Imported) -> dict[str, int]:
+    """How many of a model's tensors each target key of its rules stands for."""
+    counts: dict[str, int] = {}
+    for rows, origin in imported.origins:
+        for text in origin.new:
+            key = holes(text, _loop)
+            counts[key] = counts.get(key, 0) + len(rows.numbers)
+    return counts
+
+
 @lru_cache(maxsize=1)
 def _renamed_on_loading() -> dict[str, list[tuple[re.Pattern[str], str]]]:
     text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
