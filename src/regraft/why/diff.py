@@ -11,6 +11,7 @@ from pathlib import Path
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.source import find_adapters, open_adapter
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.errors import RegraftError
 from regraft.layouts import parse_layout
 from regraft.names.patterns import patterns
@@ -202,7 +203,9 @@ class _Comparison:
         source = open_adapter(found.folders[0], found.root, found.weights)
         model = load_model(self.model) if self.model is not None else None
         try:
-            done = convert_adapter(source, parse_layout(layout), model)
+            done = convert_adapter(
+                source, parse_layout(layout), model, foreign=InstalledTransformers()
+            )
         except RegraftError as error:
             self.notes.append(f"the first cannot be converted to {layout}: {error.findings[0]}")
             return

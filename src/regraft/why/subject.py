@@ -13,6 +13,7 @@ from regraft.adapters.peft_config import targets_parameter
 from regraft.adapters.scan import PREFIX, scan_names
 from regraft.adapters.source import Source as Adapter
 from regraft.adapters.source import find_adapters, open_adapter
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.prepare import model_of
@@ -81,7 +82,7 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
     for name in opened.tensors.names:
         names.setdefault(name, Name(name, name, "belongs to a quantised weight"))
     try:
-        known = detect(headers, config, opened.where, source)
+        known = detect(headers, config, opened.where, source, InstalledTransformers())
     except RegraftError as error:
         found = error.findings
         return Subject(
@@ -123,11 +124,12 @@ def _open_adapter(
     opened = open_adapter(found.folders[0], found.root, found.weights)
     problems: list[Finding] = []
     known: Known | None = None
+    foreign, spelled = InstalledTransformers(), opened.remembered().names
     layout, evidence = source, ["its layout was given"] if source else []
     scan, scanned = scan_names(list(opened.tensors), opened.where, opened.peft_type == "LORA")
     problems += scanned
     try:
-        known = find_books(scan, opened.config, config, opened.where)
+        known = find_books(scan, opened.config, config, opened.where, foreign, spelled)
         evidence.insert(0, known.evidence)
         if source is None:
             detected = detect_layout(scan, opened, known.books)
@@ -141,7 +143,7 @@ def _open_adapter(
     if to is not None and not problems:
         given = parse_layout(source) if source is not None else None
         try:
-            converted = convert_adapter(opened, parse_layout(to), config, given)
+            converted = convert_adapter(opened, parse_layout(to), config, given, foreign)
             plan, layout = converted.plan, converted.report.source_layout
         except RegraftError as error:
             problems += error.findings
