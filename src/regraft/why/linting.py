@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from regraft.adapters.detect import load_model
+from regraft.adapters.detect import covers, load_model
+from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.names.keys import group_names
 from regraft.rules.book import Book, books_for, find_book, library, only_books
@@ -54,17 +56,33 @@ def keys_of(src: Path, model: Path | None, book: Book) -> Keys:
 def export(model: str) -> str:
     """The rule books that apply to a model, as TOML.
 
-    ``model`` is a model type, the name of a book, or a model's folder or ``config.json``.
+    ``model`` is a model type, the name of a book, or a model's folder or ``config.json``. Where the library does not
+    know it, the installed transformers is asked, which takes the names of its weights.
 
     Raises ``UnmatchedKeysError`` where no book knows it, ``BadInputError`` where several do.
     """
     path = Path(model)
-    types = load_model(path).model_types() if path.exists() else [model]
-    books = books_for(types) or [book for book in library() if book.name == model]
+    books: Sequence[Book]
+    if path.exists() and is_checkpoint(path):
+        subject = open_subject(path)
+        if subject.problems:
+            raise BadInputError(subject.problems)
+        books = subject.books
+    elif path.exists():
+        config = load_model(path)
+        books = books_for(config.model_types()) if covers(library(), config) else []
+    else:
+        books = books_for([model]) or [book for book in library() if book.name == model]
     if not books:
         known = ", ".join(sorted({t for book in library() for t in book.model_types}))
-        message = f"no rule book knows {', '.join(types)}; known: {known}"
-        raise UnmatchedKeysError(Finding("unknown-model", message, fix="write a rule book for it"))
+        raise UnmatchedKeysError(
+            Finding(
+                "unknown-model",
+                f"no rule book knows all of {model}; known: {known}",
+                fix="give the model's folder with its weights, so that the installed transformers can be asked; "
+                "or write a rule book for it",
+            )
+        )
     if len(books) > 1:
         names = ", ".join(book.name for book in books)
         message = f"several rule books work together for it: {names}"
