@@ -112,3 +112,43 @@ def test_export_of_what_transformers_knows(tmp_path, capsys):
     assert main([*command, str(outs[1]), "--rules", str(file)]) == 0
     one, other = ((out / "model.safetensors").read_bytes() for out in outs)
     assert one == other
+
+
+def test_the_registry_of_transformers(capsys):
+    pytest.importorskip("transformers", minversion="5.4")
+    status = main(["rules", "lint", "transformers", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["rules"] > 500
+    assert status == (4 if any(f["severity"] == "error" for f in found["faults"]) else 0)
+    for fault in found["faults"]:
+        file, _, line = fault["finding"]["where"].rpartition(":")
+        assert file == "conversion_mapping.py"
+        assert int(line) >= 1
+    assert main(["rules", "lint", "transformers:no-such-model"]) == 1
+
+
+def test_every_finding_on_transformers_is_confirmed():
+    """What lint says of a rename that eats, comes too late or is not idempotent happens to the key it shows."""
+    pytest.importorskip("transformers", minversion="5.4")
+    from regraft.bridges.transformers.linted import renames_of
+    from regraft.bridges.transformers.registry import entries
+    from regraft.rules.lint_renames import apply_all, lint_renames
+
+    checked = 0
+    for entry in entries():
+        renames = renames_of(entry)
+        for fault in lint_renames(renames):
+            mine = [i for i, rename in enumerate(renames) if rename.name == fault.finding.rule]
+            code, key = fault.finding.code, fault.example
+            if code not in ("eats-output", "shadowed", "not-idempotent"):
+                continue
+            checked += 1
+            steps = apply_all(renames, key)
+            fired = [i for i in range(len(renames)) if steps[i + 1] != steps[i]]
+            if code == "eats-output":
+                assert any(i in fired and renames[i].apply(key) == key for i in mine)
+            elif code == "shadowed":
+                assert any(i not in fired and renames[i].apply(key) != key for i in mine)
+            else:
+                assert apply_all(renames, steps[-1])[-1] != steps[-1]
+    assert checked

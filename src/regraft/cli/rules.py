@@ -129,6 +129,7 @@ def lint(
 ) -> Job:
     """Check a rule book before any tensor is read.
 
+    BOOK may also be transformers, for the registry of the release that is installed, or transformers:MODEL_TYPE.
     Finds rules that claim one key, shadow each other, eat each other's output, cannot be undone or never fire.
 
     Exit status: 0 no errors (warnings may be there), 1 it cannot be read, 2 usage, 4 errors.

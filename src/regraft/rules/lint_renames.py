@@ -141,10 +141,16 @@ def _order(renames: Sequence[Rename], keys: Sequence[str]) -> Iterator[Fault]:
                 fix = "let it match the old name only (a look-ahead, or an anchor)"
                 yield _fault("warning", "not-idempotent", renames[j], message, fix, None, key)
     for j, (i, key) in spoiled.items():
-        if j not in fired:
-            message = f"it never fires: {renames[i].name!r} renames {key} first"
-            fix = "put it before the other, or remove it"
-            yield _fault("error", "shadowed", renames[j], message, fix, renames[i], key)
+        if j in fired:
+            continue
+        made = apply_all(renames, key)[-1]
+        meant = apply_all(renames[j + 1 :], renames[j].apply(key))[-1]
+        message = f"it never fires: {renames[i].name!r} renames {key} first, to {made}"
+        if made != meant:
+            message += f", and this one would make it {meant}"
+        fix = "put it before the other, or remove it"
+        severity = "warning" if made == meant else "error"
+        yield _fault(severity, "shadowed", renames[j], message, fix, renames[i], key)
 
 
 def _on_keys(renames: Sequence[Rename], keys: Sequence[str]) -> Iterator[Fault]:

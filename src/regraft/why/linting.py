@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from regraft.adapters.detect import covers, load_model
@@ -20,10 +21,14 @@ def lint(book: str, keys: Path | None = None, model: Path | None = None) -> Lint
     """What is wrong with a rule book: a file, or one of the library's by name.
 
     ``keys`` is a checkpoint or an adapter whose names it must fit. A book that does not load is a finding.
+    ``transformers`` is the registry of the transformers that is installed, ``transformers:mixtral`` one entry of it.
 
     Raises ``BadInputError`` where the book or the keys cannot be read.
     """
     path = Path(book)
+    name, _, entry = book.partition(":")
+    if name == "transformers" and not path.exists():
+        return _lint_transformers(entry or None)
     found: Linted | Book = find_book(book) if not path.is_file() else lint_file(path)
     if isinstance(found, Linted):
         return found
@@ -36,6 +41,20 @@ def lint(book: str, keys: Path | None = None, model: Path | None = None) -> Lint
         faults += more
         count = len(names)
     return Linted(found.name, found.path, len(found.rules), count, fired, in_order(faults))
+
+
+def _lint_transformers(entry: str | None) -> Linted:
+    if find_spec("transformers") is None:
+        raise BadInputError(
+            Finding(
+                "rule-book",
+                "transformers is not installed, so there is no registry of it",
+                fix="pip install 'regraft[transformers]'",
+            )
+        )
+    from regraft.bridges.transformers.linted import lint_registry
+
+    return lint_registry(entry)
 
 
 def keys_of(src: Path, model: Path | None, book: Book) -> Keys:
