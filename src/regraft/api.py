@@ -12,6 +12,7 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.ranks import Options
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -48,6 +49,7 @@ def convert(
     jobs: int | None = None,
     resume: bool = False,
     in_place: bool = False,
+    via: str | None = None,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -71,6 +73,9 @@ def convert(
         resume: checkpoints only: continue what a run that died had begun.
         in_place: checkpoints only: rewrite the headers of ``src`` itself, where tensors only change their names.
             ``dst`` is ``src`` then.
+        via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
+            exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
+            a relative error. Families that multiply their base weight take its weights as ``model``.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -83,6 +88,7 @@ def convert(
         AmbiguousError: more than one reading fits, with different results.
         RefusedError: what was asked for has no exact image.
     """
+    Options(via)
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
@@ -122,7 +128,7 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout)
+            result = convert_adapter(opened, layout, config, source_layout, Options(via))
         except RegraftError as error:
             failed.append(error)
             findings += error.findings

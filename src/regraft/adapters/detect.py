@@ -76,7 +76,7 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    if not scan.pairs and not any(other.prefix for other in scan.others):
+    if not scan.modules() and not any(other.prefix for other in scan.others):
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
         model = _model_beside(config)
@@ -206,15 +206,12 @@ def _unknown_model(model_types: Sequence[str], where: str) -> UnmatchedKeysError
 
 
 def _candidates(scan: Scan) -> list[Group]:
-    groups = [
-        Group(pairs.modules.template + ".weight", pairs.modules.ids, pairs.modules.numbers)
-        for pairs in scan.pairs
-    ]
+    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in scan.modules()]
     return groups + [other.keys for other in scan.others]
 
 
 def _modules(scan: Scan) -> list[Group]:
-    return [pairs.modules for pairs in scan.pairs]
+    return scan.modules()
 
 
 def books_by_keys(scan: Scan) -> list[Book]:

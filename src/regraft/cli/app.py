@@ -159,6 +159,16 @@ def convert(
             help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
         ),
     ] = False,
+    via: Annotated[
+        str | None,
+        typer.Option(
+            "--via",
+            metavar="WAY",
+            help="Adapters: what is done only by name. dense: a LoRA of full rank; svd:RANK (svd:16) or "
+            "svd:TOLERANCE (svd:1e-3): the best one of a lower rank, with its error.",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -171,6 +181,8 @@ def convert(
         _check_layout(source, "--from")
     if shard_size is not None:
         _check_size(shard_size)
+    if via is not None:
+        _check_via(via)
     if dst is None and not in_place:
         raise typer.BadParameter("DST is missing", param_hint="DST")
     out = Output(json=json, quiet=quiet)
@@ -192,6 +204,7 @@ def convert(
                 jobs=jobs,
                 resume=resume,
                 in_place=in_place,
+                via=via,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
@@ -266,6 +279,16 @@ def verify(
         return 0 if result.equal else 4
 
     return job
+
+
+def _check_via(text: str) -> None:
+    from regraft.adapters.ranks import Options
+    from regraft.errors import BadInputError
+
+    try:
+        Options(text)
+    except BadInputError as error:
+        raise typer.BadParameter(error.findings[0].message, param_hint="--via") from None
 
 
 def _check_size(text: str) -> None:
