@@ -6,6 +6,7 @@ name, a delta of full rank. One adapter is of one family, so the lowest rung tha
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,15 +92,14 @@ class Carrier:
             return self._densely(plan, tuned)
         followed = self._follow(plan, tuned)
         if not followed.failed:
+            if plan is None or all(entry.moves_nothing for entry in plan.entries):
+                return Carried(FAMILY, followed.parts)
             try:
                 parts, changes = self.family.settle(followed.parts)
             except NoImageError as error:
                 followed.failed[tuned.headers.name(0)] = error, ""
             else:
-                moved = plan is not None and any(not e.moves_nothing for e in plan.entries)
-                if moved:
-                    return Carried(FAMILY, parts, changes, moved=True)
-                return Carried(FAMILY, followed.parts)
+                return Carried(FAMILY, parts, changes, moved=True)
         why = next(iter(followed.failed.values()))[0].why
         made = as_loras(tuned, self.family, None)
         rung = LORA
@@ -172,7 +172,7 @@ class Carrier:
         self, followed: Followed, failed: Mapping[str, NoImageError], dense: bool = False
     ) -> RefusedError:
         """Why modules cannot go on, those with one reason together, and what would help."""
-        groups: dict[tuple[str, str, str], list[str]] = {}
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
         for key, error in failed.items():
             stays, rule = followed.failed.get(key, (None, ""))
             if not dense and stays is None and followed.failed:
@@ -183,11 +183,12 @@ class Carrier:
                 else f"{stays.why}; {error.why}"
             )
             needs = error.needs_base or (stays is not None and stays.needs_base)
-            groups.setdefault((reason, rule, GIVE_BASE if needs else ""), []).append(key)
+            alike = re.sub(r"\.\d+(?=\.)", ".#", key)
+            groups.setdefault((reason, rule, GIVE_BASE if needs else "", alike), []).append(key)
         if not groups:
-            groups = {(error.why, "", ""): [key] for key, error in failed.items()}
+            groups = {(error.why, "", "", key): [key] for key, error in failed.items()}
         findings = []
-        for (reason, rule, base), keys in groups.items():
+        for (reason, rule, base, _), keys in groups.items():
             more = f" ({len(keys)} like it)" if len(keys) > 1 else ""
             findings.append(
                 Finding(

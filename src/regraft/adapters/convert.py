@@ -213,7 +213,7 @@ class _Conversion:
         side = Side(self.known.books, layout, self.known.scopes)
         try:
             if self.family is not None:
-                self.plan(self.carrier(layout, target).read(), target)
+                self.plan_family(self.carrier(layout, target).read(), target)
             else:
                 self.plan(self.read_factors(side, quiet=True), target)
             move_others(self.scan, self.source, self.known, side, target, in_place=False)
@@ -352,7 +352,7 @@ class _Conversion:
         in_place = self.layout == self.to.name
         carrier = self.carrier(self.layout, self.to.name)
         tuned = carrier.read()
-        plan = None if in_place else self.plan(tuned, self.to.name)
+        plan = None if in_place else self.plan_family(tuned, self.to.name)
         others = move_others(
             self.scan, self.source, self.known, here, self.to.name, in_place=in_place
         )
@@ -470,6 +470,23 @@ class _Conversion:
         )
         check_complete(plan, self.config, self.source.where)
         return plan
+
+    def plan_family(self, tuned: TunedModules, target: str) -> Plan:
+        """The plan; where a size is not known that it needs, an error that asks for it."""
+        try:
+            return self.plan(tuned, target)
+        except BadInputError:
+            if not tuned.unknown:
+                raise
+            raise BadInputError(
+                Finding(
+                    "unknown-size",
+                    "the size of this weight is told neither by the adapter's tensors nor by the base's config",
+                    where=self.source.where,
+                    key=tuned.headers.name(min(tuned.unknown)),
+                    fix="give the base's folder with its weights as --model",
+                )
+            ) from None
 
     def use_base(
         self, made: list[Images], others: list[Moved]

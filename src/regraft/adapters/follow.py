@@ -75,7 +75,7 @@ def _rename(
         if KINDS[kind].module or kind == "any":
             try:
                 result.parts[name] = (
-                    part if name == tuned.headers.name(number) else family.take(part, None, None)
+                    part if name == tuned.headers.name(number) else family.rename(part)
                 )
                 continue
             except NoImageError as error:

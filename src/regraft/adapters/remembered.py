@@ -99,7 +99,7 @@ def write_remembered(
     changed = {
         name: (before.get(name), after.get(name))
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) or (name in before) != (name in after)
     }
     entry = Remembered(
         format=FORMAT,

@@ -144,8 +144,6 @@ class Vera(Family):
     table = cells(rest=Cell(LORA))
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
         raise NoImageError(
             "all modules share one A and one B, whose first rows and columns they take"
         )
@@ -303,8 +301,6 @@ class FourierFt(Family):
     table = cells(rest=Cell(LORA))
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
         raise NoImageError("its frequencies are those of the whole weight")
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
@@ -339,8 +335,6 @@ class RandLora(Family):
         return None, None
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
         raise NoImageError("all modules share one A and one B")
 
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
@@ -530,7 +524,7 @@ class C3a(Family):
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
         (kernel,) = as_wide(part["c3a_kernel"])
         side = kernel.shape[-1]
-        turn = (np.arange(side)[:, None] - np.arange(side)) % side
+        turn = (np.arange(side) - np.arange(side)[:, None]) % side
         return np.asarray(
             kernel[:, :, turn].transpose(0, 2, 1, 3).reshape(part.out, part.into) / part.into
         )

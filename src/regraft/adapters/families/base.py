@@ -166,6 +166,10 @@ class Family:
 
     # -- following the base
 
+    def rename(self, part: Part) -> Part:
+        """The adapter of the same weight under another name."""
+        return part
+
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
         """The adapter of some rows and columns of the weight, in some order; ``None`` stands for all as they are."""
         self.may_take(part, rows, columns)

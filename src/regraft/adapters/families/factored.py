@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,6 @@ class Hira(Family):
         "hira_embedding_A": (None, IN),
         "hira_embedding_B": (OUT, None),
     }
-    fields = {"r": "rank_pattern"}
     formula = "W ∘ (1 + B A)"
     adds = False
     table = cells(stack=Cell(DENSE), rest=Cell(FAMILY))
@@ -112,6 +112,11 @@ class Hira(Family):
         turned = [None if part is None else self.turn(part) for part in parts]
         return self.turn(self.join_out(turned, intos))
 
+    def settle(self, parts: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Any]]:
+        # PEFT 0.21 reads rank_pattern and then gives every module the common r.
+        rank = max(len(_pair(p)[0]) for p in parts.values())
+        return {key: _filled(p, rank) for key, p in parts.items()}, {"r": rank}
+
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
         a, b = as_wide(*_pair(part))
         return np.asarray(need(weight) * (b @ a))
@@ -125,8 +130,18 @@ def _pair(part: Part) -> tuple[Array, Array]:
 def _paired(part: Part, a: Array, b: Array, out: int, into: int) -> Part:
     infix = "embedding_" if "hira_embedding_A" in part.tensors else ""
     tensors = {f"hira_{infix}A": a, f"hira_{infix}B": b}
-    settings = {**part.settings, "r": len(a)}
-    return replace(part, tensors=tensors, out=out, into=into, settings=settings)
+    return replace(part, tensors=tensors, out=out, into=into)
+
+
+def _filled(part: Part, rank: int) -> Part:
+    """Components of zeros up to a rank."""
+    a, b = _pair(part)
+    more = rank - len(a)
+    if not more:
+        return part
+    a = np.concatenate([a, np.zeros((more, part.into), a.dtype)])
+    b = np.concatenate([b, np.zeros((part.out, more), b.dtype)], axis=1)
+    return _paired(part, a, b, part.out, part.into)
 
 
 class Delora(Family):

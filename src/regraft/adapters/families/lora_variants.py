@@ -219,13 +219,38 @@ class ALora(LoraVariant):
         raise NoImageError("it is aLoRA, which acts on some tokens only")
 
 
-class BdLora(LoraVariant):
+class Whole(LoraVariant):
+    """A variant that follows a new name only, or leaves the family."""
+
+    why: ClassVar[str] = ""
+    asks: ClassVar[bool] = False
+    """Whether the base's weights would help."""
+
+    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
+        raise NoImageError(self.why, needs_base=self.asks)
+
+    def turn(self, part: Part) -> Part:
+        raise NoImageError(self.why, needs_base=self.asks)
+
+    def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
+        raise NoImageError(self.why, needs_base=self.asks)
+
+    def join_in(self, parts: Sequence[Part | None], intos: Sequence[int]) -> Part:
+        raise NoImageError(self.why, needs_base=self.asks)
+
+    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
+        a, b = as_wide(*self.lora(part, weight))
+        return np.asarray(b @ a)
+
+
+class BdLora(Whole):
     """A LoRA with one block-diagonal factor, of which the blocks are stored one below the other."""
 
     title = "BdLoRA"
     formula = "W + scale · B A, A or B block-diagonal"
     rank = "r"
-    table = {**cells(rest=Cell(LORA)), "rename": Cell(LORA, FAMILY, "names stay the same")}
+    why = "its config names modules by parts of their names"
+    table = {**cells(rest=Cell(LORA)), "rename": Cell(LORA)}
 
     def varies(self) -> bool:
         return True
@@ -239,8 +264,8 @@ class BdLora(LoraVariant):
         a, b = self._dense(tensors, settings["name"])
         return b.shape[-2], a.shape[-1]
 
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        raise NoImageError("its config names modules by parts of their names")
+    def rename(self, part: Part) -> Part:
+        raise NoImageError(self.why)
 
     def _dense(self, tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
         options = self.config["use_bdlora"]
@@ -257,58 +282,37 @@ class BdLora(LoraVariant):
         a, b = self._dense(part.tensors, part.settings["name"])
         return a, rescale(b, self.scale(part).value)[0]
 
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        a, b = as_wide(*self.lora(part, weight))
-        return np.asarray(b @ a)
 
-
-class Kasa(LoraVariant):
+class Kasa(Whole):
     """``scale B diag(d) A``, and the base loses its smallest singular components when the adapter loads."""
 
     title = "KaSA"
     formula = "W − tail_r(W) + scale · B diag(d) A"
     rank = "2 r"
+    why = "it takes singular components off the whole base weight"
+    asks = True
     adds = False
     table = cells(rest=Cell(BASE))
 
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
-        raise NoImageError(
-            "it takes singular components off the whole base weight", needs_base=True
-        )
-
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
-        base = need(weight, "it takes singular components off the base weight")
+        base = need(weight, self.why)
         a, b, d = as_wide(part["A"], part["B"], part["diag"])
         rank = len(a)
         u, s, v = np.linalg.svd(base, full_matrices=False)
         b = b * d * self.scale(part).value
         return _sum((a, b), (v[-rank:], -u[:, -rank:] * s[-rank:]), part["A"])
 
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        a, b = as_wide(*self.lora(part, weight))
-        return np.asarray(b @ a)
 
-
-class BaseChanging(LoraVariant):
+class BaseChanging(Whole):
     """A LoRA whose initialisation takes what it starts with off the base, each time it loads: PiSSA and OLoRA."""
 
     title = "LoRA started by PiSSA or OLoRA"
     formula = "W − scale · B₀ A₀ + scale · B A"
     rank = "2 r"
+    why = "its initialisation takes something off the whole base weight when it loads"
+    asks = True
     adds = False
     table = cells(rest=Cell(BASE))
-    take = Kasa.take
-
-    def turn(self, part: Part) -> Part:
-        raise NoImageError("it takes something off the whole base weight", needs_base=True)
-
-    def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
-        raise NoImageError("it takes something off the whole base weight", needs_base=True)
-
-    def join_in(self, parts: Sequence[Part | None], intos: Sequence[int]) -> Part:
-        raise NoImageError("it takes something off the whole base weight", needs_base=True)
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
         init = str(self.config["init_lora_weights"]).lower()
@@ -317,7 +321,7 @@ class BaseChanging(LoraVariant):
                 f"the initialisation {init!r} changes base weights in a way that cannot be repeated; save "
                 "it again with path_initial_model_for_weight_conversion"
             )
-        base = need(weight, f"the initialisation {init!r} changes base weights when it loads")
+        base = need(weight, self.why)
         a, b = as_wide(part["A"], part["B"])
         rank, scale = len(a), self.scale(part).value
         if init == "pissa":
@@ -326,31 +330,26 @@ class BaseChanging(LoraVariant):
         q, r = np.linalg.qr(base)
         return _sum((a, b * scale), (r[:rank], -q[:, :rank] * scale), part["A"])
 
-    delta = Kasa.delta
 
-
-class Plainly(LoraVariant):
+class Plainly(Whole):
     """Variants that only train otherwise: what they save is a plain LoRA."""
 
-    title = "VeLoRA, MonteCLoRA, MiCA"
+    title = "VeLoRA, MonteCLoRA"
     formula = "W + scale · B A"
     rank = "r"
+    why = "what it has for training does not follow"
     table = cells(rest=Cell(LORA))
-
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
-        raise NoImageError("what it has for training does not follow")
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
         return self._product(part)
 
 
-class Routed(LoraVariant):
+class Routed(Whole):
     """Variants whose effect depends on the input, or on a quantised base: Arrow and QA-LoRA."""
 
     title = "Arrow, QA-LoRA"
     formula = "depends on the input"
+    why = "its effect depends on the input"
     table = cells()
 
     def sizes(
@@ -358,13 +357,8 @@ class Routed(LoraVariant):
     ) -> tuple[int | None, int | None]:
         return None, None
 
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
-        raise NoImageError("its effect depends on the input")
-
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        raise NoImageError("its effect depends on the input")
+    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+        raise NoImageError(self.why)
 
 
 def _sum(first: tuple[Wide, Wide], second: tuple[Wide, Wide], like: Array) -> tuple[Array, Array]:
@@ -414,11 +408,4 @@ class Mixed(Routed):
     """Several variants at once: they follow a new name, and nothing else."""
 
     title = "several variants of LoRA at once"
-
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
-        raise NoImageError("it is several variants at once")
-
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        raise NoImageError("it is several variants at once")
+    why = "it is several variants at once"

@@ -155,8 +155,6 @@ class LoKr(Family):
         return b1 * b2, a1 * a2
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
         raise NoImageError("how its factors are cut depends on the whole matrix")
 
     def turn(self, part: Part) -> Part:

@@ -294,7 +294,10 @@ class Boft(Family):
     prefix = "boft_"
     formula = "diag(s) W Rᵀ"
     adds = False
-    table = Oft.table
+    table = {
+        **Oft.table,
+        "join in": Cell(DENSE, FAMILY, "all parts are adapted, and scale rows by the same factors"),
+    }
 
     def sizes(
         self, tensors: Mapping[str, Array], settings: Mapping[str, Any]

@@ -22,8 +22,6 @@ class Opaque(Family):
         return None, None
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        if rows is None and columns is None:
-            return part
         raise NoImageError("no rule says how it follows a weight that is laid out otherwise")
 
 
