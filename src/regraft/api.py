@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.inspect import Inspection
 from regraft.adapters.inspect import inspect as inspect_adapters
+from regraft.adapters.ranks import Options
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -23,14 +25,16 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.adapters.verify import TOLERANCE, compare
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
 from regraft.layouts import parse_layout
+from regraft.plan.model import ModelConfig
 from regraft.report import Report
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +55,8 @@ def convert(
     jobs: int | None = None,
     resume: bool = False,
     in_place: bool = False,
+    via: str | None = None,
+    verify: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -74,6 +80,11 @@ def convert(
         resume: checkpoints only: continue what a run that died had begun.
         in_place: checkpoints only: rewrite the headers of ``src`` itself, where tensors only change their names.
             ``dst`` is ``src`` then.
+        via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
+            exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
+            a relative error. Families that multiply their base weight take its weights as ``model``.
+        verify: adapters only: compare what every target adds before and after, in float64, before anything is
+            written. The report has the largest relative error.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -85,7 +96,9 @@ def convert(
         UnmatchedKeysError: keys that no rule and no carry-over explains.
         AmbiguousError: more than one reading fits, with different results.
         RefusedError: what was asked for has no exact image.
+        NotEqualError: ``verify`` found that the result is not what it should be.
     """
+    Options(via)
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
@@ -127,13 +140,15 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, foreign)
+            result = convert_adapter(opened, layout, config, source_layout, Options(via), foreign)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
             continue
         if not result.report.copied or not dry_run:
             _note_values(opened, result)
+        if verify:
+            _certify(opened, result, config, via, foreign)
         converted.append((opened, result))
         report.adapters.append(result.report)
     if failed:
@@ -163,6 +178,30 @@ def inspect(
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
     return inspect_adapters(src, model=model, foreign=InstalledTransformers())
+
+
+def _certify(
+    source: Source,
+    result: Converted,
+    model: ModelConfig | None,
+    via: str | None,
+    foreign: InstalledTransformers,
+) -> None:
+    """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
+    made = Source(
+        source.name,
+        "the result",
+        result.config,
+        result.tensors,
+        result.metadata,
+        aside=result.aside,
+    )
+    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
+    done = compare(source, made, model, tolerance, foreign)
+    result.report.error = done.error
+    result.report.verified = len(done.targets) + done.others
+    if not done.equal:
+        raise NotEqualError(done.differences)
 
 
 def _note_company(report: Report, results: list[Converted]) -> None:

@@ -107,6 +107,10 @@ class LiveWeights:
         slot = self._slots.get(name)
         return slot is not None and not slot.tensor.is_meta and slot.tensor.is_floating_point()
 
+    def names(self) -> list[str]:
+        """The names of all tensors that can be read."""
+        return [name for name in self._slots if name in self]
+
     def read(self, name: str) -> Array:
         """One tensor, copied to the CPU."""
         return to_numpy(self._slots[name].tensor)
