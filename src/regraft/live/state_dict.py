@@ -9,8 +9,8 @@ from typing import Any
 
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
-from regraft.bridges.transformers.making import LEFT, RIGHT
-from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.bridges.transformers.making import RIGHT
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
@@ -79,8 +79,10 @@ def convert_state_dict(
     """
     if isinstance(to, str):
         layout = parse_layout(to).name
-        return _without_model(state_dict, layout) if model is None else _named(
-            state_dict, layout, mapping(model)
+        return (
+            _without_model(state_dict, layout)
+            if model is None
+            else _named(state_dict, layout, mapping(model))
         )
     if model is not None:
         raise BadInputError(
@@ -106,7 +108,9 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
             shape = live.skeleton.tensors.get(key)
             if shape is not None and tuple(tensor.shape) != tuple(shape):
                 message = f"it has the shape {list(tensor.shape)}, the model wants {list(shape)}"
-                findings.append(Finding("shape", message, key=key, fix="give the file of this model"))
+                findings.append(
+                    Finding("shape", message, key=key, fix="give the file of this model")
+                )
             made.update(dict.fromkeys(live.keys.get(key, ()), tensor))
     for key, place_ in resolved.carried.items():
         made[place_] = state_dict[key]
@@ -132,9 +136,7 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     return result
 
 
-def _named(
-    state_dict: Mapping[str, Any], layout: str, source: LiveMapping
-) -> ConvertedStateDict:
+def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
     from regraft.bridges.torch_tensors import whole
 
@@ -213,13 +215,14 @@ def _collect(
         return {}
 
 
-def _convert(
-    imported: Imported, tensors: Tensors, layout: str, report: StateDictReport
-) -> Tensors:
+def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDictReport) -> Tensors:
     """One model's tensors in a layout: those that are there already stay, the others are planned."""
     own = imported.as_own(list(tensors))
-    named = {key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)}
+    named = {
+        key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)
+    }
     here = {name for name in own if name is not None}
+    here -= _still_turned(imported, {name: named[name] for name in here & imported.turned})
     result: Tensors = {}
     if layout == RIGHT:
         result = {key: tensor for key, tensor in named.items() if key in here}
@@ -244,6 +247,28 @@ def _convert(
     return {**result, **made}
 
 
+def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
+    """Tensors that are called as they always were, and have their old shape.
+
+    Raises ``AmbiguousError`` where all of them are square in the dims that changed places.
+    """
+    shapes = imported.skeleton.tensors
+    old = {key for key, tensor in tensors.items() if tuple(tensor.shape) != tuple(shapes[key])}
+    square = {key for key in tensors if len(set(shapes[key][-2:])) == 1}
+    if old:
+        return old | square
+    if tensors and len(square) == len(tensors):
+        raise AmbiguousError(
+            Finding(
+                "which-layout",
+                "its name is the same in both layouts, and it is square, so its shape does not tell either",
+                key=next(iter(tensors)),
+                fix="convert the file first, and say with --from which layout it is in",
+            )
+        )
+    return set()
+
+
 def _headers(tensors: Mapping[str, Any]) -> Headers:
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     return Headers(group_names(tensors), shapes, [str(t.dtype) for t in tensors.values()])
@@ -258,9 +283,7 @@ def _missing(target: LiveMapping, kept: Sequence[str], own: Mapping[str, Any]) -
     alone = set(kept)
     spoken = {weights.get(key) for key in own if key not in alone}
     return [
-        key
-        for key in kept
-        if key not in quiet and key in weights and weights[key] not in spoken
+        key for key in kept if key not in quiet and key in weights and weights[key] not in spoken
     ]
 
 

@@ -111,6 +111,16 @@ class Imported:
             for name in rows.names()
         )
 
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """The model's keys that had the same name and were stored turned: only a shape tells old from new."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None and origin.old == origin.new
+            for name in rows.names()
+        )
+
     def counts(self) -> dict[str, int]:
         """How many of the model's tensors each rule's key stands for."""
         from regraft.bridges.transformers.making import count_rules
@@ -198,11 +208,12 @@ class Imported:
         tensors, base = self.skeleton.tensors, self.base
         plain = Renamed(rows.text)
         ways: list[Renamed] = [new, plain]
-        if base:
-            for way in (new, plain):
-                if way.key.startswith(base + "."):
-                    ways.append(replace(way, key=way.key[len(base) + 1 :]))
+        head = any(key.startswith(f"{base}.") for key in tensors)
+        for way in (new, plain) if base else ():
+            if head:
                 ways.append(replace(way, key=f"{base}.{way.key}"))
+            elif way.key.startswith(f"{base}."):
+                ways.append(replace(way, key=way.key[len(base) + 1 :]))
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
             found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)
