@@ -183,9 +183,11 @@ def to_torch(array: Array) -> torch.Tensor:
 
 def to_numpy(tensor: torch.Tensor) -> Array:
     """A tensor as an array, every bit as it is."""
-    plain = whole(tensor).detach().cpu().contiguous()
+    plain: torch.Tensor = whole(tensor).detach().cpu().contiguous()
     if plain.dtype in _CARRIERS:
         carrier, name = _CARRIERS[plain.dtype]
         carried = plain.view(torch.int16 if carrier is np.uint16 else torch.uint8)
-        return carried.numpy().view(name)
-    return plain.numpy()
+        array: Array = carried.numpy().view(name)
+        return array
+    bits: Array = plain.numpy()
+    return bits
