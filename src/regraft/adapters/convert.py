@@ -11,6 +11,7 @@ from regraft.adapters.carry import (
     Carried,
     Carrier,
     lora_config,
+    sources_of,
     unmoved_images,
     write_family_config,
     write_parts,
@@ -423,7 +424,7 @@ class _Conversion:
         if plan is not None and carried.parts:
             renamed = {
                 tuned.headers.name(i).removesuffix(".weight"): new.removesuffix(".weight")
-                for new, i in _sources(plan).items()
+                for new, i in sources_of(plan).items()
             }
             config = write_family_config(
                 config, carrier.family, carried.parts, carried.changes, self.known.model, renamed
@@ -591,22 +592,6 @@ class _Conversion:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _sources(plan: Plan) -> dict[str, int]:
-    """One source of every target."""
-    found: dict[str, int] = {}
-    for entry in plan.entries:
-        for term in entry.written:
-            keys = entry.keys(term)
-            each = len(keys) // len(entry)
-            for row, name in enumerate(keys.names()):
-                ids = entry.sources[0][row // each].reshape(-1)
-                if ids[0] >= 0:
-                    found[name] = int(ids[0])
-    for carried in plan.carried:
-        found.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
-    return found
 
 
 def _family_targets(carried: Carried, plan: Plan | None) -> list[Target]:
