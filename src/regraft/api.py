@@ -16,6 +16,7 @@ from regraft.adapters.source import (
     ASIDE,
     CONFIG,
     WEIGHTS,
+    WEIGHTS_BIN,
     Found,
     Source,
     find_adapters,
@@ -27,6 +28,7 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
+from regraft.files.stamp import Stamp
 from regraft.layouts import parse_layout
 from regraft.report import Report
 
@@ -57,7 +59,8 @@ def convert(
         src: a folder that PEFT's ``save_pretrained`` wrote, one ``.safetensors`` (or ``adapter_model.bin``) with its
             ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders; or a model's
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
-        dst: the folder to write. It appears whole or not at all.
+        dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
+            name that ends in ``.safetensors`` is the file to write.
         to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
@@ -110,16 +113,19 @@ def convert(
         return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
     found = find_adapters(src_path)
+    _check_kind(dst_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
+    stamps: list[Stamp] = []
     findings: list[Finding] = []
     failed: list[RegraftError] = []
     for number, folder in enumerate(found.folders):
         if progress is not None:
             progress(folder.name, number, len(found.folders))
+        stamps += _stamp(folder, found.weights)
         try:
             opened = open_adapter(folder, found.root, found.weights)
             result = convert_adapter(opened, layout, config, source_layout)
@@ -136,7 +142,7 @@ def convert(
         raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
     _note_company(report, [result for _, result in converted])
     if not dry_run:
-        _write(found, dst_path, converted, overwrite)
+        _write(found, dst_path, converted, stamps, overwrite)
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
@@ -173,10 +179,36 @@ def _note_values(source: Source, result: Converted) -> None:
                 )
 
 
+def _check_kind(dst: Path) -> None:
+    if dst.suffix == ".safetensors" and not dst.is_dir():
+        message = (
+            "an adapter is a folder, with its weights and its config, and this is a file's name"
+        )
+        fix = "name a folder to write"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+
+
+def _stamp(folder: Path, weights: Path | None) -> list[Stamp]:
+    files = [folder / CONFIG, folder / ASIDE]
+    files += [weights] if weights is not None else [folder / WEIGHTS, folder / WEIGHTS_BIN]
+    return [Stamp.of(path) for path in files if path.is_file()]
+
+
 def _write(
-    found: Found, dst: Path, converted: list[tuple[Source, Converted]], overwrite: bool
+    found: Found,
+    dst: Path,
+    converted: list[tuple[Source, Converted]],
+    stamps: list[Stamp],
+    overwrite: bool,
 ) -> None:
-    with staged_folder(dst, overwrite) as staged:
+    others = [found.root / path for path in found.others]
+    size = sum(path.stat().st_size for path in others)
+    for source, result in converted:
+        if result.report.copied and source.weights is not None:
+            size += source.weights.stat().st_size
+        else:
+            size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
+    with staged_folder(dst, overwrite, size) as staged:
         for source, result in converted:
             folder = staged / source.name
             folder.mkdir(parents=True, exist_ok=True)
@@ -194,3 +226,5 @@ def _write(
         for path in found.others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(found.root / path, staged / path)
+        for stamp in stamps:
+            stamp.check()

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from regraft.checkpoints.casting import parse_casts
-from regraft.checkpoints.engine import Engine, buffer_size, check_unchanged
+from regraft.checkpoints.engine import Engine, buffer_size
 from regraft.checkpoints.memory import peak, resident
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX
 from regraft.checkpoints.units import Cutter
-from regraft.checkpoints.work import Work, cannot_write, open_work, write_file
 from regraft.errors import BadInputError, Finding
 from regraft.files.folder import check_destination, copy_file
 from regraft.files.safetensors import sync_path
+from regraft.files.work import Work, cannot_write, open_work, write_file
 from regraft.report import CheckpointReport
 
 Tell = Callable[[str], None]
@@ -97,7 +97,7 @@ def _carry_out(
             _check_space(work, ready)
             Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
             for file in ready.source.files:
-                check_unchanged(file)
+                file.stamp().check()
             _write_others(work, ready)
             work.place(overwrite)
         except OSError as error:
@@ -132,15 +132,9 @@ def _check_place(src: Path, dst: Path, overwrite: bool) -> None:
 
 def _check_space(work: Work, ready: Prepared) -> None:
     others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
-    needed = ready.layout.size + others + len(ready.layout.index or b"") + (1 << 18)
-    needed -= sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
-    state = os.statvfs(work.folder)
-    free = state.f_bavail * state.f_frsize
-    if needed > free:
-        message = f"{needed / 1e9:.3g} GB more are needed, and {free / 1e9:.3g} GB are free"
-        raise BadInputError(
-            Finding("no-space", message, where=str(work.dst), fix="make room, or write elsewhere")
-        )
+    needed = ready.layout.size + others + len(ready.layout.index or b"")
+    done = sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
+    work.check_space(needed - done)
 
 
 def _write_others(work: Work, ready: Prepared) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
 from regraft.checkpoints.source import CONFIG, INDEX, File
-from regraft.checkpoints.work import cannot_write, write_file
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.files.safetensors import sync_path
+from regraft.files.work import cannot_write, write_file
 from regraft.report import CheckpointReport
 
 _SUFFIX = ".regraft-header"

@@ -21,6 +21,7 @@ from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.dtypes import DTYPES
 from regraft.files.folder import load_json
 from regraft.files.header import TensorInfo, read_header
+from regraft.files.stamp import Stamp
 from regraft.names.keys import Ints
 
 CONFIG = "config.json"
@@ -50,6 +51,10 @@ class File:
     metadata: Mapping[str, str]
     data_start: int
     """Where the data begins; 0 where there is no such place."""
+
+    def stamp(self) -> Stamp:
+        """What the file should still be."""
+        return Stamp(self.path, self.size, self.changed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
