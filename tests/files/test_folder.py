@@ -287,6 +287,29 @@ def test_check_destination(tmp_path: Path, old: Path, monkeypatch: pytest.Monkey
     assert codes(src, Path(), True) == ["destination-in-use"]
 
 
+def test_check_destination_of_a_file(tmp_path: Path) -> None:
+    src, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    src.write_text("x")
+    (tmp_path / "link.safetensors").symlink_to(src)
+    (tmp_path / "folder").mkdir()
+
+    def found(dst: Path, overwrite: bool = False) -> list[str]:
+        try:
+            check_destination(src, dst, overwrite, file=True)
+        except BadInputError as error:
+            return [finding.code for finding in error.findings]
+        return []
+
+    assert found(other) == []
+    other.write_text("y")
+    assert found(other) == ["destination-exists"]
+    assert found(other, True) == []
+    assert found(src, True) == ["destination-is-source"]
+    assert found(tmp_path / "link.safetensors", True) == ["destination-is-source"]
+    assert found(tmp_path / "folder", True) == ["destination-is-file"]
+    assert found(other / "x", True) == ["destination-is-file"]
+
+
 def test_copies_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "4d7a").write_text("x")

@@ -23,6 +23,7 @@ from regraft.report import CheckpointReport
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
+_TORCH = (".bin", ".pt", ".pth")
 _SLACK = 2 << 20
 """What the threads' stacks, the units in flight and the report take."""
 
@@ -45,15 +46,20 @@ def convert_checkpoint(
 ) -> CheckpointReport:
     """Convert a checkpoint to another layout; ``dst`` appears whole or not at all.
 
+    One weights file becomes one file, where ``dst`` is named like one, and else a folder.
+
     Raises what `regraft.convert` raises.
     """
     dst = Path(os.path.realpath(dst))
     jobs = _count_jobs(jobs)
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    name = _file_name(src, dst, limit)
     if not dry_run:
-        _check_place(src, dst, overwrite)
-    ready = prepare(src, to, model=model, source_layout=source, shard_size=limit, casts=casts)
+        check_destination(src, dst, overwrite, file=name is not None)
+    ready = prepare(
+        src, to, model=model, source_layout=source, shard_size=limit, casts=casts, name=name
+    )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
     report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())
@@ -69,7 +75,7 @@ def convert_checkpoint(
         )
     if dry_run:
         return report
-    with open_work(dst) as work:
+    with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, jobs, resume, overwrite, progress)
     return report
 
@@ -98,7 +104,8 @@ def _carry_out(
             Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
             for file in ready.source.files:
                 file.stamp().check()
-            _write_others(work, ready)
+            if not work.file:
+                _write_others(work, ready)
             work.place(overwrite)
         except OSError as error:
             raise cannot_write(work.dst, error) from error
@@ -124,10 +131,22 @@ def _count_jobs(jobs: int | None) -> int:
     return jobs
 
 
-def _check_place(src: Path, dst: Path, overwrite: bool) -> None:
-    if src.is_file() and not dst.exists():
-        src = src.parent / src.name
-    check_destination(src, dst, overwrite)
+def _file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
+    """The name of the one file to write; ``None`` where that is a folder."""
+    if dst.suffix in _TORCH and src.is_file() and not dst.is_dir():
+        message = "torch's files are read, and never written"
+        fix = "end the name in .safetensors, or name a folder"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+    if dst.suffix != ".safetensors" or dst.is_dir():
+        return None
+    if not src.is_file():
+        message = f"{src} is a folder, with more than weights in it, and this is a file's name"
+        fix = "name a folder to write, or give the weights file that is to be converted"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+    if shard_size is not None:
+        message = f"a shard size is for folders, and {dst} is one file"
+        raise BadInputError(Finding("option", message))
+    return dst.name
 
 
 def _check_space(work: Work, ready: Prepared) -> None:

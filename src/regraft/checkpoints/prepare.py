@@ -67,8 +67,11 @@ def prepare(
     source_layout: str | None = None,
     shard_size: int | None = None,
     casts: Sequence[Cast] = (),
+    name: str | None = None,
 ) -> Prepared:
     """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
+
+    With a ``name`` the result is one file of that name, and nothing else.
 
     Raises what opening, detecting and planning raise.
     """
@@ -89,7 +92,7 @@ def prepare(
         kept = frozenset(moves.names[count:])
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    layout = lay_out(source, moves, dtypes, shard_size)
+    layout = lay_out(source, moves, dtypes, shard_size, name)
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -105,6 +108,12 @@ def prepare(
         casts=changed,
     )
     text = _convert_config(source, known, to, casts, report) if to is not None else None
+    if name is not None and report.config:
+        report.notes.append(
+            f"a file is written, and {source.config} stays as it is; the result's would be another: "
+            + "; ".join(report.config)
+        )
+        report.config = []
     if source.left_out:
         report.notes.append(
             "left out, because they hold weights in another form or lie elsewhere: "

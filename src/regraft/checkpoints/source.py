@@ -129,6 +129,11 @@ def open_checkpoint(path: Path) -> Source:
     if path.is_file():
         found = [path]
         root = path.parent
+        part = _SHARD.fullmatch(path.name)
+        if part and int(part[3]) > 1:
+            message = f"it is one of {int(part[3])} files of a checkpoint"
+            fix = "give the folder that they are in"
+            raise BadInputError(Finding("one-shard", message, where=str(path), fix=fix))
         config = root / CONFIG if (root / CONFIG).is_file() else None
     else:
         root = path

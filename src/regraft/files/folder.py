@@ -58,37 +58,43 @@ def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -
 
 
 def check_destination(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], overwrite: bool
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    file: bool = False,
 ) -> None:
-    """Check that a folder can be written to ``dst`` without touching ``src``.
+    """Check that a folder, or a ``file``, can be written to ``dst`` without touching ``src``.
 
     Links are resolved, in both paths and in the entries of ``src``, since overwriting ``dst`` would
     also delete what they lead to.
 
     Args:
         src: the file or folder that is read.
-        dst: the folder to write, which need not exist.
-        overwrite: whether a folder at ``dst`` may be replaced.
+        dst: what to write, which need not exist.
+        overwrite: whether it may be replaced.
+        file: whether it is a file.
 
     Raises:
-        BadInputError: ``dst`` is ``src``, or one is inside the other; ``dst`` is a file, or exists
-            and ``overwrite`` is not set, or holds the home folder or the current one, or the folder
-            it is in cannot be written to.
+        BadInputError: ``dst`` is ``src``, or one is inside the other; ``dst`` is a file and not a
+            folder, or the other way round, or exists and ``overwrite`` is not set, or holds the home
+            folder or the current one, or the folder it is in cannot be written to.
     """
     src, dst = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
+    kind = _kind(file)
     findings: list[Finding] = []
 
     def report(code: str, message: str) -> None:
-        fix = "choose another folder to write to"
+        fix = f"choose another {kind} to write to"
         findings.append(Finding(code, message, where=str(dst), fix=fix))
 
     if _is_same(src, dst):
-        report("destination-is-source", "the folder to write is the one that is read")
+        report("destination-is-source", f"the {kind} to write is the one that is read")
     elif _is_inside(dst, src):
-        report("destination-in-source", f"the folder to write is inside {src}, which is read")
+        report("destination-in-source", f"the {kind} to write is inside {src}, which is read")
     elif _is_inside(src, dst) or any(_is_inside(path, dst) for path in _resolve_entries(src)):
-        report("source-in-destination", f"{src}, which is read, lies inside the folder to write")
-    findings += _check_place(dst, overwrite)
+        report("source-in-destination", f"{src}, which is read, lies inside the {kind} to write")
+    findings += _check_place(dst, overwrite, file)
     if findings:
         raise BadInputError(findings)
 
@@ -201,29 +207,33 @@ def _name_json(value: object) -> str:
     return "text" if isinstance(value, str) else "a number"
 
 
-def _check_place(dst: Path, overwrite: bool) -> list[Finding]:
-    """What keeps a folder from being put at ``dst``, a resolved path."""
+def _kind(file: bool) -> str:
+    return "file" if file else "folder"
+
+
+def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding]:
+    """What keeps a folder or a file from being put at ``dst``, a resolved path."""
     where = str(dst)
-    elsewhere = "choose another folder to write to"
+    elsewhere = f"choose another {_kind(file)} to write to"
     try:
-        if dst.is_dir():
+        if dst.exists() and dst.is_dir() == file:
+            message = f"expected a {_kind(file)} to write, and this is a {_kind(not file)}"
+            return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
+        if dst.exists():
             for kept, name in ((Path.home(), "home"), (Path.cwd(), "current")):
                 if _is_same(dst, kept) or _is_inside(kept, dst):
                     message = f"the folder holds the {name} folder, and would be replaced whole"
                     return [Finding("destination-in-use", message, where=where, fix=elsewhere)]
             if not overwrite:
-                message = "the folder to write exists already"
+                message = f"the {_kind(file)} to write exists already"
                 return [Finding("destination-exists", message, where=where, fix="pass --overwrite")]
-        elif dst.exists():
-            message = "expected a folder to write, and this is a file"
-            return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
         above = dst.parent
         while not above.exists():
             above = above.parent
     except OSError as error:
         return list(cannot_write(dst, error).findings)
     if not above.is_dir():
-        message = "the folder to write would be inside this, which is a file"
+        message = f"the {_kind(file)} to write would be inside this, which is a file"
         return [Finding("destination-is-file", message, where=str(above), fix=elsewhere)]
     if not os.access(above, os.W_OK | os.X_OK):
         message = "the folder may not be written to"
