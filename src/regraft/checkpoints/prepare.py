@@ -11,6 +11,7 @@ from typing import Any
 
 import regraft
 from regraft.adapters.detect import load_model
+from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
 from regraft.checkpoints.config import convert_config as rename_fields
@@ -82,11 +83,14 @@ def prepare(
     headers = companions.headers
     known = detect(headers, config, source.where, source_layout)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
+    untied: list[str] = []
     if plan is None:
         moves = identity(tensors)
         kept = frozenset(tensors.names[row] for row in companions.rows())
     else:
+        named, plan = plan, use_owners(plan, companions.aliases)
         moves = moves_of(plan, tensors)
+        untied = add_aliases(moves, named, companions.aliases, tensors)
         count = len(moves.names)
         add_companions(moves, plan, companions, source)
         kept = frozenset(moves.names[count:])
@@ -108,6 +112,11 @@ def prepare(
         casts=changed,
     )
     text = _convert_config(source, known, to, casts, report) if to is not None else None
+    if untied:
+        report.notes.append(
+            "these were other names of tensors and have bytes of their own now: "
+            + ", ".join(untied)
+        )
     if name is not None and report.config:
         report.notes.append(
             f"a file is written, and {source.config} stays as it is; the result's would be another: "

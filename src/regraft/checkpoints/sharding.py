@@ -193,7 +193,8 @@ def _merge_metadata(source: Source, moves: Moves) -> dict[str, str]:
 
 def rename_aliases(metadata: Mapping[str, str], moves: Moves) -> dict[str, str]:
     """Metadata in which an entry may say that one name stands for another, as ``save_model`` writes."""
-    return {key: moves.kept.get(value, value) for key, value in metadata.items()}
+    renamed = ((moves.aliases.get(key, key), value) for key, value in metadata.items())
+    return {key: moves.kept.get(value, value) for key, value in renamed if key is not None}
 
 
 def make_index(source: Source, moves: Moves, files: Sequence[OutFile]) -> bytes:
