@@ -94,6 +94,14 @@ def convert(
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
         options["source"] = source_layout.name if source_layout is not None else None
         if in_place:
+            _check_options(
+                "they say how to write, and --in-place writes headers only",
+                shard_size=shard_size,
+                dtype=dtype,
+                jobs=jobs,
+                resume=resume,
+                overwrite=overwrite,
+            )
             done = convert_in_place(src_path, dst_path, **options)
         else:
             done = convert_checkpoint(
@@ -111,7 +119,14 @@ def convert(
         report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
         report.files = list(done.others)
         return report
-    _check_options(shard_size, dtype, jobs, resume, in_place)
+    _check_options(
+        "only for checkpoints, and SRC is none",
+        shard_size=shard_size,
+        dtype=dtype,
+        jobs=jobs,
+        resume=resume,
+        in_place=in_place,
+    )
     found = find_adapters(src_path)
     _check_kind(dst_path)
     check_destination(src_path, dst_path, overwrite)
@@ -158,13 +173,10 @@ def _note_company(report: Report, results: list[Converted]) -> None:
         )
 
 
-def _check_options(*given: object) -> None:
-    names = ("shard_size", "dtype", "jobs", "resume", "in_place")
-    wrong = [name for name, value in zip(names, given, strict=True) if value]
+def _check_options(why: str, **given: object) -> None:
+    wrong = [name for name, value in given.items() if value]
     if wrong:
-        raise BadInputError(
-            Finding("option", f"{' and '.join(wrong)}: only for checkpoints, and SRC is none")
-        )
+        raise BadInputError(Finding("option", f"{' and '.join(wrong)}: {why}"))
 
 
 def _note_values(source: Source, result: Converted) -> None:

@@ -4,10 +4,10 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from killing import run_killed
 
 import regraft
 from regraft import api
@@ -128,26 +128,6 @@ def test_a_second_run_names_the_first(lora, out, wanted):
     assert snapshot(out) == wanted
 
 
-_KILLED = """
-import os, signal, sys
-from regraft import api
-steps = int(sys.argv[3])
-def dying(function):
-    def run(*args, **options):
-        global steps
-        if not steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        steps -= 1
-        return function(*args, **options)
-    return run
-from regraft.files import work, folder
-api.write_tensors = dying(api.write_tensors)
-os.fsync = dying(os.fsync)
-os.rename = dying(os.rename)
-api.convert(sys.argv[1], sys.argv[2], to="transformers-v5", overwrite=True)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("there", [False, True])
 def test_killed_at_every_step(lora, out, wanted, there):
@@ -158,8 +138,8 @@ def test_killed_at_every_step(lora, out, wanted, there):
         if there:
             out.mkdir(parents=True)
             (out / "old").write_text("old")
-        command = [sys.executable, "-c", _KILLED, str(lora), str(out), str(step)]
-        status = subprocess.run(command, check=False).returncode
+        counted = [(api, "write_tensors"), (os, "fsync"), (os, "rename")]
+        done = run_killed(step, counted, regraft.convert, lora, out, to=V5, overwrite=True)
         left = snapshot(out) if out.exists() else None
         assert left in ([{"old": b"old"}, wanted] if there else [None, wanted]) or (
             left is None and (work_folder(out) / "old" / "old").exists()
@@ -168,7 +148,7 @@ def test_killed_at_every_step(lora, out, wanted, there):
         regraft.convert(lora, out, to=V5, overwrite=True)
         assert snapshot(out) == wanted
         assert [*out.parent.iterdir()] == [out]
-        if status == 0:
+        if done:
             break
     else:
         pytest.fail("it never came to its end")

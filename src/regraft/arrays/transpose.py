@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 _ROWS, _BYTES = 512, 512
 """A block of a transpose: so many rows of the source, and bytes of each; it fits into the second cache."""
-_APART = 32
+_APART = 64
 """Bytes between the rows in the buffer. A distance of a power of two would leave most of the cache unused."""
 
 _SMALL = 1 << 17

@@ -18,7 +18,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.files.folder import check_destination, copy_file
 from regraft.files.safetensors import sync_path
 from regraft.files.work import Work, cannot_write, open_work, write_file
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, show_size
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -64,14 +64,10 @@ def convert_checkpoint(
     report = ready.report
     report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())
     if tell is not None:
-        size = (
-            f"{ready.layout.size / 1e9:.3g} GB"
-            if ready.layout.size > 1e8
-            else (f"{ready.layout.size / 1e6:.3g} MB")
-        )
+        count = len(ready.layout.files)
         tell(
-            f"{size} in {len(ready.layout.files)} files, {jobs} workers, "
-            f"peak memory {report.memory / 1e6:.0f} MB"
+            f"{show_size(ready.layout.size)} in {count} {'file' if count == 1 else 'files'}, "
+            f"{jobs} {'worker' if jobs == 1 else 'workers'}, peak memory {report.memory / 1e6:.0f} MB"
         )
     if dry_run:
         return report

@@ -27,6 +27,8 @@ from regraft.names.keys import Ints
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UNFINISHED = ".regraft-in-place"
+"""A folder in which headers are kept while they are rewritten in place."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _ADAPTER = "adapter_config.json"
@@ -146,6 +148,10 @@ def open_checkpoint(path: Path) -> Source:
         found = [root / name for name in weights]
         config = root / CONFIG if (root / CONFIG).is_file() else None
         others, left_out = _list_others(root, weights)
+    if (root / UNFINISHED).exists():
+        message = "a run that renamed its tensors in place did not come to its end"
+        fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
+        raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
     findings = _check_links(root, [*found, *(root / other for other in others)])
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
@@ -235,7 +241,9 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     others, left_out = [], []
     for folder, names, files in os.walk(root):
         inside = Path(folder).relative_to(root)
-        names[:] = sorted(n for n in names if n not in (".git", ".cache", "__pycache__"))
+        names[:] = sorted(
+            n for n in names if n not in (".git", ".cache", "__pycache__", UNFINISHED + ".tmp")
+        )
         for name in sorted(files):
             at_top = inside == Path()
             if at_top and name in own:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from regraft.errors import BadInputError, Finding
 from regraft.files.safetensors import sync_path
+from regraft.report import show_size
 
 try:
     import fcntl
@@ -84,7 +85,7 @@ class Work:
         """
         needed, free = size + _SPARE, shutil.disk_usage(self.folder).free
         if needed > free:
-            message = f"{_show(needed)} more are needed, and {_show(free)} are free"
+            message = f"{show_size(needed)} more are needed, and {show_size(free)} are free"
             raise BadInputError(
                 Finding(
                     "no-space", message, where=str(self.dst), fix="make room, or write elsewhere"
@@ -219,12 +220,11 @@ def _lock(folder: Path, dst: Path) -> int:
         except FileNotFoundError:
             continue
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(file)
-                raise
+            locked = try_lock(file)
+        except OSError:
+            os.close(file)
+            raise
+        if not locked:
             owner = os.read(file, 100).decode(errors="replace").strip()
             os.close(file)
             raise BadInputError(
@@ -234,7 +234,7 @@ def _lock(folder: Path, dst: Path) -> int:
                     where=str(dst),
                     fix="wait for it, or stop it",
                 )
-            ) from None
+            )
         # The run before may have removed the file between opening and locking it.
         with suppress(OSError):
             if os.fstat(file).st_ino == path.stat().st_ino:
@@ -244,16 +244,27 @@ def _lock(folder: Path, dst: Path) -> int:
         os.close(file)
 
 
+def try_lock(file: int) -> bool:
+    """Lock an open file or folder until it is closed; whether nobody else holds it.
+
+    Raises ``OSError`` where the file system has no locks.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and wait until it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _show(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 def _read_journal(data: bytes) -> set[tuple[int, int]]:
