@@ -18,6 +18,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.files.folder import check_destination, copy_file
 from regraft.files.safetensors import sync_path
 from regraft.files.work import Work, cannot_write, open_work, write_file
+from regraft.plan.model import Foreign
 from regraft.report import CheckpointReport, show_size
 
 Tell = Callable[[str], None]
@@ -35,6 +36,7 @@ def convert_checkpoint(
     to: str,
     model: Path | None = None,
     source: str | None = None,
+    foreign: Foreign | None = None,
     shard_size: str | int | None = None,
     dtype: str | list[str] | None = None,
     jobs: int | None = None,
@@ -58,7 +60,14 @@ def convert_checkpoint(
     if not dry_run:
         check_destination(src, dst, overwrite, file=name is not None)
     ready = prepare(
-        src, to, model=model, source_layout=source, shard_size=limit, casts=casts, name=name
+        src,
+        to,
+        model=model,
+        source_layout=source,
+        foreign=foreign,
+        shard_size=limit,
+        casts=casts,
+        name=name,
     )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report

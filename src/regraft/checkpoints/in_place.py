@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
@@ -14,6 +15,7 @@ from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED, File
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.files.safetensors import sync_path
 from regraft.files.work import cannot_write, try_lock, write_file
+from regraft.plan.model import Foreign
 from regraft.report import CheckpointReport
 
 _PARTIAL = UNFINISHED + ".tmp"
@@ -26,6 +28,7 @@ def convert_in_place(
     to: str,
     model: Path | None = None,
     source: str | None = None,
+    foreign: Foreign | None = None,
     dry_run: bool = False,
 ) -> CheckpointReport:
     """Give the tensors of a checkpoint their new names, in the very files.
@@ -39,22 +42,21 @@ def convert_in_place(
         message = "in place, the checkpoint to write is the one that is read"
         raise BadInputError(Finding("option", message, where=str(dst), fix=f"give {src} for both"))
     folder = src if src.is_dir() else src.parent
+    options: dict[str, Any] = {"model": model, "source_layout": source, "foreign": foreign}
     if dry_run or not folder.is_dir():
-        return _prepare(src, to, model, source)[0].report
+        return _prepare(src, to, **options)[0].report
     try:
         with _locked(folder):
             restore(folder)
-            ready, changed = _prepare(src, to, model, source)
+            ready, changed = _prepare(src, to, **options)
             _rewrite(folder, ready, changed)
     except OSError as error:
         raise cannot_write(folder, error) from error
     return ready.report
 
 
-def _prepare(
-    src: Path, to: str, model: Path | None, source: str | None
-) -> tuple[Prepared, list[tuple[File, bytes]]]:
-    ready = prepare(src, to, model=model, source_layout=source)
+def _prepare(src: Path, to: str, **options: Any) -> tuple[Prepared, list[tuple[File, bytes]]]:
+    ready = prepare(src, to, **options)
     heads = _make_heads(ready)
     return ready, [pair for pair in zip(ready.source.files, heads, strict=True) if pair[1]]
 

@@ -222,7 +222,7 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.adapters.inspect import inspect
+        from regraft.api import inspect
         from regraft.cli.words import show_findings, show_inspection
 
         inspection = inspect(src, model=model)
@@ -255,11 +255,14 @@ def verify(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
         with out.waiting() as progress:
-            result = verify(src, dst, model=model, progress=progress)
+            result = verify(
+                src, dst, model=model, progress=progress, foreign=InstalledTransformers()
+            )
         if json:
             out.data(result.to_dict())
         elif not quiet:
