@@ -90,7 +90,8 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="The folder to write. It appears whole or not at all.",
+            help="The folder to write, or the file (.safetensors) where SRC is one weights file of "
+            "a model. It appears whole or not at all.",
             show_default=False,
         ),
     ] = None,
