@@ -143,7 +143,7 @@ def _open_adapter(
     if to is not None and not problems:
         given = parse_layout(source) if source is not None else None
         try:
-            converted = convert_adapter(opened, parse_layout(to), config, given, foreign)
+            converted = convert_adapter(opened, parse_layout(to), config, given, foreign=foreign)
             plan, layout = converted.plan, converted.report.source_layout
         except RegraftError as error:
             problems += error.findings

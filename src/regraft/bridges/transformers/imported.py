@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from regraft.bridges.transformers.registry import (
@@ -108,6 +108,16 @@ class Imported:
             name
             for rows, origin in self.origins
             if origin.converter is not None or origin.old != origin.new
+            for name in rows.names()
+        )
+
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """The model's keys that had the same name and were stored turned: only a shape tells old from new."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None and origin.old == origin.new
             for name in rows.names()
         )
 
