@@ -90,9 +90,11 @@ def meet(one: Key, other: Key) -> str | None:
             return None if both is None or rest is None else [both, *rest]
         if a is None:
             found = walk(i + 1, j, common)
-            if found is not None or not b:
+            if found is not None or b == ():
                 return found
             rest = walk(i, j + 1, common)
+            if b is None:
+                return rest
             return None if rest is None else [write_segment(b, "0"), *rest]
         found = walk(i, j + 1, common)
         if found is not None or not a:
