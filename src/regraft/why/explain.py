@@ -128,7 +128,7 @@ def explain(
 ) -> Explanation:
     """Explain what becomes of one tensor on the way to a layout.
 
-    ``key`` is a tensor's name in the file, the base tensor that it is about, or a name of the result.
+    ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result.
 
     Raises ``BadInputError`` where ``src`` cannot be read.
     """
@@ -150,9 +150,7 @@ class _Claim:
 class _Search:
     def __init__(self, subject: Subject, key: str, to: str) -> None:
         self.subject, self.key, self.to = subject, key, to
-        found = subject.names.get(key)
-        if found is None:
-            found = next((n for n in subject.names.values() if n.base == key), None)
+        found = _find(subject, key)
         self.name = found
         source = subject.layout
         if source is None and subject.books:
@@ -444,6 +442,18 @@ class _Search:
             return None  # then the names alone have to do; explaining goes on without a plan
 
 
+def _find(subject: Subject, key: str) -> Name | None:
+    """The tensor that is meant: by its name in the file, its base tensor, or its module."""
+    if key in subject.names:
+        return subject.names[key]
+    bare = key.removeprefix(PREFIX)
+    for wanted in (bare, f"{bare}.weight"):
+        for name in subject.names.values():
+            if name.base == wanted:
+                return name
+    return None
+
+
 def _other(book: Book, layout: str) -> str:
     return book.left if book.right == layout else book.right
 
@@ -622,7 +632,8 @@ def _parted(
 ) -> Iterator[tuple[float, Near]]:
     assert term.key is not None
     parting = part_ways(key, term.key)
-    if not 0 < parting.cost <= _TOO_FAR:
+    # What only {*p} and {*q} hold says nothing.
+    if not 0 < parting.cost <= _TOO_FAR or 2 * (parting.agree + 1) < len(key.split(".")):
         return
     if parting.expected is None:
         why = f"it has no {parting.found!r} there"
