@@ -155,7 +155,7 @@ class Carrier:
         findings = []
         for number in range(len(tuned.parts)):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            bias = self.base.read(name)
+            bias = self.base.find(name)
             if bias is not None and bias.any():
                 findings.append(
                     Finding(
