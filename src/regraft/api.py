@@ -35,9 +35,10 @@ from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
 from regraft.files.stamp import Stamp
-from regraft.layouts import parse_layout
+from regraft.layouts import LAYOUTS, parse_layout
 from regraft.plan.model import ModelConfig
 from regraft.report import Report
+from regraft.rules.book import own_layouts
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -70,7 +71,8 @@ def convert(
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
         dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
             name that ends in ``.safetensors`` is the file to write.
-        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
+        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``; for checkpoints also one that
+            a rule book of your own leads to (``with regraft.only_books(...)``).
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
         source: the layout of ``src``; found out, with evidence, where it is not given.
@@ -103,8 +105,8 @@ def convert(
     """
     Options(via)
     src_path, dst_path = Path(src), Path(dst)
-    layout = parse_layout(to)
-    source_layout = parse_layout(source) if source is not None else None
+    layout = parse_layout(to, own_layouts())
+    source_layout = parse_layout(source, own_layouts()) if source is not None else None
     if is_checkpoint(src_path):
         told = Path(model) if model is not None else None
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
@@ -144,6 +146,11 @@ def convert(
         resume=resume,
         in_place=in_place,
     )
+    if layout.name not in LAYOUTS:
+        message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
+        raise BadInputError(
+            Finding("unknown-layout", message, fix="convert its base, a checkpoint")
+        )
     found = find_adapters(src_path)
     _check_kind(dst_path)
     check_destination(src_path, dst_path, overwrite)

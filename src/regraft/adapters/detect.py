@@ -16,7 +16,7 @@ from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
 from regraft.plan.model import Foreign, ModelConfig, Scope
-from regraft.rules.book import Book, books_for, library
+from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 
 
@@ -147,7 +147,9 @@ def find_books(
 
 
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
-    """Whether some books know a model with all its parts."""
+    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
+    if own_layouts():
+        return True
     known = {name for book in books for name in book.model_types}
     return all(name in known for name in model.model_types())
 
