@@ -30,7 +30,7 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
-from regraft.layouts import parse_layout
+from regraft.layouts import Layout, parse_layout
 from regraft.plan.model import ModelConfig
 from regraft.report import Report
 
@@ -54,6 +54,7 @@ def convert(
     in_place: bool = False,
     via: str | None = None,
     verify: bool = False,
+    merge: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -82,6 +83,8 @@ def convert(
             a relative error. Families that multiply their base weight take its weights as ``model``.
         verify: adapters only: compare what every target adds before and after, in float64, before anything is
             written. The report has the largest relative error.
+        merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
+            weights, instead of an adapter.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -123,6 +126,8 @@ def convert(
         return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
     found = find_adapters(src_path)
+    if merge:
+        return _merge(found, src_path, dst_path, layout, source_layout, model, overwrite, progress)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
     report = Report(str(src_path), str(dst_path), written=not dry_run)
@@ -154,6 +159,38 @@ def convert(
         _write(found, dst_path, converted, overwrite)
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
+    return report
+
+
+def _merge(
+    found: Found,
+    src: Path,
+    dst: Path,
+    layout: Layout,
+    source_layout: Layout | None,
+    model: str | os.PathLike[str] | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Report:
+    from regraft.merge import merge_adapter
+
+    if model is None or len(found.folders) != 1:
+        raise BadInputError(
+            Finding(
+                "option",
+                "merging takes one adapter, and its base with weights",
+                where=str(src),
+                fix="give the base's folder as --model, and one adapter's folder as SRC",
+            )
+        )
+    check_destination(src, dst, overwrite)
+    check_destination(Path(model), dst, overwrite)
+    opened = open_adapter(found.folders[0], found.root, found.weights)
+    adapter, checkpoint = merge_adapter(
+        opened, dst, layout, Path(model), source_layout, overwrite, progress
+    )
+    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
+    report.files = list(checkpoint.others)
     return report
 
 

@@ -99,6 +99,23 @@ def convert_adapter(
     return conversion.convert()
 
 
+def source_layout(
+    source: Source, to: Layout, model: ModelConfig | None, layout: Layout | None
+) -> tuple[str, Known, list[str]]:
+    """The layout of an adapter, the rule books for it, and what told it.
+
+    Raises what `convert_adapter` raises.
+    """
+    family = family_of(source.config)
+    scan, findings = _scan(source, family)
+    if findings:
+        raise BadInputError(findings)
+    known = find_books(scan, source.config, model, source.where)
+    conversion = _Conversion(source, to, known, scan, [known.evidence], family, Options())
+    conversion.choose_layout(layout)
+    return conversion.layout, known, conversion.evidence
+
+
 def _scan(source: Source, family: type[Family] | None) -> tuple[Scan, list[Finding]]:
     plain = source.peft_type == "LORA" and family is None
     prefix = family.prefix if family is not None else None

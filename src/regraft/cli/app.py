@@ -166,6 +166,13 @@ def convert(
             help="Adapters: compare what every target adds before and after, before anything is written.",
         ),
     ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
+        ),
+    ] = False,
     via: Annotated[
         str | None,
         typer.Option(
@@ -213,6 +220,7 @@ def convert(
                 in_place=in_place,
                 via=via,
                 verify=check,
+                merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
