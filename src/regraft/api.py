@@ -53,6 +53,8 @@ def convert(
     resume: bool = False,
     in_place: bool = False,
     via: str | None = None,
+    compact: bool = False,
+    uniform_rank: bool = False,
     verify: bool = False,
     merge: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -81,6 +83,9 @@ def convert(
         via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
             exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
             a relative error. Families that multiply their base weight take its weights as ``model``.
+        compact: adapters only: leave out components of a LoRA that add nothing, to rounding (its rank becomes
+            the numerical one).
+        uniform_rank: adapters only: give all targets one rank, with zeros, so that no ``rank_pattern`` is needed.
         verify: adapters only: compare what every target adds before and after, in float64, before anything is
             written. The report has the largest relative error.
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
@@ -98,7 +103,7 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    Options(via)
+    asked = Options(via, compact, uniform_rank)
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
@@ -140,7 +145,7 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, Options(via))
+            result = convert_adapter(opened, layout, config, source_layout, asked)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings

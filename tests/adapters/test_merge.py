@@ -35,9 +35,7 @@ def test_the_merged_base_gives_the_outputs(name, tmp_path):
     tensors = open_tensors(GOLDEN / "cases" / name / "reference.safetensors")
     inputs = {k[6:]: torch.tensor(v) for k, v in tensors.items() if k.startswith("input.")}
     cls = getattr(transformers, INDEX[name]["model_class"])
-    model = cls.from_pretrained(
-        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
-    )
+    model = cls.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32)
     want, without = torch.tensor(tensors["ref"]), torch.tensor(tensors["ref_base"])
     got = outputs(model, inputs)
     effect = (want - without).abs().max()

@@ -166,6 +166,19 @@ def convert(
             help="Adapters: compare what every target adds before and after, before anything is written.",
         ),
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Adapters: leave out components that add nothing, to rounding."
+        ),
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
+        ),
+    ] = False,
     merge: Annotated[
         bool,
         typer.Option(
@@ -219,6 +232,8 @@ def convert(
                 resume=resume,
                 in_place=in_place,
                 via=via,
+                compact=compact,
+                uniform_rank=uniform_rank,
                 verify=check,
                 merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
