@@ -102,7 +102,9 @@ def find_books(
             if imported is not None:
                 book, told = imported
                 _check_family(config, model, where)
-                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", foreign)
+                return Known(
+                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)
