@@ -59,8 +59,13 @@ class Known:
     model_type: str | None
     """That of the whole base model, where it is known."""
     evidence: str
-    imported: bool = False
-    """Whether the book was made for just this model and this file, by the installed transformers."""
+    foreign: Foreign | None = None
+    """What made the book for just this model and this file, where that is not of the library."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether the book was made for just this model and this file."""
+        return self.foreign is not None
 
     @property
     def unmatched_fix(self) -> str:
@@ -97,7 +102,9 @@ def find_books(
             if imported is not None:
                 book, told = imported
                 _check_family(config, model, where)
-                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", True)
+                return Known(
+                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)

@@ -182,6 +182,26 @@ def convert(
             help="Adapters: compare what every target adds before and after, before anything is written.",
         ),
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Adapters: leave out components that add nothing, to rounding."
+        ),
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
+        ),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
+        ),
+    ] = False,
     via: Annotated[
         str | None,
         typer.Option(
@@ -229,7 +249,10 @@ def convert(
                 resume=resume,
                 in_place=in_place,
                 via=via,
+                compact=compact,
+                uniform_rank=uniform_rank,
                 verify=check,
+                merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
