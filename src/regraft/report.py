@@ -116,3 +116,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return asdict(self)
+
+
+def show_size(count: float) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> show_size(4_400_000_000)
+    '4.4 GB'
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"

@@ -86,7 +86,7 @@ class Carrier:
         side = Side(self.known.books, self.layout, self.known.scopes)
         reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
         tuned = reader.read()
-        if not tuned.unknown or self.base.checkpoint is None:
+        if not tuned.unknown or self.base.weights is None:
             return tuned
         shapes = self.base.shapes()
         return ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes).read()
@@ -111,7 +111,7 @@ class Carrier:
         why = next(iter(followed.failed.values()))[0].why
         made = as_loras(tuned, self.family, None)
         rung = LORA
-        if made.failed and self.base.checkpoint is not None:
+        if made.failed and self.base.weights is not None:
             made = as_loras(tuned, self.family, self._weight)
             rung = BASE
         if made.failed:
@@ -145,7 +145,7 @@ class Carrier:
         return followed
 
     def _densely(self, plan: Plan | None, tuned: TunedModules) -> Carried:
-        weight = self._weight if self.base.checkpoint is not None else None
+        weight = self._weight if self.base.weights is not None else None
         made = as_loras(tuned, self.family, weight, dense=True)
         if made.failed:
             raise self._refusal(tuned, Followed(), made.failed, dense=True)
@@ -217,7 +217,7 @@ class Carrier:
             return MERGE
         with_base = (
             ""
-            if self.family.adds or self.base.checkpoint is not None
+            if self.family.adds or self.base.weights is not None
             else (", with the base's weights as --model")
         )
         return (

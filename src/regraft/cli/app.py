@@ -90,7 +90,8 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="The folder to write. It appears whole or not at all.",
+            help="The folder to write, or the file (.safetensors) where SRC is one weights file of "
+            "a model. It appears whole or not at all.",
             show_default=False,
         ),
     ] = None,
@@ -265,7 +266,7 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.adapters.inspect import inspect
+        from regraft.api import inspect
         from regraft.cli.words import show_findings, show_inspection
 
         inspection = inspect(src, model=model)
@@ -314,16 +315,17 @@ def verify(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.source import is_checkpoint
 
+        foreign = InstalledTransformers()
         if not is_checkpoint(src):
             from regraft.adapters.verify import TOLERANCE, verify_adapters
             from regraft.cli.words import show_adapter_verification
 
+            limit = TOLERANCE if tolerance is None else tolerance
             with out.waiting() as progress:
-                done = verify_adapters(
-                    src, dst, model, TOLERANCE if tolerance is None else tolerance, progress
-                )
+                done = verify_adapters(src, dst, model, limit, progress, foreign)
             if json:
                 out.data(done.to_dict())
             elif not quiet:
@@ -333,7 +335,7 @@ def verify(
         from regraft.cli.checkpoint_words import show_verification
 
         with out.waiting() as progress:
-            result = verify(src, dst, model=model, progress=progress)
+            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
         elif not quiet:
