@@ -87,7 +87,9 @@ def merge_adapter(
     before = Deltas(source, known, here)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
-        done = convert_checkpoint(base, inner, to=to.name, model=model, progress=progress)
+        done = convert_checkpoint(
+            base, inner, to=to.name, model=model, progress=progress, foreign=foreign
+        )
         report = AdapterReport(
             source.name, source.peft_type, here, to.name, evidence, tensors_in=len(source.tensors)
         )
@@ -186,7 +188,7 @@ def _biases(before: Deltas) -> dict[str, Array]:
     made = {}
     for number, part in enumerate(tuned.parts):
         name = tuned.headers.name(number).removesuffix("weight") + "bias"
-        bias = before.base.read(name)
+        bias = before.base.find(name)
         if bias is not None:
             made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
     return made

@@ -157,7 +157,7 @@ class Carrier:
         findings = []
         for number, part in enumerate(tuned.parts):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            found = self.base.read(name)
+            found = self.base.find(name)
             bias = np.zeros(part.out) if found is None else found.astype(np.float64)
             if (self.family.bias(part, bias) != bias).any():
                 findings.append(
