@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -18,15 +20,12 @@ from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
 
 
-@dataclass(slots=True)
 class InstalledTransformers:
     """What the installed transformers knows of models.
 
     It is asked in a process of its own, unless it is imported already: torch and transformers take some hundred
     megabytes, and a conversion of files needs none of it.
     """
-
-    _process: subprocess.Popen[bytes] | None = None
 
     def book(
         self,
@@ -48,10 +47,25 @@ class InstalledTransformers:
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
-        return self._ask(question)
+        return _THERE.ask(question)
+
+
+@dataclass(slots=True)
+class _OtherProcess:
+    """A process with transformers in it, begun when it is first asked, and shared by all conversions of this one."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    _owner: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def ask(self, question: _Question) -> tuple[Book, str] | None:
+        """Its answer; what it raised is raised here."""
+        with self._lock:
+            return self._ask(question)
 
     def _ask(self, question: _Question) -> tuple[Book, str] | None:
-        if self._process is None:
+        if self._process is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
@@ -84,9 +98,6 @@ class InstalledTransformers:
                     with suppress(OSError):
                         pipe.close()
             process.wait()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +201,8 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE = _InProcess()
+_HERE, _THERE = _InProcess(), _OtherProcess()
+atexit.register(_THERE.close)
 
 
 def main() -> None:
