@@ -22,6 +22,11 @@ class Target:
     """Whether every number is the source's own, bit for bit; otherwise a scale was folded into B."""
     parameter: bool = False
     """Whether PEFT adapts it through ``target_parameters``."""
+    rung: str = "family"
+    """How it was reached: ``family`` (what it was), ``lora`` (exactly, as LoRA), ``base`` (the same, with the base's
+    weights), ``dense`` or ``svd`` (on request)."""
+    error: float = 0.0
+    """How far an approximation is off, relative to the delta's Frobenius norm."""
 
 
 @dataclass(slots=True)
@@ -45,6 +50,10 @@ class AdapterReport:
     rules: dict[str, int] = field(default_factory=dict)
     """How often every rule fired."""
     notes: list[str] = field(default_factory=list)
+    verified: int = 0
+    """How many targets and other tensors were compared with the source's."""
+    error: float = 0.0
+    """The largest relative error of a delta that was found."""
 
 
 @dataclass(slots=True)
