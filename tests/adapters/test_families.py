@@ -127,8 +127,54 @@ MAKERS = {
         lambda: peft.MissConfig(r=4),
         lambda: peft.MissConfig(r=4, init_weights="mini", mini_r=2),
     ],
-    "VeRA": [lambda: peft.VeraConfig(r=3)],
-    "PVeRA": [lambda: peft.PveraConfig(r=3)],
+    "VeRA": [
+        lambda: peft.VeraConfig(r=3),
+        lambda: peft.VeraConfig(r=3, save_projection=False, projection_prng_key=7),
+    ],
+    "PVeRA": [
+        lambda: peft.PveraConfig(r=3),
+        lambda: peft.PveraConfig(r=3, save_projection=False, projection_prng_key=7),
+    ],
+    "GraLoRA": [
+        lambda: peft.GraloraConfig(r=4, alpha=6, gralora_k=2),
+        lambda: peft.GraloraConfig(r=4, alpha=6, gralora_k=2, hybrid_r=1),
+    ],
+    "WaveFT": [
+        lambda: peft.WaveFTConfig(n_frequency=3, scaling=9.0),
+        lambda: peft.WaveFTConfig(n_frequency=3, scaling=9.0, use_idwt=False),
+    ],
+    "TinyLoRA": [
+        lambda: peft.TinyLoraConfig(r=2, u=3),
+        lambda: peft.TinyLoraConfig(r=2, u=3, weight_tying=0.5),
+        lambda: peft.TinyLoraConfig(r=2, u=3, weight_tying=1.0),
+    ],
+    "UniLoRA": [lambda: peft.UniLoraConfig(r=2, theta_d_length=9, save_indices=True)],
+    "SuperTuning": [
+        lambda: peft.SupertuningConfig(sparsity=0.9),
+        lambda: peft.SupertuningConfig(sparsity=0.9, r=2, lora_alpha=3),
+    ],
+    "PSOFT": [
+        lambda: peft.PsoftConfig(r=3),
+        lambda: peft.PsoftConfig(r=3, ab_svd_init="pissa_init", use_cayley_neumann=True),
+        lambda: peft.PsoftConfig(r=3, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False),
+    ],
+    "OSF": [
+        lambda: peft.OSFConfig(effective_rank=6),
+        lambda: peft.OSFConfig(effective_rank=0.5, rank_pattern={"m.0.[qk]$": 5}),
+    ],
+    "DEFT": [
+        lambda: peft.DeftConfig(r=2),
+        lambda: peft.DeftConfig(r=2, alpha=3, decomposition_method="qr"),
+        lambda: peft.DeftConfig(r=2, alpha=3),
+        lambda: peft.DeftConfig(r=2, para=True),
+    ],
+    "PEANuT": [lambda: peft.PeanutConfig(r=2, depth=1), lambda: peft.PeanutConfig(r=2, depth=0, act_fn="tanh")],
+    "FRoD": [lambda: peft.FrodConfig(sparse_rate=0.1, progressbar=False)],
+    "GLoRA": [
+        lambda: peft.GloraConfig(r=2),
+        lambda: peft.GloraConfig(r=2, config_C="none", config_D_E="none"),
+        lambda: peft.GloraConfig(r=2, config_A_B="vector", config_C="vector", config_D_E="vector"),
+    ],
     "VB-LoRA": [
         lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2),
         lambda: peft.VBLoRAConfig(

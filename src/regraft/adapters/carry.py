@@ -32,6 +32,7 @@ from regraft.plan.plan import Plan
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"
+STAY = "keep it with the layout that it was trained in; PEFT cannot merge it either"
 DENSELY = "ask for deltas of full rank (--via dense), or merge the adapter into its base"
 GIVE_BASE = "give the base's folder with its weights as --model"
 
@@ -66,7 +67,7 @@ class Carrier:
         target: str,
         where: str,
     ) -> None:
-        shared = {name: tensors[name] for name in family.shared if name in tensors}
+        shared = {name: tensor for name, tensor in tensors.items() if family.shares(name)}
         self.family = family(config, shared)
         self.config, self.tensors, self.scan = config, list(tensors.values()), scan
         self.known, self.where = known, where
@@ -78,10 +79,19 @@ class Carrier:
         side = Side(self.known.books, self.layout, self.known.scopes)
         reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
         tuned = reader.read()
-        if not tuned.unknown or self.base.checkpoint is None:
-            return tuned
-        shapes = self.base.shapes()
-        return ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes).read()
+        if tuned.unknown and self.base.checkpoint is not None:
+            shapes = self.base.shapes()
+            reader = ModuleReader(
+                self.scan, self.tensors, self.family, side, self.where, shapes
+            )
+            tuned = reader.read()
+        self.family.survey(
+            {
+                tuned.headers.name(number).removesuffix(".weight"): part
+                for number, part in enumerate(tuned.parts)
+            }
+        )
+        return tuned
 
     def carry(self, plan: Plan | None, tuned: TunedModules, via: str | None) -> Carried:
         """The best rung that is exact, or the one that was asked for.
@@ -168,6 +178,18 @@ class Carrier:
         if findings:
             raise RefusedError(findings)
 
+    def confirm(self, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+        """Check that PEFT reads from a new config what the parts say.
+
+        Raises ``RefusedError``.
+        """
+        try:
+            self.family.confirm(
+                config, {key.removesuffix(".weight"): part for key, part in parts.items()}
+            )
+        except NoImageError as error:
+            raise self._refusal(Followed(), {next(iter(parts)): error}) from None
+
     def _refusal(
         self, followed: Followed, failed: Mapping[str, NoImageError], dense: bool = False
     ) -> RefusedError:
@@ -205,7 +227,7 @@ class Carrier:
     def _way_out(self, dense: bool) -> str:
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
         if dense or all(cell.rung not in (DENSE, LORA, BASE) for cell in cells):
-            return MERGE
+            return MERGE if self.family.merges else STAY
         with_base = (
             ""
             if self.family.adds or self.base.checkpoint is not None

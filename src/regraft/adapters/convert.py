@@ -363,8 +363,7 @@ class _Conversion:
             config = self.family_config(carrier, carried, plan, tuned, saved)
             report.targets = _family_targets(carried, plan)
         else:
-            shared = set(carrier.family.shared)
-            others = [item for item in others if item.old not in shared]
+            others = [item for item in others if not carrier.family.shares(item.old)]
             factors = carried.factors
             record = Record()
             made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
@@ -426,6 +425,7 @@ class _Conversion:
                 for path, settings in paths.items()
             ):
                 return before
+        carrier.confirm(config, carried.parts)
         return config
 
     def note_rung(self, family: Family, carried: Carried, rung: str) -> None:

@@ -264,7 +264,7 @@ class BdLora(Whole):
         a, b = self._dense(tensors, settings["name"])
         return b.shape[-2], a.shape[-1]
 
-    def rename(self, part: Part) -> Part:
+    def rename(self, part: Part, old: str, new: str) -> Part:
         raise NoImageError(self.why)
 
     def _dense(self, tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
