@@ -63,7 +63,10 @@ SHAPES = {
     "rename": [
         Shape(
             "m.{l}.q.weight : o i == m.{l}.z.weight : o i where o = 8, i = 16", {"m.0.q": (8, 16)}
-        )
+        ),
+        Shape(
+            "m.{l}.q.weight : o i == n.{l}.q.weight : o i where o = 8, i = 16", {"m.0.q": (8, 16)}
+        ),
     ],
     "join out": [
         Shape(JOIN_OUT, TWO),
@@ -168,6 +171,14 @@ MAKERS = {
         lambda: peft.DeftConfig(r=2, alpha=3),
         lambda: peft.DeftConfig(r=2, para=True),
     ],
+    "Poly of one task": [
+        lambda: peft.PolyConfig(r=2, n_skills=3),
+        lambda: peft.PolyConfig(r=2, n_skills=3, n_splits=2),
+    ],
+    "Poly": [
+        lambda: peft.PolyConfig(r=2, n_skills=3, n_tasks=2),
+        lambda: peft.PolyConfig(r=2, n_skills=3, n_tasks=2, n_splits=2),
+    ],
     "PEANuT": [lambda: peft.PeanutConfig(r=2, depth=1), lambda: peft.PeanutConfig(r=2, depth=0, act_fn="tanh")],
     "FRoD": [lambda: peft.FrodConfig(sparse_rate=0.1, progressbar=False)],
     "GLoRA": [
@@ -258,8 +269,25 @@ def model_of(weights, biased=False):
     return root
 
 
+def mixed(model):
+    """The weights of a Poly model as they act on its last task."""
+    made = {}
+    for name, module in model.eval().base_model.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("base_layer"):
+            made[name + ".weight"] = module.weight.detach().double().numpy()
+        if not isinstance(module, peft.tuners.poly.PolyLayer):
+            continue
+        task = torch.tensor([module.n_tasks["default"] - 1])
+        with torch.no_grad():
+            out = module(torch.eye(module.in_features)[None], task_ids=task)[0]
+            made[name + ".weight"] = (out - module.base_layer.bias).T.double().numpy()
+    return made
+
+
 def merged(model):
     """The weights of a PEFT model after merging."""
+    if model.peft_type == "POLY":
+        return mixed(model)
     plain = model.eval().merge_and_unload()
     return {
         name: tensor.detach().double().numpy()
@@ -315,6 +343,7 @@ def loaded(config, tensors, weights, folder):
     result = peft.set_peft_model_state_dict(model, state)
     assert not result.unexpected_keys
     shared = ("ranknum", "vera_A", "vera_B", "vector_bank", "randlora_A", "randlora_B")
+    shared += ("unilora_theta_d", "tinylora_v")
     own = [k for k in result.missing_keys if "default" in k and not any(s in k for s in shared)]
     assert not own, own
     return merged(model)

@@ -15,7 +15,16 @@ from typing import Any
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Factors, Images, Lora
-from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, Family, NoImageError, Part
+from regraft.adapters.families.base import (
+    BASE,
+    DENSE,
+    FAMILY,
+    LORA,
+    NONE,
+    Family,
+    NoImageError,
+    Part,
+)
 from regraft.adapters.families.lora_variants import LoraVariant
 from regraft.adapters.follow import Followed, as_loras, follow
 from regraft.adapters.kept import modules_of
@@ -226,7 +235,7 @@ class Carrier:
 
     def _way_out(self, dense: bool) -> str:
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
-        if dense or all(cell.rung not in (DENSE, LORA, BASE) for cell in cells):
+        if dense or all({cell.rung, cell.better} <= {NONE, FAMILY, None} for cell in cells):
             return MERGE if self.family.merges else STAY
         with_base = (
             ""

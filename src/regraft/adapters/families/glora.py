@@ -83,7 +83,7 @@ class GLora(Family):
     changes_bias = True
     batches = False
     table = cells(
-        join_out=Cell(DENSE, FAMILY, "C is the same in all parts, and D and E are no single numbers"),
+        join_out=Cell(NONE, FAMILY, "C and single numbers are the same in all parts"),
         split_out=Cell(FAMILY),
         reorder_out=Cell(FAMILY),
         reorder_in=Cell(FAMILY),
