@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,15 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.adapters.verify import TOLERANCE, compare
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
-from regraft.layouts import parse_layout
+from regraft.layouts import Layout, parse_layout
+from regraft.plan.model import ModelConfig
 from regraft.report import Report
 
 Progress = Callable[[str, int, int], None]
@@ -50,6 +53,10 @@ def convert(
     resume: bool = False,
     in_place: bool = False,
     via: str | None = None,
+    compact: bool = False,
+    uniform_rank: bool = False,
+    verify: bool = False,
+    merge: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -76,6 +83,13 @@ def convert(
         via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
             exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
             a relative error. Families that multiply their base weight take its weights as ``model``.
+        compact: adapters only: leave out components of a LoRA that add nothing, to rounding (its rank becomes
+            the numerical one).
+        uniform_rank: adapters only: give all targets one rank, with zeros, so that no ``rank_pattern`` is needed.
+        verify: adapters only: compare what every target adds before and after, in float64, before anything is
+            written. The report has the largest relative error.
+        merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
+            weights, instead of an adapter.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -87,8 +101,9 @@ def convert(
         UnmatchedKeysError: keys that no rule and no carry-over explains.
         AmbiguousError: more than one reading fits, with different results.
         RefusedError: what was asked for has no exact image.
+        NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    Options(via)
+    asked = Options(via, compact, uniform_rank)
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
@@ -116,6 +131,8 @@ def convert(
         return report
     _check_options(shard_size, dtype, jobs, resume, in_place)
     found = find_adapters(src_path)
+    if merge:
+        return _merge(found, src_path, dst_path, layout, source_layout, model, overwrite, progress)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
     report = Report(str(src_path), str(dst_path), written=not dry_run)
@@ -128,13 +145,15 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, Options(via))
+            result = convert_adapter(opened, layout, config, source_layout, asked)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
             continue
         if not result.report.copied or not dry_run:
             _note_values(opened, result)
+        if verify:
+            _certify(opened, result, config, via)
         converted.append((opened, result))
         report.adapters.append(result.report)
     if failed:
@@ -146,6 +165,56 @@ def convert(
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
+
+
+def _merge(
+    found: Found,
+    src: Path,
+    dst: Path,
+    layout: Layout,
+    source_layout: Layout | None,
+    model: str | os.PathLike[str] | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Report:
+    from regraft.merge import merge_adapter
+
+    if model is None or len(found.folders) != 1:
+        raise BadInputError(
+            Finding(
+                "option",
+                "merging takes one adapter, and its base with weights",
+                where=str(src),
+                fix="give the base's folder as --model, and one adapter's folder as SRC",
+            )
+        )
+    check_destination(src, dst, overwrite)
+    check_destination(Path(model), dst, overwrite)
+    opened = open_adapter(found.folders[0], found.root, found.weights)
+    adapter, checkpoint = merge_adapter(
+        opened, dst, layout, Path(model), source_layout, overwrite, progress
+    )
+    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
+    report.files = list(checkpoint.others)
+    return report
+
+
+def _certify(source: Source, result: Converted, model: ModelConfig | None, via: str | None) -> None:
+    """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
+    made = Source(
+        source.name,
+        "the result",
+        result.config,
+        result.tensors,
+        result.metadata,
+        aside=result.aside,
+    )
+    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
+    done = compare(source, made, model, tolerance)
+    result.report.error = done.error
+    result.report.verified = len(done.targets) + done.others
+    if not done.equal:
+        raise NotEqualError(done.differences)
 
 
 def _note_company(report: Report, results: list[Converted]) -> None:

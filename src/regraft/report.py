@@ -50,6 +50,10 @@ class AdapterReport:
     rules: dict[str, int] = field(default_factory=dict)
     """How often every rule fired."""
     notes: list[str] = field(default_factory=list)
+    verified: int = 0
+    """How many targets and other tensors were compared with the source's."""
+    error: float = 0.0
+    """The largest relative error of a delta that was found."""
 
 
 @dataclass(slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Factors, Images, Lora
@@ -44,6 +46,12 @@ MERGE = "merge the adapter into its base and convert the base"
 STAY = "keep it with the layout that it was trained in; PEFT cannot merge it either"
 DENSELY = "ask for deltas of full rank (--via dense), or merge the adapter into its base"
 GIVE_BASE = "give the base's folder with its weights as --model"
+
+
+_CLAIMED = (
+    "for this model PEFT moves every LoRA with this module's name to the experts when it loads an adapter, "
+    "and what prevents it (target_parameters) takes plain LoRA only"
+)
 
 
 @dataclass(slots=True)
@@ -116,7 +124,7 @@ class Carrier:
             try:
                 parts, changes = self.family.settle(followed.parts)
             except NoImageError as error:
-                followed.failed[tuned.headers.name(0)] = error, ""
+                followed.failed[0] = error, ""
             else:
                 return Carried(FAMILY, parts, changes, moved=True)
         why = next(iter(followed.failed.values()))[0].why
@@ -126,7 +134,7 @@ class Carrier:
             made = as_loras(tuned, self.family, self._weight)
             rung = BASE
         if made.failed:
-            raise self._refusal(followed, made.failed)
+            raise self._refusal(tuned, followed, made.failed)
         return Carried(rung, factors=made.factors, based=made.based, why=why)
 
     def _weight(self, name: str, kind: str) -> Any:
@@ -138,43 +146,39 @@ class Carrier:
             return Followed(dict(zip(names, tuned.parts, strict=True)))
         followed = follow(plan, tuned, self.family)
         special = [m for m in modules_of(self.known, self.target) if not m.called]
-        for name in followed.parts if special else ():
-            (group,) = group_names([name.removesuffix(".weight")])
+        claimed: tuple[str, ...] = ()
+        if isinstance(self.family, LoraVariant):
+            claimed = reclaimed_names(self.config, self.known, self.target)
+        ids = sources_of(plan) if special or claimed else {}
+        for name, number in ids.items():
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in claimed:
+                followed.failed[number] = NoImageError(_CLAIMED), ""
+            (group,) = group_names([module])
             for table in special:
                 if match_group(table.module, group) is not None:
-                    followed.failed[name] = NoImageError(f"it has no effect there: {table.why}"), ""
-        if isinstance(self.family, LoraVariant):
-            self._check_reclaimed(followed)
+                    followed.failed[number] = (
+                        NoImageError(f"it has no effect there: {table.why}"),
+                        "",
+                    )
         return followed
-
-    def _check_reclaimed(self, followed: Followed) -> None:
-        """PEFT moves every LoRA with one of these names to the experts when it loads an adapter."""
-        names = reclaimed_names(self.config, self.known, self.target)
-        for key in followed.parts if names else ():
-            if key.removesuffix(".weight").rpartition(".")[2] in names:
-                followed.failed[key] = (
-                    NoImageError(
-                        "for this model PEFT moves every LoRA with this module's name to the experts when "
-                        "it loads an adapter, and what prevents it (target_parameters) takes plain LoRA only"
-                    ),
-                    "",
-                )
 
     def _densely(self, plan: Plan | None, tuned: TunedModules) -> Carried:
         weight = self._weight if self.base.checkpoint is not None else None
         made = as_loras(tuned, self.family, weight, dense=True)
         if made.failed:
-            raise self._refusal(Followed(), made.failed, dense=True)
+            raise self._refusal(tuned, Followed(), made.failed, dense=True)
         if self.family.changes_bias:
             self._check_biases(tuned)
         return Carried(DENSE, factors=made.factors, based=made.based)
 
     def _check_biases(self, tuned: TunedModules) -> None:
         findings = []
-        for number in range(len(tuned.parts)):
+        for number, part in enumerate(tuned.parts):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            bias = self.base.read(name)
-            if bias is not None and bias.any():
+            found = self.base.read(name)
+            bias = np.zeros(part.out) if found is None else found.astype(np.float64)
+            if (self.family.bias(part, bias) != bias).any():
                 findings.append(
                     Finding(
                         "no-image",
@@ -200,24 +204,29 @@ class Carrier:
             raise self._refusal(Followed(), {next(iter(parts)): error}) from None
 
     def _refusal(
-        self, followed: Followed, failed: Mapping[str, NoImageError], dense: bool = False
+        self,
+        tuned: TunedModules,
+        followed: Followed,
+        failed: Mapping[int, NoImageError],
+        dense: bool = False,
     ) -> RefusedError:
         """Why modules cannot go on, those with one reason together, and what would help."""
         groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for key, error in failed.items():
-            stays, rule = followed.failed.get(key, (None, ""))
-            if not dense and stays is None and followed.failed:
+        first = failed.keys() & followed.failed.keys()
+        for number, error in failed.items():
+            key = tuned.headers.name(number)
+            stays, rule = followed.failed.get(number, (None, ""))
+            if first and number not in first and not error.needs_base:
                 continue
-            reason = (
-                error.why
-                if stays is None or stays.why == error.why
-                else f"{stays.why}; {error.why}"
-            )
+            if stays is not None and stays.why != error.why:
+                reason = f"{stays.why}; {error.why}"
+            elif stays is None and followed.failed:
+                reason = f"others of its modules have to become LoRA, and {error.why}"
+            else:
+                reason = error.why
             needs = error.needs_base or (stays is not None and stays.needs_base)
             alike = re.sub(r"\.\d+(?=\.)", ".#", key)
             groups.setdefault((reason, rule, GIVE_BASE if needs else "", alike), []).append(key)
-        if not groups:
-            groups = {(error.why, "", "", key): [key] for key, error in failed.items()}
         findings = []
         for (reason, rule, base, _), keys in groups.items():
             more = f" ({len(keys)} like it)" if len(keys) > 1 else ""
@@ -249,6 +258,22 @@ class Carrier:
                 f"ask for deltas of full rank (--via dense{with_base}), or merge the adapter into its base"
             )
         )
+
+
+def sources_of(plan: Plan) -> dict[str, int]:
+    """One source of every target that has one."""
+    found: dict[str, int] = {}
+    for entry in plan.entries:
+        for term in entry.written:
+            keys = entry.keys(term)
+            each = len(keys) // len(entry)
+            for row, name in enumerate(keys.names()):
+                ids = entry.sources[0][row // each].reshape(-1)
+                if ids[0] >= 0:
+                    found[name] = int(ids[0])
+    for carried in plan.carried:
+        found.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
+    return found
 
 
 def write_parts(parts: Mapping[str, Part], family: Family) -> Result:

@@ -30,8 +30,8 @@ class Followed:
     """Parts by the key of their target, and what could not follow."""
 
     parts: dict[str, Part] = field(default_factory=dict)
-    failed: dict[str, tuple[NoImageError, str]] = field(default_factory=dict)
-    """By the key of a source: why, and by which rule."""
+    failed: dict[int, tuple[NoImageError, str]] = field(default_factory=dict)
+    """By the id of a source: why, and by which rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _rename(
                 why = error
         else:
             why = NoImageError(_PARAMETER)
-        result.failed[tuned.headers.name(number)] = why, str(entry.rule)
+        result.failed[number] = why, str(entry.rule)
 
 
 _PARAMETER = "its weight becomes a parameter, and PEFT adapts parameters with LoRA only"
@@ -108,10 +108,9 @@ def _carry(
     if all((ids < 0).all() for ids in entry.sources):
         return
     if not KINDS[kind].module or kind == "any":
+        failed = NoImageError(_PARAMETER), str(entry.rule)
         for ids in entry.sources:
-            for source in ids[ids >= 0].tolist():
-                name = tuned.headers.name(source)
-                result.failed[name] = NoImageError(_PARAMETER), str(entry.rule)
+            result.failed.update(dict.fromkeys(ids[ids >= 0].tolist(), failed))
         return
     blocks = blocks_of(entry, number)
     roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
@@ -125,8 +124,7 @@ def _carry(
             try:
                 part = _assemble(pieces, tuned, family, out, into)
             except NoImageError as error:
-                for source in present:
-                    result.failed[tuned.headers.name(source)] = error, str(entry.rule)
+                result.failed.update(dict.fromkeys(present, (error, str(entry.rule))))
                 continue
             result.parts[keys.name(loop * slots + slot)] = replace(part, kind=kind)
 
@@ -250,7 +248,8 @@ class Factored:
     """All modules as LoRAs, or why some are none."""
 
     factors: Factors
-    failed: dict[str, NoImageError] = field(default_factory=dict)
+    failed: dict[int, NoImageError] = field(default_factory=dict)
+    """By the id of a weight."""
     based: set[str] = field(default_factory=set)
     """Keys of weights that were needed."""
 
@@ -266,14 +265,13 @@ def as_loras(
     none: list[Array] = [np.zeros(0)] * count
     result = Factored(Factors(tuned.headers, none, list(none), [Scale(1, 1)] * count, tuned.kinds))
     for ids in _alike(tuned, family):
-        parts = [tuned.parts[i] for i in ids]
-        for number, part in zip(ids, parts, strict=True):
-            if number in tuned.unknown and part.into * part.out <= max(part.into, part.out):
-                result.failed[tuned.headers.name(number)] = NoImageError(
-                    "the size of its weight is told neither by its tensors nor by the base's config",
-                    needs_base=True,
-                )
-        ids = [i for i in ids if tuned.headers.name(i) not in result.failed]
+        unknown = tuned.unknown.intersection(ids) if tuned.unknown else ()
+        for number in unknown:
+            result.failed[number] = NoImageError(
+                "the size of its weight is told neither by its tensors nor by the base's config",
+                needs_base=True,
+            )
+        ids = [i for i in ids if i not in unknown] if unknown else ids
         if ids:
             _convert(ids, tuned, family, weight_of, dense, result)
     return result
@@ -285,14 +283,7 @@ def _alike(tuned: TunedModules, family: Family) -> Iterator[list[int]]:
         yield from ([i] for i in range(len(tuned.parts)))
         return
     forms: dict[object, list[int]] = {}
-    for number, part in enumerate(tuned.parts):
-        form = (
-            part.out,
-            part.into,
-            *(t.shape for t in part.tensors.values()),
-            *(t.dtype for t in part.tensors.values()),
-            *map(str, part.settings.values()),
-        )
+    for number, form in enumerate(tuned.forms):
         forms.setdefault(form, []).append(number)
     yield from forms.values()
 
@@ -320,11 +311,13 @@ def _convert(
         for number in ids:
             _densely(number, tuned, family, weight_of, dense, error, result)
         return
-    for number, pair in zip(ids, pairs, strict=True):
-        part = tuned.parts[number]
-        if pair[0].shape[0] > min(part.out, part.into):
-            pair = full_rank(pair[1].astype(np.float64) @ pair[0].astype(np.float64), *pair)
-        _put(number, pair, result)
+    rank, most = pairs[0][0].shape[0], min(first.out, first.into)
+    if rank > most:
+        pairs = [full_rank(b.astype(np.float64) @ a.astype(np.float64), a, b) for a, b in pairs]
+    scale = Scale(min(rank, most), min(rank, most))
+    for number, (one, other) in zip(ids, pairs, strict=True):
+        result.factors.a[number], result.factors.b[number] = one, other
+        result.factors.scales[number] = scale
 
 
 def _densely(
@@ -347,7 +340,7 @@ def _densely(
             return
         delta = family.delta(part, weight)
     except NoImageError as error:
-        result.failed[tuned.headers.name(number)] = error
+        result.failed[number] = error
         return
     _put(number, full_rank(delta, *_floats(part)), result)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from regraft.rules.templates import match_group
 
 _AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"
 
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+
 Sizes = tuple[int | None, int | None]
 
 
@@ -34,6 +38,8 @@ class TunedModules:
     headers: Headers
     parts: list[Part]
     kinds: list[tuple[Group, str]] = field(default_factory=list)
+    forms: list[object] = field(default_factory=list)
+    """What is equal for modules whose tensors have the same names, shapes, dtypes and settings."""
     unknown: set[int] = field(default_factory=set)
     """Ids of weights of which a size is not known; 1 stands for it."""
 
@@ -111,24 +117,38 @@ class ModuleReader:
         paths = tuned.modules.names()
         columns = {suffix: ids.tolist() for suffix, ids in tuned.tensors.items()}
         varies = self.family.varies()
-        common = self.family.settings(paths[0])
+        settings = self.family.settings(paths[0])
+        told = _flat(settings)
         cache: dict[object, Sizes | None] = {}
         kind = "linear" if kind == "any" else kind
+        whole = all((ids >= 0).all() for ids in tuned.tensors.values())
+        ends, rows = list(columns), list(zip(*columns.values(), strict=True))
         for row in range(count):
-            tensors = self.family.read(
-                {s: self.tensors[ids[row]] for s, ids in columns.items() if ids[row] >= 0}
+            found = {e: self.tensors[i] for e, i in zip(ends, rows[row], strict=True) if i >= 0}
+            tensors = self.family.read(found)
+            if varies:
+                settings = self.family.settings(paths[row])
+                told = _flat(settings)
+            arrays = found.values()
+            form = (
+                None if whole else tuple(found),
+                told,
+                *map(_SHAPE, arrays),
+                *map(_DTYPE, arrays),
             )
-            settings = self.family.settings(paths[row]) if varies else common
-            form = tuple(tensors), *(t.shape for t in tensors.values()), *_flat(settings)
             if form not in cache:
                 cache[form] = self._sizes(tensors, settings, paths[row])
             sizes = cache[form]
             if sizes is None:
                 sizes = 1, 1
-            shape = self._shape(sizes, kind, known, paths[row], len(made.parts), made)
+            if None in sizes or self.shape_of:
+                shape = self._shape(sizes, kind, known, paths[row], len(made.parts), made)
+            else:
+                shape = sizes if KINDS[kind].role(0) == OUT else sizes[::-1]  # type: ignore[assignment]
             out, into = _matrix(shape, kind)
             shapes.append(shape)
             made.parts.append(Part(tensors, out, into, settings, kind))
+            made.forms.append((kind, form, shape))
 
     def _sizes(
         self, tensors: Mapping[str, Array], settings: Mapping[str, Any], path: str
@@ -225,7 +245,7 @@ def _matrix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
     """Out and in of a stored shape; whatever follows the second dim counts as in."""
     if kind in ("conv1d", "embedding"):
         return shape[1], shape[0]
-    return shape[0], int(np.prod(shape[1:], dtype=np.int64))
+    return shape[0], prod(shape[1:])
 
 
 def _flat(settings: Mapping[str, Any]) -> tuple[object, ...]:

@@ -159,6 +159,33 @@ def convert(
             help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Adapters: compare what every target adds before and after, before anything is written.",
+        ),
+    ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Adapters: leave out components that add nothing, to rounding."
+        ),
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
+        ),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
+        ),
+    ] = False,
     via: Annotated[
         str | None,
         typer.Option(
@@ -174,7 +201,7 @@ def convert(
 ) -> Job:
     """Convert an adapter, or a whole checkpoint, to another layout.
 
-    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image.
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image, 4 not equal (--verify).
     """
     _check_layout(to, "--to")
     if source is not None:
@@ -205,6 +232,10 @@ def convert(
                 resume=resume,
                 in_place=in_place,
                 via=via,
+                compact=compact,
+                uniform_rank=uniform_rank,
+                verify=check,
+                merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
@@ -252,21 +283,52 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
 
 @app.command()
 def verify(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint: a folder or a file.")],
+    src: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="A checkpoint or an adapter: a folder or a file."),
+    ],
     dst: Annotated[
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            metavar="ERROR",
+            min=0,
+            help="Adapters: the relative error up to which two deltas are equal (1e-5).",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
-    """Check that a checkpoint is another one in its own layout: every element, bit for bit.
+    """Check that a checkpoint, or an adapter, is another one in its own layout.
+
+    A checkpoint is compared bit for bit. Of an adapter, what every target adds to its base is compared in
+    float64, matrix by matrix.
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.checkpoints.source import is_checkpoint
+
+        if not is_checkpoint(src):
+            from regraft.adapters.verify import TOLERANCE, verify_adapters
+            from regraft.cli.words import show_adapter_verification
+
+            with out.waiting() as progress:
+                done = verify_adapters(
+                    src, dst, model, TOLERANCE if tolerance is None else tolerance, progress
+                )
+            if json:
+                out.data(done.to_dict())
+            elif not quiet:
+                show_adapter_verification(out, done)
+            return 0 if done.equal else 4
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
