@@ -177,6 +177,7 @@ MAKERS = {
         lambda: peft.DeftConfig(r=2, alpha=3),
         lambda: peft.DeftConfig(r=2, para=True),
     ],
+    "BEFT": [lambda: peft.BeftConfig()],
     "Poly of one task": [
         lambda: peft.PolyConfig(r=2, n_skills=3),
         lambda: peft.PolyConfig(r=2, n_skills=3, n_splits=2),
@@ -483,6 +484,7 @@ def test_every_peft_type_has_a_family_or_is_bound_to_no_weight():
         "PREFIX_TUNING",
         "PROMPT_TUNING",
         "P_TUNING",
+        "SHADOW",
         "XLORA",
     }
     known = {name for family in FAMILIES for name in family.types}

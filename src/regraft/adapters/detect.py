@@ -125,6 +125,24 @@ def find_books(
     return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
 
 
+def books_of(
+    config: Mapping[str, Any], model: ModelConfig | None, where: str
+) -> tuple[Book, ...] | None:
+    """The rule books of an adapter's base, where something besides its keys tells it.
+
+    Raises ``UnmatchedKeysError`` where no book knows the model.
+    """
+    model = model or _model_beside(config)
+    named = _named_model_type(config)
+    types = model.model_types() if model is not None else [named] if named is not None else None
+    if types is None:
+        return None
+    books = tuple(books_for(types))
+    if not books:
+        raise _unknown_model(types, model.path if model is not None else where)
+    return books
+
+
 def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
     """The model as PEFT builds it for ``layer_replication``: ranges of layers, one after the other."""
     if not isinstance(replication, list):
