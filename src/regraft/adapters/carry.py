@@ -98,9 +98,7 @@ class Carrier:
         tuned = reader.read()
         if tuned.unknown and self.base.checkpoint is not None:
             shapes = self.base.shapes()
-            reader = ModuleReader(
-                self.scan, self.tensors, self.family, side, self.where, shapes
-            )
+            reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes)
             tuned = reader.read()
         self.family.survey(
             {
@@ -201,7 +199,15 @@ class Carrier:
                 config, {key.removesuffix(".weight"): part for key, part in parts.items()}
             )
         except NoImageError as error:
-            raise self._refusal(Followed(), {next(iter(parts)): error}) from None
+            raise RefusedError(
+                Finding(
+                    "no-image",
+                    f"{self.family.title} has no exact image here: {error.why}",
+                    where=self.where,
+                    key=next(iter(parts)),
+                    fix=self._way_out(dense=False),
+                )
+            ) from None
 
     def _refusal(
         self,

@@ -50,7 +50,9 @@ def check_unbound(source: Source, model: ModelConfig | None) -> bool:
 
 _PREFIX = "its keys and values are those of attention heads, whose numbers change their order"
 _RETRAIN = "train the prefix again"
-_XLORA = "its classifier has an output for each LoRA in the order of the model's modules, which changes"
+_XLORA = (
+    "its classifier has an output for each LoRA in the order of the model's modules, which changes"
+)
 _SHADOW = "it has a small copy of the base model inside, and follows its blocks; both change"
 _UNILORA = (
     "it goes by the order of all modules that target_modules names, some of which change, and its places are not in "

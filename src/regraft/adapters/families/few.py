@@ -94,7 +94,9 @@ class TinyLora(Family):
         """The place of a module among all modules that are adapted."""
         rank = projection.shape[-1]
         for place in range(self._count):
-            drawn = random_normal(projection.shape, rank**-0.5, self.config["projection_seed"] + place)
+            drawn = random_normal(
+                projection.shape, rank**-0.5, self.config["projection_seed"] + place
+            )
             if np.allclose(drawn, projection.astype(np.float32), rtol=1e-2, atol=1e-3):
                 return place
         raise NoImageError("its projections were drawn with another seed than the config's")

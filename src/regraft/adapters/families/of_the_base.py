@@ -77,7 +77,9 @@ class Deft(Family):
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
         if not self._plain:
-            raise NoImageError("a basis of several parts is not those of the parts", needs_base=True)
+            raise NoImageError(
+                "a basis of several parts is not those of the parts", needs_base=True
+            )
         there = [p for p in parts if p is not None]
         first = there[0]
         blocks = [

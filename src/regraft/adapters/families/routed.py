@@ -66,9 +66,7 @@ class Poly(Family):
         a, b = part[_A], part[_B]
         a = a if columns is None else a[:, :, columns]
         b = b if rows is None else b[..., rows]
-        return part.with_tensors(
-            b.shape[3], a.shape[2], **{_A: a, _B: b, _LOGITS: part[_LOGITS]}
-        )
+        return part.with_tensors(b.shape[3], a.shape[2], **{_A: a, _B: b, _LOGITS: part[_LOGITS]})
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
         there = [p for p in parts if p is not None]
@@ -76,7 +74,10 @@ class Poly(Family):
         if first[_A].shape[0] > 1 or not same_bits([p[_LOGITS] for p in there]):
             raise NoImageError("the parts are mixed by different routers")
         rank = sum(p[_A].shape[3] for p in there)
-        b = np.zeros((*first[_B].shape[:2], rank, sum(outs)), joined([p[_B].reshape(-1) for p in there]).dtype)
+        b = np.zeros(
+            (*first[_B].shape[:2], rank, sum(outs)),
+            joined([p[_B].reshape(-1) for p in there]).dtype,
+        )
         at = row = 0
         for part, out in zip(parts, outs, strict=True):
             if part is not None:
@@ -85,9 +86,7 @@ class Poly(Family):
                 at += more
             row += out
         a = joined([p[_A] for p in there], axis=3)
-        return first.with_tensors(
-            row, first.into, **{_A: a, _B: b, _LOGITS: first[_LOGITS]}
-        )
+        return first.with_tensors(row, first.into, **{_A: a, _B: b, _LOGITS: first[_LOGITS]})
 
     def settle(self, parts: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Any]]:
         old = int(self.config["r"])
@@ -109,7 +108,9 @@ class Poly(Family):
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
         a, b, logits = as_wide(part[_A], part[_B], part[_LOGITS])
         if logits.shape[-2] != 1:
-            raise NoImageError(f"what it adds depends on the task, of which it has {logits.shape[-2]}")
+            raise NoImageError(
+                f"what it adds depends on the task, of which it has {logits.shape[-2]}"
+            )
         chosen = 1.0 / (1.0 + np.exp(-logits[..., 0, :].reshape(a.shape[:-2])))
         weights = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-12)
         mixed_a = np.einsum("...qs,...qsdr->...qdr", weights, a)
