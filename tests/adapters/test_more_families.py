@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from making import book_of, equation_of
-from test_families import Case, HEAD, SHAPES, model_of
+from test_families import HEAD, SHAPES, Case, model_of
 
 from regraft.adapters import convert as conversion
 from regraft.adapters import unbound
@@ -331,7 +331,7 @@ def test_what_goes_by_the_order_of_modules_stays_or_is_refused(name, monkeypatch
     assert done.tensors == tensors
     assert done.config == config
     assert done.report.copied
-    with pytest.raises(RefusedError, match="order of|copy of the base") as error:
+    with pytest.raises(RefusedError, match=r"order of|copy of the base") as error:
         convert(config, tensors, book(RENAME), monkeypatch)
     assert error.value.findings[0].fix
     monkeypatch.setattr(unbound, "books_of", lambda *_: None)

@@ -25,7 +25,6 @@ from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.plan.build import build_plan
 from regraft.plan.plan import Headers, Plan
-from regraft.rules.book import Rule
 from regraft.rules.templates import match_group
 
 

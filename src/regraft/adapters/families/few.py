@@ -77,7 +77,7 @@ class TinyLora(Family):
                 "its projections are not in the file (save_projection was off); load it with PEFT, set "
                 "save_projection and save it again"
             )
-        a, b, p, v = as_wide(*(part[role] for role in self.roles), self._vector(part))
+        b, p, v = as_wide(part["tinylora_B"], part["tinylora_P"], self._vector(part))
         r = np.einsum("i,ijk->jk", v, p)
         return part["tinylora_A"], narrowed(b @ r, part["tinylora_B"], part["tinylora_P"])
 

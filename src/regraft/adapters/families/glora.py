@@ -6,7 +6,6 @@ Source: PEFT 0.21.2, ``peft/tuners/{beft,glora}/layer.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +71,10 @@ class Beft(Family):
 
 
 class GLora(Family):
-    """``W + W o A + B`` and ``b + b o D + E + W C``; every letter is a product of two factors, a vector, one number or
-    nothing."""
+    """``W + W o A + B`` and ``b + b o D + E + W C``.
+
+    Every letter is a product of two factors, a vector, one number, or nothing.
+    """
 
     types = ("GLORA",)
     title = "GLoRA"

@@ -115,5 +115,5 @@ def _inside(index: Ints, blocks: Array, axis: int) -> Ints:
     if len(index) == count * size:
         places = index.reshape(count, size) - starts
         if (places >= 0).all() and (places < size).all():
-            return places
+            return np.asarray(places)
     raise NoImageError("it is laid out in a grid, and rows or columns would leave their blocks")

@@ -34,8 +34,10 @@ _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
 
 class Poly(Family):
-    """``A B / r``, both mixed for each task from several skills; A is (splits, skills, in/splits, r), B (splits, skills,
-    r, out/splits)."""
+    """``A B / r``, both mixed for each task from several skills.
+
+    A is (splits, skills, in/splits, r), B (splits, skills, r, out/splits).
+    """
 
     types = ("POLY",)
     title = "Poly"

@@ -15,7 +15,7 @@ from regraft.names.keys import Ints
 
 
 def _torch() -> Any:
-    """torch.
+    """Torch.
 
     Raises ``BadInputError`` where it is not installed.
     """

@@ -77,7 +77,7 @@ class SuperTuning(Family):
             places[axis] = new[places[axis]]
             if lora:
                 lora[1 - axis] = lora[1 - axis].take(index, axis=axis)
-        return self._made(part, *sizes, places, values, lora)
+        return self._made(part, sizes[0], sizes[1], places, values, lora)
 
     def turn(self, part: Part) -> Part:
         places = self._places(part)[::-1]

@@ -70,8 +70,7 @@ def _half(size: int) -> int:
 
 
 def _waves(size: int, places: Ints, details: Array) -> Wide:
-    """(size, n): what each coefficient is along one axis, two numbers of one size, of which a detail's second is
-    negative."""
+    """(size, n): what each coefficient is along one axis: two numbers of one size, of a detail the second negative."""
     made = np.zeros((2 * _half(size), len(places)))
     starts = 2 * (places % _half(size))
     each = np.arange(len(places))
