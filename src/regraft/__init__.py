@@ -15,9 +15,15 @@ from regraft.errors import (
 )
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import inspect
-    from regraft.api import convert
+    from regraft.api import convert, inspect
+    from regraft.bridges.peft.hook import install, installed, uninstall
+    from regraft.bridges.peft.load import load_adapter
+    from regraft.live.mapping import mapping
+    from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
+    from regraft.rules.book import load_book, only_books
+    from regraft.why.diff import diff
+    from regraft.why.explain import explain
 
 __version__ = "0.1.0.dev0"
 
@@ -31,14 +37,34 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "convert_state_dict",
+    "diff",
+    "explain",
     "inspect",
+    "install",
+    "installed",
+    "load_adapter",
+    "load_book",
+    "mapping",
+    "only_books",
+    "uninstall",
 ]
 
 
 _LAZY = {
     "convert": "regraft.api",
-    "inspect": "regraft.adapters.inspect",
+    "inspect": "regraft.api",
+    "install": "regraft.bridges.peft.hook",
+    "installed": "regraft.bridges.peft.hook",
+    "load_adapter": "regraft.bridges.peft.load",
+    "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
+    "convert_state_dict": "regraft.live.state_dict",
+    "mapping": "regraft.live.mapping",
+    "diff": "regraft.why.diff",
+    "explain": "regraft.why.explain",
+    "load_book": "regraft.rules.book",
+    "only_books": "regraft.rules.book",
 }
 
 

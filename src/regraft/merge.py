@@ -32,6 +32,7 @@ from regraft.files.header import read_header
 from regraft.layouts import Layout
 from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
+from regraft.plan.model import Foreign
 from regraft.plan.plan import Headers
 from regraft.report import AdapterReport, CheckpointReport, Target
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
@@ -74,6 +75,7 @@ def merge_adapter(
     layout: Layout | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    foreign: Foreign | None = None,
 ) -> tuple[AdapterReport, CheckpointReport]:
     """Write the base at ``model`` with an adapter's deltas added, in a layout.
 
@@ -81,11 +83,13 @@ def merge_adapter(
     """
     base = model if model.is_dir() else model.parent
     config = load_model(model)
-    here, known, evidence = source_layout(source, to, config, layout)
+    here, known, evidence = source_layout(source, to, config, layout, foreign)
     before = Deltas(source, known, here)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
-        done = convert_checkpoint(base, inner, to=to.name, model=model, progress=progress)
+        done = convert_checkpoint(
+            base, inner, to=to.name, model=model, progress=progress, foreign=foreign
+        )
         report = AdapterReport(
             source.name, source.peft_type, here, to.name, evidence, tensors_in=len(source.tensors)
         )
@@ -184,7 +188,7 @@ def _biases(before: Deltas) -> dict[str, Array]:
     made = {}
     for number, part in enumerate(tuned.parts):
         name = tuned.headers.name(number).removesuffix("weight") + "bias"
-        bias = before.base.read(name)
+        bias = before.base.find(name)
         if bias is not None:
             made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
     return made

@@ -24,7 +24,7 @@ class Target:
     """Whether PEFT adapts it through ``target_parameters``."""
     rung: str = "family"
     """How it was reached: ``family`` (what it was), ``lora`` (exactly, as LoRA), ``base`` (the same, with the base's
-    weights), ``dense`` or ``svd`` (on request)."""
+    weights), ``dense`` or ``svd`` (on request), ``merged`` (there is no adapter any more)."""
     error: float = 0.0
     """How far an approximation is off, relative to the delta's Frobenius norm."""
 
@@ -116,3 +116,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return asdict(self)
+
+
+def show_size(count: float) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> show_size(4_400_000_000)
+    '4.4 GB'
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"

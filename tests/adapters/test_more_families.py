@@ -13,7 +13,10 @@ from regraft.adapters import unbound
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.families.frod import Adamss
+from regraft.adapters.families.lora_variants import variant_of
 from regraft.adapters.families.routed import Lily
+from regraft.adapters.families.svd_based import Osf
+from regraft.adapters.peft_config import VARIANTS
 from regraft.adapters.ranks import Options
 from regraft.adapters.source import Source
 from regraft.errors import RefusedError, UnmatchedKeysError
@@ -348,3 +351,66 @@ def test_x_lora_that_scales_all_layers_alike_stays(monkeypatch):
 def test_unilora_without_places_stays_where_its_modules_do(monkeypatch):
     config, key = {"peft_type": "UNILORA", "target_modules": ["v"]}, "base_model.unilora_theta_d"
     assert convert(config, {key: TENSOR}, book(RENAME), monkeypatch).report.copied
+
+
+# -- configs
+
+
+def test_osf_finds_a_rank_by_the_pattern_that_is_written():
+    patterns = Osf.spell({"q": 5, r"^m\.1\.k": 6})
+    read = Osf({"effective_rank": 2, "rank_pattern": patterns}, {})
+    wanted = {"m.0.q": 5, "m.0.xq": 2, "m.0.q.k": 2, "m.1.k": 6, "m.1.kk": 2, "l.m.1.k": 2}
+    for path, rank in wanted.items():
+        assert read.settings(path) == {"effective_rank": rank}, path
+
+
+def test_every_variant_of_lora_that_peft_has_is_known():
+    """What a new PEFT adds must get a family, or be found to be a plain LoRA."""
+    variants = {
+        name.removesuffix("Variant")
+        for name, value in vars(peft.tuners.lora.variants).items()
+        if isinstance(value, type) and name.endswith("Variant") and not name.startswith("_")
+    }
+    assert variants - {"Lora"} == {
+        "ALoraLinear",
+        "ArrowLinear",
+        "BdLoraLinear",
+        "DoraConv1d",
+        "DoraConv2d",
+        "DoraConv3d",
+        "DoraEmbedding",
+        "DoraLinear",
+        "KasaLinear",
+        "MiCAEmbedding",  # a plain LoRA that starts otherwise
+        "MiCALinear",
+        "MontecloraLinear",
+        "QALoraLinear",
+        "VeloraLinear",
+    }
+    switches = {
+        name
+        for name in peft.LoraConfig(r=1).to_dict()
+        if name.startswith("use_") or name.endswith(("_config", "_tokens", "_bias"))
+    }
+    start = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+    not_the_sum = {"use_rslora", "megatron_config", "runtime_config"}
+    assert switches - start - not_the_sum == set(VARIANTS)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica", "eva"])
+def test_what_only_starts_otherwise_is_a_plain_lora(init):
+    assert variant_of({"peft_type": "LORA", "init_lora_weights": init}) is None
+
+
+@pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "pissa_niter_4"])
+def test_a_start_that_cannot_be_repeated_follows_names_only(init, tmp_path, monkeypatch):
+    make = lambda: peft.LoraConfig(r=2, lora_alpha=3)  # noqa: E731
+    case = Case(SHAPES["join out"][0], make, tmp_path, monkeypatch)
+    case.config["init_lora_weights"] = init
+    with pytest.raises(RefusedError, match="cannot be repeated"):
+        case.convert(weights=True)
+    case = Case(SHAPES["rename"][0], make, tmp_path / "rename", monkeypatch)
+    case.config["init_lora_weights"] = init
+    done = case.convert()
+    assert done.config["init_lora_weights"] == init
+    assert "base_model.model.m.0.z.lora_A.weight" in done.tensors

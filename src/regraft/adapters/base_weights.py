@@ -16,19 +16,20 @@ from regraft.arrays.apply import apply_plan
 from regraft.files.checkpoint import Checkpoint
 from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
+from regraft.plan.model import Weights
 from regraft.plan.plan import Entry, Headers, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.templates import match_group
 
 
 class _Lazy:
-    """The tensors of a checkpoint by number, read when they are asked for."""
+    """The tensors of a base by number, read when they are asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
+    def __init__(self, weights: Weights, names: list[str]) -> None:
+        self.weights, self.names = weights, names
 
     def __getitem__(self, number: int) -> Array:
-        return self.checkpoint.read(self.names[number])
+        return self.weights.read(self.names[number])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -37,8 +38,8 @@ class _Lazy:
 class BaseWeights:
     """The base's tensors under the names of a layout, whichever of the two the checkpoint is in."""
 
-    def __init__(self, known: Known, layout: str, checkpoint: Checkpoint | None) -> None:
-        self.known, self.layout, self.checkpoint = known, layout, checkpoint
+    def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
+        self.known, self.layout, self.weights = known, layout, weights
         self._moved: Plan | None = None
         self._places: dict[str, tuple[int, int]] | None = None
         self._last: tuple[tuple[int, int], dict[str, Any]] | None = None
@@ -47,39 +48,68 @@ class BaseWeights:
     def of(known: Known, layout: str) -> BaseWeights:
         """The weights beside the base's config, where there are any."""
         model = known.model
-        checkpoint = Checkpoint.find(Path(model.path).parent) if model is not None else None
-        return BaseWeights(known, layout, checkpoint)
+        weights = model.weights if model is not None else None
+        if model is not None and weights is None:
+            weights = Checkpoint.find(Path(model.path).parent)
+        if weights is None or known.foreign is None or model is None:
+            return BaseWeights(known, layout, weights)
+        # An adapter has the names of modules, and a book made for it has them; the base's files may have others.
+        names = weights.names()
+        shapes = {name: weights.read(name).shape for name in names}
+        asked = known.foreign.book(model, names, shapes, model.architectures(), adapter=False)
+        if asked is None:
+            return BaseWeights(known, layout, weights)
+        of_files = replace(known, books=(asked[0],), foreign=None)
+        return BaseWeights(known, layout, BaseWeights(of_files, asked[0].right, weights))
 
-    def read(self, name: str) -> Array | None:
+    def names(self) -> list[str]:
+        """The names of all tensors in the layout."""
+        if self.weights is None:
+            return []
+        if self._places is None:
+            self._plan(self.weights)
+        return list(self._places or ()) if self._moved is not None else self.weights.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    def find(self, name: str) -> Array | None:
         """A tensor by its name in the layout; ``None`` where the checkpoint has it not."""
-        if self.checkpoint is None:
+        if self.weights is None:
             return None
         if self._places is None:
-            self._plan(self.checkpoint)
+            self._plan(self.weights)
         assert self._places is not None
         for spelled in spellings(name):
             if spelled in self._places:
                 return self._made(self._places[spelled], spelled)
-            if self._moved is None and spelled in self.checkpoint:
-                return self.checkpoint.read(spelled)
+            if self._moved is None and spelled in self.weights:
+                return self.weights.read(spelled)
         return None
+
+    def read(self, name: str) -> Array:
+        """A tensor that is there."""
+        found = self.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def matrix(self, name: str, kind: str) -> npt.NDArray[np.float64] | None:
         """A weight as (out, in), or (experts, out, in), in float64."""
-        tensor = self.read(name)
+        tensor = self.find(name)
         if tensor is None:
             return None
         return as_matrix(tensor, kind)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of everything, under the layout's names with and without a leading ``model.``."""
-        if self.checkpoint is None:
+        if self.weights is None:
             return {}
         if self._places is None:
-            self._plan(self.checkpoint)
+            self._plan(self.weights)
         found: dict[str, tuple[int, ...]] = {}
         if self._moved is None:
-            found = {name: self.checkpoint.read(name).shape for name in self.checkpoint.names()}
+            found = {name: self.weights.read(name).shape for name in self.weights.names()}
         else:
             for entry in self._moved.entries:
                 for term in entry.written:
@@ -90,14 +120,14 @@ class BaseWeights:
                 found.update(zip(carried.group.names(), shapes, strict=True))
         return {spelled: shape for name, shape in found.items() for spelled in spellings(name)}
 
-    def _plan(self, checkpoint: Checkpoint) -> None:
+    def _plan(self, weights: Weights) -> None:
         """How the checkpoint becomes the layout; nothing where it is in it already."""
         self._places = {}
-        names = list(checkpoint.names())
+        names = list(weights.names())
         groups = group_names(names)
         if not self._is_other(groups):
             return
-        arrays = _Lazy(checkpoint, names)
+        arrays = _Lazy(weights, names)
         shapes = [arrays[i].shape for i in range(len(names))]
         headers = Headers(groups, shapes, [arrays[i].dtype.name for i in range(len(names))])
         self._moved = build_plan(
@@ -105,7 +135,7 @@ class BaseWeights:
             self.known.books,
             target_layout=self.layout,
             scopes=dict(self.known.scopes),
-            where=str(checkpoint.folder),
+            where=self.known.model.path if self.known.model is not None else None,
         )
         self._arrays = arrays
         for number, entry in enumerate(self._moved.entries):

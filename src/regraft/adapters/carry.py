@@ -96,7 +96,7 @@ class Carrier:
         side = Side(self.known.books, self.layout, self.known.scopes)
         reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
         tuned = reader.read()
-        if tuned.unknown and self.base.checkpoint is not None:
+        if tuned.unknown and self.base.weights is not None:
             shapes = self.base.shapes()
             reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes)
             tuned = reader.read()
@@ -128,7 +128,7 @@ class Carrier:
         why = next(iter(followed.failed.values()))[0].why
         made = as_loras(tuned, self.family, None)
         rung = LORA
-        if made.failed and self.base.checkpoint is not None:
+        if made.failed and self.base.weights is not None:
             made = as_loras(tuned, self.family, self._weight)
             rung = BASE
         if made.failed:
@@ -162,7 +162,7 @@ class Carrier:
         return followed
 
     def _densely(self, plan: Plan | None, tuned: TunedModules) -> Carried:
-        weight = self._weight if self.base.checkpoint is not None else None
+        weight = self._weight if self.base.weights is not None else None
         made = as_loras(tuned, self.family, weight, dense=True)
         if made.failed:
             raise self._refusal(tuned, Followed(), made.failed, dense=True)
@@ -174,7 +174,7 @@ class Carrier:
         findings = []
         for number, part in enumerate(tuned.parts):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            found = self.base.read(name)
+            found = self.base.find(name)
             bias = np.zeros(part.out) if found is None else found.astype(np.float64)
             if (self.family.bias(part, bias) != bias).any():
                 findings.append(
@@ -254,7 +254,7 @@ class Carrier:
             return MERGE if self.family.merges else STAY
         with_base = (
             ""
-            if self.family.adds or self.base.checkpoint is not None
+            if self.family.adds or self.base.weights is not None
             else (", with the base's weights as --model")
         )
         return (
@@ -317,7 +317,7 @@ def write_family_config(
         values = {path: part.settings[name] for path, part in modules.items()}
         made[name], patterns = one_for_most(values, config.get(name), writer, family.anchored)
         if patterns or config.get(pattern):
-            made[pattern] = patterns
+            made[pattern] = family.spell(patterns)
     if "feedforward_modules" in config:
         _write_feedforward(made, modules, writer)
     if config.get("peft_type") == "ADALORA" and config.get("rank_pattern"):

@@ -52,7 +52,7 @@ from regraft.errors import (
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig
+from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Plan
 from regraft.report import AdapterReport, Target
 from regraft.rules.templates import match_group
@@ -77,12 +77,13 @@ def convert_adapter(
     model: ModelConfig | None = None,
     layout: Layout | None = None,
     options: Options | None = None,
+    foreign: Foreign | None = None,
 ) -> Converted:
     """Convert one adapter in memory.
 
     ``layout`` is the source's, found out where it is not given; ``model`` is the config of the base, needed where
-    the adapter itself does not tell sizes (only some experts are adapted, say). ``options`` allow what is done only by
-    name.
+    the adapter itself does not tell sizes (only some experts are adapted, say); ``foreign`` is asked for models
+    that the library does not know. ``options`` allow what is done only by name.
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
@@ -96,7 +97,8 @@ def convert_adapter(
     scan, findings = _scan(source, family)
     if findings:
         raise BadInputError(findings)
-    known = find_books(scan, source.config, model, source.where)
+    spelled = source.remembered().names
+    known = find_books(scan, source.config, model, source.where, foreign, spelled)
     conversion = _Conversion(
         source, to, known, scan, [known.evidence], family, options or Options()
     )
@@ -107,7 +109,11 @@ def convert_adapter(
 
 
 def source_layout(
-    source: Source, to: Layout, model: ModelConfig | None, layout: Layout | None
+    source: Source,
+    to: Layout,
+    model: ModelConfig | None,
+    layout: Layout | None,
+    foreign: Foreign | None = None,
 ) -> tuple[str, Known, list[str]]:
     """The layout of an adapter, the rule books for it, and what told it.
 
@@ -117,7 +123,8 @@ def source_layout(
     scan, findings = _scan(source, family)
     if findings:
         raise BadInputError(findings)
-    known = find_books(scan, source.config, model, source.where)
+    spelled = source.remembered().names
+    known = find_books(scan, source.config, model, source.where, foreign, spelled)
     conversion = _Conversion(source, to, known, scan, [known.evidence], family, Options())
     conversion.choose_layout(layout)
     return conversion.layout, known, conversion.evidence
@@ -345,8 +352,20 @@ class _Conversion:
             config,
             record,
             kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, kept.tensors)
+
+    def spelling(self, plan: Plan | None) -> list[str]:
+        """One name of each kind that the adapter had, so that the way back spells names as they were."""
+        if plan is None or not self.known.imported:
+            return []
+        names: dict[str, str] = {}
+        for entry in plan.entries:
+            for term in entry.read:
+                keys = entry.keys(term)
+                names.setdefault(keys.template, keys.name(0))
+        return list(names.values())
 
     def take_back(self) -> tuple[dict[str, Array], list[Written]]:
         """Leave out what only stood in for something in the layout that this adapter comes back from."""
@@ -423,7 +442,13 @@ class _Conversion:
         metadata = {"format": "pt", **self.source.metadata}
         before = self.config_was or self.config
         metadata[KEY] = write_remembered(
-            self.to.name, Origin(self.layout, self.packing), before, config, Record(), kept.table
+            self.to.name,
+            Origin(self.layout, self.packing),
+            before,
+            config,
+            Record(),
+            kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, aside)
 

@@ -30,8 +30,12 @@ def check_unbound(source: Source, model: ModelConfig | None) -> bool:
     """
     kind = source.peft_type
     if kind in _PREFIXES:
-        books = books_of(source.config, model, source.where) or library()
-        _refuse(source, [r for r in _changing(books) if _reorders(r)], _PREFIX, _RETRAIN)
+        _refuse(
+            source,
+            [r for r in _changing(_likely(source, model)) if _reorders(r)],
+            _PREFIX,
+            _RETRAIN,
+        )
         return False
     if kind == "XLORA":
         if source.config.get("layerwise_scalings"):
@@ -59,6 +63,14 @@ _UNILORA = (
     "the file (save_indices was off)"
 )
 _UNILORA_FIX = "load it with PEFT in its layout, set save_indices and save it again"
+
+
+def _likely(source: Source, model: ModelConfig | None) -> Sequence[Book]:
+    """The base's books; where nothing tells which model it is, all of the library."""
+    try:
+        return books_of(source.config, model, source.where) or library()
+    except UnmatchedKeysError:
+        return library()
 
 
 def _known(source: Source, model: ModelConfig | None) -> Sequence[Book]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.carry import Carrier
-from regraft.adapters.detect import Known, detect_layout, find_books, load_model
+from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.factors import Array, Factors
 from regraft.adapters.families.base import Family, NoImageError
 from regraft.adapters.families.table import family_of
@@ -26,13 +26,13 @@ from regraft.adapters.image import Block, blocks_of
 from regraft.adapters.kept import drop_stand_ins
 from regraft.adapters.others import move_others
 from regraft.adapters.reading import FactorReader, Side
-from regraft.adapters.scan import PREFIX, scan_names
+from regraft.adapters.scan import PREFIX, Scan, scan_names
 from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.adapters.tuned import TunedModules
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
 from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig
+from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Entry
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
@@ -181,6 +181,7 @@ def verify_adapters(
     model: Path | None = None,
     tolerance: float = TOLERANCE,
     progress: Callable[[str, int, int], None] | None = None,
+    foreign: Foreign | None = None,
 ) -> AdapterVerification:
     """Check that every adapter of ``dst`` adds to its base what that of ``src`` adds to its own.
 
@@ -200,7 +201,9 @@ def verify_adapters(
             raise BadInputError(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
-        done = compare(one, open_adapter(other, second.root, second.weights), config, tolerance)
+        done = compare(
+            one, open_adapter(other, second.root, second.weights), config, tolerance, foreign
+        )
         if result is None:
             result = done
         else:
@@ -217,13 +220,17 @@ def verify_adapters(
 
 
 def compare(
-    one: Source, other: Source, model: ModelConfig | None, tolerance: float = TOLERANCE
+    one: Source,
+    other: Source,
+    model: ModelConfig | None,
+    tolerance: float = TOLERANCE,
+    foreign: Foreign | None = None,
 ) -> AdapterVerification:
     """Compare two adapters of one base, each in its own layout.
 
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
-    known, layouts = _layouts(one, other, model)
+    known, layouts = _layouts(one, other, model, foreign)
     one, kept = _without_stand_ins(one, layouts)
     before, after = (
         Deltas(source, known, layout) for source, layout in zip((one, other), layouts, strict=True)
@@ -260,10 +267,9 @@ def _without_stand_ins(source: Source, layouts: tuple[str, str]) -> tuple[Source
 
 
 def _layouts(
-    one: Source, other: Source, model: ModelConfig | None
+    one: Source, other: Source, model: ModelConfig | None, foreign: Foreign | None
 ) -> tuple[Known, tuple[str, str]]:
-    found: list[str | None] = []
-    known: Known | None = None
+    scans: list[Scan] = []
     for source in (one, other):
         family = family_of(source.config)
         plain = source.peft_type == "LORA" and family is None
@@ -271,10 +277,13 @@ def _layouts(
         scan, findings = scan_names(list(source.tensors), source.where, plain, prefix)
         if findings:
             raise BadInputError(findings)
-        if known is None:
-            known = find_books(scan, source.config, model, source.where)
-        found.append(detect_layout(scan, source, known.books).layout)
-    assert known is not None
+        scans.append(scan)
+    spelled = [*base_names(scans[1]), *one.remembered().names, *other.remembered().names]
+    known = find_books(scans[0], one.config, model, one.where, foreign, spelled)
+    found = [
+        detect_layout(scan, source, known.books).layout
+        for scan, source in zip(scans, (one, other), strict=True)
+    ]
     first, second = found
     if second is None:
         second = "transformers-v5" if first is None else first

@@ -12,13 +12,15 @@ import numpy as np
 
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
-from regraft.checkpoints.engine import changed, open_source
+from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.prepare import Prepared, model_of, prepare
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
+from regraft.files.stamp import changed
+from regraft.plan.model import Foreign
 
 _BUFFER = 4 << 20
 _SHOWN = 50
@@ -58,6 +60,7 @@ def verify(
     *,
     model: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    foreign: Foreign | None = None,
 ) -> Verification:
     """Check that ``dst`` is ``src`` in its own layout: every element accounted for, and no bit changed.
 
@@ -70,8 +73,9 @@ def verify(
         find_companions(other, config.data if config is not None else None).headers,
         config,
         other.where,
+        foreign=foreign,
     ).layout
-    first = prepare(Path(src), target, model=told)
+    first = prepare(Path(src), target, model=told, foreign=foreign)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,9 @@ regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, 
   regraft convert out back --to transformers-v4        and back again
   regraft convert model out --to transformers-v5       the same for a whole checkpoint
   regraft verify model out                             check it, bit for bit
+  regraft explain model KEY --to transformers-v5       the way of one tensor
+  regraft diff model other                             what two files have in common
+  regraft rules lint mine.toml                         check a rule book of your own
 
   --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
   --dry-run       do everything but write
@@ -52,6 +56,16 @@ _Model = Annotated[
         metavar="PATH",
         help="The base model's folder or its config.json, of either version. Needed where the "
         "adapter itself doesn't tell what it is for, or how many experts there are.",
+        show_default=False,
+    ),
+]
+_Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rules",
+        metavar="BOOK",
+        help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be "
+        "given more than once.",
         show_default=False,
     ),
 ]
@@ -90,7 +104,8 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="The folder to write. It appears whole or not at all.",
+            help="The folder to write, or the file (.safetensors) where SRC is one weights file of "
+            "a model. It appears whole or not at all.",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +129,7 @@ def convert(
         ),
     ] = None,
     model: _Model = None,
+    rules: _Rules = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it exists.")
@@ -203,8 +219,9 @@ def convert(
 
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image, 4 not equal (--verify).
     """
-    _check_layout(to, "--to")
-    if source is not None:
+    if not rules:
+        _check_layout(to, "--to")
+    if source is not None and not rules:
         _check_layout(source, "--from")
     if shard_size is not None:
         _check_size(shard_size)
@@ -217,7 +234,7 @@ def convert(
     def job() -> int:
         from regraft.api import convert
 
-        with out.waiting() as progress:
+        with _own_books(rules), out.waiting() as progress:
             report = convert(
                 src,
                 src if dst is None else dst,
@@ -265,7 +282,7 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.adapters.inspect import inspect
+        from regraft.api import inspect
         from regraft.cli.words import show_findings, show_inspection
 
         inspection = inspect(src, model=model)
@@ -291,6 +308,7 @@ def verify(
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
+    rules: _Rules = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -314,16 +332,17 @@ def verify(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.source import is_checkpoint
 
+        foreign = InstalledTransformers()
         if not is_checkpoint(src):
             from regraft.adapters.verify import TOLERANCE, verify_adapters
             from regraft.cli.words import show_adapter_verification
 
-            with out.waiting() as progress:
-                done = verify_adapters(
-                    src, dst, model, TOLERANCE if tolerance is None else tolerance, progress
-                )
+            limit = TOLERANCE if tolerance is None else tolerance
+            with _own_books(rules), out.waiting() as progress:
+                done = verify_adapters(src, dst, model, limit, progress, foreign)
             if json:
                 out.data(done.to_dict())
             elif not quiet:
@@ -332,8 +351,8 @@ def verify(
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
-        with out.waiting() as progress:
-            result = verify(src, dst, model=model, progress=progress)
+        with _own_books(rules), out.waiting() as progress:
+            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
         elif not quiet:
@@ -341,6 +360,15 @@ def verify(
         return 0 if result.equal else 4
 
     return job
+
+
+@contextmanager
+def _own_books(names: list[str] | None) -> Iterator[None]:
+    """Let the rule books of --rules stand in for the library."""
+    from regraft.rules.book import find_book, only_books
+
+    with only_books([find_book(name) for name in names or ()]):
+        yield
 
 
 def _check_via(text: str) -> None:

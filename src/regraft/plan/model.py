@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from regraft.equation.notation import ConfigPath
+from regraft.rules.book import Book
 
 _SUB_MODELS = {
     "text_config": "language_model",
@@ -16,6 +20,20 @@ _SUB_MODELS = {
 """What transformers calls the module that belongs to a part of a composite config."""
 
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+class Weights(Protocol):
+    """The tensors of a model by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        ...
+
+    def read(self, name: str) -> npt.NDArray[np.generic]:
+        """One tensor."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +46,19 @@ class ModelConfig:
 
     data: Mapping[str, Any]
     path: str
+    weights: Weights | None = None
+    """The model's tensors, where they are not in files beside its config."""
 
     @property
     def model_type(self) -> str | None:
         """The model type of the whole model."""
         value = self.data.get("model_type")
         return value if isinstance(value, str) else None
+
+    def architectures(self) -> list[str]:
+        """The classes that the config names."""
+        names = self.data.get("architectures")
+        return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
     def parts(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Every config in this one, itself first: its path inside the file, and its fields."""
@@ -63,7 +88,10 @@ class ModelConfig:
         """The scope of a rule book for these model types.
 
         Inside a bigger model a book speaks of its own sub-model only, and of the whole where it knows that, too.
+        A book for any model speaks of the whole.
         """
+        if not model_types:
+            return Scope(self.data)
         found = self.part_of(model_types)
         if found is None:
             return Scope()
@@ -114,3 +142,22 @@ class Scope:
         for name in path:
             node = node.get(name) if isinstance(node, Mapping) else None
         return node if isinstance(node, int) and not isinstance(node, bool) else None
+
+
+class Foreign(Protocol):
+    """Something outside that knows how a model's layout changed: the installed transformers."""
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str] | None:
+        """A rule book for a model and what told it; ``None`` where it does not know the model.
+
+        ``keys`` and ``shapes`` are those of the file at hand, ``classes`` what the model may be, the likeliest
+        first; ``adapter`` tells that the names are those of modules.
+        """

@@ -153,6 +153,11 @@ class Family:
             found[name] = self.config.get(name) if value is None else value
         return found
 
+    @classmethod
+    def spell(cls, patterns: Mapping[str, Any]) -> dict[str, Any]:
+        """Patterns (endings of paths, or ``^`` and a path) as PEFT reads this family's."""
+        return dict(patterns)
+
     def read(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """A module's tensors by role, from the ends of their keys."""
         return dict(tensors)

@@ -126,6 +126,14 @@ class Osf(Family):
                 return {"effective_rank": rank}
         return {"effective_rank": self.config.get("effective_rank")}
 
+    @classmethod
+    def spell(cls, patterns: Mapping[str, Any]) -> dict[str, Any]:
+        # PEFT searches for them anywhere in a path.
+        return {
+            (key if key.startswith("^") else rf"(^|\.){key}") + "$": rank
+            for key, rank in patterns.items()
+        }
+
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
         raise NoImageError(_WHOLE, needs_base=True)
 

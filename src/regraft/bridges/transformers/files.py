@@ -1,0 +1,218 @@
+"""Rule books for files: the model is built from its config without weights, then imported."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.plan.model import ModelConfig
+from regraft.rules.book import Book
+
+
+@dataclass(slots=True)
+class InstalledTransformers:
+    """What the installed transformers knows of models.
+
+    It is asked in a process of its own, unless it is imported already: torch and transformers take some hundred
+    megabytes, and a conversion of files needs none of it.
+    """
+
+    _process: subprocess.Popen[bytes] | None = None
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str] | None:
+        """The rule book for a model by its config; ``None`` without transformers, or where that has no such model.
+
+        Of several classes the one is taken where most keys land.
+
+        Raises ``BadInputError`` where the model cannot be built from its config.
+        """
+        if find_spec("transformers") is None or find_spec("torch") is None:
+            return None
+        question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
+        if "transformers" in sys.modules:
+            return _HERE.answer(question)
+        return self._ask(question)
+
+    def _ask(self, question: _Question) -> tuple[Book, str] | None:
+        if self._process is None:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self.close()
+            message = f"the process that asks transformers ended ({process.returncode})"
+            raise _unusable(question.model, message) from None
+        if isinstance(answer, RegraftError):
+            raise answer
+        found: tuple[Book, str] | None = answer
+        return found
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
+            process.wait()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    model: ModelConfig
+    keys: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    classes: list[str]
+    adapter: bool
+
+
+@dataclass(slots=True)
+class _InProcess:
+    _made: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def answer(self, question: _Question) -> tuple[Book, str] | None:
+        """What transformers says, in this process."""
+        return self.book(
+            question.model,
+            question.keys,
+            question.shapes,
+            question.classes,
+            adapter=question.adapter,
+        )
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str] | None:
+        import transformers
+
+        config = self._config(model)
+        if config is None:
+            return None
+        found = []
+        for name in self._classes(config, classes):
+            imported = self._imported(model, config, name)
+            found.append((sum(imported.lands(keys)), imported))
+        best = max(found, key=lambda pair: pair[0], default=None)
+        if best is None:
+            return None
+        imported = best[1]
+        told = f"transformers {transformers.__version__} has a registry for {imported.name}"
+        return imported.book(keys, shapes, adapter=adapter), told
+
+    def _config(self, model: ModelConfig) -> Any:
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        if model.model_type not in CONFIG_MAPPING:
+            return None
+        data = dict(model.data)
+        kind = data.pop("model_type")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return AutoConfig.for_model(kind, **data)
+        except Exception as error:
+            raise _unusable(model, f"transformers does not take the config: {error}") from error
+
+    def _classes(self, config: Any, classes: Sequence[str]) -> list[str]:
+        """Classes of the model that there are; its base model where none is named."""
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+        names = [n for n in dict.fromkeys(classes) if hasattr(transformers, n)]
+        base = MODEL_MAPPING_NAMES.get(config.model_type)
+        bases = [base] if isinstance(base, str) else list(base or ())
+        return names or [n for n in bases if hasattr(transformers, n)]
+
+    def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
+        import torch
+        import transformers
+
+        from regraft.bridges.transformers.imported import import_model
+        from regraft.names.live import skeleton_of
+
+        if (model.path, name) not in self._made:
+            try:
+                with warnings.catch_warnings(), torch.device("meta"):
+                    warnings.simplefilter("ignore")
+                    built = getattr(transformers, name)(config)
+            except Exception as error:
+                raise _unusable(model, f"{name} cannot be built from it: {error}") from error
+            self._made[model.path, name] = import_model(skeleton_of(built))
+        return self._made[model.path, name]
+
+
+def _unusable(model: ModelConfig, message: str) -> BadInputError:
+    return BadInputError(
+        Finding(
+            "model-config",
+            message,
+            where=model.path,
+            fix="give the config.json that belongs to the model, or another release of transformers",
+        )
+    )
+
+
+_HERE = _InProcess()
+
+
+def main() -> None:
+    """Answer questions, pickled, from the standard input to the standard output, until there are no more."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            question = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        answer: object
+        try:
+            answer = _HERE.answer(question)
+        except RegraftError as error:
+            answer = error
+        pickle.dump(answer, out)
+        out.flush()
+
+
+if __name__ == "__main__":
+    # Under its own name, so that what is pickled is found again.
+    from regraft.bridges.transformers import files
+
+    files.main()
