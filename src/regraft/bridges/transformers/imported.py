@@ -49,7 +49,12 @@ class Imported:
     @cached_property
     def renamer(self) -> Renamer:
         """One key at a time."""
-        return Renamer(self.scopes, self.skeleton.tensors)
+        texts = {rows.text for rows in self._rows}
+        return Renamer(self.scopes, texts.union(self.skeleton.tensors))
+
+    @cached_property
+    def _rows(self) -> list[Rows]:
+        return rows_of(self.skeleton.tensors)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -101,7 +106,7 @@ class Imported:
     @cached_property
     def origins(self) -> list[tuple[Rows, Origin]]:
         """Every key of the model and what it is made of, as the registry's way back spells it."""
-        return list(self._outcomes(rows_of(self.skeleton.tensors), self._undo, Origin.placed))
+        return list(self._outcomes(self._rows, self._undo, Origin.placed))
 
     def landings(self, keys: Sequence[str]) -> Iterator[tuple[Rows, Renamed | None]]:
         """Where keys of a file go, many at once; ``None`` for those that the model has no key for."""

@@ -359,10 +359,10 @@ class _Maker:
         skeleton = self.imported.skeleton
         groups: dict[tuple[str, tuple[str, ...]], None] = {}
         for rows in rows_of(skeleton.parameters):
-            modules = list(rows.names())
-            for module in modules:
-                names = skeleton.parameters[module]
-                groups.setdefault((holes(rows.text, _loop), names), None)
+            if rows.text:
+                for module in rows.names():
+                    names = skeleton.parameters[module]
+                    groups.setdefault((holes(rows.text, _loop), names), None)
         kept: dict[str, str] = {
             str(carry.term.key): str(carry.term.key) for carry in self.carries_made
         }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from regraft.bridges.transformers.scopes import Scoped, Scopes
@@ -50,7 +50,7 @@ class Renamer:
     """The transforms of one model."""
 
     scopes: Scopes
-    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tensors: Container[str] = ()
     """The model's keys: a key that the model has, and whose new form it has not, keeps its name."""
 
     def forward(self, key: str, guards: frozenset[Scoped] | None = None) -> Renamed:
@@ -121,7 +121,11 @@ class Renamer:
         for old in self.undone(key):
             if self.forward(old).key == wanted:
                 return old
-        return key if wanted in self.tensors and self.forward(key).key == key else None
+        return key if key == wanted and self._keeps(key) else None
+
+    def _keeps(self, key: str) -> bool:
+        new = self.forward(key).key
+        return new == key or new not in self.tensors
 
     def undone(self, key: str) -> Iterator[str]:
         """Old spellings that may lead to a key, the one with everything undone first."""
