@@ -1,11 +1,10 @@
 """One class of the installed transformers: what regraft makes of its files, and what transformers does."""
 
 import time
-import traceback
 import warnings
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading
@@ -34,6 +33,18 @@ class Verdict:
     """Whether regraft and transformers agree in everything."""
     differences: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def count(self, plan, state):
+        """How many of the model's keys are made of others, and how many only have another name."""
+        self.converted = self.renamed = 0
+        old = {plan.headers.name(i) for i in range(len(plan.headers))}
+        for entry in plan.entries:
+            keys = [key for term in entry.written for key in entry.keys(term).names()]
+            moved = len(entry.read) == len(entry.written) == 1
+            if moved and entry.read[0].dims == entry.written[0].dims:
+                self.renamed += len(set(keys) - old)
+            else:
+                self.converted += len(keys)
 
     def differ(self, what, shown=()):
         shown = list(shown)
@@ -129,42 +140,52 @@ def _judge(verdict, cls, config, model):
     state = {k: v.detach() for k, v in model.state_dict().items()}
     verdict.keys = len(state)
     file = old_file(model)
+    theirs = load(verdict, cls, config, file, state, "what it saved")
+    imported = import_model(skeleton_of(model))
+    if theirs is not None:
+        book = imported.book(list(file), {k: tuple(v.shape) for k, v in file.items()})
+        with refusals(verdict, "forth"):
+            plan, mine = convert(file, [book], NEW)
+            verdict.count(plan, state)
+            compare(verdict, "forth", mine, state)
+        with refusals(verdict, "back"):
+            _, back = convert(state, [book], OLD)
+            compare(verdict, "back", back, file)
+    with refusals(verdict, "by itself"):
+        book = imported.book()
+        _, back = convert(state, [book], OLD)
+        told = imported.book(list(back), {k: tuple(v.shape) for k, v in back.items()})
+        plan, again = convert(back, [told], NEW)
+        if theirs is None:
+            verdict.count(plan, state)
+        compare(verdict, "by itself, forth", again, state)
+        if back.keys() != file.keys():
+            load(verdict, cls, config, back, state, "what regraft makes")
+
+
+@contextmanager
+def refusals(verdict, what):
+    try:
+        yield
+    except RegraftError as error:
+        verdict.differ(f"{what}: refused: " + "; ".join(str(f) for f in error.findings[:2])[:300])
+
+
+def load(verdict, cls, config, file, state, what):
+    """Whether transformers loads a file, and makes of it what the model had."""
+    before = len(verdict.differences)
     try:
         loaded, info = cls.from_pretrained(
             None, config=config, state_dict=dict(file), output_loading_info=True, dtype=torch.float32
         )
-        theirs = {k: v.detach() for k, v in loaded.state_dict().items()}
-        ignored = set(info["missing_keys"])
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[what]:
-                verdict.differ(f"transformers loads with {what}", sorted(map(str, info[what])))
     except Exception as error:
-        verdict.differ(f"transformers cannot load what it saved: {type(error).__name__}: {str(error)[:150]}")
-        theirs, ignored = state, set()
-    if odd := [k for k in unequal(theirs, state) if k not in ignored]:
-        verdict.differ("transformers loads other values than it saved", odd)
-    imported = import_model(skeleton_of(model))
-    book = imported.book(list(file), {k: tuple(v.shape) for k, v in file.items()})
-    for rule in book.rules:
-        verdict.converted += len(rule.equation.right) if rule.equation.left[0].dims != rule.equation.right[0].dims or len(rule.equation.left) + len(rule.equation.right) > 2 else 0
-    verdict.renamed = len([k for k in file if k not in state])
-    try:
-        _, mine = convert(file, [book], NEW)
-        compare(verdict, "forth", mine, {k: v for k, v in state.items() if True})
-        compare(verdict, "forth, as loaded", {k: v for k, v in mine.items() if k not in ignored}, {k: v for k, v in theirs.items() if k not in ignored})
-    except RegraftError as error:
-        verdict.differ("forth: refused: " + "; ".join(str(f) for f in error.findings[:2])[:300])
-    try:
-        _, back = convert(state, [book], OLD)
-        compare(verdict, "back", back, file)
-    except RegraftError as error:
-        verdict.differ("back: refused: " + "; ".join(str(f) for f in error.findings[:2])[:300])
-    try:
-        plain = imported.book()
-        _, back = convert(state, [plain], OLD)
-        compare(verdict, "default back", back, file)
-        told = imported.book(list(back), {k: tuple(v.shape) for k, v in back.items()})
-        _, again = convert(back, [told], NEW)
-        compare(verdict, "default forth", again, state)
-    except RegraftError as error:
-        verdict.differ("default: refused: " + "; ".join(str(f) for f in error.findings[:2])[:300])
+        text = f"{type(error).__name__}: {str(error)[:150]}"
+        verdict.differ(f"transformers cannot load {what}: {text}")
+        return None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            verdict.differ(f"transformers loads {what} with {kind}", sorted(map(str, info[kind])))
+    made = {k: v.detach() for k, v in loaded.state_dict().items()}
+    if len(verdict.differences) == before:
+        compare(verdict, f"transformers loads {what}", made, state)
+    return made if len(verdict.differences) == before else None

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 SIZE, INNER, HEADS, LAYERS, WORDS, EXPERTS = 32, 40, 4, 2, 99, 4
-MOST = 4_000_000
+MOST = 30_000_000
 """Parameters of a model that still counts as tiny."""
 
 _NAMES = (
@@ -40,13 +40,47 @@ _NAMES = tuple((re.compile(pattern), value) for pattern, value in _NAMES)
 _TOKEN = re.compile(r"\w*(token|_)(id|index|ids)$")
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_FACTS = {
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": [4]},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _ROPE},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gradium_phonon_tts": {"num_key_value_heads": HEADS},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mimi": {"codebook_size": 64, "upsample_groups": 32},
+    "mimi_decoder": {"codebook_size": 64, "upsample_groups": 32},
+    "nemo_speechlm": {"num_key_value_heads": HEADS},
+    "parakeet_encoder": {"num_key_value_heads": HEADS},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
+    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},
+    "sapiens2_head": {
+        "upsample_out_channels": [16, 16],
+        "upsample_kernel_sizes": [4, 4],
+        "conv_out_channels": [16],
+        "conv_kernel_sizes": [1],
+        "scale_conv_out_channels": [16],
+        "scale_conv_kernel_sizes": [1],
+        "scale_final_input_size": 16,
+        "scale_final_hidden_sizes": [16, 16],
+    },
+}
+_RESNETS = ("conditional_detr", "deformable_detr", "detr")
+"""Fields that a tiny model needs, by model type."""
+
+
 def shrink(config, seen=None):
     """Make a config small in place, with all configs in it."""
     seen = set() if seen is None else seen
     if id(config) in seen:
         return config
     seen.add(id(config))
-    layers = None
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
             shrink(value, seen)
@@ -56,7 +90,15 @@ def shrink(config, seen=None):
             small = _small(name, value)
             if small is not None:
                 _set(config, name, small)
-                layers = small if small == LAYERS and "layer" in name else layers
+    if config.model_type in _RESNETS:
+        small = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "layer_type": "basic"}
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            _set(config, name, 8)
+        _set(config, "use_timm_backbone", False)
+        _set(config, "backbone", None)
+        _set(config, "backbone_config", transformers.ResNetConfig(**small, out_features=["stage4"]))
+    for name, value in _FACTS.get(config.model_type, {}).items():
+        _set(config, name, value)
     return config
 
 

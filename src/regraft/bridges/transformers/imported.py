@@ -50,7 +50,7 @@ class Imported:
     def renamer(self) -> Renamer:
         """One key at a time."""
         texts = {rows.text for rows in self._rows}
-        return Renamer(self.scopes, texts.union(self.skeleton.tensors))
+        return Renamer(self.scopes, texts.union(self.skeleton.tensors), self.base)
 
     @cached_property
     def _rows(self) -> list[Rows]:
@@ -133,7 +133,7 @@ class Imported:
             old = self.renamer.backward(key)
             if old is None:
                 return Origin((key,), (), stuck="no old name leads to it")
-            return Origin((key,), (old,), fired=self.renamer.forward(old).fired)
+            return Origin((key,), (old.key,), fired=old.fired)
         old_names: list[str] = []
         fired: dict[Scoped, None] = {}
         for number, name in enumerate(split.sources):
@@ -147,26 +147,17 @@ class Imported:
 
     def _lead_back(self, name: str, split: Split, source: int) -> Renamed | None:
         for old in self.renamer.undone(name):
-            new = self.renamer.forward(old)
-            hit = new.hit
-            if hit is not None and hit.scoped is split.scoped and hit.source == source:
-                if new.key == split.targets[0]:
-                    return replace(new, key=old)
+            new = self.renamer.land(old)
+            if new is None or new.hit is None or new.key != split.targets[0]:
+                continue
+            if new.hit.scoped is split.scoped and new.hit.source == source:
+                return replace(new, key=old)
         return None
 
     def _land(self, rows: Rows, new: Renamed) -> Iterator[tuple[Rows, Renamed | None]]:
-        """Which keys the model has, with more or less of the base model's prefix where that makes them land.
-
-        A key that the model has, and whose new form it has not, keeps its name.
-        """
-        tensors, base = self.skeleton.tensors, self.base
-        plain = Renamed(rows.text)
-        ways: list[Renamed] = [new, plain]
-        if base:
-            for way in (new, plain):
-                if way.key.startswith(base + "."):
-                    ways.append(replace(way, key=way.key[len(base) + 1 :]))
-                ways.append(replace(way, key=f"{base}.{way.key}"))
+        """Which keys the model has."""
+        tensors = self.skeleton.tensors
+        ways = self.renamer.ways(rows.text, new)
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
             found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from regraft.bridges.transformers.scopes import Scoped, Scopes
@@ -51,7 +51,27 @@ class Renamer:
 
     scopes: Scopes
     tensors: Container[str] = ()
-    """The model's keys: a key that the model has, and whose new form it has not, keeps its name."""
+    """The model's keys, and the same with stand-ins for indices."""
+    base: str = ""
+    """What a head model calls the base model in it."""
+
+    def ways(self, key: str, new: Renamed) -> list[Renamed]:
+        """What a key may be in the model, best first: renamed, as it is, with more or less of the base's prefix.
+
+        A key that the model has, and whose new form it has not, keeps its name.
+        """
+        ways = [new, Renamed(key)]
+        if self.base:
+            for way in ways[:2]:
+                if way.key.startswith(self.base + "."):
+                    ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
+                ways.append(replace(way, key=f"{self.base}.{way.key}"))
+        return ways
+
+    def land(self, key: str) -> Renamed | None:
+        """The model's key for an old one; ``None`` where it has none."""
+        ways = self.ways(key, self.forward(key))
+        return next((way for way in ways if way.key in self.tensors), None)
 
     def forward(self, key: str, guards: frozenset[Scoped] | None = None) -> Renamed:
         """An old key's new form. ``guards`` are the guarded renamings that act; all where it is not given."""
@@ -111,21 +131,16 @@ class Renamer:
             return Split(scoped, target, targets, tuple(sources))
         return None
 
-    def backward(self, key: str, wanted: str | None = None) -> str | None:
-        """The old spelling of a key: all renamings undone in reverse order.
+    def backward(self, key: str) -> Renamed | None:
+        """An old spelling of a key: all renamings undone in reverse order.
 
-        Where that does not lead back, some of them are left out; ``None`` where nothing leads back. ``wanted`` is
-        what the old key must become, the key itself where it is not given.
+        Where that does not lead back, some of them are left out; ``None`` where nothing leads back.
         """
-        wanted = key if wanted is None else wanted
-        for old in self.undone(key):
-            if self.forward(old).key == wanted:
-                return old
-        return key if key == wanted and self._keeps(key) else None
-
-    def _keeps(self, key: str) -> bool:
-        new = self.forward(key).key
-        return new == key or new not in self.tensors
+        for old in (*self.undone(key), key):
+            new = self.land(old)
+            if new is not None and new.key == key and new.hit is None:
+                return replace(new, key=old)
+        return None
 
     def undone(self, key: str) -> Iterator[str]:
         """Old spellings that may lead to a key, the one with everything undone first."""
