@@ -60,6 +60,8 @@ _FACTS = {
     "parakeet_encoder": {"num_key_value_heads": HEADS},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
     "qwen3_omni_moe_talker": {"spatial_merge_size": 2},
+    "maskformer-swin": {"embed_dim": 24},
+    "swin": {"embed_dim": 24},
     "sapiens2_head": {
         "upsample_out_channels": [16, 16],
         "upsample_kernel_sizes": [4, 4],

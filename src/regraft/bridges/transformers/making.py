@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import resources
 
+from regraft.bridges.transformers.facts import module_name
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
 from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
 from regraft.bridges.transformers.registry import check_version
@@ -65,31 +63,10 @@ def make_book(
     return maker.book()
 
 
-@lru_cache(maxsize=1)
-def _renamed_on_loading() -> dict[str, list[tuple[re.Pattern[str], str]]]:
-    text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
-    return {
-        name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
-        for table in tomllib.loads(text)["renamed"]
-        for name in table["classes"]
-    }
-
-
 def module_names(origin: Origin, imported: Imported) -> Origin:
     """Old names as the modules of transformers 4 had them, which its adapters have."""
-    root = imported.skeleton.submodels[0]
-    patterns = next((p for n in root.classes if (p := _renamed_on_loading().get(n))), None)
-    if patterns is None:
-        return origin
-    old = tuple(_first_replaced(text, patterns) for text in origin.old)
-    return replace(origin, old=old)
-
-
-def _first_replaced(text: str, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, new in patterns:
-        if pattern.search(text):
-            return pattern.sub(new, text)
-    return text
+    classes = imported.skeleton.submodels[0].classes
+    return replace(origin, old=tuple(module_name(classes, text) for text in origin.old))
 
 
 @dataclass(slots=True)

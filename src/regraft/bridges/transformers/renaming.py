@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from regraft.bridges.transformers.facts import unwritten
 from regraft.bridges.transformers.scopes import Scoped, Scopes
 
 WILDCARD = "*"
@@ -80,12 +81,12 @@ class Renamer:
         for scoped in (*self.scopes.renamings, *self.scopes.legacy):
             if guards is not None and scoped.transform.guarded and scoped not in guards:
                 continue
-            done = scoped.rename(new, scoped.transform.forward)
+            done = scoped.rename(new)
             if done is not None and done[0] != new:
                 new = done[0]
                 fired.append(scoped)
         for scoped in self.scopes.converters:
-            done = scoped.rename(new, scoped.transform.forward)
+            done = scoped.rename(new)
             if done is not None:
                 return Renamed(done[0], Hit(scoped, done[1]), (*fired, scoped))
         return Renamed(new, None, tuple(fired))
@@ -99,7 +100,7 @@ class Renamer:
         for key in keys:
             new = key
             for scoped in self.scopes.renamings:
-                done = scoped.rename(new, scoped.transform.forward)
+                done = scoped.rename(new)
                 if done is None:
                     continue
                 if scoped.transform.guarded and done[1] == 0:
@@ -110,7 +111,7 @@ class Renamer:
     def split(self, key: str) -> Split | None:
         """The converter that makes a key of the model; ``None`` where none does."""
         for scoped in self.scopes.converters:
-            parts = scoped.strip(key)
+            parts = scoped.below(key)
             if parts is None:
                 continue
             step = scoped.transform.backward
@@ -148,20 +149,30 @@ class Renamer:
 
     def _undone(self, key: str, left: Sequence[Scoped]) -> Iterator[str]:
         for place, scoped in enumerate(left):
-            done = scoped.rename(key, scoped.transform.backward)
-            if done is not None and done[0] != key:
-                ways = (done[0], key) if not _doubles(scoped, key, done[0]) else (key, done[0])
-                for way in ways:
+            old = scoped.undo(key)
+            if old is not None and old != key:
+                kept = self._was_never_written(scoped, key, old)
+                for way in (key, old) if kept else (old, key):
                     yield from self._undone(way, left[place + 1 :])
                 return
         yield key
 
+    def _was_never_written(self, scoped: Scoped, key: str, old: str) -> bool:
+        """Whether transformers 4 itself never wrote what a renaming reads.
 
-def _doubles(scoped: Scoped, key: str, old: str) -> bool:
-    """Whether a prefix would stand twice: a model that calls a part ``text_model`` had no such prefix in it."""
-    name = scoped.path.rpartition(".")[2]
-    return (
-        scoped.transform.adds_prefix
-        and bool(name)
-        and old.count(f"{name}.") > key.count(f"{name}.")
-    )
+        That is so of the names of tensors in older releases still, and of a model inside a bigger one of its own
+        family, where no prefix stood twice. What no rule tells is a fact in ``v4_files.toml``.
+        """
+        step = scoped.transform.forward
+        if unwritten(scoped.transform.entry, step.sources[0], key):
+            return True
+        if any(
+            (step.sources, step.targets) == (s.transform.forward.sources, s.transform.forward.targets)
+            for s in self.scopes.legacy
+        ):
+            return True
+        name = scoped.path.rpartition(".")[2]
+        if not scoped.transform.adds_prefix or not name or scoped.parent is None:
+            return False
+        family, own = scoped.parent.model_type or "", scoped.model.model_type or ""
+        return own.startswith(family) and old.count(f"{name}.") > key.count(f"{name}.")
