@@ -8,14 +8,18 @@ from regraft.errors import (
     AmbiguousError,
     BadInputError,
     Finding,
+    NotEqualError,
     RefusedError,
     RegraftError,
     UnmatchedKeysError,
 )
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import inspect
-    from regraft.api import convert
+    from regraft.api import convert, inspect
+    from regraft.bridges.peft.hook import install, installed, uninstall
+    from regraft.bridges.peft.load import load_adapter
+    from regraft.live.mapping import mapping
+    from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -24,19 +28,32 @@ __all__ = [
     "AmbiguousError",
     "BadInputError",
     "Finding",
+    "NotEqualError",
     "RefusedError",
     "RegraftError",
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "convert_state_dict",
     "inspect",
+    "install",
+    "installed",
+    "load_adapter",
+    "mapping",
+    "uninstall",
 ]
 
 
 _LAZY = {
     "convert": "regraft.api",
-    "inspect": "regraft.adapters.inspect",
+    "inspect": "regraft.api",
+    "install": "regraft.bridges.peft.hook",
+    "installed": "regraft.bridges.peft.hook",
+    "load_adapter": "regraft.bridges.peft.load",
+    "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
+    "convert_state_dict": "regraft.live.state_dict",
+    "mapping": "regraft.live.mapping",
 }
 
 

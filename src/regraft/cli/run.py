@@ -18,6 +18,7 @@ from regraft.errors import (
     AmbiguousError,
     BadInputError,
     Finding,
+    NotEqualError,
     RefusedError,
     RegraftError,
     UnmatchedKeysError,
@@ -32,6 +33,7 @@ _KINDS: tuple[tuple[type[RegraftError], str, str, int], ...] = (
     (UnmatchedKeysError, "unmatched-keys", "nothing explains these keys", BAD_INPUT),
     (AmbiguousError, "ambiguous", "more than one reading fits", BAD_INPUT),
     (BadInputError, "bad-input", "bad input", BAD_INPUT),
+    (NotEqualError, "not-equal", "not equal", NO),
     (RefusedError, "refused", "refused, because there is no exact image", REFUSED),
 )
 

@@ -145,7 +145,7 @@ class _Walk:
         self.adapters: dict[str, str] = {}
 
     def run(self, root: Any) -> Live:
-        for prefix, module in _roots(root):
+        for prefix, module in walk_modules(root):
             self.visit(module, prefix, None, prefix)
         if self.rest:
             self.settle()
@@ -309,7 +309,7 @@ def _wrapped(names: tuple[str, ...], children: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _roots(root: Any) -> Iterator[tuple[str, Any]]:
+def walk_modules(root: Any) -> Iterator[tuple[str, Any]]:
     """The modules of a holder with their prefixes: itself, or what it has as attributes or items."""
     if is_module(root):
         yield "", root

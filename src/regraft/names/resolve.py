@@ -78,15 +78,10 @@ class _Candidate:
     """For a template: which segments after the prefix are kept."""
     landed: set[int] = field(default_factory=set)
     spots: int = 0
+    """How many wrappers' segments had to go behind the prefix; those in front are told at once by the prefix."""
 
-    def rank(self) -> tuple[int, bool, int, bool, int]:
-        return (
-            -len(self.landed),
-            not self.own,
-            self.spots,
-            bool(self.added),
-            len(self.node.segments),
-        )
+    def rank(self) -> tuple[int, bool, int, int]:
+        return (-len(self.landed), not self.own, self.spots, len(self.node.segments))
 
 
 def resolve(live: Live, file_keys: Sequence[str], lands: Lands) -> Resolved:
@@ -163,7 +158,8 @@ def _candidates(live: Live, keys: list[str], lands: Lands) -> list[_Candidate]:
                 continue  # another template has this place; taken together they would be doubles
             candidate.choices[code] = kept
             candidate.landed.update(rows)
-            candidate.spots += len(keys[rows[0]].split(".")) - len(kept)
+            below = keys[rows[0]].count(".") + 1 - len(candidate.node.segments)
+            candidate.spots += below - len(kept)
         for candidate in found:
             if _reads_as_bare(model, candidate, keys):
                 candidate.own = False
@@ -319,9 +315,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
             other = found.setdefault(homes[key], key)
             if other != key:
                 doubles[key] = other
-    return Part(
-        candidate.model, candidate.node.prefix, found, doubles, candidate.own
-    )
+    return Part(candidate.model, candidate.node.prefix, found, doubles, candidate.own)
 
 
 def _carry(live: Live, keys: list[str], parts: list[Part]) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from regraft.bridges.transformers.registry import (
@@ -50,7 +50,9 @@ class Imported:
     def renamer(self) -> Renamer:
         """One key at a time."""
         texts = {rows.text for rows in self._rows}
-        return Renamer(self.scopes, texts.union(self.skeleton.tensors), self.base)
+        tensors, base = self.skeleton.tensors, self.base
+        is_head = bool(base) and any(key.startswith(f"{base}.") for key in tensors)
+        return Renamer(self.scopes, texts.union(tensors), base, is_head)
 
     @cached_property
     def _rows(self) -> list[Rows]:
@@ -80,6 +82,57 @@ class Imported:
                 for row, number in enumerate(rows.ids.tolist()):
                     result[number] = put(landed.key, rows.numbers[row].tolist())
         return result
+
+    def targets(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """All keys of the model that each old or new key gives something to."""
+        result: list[tuple[str, ...]] = [()] * len(keys)
+        for rows, landed in self.landings(keys):
+            if landed is None:
+                continue
+            split = self.renamer.split(landed.key) if landed.hit is not None else None
+            texts = (landed.key,) if split is None else split.targets
+            for row, number in enumerate(rows.ids.tolist()):
+                numbers = rows.numbers[row].tolist()
+                result[number] = tuple(put(text, numbers) for text in texts)
+        return result
+
+    def as_own(self, keys: Sequence[str]) -> list[str | None]:
+        """Each key that is spelled as the model spells it, but for the base model's prefix; ``None`` for old ones."""
+        result: list[str | None] = [None] * len(keys)
+        base = f"{self.base}." if self.base else ""
+        for rows, landed in self.landings(keys):
+            if landed is None or landed.hit is not None:
+                continue
+            if landed.key in (rows.text, base + rows.text) or base + landed.key == rows.text:
+                for row, number in enumerate(rows.ids.tolist()):
+                    result[number] = put(landed.key, rows.numbers[row].tolist())
+        return result
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The model's keys that had another name, or were in other tensors."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None or origin.old != origin.new
+            for name in rows.names()
+        )
+
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """The model's keys that had the same name and were stored turned: only a shape tells old from new."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None and origin.old == origin.new
+            for name in rows.names()
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many of the model's tensors each rule's key stands for."""
+        from regraft.bridges.transformers.making import count_rules
+
+        return count_rules(self)
 
     def lands(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key, in an old spelling or the new one, is one of the model's."""

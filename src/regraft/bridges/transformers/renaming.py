@@ -55,6 +55,8 @@ class Renamer:
     """The model's keys, and the same with stand-ins for indices."""
     base: str = ""
     """What a head model calls the base model in it."""
+    is_head: bool = False
+    """Whether this is one."""
 
     def ways(self, key: str, new: Renamed) -> list[Renamed]:
         """What a key may be in the model, best first: renamed, as it is, with more or less of the base's prefix.
@@ -62,11 +64,11 @@ class Renamer:
         A key that the model has, and whose new form it has not, keeps its name.
         """
         ways = [new, Renamed(key)]
-        if self.base:
-            for way in ways[:2]:
-                if way.key.startswith(self.base + "."):
-                    ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
+        for way in ways[:2] if self.base else ():
+            if self.is_head:
                 ways.append(replace(way, key=f"{self.base}.{way.key}"))
+            elif way.key.startswith(f"{self.base}."):
+                ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
         return ways
 
     def land(self, key: str) -> Renamed | None:
