@@ -176,7 +176,11 @@ def load(verdict, cls, config, file, state, what):
     before = len(verdict.differences)
     try:
         loaded, info = cls.from_pretrained(
-            None, config=config, state_dict=dict(file), output_loading_info=True, dtype=torch.float32
+            None,
+            config=config,
+            state_dict=dict(file),
+            output_loading_info=True,
+            dtype=torch.float32,
         )
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:150]}"

@@ -15,26 +15,47 @@ MOST = 30_000_000
 """Parameters of a model that still counts as tiny."""
 
 _NAMES = (
-    (r"(num_|n_)?(hidden_layers|layers?|blocks|decoder_layers|encoder_layers)$|n_layer$|depth$|"
-     r"(\w+_)?(num_hidden_layers|num_layers|n_layers|encoder_layers|decoder_layers|num_blocks|attention_layers)$", LAYERS),
+    (
+        r"(num_|n_)?(hidden_layers|layers?|blocks|decoder_layers|encoder_layers)$|n_layer$|depth$|"
+        r"(\w+_)?(num_hidden_layers|num_layers|n_layers|encoder_layers|decoder_layers|num_blocks|attention_layers)$",
+        LAYERS,
+    ),
     (r"(\w+_)?(num_key_value_heads|n_head_kv|num_kv_heads|n_kv_heads|kv_heads)$", 2),
-    (r"(\w+_)?(num_attention_heads|n_heads?|num_heads|attention_heads|n_head|num_self_attention_heads|"
-     r"num_cross_attention_heads|encoder_attention_heads|decoder_attention_heads)$", HEADS),
-    (r"(\w+_)?(intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|dim_feedforward|feedforward_size|"
-     r"mlp_dim|ffn_dim|d_inner|feed_forward_size|intermediate_dim|encoder_ffn_dim|decoder_ffn_dim)$", INNER),
+    (
+        r"(\w+_)?(num_attention_heads|n_heads?|num_heads|attention_heads|n_head|num_self_attention_heads|"
+        r"num_cross_attention_heads|encoder_attention_heads|decoder_attention_heads)$",
+        HEADS,
+    ),
+    (
+        r"(\w+_)?(intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|dim_feedforward|feedforward_size|"
+        r"mlp_dim|ffn_dim|d_inner|feed_forward_size|intermediate_dim|encoder_ffn_dim|decoder_ffn_dim)$",
+        INNER,
+    ),
     (r"(\w+_)?(head_dim|attention_head_size|kv_channels|d_kv|qk_nope_head_dim|v_head_dim)$", 8),
     (r"qk_rope_head_dim$", 8),
     (r"(\w+_)?(vocab_size|n_positions|codebook_size|vocab_size_per_layer_input)$", WORDS),
     (r"(q_lora_rank|kv_lora_rank|\w*lora_rank|\w*lora_dim)$", 16),
-    (r"(\w+_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts)$", EXPERTS),
-    (r"(\w+_)?(num_experts_per_tok|moe_topk|top_k_experts|moe_k|moe_top_k|num_experts_per_token)$", 2),
+    (
+        r"(\w+_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts)$",
+        EXPERTS,
+    ),
+    (
+        r"(\w+_)?(num_experts_per_tok|moe_topk|top_k_experts|moe_k|moe_top_k|num_experts_per_token)$",
+        2,
+    ),
     (r"(n_group|topk_group|num_expert_group)$", 1),
     (r"(\w+_)?(image_size|img_size)$", 32),
-    (r"(\w+_)?(max_position_embeddings|max_source_positions|max_target_positions|n_ctx|max_seq_len|"
-     r"num_queries|num_query_tokens|max_text_len|num_latents)$", 64),
-    (r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|dim_model|embedding_size|width|"
-     r"projection_dim|out_hidden_size|output_dim|decoder_hidden_size|encoder_hidden_dim|cross_attention_dim|"
-     r"mask_feature_size|feature_size|fpn_feature_size|fpn_hidden_size|conv_dim|d_embed)$", SIZE),
+    (
+        r"(\w+_)?(max_position_embeddings|max_source_positions|max_target_positions|n_ctx|max_seq_len|"
+        r"num_queries|num_query_tokens|max_text_len|num_latents)$",
+        64,
+    ),
+    (
+        r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|dim_model|embedding_size|width|"
+        r"projection_dim|out_hidden_size|output_dim|decoder_hidden_size|encoder_hidden_dim|cross_attention_dim|"
+        r"mask_feature_size|feature_size|fpn_feature_size|fpn_hidden_size|conv_dim|d_embed)$",
+        SIZE,
+    ),
 )
 _NAMES = tuple((re.compile(pattern), value) for pattern, value in _NAMES)
 _TOKEN = re.compile(r"\w*(token|_)(id|index|ids)$")
@@ -93,7 +114,12 @@ def shrink(config, seen=None):
             if small is not None:
                 _set(config, name, small)
     if config.model_type in _RESNETS:
-        small = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "layer_type": "basic"}
+        small = {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1] * 4,
+            "layer_type": "basic",
+        }
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             _set(config, name, 8)
         _set(config, "use_timm_backbone", False)

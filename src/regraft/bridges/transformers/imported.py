@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from regraft.bridges.transformers.registry import (
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
 from regraft.bridges.transformers.symbolic import Rows, outcomes, put, rows_of, stand_in
-from regraft.names.skeleton import Skeleton
+from regraft.names.skeleton import Skeleton, SubModel
 from regraft.rules.book import Book
 
 STACKED = 99
@@ -134,6 +135,24 @@ class Imported:
 
         return count_rules(self)
 
+    def unwanted(self, key: str) -> tuple[str, bool] | None:
+        """Why the model has no place for a key of a file, and whether it computes it; ``None`` if it should have one.
+
+        Source: ``PreTrainedModel._adjust_missing_and_unexpected_keys``: these are the keys that are ignored there.
+        """
+        new = self.renamer.forward(key)
+        names = [way.key for way in self.renamer.ways(key, new)]
+        leaf = key.rpartition(".")[2]
+        leaves = {name.rpartition(".")[2] for name in self.skeleton.computed}
+        known = next((model for model in self.skeleton.submodels if _ignores(model, names)), None)
+        if any(name in self.skeleton.computed for name in names) or (
+            leaf in leaves and (known is not None or leaf in _MOVED)
+        ):
+            return "the model computes it itself", True
+        if known is None:
+            return None
+        return f"{known.classes[0]} has no place for it, and does not want it", False
+
     def lands(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key, in an old spelling or the new one, is one of the model's."""
         return [new is not None for new in self.rename(keys)]
@@ -218,6 +237,14 @@ class Imported:
         for number, kept in places.items():
             part = rows if len(places) == 1 else rows.take(kept)
             yield part, (ways[number] if number >= 0 else None)
+
+
+_MOVED = ("inv_freq", "position_ids")
+"""Buffers that were saved, and stand elsewhere now."""
+
+
+def _ignores(model: SubModel, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in model.ignored for name in names)
 
 
 def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:

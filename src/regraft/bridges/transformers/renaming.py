@@ -169,7 +169,8 @@ class Renamer:
         if unwritten(scoped.transform.entry, step.sources[0], key):
             return True
         if any(
-            (step.sources, step.targets) == (s.transform.forward.sources, s.transform.forward.targets)
+            (step.sources, step.targets)
+            == (s.transform.forward.sources, s.transform.forward.targets)
             for s in self.scopes.legacy
         ):
             return True

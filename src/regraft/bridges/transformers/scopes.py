@@ -115,9 +115,7 @@ def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -
             continue
         transforms = look_up(entry) or ()
         around = _around(model, skeleton.submodels)
-        scoped += (
-            Scoped(t, model.path, root.base_model_prefix, model, around) for t in transforms
-        )
+        scoped += (Scoped(t, model.path, root.base_model_prefix, model, around) for t in transforms)
         by_type = entry == model.model_type
         for name in model.classes[:1]:
             claimed[name].append(model.path)
