@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import transformers
 from transformers import conversion_mapping, core_model_loading
 
 from regraft.arrays.apply import apply_plan

@@ -3,11 +3,8 @@
 A config is made small by what its fields are called, then by a few facts about families whose sizes depend on each other.
 """
 
-import copy
 import re
-import warnings
 
-import torch
 import transformers
 
 SIZE, INNER, HEADS, LAYERS, WORDS, EXPERTS = 32, 40, 4, 2, 99, 4
