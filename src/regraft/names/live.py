@@ -83,10 +83,17 @@ class _Model:
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
     others: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def freeze(self) -> LiveModel:
-        skeleton = Skeleton(tuple(self.submodels), self.tensors, self.kinds, self.parameters)
+        skeleton = Skeleton(
+            tuple(self.submodels),
+            self.tensors,
+            self.kinds,
+            self.parameters,
+            frozenset(self.computed),
+        )
         keys = LiveKeys(self.tensors, self.live, self.others)
         paths = tuple(dict.fromkeys(path[:-1] for path in self.paths))
         return LiveModel(self.path[:-1], paths, self.live[:-1], self.module, skeleton, keys)
@@ -181,6 +188,8 @@ class _Walk:
             if inside["_parameters"] or self.flat:
                 self.collect(module, canonical, model, live, facts.kind)
             if inside["_buffers"]:
+                passing = inside["_non_persistent_buffers_set"]
+                model.computed.update(canonical + name for name in passing)
                 for name, shape in _buffers(module):
                     model.tensors[canonical + name] = shape
                     if live is not None:
