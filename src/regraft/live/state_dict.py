@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.arrays.apply import apply_plan
@@ -12,6 +12,7 @@ from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
+from regraft.live.left_out import of_no_part
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
 from regraft.names.keys import group_names
@@ -37,24 +38,35 @@ class StateDictReport:
     prefixes: list[str] = field(default_factory=list)
     """For each model: how many keys were its, and what stood before them."""
     rules: dict[str, int] = field(default_factory=dict)
-    """How often each rule fired."""
+    """How often each rule fired, of those that did."""
     carried: list[str] = field(default_factory=list)
     """Keys of the holder itself, or of adapters in it."""
     kept: list[str] = field(default_factory=list)
     """Live keys that the source does not speak of; they have the values that the model has."""
     missing: list[str] = field(default_factory=list)
     """Those of them that are a model's own weights."""
+    left_out: list[str] = field(default_factory=list)
+    """Keys of the source that are a head's or a pooler's, and the model was made without one."""
 
     def __str__(self) -> str:
         lines = [f"to {self.layout}: " + "; ".join(self.prefixes)]
         lines += [f"  {rule}: {times} times" for rule, times in self.rules.items()]
-        for title, names in (("carried over", self.carried), ("kept as they are", self.kept)):
+        lists = (
+            ("carried over", self.carried),
+            ("kept as they are", self.kept),
+            ("left out, for the model has no such part", self.left_out),
+        )
+        for title, names in lists:
             lines += [f"  {title}: {pattern} ({count})" for pattern, count in patterns(names)]
         return "\n".join(lines)
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Any], *, to: Any, model: Any = None
+    state_dict: Mapping[str, Any],
+    *,
+    to: Any,
+    model: Any = None,
+    key_mapping: dict[str, str] | None = None,
 ) -> ConvertedStateDict:
     """A state dict in another layout, or as a live model wants it.
 
@@ -66,37 +78,70 @@ def convert_state_dict(
             holder if the source had them so or there is more than one, and no wrapper's segments.
         model: with a layout's name, the live model or holder that the state dict is of; without it, the names must
             tell which rule book is meant.
+        key_mapping: patterns and replacements of your own that come before transformers', as ``from_pretrained``
+            takes them; for a live model, in ``to`` or ``model``.
 
     Returns:
         The tensors; ``report`` says what was done. What the source does not speak of (a value head, an adapter, a
         buffer) has the live model's own values, and is named in ``report.kept``; a weight of the model among them is
-        warned of.
+        warned of. So are, in ``report.left_out``, the head of a file whose base model alone is wanted, and a pooler
+        that the model was made without.
 
     Raises:
         UnmatchedKeysError: keys that no model has a place for.
         AmbiguousError: keys with two homes.
         BadInputError: an incomplete group (7 of 8 experts), or shapes that do not fit.
+
+    >>> import transformers
+    >>> config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> vit = transformers.ViTModel(config)
+    >>> old = convert_state_dict(vit.state_dict(), to="transformers-v4", model=vit)
+    >>> "encoder.layer.0.attention.attention.query.weight" in old
+    True
+    >>> vit.load_state_dict(convert_state_dict(old, to=vit))
+    <All keys matched successfully>
     """
-    if isinstance(to, str):
-        layout = parse_layout(to).name
-        return (
-            _without_model(state_dict, layout)
-            if model is None
-            else _named(state_dict, layout, mapping(model))
-        )
+    _check_source(state_dict)
+    if not isinstance(to, str):
+        if model is not None:
+            message = "model is for a layout's name in `to`"
+            raise BadInputError(Finding("option", message, fix="give only `to`"))
+        return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
+    layout = parse_layout(to).name
     if model is not None:
+        return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
+    if key_mapping:
+        message = "key_mapping is for a live model"
+        raise BadInputError(Finding("option", message, fix="give the model, too: model=..."))
+    return _without_model(state_dict, layout)
+
+
+def _check_source(state_dict: Any) -> None:
+    """Raises ``BadInputError`` for what is no state dict, before anything is looked up in it."""
+    if not isinstance(state_dict, Mapping):
         raise BadInputError(
-            Finding("option", "model is for a layout's name in `to`", fix="give only `to`")
+            Finding(
+                "not-tensors",
+                f"a {type(state_dict).__name__} is no state dict, which maps names to tensors",
+                fix="give model.state_dict(), or what torch.load or safetensors read",
+            )
         )
-    return _fitted(state_dict, mapping(to))
+    odd = [key for key in state_dict if not isinstance(key, str)]
+    if odd:
+        raise BadInputError(
+            Finding("not-tensors", "a name that is no text", key=repr(key), fix="take it out")
+            for key in odd
+        )
 
 
 def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStateDict:
     """As a live model wants it."""
-    from regraft.bridges.torch_tensors import place, state_of, whole
+    from regraft.bridges.torch_tensors import parameters_of, place, state_of, whole
 
-    resolved = _resolve(target, state_dict)
+    resolved = target.resolve(list(state_dict))
     report = StateDictReport(RIGHT, carried=list(resolved.carried))
+    report.left_out = list(of_no_part(target, resolved))
+    _check(target, resolved, state_dict, report.left_out)
     made: Tensors = {}
     findings: list[Finding] = []
     for part in resolved.parts:
@@ -116,31 +161,43 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
         made[place_] = state_dict[key]
     _raise(findings)
     own = state_of(target.live.root)
+    weights = parameters_of(target.live.root)
+    spoken = {weights[key]: tensor for key, tensor in made.items() if key in weights}
     result = ConvertedStateDict()
     for key, there in own.items():
+        if key not in made and weights.get(key) in spoken:
+            made[key] = spoken[weights[key]]  # tied to one that the source speaks of
         if key in made:
             result[key] = place(made.pop(key), there)
         else:
             result[key] = there
             report.kept.append(key)
-    for key, tensor in made.items():
-        result[key] = tensor
-    report.missing = _missing(target, report.kept, own)
-    if report.missing:
-        shown = ", ".join(pattern for pattern, _ in patterns(report.missing))
-        warnings.warn(
-            f"{len(report.missing)} weights of the model are not in the state dict and keep their values: {shown}",
-            stacklevel=3,
-        )
+    result.update(made)
+    quiet = {*target.live.own, *target.live.adapters}
+    report.missing = [key for key in report.kept if key in weights and key not in quiet]
+    _warn(report)
     result.report = report
     return result
+
+
+def _warn(report: StateDictReport) -> None:
+    """Of weights that were passed over, on either side."""
+    told = (
+        (report.missing, "weights of the model are not in the state dict and keep their values"),
+        (report.left_out, "tensors of the state dict are of a part that the model has not"),
+    )
+    for keys, message in told:
+        if keys:
+            shown = ", ".join(pattern for pattern, _ in patterns(keys))
+            warnings.warn(f"{len(keys)} {message}: {shown}", stacklevel=4)
 
 
 def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
     from regraft.bridges.torch_tensors import whole
 
-    resolved = _resolve(source, state_dict)
+    resolved = source.resolve(list(state_dict))
+    _check(source, resolved, state_dict, ())
     report = StateDictReport(layout)
     result = ConvertedStateDict()
     findings: list[Finding] = []
@@ -172,27 +229,50 @@ def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedState
     from regraft.checkpoints.detect import detect, make_plan
 
     names = list(state_dict)
+    _raise(_no_tensors(state_dict, names))
     headers = _headers(state_dict)
-    known = detect(headers, None, "the state dict")
+    try:
+        known = detect(headers, None, "the state dict")
+    except (AmbiguousError, UnmatchedKeysError) as error:
+        fix = "give the live model, too: model=..."
+        raise type(error)(replace(finding, fix=fix) for finding in error.findings) from None
     plan = make_plan(headers, known, layout, "the state dict")
     result = ConvertedStateDict(
         state_dict if plan is None else apply_plan(plan, [state_dict[n] for n in names])
     )
-    result.report = StateDictReport(layout, list(known.evidence), plan.fired() if plan else {})
+    fired = plan.fired() if plan else {}
+    rules = {rule: times for rule, times in fired.items() if times}
+    result.report = StateDictReport(layout, list(known.evidence), rules)
     return result
 
 
-def _resolve(target: LiveMapping, state_dict: Mapping[str, Any]) -> Resolved:
-    resolved = target.resolve(list(state_dict))
-    findings = [target.unknown(key) for key in resolved.unmatched]
+def _check(
+    target: LiveMapping, resolved: Resolved, state_dict: Mapping[str, Any], left_out: Sequence[str]
+) -> None:
+    """Raise what is wrong with the keys, and with what they stand for."""
+    gone = set(left_out)
+    findings = [target.unknown(key) for key in resolved.unmatched if key not in gone]
+    unmatched = bool(findings)
     for part in resolved.parts:
-        for double, kept in part.doubles.items():
-            if not _equal(state_dict[double], state_dict[kept]):
-                message = f"it is the same tensor as {kept}, and has other values"
-                findings.append(Finding("two-values", message, key=double, fix="keep one of them"))
+        findings += _no_tensors(state_dict, [*part.keys.values(), *part.doubles])
+    if not findings:
+        for part in resolved.parts:
+            for double, kept in part.doubles.items():
+                if not _equal(state_dict[double], state_dict[kept]):
+                    message = f"it is the same tensor as {kept}, and has other values"
+                    findings.append(
+                        Finding("two-values", message, key=double, fix="keep one of them")
+                    )
     if findings:
-        raise (UnmatchedKeysError if resolved.unmatched else BadInputError)(findings)
-    return resolved
+        raise (UnmatchedKeysError if unmatched else BadInputError)(findings)
+
+
+def _no_tensors(state_dict: Mapping[str, Any], keys: Iterable[str]) -> Iterator[Finding]:
+    for key in keys:
+        value = state_dict[key]
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            message = f"a {type(value).__name__}, where a tensor should be"
+            yield Finding("not-tensors", message, key=key, fix="take it out")
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -237,7 +317,8 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
     book = imported.book(list(go), shapes)
     plan = build_plan(_headers(go), [book], target_layout=layout, where="the state dict")
     for rule, times in plan.fired().items():
-        report.rules[rule] = report.rules.get(rule, 0) + times
+        if times:
+            report.rules[rule] = report.rules.get(rule, 0) + times
     made = apply_plan(plan, list(go.values()))
     twice = [key for key in made if key in result]
     _raise(
@@ -272,19 +353,6 @@ def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
 def _headers(tensors: Mapping[str, Any]) -> Headers:
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     return Headers(group_names(tensors), shapes, [str(t.dtype) for t in tensors.values()])
-
-
-def _missing(target: LiveMapping, kept: Sequence[str], own: Mapping[str, Any]) -> list[str]:
-    """Weights of a model that nothing in the source speaks of, ties and buffers left out."""
-    from regraft.bridges.torch_tensors import parameters_of
-
-    weights = parameters_of(target.live.root)
-    quiet = set(target.live.own) | set(target.live.adapters)
-    alone = set(kept)
-    spoken = {weights.get(key) for key in own if key not in alone}
-    return [
-        key for key in kept if key not in quiet and key in weights and weights[key] not in spoken
-    ]
 
 
 def _raise(findings: Iterable[Finding]) -> None:
