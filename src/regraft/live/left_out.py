@@ -1,9 +1,8 @@
-"""Tensors of a file that are of a part of the architecture which the live model was made without."""
+"""Tensors of a file that a live model has no place for, and need not have."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 from regraft.live.mapping import Mapping
 from regraft.names.live import LiveModel
@@ -14,21 +13,27 @@ _MAKES_POOLER = "add_pooling_layer"
 """The argument by which classes of transformers are made with a pooler or without."""
 
 
-def of_no_part(target: Mapping, resolved: Resolved) -> Iterator[str]:
-    """The unmatched keys that are a head's around a base model, or the pooler's of a model without one.
+def left_out(target: Mapping, resolved: Resolved) -> tuple[dict[str, str], dict[str, str]]:
+    """The unmatched keys that may be, each with the reason: those that are computed or ignored, and those that count.
 
-    A head's keys stand beside those that have the base model's prefix, which the base model alone has not.
+    The second are a head's around a base model, or the pooler's of a model without one. A head's keys stand beside
+    those that have the base model's prefix, which the base model alone has not.
     """
-    found: dict[str, None] = {}
+    quiet: dict[str, str] = {}
+    loud: dict[str, str] = {}
     for part in resolved.parts:
-        model = target.live.models[part.model]
+        model, imported = target.live.models[part.model], target.imported[part.model]
         outer = _around(part, model)
         for key in resolved.unmatched:
-            if outer is not None and key.startswith(outer[0]) and not key.startswith(outer[1]):
-                found[key] = None
-            elif key.startswith(part.prefix) and _is_pooler(key[len(part.prefix) :], model):
-                found[key] = None
-    yield from found
+            inside = key.startswith(part.prefix)
+            known = imported.unwanted(key[len(part.prefix) :]) if inside else None
+            if known is not None:
+                quiet[key] = known[0]
+            elif outer is not None and key.startswith(outer[0]) and not key.startswith(outer[1]):
+                loud[key] = f"{imported.name} has no head"
+            elif inside and _is_pooler(key[len(part.prefix) :], model):
+                loud[key] = f"{imported.name} was made without a pooler"
+    return quiet, {key: why for key, why in loud.items() if key not in quiet}
 
 
 def _around(part: Part, model: LiveModel) -> tuple[str, str] | None:

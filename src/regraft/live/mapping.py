@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,7 +126,24 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
                 fix="give a PreTrainedModel, or what holds one",
             )
         )
-    return Mapping(live, dict(key_mapping or {}))
+    return Mapping(live, _checked(key_mapping or {}))
+
+
+def _checked(key_mapping: Any) -> dict[str, str]:
+    """Raises ``BadInputError`` for what transformers would not take as patterns and replacements."""
+    if not isinstance(key_mapping, dict):
+        message = f"key_mapping is a {type(key_mapping).__name__}"
+        fix = "give a dict of patterns and replacements"
+        raise BadInputError(Finding("option", message, fix=fix))
+    for pattern, text in key_mapping.items():
+        try:
+            re.compile(pattern).sub(text, "")
+        except (re.error, TypeError, IndexError) as error:
+            message = f"key_mapping: no pattern and replacement: {error}"
+            raise BadInputError(
+                Finding("option", message, key=str(pattern), fix="correct it")
+            ) from None
+    return dict(key_mapping)
 
 
 def _changes(imported: Imported) -> dict[str, int]:

@@ -12,7 +12,7 @@ from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
-from regraft.live.left_out import of_no_part
+from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
 from regraft.names.keys import group_names
@@ -45,17 +45,16 @@ class StateDictReport:
     """Live keys that the source does not speak of; they have the values that the model has."""
     missing: list[str] = field(default_factory=list)
     """Those of them that are a model's own weights."""
-    left_out: list[str] = field(default_factory=list)
-    """Keys of the source that are a head's or a pooler's, and the model was made without one."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Keys of the source that the result has not, each with the reason: what the model computes itself, or ignores by
+    its own word; a head, or a pooler, that it was made without."""
 
     def __str__(self) -> str:
         lines = [f"to {self.layout}: " + "; ".join(self.prefixes)]
         lines += [f"  {rule}: {times} times" for rule, times in self.rules.items()]
-        lists = (
-            ("carried over", self.carried),
-            ("kept as they are", self.kept),
-            ("left out, for the model has no such part", self.left_out),
-        )
+        lists = [("carried over", self.carried), ("kept as they are", self.kept)]
+        for why in dict.fromkeys(self.left_out.values()):
+            lists.append((f"left out ({why})", [k for k, w in self.left_out.items() if w == why]))
         for title, names in lists:
             lines += [f"  {title}: {pattern} ({count})" for pattern, count in patterns(names)]
         return "\n".join(lines)
@@ -84,8 +83,8 @@ def convert_state_dict(
     Returns:
         The tensors; ``report`` says what was done. What the source does not speak of (a value head, an adapter, a
         buffer) has the live model's own values, and is named in ``report.kept``; a weight of the model among them is
-        warned of. So are, in ``report.left_out``, the head of a file whose base model alone is wanted, and a pooler
-        that the model was made without.
+        warned of. ``report.left_out`` names what the model computes itself or declares that it ignores; and, with a
+        warning, the head of a file whose base model alone is wanted, and a pooler that the model was made without.
 
     Raises:
         UnmatchedKeysError: keys that no model has a place for.
@@ -140,15 +139,13 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
 
     resolved = target.resolve(list(state_dict))
     report = StateDictReport(RIGHT, carried=list(resolved.carried))
-    report.left_out = list(of_no_part(target, resolved))
+    quiet, loud = left_out(target, resolved)
+    report.left_out = {**quiet, **loud}
     _check(target, resolved, state_dict, report.left_out)
     made: Tensors = {}
     findings: list[Finding] = []
-    for part in resolved.parts:
-        live = target.live.models[part.model]
-        report.prefixes.append(f"{live.path or 'the model'}: {part}")
-        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
-        new = _collect(findings, target.imported[part.model], tensors, RIGHT, report)
+    for number, _, new in _models(target, resolved, state_dict, RIGHT, report, findings):
+        live = target.live.models[number]
         for key, tensor in new.items():
             shape = live.skeleton.tensors.get(key)
             if shape is not None and tuple(tensor.shape) != tuple(shape):
@@ -159,64 +156,115 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
             made.update(dict.fromkeys(live.keys.get(key, ()), tensor))
     for key, place_ in resolved.carried.items():
         made[place_] = state_dict[key]
-    _raise(findings)
-    own = state_of(target.live.root)
     weights = parameters_of(target.live.root)
-    spoken = {weights[key]: tensor for key, tensor in made.items() if key in weights}
+    spoken: dict[int, str] = {}
+    for key in made:
+        if key in weights:
+            twin = spoken.setdefault(weights[key], key)
+            if twin != key and not _equal(made[key], made[twin]):
+                findings.append(_two_values(key, twin))
+    _raise(findings)
     result = ConvertedStateDict()
-    for key, there in own.items():
+    for key, there in state_of(target.live.root).items():
         if key not in made and weights.get(key) in spoken:
-            made[key] = spoken[weights[key]]  # tied to one that the source speaks of
+            made[key] = made[spoken[weights[key]]]  # tied to one that the source speaks of
         if key in made:
-            result[key] = place(made.pop(key), there)
+            result[key] = place(made[key], there)
         else:
             result[key] = there
             report.kept.append(key)
-    result.update(made)
-    quiet = {*target.live.own, *target.live.adapters}
-    report.missing = [key for key in report.kept if key in weights and key not in quiet]
-    _warn(report)
+    result.update((key, tensor) for key, tensor in made.items() if key not in result)
+    apart = {*target.live.own, *target.live.adapters}
+    report.missing = [key for key in report.kept if key in weights and key not in apart]
+    _warn(report.missing, "weights of the model are not in the state dict and keep their values")
+    _warn(loud, "tensors of the state dict are left out, for the model was made without such a part")
     result.report = report
     return result
 
 
-def _warn(report: StateDictReport) -> None:
+def _models(
+    mapping: LiveMapping,
+    resolved: Resolved,
+    state_dict: Mapping[str, Any],
+    layout: str,
+    report: StateDictReport,
+    findings: list[Finding],
+) -> Iterator[tuple[int, Part, Tensors]]:
+    """Each model's tensors in a layout, once; the same model may have been saved in two places."""
+    from regraft.bridges.torch_tensors import whole
+
+    done: dict[int, Tensors] = {}
+    for part in resolved.parts:
+        path = mapping.live.models[part.model].path
+        report.prefixes.append(f"{path or 'the model'}: {part}")
+        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
+        try:
+            new = _convert(mapping.imported[part.model], tensors, layout, report)
+        except RegraftError as error:
+            findings += error.findings
+            continue
+        before = done.setdefault(part.model, {})
+        for key in before.keys() & new.keys():
+            if not _equal(new[key], before[key]):
+                findings.append(_two_values(part.prefix + key, key))
+        fresh = {key: tensor for key, tensor in new.items() if key not in before}
+        before.update(fresh)
+        yield part.model, part, fresh
+
+
+def _two_values(key: str, other: str) -> Finding:
+    message = f"it is the same tensor as {other}, and has other values"
+    return Finding("two-values", message, key=key, fix="keep one of them")
+
+
+def _warn(keys: Iterable[str], message: str) -> None:
     """Of weights that were passed over, on either side."""
-    told = (
-        (report.missing, "weights of the model are not in the state dict and keep their values"),
-        (report.left_out, "tensors of the state dict are of a part that the model has not"),
-    )
-    for keys, message in told:
-        if keys:
-            shown = ", ".join(pattern for pattern, _ in patterns(keys))
-            warnings.warn(f"{len(keys)} {message}: {shown}", stacklevel=4)
+    shown = patterns(keys)
+    if shown:
+        count = sum(times for _, times in shown)
+        warnings.warn(f"{count} {message}: {', '.join(name for name, _ in shown)}", stacklevel=4)
 
 
 def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
-    from regraft.bridges.torch_tensors import whole
-
     resolved = source.resolve(list(state_dict))
-    _check(source, resolved, state_dict, ())
     report = StateDictReport(layout)
+    report.left_out, _ = left_out(source, resolved)
+    _check(source, resolved, state_dict, report.left_out)
     result = ConvertedStateDict()
     findings: list[Finding] = []
     several = len(source.live.models) > 1
-    for part in resolved.parts:
-        live = source.live.models[part.model]
-        report.prefixes.append(f"{live.path or 'the model'}: {part}")
-        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
-        new = _collect(findings, source.imported[part.model], tensors, layout, report)
-        front = f"{live.path}." if live.path and (several or _below(part, live.path)) else ""
+    for number, part, new in _models(source, resolved, state_dict, layout, report, findings):
+        live = source.live.models[number]
+        below = several or any(_below(part, path) for path in live.paths)
+        front = f"{live.path}." if live.path and below else ""
         result.update((front + key, tensor) for key, tensor in new.items())
-    names = {**source.live.own, **source.live.adapters}
     for key, place in resolved.carried.items():
-        name = names.get(place, place)
+        if place in source.live.adapters:
+            name = _with_depth(source.live.adapters[place], place)
+        else:
+            name = source.live.own.get(place, place)
         result[name] = state_dict[key]
         report.carried.append(name)
     _raise(findings)
     result.report = report
     return result
+
+
+def _with_depth(name: str, live_key: str) -> str:
+    """An adapter's name with the ``base_layer`` that tells it from another one around the same module.
+
+    >>> _with_depth("experts.lora_A.default", "base_model.model.experts.base_layer.lora_A.default")
+    'experts.base_layer.lora_A.default'
+    """
+    segments = live_key.split(".")
+    depth = segments.count("base_layer")
+    if not depth:
+        return name
+    tail = len(segments) - 1 - segments[::-1].index("base_layer")
+    cut = len(name.split(".")) - (len(segments) - tail - 1)
+    own = name.split(".")
+    return ".".join([*own[:cut], *["base_layer"] * depth, *own[cut:]])
 
 
 def _below(part: Part, path: str) -> bool:
@@ -247,22 +295,23 @@ def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedState
 
 
 def _check(
-    target: LiveMapping, resolved: Resolved, state_dict: Mapping[str, Any], left_out: Sequence[str]
+    target: LiveMapping,
+    resolved: Resolved,
+    state_dict: Mapping[str, Any],
+    left_out: Mapping[str, str],
 ) -> None:
     """Raise what is wrong with the keys, and with what they stand for."""
-    gone = set(left_out)
-    findings = [target.unknown(key) for key in resolved.unmatched if key not in gone]
+    findings = [target.unknown(key) for key in resolved.unmatched if key not in left_out]
     unmatched = bool(findings)
     for part in resolved.parts:
         findings += _no_tensors(state_dict, [*part.keys.values(), *part.doubles])
     if not findings:
-        for part in resolved.parts:
-            for double, kept in part.doubles.items():
-                if not _equal(state_dict[double], state_dict[kept]):
-                    message = f"it is the same tensor as {kept}, and has other values"
-                    findings.append(
-                        Finding("two-values", message, key=double, fix="keep one of them")
-                    )
+        findings = [
+            _two_values(double, kept)
+            for part in resolved.parts
+            for double, kept in part.doubles.items()
+            if not _equal(state_dict[double], state_dict[kept])
+        ]
     if findings:
         raise (UnmatchedKeysError if unmatched else BadInputError)(findings)
 
@@ -279,20 +328,6 @@ def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
-
-
-def _collect(
-    findings: list[Finding],
-    imported: Imported,
-    tensors: Tensors,
-    layout: str,
-    report: StateDictReport,
-) -> Tensors:
-    try:
-        return _convert(imported, tensors, layout, report)
-    except RegraftError as error:
-        findings += error.findings
-        return {}
 
 
 def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDictReport) -> Tensors:

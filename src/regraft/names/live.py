@@ -31,11 +31,13 @@ class LiveModel:
     """The models in it; itself first."""
     keys: LiveKeys
     """For each canonical key: the keys of the holder's state dict. More than one if a module stands in more places."""
+    computed: frozenset[str]
+    """Buffers that are not persistent."""
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """What is known of it without its weights. Shapes are read when this is first asked for."""
-        return _skeleton(self.submodels, self.keys.tensors)
+        return _skeleton(self.submodels, self.keys.tensors, self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,22 @@ class _Model:
     paths: list[str]
     submodels: list[SubModel] = field(default_factory=list)
     tensors: dict[str, _Found] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
     others: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def freeze(self) -> LiveModel:
         keys = LiveKeys(self.tensors, self.live, self.others)
         paths = tuple(dict.fromkeys(path[:-1] for path in self.paths))
         models = tuple(self.submodels)
-        return LiveModel(self.path[:-1], paths, self.live[:-1], self.module, models, keys)
+        return LiveModel(
+            self.path[:-1],
+            paths,
+            self.live[:-1],
+            self.module,
+            models,
+            keys,
+            frozenset(self.computed),
+        )
 
 
 _Shape = tuple[int, ...]
@@ -102,7 +113,9 @@ _Found = tuple[Any, Any]
 """A tensor, or the shape that it has when it is whole; and the module, if it is a parameter."""
 
 
-def _skeleton(submodels: tuple[SubModel, ...], found: Mapping[str, _Found]) -> Skeleton:
+def _skeleton(
+    submodels: tuple[SubModel, ...], found: Mapping[str, _Found], computed: frozenset[str]
+) -> Skeleton:
     """Shapes and kinds of what a walk found."""
     shapes: dict[str, _Shape] = {}
     kinds: dict[str, str] = {}
@@ -125,7 +138,7 @@ def _skeleton(submodels: tuple[SubModel, ...], found: Mapping[str, _Found]) -> S
             turned = getattr(module, "is_transposed", None) is True
             kinds[key] = "experts-transposed" if turned else "experts"
     parameters = {path: tuple(names) for path, names in direct.items()}
-    return Skeleton(submodels, shapes, kinds, parameters)
+    return Skeleton(submodels, shapes, kinds, parameters, computed)
 
 
 def walk(root: Any) -> Live:
@@ -220,6 +233,8 @@ class _Walk:
                     if live is not None:
                         model.others[canonical + name] = (live + name,)
             if inside["_buffers"]:
+                passing = inside["_non_persistent_buffers_set"]
+                model.computed.update(canonical + name for name in passing)
                 for name, buffer in _buffers(module):
                     model.tensors[canonical + name] = buffer, None
                     if live is not None:
