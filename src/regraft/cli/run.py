@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from regraft.cli import check  # noqa: F401 - it adds its command to app
 from regraft.cli.app import app
 from regraft.cli.output import Output
 from regraft.errors import (

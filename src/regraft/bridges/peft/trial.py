@@ -81,6 +81,7 @@ class Tried:
         return (
             self.error is None
             and self.unwanted is None
+            and bool(self.landings)
             and all(landing.outcome == "lands" for landing in self.landings)
         )
 
