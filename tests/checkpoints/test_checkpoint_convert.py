@@ -177,6 +177,13 @@ def test_dtypes_are_kept_and_cast_by_name(tmp_path):
     assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_pattern_that_fits_nothing(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    with pytest.raises(BadInputError, match=r"fits \*\.w1\.weight"):
+        convert(src, tmp_path / "out", dtype=["float16", "*.w1.weight=float32"])
+    assert beside(src) == ["src"]
+
+
 def test_two_types_in_one_target_are_refused(tmp_path):
     tensors = mixtral()
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
@@ -196,15 +203,6 @@ def test_unaligned_sources_are_laid_out_aligned(tmp_path):
     for name, info in header.tensors.items():
         assert (header.data_start + info.start) % (1 if "flags" in name else 4) == 0
     assert verify(src, tmp_path / "out").equal
-
-
-def test_metadata_and_aliases_are_kept(tmp_path):
-    tensors = mixtral()
-    metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight", "trained": "yes"}
-    del tensors["lm_head.weight"]
-    src = write_folder(tmp_path / "src", tensors, metadata=metadata)
-    convert(src, tmp_path / "out")
-    assert read_header(tmp_path / "out" / "model.safetensors").metadata == metadata
 
 
 def test_dry_run_writes_nothing(tmp_path):

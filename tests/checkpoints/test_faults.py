@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
 
 import regraft
 from regraft.checkpoints import convert as convert_module
-from regraft.checkpoints import engine, tiles, units, work
+from regraft.checkpoints import engine, tiles, units
 from regraft.errors import BadInputError
+from regraft.files import work
 
 V4, V5 = "transformers-v4", "transformers-v5"
 
@@ -140,6 +142,23 @@ def test_a_second_run_names_the_first(src, tmp_path):
     regraft.convert(src, tmp_path / "out", to=V5)
 
 
+def test_a_run_that_was_overtaken_does_not_begin(src, wanted, tmp_path, monkeypatch):
+    """Another run came to its end between the first look at the destination and the lock."""
+    out = tmp_path / "out"
+    check = convert_module.check_destination
+
+    def overtaken(*args, **options):
+        check(*args, **options)
+        monkeypatch.setattr(convert_module, "check_destination", check)
+        regraft.convert(src, out, to=V5)
+
+    monkeypatch.setattr(convert_module, "check_destination", overtaken)
+    with pytest.raises(BadInputError, match="came into being"):
+        regraft.convert(src, out, to=V5)
+    assert snapshot(out) == wanted
+    assert beside(out) == ["out", "src", "wanted"]
+
+
 def test_a_source_that_is_cut_while_it_is_read(src, tmp_path, monkeypatch):
     do = engine._Worker.do
     file = src / "model-00002-of-00003.safetensors"
@@ -179,10 +198,8 @@ def test_where_the_kernel_does_not_copy(src, wanted, tmp_path, monkeypatch, code
 
 
 def test_too_little_room_is_told_before_the_work(src, tmp_path, monkeypatch):
-    class Full:
-        f_bavail, f_frsize = 3, 512
-
-    monkeypatch.setattr(convert_module.os, "statvfs", lambda path: Full())
+    full = shutil._ntuple_diskusage(10**9, 10**9, 1536)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(BadInputError, match="are free"):
         regraft.convert(src, tmp_path / "out", to=V5)
     assert beside(tmp_path / "out") == ["src"]

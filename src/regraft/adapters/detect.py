@@ -16,7 +16,7 @@ from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
 from regraft.plan.model import Foreign, ModelConfig, Scope
-from regraft.rules.book import Book, books_for, library
+from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 
 
@@ -59,8 +59,13 @@ class Known:
     model_type: str | None
     """That of the whole base model, where it is known."""
     evidence: str
-    imported: bool = False
-    """Whether the book was made for just this model and this file, by the installed transformers."""
+    foreign: Foreign | None = None
+    """What made the book for just this model and this file, where that is not of the library."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether the book was made for just this model and this file."""
+        return self.foreign is not None
 
     @property
     def unmatched_fix(self) -> str:
@@ -86,7 +91,7 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    if not scan.pairs and not any(other.prefix for other in scan.others):
+    if not scan.modules() and not any(other.prefix for other in scan.others):
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
         model = _model_beside(config)
@@ -97,7 +102,9 @@ def find_books(
             if imported is not None:
                 book, told = imported
                 _check_family(config, model, where)
-                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", True)
+                return Known(
+                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)
@@ -142,9 +149,24 @@ def find_books(
 
 
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
-    """Whether some books know a model with all its parts."""
+    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
+    if own_layouts():
+        return True
     known = {name for book in books for name in book.model_types}
     return all(name in known for name in model.model_types())
+
+
+def base_names(scan: Scan) -> list[str]:
+    """Names that tensors of the base may have, judging by an adapter's keys; others are no name of the base."""
+    keys: list[str] = []
+    for pairs in scan.pairs:
+        keys += (f"{name}.weight" for name in pairs.modules.names())
+    for other in scan.others:
+        for name in other.keys.names():
+            keys.append(name)
+            parts = name.split(".")
+            keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
+    return keys
 
 
 def _ask(
@@ -155,14 +177,7 @@ def _ask(
     spelled: Sequence[str],
 ) -> tuple[Book, str] | None:
     """What the installed transformers knows of an adapter's base."""
-    keys = list(spelled)
-    for pairs in scan.pairs:
-        keys += (f"{name}.weight" for name in pairs.modules.names())
-    for other in scan.others:
-        for name in other.keys.names():
-            keys.append(name)
-            parts = name.split(".")
-            keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
+    keys = [*spelled, *base_names(scan)]
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     classes = [*([named] if isinstance(named, str) else []), *model.architectures()]
@@ -253,15 +268,12 @@ def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> Unmat
 
 
 def _candidates(scan: Scan) -> list[Group]:
-    groups = [
-        Group(pairs.modules.template + ".weight", pairs.modules.ids, pairs.modules.numbers)
-        for pairs in scan.pairs
-    ]
+    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in scan.modules()]
     return groups + [other.keys for other in scan.others]
 
 
 def _modules(scan: Scan) -> list[Group]:
-    return [pairs.modules for pairs in scan.pairs]
+    return scan.modules()
 
 
 def books_by_keys(scan: Scan) -> list[Book]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.dtypes import DTYPES
 from regraft.files.folder import load_json
 from regraft.files.header import TensorInfo, read_header
+from regraft.files.stamp import Stamp
 from regraft.names.keys import Ints
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UNFINISHED = ".regraft-in-place"
+"""A folder in which headers are kept while they are rewritten in place."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _ADAPTER = "adapter_config.json"
@@ -50,6 +53,10 @@ class File:
     metadata: Mapping[str, str]
     data_start: int
     """Where the data begins; 0 where there is no such place."""
+
+    def stamp(self) -> Stamp:
+        """What the file should still be."""
+        return Stamp(self.path, self.size, self.changed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +131,11 @@ def open_checkpoint(path: Path) -> Source:
     if path.is_file():
         found = [path]
         root = path.parent
+        part = _SHARD.fullmatch(path.name)
+        if part and int(part[3]) > 1:
+            message = f"it is one of {int(part[3])} files of a checkpoint"
+            fix = "give the folder that they are in"
+            raise BadInputError(Finding("one-shard", message, where=str(path), fix=fix))
         config = root / CONFIG if (root / CONFIG).is_file() else None
     else:
         root = path
@@ -136,7 +148,11 @@ def open_checkpoint(path: Path) -> Source:
         found = [root / name for name in weights]
         config = root / CONFIG if (root / CONFIG).is_file() else None
         others, left_out = _list_others(root, weights)
-    findings = _check_links(root, [*found, *(root / other for other in others)])
+    if (root / UNFINISHED).exists():
+        message = "a run that renamed its tensors in place did not come to its end"
+        fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
+        raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
+    findings = [*_check_links(root, [*found, *(root / other for other in others)])]
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
@@ -225,7 +241,9 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     others, left_out = [], []
     for folder, names, files in os.walk(root):
         inside = Path(folder).relative_to(root)
-        names[:] = sorted(n for n in names if n not in (".git", ".cache", "__pycache__"))
+        names[:] = sorted(
+            n for n in names if n not in (".git", ".cache", "__pycache__", UNFINISHED + ".tmp")
+        )
         for name in sorted(files):
             at_top = inside == Path()
             if at_top and name in own:
@@ -241,20 +259,21 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     return tuple(others), tuple(left_out)
 
 
-def _check_links(root: Path, paths: Iterable[Path]) -> list[Finding]:
-    """Links that lead out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
+def _check_links(root: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+    """Links that lead nowhere or out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
     home = root.resolve()
     allowed = (home, home.parent.parent / "blobs")
-    return [
-        Finding(
-            "link-outside",
-            f"it is a link that leads out of the folder, to {path.resolve()}",
-            where=str(path),
-            fix="replace the link with the file, if it is what you expect",
-        )
-        for path in paths
-        if path.is_symlink() and not any(path.resolve().is_relative_to(p) for p in allowed)
-    ]
+    for path in paths:
+        if not path.is_symlink():
+            continue
+        to = path.resolve()
+        if not any(to.is_relative_to(place) for place in allowed):
+            message = f"it is a link that leads out of the folder, to {to}"
+            fix = "replace the link with the file, if it is what you expect"
+            yield Finding("link-outside", message, where=str(path), fix=fix)
+        elif not path.exists():
+            message = f"it is a link to {to}, which does not exist"
+            yield Finding("missing-file", message, where=str(path), fix="remove it, or mend it")
 
 
 def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:

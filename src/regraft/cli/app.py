@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,9 @@ regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, 
   regraft convert out back --to transformers-v4        and back again
   regraft convert model out --to transformers-v5       the same for a whole checkpoint
   regraft verify model out                             check it, bit for bit
+  regraft explain model KEY --to transformers-v5       the way of one tensor
+  regraft diff model other                             what two files have in common
+  regraft rules lint mine.toml                         check a rule book of your own
 
   --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
   --dry-run       do everything but write
@@ -52,6 +56,16 @@ _Model = Annotated[
         metavar="PATH",
         help="The base model's folder or its config.json, of either version. Needed where the "
         "adapter itself doesn't tell what it is for, or how many experts there are.",
+        show_default=False,
+    ),
+]
+_Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rules",
+        metavar="BOOK",
+        help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be "
+        "given more than once.",
         show_default=False,
     ),
 ]
@@ -90,7 +104,8 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="The folder to write. It appears whole or not at all.",
+            help="The folder to write, or the file (.safetensors) where SRC is one weights file of "
+            "a model. It appears whole or not at all.",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +129,7 @@ def convert(
         ),
     ] = None,
     model: _Model = None,
+    rules: _Rules = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it exists.")
@@ -159,18 +175,58 @@ def convert(
             help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Adapters: compare what every target adds before and after, before anything is written.",
+        ),
+    ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Adapters: leave out components that add nothing, to rounding."
+        ),
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
+        ),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
+        ),
+    ] = False,
+    via: Annotated[
+        str | None,
+        typer.Option(
+            "--via",
+            metavar="WAY",
+            help="Adapters: what is done only by name. dense: a LoRA of full rank; svd:RANK (svd:16) or "
+            "svd:TOLERANCE (svd:1e-3): the best one of a lower rank, with its error.",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
     """Convert an adapter, or a whole checkpoint, to another layout.
 
-    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image.
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image, 4 not equal (--verify).
     """
-    _check_layout(to, "--to")
-    if source is not None:
+    if not rules:
+        _check_layout(to, "--to")
+    if source is not None and not rules:
         _check_layout(source, "--from")
     if shard_size is not None:
         _check_size(shard_size)
+    if via is not None:
+        _check_via(via)
     if dst is None and not in_place:
         raise typer.BadParameter("DST is missing", param_hint="DST")
     out = Output(json=json, quiet=quiet)
@@ -178,7 +234,7 @@ def convert(
     def job() -> int:
         from regraft.api import convert
 
-        with out.waiting() as progress:
+        with _own_books(rules), out.waiting() as progress:
             report = convert(
                 src,
                 src if dst is None else dst,
@@ -192,6 +248,11 @@ def convert(
                 jobs=jobs,
                 resume=resume,
                 in_place=in_place,
+                via=via,
+                compact=compact,
+                uniform_rank=uniform_rank,
+                verify=check,
+                merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
@@ -239,15 +300,32 @@ def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet 
 
 @app.command()
 def verify(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint: a folder or a file.")],
+    src: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="A checkpoint or an adapter: a folder or a file."),
+    ],
     dst: Annotated[
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
+    rules: _Rules = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            metavar="ERROR",
+            min=0,
+            help="Adapters: the relative error up to which two deltas are equal (1e-5).",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
-    """Check that a checkpoint is another one in its own layout: every element, bit for bit.
+    """Check that a checkpoint, or an adapter, is another one in its own layout.
+
+    A checkpoint is compared bit for bit. Of an adapter, what every target adds to its base is compared in
+    float64, matrix by matrix.
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
@@ -255,13 +333,26 @@ def verify(
 
     def job() -> int:
         from regraft.bridges.transformers.files import InstalledTransformers
+        from regraft.checkpoints.source import is_checkpoint
+
+        foreign = InstalledTransformers()
+        if not is_checkpoint(src):
+            from regraft.adapters.verify import TOLERANCE, verify_adapters
+            from regraft.cli.words import show_adapter_verification
+
+            limit = TOLERANCE if tolerance is None else tolerance
+            with _own_books(rules), out.waiting() as progress:
+                done = verify_adapters(src, dst, model, limit, progress, foreign)
+            if json:
+                out.data(done.to_dict())
+            elif not quiet:
+                show_adapter_verification(out, done)
+            return 0 if done.equal else 4
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
-        with out.waiting() as progress:
-            result = verify(
-                src, dst, model=model, progress=progress, foreign=InstalledTransformers()
-            )
+        with _own_books(rules), out.waiting() as progress:
+            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
         elif not quiet:
@@ -269,6 +360,25 @@ def verify(
         return 0 if result.equal else 4
 
     return job
+
+
+@contextmanager
+def _own_books(names: list[str] | None) -> Iterator[None]:
+    """Let the rule books of --rules stand in for the library."""
+    from regraft.rules.book import find_book, only_books
+
+    with only_books([find_book(name) for name in names or ()]):
+        yield
+
+
+def _check_via(text: str) -> None:
+    from regraft.adapters.ranks import Options
+    from regraft.errors import BadInputError
+
+    try:
+        Options(text)
+    except BadInputError as error:
+        raise typer.BadParameter(error.findings[0].message, param_hint="--via") from None
 
 
 def _check_size(text: str) -> None:

@@ -84,7 +84,9 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
     if verdict.rows:
         out.show(_table(verdict.rows[:_ROWS]))
         if len(verdict.rows) > _ROWS:
-            out.show(Text(f"… and {len(verdict.rows) - _ROWS} more; --json lists them all", WARNING))
+            out.show(
+                Text(f"… and {len(verdict.rows) - _ROWS} more; --json lists them all", WARNING)
+            )
         out.show(Text())
     out.show(_summary(verdict, result))
     if verdict.error is not None:
@@ -118,7 +120,9 @@ def _summary(verdict: Verdict, result: Check) -> Text:
         text.append(f": it loads with {result.layout} as it is, and has its full effect")
     elif verdict.healthy is None:
         text = Text.assemble(("Not proven", WARNING))
-        text.append(f": nothing speaks against loading it with {result.layout}, but it was not tried")
+        text.append(
+            f": nothing speaks against loading it with {result.layout}, but it was not tried"
+        )
     else:
         text = Text.assemble(("Not healthy", BAD), f" with {result.layout}")
     counts = ", ".join(f"{n} {_words(outcome)}" for outcome, n in verdict.counts.items())

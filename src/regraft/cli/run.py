@@ -12,13 +12,14 @@ from types import FrameType
 
 import typer
 
-from regraft.cli import check  # noqa: F401 - it adds its command to app
+from regraft.cli import check, diff, explain, rules  # noqa: F401 - they add their commands to app
 from regraft.cli.app import app
 from regraft.cli.output import Output
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
     Finding,
+    NotEqualError,
     RefusedError,
     RegraftError,
     UnmatchedKeysError,
@@ -33,6 +34,7 @@ _KINDS: tuple[tuple[type[RegraftError], str, str, int], ...] = (
     (UnmatchedKeysError, "unmatched-keys", "nothing explains these keys", BAD_INPUT),
     (AmbiguousError, "ambiguous", "more than one reading fits", BAD_INPUT),
     (BadInputError, "bad-input", "bad input", BAD_INPUT),
+    (NotEqualError, "not-equal", "not equal", NO),
     (RefusedError, "refused", "refused, because there is no exact image", REFUSED),
 )
 

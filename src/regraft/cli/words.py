@@ -19,6 +19,7 @@ from regraft.report import AdapterReport, Report, Target
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
+    from regraft.adapters.verify import AdapterVerification
 
 GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"
 _ROWS = 40
@@ -33,6 +34,8 @@ class _Row:
     target: Target
     """One of those that the pattern stands for; they are alike."""
     how: str
+    error: float = 0.0
+    """The largest one."""
 
 
 def show_report(out: Output, report: Report, load: bool = True) -> None:
@@ -75,18 +78,34 @@ def _targets(rows: Sequence[_Row], width: int) -> Table:
             str(row.target.rank),
             f"{row.target.scale:g}",
             *([how] if beside else []),
-            _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING),
+            _numbers_of(row),
         )
     return table
+
+
+def _numbers_of(row: _Row) -> Text:
+    """What became of a target's numbers."""
+    if row.target.rung == "svd":
+        return _cell(f"off by {row.error:.2g}", WARNING)
+    told = {"lora": "exact, as LoRA", "base": "exact, by the base", "dense": "full rank"}
+    if row.target.rung in told:
+        return _cell(told[row.target.rung], GOOD)
+    return _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING)
 
 
 def _rows_of(adapter: AdapterReport) -> list[_Row]:
     alike: dict[tuple[object, ...], list[Target]] = {}
     for target in adapter.targets:
-        looks = (target.rank, target.scale, target.rule, target.exact)
+        looks = (target.rank, target.scale, target.rule, target.exact, target.rung)
         alike.setdefault(looks, []).append(target)
     return [
-        _Row(pattern, count, targets[0], _how(targets[0].rule, adapter))
+        _Row(
+            pattern,
+            count,
+            targets[0],
+            _how(targets[0].rule, adapter),
+            max(target.error for target in targets),
+        )
         for targets in alike.values()
         for pattern, count in patterns(target.key for target in targets)
     ]
@@ -100,17 +119,22 @@ def _how(rule: str, adapter: AdapterReport) -> str:
 
 def _summary(adapter: AdapterReport) -> Text:
     text = Text(f"{adapter.tensors_in} tensors in, {adapter.tensors_out} out")
-    rescaled = sum(not target.exact for target in adapter.targets)
+    rescaled = sum(not target.exact and target.rung == "family" for target in adapter.targets)
+    stands_in = sum(target.rung != "family" for target in adapter.targets)
     if adapter.copied:
         text.append("; copied as they are")
     elif rescaled:
         text.append(f"; {rescaled} of {len(adapter.targets)} targets ")
         text.append("rescaled", WARNING)
+    elif stands_in:
+        text.append(f"; LoRA stands in for another family in {stands_in} targets")
     elif adapter.targets:
         text.append("; ")
         text.append("every number is the source's own, bit for bit", GOOD)
     if adapter.carried and not adapter.copied:
         text.append(f"; {_count(adapter.carried, 'tensor')} of them no LoRA factors")
+    if adapter.verified:
+        text.append(f"; verified, the largest relative error is {adapter.error:.2g}", GOOD)
     return text
 
 
@@ -133,6 +157,21 @@ def _last_line(report: Report) -> Text:
     text = Text(f"Load with transformers {version}: ")
     text.append("; ".join(calls), NAME)
     return text
+
+
+def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
+    """Whether two adapters add the same to their bases."""
+    for finding in result.differences[:_FINDINGS]:
+        out.show(Text(visible(str(finding))))
+    if len(result.differences) > _FINDINGS:
+        out.show(Text(f"… and {len(result.differences) - _FINDINGS} more; --json lists them all"))
+    counted = f"{_count(len(result.targets), 'target')}, {_count(result.others, 'other tensor')}"
+    error = f"the largest relative error is {result.error:.2g}"
+    if result.equal:
+        out.show(Text.assemble(("Equal", GOOD), f": {counted}; {error}"))
+    else:
+        count = _count(len(result.differences), "difference")
+        out.show(Text.assemble(("Not equal", BAD), f": {count} in {counted}; {error}"))
 
 
 def _quote(text: str) -> str:

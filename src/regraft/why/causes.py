@@ -43,7 +43,10 @@ _ERRORS: tuple[tuple[str, str], ...] = (
         r"^KeyError: .*(weight|bias)'?$",
         "PEFT does not rename saved modules: the file has them under their old names",
     ),
-    (r"base_model_prefix", "PEFT asks the holder of the model for something that only the model has"),
+    (
+        r"base_model_prefix",
+        "PEFT asks the holder of the model for something that only the model has",
+    ),
 )
 
 
@@ -92,9 +95,7 @@ def _cause(
                 "name are not adapted"
             )
         if row.detail.startswith("PEFT makes"):
-            return (
-                "PEFT makes the layer, but looks for its tensors under another name than they have or get"
-            )
+            return "PEFT makes the layer, but looks for its tensors under another name than they have or get"
         if moved:
             return (
                 "the file and its config have old names here, which PEFT does not translate; tensors without a "
@@ -102,7 +103,11 @@ def _cause(
             )
         return "the config does not name it in a way that PEFT understands"
     if row.outcome == "differs":
-        return "PEFT's own conversion gives other values here" if moved else "PEFT computes something else here"
+        return (
+            "PEFT's own conversion gives other values here"
+            if moved
+            else "PEFT computes something else here"
+        )
     if row.outcome == "extra":
         return "PEFT adapts more than the adapter did: filters by layer and name do not hold for parameters"
     if row.outcome in ("uncalled", "fails"):

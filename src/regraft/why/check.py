@@ -112,17 +112,17 @@ class _Checker:
             self.attempt(source, converted, known, model, verdict)
         if verdict.rows and all(row.dead for row in verdict.rows):
             verdict.healthy = False
-            verdict.causes.append("B is zero in every LoRA, as it is before training: it changes nothing")
+            verdict.causes.append(
+                "B is zero in every LoRA, as it is before training: it changes nothing"
+            )
             if not verdict.remedy:
                 verdict.no_remedy = "there is nothing in it to convert"
         return verdict
 
-    def convert(
-        self, source: Source, to: Layout
-    ) -> tuple[Converted | None, RegraftError | None]:
+    def convert(self, source: Source, to: Layout) -> tuple[Converted | None, RegraftError | None]:
         """The adapter in a layout, or why it cannot be in it."""
         try:
-            return convert_adapter(source, to, self.config, None, self.foreign), None
+            return convert_adapter(source, to, self.config, foreign=self.foreign), None
         except RegraftError as error:
             return None, error
 
@@ -294,7 +294,14 @@ def _facts(landing: Landing) -> dict[str, Any]:
 
 def _same(source: Source, converted: Converted) -> bool:
     """Whether a conversion changed neither names nor values, nor what the config names."""
-    fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save")
+    fields = (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_parameters",
+        "modules_to_save",
+    )
     return (
         source.tensors.keys() == converted.tensors.keys()
         and all(

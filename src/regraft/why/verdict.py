@@ -58,7 +58,9 @@ def rows_of(alike: Iterable[tuple[str, dict[str, Any]]]) -> list[Row]:
     for looks, keys in groups.items():
         found = patterns(keys)
         for pattern, count in found:
-            rows.append(Row(pattern, count, **dict(looks), keys=tuple(keys) if len(found) == 1 else ()))
+            rows.append(
+                Row(pattern, count, **dict(looks), keys=tuple(keys) if len(found) == 1 else ())
+            )
     return sorted(rows, key=lambda row: row.outcome == "lands")
 
 

@@ -7,7 +7,6 @@ the same model with the adapter as regraft converts and loads it. In a process o
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import tempfile
 import warnings
@@ -271,7 +270,7 @@ def as_peft_finds_it(weights: Path, config: Path) -> Iterator[str]:
             (weights, f"adapter_model{weights.suffix}"),
             (config, "adapter_config.json"),
         ):
-            os.symlink(path.resolve(), Path(folder) / name)
+            (Path(folder) / name).symlink_to(path.resolve())
         yield folder
 
 

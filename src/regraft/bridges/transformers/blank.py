@@ -23,7 +23,8 @@ _MARK = 0.4375
 
 def classes_of(model: ModelConfig, named: str | None) -> list[str]:
     """The classes that a model may be, the likeliest first: that which an adapter names, those of its config, its
-    bare model."""
+    bare model.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 

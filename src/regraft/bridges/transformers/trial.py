@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import sys
 import tempfile
 import warnings
@@ -129,10 +128,10 @@ def _key(entry: Any) -> str:
 def _quiet() -> Iterator[None]:
     import transformers
 
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
+    words: Any = transformers.utils.logging
+    level, bars = words.get_verbosity(), words.is_progress_bar_enabled()
+    words.set_verbosity(logging.CRITICAL)
+    words.disable_progress_bar()
     try:
         with (
             warnings.catch_warnings(),
@@ -142,9 +141,9 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(level)
+        words.set_verbosity(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            words.enable_progress_bar()
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def as_a_folder(path: Path) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
         name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
-        os.symlink(path.resolve(), Path(folder) / name)
+        (Path(folder) / name).symlink_to(path.resolve())
         yield folder
 
 
