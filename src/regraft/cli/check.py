@@ -13,11 +13,13 @@ from rich.text import Text
 from regraft.cli.app import Job, _check_layout, _Json, _Model, _Quiet, app
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING
+from regraft.why.verdict import OUTCOMES, Row, Verdict
 
 if TYPE_CHECKING:
-    from regraft.why.verdict import Check, Row, Verdict
+    from regraft.why.verdict import Check
 
 _ROWS = 40
+_FINDINGS = 5
 _WARNINGS = 3
 _LENGTH = 300
 
@@ -80,7 +82,7 @@ def _show(out: Output, result: Check) -> None:
 def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
     name = verdict.name or Path(result.source).name or result.source
     kind = verdict.kind if verdict.layout is None else f"{verdict.kind}, {verdict.layout}"
-    out.show(Text.assemble((visible(name), NAME), f": {kind}; {_answer(verdict)[0]}"), Text())
+    out.show(Text.assemble((visible(name), NAME), f": {kind}; {_answer(verdict)}"), Text())
     if verdict.rows:
         out.show(_table(verdict.rows[:_ROWS]))
         if len(verdict.rows) > _ROWS:
@@ -93,8 +95,11 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
         _line(out, "It fails", verdict.error, BAD)
     for cause in verdict.causes:
         _line(out, "Cause", cause, WARNING)
-    for finding in verdict.findings[:_ROWS]:
-        _line(out, "Problem", str(finding), BAD)
+    for finding in verdict.findings[:_FINDINGS]:
+        out.show(Text.assemble(("Problem: ", BAD), visible(str(finding))))
+    if len(verdict.findings) > _FINDINGS:
+        left = len(verdict.findings) - _FINDINGS
+        out.show(Text(f"… and {left} more; --json lists them all", WARNING))
     for note in verdict.notes:
         _line(out, "Note", note, WARNING)
     if not verdict.healthy:
@@ -108,10 +113,10 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
         _line(out, "Nothing mends it", verdict.no_remedy, BAD)
 
 
-def _answer(verdict: Verdict) -> tuple[str, str]:
+def _answer(verdict: Verdict) -> str:
     if verdict.tried is not None:
-        return f"tried with {verdict.tried}", FAINT
-    return "judged by names, shapes and config", FAINT
+        return f"tried with {verdict.tried}"
+    return "judged by names, shapes and config"
 
 
 def _summary(verdict: Verdict, result: Check) -> Text:
@@ -125,18 +130,12 @@ def _summary(verdict: Verdict, result: Check) -> Text:
         )
     else:
         text = Text.assemble(("Not healthy", BAD), f" with {result.layout}")
-    counts = ", ".join(f"{n} {_words(outcome)}" for outcome, n in verdict.counts.items())
+    counts = ", ".join(f"{n} {OUTCOMES[outcome][1]}" for outcome, n in verdict.counts.items())
     if counts:
         text.append(f": {counts}" if verdict.healthy is False else f" ({counts})")
     if verdict.dead:
         text.append(f"; {verdict.dead} dead, because B is zero", WARNING)
     return text
-
-
-def _words(outcome: str) -> str:
-    from regraft.why.verdict import OUTCOMES
-
-    return OUTCOMES[outcome]
 
 
 def _table(rows: list[Row]) -> Table:
@@ -160,7 +159,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _outcome(row: Row) -> Text:
-    text = Text(_words(row.outcome), GOOD if row.outcome == "lands" else BAD)
+    text = Text(OUTCOMES[row.outcome][0], GOOD if row.outcome == "lands" else BAD)
     if row.factor is not None:
         text.append(f": {row.factor:.4g} times what it should be")
     if row.dead:

@@ -216,14 +216,14 @@ class _Checker:
         verdict.tried = f"{tried.versions}, {tried.model_class}"
         verdict.error, verdict.warnings = tried.error, tried.warnings
         landings = [self.called(landing, known) for landing in tried.landings]
-        if tried.error is not None and converted is not None:
-            facts = [{"rank": t.rank, "scale": t.scale} for t in converted.report.targets]
-            keys = [t.key for t in converted.report.targets]
-            verdict.rows = rows_of(
-                (key, {"outcome": "fails", **fact}) for key, fact in zip(keys, facts, strict=True)
-            )
+        if tried.error is not None:
             verdict.causes = causes_of_error(tried.error)
-        else:
+        if tried.error is not None and converted is not None:
+            verdict.rows = rows_of(
+                (t.key, {"outcome": "refused", "rank": t.rank, "scale": t.scale})
+                for t in converted.report.targets
+            )
+        elif tried.error is None:
             verdict.rows = rows_of((landing.key, _facts(landing)) for landing in landings)
             reclaimed = (
                 reclaimed_names(source.config, known, self.to.name) if known is not None else ()

@@ -10,19 +10,20 @@ from regraft.errors import Finding
 from regraft.names.patterns import patterns
 
 OUTCOMES = {
-    "lands": "lands",
-    "dropped": "dropped silently",
-    "scaled": "wrong scale",
-    "differs": "other values",
-    "extra": "adapted without cause",
-    "uncalled": "has no effect there",
-    "fails": "fails when it runs",
-    "elsewhere": "stands elsewhere there",
-    "missing": "missing",
-    "unexpected": "not used",
-    "mismatched": "wrong shape",
+    "lands": ("lands", "land"),
+    "dropped": ("dropped silently", "dropped silently"),
+    "scaled": ("wrong scale", "with a wrong scale"),
+    "differs": ("other values", "with other values"),
+    "extra": ("adapted without cause", "adapted without cause"),
+    "uncalled": ("no effect", "without effect"),
+    "fails": ("fails when the model runs", "that fail when the model runs"),
+    "refused": ("not loaded", "not loaded"),
+    "elsewhere": ("another name or shape there", "under another name or shape there"),
+    "missing": ("missing", "missing"),
+    "unexpected": ("not used", "not used"),
+    "mismatched": ("wrong shape", "with a wrong shape"),
 }
-"""What can become of a tensor, and in words."""
+"""What can become of a tensor: in words, and in words after a number."""
 
 
 @dataclass(frozen=True, slots=True)

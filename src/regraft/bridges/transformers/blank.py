@@ -22,9 +22,7 @@ _MARK = 0.4375
 
 
 def classes_of(model: ModelConfig, named: str | None) -> list[str]:
-    """The classes that a model may be, the likeliest first: that which an adapter names, those of its config, its
-    bare model.
-    """
+    """The classes that a model may be, the likeliest first; ``named`` is the one that an adapter names."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
