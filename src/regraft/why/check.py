@@ -29,7 +29,7 @@ from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import Finding, RegraftError
-from regraft.layouts import Layout, other_layout, parse_layout
+from regraft.layouts import Layout, parse_layout
 from regraft.names.keys import group_names
 from regraft.plan.model import ModelConfig
 from regraft.rules.templates import match_group
@@ -149,18 +149,17 @@ class _Checker:
             folder = stack.enter_context(
                 as_peft_finds_it(source.weights, Path(source.where) / CONFIG)
             )
-            wanted, remedies = None, {}
+            wanted: str | None = None
+            remedies: tuple[str, ...] = ()
             if converted is not None:
                 wanted = str(scratch / "wanted")
                 save_adapter(scratch / "wanted", source, converted)
-                if converted.report.copied:
-                    remedies = self.there_and_back(source, scratch)
-                else:
-                    remedies[wanted] = self.commands(source, [self.to])
+                if not converted.report.copied:
+                    remedies = (wanted,)
             mapping = source.config.get("auto_mapping")
             named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
             try:
-                tried = self.peft.attempt(Trial(model, named, folder, wanted, tuple(remedies)))
+                tried = self.peft.attempt(Trial(model, named, folder, wanted, remedies))
             except RegraftError as error:
                 self.judge(source, converted, verdict)
                 verdict.findings += error.findings
@@ -169,40 +168,24 @@ class _Checker:
         if verdict.healthy:
             return
         if tried.remedy is not None:
-            verdict.remedy, verdict.remedy_tried = remedies[tried.remedy], True
+            verdict.remedy, verdict.remedy_tried = self.remedy(source), True
         elif converted is None:
             verdict.no_remedy = "regraft cannot convert it: " + _first(verdict.findings)
+        elif converted.report.copied:
+            verdict.no_remedy = f"it is in {self.to} already, and regraft would make the same of it"
         else:
-            verdict.no_remedy = "what regraft makes of it does not load rightly either" + (
-                f": {tried.unwanted}" if tried.unwanted else ""
-            )
+            why = f": {tried.unwanted}" if tried.unwanted else ""
+            verdict.no_remedy = f"what regraft makes of it does not load rightly either{why}"
 
-    def there_and_back(self, source: Source, scratch: Path) -> dict[str, list[str]]:
-        """The adapter anew in the layout that it is in, by way of the other one."""
-        away = Layout(other_layout(self.to.name))
-        old, _ = self.convert(source, away)
-        if old is None or old.report.copied:
-            return {}
-        save_adapter(scratch / "away", source, old)
-        new, _ = self.convert(open_adapter(scratch / "away", scratch / "away"), self.to)
-        if new is None:
-            return {}
-        save_adapter(scratch / "again", source, new)
-        return {str(scratch / "again"): self.commands(source, [away, self.to])}
-
-    def commands(self, source: Source, ways: Sequence[Layout]) -> list[str]:
-        """The command lines that lead to the last of some layouts by way of the others."""
+    def remedy(self, source: Source) -> list[str]:
+        """The command line that converts it."""
         src = self.src / source.name if source.name else self.src
-        end = [] if self.told is None else ["--model", str(self.told)]
-        lines = []
-        for layout in ways:
-            version = str(layout).partition("/")[0].rpartition("-")[2]
-            dst = (self.src if self.src.is_dir() else self.src.parent) / source.name
-            out = dst.with_name(f"{dst.name}-{version}")
-            words = ["regraft", "convert", str(src), str(out), "--to", str(layout), *end]
-            lines.append(shlex.join(words))
-            src = out
-        return lines
+        beside = (self.src if self.src.is_dir() else self.src.parent) / source.name
+        version = str(self.to).partition("/")[0].rpartition("-")[2]
+        dst = beside.resolve() if not beside.name else beside
+        out = dst.with_name(f"{dst.name}-{version}")
+        words = ["regraft", "convert", str(src), str(out), "--to", str(self.to)]
+        return [shlex.join(words + ([] if self.told is None else ["--model", str(self.told)]))]
 
     def tell(
         self,
@@ -228,7 +211,7 @@ class _Checker:
             reclaimed = (
                 reclaimed_names(source.config, known, self.to.name) if known is not None else ()
             )
-            moved = converted is not None and not converted.report.copied
+            moved = converted is not None and converted.report.source_layout != self.to.name
             verdict.causes = causes_of_rows(verdict.rows, source.config, reclaimed, moved)
         if tried.unwanted is not None:
             verdict.notes.append(f"what should land cannot be told: {tried.unwanted}")
@@ -273,7 +256,7 @@ class _Checker:
                 f"it is in {converted.report.source_layout}: names, shapes or the config are others in "
                 f"{self.to}, and what does not fit is left out or refused"
             )
-            verdict.remedy = self.commands(source, [self.to])
+            verdict.remedy = self.remedy(source)
         elif inspected.problems:
             verdict.no_remedy = "its files are wrong in themselves"
         else:
