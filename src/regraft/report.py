@@ -24,7 +24,7 @@ class Target:
     """Whether PEFT adapts it through ``target_parameters``."""
     rung: str = "family"
     """How it was reached: ``family`` (what it was), ``lora`` (exactly, as LoRA), ``base`` (the same, with the base's
-    weights), ``dense`` or ``svd`` (on request)."""
+    weights), ``dense`` or ``svd`` (on request), ``merged`` (there is no adapter any more)."""
     error: float = 0.0
     """How far an approximation is off, relative to the delta's Frobenius norm."""
 

@@ -26,7 +26,7 @@ from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import families_page  # noqa: E402
+import families_page
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

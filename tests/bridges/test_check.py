@@ -20,6 +20,7 @@ from golden_models import (  # noqa: E402
 )
 
 import regraft  # noqa: E402
+from regraft.bridges.helper import Helper  # noqa: E402
 from regraft.bridges.peft.trial import StockPeft  # noqa: E402
 from regraft.cli import main  # noqa: E402
 from regraft.files.safetensors import open_tensors, write_tensors  # noqa: E402
@@ -265,11 +266,11 @@ def test_in_a_process_of_its_own():
     """Where PEFT is hooked, or not imported, another process tries; it says the same."""
     name = "mixtral__gate_up"
     here = checked(case_folder(name), name)
-    tried = StockPeft()
+    tried = StockPeft(Helper("regraft.bridges.peft.trial"))
     with regraft.installed():
         there = checked(case_folder(name), name, peft=tried)
-    assert tried._helper._process is not None
-    tried.close()
+    assert tried.helper.is_running
+    tried.helper.close()
     assert (there.counts, there.healthy) == (here.counts, here.healthy)
 
 

@@ -448,7 +448,13 @@ class _Conversion:
         metadata = {"format": "pt", **self.source.metadata}
         before = self.config_was or self.config
         metadata[KEY] = write_remembered(
-            self.to.name, Origin(self.layout, self.packing), before, config, Record(), kept.table
+            self.to.name,
+            Origin(self.layout, self.packing),
+            before,
+            config,
+            Record(),
+            kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, aside)
 

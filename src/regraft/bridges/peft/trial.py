@@ -21,7 +21,7 @@ from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 
-_NAME = "regraft.bridges.peft.trial"
+_THERE = Helper("regraft.bridges.peft.trial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ class Tried:
 class StockPeft:
     """The installed PEFT, unless it is not there."""
 
-    _helper: Helper = field(default_factory=lambda: Helper(_NAME))
+    helper: Helper = field(default_factory=lambda: _THERE)
+    """The process that tries."""
 
     @property
     def is_there(self) -> bool:
@@ -111,7 +112,7 @@ class StockPeft:
         if "peft" in sys.modules and not _is_hooked():
             return attempt(trial)
         try:
-            found: Tried = self._helper.ask(trial)
+            found: Tried = self.helper.ask(trial)
         except HelperEndedError as error:
             raise BadInputError(
                 Finding(
@@ -122,10 +123,6 @@ class StockPeft:
                 )
             ) from error
         return found
-
-    def close(self) -> None:
-        """End the process that was asked."""
-        self._helper.close()
 
 
 def _is_hooked() -> bool:

@@ -9,23 +9,18 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from regraft.bridges.helper import Helper, HelperEndedError, answer_all
+from regraft.bridges.helper import HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
 
-_NAME = "regraft.bridges.transformers.files"
 
-
-@dataclass(slots=True)
 class InstalledTransformers:
     """What the installed transformers knows of models.
 
     It is asked in a process of its own, unless it is imported already: torch and transformers take some hundred
     megabytes, and a conversion of files needs none of it.
     """
-
-    _helper: Helper = field(default_factory=lambda: Helper(_NAME))
 
     def book(
         self,
@@ -47,19 +42,12 @@ class InstalledTransformers:
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
-        return self._ask(question)
-
-    def _ask(self, question: _Question) -> tuple[Book, str] | None:
         try:
-            found: tuple[Book, str] | None = self._helper.ask(question)
+            found: tuple[Book, str] | None = _THERE.ask(question)
         except HelperEndedError as error:
             message = f"the process that asks transformers failed: {error}"
-            raise _unusable(question.model, message) from error
+            raise _unusable(model, message) from error
         return found
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        self._helper.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +151,7 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE = _InProcess()
+_HERE, _THERE = _InProcess(), _OtherProcess()
 
 
 if __name__ == "__main__":

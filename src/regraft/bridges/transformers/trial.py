@@ -19,7 +19,7 @@ from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 
-_NAME = "regraft.bridges.transformers.trial"
+_THERE = Helper("regraft.bridges.transformers.trial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,8 @@ def try_checkpoint(question: Loading) -> Loaded:
     """
     if "transformers" in sys.modules:
         return attempt(question)
-    helper = Helper(_NAME)
     try:
-        found: Loaded = helper.ask(question)
+        found: Loaded = _THERE.ask(question)
     except HelperEndedError as error:
         raise BadInputError(
             Finding(
@@ -71,8 +70,6 @@ def try_checkpoint(question: Loading) -> Loaded:
                 fix="give the config.json that belongs to the model",
             )
         ) from error
-    finally:
-        helper.close()
     return found
 
 
