@@ -41,7 +41,7 @@ from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.unbound import check_unbound
-from regraft.adapters.variants import reclaimed_names
+from regraft.adapters.variants import claimed_names, reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
 from regraft.errors import (
     AmbiguousError,
@@ -259,10 +259,22 @@ class _Conversion:
         """Whether it is in the target layout, with experts packed as they are to be."""
         if self.layout != self.to.name or self.options.asks:
             return False
+        if self.plain and self.is_claimed():
+            return False
         if not self.plain or not self.config.get("target_parameters"):
             return True
         have = self.packing or packing_of_version(self.config.get("peft_version"))
         return have == self.to.usual_packing
+
+    def is_claimed(self) -> bool:
+        """Whether it names modules in a way that makes PEFT adapt the experts in their place."""
+        names = claimed_names(self.config, self.known, self.to.name)
+        targets = self.config.get("target_modules")
+        return any(
+            path.rpartition(".")[2] in names and targets_module(targets, path)
+            for pairs in self.scan.pairs
+            for path in (pairs.modules.names() if names and not pairs.depth else ())
+        )
 
     def copy(self, why: str | None = None) -> Converted:
         report = self.new_report()

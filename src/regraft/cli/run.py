@@ -12,7 +12,7 @@ from types import FrameType
 
 import typer
 
-from regraft.cli import diff, explain, rules  # noqa: F401 - they add their commands to app
+from regraft.cli import check, diff, explain, rules  # noqa: F401 - they add their commands to app
 from regraft.cli.app import app
 from regraft.cli.output import Output
 from regraft.errors import (

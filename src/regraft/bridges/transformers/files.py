@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
-import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from threading import Lock
 from typing import Any
 
+from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
@@ -48,57 +43,12 @@ class InstalledTransformers:
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
-        return _THERE.ask(question)
-
-
-@dataclass(slots=True)
-class _OtherProcess:
-    """A process with transformers in it, begun when it is first asked, and shared by all conversions of this one."""
-
-    _process: subprocess.Popen[bytes] | None = None
-    _owner: int = 0
-    _lock: Lock = field(default_factory=Lock)
-
-    def ask(self, question: _Question) -> tuple[Book, str] | None:
-        """Its answer; what it raised is raised here."""
-        with self._lock:
-            return self._ask(question)
-
-    def _ask(self, question: _Question) -> tuple[Book, str] | None:
-        if self._process is None or self._owner != os.getpid():
-            self._owner = os.getpid()
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
         try:
-            pickle.dump(question, process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            self.close()
-            message = f"the process that asks transformers ended ({process.returncode})"
-            raise _unusable(question.model, message) from None
-        if isinstance(answer, RegraftError):
-            raise answer
-        found: tuple[Book, str] | None = answer
+            found: tuple[Book, str] | None = _THERE.ask(question)
+        except HelperEndedError as error:
+            message = f"the process that asks transformers failed: {error}"
+            raise _unusable(model, message) from error
         return found
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
-            process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,30 +159,11 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE, _THERE = _InProcess(), _OtherProcess()
-atexit.register(_THERE.close)
-
-
-def main() -> None:
-    """Answer questions, pickled, from the standard input to the standard output, until there are no more."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    while True:
-        try:
-            question = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer: object
-        try:
-            answer = _HERE.answer(question)
-        except RegraftError as error:
-            answer = error
-        pickle.dump(answer, out)
-        out.flush()
+_HERE, _THERE = _InProcess(), Helper(__name__)
 
 
 if __name__ == "__main__":
     # Under its own name, so that what is pickled is found again.
     from regraft.bridges.transformers import files
 
-    files.main()
+    answer_all(files._HERE.answer, (RegraftError,))
