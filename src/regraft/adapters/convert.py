@@ -38,10 +38,11 @@ from regraft.errors import (
 )
 from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
-from regraft.plan.plan import Plan
-from regraft.report import AdapterReport, Target
+from regraft.plan.plan import Headers, Plan
+from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 
 
@@ -206,6 +207,7 @@ class _Conversion:
         report.copied = True
         report.tensors_out = report.tensors_in
         report.carried = report.tensors_in
+        report.trace = _trace_of(self.source.tensors)
         self.notes.append(f"it is in {self.to.name} already and was copied as it is")
         tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
         return Converted(dict(self.config), tensors, metadata, report)
@@ -258,6 +260,8 @@ class _Conversion:
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
         report.targets = _targets(result.written, made, plan)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         metadata = {"format": "pt", **self.source.metadata}
         metadata[KEY] = write_remembered(
             self.to.name,
@@ -433,6 +437,12 @@ def _targets(written: Iterable[Written], made: Iterable[Images], plan: Plan | No
         )
         for w in written
     ]
+
+
+def _trace_of(tensors: Mapping[str, Array]) -> Trace:
+    shapes = [tensor.shape for tensor in tensors.values()]
+    dtypes = [tensor.dtype.name for tensor in tensors.values()]
+    return Trace(Headers(group_names(list(tensors)), shapes, dtypes))
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:

@@ -15,14 +15,22 @@ from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
-from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
+from regraft.checkpoints.moves import (
+    Moves,
+    Runs,
+    Strided,
+    finish,
+    identity,
+    moves_of,
+    pairs_from,
+)
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
 from regraft.plan.model import ModelConfig
 from regraft.plan.plan import Plan
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,11 +90,13 @@ def prepare(
     if plan is None:
         moves = identity(tensors)
         kept = frozenset(tensors.names[row] for row in companions.rows())
+        beside = [(name, name) for name in kept]
     else:
         moves = moves_of(plan, tensors)
         count = len(moves.names)
         add_companions(moves, plan, companions, source)
         kept = frozenset(moves.names[count:])
+        beside = pairs_from(moves, count, tensors)
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
     layout = lay_out(source, moves, dtypes, shard_size)
@@ -104,6 +114,8 @@ def prepare(
         renamed=len(moves.kept),
         casts=changed,
     )
+    made = (moves.names, moves.shapes, dtypes)
+    report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report) if to is not None else None
     if source.left_out:
         report.notes.append(
