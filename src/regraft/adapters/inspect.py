@@ -35,6 +35,8 @@ class TargetPattern:
     pattern: str
     """Their keys, such as ``model.layers.{0..31}.mlp.experts.{0..7}.w1.weight``."""
     count: int
+    keys: Pattern = field(repr=False)
+    """The keys themselves; no part of the plain data."""
     shape: tuple[int, ...] | None
     """The base tensor's shape; ``None`` where the factors alone don't tell."""
     rank: int
@@ -44,8 +46,6 @@ class TargetPattern:
     dtype: str
     parameter: bool
     """Whether PEFT adapts it through ``target_parameters``."""
-    keys: Pattern = field(repr=False)
-    """The keys themselves; no part of the plain data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class TensorPattern:
 
     pattern: str
     count: int
-    shape: tuple[int, ...]
-    dtype: str
     keys: Pattern = field(repr=False)
     """The keys themselves; no part of the plain data."""
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(slots=True)
@@ -267,7 +267,7 @@ def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspe
             )
             alike.setdefault(looks, []).append(name)
     result.targets = [
-        TargetPattern(str(pattern), len(pattern), *looks, keys=pattern)
+        TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
         for pattern in group_alike(keys)
     ]
@@ -284,7 +284,7 @@ def _targets_by_name(scan: Scan, source: Source) -> list[TargetPattern]:
             looks = (None, scale.rank, scale.alpha, scale.value, tensors[i].dtype.name)
             alike.setdefault((*looks, bool(pairs.depth and entries)), []).append(path)
     return [
-        TargetPattern(str(pattern), len(pattern), *looks, keys=pattern)
+        TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
         for pattern in group_alike(keys)
     ]
@@ -297,7 +297,7 @@ def _other_patterns(scan: Scan, tensors: Sequence[Array]) -> list[TensorPattern]
             looks = (tuple(map(int, tensors[i].shape)), tensors[i].dtype.name)
             alike.setdefault(looks, []).append(name)
     return [
-        TensorPattern(str(pattern), len(pattern), *looks, keys=pattern)
+        TensorPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
         for pattern in group_alike(keys)
     ]

@@ -59,6 +59,15 @@ _Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document; messages go to stderr."),
 ]
+_Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write a page to look at: one file that needs no network. Also when it fails.",
+        show_default=False,
+    ),
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -159,6 +168,7 @@ def convert(
             help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
         ),
     ] = False,
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -173,12 +183,14 @@ def convert(
         _check_size(shard_size)
     if dst is None and not in_place:
         raise typer.BadParameter("DST is missing", param_hint="DST")
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.api import convert
+        from regraft.cli.pages import failure_page, show_page
 
-        with out.waiting() as progress:
+        with failure_page(html, "convert", src), out.waiting("converting", src) as progress:
             report = convert(
                 src,
                 src if dst is None else dst,
@@ -205,30 +217,41 @@ def convert(
             from regraft.cli.words import show_report
 
             show_report(out, report)
+        show_page(out, html, report)
         return 0
 
     return job
 
 
 @app.command()
-def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet = False) -> Job:
+def inspect(
+    src: _Src,
+    model: _Model = None,
+    html: _Html = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
     """Tell what an adapter is, and which layout it has.
 
     Shows why it was taken for that, and its ranks, scales and targets.
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.adapters.inspect import inspect
+        from regraft.cli.pages import failure_page, show_page
         from regraft.cli.words import show_findings, show_inspection
 
-        inspection = inspect(src, model=model)
+        with failure_page(html, "inspect", src):
+            inspection = inspect(src, model=model)
         if json:
             out.data(inspection.to_dict())
         elif not quiet:
             show_inspection(out, inspection)
+        show_page(out, html, inspection)
         if inspection.problems:
             show_findings(out, "bad input", inspection.problems)
             return 1
@@ -244,6 +267,7 @@ def verify(
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -251,18 +275,21 @@ def verify(
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
+        from regraft.cli.pages import failure_page, show_page
 
-        with out.waiting() as progress:
+        with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
             result = verify(src, dst, model=model, progress=progress)
         if json:
             out.data(result.to_dict())
         elif not quiet:
             show_verification(out, result)
+        show_page(out, html, result)
         return 0 if result.equal else 4
 
     return job
@@ -276,6 +303,19 @@ def _check_size(text: str) -> None:
         parse_size(text)
     except BadInputError as error:
         raise typer.BadParameter(error.findings[0].message, param_hint="--shard-size") from None
+
+
+def _check_file(path: Path | None) -> None:
+    """Whether a page can be written there, before any work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        message = f"{path} is a folder, and a file's name was expected"
+    elif not path.parent.is_dir():
+        message = f"there is no folder {path.parent}"
+    else:
+        return
+    raise typer.BadParameter(message, param_hint="--html")
 
 
 def _check_layout(name: str, option: str) -> None:

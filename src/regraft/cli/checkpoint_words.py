@@ -9,6 +9,7 @@ from rich.text import Text
 
 from regraft.cli.output import Output, visible
 from regraft.report import CheckpointReport, Report
+from regraft.reports.wording import size_in_words
 
 if TYPE_CHECKING:
     from regraft.checkpoints.verify import Verification
@@ -30,7 +31,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     summary = Text(
         f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
         f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
-        f"{size_of(checkpoint.bytes)}; "
+        f"{size_in_words(checkpoint.bytes)}; "
     )
     if checkpoint.casts:
         casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
@@ -57,20 +58,9 @@ def show_verification(out: Output, result: Verification) -> None:
     if len(result.differences) > _SHOWN:
         out.show(Text(f"… and {len(result.differences) - _SHOWN} more; --json lists them all"))
     if result.equal:
-        words = f": {result.tensors} tensors, {size_of(result.bytes)}, every bit is accounted for"
+        words = (
+            f": {result.tensors} tensors, {size_in_words(result.bytes)}, every bit is accounted for"
+        )
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
         out.show(Text.assemble(("Not equal", _BAD), f": {len(result.differences)} differences"))
-
-
-def size_of(count: float) -> str:
-    """A number of bytes with a decimal unit.
-
-    >>> size_of(4_400_000_000)
-    '4.4 GB'
-    """
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"

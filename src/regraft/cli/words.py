@@ -16,6 +16,7 @@ from regraft.cli.output import Output, visible
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target
+from regraft.reports.wording import count_in_words, size_in_words
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
@@ -110,7 +111,7 @@ def _summary(adapter: AdapterReport) -> Text:
         text.append("; ")
         text.append("every number is the source's own, bit for bit", GOOD)
     if adapter.carried and not adapter.copied:
-        text.append(f"; {_count(adapter.carried, 'tensor')} of them no LoRA factors")
+        text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
     return text
 
 
@@ -212,7 +213,7 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
     if adapter.peft_version:
         facts.add_row("saved by", f"PEFT {visible(adapter.peft_version)}")
     dtypes = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
-    facts.add_row("tensors", f"{dtypes}; {_size(adapter.bytes)}")
+    facts.add_row("tensors", f"{dtypes}; {size_in_words(adapter.bytes)}")
     if adapter.ranks:
         facts.add_row("ranks", _numbers(adapter.ranks))
         facts.add_row("alphas", _numbers(adapter.alphas) + " (rsLoRA)" * adapter.rslora)
@@ -281,15 +282,3 @@ def _note(note: str) -> Text:
 
 def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.errors import Finding, RegraftError
+from regraft.names.patterns import group_alike
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.reports.flows import Facts, Flows, made_facts, target_facts
 from regraft.reports.model import Fact, Flow, Page, Rows, Tone
@@ -242,13 +243,21 @@ def page_of_failure(command: str, source: str, kind: str, error: RegraftError) -
     state = {"refused": "refused", "unmatched-keys": "unmatched"}.get(kind, "problem")
     word, text = _FAILED.get(kind, ("Failed", "there is no result"))
     rows = Rows()
+    wrong = _keys_of(error.findings, state)
     for names, facts, group in _source_names(Path(source)):
-        _add_by_state(rows, names, "saved", _keys_of(error.findings, state), facts, group)
+        if state == "problem":
+            _add_by_state(rows, names, "saved", wrong, facts, group)
+            continue
+        # One finding speaks for all keys that are like the one it names.
+        for pattern in group_alike(names):
+            rows.add(pattern, state if any(n in wrong for n in pattern) else "saved", facts, group)
     return Page(
         title=Path(source).name or source,
         command=command,
         verdict=Fact(
-            word, f"{text}: {count_in_words(len(error.findings), 'problem')}, nothing written", "bad"
+            word,
+            f"{text}: {count_in_words(len(error.findings), 'problem')}, nothing written",
+            "bad",
         ),
         facts=(Fact("source", source),),
         left=rows.side("source"),
@@ -256,7 +265,7 @@ def page_of_failure(command: str, source: str, kind: str, error: RegraftError) -
     )
 
 
-def _source_names(source: Path) -> Iterable[tuple[Sequence[str], Facts, str]]:
+def _source_names(source: Path) -> Iterable[tuple[Iterable[str], Facts, str]]:
     """Names of a source that could not be converted, as far as it can be read."""
     from regraft.adapters.inspect import inspect
     from regraft.checkpoints.source import is_checkpoint, open_checkpoint

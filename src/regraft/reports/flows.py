@@ -26,7 +26,8 @@ class Step:
     times: int
     sources: dict[str, int | None]
     """Names and ids."""
-    targets: list[str]
+    targets: dict[str, tuple[int, ...] | None]
+    """Names and shapes."""
 
 
 @dataclass(slots=True)
@@ -47,8 +48,10 @@ class Flows:
             targets: dict[
                 tuple[str | None, tuple[tuple[str, str | int | float], ...]], list[str]
             ] = {}
-            for name in step.targets:
+            for name, shape in step.targets.items():
                 worse, facts = look(name)
+                if shape is not None:
+                    facts = {"shape": shape_in_words(shape), **facts}
                 targets.setdefault((worse, tuple(facts.items())), []).append(name)
             left: list[int] = []
             for known, names in sources.items():
@@ -67,18 +70,24 @@ def steps(trace: Trace) -> Iterator[Step]:
         for group in trace.headers.groups:
             names = group.names()
             ids = group.ids.tolist()
-            sources = {n: i for n, i in zip(names, ids, strict=True) if _is_real(trace, i)}
-            yield Step("kept", "carried over", "", len(sources), dict(sources), list(sources))
+            yield from _kept(trace, names, ids, "carried over", "")
     else:
         for entry in trace.plan.entries:
             yield from _entry_steps(trace, entry)
         for carried in trace.plan.carried:
             names, ids = carried.group.names(), carried.group.ids.tolist()
-            real = {n: i for n, i in zip(names, ids, strict=True) if _is_real(trace, i)}
-            rule, why = f"carried over ({carried.carry.where})", carried.carry.why
-            if real:
-                yield Step("kept", rule, why, len(real), dict(real), list(real))
+            rule = f"carried over ({carried.carry.where})"
+            yield from _kept(trace, names, ids, rule, carried.carry.why)
     yield from _beside(trace)
+
+
+def _kept(trace: Trace, names: list[str], ids: list[int], rule: str, why: str) -> Iterator[Step]:
+    real = {n: i for n, i in zip(names, ids, strict=True) if _is_real(trace, i)}
+    targets: dict[str, tuple[int, ...] | None] = {
+        n: trace.headers.shapes[i] for n, i in real.items()
+    }
+    if real:
+        yield Step("kept", rule, why, len(real), dict(real), targets)
 
 
 def _entry_steps(trace: Trace, entry: Entry) -> Iterator[Step]:
@@ -86,11 +95,15 @@ def _entry_steps(trace: Trace, entry: Entry) -> Iterator[Step]:
     for term, ids in zip(entry.read, entry.sources, strict=True):
         named = zip(entry.keys(term).names(), ids.reshape(-1).tolist(), strict=True)
         sources.update((name, i) for name, i in named if i >= 0 and _is_real(trace, i))
-    targets = [name for term in entry.written for name in entry.keys(term).names()]
+    targets: dict[str, tuple[int, ...] | None] = {
+        name: entry.shape(term) for term in entry.written for name in entry.keys(term).names()
+    }
     if trace.real is not None and not sources:
         return
     text = str(entry.rule.equation)
-    yield Step(_state_of(entry, sources, targets), str(entry.rule), text, len(entry), sources, targets)
+    yield Step(
+        _state_of(entry, sources, targets), str(entry.rule), text, len(entry), sources, targets
+    )
 
 
 def _state_of(entry: Entry, sources: Mapping[str, int | None], targets: Iterable[str]) -> str:
@@ -125,7 +138,9 @@ def _beside(trace: Trace) -> Iterator[Step]:
         olds, news = by_state.setdefault(state, ({}, {}))
         olds[old], news[new] = None, None
     for state, (olds, news) in by_state.items():
-        yield Step(state, "moves with its weight or module", "", len(olds), olds, list(news))
+        yield Step(
+            state, "moves with its weight or module", "", len(olds), olds, dict.fromkeys(news)
+        )
 
 
 def _source_facts(trace: Trace, number: int | None) -> Facts:

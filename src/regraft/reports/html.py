@@ -22,9 +22,7 @@ def render_page(page: Page) -> str:
     Names and messages come from files of unknown origin: they are put into the document as data, and the script
     shows them as text and never as markup.
     """
-    plain = msgspec.to_builtins(
-        {"page": page, "states": STATES, "version": regraft.__version__}
-    )
+    plain = msgspec.to_builtins({"page": page, "states": STATES, "version": regraft.__version__})
     parts = {
         "title": html.escape(f"{page.title}: regraft {page.command}"),
         "verdict": html.escape(f"{page.verdict.name}: {page.verdict.value}"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-
 def count_in_words(number: int, noun: str) -> str:
     """A number and a noun.
 

@@ -1,6 +1,10 @@
 "use strict";
 (() => {
-  const { page, states, version } = JSON.parse(document.getElementById("data").textContent);
+  // What does not print, or turns text around, is shown as an escape.
+  const shown = (text) => text.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu,
+    (letter) => `\\u{${letter.codePointAt(0).toString(16)}}`);
+  const { page, states, version } = JSON.parse(document.getElementById("data").textContent,
+    (_, value) => typeof value === "string" ? shown(value) : value);
   const $ = (id) => document.getElementById(id);
   const STEP = 500;      // how many lines of a tree are drawn at once
   const OPEN = 60;       // how many lines are open at first
@@ -65,6 +69,7 @@
       this.list = $(`${name}-tree`);
       this.rows = side ? side.rows : [];
       this.flows = this.rows.map(() => []);
+      this.leaves = [];
       this.root = { children: new Map(), rows: [], open: true };
       this.limit = STEP;
       this.drawn = new Map();
@@ -98,6 +103,7 @@
       node.parent = parent;
       node.depth = depth;
       node.children = [...node.children.values()].map((child) => this.join(child, node, depth + 1));
+      for (const row of node.rows) this.leaves[row] = node;
       node.all = [...node.rows, ...node.children.flatMap((child) => child.all)];
       return node;
     }
@@ -194,37 +200,19 @@
     }
 
     isOpen(node) {
-      const next = this.shownChild(node);
-      return node.open || next;
-    }
-
-    shownChild(node) {
-      return query() !== "" && passing[this.name].size <= OPEN && node.children.some(
-        (child) => child.all.some((i) => passing[this.name].has(i)));
+      return node.open || (query() !== "" && passing[this.name].size <= OPEN);
     }
 
     // The line that stands for a row: its own, or that of the nearest node that is drawn.
     lineOf(number) {
-      const find = (nodes, last) => {
-        const node = nodes.find((one) => one.all.includes(number));
-        if (!node || !this.drawn.has(node)) return last;
-        return find(node.children, node);
-      };
-      return find(this.root.children, null);
+      let node = this.leaves[number];
+      while (node && !this.drawn.has(node)) node = node.parent;
+      return node;
     }
 
     reveal(number) {
-      let nodes = this.root.children;
-      let node = null;
-      while (nodes.length) {
-        const next = nodes.find((one) => one.all.includes(number));
-        if (!next) break;
-        if (node) node.open = true;
-        node = next;
-        if (node.rows.includes(number)) break;
-        nodes = node.children;
-      }
-      return node;
+      for (let node = this.leaves[number].parent; node; node = node.parent) node.open = true;
+      return this.leaves[number];
     }
 
     moveTo(node) {
@@ -404,16 +392,17 @@
   }
 
   function fullName(node) {
-    const names = [];
-    for (let one = node; one && one.parent; one = one.parent) names.unshift(one.name);
-    return names.join(".").replace("/.", "/ ");
+    if (!node.parent.parent) return node.name;
+    const above = fullName(node.parent);
+    return `${above}${above.endsWith("/") ? " " : "."}${node.name}`;
   }
 
   function describe(tree, i) {
     const row = tree.rows[i];
     const state = states[row.state];
-    const list = make("dl", {}, make("dt", {}, "state"), make("dd", {}, make("b", { class: state.tone }, state.label), `: ${state.means}`));
-    for (const [name, value] of Object.entries(row.facts)) list.append(make("dt", {}, name), make("dd", {}, String(value)));
+    const fact = (name, ...value) => make("div", {}, make("dt", {}, name), make("dd", {}, ...value));
+    const list = make("dl", {}, fact("state", make("b", { class: state.tone }, state.label), `: ${state.means}`));
+    for (const [name, value] of Object.entries(row.facts)) list.append(fact(name, String(value)));
     const all = make("details", {}, make("summary", {}, row.count === 1 ? "its key" : `${row.count} keys`));
     all.addEventListener("toggle", () => {
       if (!all.open || all.lastChild.tagName !== "SUMMARY") return;
@@ -486,7 +475,7 @@
   }
 
   function drawFindings() {
-    const shown = 50;
+    const first = 50;
     const list = $("findings").querySelector("ol");
     $("findings").hidden = !page.findings.length;
     $("findings-title").textContent = `Findings (${page.findings.length})`;
@@ -498,10 +487,10 @@
       if (finding.fix) parts.push(make("p", {}, make("b", { class: "good" }, "To mend it: "), finding.fix));
       return make("li", {}, ...parts);
     };
-    list.replaceChildren(...page.findings.slice(0, shown).map(item));
-    if (page.findings.length > shown) {
+    list.replaceChildren(...page.findings.slice(0, first).map(item));
+    if (page.findings.length > first) {
       const more = make("button", {
-        type: "button", onclick: () => { list.append(...page.findings.slice(shown).map(item)); more.remove(); },
+        type: "button", onclick: () => { list.append(...page.findings.slice(first).map(item)); more.remove(); },
       }, `Show all ${page.findings.length}`);
       $("findings").append(more);
     }
@@ -538,9 +527,8 @@
   drawTheme();
   drawFindings();
   $("tensors").hidden = !trees.left.rows.length && !trees.right.rows.length;
-  if (!page.right) { $("stage").classList.add("single"); $("sides").hidden = true; $("flows").remove(); }
-  const svg = $("flows");
-  if (!svg) document.querySelector("#stage").append(make("svg", { id: "flows", hidden: "" }));
+  $("stage").classList.toggle("single", !page.right);
+  $("sides").hidden = !page.right;
   if (page.left && page.right) {
     $("sides").replaceChildren(...["left", "right"].map((name) => make("button", {
       type: "button", "data-side": name, onclick: () => showSide(name),
