@@ -169,10 +169,10 @@ def test_narrow_screens(look, converted, width):
 
 
 def test_many_tensors_are_quick(look, many):
-    start = time.perf_counter()
+    start = time.process_time()
     page = page_of_report(many)
     assert len(render_page(page)) < 100_000
-    made = time.perf_counter() - start
+    assert time.process_time() - start < 3
     tab = look(page)
     tab.locator("#expand").click()
     assert tab.locator("#shown").inner_text() == "37155 tensors on the left, 387 on the right"
@@ -182,8 +182,11 @@ def test_many_tensors_are_quick(look, many):
     assert tab.locator("#detail li").count() == 100
     tab.locator("#detail li").last.scroll_into_view_if_needed()
     assert "12188 more" in tab.locator("#detail details button").inner_text()
-    assert made < 3
-    assert time.perf_counter() - start < 8
+    # Pressing a key draws everything anew.
+    took = """() => { const start = performance.now();
+      document.querySelector("#collapse").click(); document.querySelector("#expand").click();
+      return performance.now() - start; }"""
+    assert tab.evaluate(took) < 500
 
 
 def irregular(count):

@@ -15,7 +15,6 @@ Job = Callable[[], int]
 
 # Without Rich, help is plain text without boxes, wherever it goes.
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -23,17 +22,24 @@ app = typer.Typer(
 TOUR = """\
 regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, exactly.
 
-  regraft inspect my-lora                              what it is, and which layout it has
-  regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
-  regraft convert out back --to transformers-v4        and back again
-  regraft convert model out --to transformers-v5       the same for a whole checkpoint
-  regraft verify model out                             check it, bit for bit
+Look at an adapter, convert it, and convert it back:
+  $ regraft inspect my-lora                              what it is, and which layout it has
+  $ regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
+  $ regraft convert out back --to transformers-v4        the very bits you had
 
-  --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
-  --dry-run       do everything but write
-  --json          the same for programs
+Whole checkpoints:
+  $ regraft convert model out --to transformers-v5       file to file, in little memory
+  $ regraft verify model out                             compare every element, bit for bit
 
-'regraft COMMAND --help' has all options. Nothing is guessed: what has no exact image is refused.
+What helps with each of them:
+  --model PATH     the base model's folder or config.json, where the adapter doesn't tell enough
+  --dry-run        do everything but write
+  --html FILE      a page that shows where every tensor goes
+  --json           the same for programs; 'regraft schema COMMAND' describes it
+  -q               print errors only
+
+'regraft COMMAND --help' has all options; 'regraft --install-completion' makes your shell know them.
+Nothing is guessed: what has no exact image is refused, with the reason.
 """
 
 _Src = Annotated[
@@ -71,6 +77,18 @@ _Html = Annotated[
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
+def _layouts() -> list[str]:
+    from regraft.layouts import LAYOUTS
+
+    return list(LAYOUTS)
+
+
+def _documents() -> list[str]:
+    from regraft.reports.schema import DOCUMENTS
+
+    return list(DOCUMENTS)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         Output().text(f"regraft {regraft.__version__}\n")
@@ -89,7 +107,21 @@ def _start(
 ) -> None:
     """Move adapters between weight layouts, exactly."""
     if context.invoked_subcommand is None:
-        Output().text(TOUR)
+        _show_tour(Output())
+
+
+def _show_tour(out: Output) -> None:
+    if not out.colored:
+        out.text(TOUR)
+        return
+    from rich.text import Text
+
+    text = Text(TOUR.rstrip("\n"))
+    text.highlight_regex(r"(?m)(?<=\$ )regraft .*?(?=   )", "bold cyan")
+    text.highlight_regex(r"(?m)^  -\S+( [A-Z]+)?", "cyan")
+    text.highlight_regex(r"(?m)^\S.*:$", "bold")
+    text.highlight_regex(r"'[^']+'", "cyan")
+    out.show(text)
 
 
 @app.command()
@@ -109,6 +141,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="The layout to convert to: transformers-v5 or transformers-v4.",
             show_default=False,
         ),
@@ -118,6 +151,7 @@ def convert(
         typer.Option(
             "--from",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="The layout of SRC. Found out, with evidence, where it is not given.",
             show_default=False,
         ),
@@ -303,6 +337,39 @@ def _check_size(text: str) -> None:
         parse_size(text)
     except BadInputError as error:
         raise typer.BadParameter(error.findings[0].message, param_hint="--shard-size") from None
+
+
+@app.command()
+def schema(
+    command: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[COMMAND]",
+            autocompletion=_documents,
+            help="A command, or 'error' for what is printed when one fails.",
+        ),
+    ] = None,
+    json: _Json = False,
+) -> Job:
+    """Print the JSON Schema of what a command prints with --json.
+
+    Without COMMAND, print the schemas of all of them in one document.
+    """
+    out = Output(json=json)
+
+    def job() -> int:
+        from regraft.reports.schema import DOCUMENTS, schema_of
+
+        if command is None:
+            out.data({name: schema_of(name) for name in DOCUMENTS})
+        elif command in DOCUMENTS:
+            out.data(schema_of(command))
+        else:
+            message = f"there is no {command!r}; there are {', '.join(DOCUMENTS)}"
+            raise typer.BadParameter(message, param_hint="COMMAND")
+        return 0
+
+    return job
 
 
 def _check_file(path: Path | None) -> None:

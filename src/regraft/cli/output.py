@@ -52,6 +52,11 @@ class Output:
         _write(stream, text)
 
     @property
+    def colored(self) -> bool:
+        """Whether stdout takes colours."""
+        return _has_colors(sys.stdout)
+
+    @property
     def width(self) -> int:
         """How many columns stdout has; as many as it takes where it is no terminal."""
         return _console(sys.stdout).width

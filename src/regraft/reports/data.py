@@ -135,7 +135,11 @@ def page_of_inspection(inspection: Inspection) -> Page:
             }
             _add_by_state(rows, target.keys, "adapted", wrong, known, adapter.name)
         for other in adapter.others:
-            known = {"shape": shape_in_words(other.shape), "dtype": other.dtype}
+            known = {
+                "shape": shape_in_words(other.shape),
+                "dtype": other.dtype,
+                "stored": "as it is",
+            }
             _add_by_state(rows, other.keys, "saved", wrong, known, adapter.name)
         facts += _inspected_facts(adapter)
     problems = inspection.problems

@@ -52,6 +52,8 @@ class Flows:
                 worse, facts = look(name)
                 if shape is not None:
                     facts = {"shape": shape_in_words(shape), **facts}
+                else:
+                    facts = {**facts, "stored": "as it is"}
                 targets.setdefault((worse, tuple(facts.items())), []).append(name)
             left: list[int] = []
             for known, names in sources.items():
@@ -145,7 +147,7 @@ def _beside(trace: Trace) -> Iterator[Step]:
 
 def _source_facts(trace: Trace, number: int | None) -> Facts:
     if number is None:
-        return {}
+        return {"stored": "as it is"}
     facts: Facts = {
         "shape": shape_in_words(trace.headers.shapes[number]),
         "dtype": trace.headers.dtypes[number],
