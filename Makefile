@@ -85,8 +85,7 @@ python:
 
 # The tests of the HTML page need a Chromium; they are skipped where none can be had.
 .venv/.browser: scripts/browser.py .venv/.done
-	@.venv/bin/python scripts/browser.py
-	@touch $@
+	@if .venv/bin/python scripts/browser.py; then touch $@; fi
 
 .venv-docs/.done: pyproject.toml .venv-docs/.created
 	@echo "==> installing mkdocs into .venv-docs"

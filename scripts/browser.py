@@ -58,3 +58,4 @@ def get_browser() -> str | None:
 if __name__ == "__main__":
     browser = get_browser()
     print(f"browser: {browser or 'none; the tests that need one are skipped'}")
+    sys.exit(browser is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,30 +56,69 @@ def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:
     out.show(head, *_bullets(adapter.evidence, FAINT), Text())
     rows = _rows_of(adapter)
     if rows:
-        out.show(*_cut(_targets(rows[:_ROWS], out.width), len(rows)), Text())
+        out.show(*_targets(rows[:_ROWS], out.width), *_more(len(rows)), Text())
     out.show(_summary(adapter))
-    for note in adapter.notes:
-        out.show(_note(note))
+    show_notes(out, adapter.notes)
 
 
-def _targets(rows: Sequence[_Row], width: int) -> Table:
+def _targets(rows: Sequence[_Row], width: int) -> list[Table | Text]:
+    """The targets, each with its rule beside it; where that does not fit, under their rules."""
     beside = max(len(r.pattern) for r in rows) + max(len(r.how) for r in rows) + 36 <= width
-    names = ["target", "count", "rank", "scale", "how", "numbers"]
-    table = _table(*(name for name in names if beside or name != "how"))
+    if beside:
+        table = _table("target", "count", "rank", "scale", "how", "numbers")
+        for row in rows:
+            name, *numbers, exact = _cells(row)
+            table.add_row(name, *numbers, _how_cell(row), exact)
+        return [table]
+    names = ["count", "rank", "scale", "numbers"]
+    cells = [[c.plain for c in _cells(row)[1:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    room = _room(width, names, cells)
+    patterns_shown = {row.pattern: "  " + break_name(row.pattern, room, "    ") for row in rows}
+    first = max(len(line) for text in patterns_shown.values() for line in text.split("\n"))
+    groups: dict[str, list[_Row]] = {}
     for row in rows:
-        how = _cell(row.how, FAINT if row.how.startswith("carried over") else "")
-        pattern = _cell(row.pattern)
-        if not beside:
-            pattern = Text("\n").join([pattern, Text.assemble("  ", how)])
-        table.add_row(
-            pattern,
-            str(row.count),
-            str(row.target.rank),
-            f"{row.target.scale:g}",
-            *([how] if beside else []),
-            _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING),
-        )
-    return table
+        groups.setdefault(row.how, []).append(row)
+    parts: list[Table | Text] = []
+    for same in [[], *groups.values()]:
+        table = _table("target", *names)
+        table.show_header = not same
+        for column, fixed in zip(table.columns, (first, *widths), strict=True):
+            column.width = fixed
+        for row in same:
+            table.add_row(patterns_shown[row.pattern], *_cells(row)[1:])
+        parts += [_how_cell(same[0]), table] if same else [table]
+    return parts
+
+
+def _cells(row: _Row) -> list[Text]:
+    exact = _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING)
+    numbers = (str(row.count), str(row.target.rank), f"{row.target.scale:g}")
+    return [_cell(row.pattern), *map(Text, numbers), exact]
+
+
+def _how_cell(row: _Row) -> Text:
+    return _cell(row.how, FAINT if row.how.startswith("carried over") else "")
+
+
+def _room(width: int, names: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How wide the first column may be, beside others."""
+    return width - sum(2 + max(map(len, column)) for column in zip(names, *rows, strict=True)) - 2
+
+
+def break_name(name: str, width: int, indent: str = "  ") -> str:
+    r"""A name on several lines, broken before dots, where it does not fit on one.
+
+    >>> break_name("model.layers.{0..3}.mlp.gate", 20)
+    'model.layers.{0..3}\n  .mlp.gate'
+    """
+    lines = [""]
+    for part in re.split(r"(?=\.(?!\.)(?<!\.\.))", visible(name)):
+        lead = 0 if len(lines) == 1 else len(indent)
+        if lines[-1] and lead + len(lines[-1]) + len(part) > max(width, 20):
+            lines.append("")
+        lines[-1] += part
+    return f"\n{indent}".join(lines)
 
 
 def _rows_of(adapter: AdapterReport) -> list[_Row]:
@@ -220,28 +260,41 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
         facts.add_row("scales", _numbers(adapter.scales))
     out.show(head, facts)
     if adapter.targets:
-        table = _table("target", "count", "base shape", "rank", "alpha", "scale", "dtype")
-        for t in adapter.targets[:_ROWS]:
-            shape = "?" if t.shape is None else " x ".join(map(str, t.shape))
-            table.add_row(
-                _cell(visible(t.pattern)),
-                str(t.count),
-                shape,
-                str(t.rank),
-                f"{t.alpha:g}",
-                f"{t.scale:g}",
-                t.dtype,
-            )
-        out.show(Text(), *_cut(table, len(adapter.targets)))
+        out.show(Text(), _inspected_targets(adapter, out.width), *_more(len(adapter.targets)))
     if adapter.others:
         table = _table("other tensors", "count", "shape", "dtype")
         for o in adapter.others[:_ROWS]:
             table.add_row(
                 _cell(visible(o.pattern)), str(o.count), " x ".join(map(str, o.shape)), o.dtype
             )
-        out.show(Text(), *_cut(table, len(adapter.others)))
+        out.show(Text(), table, *_more(len(adapter.others)))
     if adapter.notes:
-        out.show(Text(), *map(_note, adapter.notes))
+        out.show(Text())
+        show_notes(out, adapter.notes)
+
+
+def _inspected_targets(adapter: Inspected, width: int) -> Table:
+    names = ["count", "base shape", "rank", "alpha", "scale", "dtype"]
+    shown = adapter.targets[:_ROWS]
+    rows = [
+        [
+            str(t.count),
+            "?" if t.shape is None else " x ".join(map(str, t.shape)),
+            str(t.rank),
+            f"{t.alpha:g}",
+            f"{t.scale:g}",
+            t.dtype,
+        ]
+        for t in shown
+    ]
+    room = _room(width, names, rows)
+    if room < max(len(t.pattern) for t in shown) and len(adapter.dtypes) == 1:
+        names, rows = names[:-1], [row[:-1] for row in rows]  # it is told above
+        room = _room(width, names, rows)
+    table = _table("target", *names)
+    for t, cells in zip(shown, rows, strict=True):
+        table.add_row(break_name(t.pattern, room), *cells)
+    return table
 
 
 _RIGHT = frozenset({"count", "rank", "alpha", "scale"})
@@ -266,18 +319,23 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(visible(text), style)
 
 
-def _cut(table: Table, rows: int) -> list[Table | Text]:
+def _more(rows: int) -> list[Text]:
+    """A line that says how many rows are not shown, if any."""
     if rows <= _ROWS:
-        return [table]
-    return [table, Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
+        return []
+    return [Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
 
 
 def _bullets(lines: Iterable[str], style: str) -> list[Text | Padding]:
     return [Padding(Text(visible(line), style), (0, 0, 0, 2), expand=False) for line in lines]
 
 
-def _note(note: str) -> Text:
-    return Text.assemble(("Note: ", WARNING), visible(note))
+def show_notes(out: Output, notes: Iterable[str]) -> None:
+    """Notes, each with its lines one below the other."""
+    for note in notes:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(Text("Note:", WARNING), Text(visible(note)))
+        out.show(grid)
 
 
 def _numbers(values: Iterable[float]) -> str:
