@@ -39,8 +39,8 @@ format: .venv/.done ## format the code and mend what ruff can mend
 demo: .venv-demo/.done ## install the core alone, without torch, and run the demo
 	@.venv-demo/bin/python -m regraft.demo
 
-docs: .venv-docs/.done ## make the documentation's site, in site/
-	@.venv-docs/bin/mkdocs build --strict --quiet
+docs: .venv/.done ## make the documentation's site, in site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "see site/index.html"
 
 pictures: .venv/.done .venv/.browser ## make the pictures and the generated pages of docs/ anew
@@ -56,7 +56,7 @@ bench: .venv/.done ## run every benchmark
 	done
 
 clean: ## remove the environments, caches and builds
-	@rm -rf .venv .venv-demo .venv-docs .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environments. A .done file says that everything named in its prerequisites is installed.
@@ -68,7 +68,7 @@ python:
 		exit 1; \
 	}
 
-.venv/.created .venv-demo/.created .venv-docs/.created .venv-golden/.created: | python
+.venv/.created .venv-demo/.created .venv-golden/.created: | python
 	@echo "==> creating $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@touch $@
@@ -80,17 +80,12 @@ python:
 
 .venv/.done: pyproject.toml requirements/test.txt .venv/.torch
 	@echo "==> installing regraft and its tools into .venv"
-	@.venv/bin/python $(PIP) -r requirements/test.txt -e '.[dev]'
+	@.venv/bin/python $(PIP) -r requirements/test.txt -e '.[dev,docs]'
 	@touch $@
 
 # The tests of the HTML page need a Chromium; they are skipped where none can be had.
 .venv/.browser: scripts/browser.py .venv/.done
 	@if .venv/bin/python scripts/browser.py; then touch $@; fi
-
-.venv-docs/.done: pyproject.toml .venv-docs/.created
-	@echo "==> installing mkdocs into .venv-docs"
-	@.venv-docs/bin/python $(PIP) -e '.[docs]'
-	@touch $@
 
 .venv-demo/.done: pyproject.toml .venv-demo/.created
 	@echo "==> installing regraft into .venv-demo"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,20 +190,26 @@ def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     if common is not None:
         head.append(f" in {visible(common)}")
     parts: list[Text | Padding] = [head]
-    for number, finding in enumerate(findings[:_FINDINGS], 1):
-        parts += _finding(finding, number if len(findings) > 1 else None, common)
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings[:_FINDINGS]:
+        keys = alike.setdefault(replace(finding, key=None), [])
+        keys += [finding.key] if finding.key is not None else []
+    for number, (finding, keys) in enumerate(alike.items(), 1):
+        parts += _finding(finding, keys, number if len(alike) > 1 else None, common)
     if len(findings) > _FINDINGS:
         left = len(findings) - _FINDINGS
         parts.append(Text(f"… and {left} more; --json lists them all", WARNING))
     out.show(*parts, error=True)
 
 
-def _finding(finding: Finding, number: int | None, common: str | None) -> list[Text | Padding]:
+def _finding(
+    finding: Finding, keys: Sequence[str], number: int | None, common: str | None
+) -> list[Text | Padding]:
+    """What findings say that are alike but for their keys."""
     lines = []
     if finding.where is not None and finding.where != common:
         lines.append(Text(visible(finding.where)))
-    if finding.key is not None:
-        lines.append(Text(visible(finding.key), NAME))
+    lines += [Text(visible(key), NAME) for key in keys]
     lines.append(Text(visible(finding.message)))
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))

@@ -102,7 +102,7 @@ def _entry_steps(trace: Trace, entry: Entry) -> Iterator[Step]:
     }
     if trace.real is not None and not sources:
         return
-    text = str(entry.rule.equation)
+    text = entry.rule.equation.text.strip()
     yield Step(
         _state_of(entry, sources, targets), str(entry.rule), text, len(entry), sources, targets
     )
