@@ -14,8 +14,9 @@ from regraft.errors import (
 )
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import inspect
-    from regraft.api import convert
+    from regraft.api import convert, inspect
+    from regraft.live.mapping import mapping
+    from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
 
 __version__ = "0.1.0.dev0"
@@ -29,14 +30,18 @@ __all__ = [
     "Report",
     "UnmatchedKeysError",
     "convert",
+    "convert_state_dict",
     "inspect",
+    "mapping",
 ]
 
 
 _LAZY = {
     "convert": "regraft.api",
-    "inspect": "regraft.adapters.inspect",
+    "inspect": "regraft.api",
     "Report": "regraft.report",
+    "convert_state_dict": "regraft.live.state_dict",
+    "mapping": "regraft.live.mapping",
 }
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.inspect import Inspection
+from regraft.adapters.inspect import inspect as inspect_adapters
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -21,6 +23,7 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
@@ -89,6 +92,7 @@ def convert(
     if is_checkpoint(src_path):
         told = Path(model) if model is not None else None
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
+        options["foreign"] = InstalledTransformers()
         options["source"] = source_layout.name if source_layout is not None else None
         if in_place:
             done = convert_in_place(src_path, dst_path, **options)
@@ -112,6 +116,7 @@ def convert(
     found = find_adapters(src_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
+    foreign = InstalledTransformers()
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
@@ -122,7 +127,7 @@ def convert(
             progress(folder.name, number, len(found.folders))
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout)
+            result = convert_adapter(opened, layout, config, source_layout, foreign)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
@@ -140,6 +145,24 @@ def convert(
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
+
+
+def inspect(
+    src: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+) -> Inspection:
+    """Tell what an adapter is, or each adapter of a folder.
+
+    What is wrong with an adapter that can be opened stands in its ``problems``; a base model that
+    is not known is no problem, only less is told.
+
+    Args:
+        src: what `regraft.convert` takes.
+        model: the base model's folder or its ``config.json``.
+
+    Raises:
+        BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
+    """
+    return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 
 def _note_company(report: Report, results: list[Converted]) -> None:

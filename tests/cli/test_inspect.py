@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft.adapters.inspect import inspect
+from regraft.api import inspect
 from regraft.cli import main
 from regraft.files.safetensors import open_tensors, write_tensors
 

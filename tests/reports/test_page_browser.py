@@ -77,6 +77,7 @@ def test_details(look, rescaled):
         assert word in told, word
     assert detail.locator("li").count() == 0
     detail.locator("summary").click()
+    detail.locator("li").first.wait_for()
     assert detail.locator("li").all_inner_texts() == [
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.1.mlp.experts.gate_up_proj",
@@ -179,6 +180,7 @@ def test_many_tensors_are_quick(look, many):
     assert tab.locator("[role=treeitem]").count() < 100
     line(tab, "left", "w1.weight").click()
     tab.locator("#detail summary").click()
+    tab.locator("#detail li").first.wait_for()
     assert tab.locator("#detail li").count() == 100
     tab.locator("#detail li").last.scroll_into_view_if_needed()
     assert "12188 more" in tab.locator("#detail details button").inner_text()
@@ -239,6 +241,7 @@ def test_hostile_names_are_text(look):
     assert "<img src=x" in tab.locator("h1").inner_text()
     tab.locator("[role=treeitem]").first.click()
     tab.locator("#detail summary").click()
+    tab.locator("#detail li").first.wait_for()
     assert "inf" in tab.locator("#detail").inner_text()
 
 

@@ -40,7 +40,7 @@ from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig
+from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Headers, Plan
 from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
@@ -64,18 +64,21 @@ def convert_adapter(
     to: Layout,
     model: ModelConfig | None = None,
     layout: Layout | None = None,
+    foreign: Foreign | None = None,
 ) -> Converted:
     """Convert one adapter in memory.
 
     ``layout`` is the source's, found out where it is not given; ``model`` is the config of the base, needed where
-    the adapter itself does not tell sizes (only some experts are adapted, say).
+    the adapter itself does not tell sizes (only some experts are adapted, say); ``foreign`` is asked for models
+    that the library does not know.
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
     scan, findings = scan_names(list(source.tensors), source.where, _is_lora(source))
     if findings:
         raise BadInputError(findings)
-    known = find_books(scan, source.config, model, source.where)
+    spelled = source.remembered().names
+    known = find_books(scan, source.config, model, source.where, foreign, spelled)
     conversion = _Conversion(source, to, known, scan, [known.evidence])
     conversion.choose_layout(layout)
     if conversion.is_there_already():
@@ -270,8 +273,20 @@ class _Conversion:
             config,
             record,
             kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, kept.tensors)
+
+    def spelling(self, plan: Plan | None) -> list[str]:
+        """One name of each kind that the adapter had, so that the way back spells names as they were."""
+        if plan is None or not self.known.imported:
+            return []
+        names: dict[str, str] = {}
+        for entry in plan.entries:
+            for term in entry.read:
+                keys = entry.keys(term)
+                names.setdefault(keys.template, keys.name(0))
+        return list(names.values())
 
     def take_back(self) -> tuple[dict[str, Array], list[Written]]:
         """Leave out what only stood in for something in the layout that this adapter comes back from."""

@@ -15,7 +15,7 @@ from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeys
 from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
-from regraft.plan.model import ModelConfig, Scope
+from regraft.plan.model import Foreign, ModelConfig, Scope
 from regraft.rules.book import Book, books_for, library
 from regraft.rules.templates import match_group
 
@@ -59,6 +59,8 @@ class Known:
     model_type: str | None
     """That of the whole base model, where it is known."""
     evidence: str
+    imported: bool = False
+    """Whether the book was made for just this model and this file, by the installed transformers."""
 
     @property
     def unmatched_fix(self) -> str:
@@ -69,9 +71,17 @@ class Known:
 
 
 def find_books(
-    scan: Scan, config: Mapping[str, Any], model: ModelConfig | None, where: str
+    scan: Scan,
+    config: Mapping[str, Any],
+    model: ModelConfig | None,
+    where: str,
+    foreign: Foreign | None = None,
+    spelled: Sequence[str] = (),
 ) -> Known:
     """The rule books for an adapter: by its base's config, by what its own config says, or by its keys.
+
+    ``foreign`` is asked for models that the library does not know as a whole; ``spelled`` are names that the
+    adapter once had.
 
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
@@ -82,8 +92,14 @@ def find_books(
         model = _model_beside(config)
     if model is not None:
         books = tuple(books_for(model.model_types()))
+        if foreign is not None and not covers(books, model):
+            imported = _ask(foreign, scan, config, model, spelled)
+            if imported is not None:
+                book, told = imported
+                _check_family(config, model, where)
+                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", True)
         if not books:
-            raise _unknown_model(model.model_types(), model.path)
+            raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)
         model = _replicate_layers(model, config.get("layer_replication"))
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
@@ -95,7 +111,7 @@ def find_books(
     if named is not None:
         books = tuple(books_for([named]))
         if not books:
-            raise _unknown_model([named], f"{where}/adapter_config.json")
+            raise _unknown_model([named], f"{where}/adapter_config.json", False)
         _check_explained(books, scan, named, where)
         return Known(books, {}, None, named, f"adapter_config.json says that the base is {named}")
     fitting = books_by_keys(scan)
@@ -123,6 +139,34 @@ def find_books(
         )
     book = fitting[0]
     return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
+
+
+def covers(books: Sequence[Book], model: ModelConfig) -> bool:
+    """Whether some books know a model with all its parts."""
+    known = {name for book in books for name in book.model_types}
+    return all(name in known for name in model.model_types())
+
+
+def _ask(
+    foreign: Foreign,
+    scan: Scan,
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    spelled: Sequence[str],
+) -> tuple[Book, str] | None:
+    """What the installed transformers knows of an adapter's base."""
+    keys = list(spelled)
+    for pairs in scan.pairs:
+        keys += (f"{name}.weight" for name in pairs.modules.names())
+    for other in scan.others:
+        for name in other.keys.names():
+            keys.append(name)
+            parts = name.split(".")
+            keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
+    mapping = config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    classes = [*([named] if isinstance(named, str) else []), *model.architectures()]
+    return foreign.book(model, keys, {}, classes, adapter=True)
 
 
 def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
@@ -192,7 +236,7 @@ def _check_explained(books: Sequence[Book], scan: Scan, named: str, where: str) 
         )
 
 
-def _unknown_model(model_types: Sequence[str], where: str) -> UnmatchedKeysError:
+def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> UnmatchedKeysError:
     known = sorted({t for book in library() for t in book.model_types})
     return UnmatchedKeysError(
         Finding(
@@ -200,7 +244,10 @@ def _unknown_model(model_types: Sequence[str], where: str) -> UnmatchedKeysError
             f"no rule book knows {', '.join(model_types)}, so nothing says whether its layout changed; "
             f"known: {', '.join(known)}",
             where=where,
-            fix="write a rule book for it",
+            fix="install transformers, whose own registry is then asked, or write a rule book for it"
+            if given
+            else "give the base model with --model (its folder or its config.json); the installed transformers is "
+            "asked then",
         )
     )
 

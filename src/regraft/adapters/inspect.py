@@ -24,7 +24,7 @@ from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import Pattern, group_alike
-from regraft.plan.model import ModelConfig
+from regraft.plan.model import Foreign, ModelConfig
 from regraft.rules.book import Book
 
 
@@ -138,7 +138,10 @@ class Inspection:
 
 
 def inspect(
-    src: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+    src: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    foreign: Foreign | None = None,
 ) -> Inspection:
     """Tell what an adapter is, or each adapter of a folder.
 
@@ -148,6 +151,7 @@ def inspect(
     Args:
         src: what `regraft.convert` takes.
         model: the base model's folder or its ``config.json``.
+        foreign: asked for models that the library does not know.
 
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
@@ -164,19 +168,21 @@ def inspect(
             failed.append(error)
             findings += error.findings
             continue
-        inspection.adapters.append(inspect_adapter(source, config))
+        inspection.adapters.append(inspect_adapter(source, config, foreign))
     if failed:
         raise type(failed[0])(findings)
     return inspection
 
 
-def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspected:
+def inspect_adapter(
+    source: Source, model: ModelConfig | None = None, foreign: Foreign | None = None
+) -> Inspected:
     """Tell what one opened adapter is."""
     config = source.config
     lora = source.peft_type == "LORA"
     names, tensors = list(source.tensors), list(source.tensors.values())
     scan, problems = scan_names(names, source.where, lora)
-    known, books, evidence = _find_model(scan, source, model)
+    known, books, evidence = _find_model(scan, source, model, foreign)
     result = Inspected(
         name=source.name,
         peft_type=source.peft_type,
@@ -205,15 +211,18 @@ def inspect_adapter(source: Source, model: ModelConfig | None = None) -> Inspect
 
 
 def _find_model(
-    scan: Scan, source: Source, model: ModelConfig | None
+    scan: Scan, source: Source, model: ModelConfig | None, foreign: Foreign | None
 ) -> tuple[Known | None, Sequence[Book], list[str]]:
     """What is known of the base, the books that tell the layout all the same, and why."""
     try:
-        known = find_books(scan, source.config, model, source.where)
+        known = find_books(scan, source.config, model, source.where, foreign)
     except RegraftError as error:
         finding = error.findings[0]
         fix = f" ({finding.fix})" if finding.fix else ""
-        books = books_by_keys(scan) if finding.code == "model-needed" else ()
+        unnamed = finding.code == "model-needed" or (
+            finding.code == "unknown-model" and model is None
+        )
+        books = books_by_keys(scan) if unnamed else ()
         return None, books, [f"the base model is not known: {finding.message}{fix}"]
     return known, known.books, [known.evidence]
 

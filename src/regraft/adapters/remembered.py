@@ -6,7 +6,7 @@ checked against the tensors and the config that are there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,8 @@ class Remembered(msgspec.Struct, kw_only=True):
     parts: dict[str, list[Noted]] = {}
     """By target: source key (``{}`` where a whole stack is meant), batch (or stack size), rank, alpha, places."""
     kept: KeptTable = msgspec.field(default_factory=KeptTable)
+    names: list[str] = []
+    """Names of base tensors as they were spelled, one of each kind."""
 
     def record(self, rslora: bool) -> Record:
         """The parts by the key that they came from."""
@@ -90,6 +92,7 @@ def write_remembered(
     after: Mapping[str, Any],
     record: Record,
     kept: KeptTable,
+    names: Sequence[str] = (),
 ) -> str:
     """The entry for a file that was written from another."""
     changed = {
@@ -105,5 +108,6 @@ def write_remembered(
         had=[name for name in changed if name in before],
         parts=record.to_json(),
         kept=kept,
+        names=list(names),
     )
     return msgspec.json.encode(entry).decode()

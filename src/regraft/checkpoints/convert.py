@@ -18,6 +18,7 @@ from regraft.checkpoints.work import Work, cannot_write, open_work, write_file
 from regraft.errors import BadInputError, Finding
 from regraft.files.folder import check_destination, copy_file
 from regraft.files.safetensors import sync_path
+from regraft.plan.model import Foreign
 from regraft.report import CheckpointReport
 
 Tell = Callable[[str], None]
@@ -34,6 +35,7 @@ def convert_checkpoint(
     to: str,
     model: Path | None = None,
     source: str | None = None,
+    foreign: Foreign | None = None,
     shard_size: str | int | None = None,
     dtype: str | list[str] | None = None,
     jobs: int | None = None,
@@ -53,7 +55,9 @@ def convert_checkpoint(
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
     if not dry_run:
         _check_place(src, dst, overwrite)
-    ready = prepare(src, to, model=model, source_layout=source, shard_size=limit, casts=casts)
+    ready = prepare(
+        src, to, model=model, source_layout=source, foreign=foreign, shard_size=limit, casts=casts
+    )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
     report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())

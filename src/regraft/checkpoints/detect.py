@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from regraft.adapters.detect import one_layout
+from regraft.adapters.detect import covers, one_layout
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
 from regraft.names.keys import Group
 from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig, Scope
+from regraft.plan.model import Foreign, ModelConfig, Scope
 from regraft.plan.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.templates import match_group
@@ -29,24 +29,47 @@ class Detected:
 
 
 def detect(
-    headers: Headers, model: ModelConfig | None, where: str, source: str | None = None
+    headers: Headers,
+    model: ModelConfig | None,
+    where: str,
+    source: str | None = None,
+    foreign: Foreign | None = None,
+    spelled: Sequence[str] = (),
 ) -> Detected:
     """The rule books for a checkpoint and the layout its names are of.
 
-    Without a config, the names alone tell the book, where they do.
+    Without a config, the names alone tell the book, where they do. ``foreign`` is asked for models that the
+    library does not know as a whole; ``spelled`` are names that the checkpoint once had.
 
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
     and differ, ``BadInputError`` where names of two layouts stand together.
     """
     if model is not None:
         books = tuple(books_for(model.model_types()))
-        if not books:
+        imported = None
+        if foreign is not None and not covers(books, model):
+            names = [name for group in headers.groups for name in group.names()]
+            shapes = {
+                group.name(0): tuple(headers.shapes[int(group.ids[0])]) for group in headers.groups
+            }
+            classes = model.architectures()
+            keys = [*spelled, *names]
+            imported = foreign.book(model, keys, shapes, classes, adapter=False)
+        if not books and imported is None:
             known = ", ".join(sorted({t for book in library() for t in book.model_types}))
             message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"
             raise UnmatchedKeysError(
-                Finding("unknown-model", message, where=model.path, fix="write a rule book for it")
+                Finding(
+                    "unknown-model",
+                    message,
+                    where=model.path,
+                    fix="install transformers, whose own registry is then asked, or write a rule book for it",
+                )
             )
-        scopes = {book.name: model.scope_of(book.model_types) for book in books}
+        if imported is not None:
+            books, scopes = (imported[0],), {imported[0].name: Scope()}
+        else:
+            scopes = {book.name: model.scope_of(book.model_types) for book in books}
         told = f"the model is {', '.join(model.model_types())} ({model.path})"
     else:
         book = _book_by_names(headers, where)

@@ -13,6 +13,7 @@ from regraft.checkpoints.source import CONFIG, INDEX, File
 from regraft.checkpoints.work import cannot_write, write_file
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.files.safetensors import sync_path
+from regraft.plan.model import Foreign
 from regraft.report import CheckpointReport
 
 _SUFFIX = ".regraft-header"
@@ -25,6 +26,7 @@ def convert_in_place(
     to: str,
     model: Path | None = None,
     source: str | None = None,
+    foreign: Foreign | None = None,
     dry_run: bool = False,
 ) -> CheckpointReport:
     """Give the tensors of a checkpoint their new names, in the very files.
@@ -40,7 +42,7 @@ def convert_in_place(
     folder = src if src.is_dir() else src.parent
     if not dry_run:
         restore(folder)
-    ready = prepare(src, to, model=model, source_layout=source)
+    ready = prepare(src, to, model=model, source_layout=source, foreign=foreign)
     heads = _make_heads(ready)
     if dry_run:
         return ready.report

@@ -28,7 +28,7 @@ from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
-from regraft.plan.model import ModelConfig
+from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Plan
 from regraft.report import CheckpointReport, Trace
 
@@ -75,6 +75,7 @@ def prepare(
     source_layout: str | None = None,
     shard_size: int | None = None,
     casts: Sequence[Cast] = (),
+    foreign: Foreign | None = None,
 ) -> Prepared:
     """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
 
@@ -85,7 +86,7 @@ def prepare(
     tensors = source.tensors
     companions = find_companions(source, config.data if config is not None else None)
     headers = companions.headers
-    known = detect(headers, config, source.where, source_layout)
+    known = detect(headers, config, source.where, source_layout, foreign)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
     if plan is None:
         moves = identity(tensors)

@@ -19,6 +19,7 @@ from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
+from regraft.plan.model import Foreign
 from regraft.report import Trace
 
 _BUFFER = 4 << 20
@@ -60,6 +61,7 @@ def verify(
     *,
     model: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    foreign: Foreign | None = None,
 ) -> Verification:
     """Check that ``dst`` is ``src`` in its own layout: every element accounted for, and no bit changed.
 
@@ -72,8 +74,9 @@ def verify(
         find_companions(other, config.data if config is not None else None).headers,
         config,
         other.where,
+        foreign=foreign,
     ).layout
-    first = prepare(Path(src), target, model=told)
+    first = prepare(Path(src), target, model=told, foreign=foreign)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)

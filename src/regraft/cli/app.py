@@ -275,7 +275,7 @@ def inspect(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.adapters.inspect import inspect
+        from regraft.api import inspect
         from regraft.cli.pages import failure_page, show_page
         from regraft.cli.words import show_findings, show_inspection
 
@@ -313,12 +313,15 @@ def verify(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
         from regraft.cli.pages import failure_page, show_page
 
         with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
-            result = verify(src, dst, model=model, progress=progress)
+            result = verify(
+                src, dst, model=model, progress=progress, foreign=InstalledTransformers()
+            )
         if json:
             out.data(result.to_dict())
         elif not quiet:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from regraft.equation.notation import ConfigPath
+from regraft.rules.book import Book
 
 _SUB_MODELS = {
     "text_config": "language_model",
@@ -34,6 +35,11 @@ class ModelConfig:
         """The model type of the whole model."""
         value = self.data.get("model_type")
         return value if isinstance(value, str) else None
+
+    def architectures(self) -> list[str]:
+        """The classes that the config names."""
+        names = self.data.get("architectures")
+        return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
     def parts(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Every config in this one, itself first: its path inside the file, and its fields."""
@@ -114,3 +120,22 @@ class Scope:
         for name in path:
             node = node.get(name) if isinstance(node, Mapping) else None
         return node if isinstance(node, int) and not isinstance(node, bool) else None
+
+
+class Foreign(Protocol):
+    """Something outside that knows how a model's layout changed: the installed transformers."""
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str] | None:
+        """A rule book for a model and what told it; ``None`` where it does not know the model.
+
+        ``keys`` and ``shapes`` are those of the file at hand, ``classes`` what the model may be, the likeliest
+        first; ``adapter`` tells that the names are those of modules.
+        """

@@ -1,0 +1,221 @@
+"""What the installed transformers does to the names and tensors of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from regraft.bridges.transformers.registry import (
+    check_version,
+    digits_spelled,
+    has_single_digits,
+)
+from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
+from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
+from regraft.bridges.transformers.symbolic import Rows, outcomes, put, rows_of, stand_in
+from regraft.names.skeleton import Skeleton
+from regraft.rules.book import Book
+
+STACKED = 99
+"""The stand-in for the index of a stacked tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Keys of the model and the old keys that they are made of, with stand-ins for indices."""
+
+    new: tuple[str, ...]
+    """One key; of a converter, the keys of all its targets."""
+    old: tuple[str, ...]
+    """One for each of a converter's sources; none where no old name leads there."""
+    converter: Scoped | None = None
+    fired: tuple[Scoped, ...] = ()
+    stuck: str | None = None
+
+    def placed(self, numbers: Sequence[int]) -> Origin:
+        """With numbers in place of stand-ins."""
+        new = tuple(put(text, numbers) for text in self.new)
+        return replace(self, new=new, old=tuple(put(text, numbers) for text in self.old))
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The registry's transforms for one model, and its keys."""
+
+    skeleton: Skeleton
+    scopes: Scopes
+
+    @cached_property
+    def renamer(self) -> Renamer:
+        """One key at a time."""
+        return Renamer(self.scopes, self.skeleton.tensors)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The model's keys."""
+        return list(self.skeleton.tensors)
+
+    @property
+    def base(self) -> str:
+        """What a head model calls the base model in it."""
+        return self.skeleton.submodels[0].base_model_prefix
+
+    @property
+    def name(self) -> str:
+        """The model's class, or its type."""
+        root = self.skeleton.submodels[0]
+        return root.classes[0] if root.classes else root.model_type or "model"
+
+    def rename(self, keys: Sequence[str]) -> list[str | None]:
+        """The model's key for each old or new key; of a split tensor the first part, ``None`` where none lands."""
+        result: list[str | None] = [None] * len(keys)
+        for rows, landed in self.landings(keys):
+            if landed is not None:
+                for row, number in enumerate(rows.ids.tolist()):
+                    result[number] = put(landed.key, rows.numbers[row].tolist())
+        return result
+
+    def targets(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """All keys of the model that each old or new key gives something to."""
+        result: list[tuple[str, ...]] = [()] * len(keys)
+        for rows, landed in self.landings(keys):
+            if landed is None:
+                continue
+            split = self.renamer.split(landed.key) if landed.hit is not None else None
+            texts = (landed.key,) if split is None else split.targets
+            for row, number in enumerate(rows.ids.tolist()):
+                numbers = rows.numbers[row].tolist()
+                result[number] = tuple(put(text, numbers) for text in texts)
+        return result
+
+    def as_own(self, keys: Sequence[str]) -> list[str | None]:
+        """Each key that is spelled as the model spells it, but for the base model's prefix; ``None`` for old ones."""
+        result: list[str | None] = [None] * len(keys)
+        base = f"{self.base}." if self.base else ""
+        for rows, landed in self.landings(keys):
+            if landed is None or landed.hit is not None:
+                continue
+            if landed.key in (rows.text, base + rows.text) or base + landed.key == rows.text:
+                for row, number in enumerate(rows.ids.tolist()):
+                    result[number] = put(landed.key, rows.numbers[row].tolist())
+        return result
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The model's keys that had another name, or were in other tensors."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None or origin.old != origin.new
+            for name in rows.names()
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many of the model's tensors each rule's key stands for."""
+        from regraft.bridges.transformers.making import count_rules
+
+        return count_rules(self)
+
+    def lands(self, keys: Sequence[str]) -> list[bool]:
+        """Whether each key, in an old spelling or the new one, is one of the model's."""
+        return [new is not None for new in self.rename(keys)]
+
+    def book(
+        self,
+        keys: Iterable[str] = (),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        adapter: bool = False,
+    ) -> Book:
+        """The rule book between the old names and the model's.
+
+        ``keys`` are names of the file at hand, or those that a file had: where an old name can be spelled in
+        several ways, the book has their spelling. ``shapes`` are theirs, and tell whether a tensor is stored
+        turned. An ``adapter`` has the names of modules, which in transformers 4 are not always those of files; and
+        one that has ``base_model_prefix`` where the model has not, or the other way round, keeps it so.
+        """
+        from regraft.bridges.transformers.making import make_book
+
+        return make_book(self, list(keys), shapes or {}, adapter)
+
+    @cached_property
+    def origins(self) -> list[tuple[Rows, Origin]]:
+        """Every key of the model and what it is made of, as the registry's way back spells it."""
+        return list(self._outcomes(rows_of(self.skeleton.tensors), self._undo, Origin.placed))
+
+    def landings(self, keys: Sequence[str]) -> Iterator[tuple[Rows, Renamed | None]]:
+        """Where keys of a file go, many at once; ``None`` for those that the model has no key for."""
+        guards = self.renamer.guards(keys)
+
+        def judge(key: str) -> Renamed:
+            return self.renamer.forward(key, guards)
+
+        def place(new: Renamed, numbers: Sequence[int]) -> Renamed:
+            return replace(new, key=put(new.key, numbers))
+
+        for rows, new in self._outcomes(rows_of(keys), judge, place):
+            yield from self._land(rows, new)
+
+    def _outcomes(self, table, judge, place):  # type: ignore[no-untyped-def]
+        spelled = digits_spelled(self.scopes.all())
+        each = has_single_digits(self.scopes.all())
+        for rows in table:
+            yield from outcomes(rows, judge, place, spelled, each)
+
+    def _undo(self, key: str) -> Origin:
+        split = self.renamer.split(key)
+        if split is None:
+            old = self.renamer.backward(key)
+            if old is None:
+                return Origin((key,), (), stuck="no old name leads to it")
+            return Origin((key,), (old,), fired=self.renamer.forward(old).fired)
+        old_names: list[str] = []
+        fired: dict[Scoped, None] = {}
+        for number, name in enumerate(split.sources):
+            found = self._lead_back(name.replace(WILDCARD, stand_in(STACKED)), split, number)
+            if found is None:
+                why = f"no old name leads to it through {split.scoped.transform}"
+                return Origin((key,), (), split.scoped, stuck=why)
+            old_names.append(found.key)
+            fired.update(dict.fromkeys(found.fired))
+        return Origin(split.targets, tuple(old_names), split.scoped, tuple(fired))
+
+    def _lead_back(self, name: str, split: Split, source: int) -> Renamed | None:
+        for old in self.renamer.undone(name):
+            new = self.renamer.forward(old)
+            hit = new.hit
+            if hit is not None and hit.scoped is split.scoped and hit.source == source:
+                if new.key == split.targets[0]:
+                    return replace(new, key=old)
+        return None
+
+    def _land(self, rows: Rows, new: Renamed) -> Iterator[tuple[Rows, Renamed | None]]:
+        """Which keys the model has, with more or less of the base model's prefix where that makes them land.
+
+        A key that the model has, and whose new form it has not, keeps its name.
+        """
+        tensors, base = self.skeleton.tensors, self.base
+        plain = Renamed(rows.text)
+        ways: list[Renamed] = [new, plain]
+        if base:
+            for way in (new, plain):
+                if way.key.startswith(base + "."):
+                    ways.append(replace(way, key=way.key[len(base) + 1 :]))
+                ways.append(replace(way, key=f"{base}.{way.key}"))
+        places: dict[int, list[int]] = {}
+        for row, numbers in enumerate(rows.numbers.tolist()):
+            found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)
+            places.setdefault(next(found, -1), []).append(row)
+        for number, kept in places.items():
+            part = rows if len(places) == 1 else rows.take(kept)
+            yield part, (ways[number] if number >= 0 else None)
+
+
+def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:
+    """What the installed transformers does to one model.
+
+    Raises ``BadInputError`` where the installed release has no registry that is known.
+    """
+    check_version()
+    return Imported(skeleton, find_scopes(skeleton, key_mapping))

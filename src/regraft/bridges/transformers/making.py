@@ -1,0 +1,420 @@
+"""From the registry's transforms and a model's keys to a rule book with full keys."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+
+from regraft.bridges.transformers.imported import STACKED, Imported, Origin
+from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
+from regraft.bridges.transformers.registry import check_version
+from regraft.bridges.transformers.scopes import Scoped
+from regraft.bridges.transformers.symbolic import (
+    Rows,
+    columns_of,
+    divide,
+    holes,
+    put,
+    rows_of,
+    stand_in,
+)
+from regraft.equation.lower import check_equation
+from regraft.equation.notation import parse_equation, parse_key
+from regraft.errors import BadInputError
+from regraft.rules.book import Book, Carry, Parameters, Rule, Side, library
+from regraft.rules.kinds import KINDS
+
+LEFT, RIGHT = "transformers-v4", "transformers-v5"
+_LOOPS = "lmnqw"
+_DIMS = {
+    "linear": "o i",
+    "parameter": "o i",
+    "conv1d": "i o",
+    "embedding": "v d",
+    "experts": "e o i",
+    "experts-transposed": "e i o",
+}
+_SEGMENT = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a file spells an old key, in terms of the model's key."""
+
+    old: str
+    fixed: tuple[tuple[int, int], ...]
+    """Indices of the model's key for which that holds; for all where it is empty."""
+
+
+def make_book(
+    imported: Imported,
+    keys: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    adapter: bool,
+) -> Book:
+    """The rule book of a model; see `Imported.book`."""
+    maker = _Maker(imported, shapes)
+    maker.listen(keys)
+    shift = maker.shift if adapter else 0
+    for rows, origin in imported.origins:
+        maker.add(rows, module_names(origin, imported) if adapter else origin, shift)
+    return maker.book()
+
+
+def count_rules(imported: Imported) -> dict[str, int]:
+    """How many of a model's tensors each target key of its rules stands for."""
+    counts: dict[str, int] = {}
+    for rows, origin in imported.origins:
+        for text in origin.new:
+            key = holes(text, _loop)
+            counts[key] = counts.get(key, 0) + len(rows.numbers)
+    return counts
+
+
+@lru_cache(maxsize=1)
+def _renamed_on_loading() -> dict[str, list[tuple[re.Pattern[str], str]]]:
+    text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
+    return {
+        name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
+        for table in tomllib.loads(text)["renamed"]
+        for name in table["classes"]
+    }
+
+
+def module_names(origin: Origin, imported: Imported) -> Origin:
+    """Old names as the modules of transformers 4 had them, which its adapters have."""
+    root = imported.skeleton.submodels[0]
+    patterns = next((p for n in root.classes if (p := _renamed_on_loading().get(n))), None)
+    if patterns is None:
+        return origin
+    old = tuple(_first_replaced(text, patterns) for text in origin.old)
+    return replace(origin, old=old)
+
+
+def _first_replaced(text: str, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, new in patterns:
+        if pattern.search(text):
+            return pattern.sub(new, text)
+    return text
+
+
+@dataclass(slots=True)
+class _Maker:
+    imported: Imported
+    shapes: Mapping[str, tuple[int, ...]]
+    told: dict[tuple[str, int], list[Told]] = field(default_factory=dict)
+    rules: list[Rule] = field(default_factory=list)
+    carried: dict[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
+    shift: int = 0
+    """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
+    left_modules: dict[str, str] = field(default_factory=dict)
+    stuck: list[tuple[str, str]] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return f"{self.imported.name} (transformers {check_version()})"
+
+    def listen(self, keys: Sequence[str]) -> None:
+        """Take over the spelling of a file's keys."""
+        base, counts = self.imported.base, {-1: 0, 0: 0, 1: 0}
+        for rows, new in self.imported.landings(keys):
+            if new is None:
+                continue
+            bare = new.key == rows.text
+            shift = self._shift_of(new.key, rows.text, base)
+            counts[shift] += len(rows.numbers)
+            if bare:
+                continue
+            self._tell(rows, new.key, new.hit.source if new.hit is not None else 0)
+        self.shift = max(counts, key=lambda s: (counts[s], s == 0))
+
+    def _shift_of(self, new: str, text: str, base: str) -> int:
+        if not base:
+            return 0
+        plain = self.imported.renamer.forward(text).key
+        if new in (plain, text):
+            return 0
+        return -1 if new.startswith(f"{base}.") and new[len(base) + 1 :] in (plain, text) else 1
+
+    def _tell(self, rows: Rows, new: str, source: int) -> None:
+        order = columns_of(new)
+        if len(set(order)) != len(order):
+            return
+        loose = [c for c in columns_of(rows.text) if c not in order]
+        if len(loose) > 1:
+            return
+        places: dict[int, str] = {c: stand_in(STACKED) for c in loose}
+        fixed: list[tuple[int, int]] = []
+        text: list[str] = []
+        for segment in new.split("."):
+            whole = _SEGMENT.fullmatch(segment)
+            if whole is None:
+                text.append(segment)
+                continue
+            column = columns_of(segment)
+            place = len([s for s in text if columns_of(s)])
+            if column:
+                places[column[0]] = stand_in(place)
+            else:
+                fixed.append((place, int(segment)))
+            text.append(stand_in(place))
+        old = re.sub(r"97(\d\d)79", lambda m: places[int(m[1])], rows.text)
+        self.told.setdefault((".".join(text), source), []).append(Told(old, tuple(fixed)))
+
+    def add(self, rows: Rows, origin: Origin, shift: int) -> None:
+        """The rule or the carry-over for some keys of the model."""
+        if origin.stuck is not None:
+            self.stuck.append((rows.name(0), origin.stuck))
+            return
+        if origin.converter is not None and rows.text != origin.new[0]:
+            if put(origin.new[0], rows.numbers[0].tolist()) not in self.imported.skeleton.tensors:
+                self.stuck.append((rows.name(0), f"{origin.new[0]} is not there"))
+            return
+        for part, spelled in self._spell(rows, origin, shift):
+            for alike in divide(part, lambda i, o=origin: self._sort(i, o)):
+                self._write(alike, origin, spelled, shift)
+
+    def _spell(
+        self, rows: Rows, origin: Origin, shift: int
+    ) -> Iterable[tuple[Rows, tuple[str, ...]]]:
+        """Old names for some keys: those of the file where it has some."""
+        base = [self._shifted(text, shift) for text in origin.old]
+        told = [self.told.get((rows.text, n), []) for n in range(len(base))]
+        general = [
+            next((t.old for t in each if not t.fixed), default)
+            for each, default in zip(told, base, strict=True)
+        ]
+        special = sorted({t.fixed for each in told for t in each if t.fixed})
+        left = rows
+        for fixed in special:
+            part = left
+            for column, value in fixed:
+                part = part.fix(column, value)
+            if not len(part.numbers):
+                continue
+            names = [
+                next((t.old for t in each if t.fixed == fixed), default)
+                for each, default in zip(told, general, strict=True)
+            ]
+            gone = set(part.ids.tolist())
+            left = left.take([r for r, i in enumerate(left.ids.tolist()) if i not in gone])
+            values = dict(fixed)
+            yield part, tuple(_fix(name, values) for name in names)
+        if len(left.numbers):
+            yield left, tuple(general)
+
+    def _shifted(self, text: str, shift: int) -> str:
+        base = self.imported.base
+        if shift > 0:
+            return f"{base}.{text}"
+        return text.removeprefix(f"{base}.") if shift < 0 else text
+
+    def _sort(self, number: int, origin: Origin) -> object:
+        """What must be the same of all keys of a rule."""
+        skeleton = self.imported.skeleton
+        key = self._keys[number]
+        if origin.converter is None:
+            return len(skeleton.tensors[key]), skeleton.kinds.get(key, "any")
+        group = self._group_of(key, origin)
+        return tuple((skeleton.tensors.get(k), skeleton.kinds.get(k, "any")) for k in group)
+
+    @property
+    def _keys(self) -> list[str]:
+        return self.imported.keys
+
+    def _group_of(self, key: str, origin: Origin) -> list[str]:
+        rows = next(iter(rows_of([key])))
+        return [put(text, rows.numbers[0].tolist()) for text in origin.new]
+
+    def _write(self, rows: Rows, origin: Origin, old: tuple[str, ...], shift: int) -> None:
+        skeleton = self.imported.skeleton
+        numbers = rows.numbers[0].tolist()
+        values = {c: numbers[c] for c in range(len(numbers)) if c not in columns_of(rows.text)}
+        actual = [put(text, numbers) for text in origin.new]
+        absent = [key for key in actual if key not in skeleton.tensors]
+        if absent:
+            self.stuck.append((rows.name(0), f"{absent[0]}, which is made with it, is not there"))
+            return
+        new = tuple(self._shifted(_fix(text, values), shift) for text in origin.new)
+        old = tuple(_fix(text, values) for text in old)
+        kinds = [skeleton.kinds.get(key, "any") for key in actual]
+        shapes = [skeleton.tensors[key] for key in actual]
+        where = self._where(origin.fired, origin.converter)
+        bounds = self._bounds(rows)
+        if origin.converter is None:
+            left_kind = _old_kind(kinds[0], old[0])
+            if old == new and left_kind == kinds[0]:
+                self._carry(holes(new[0], _loop), kinds[0], len(shapes[0]), bounds)
+                return
+            dims = _DIMS.get(kinds[0], "...")
+            text = f"{holes(old[0], _loop)} : {dims} == {holes(new[0], _loop)} : {dims}"
+            self._rule(new[0], text, bounds, (left_kind,), (kinds[0],), where)
+            return
+        turned = self._is_turned(old[0], shapes[0])
+        operations = origin.converter.transform.operations
+        try:
+            chain = run(
+                operations,
+                [*origin.converter.transform.forward.sources],
+                [*origin.converter.transform.forward.targets],
+                shapes,
+                skeleton.submodels[0].config,
+                turned,
+            )
+        except UnknownOperationError as error:
+            self.stuck.append((rows.name(0), f"{origin.converter.transform}: {error}"))
+            return
+        index = write_dim(chain.index) if chain.index is not None else "e"
+        left = "\n".join(
+            f"{_stack(holes(name, _loop), index)} : {chain.write(axes)}"
+            for name, axes in zip(old, chain.sources, strict=True)
+        )
+        right = "\n".join(
+            f"{holes(name, _loop)} : {chain.write(dims)}"
+            for name, dims in zip(new, chain.targets, strict=True)
+        )
+        clauses = [*chain.clauses(), *bounds]
+        left_kinds = tuple(
+            _source_kind(kinds[0], len(axes), len(shapes[0]), name, chain.is_turned)
+            for name, axes in zip(old, chain.sources, strict=True)
+        )
+        self._rule(new[0], f"{left}\n    == {right}", clauses, left_kinds, tuple(kinds), where)
+
+    def _is_turned(self, old: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the file has not the shape that the model wants."""
+        for key, own in self.shapes.items():
+            if rows_of([key])[0].text == rows_of([put(old, [0] * 100)])[0].text:
+                return tuple(own) != tuple(shape)
+        return False
+
+    def _rule(
+        self,
+        name: str,
+        text: str,
+        clauses: Sequence[str],
+        left: tuple[str, ...],
+        right: tuple[str, ...],
+        where: str,
+    ) -> None:
+        if clauses:
+            text += "\nwhere " + ", ".join(clauses)
+        equation = parse_equation(text)
+        try:
+            check_equation(equation)
+        except BadInputError as error:
+            self.stuck.append((name, error.findings[0].message))
+            return
+        left = tuple(
+            k if KINDS[k].fits(t) else "any" for k, t in zip(left, equation.left, strict=True)
+        )
+        right = tuple(
+            k if KINDS[k].fits(t) else "any" for k, t in zip(right, equation.right, strict=True)
+        )
+        self.rules.append(Rule(holes(name, _loop), equation, left, right, self.name, where))
+
+    def _carry(self, key: str, kind: str, dims: int, bounds: Sequence[str]) -> None:
+        text = f"{key} : ... == {key} : ..."
+        if bounds:
+            text += " where " + ", ".join(bounds)
+        equation = parse_equation(text)
+        self.carries_made.append(
+            Carry(equation.left[0], equation, "its name did not change", kind, self.name)
+        )
+
+    carries_made: list[Carry] = field(default_factory=list)
+
+    def _bounds(self, rows: Rows) -> list[str]:
+        return [
+            f"{_loop(c)} < {int(rows.numbers[:, c].max()) + 1}"
+            for c in sorted(set(columns_of(rows.text)))
+        ]
+
+    def _where(self, fired: Iterable[Scoped], converter: Scoped | None) -> str:
+        used = [*fired, *([converter] if converter is not None and converter not in fired else [])]
+        by_entry: dict[str, list[str]] = {}
+        for scoped in dict.fromkeys(used):
+            by_entry.setdefault(scoped.transform.entry, []).append(f"#{scoped.transform.number}")
+        told = "; ".join(f"{entry} {', '.join(numbers)}" for entry, numbers in by_entry.items())
+        return f"transformers {check_version()} registry: {told or 'unchanged'}"
+
+    def book(self) -> Book:
+        root = self.imported.skeleton.submodels[0]
+        types = tuple(
+            dict.fromkeys(m.model_type for m in self.imported.skeleton.submodels if m.model_type)
+        )
+        known = [b for b in library() if root.model_type in b.reclaimed_model_types]
+        reclaimed = tuple(sorted({name for book in known for name in book.reclaimed}))
+        return Book(
+            self.name,
+            f"{self.imported.name}: from the registry of transformers {check_version()}",
+            LEFT,
+            RIGHT,
+            types,
+            tuple(self.rules),
+            tuple(self.carries_made),
+            tuple(self._parameters()),
+            (),
+            reclaimed,
+            types[:1] if reclaimed else (),
+            self.name,
+            f"transformers {check_version()}, conversion_mapping",
+        )
+
+    def _parameters(self) -> Iterable[Parameters]:
+        skeleton = self.imported.skeleton
+        groups: dict[tuple[str, tuple[str, ...]], None] = {}
+        for rows in rows_of(skeleton.parameters):
+            modules = list(rows.names())
+            for module in modules:
+                names = skeleton.parameters[module]
+                groups.setdefault((holes(rows.text, _loop), names), None)
+        kept: dict[str, str] = {
+            str(carry.term.key): str(carry.term.key) for carry in self.carries_made
+        }
+        kept |= {
+            str(rule.equation.left[0].key): str(rule.equation.right[0].key)
+            for rule in self.rules
+            if len(rule.equation.left) == 1
+        }
+        for module, names in groups:
+            same = all(kept.get(f"{module}.{name}") == f"{module}.{name}" for name in names)
+            sides: tuple[Side, ...] = ("left", "right") if same else ("right",)
+            yield Parameters(sides, parse_key(module), names)
+
+
+def _loop(column: int) -> str:
+    return _LOOPS[column] if column < len(_LOOPS) else f"l{column}"
+
+
+def _fix(text: str, values: Mapping[int, int]) -> str:
+    for column, value in values.items():
+        text = text.replace(stand_in(column), str(value))
+    return text
+
+
+def _stack(key: str, index: str) -> str:
+    return key.replace("{" + _loop(STACKED) + "}", "{" + index + "}")
+
+
+def _old_kind(kind: str, old: str) -> str:
+    """What a tensor was: a matrix called weight was a Linear's, and no expert said that it is transposed."""
+    if kind == "parameter" and old.endswith(".weight"):
+        return "linear"
+    return "experts-unmarked" if kind == "experts-transposed" else kind
+
+
+def _source_kind(kind: str, dims: int, target_dims: int, old: str, turned: bool) -> str:
+    if kind.startswith("experts"):
+        if dims == 2:
+            return "linear"
+        if turned:
+            return "experts-unmarked" if kind == "experts" else "experts"
+        return _old_kind(kind, old)
+    if kind == "linear" and turned:
+        return "conv1d"
+    return _old_kind(kind, old)

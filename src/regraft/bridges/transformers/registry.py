@@ -1,0 +1,182 @@
+"""The conversion registry of the installed transformers, as plain data.
+
+Source: ``transformers.conversion_mapping`` and ``transformers.core_model_loading`` (5.4 to 5.23): a list of
+transforms for each model type or class name, each with regular expressions for the old names and templates for the
+new ones. Renamings are applied in order, then at most one converter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import transformers
+from transformers import conversion_mapping as mapping
+from transformers import core_model_loading as loading
+
+from regraft.errors import BadInputError, Finding
+
+OLDEST, NEWEST = (5, 4), (5, 23)
+"""The releases whose registry is known."""
+
+_GROUP = re.compile(r"\\(\d)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One direction of a transform: where it matches, and what stands there then."""
+
+    pattern: re.Pattern[str]
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    offset: int = 0
+    paired: bool = False
+    """Whether source i becomes target i; otherwise every source becomes the first target."""
+
+    def match(self, text: str) -> tuple[re.Match[str], int] | None:
+        """Where it matches, and which of the sources."""
+        found = self.pattern.search(text)
+        if found is None:
+            return None
+        names = ((n, v) for n, v in found.groupdict().items() if v is not None)
+        return found, int(next(names)[0][1:])
+
+    def write(self, text: str, found: re.Match[str], source: int, target: int) -> str:
+        """The text with a target in place of what matched."""
+        first = self.pattern.groupindex[f"g{source}"]
+
+        def group(at: re.Match[str]) -> str:
+            value = found[first + int(at[1])] or ""
+            return str(int(value) + self.offset) if self.offset else value
+
+        replaced = _GROUP.sub(group, self.targets[target])
+        return text[: found.start()] + replaced + text[found.end() :]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transform:
+    """One entry of the registry, in both directions."""
+
+    entry: str
+    """The model type or the class that it is registered for."""
+    number: int
+    forward: Step
+    """From the old names to those of the model."""
+    backward: Step
+    operations: tuple[Any, ...] = ()
+    """Of a converter: transformers' own operations, in order. A renaming has none."""
+    guarded: bool = False
+    """Whether it acts only where one of its first source's names is there (two renames that share a name)."""
+    adds_prefix: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.entry} #{self.number}"
+
+
+@lru_cache(maxsize=1)
+def check_version() -> str:
+    """The installed release.
+
+    Raises ``BadInputError`` where its registry is not known.
+    """
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if release < OLDEST:
+        low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        raise BadInputError(
+            Finding(
+                "transformers-version",
+                f"transformers {transformers.__version__} has no conversion registry that regraft knows",
+                fix=f"install transformers {low} to {high}",
+            )
+        )
+    return str(transformers.__version__)
+
+
+def look_up(entry: str) -> tuple[Transform, ...] | None:
+    """The transforms that are registered for a model type or a class; ``None`` where there are none."""
+    check_version()
+    table = _table()
+    found = table.get(entry)
+    return None if found is None else _read(entry, id(found), len(found))
+
+
+def entries() -> list[str]:
+    """Everything that has transforms."""
+    check_version()
+    return list(_table())
+
+
+def user_registered(entry: str) -> bool:
+    """Whether somebody registered it at run time."""
+    return entry in getattr(mapping, "USER_REGISTERED_MAPPINGS", ())
+
+
+def read_key_mapping(key_mapping: dict[str, str]) -> tuple[Transform, ...]:
+    """The renamings of a ``key_mapping`` that a user gives to ``from_pretrained``."""
+    made = [loading.WeightRenaming(k, v) for k, v in key_mapping.items()]
+    return tuple(_transform("key_mapping", n, t) for n, t in enumerate(made))
+
+
+def _table() -> dict[str, list[Any]]:
+    if mapping._checkpoint_conversion_mapping_cache is None:
+        mapping.get_checkpoint_conversion_mapping("legacy")
+    table: dict[str, list[Any]] = mapping._checkpoint_conversion_mapping_cache
+    return table
+
+
+@lru_cache(maxsize=1024)
+def _read(entry: str, _identity: int, _count: int) -> tuple[Transform, ...]:
+    return tuple(_transform(entry, n, t) for n, t in enumerate(_table()[entry]))
+
+
+def _transform(entry: str, number: int, raw: Any) -> Transform:
+    kind = type(raw).__name__
+    grouped = kind == "GroupWeightRename"
+    back = raw.reverse_transform()
+    return Transform(
+        entry,
+        number,
+        _step(raw, grouped),
+        _step(back, grouped),
+        tuple(getattr(raw, "operations", ())),
+        grouped,
+        kind == "PrefixChange",
+    )
+
+
+def _step(raw: Any, paired: bool) -> Step:
+    return Step(
+        raw.compiled_sources,
+        tuple(raw.source_patterns),
+        tuple(_plain(t) for t in raw.target_patterns),
+        getattr(raw, "offset", 0),
+        paired,
+    )
+
+
+def _plain(target: str) -> str:
+    return target.replace(r"\.", ".")
+
+
+def digits_spelled(transforms: Sequence[Transform]) -> frozenset[int]:
+    """Numbers that the patterns of some transforms spell out: for these an index is not like any other."""
+    found: set[int] = set()
+    for transform in transforms:
+        for step in (transform.forward, transform.backward):
+            for text in step.sources:
+                found.update(int(d) for d in re.findall(r"(?<!\\)[0-9]+", text))
+    return frozenset(found)
+
+
+def has_single_digits(transforms: Sequence[Transform]) -> bool:
+    """Whether a pattern looks at one digit of a number, so that numbers of two digits are not like the others."""
+    lone = re.compile(r"(?:\[0-9\]|\\d)(?![+*{])")
+    return any(
+        lone.search(text)
+        for transform in transforms
+        for step in (transform.forward, transform.backward)
+        for text in step.sources
+    )

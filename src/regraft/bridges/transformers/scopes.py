@@ -1,0 +1,147 @@
+"""Which transforms of the registry apply where in a model.
+
+Source: ``transformers.conversion_mapping.get_model_conversion_mapping`` (5.23): every model inside a model is
+looked up by class, then by model type; what it gives applies below its own path. Unlike there, a subclass is
+looked up through its bases, and scopes are paths in the model, never in what is wrapped around it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from regraft.bridges.transformers.registry import (
+    Step,
+    Transform,
+    look_up,
+    read_key_mapping,
+    user_registered,
+)
+from regraft.names.skeleton import Skeleton, SubModel
+
+LEGACY = "legacy"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoped:
+    """A transform and the path below which it applies."""
+
+    transform: Transform
+    path: str
+    base: str
+    """The root's ``base_model_prefix``: a key may have one more or one less of it."""
+    model: SubModel
+
+    def strip(self, key: str) -> tuple[str, str] | None:
+        """The prefix that belongs to the scope, and the rest of the key; ``None`` for a key of another scope."""
+        if not self.path:
+            return "", key
+        base = f"{self.base}." if self.base else ""
+        own = self.path.removeprefix(self.base).removeprefix(".") if self.base else self.path
+        own = f"{own}." if own else ""
+        for prefix in (base + own, own):
+            if key.startswith(prefix):
+                return prefix, key[len(prefix) :]
+        return None
+
+    def rename(self, key: str, step: Step, target: int | None = None) -> tuple[str, int] | None:
+        """The new key, and which source matched; ``None`` where nothing does."""
+        parts = self.strip(key)
+        if parts is None:
+            return None
+        prefix, rest = parts
+        found = step.match(rest)
+        if found is None:
+            return None
+        match, source = found
+        written = source if step.paired else 0 if target is None else target
+        return prefix + step.write(rest, match, source, written), source
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The transforms of one model inside the model, for people."""
+
+    path: str
+    model: SubModel
+    entry: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scopes:
+    """All transforms of a model, in the order in which they are applied."""
+
+    renamings: tuple[Scoped, ...]
+    converters: tuple[Scoped, ...]
+    legacy: tuple[Scoped, ...]
+    """Renamings that only old files need; the way back does not use them."""
+    applied: tuple[Applied, ...]
+
+    def all(self) -> list[Transform]:
+        """Every transform."""
+        return [s.transform for s in (*self.renamings, *self.converters, *self.legacy)]
+
+
+def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Scopes:
+    """The transforms that apply to a model."""
+    root = skeleton.submodels[0]
+    scoped: list[Scoped] = []
+    applied: list[Applied] = []
+    if key_mapping:
+        scoped += (
+            Scoped(t, "", root.base_model_prefix, root) for t in read_key_mapping(key_mapping)
+        )
+    claimed: defaultdict[str, list[str]] = defaultdict(list)
+    for model in skeleton.submodels:
+        entry, why = _entry(model, claimed)
+        applied.append(Applied(model.path, model, entry, why))
+        if entry is None:
+            continue
+        transforms = look_up(entry) or ()
+        scoped += (Scoped(t, model.path, root.base_model_prefix, model) for t in transforms)
+        by_type = entry == model.model_type
+        for name in model.classes[:1]:
+            claimed[name].append(model.path)
+        if not by_type:
+            claimed[entry].append(model.path)
+        if by_type and model.model_type:
+            claimed[model.model_type].append(model.path)
+    legacy = tuple(Scoped(t, "", root.base_model_prefix, root) for t in look_up(LEGACY) or ())
+    return Scopes(
+        tuple(s for s in scoped if not s.transform.operations),
+        tuple(s for s in scoped if s.transform.operations),
+        legacy,
+        tuple(applied),
+    )
+
+
+def _entry(model: SubModel, claimed: dict[str, list[str]]) -> tuple[str | None, str]:
+    """What a model is registered as, and why; ``None`` where nothing applies."""
+    own = model.classes[0] if model.classes else None
+    registered = [n for n in (own, model.model_type) if n and user_registered(n)]
+    if model.native is None and not registered:
+        return None, f"{own} is not a class of transformers"
+    if own and _covered(claimed.get(own, ()), model.path):
+        return None, "a model around it is of the same class"
+    for name in dict.fromkeys(filter(None, (own if own in registered else None, model.native))):
+        if look_up(name) is not None:
+            if _covered(claimed.get(name, ()), model.path):
+                return None, f"a model around it is a {name}, too"
+            return name, f"its class is {name}" if name == own else f"it is a {name}"
+    kind = model.model_type
+    if kind and look_up(kind) is not None:
+        if _covered(claimed.get(kind, ()), model.path):
+            return None, f"a model around it is of the type {kind}, too"
+        return kind, f"its model type is {kind}"
+    return None, "nothing is registered for it"
+
+
+def _covered(paths: Iterable[str], path: str) -> bool:
+    return any(p == "" or path.startswith(p + ".") for p in paths)
+
+
+def models_of(applied: Sequence[Applied]) -> list[str]:
+    """What applies, in words."""
+    return [f"{a.path or '(root)'}: {a.entry} ({a.why})" for a in applied if a.entry is not None]

@@ -1,0 +1,1 @@
+"""Live models: what applies to them, and state dicts that fit them."""

@@ -1,0 +1,127 @@
+"""What the installed transformers does to the names of the models in a holder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from regraft.bridges.transformers.imported import Imported, import_model
+from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.names.live import Live, LiveModel, walk
+from regraft.names.patterns import patterns
+from regraft.names.resolve import Resolved, resolve
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """The models that a holder holds, and what old names become in each of them."""
+
+    live: Live
+
+    @cached_property
+    def imported(self) -> tuple[Imported, ...]:
+        """What the registry does to each model."""
+        return tuple(import_model(model.skeleton) for model in self.live.models)
+
+    def resolve(self, keys: Sequence[str]) -> Resolved:
+        """Which of a file's keys is which tensor of which model, whatever its saver had wrapped around it.
+
+        Raises ``UnmatchedKeysError`` where nothing lands, ``AmbiguousError`` where two models fit.
+        """
+        return resolve(self.live, keys, self._lands)
+
+    def rename(self, key: str) -> str:
+        """The live key for an old or a new one, bare or with prefixes; of a tensor that is cut, the first part's.
+
+        Raises ``UnmatchedKeysError`` for a key that none of the models knows.
+        """
+        return self.renames([key])[key][0]
+
+    def renames(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """For each key all live keys that it gives something to.
+
+        Raises ``UnmatchedKeysError`` for keys that none of the models knows, all together.
+        """
+        resolved = self.resolve(keys)
+        result: dict[str, tuple[str, ...]] = {key: (k,) for key, k in resolved.carried.items()}
+        for part in resolved.parts:
+            model, imported = self.live.models[part.model], self.imported[part.model]
+            old = list(part.keys)
+            for canonical, new in zip(old, imported.targets(old), strict=True):
+                places = tuple(live for name in new for live in model.keys[name])
+                result[part.keys[canonical]] = places
+            for double, kept in part.doubles.items():
+                result[double] = result[kept]
+        if resolved.unmatched:
+            raise UnmatchedKeysError([self.unknown(key) for key in resolved.unmatched])
+        return {key: result[key] for key in keys}
+
+    def unknown(self, key: str) -> Finding:
+        """What is said of a key that no model has a place for."""
+        names = " or ".join(imported.name for imported in self.imported)
+        return Finding(
+            "unmatched",
+            f"neither {names} nor what is around it has a place for this key, in an old spelling or the new one",
+            key=key,
+            fix="check that it is of this model, or take it out",
+        )
+
+    def _lands(self, number: int, keys: list[str]) -> list[bool]:
+        return self.imported[number].lands(keys)
+
+    def lines(self) -> Iterator[str]:
+        """What applies where, and to how many tensors."""
+        for model, imported in zip(self.live.models, self.imported, strict=True):
+            yield f"{_place(model)}: {imported.name}, {len(model.skeleton.tensors)} tensors"
+            for applied in imported.scopes.applied:
+                where = applied.path or "(the model)"
+                if applied.entry is not None:
+                    yield f"  {where}: registered as {applied.entry} ({applied.why})"
+                elif not applied.path:
+                    yield f"  {where}: {applied.why}"
+            book = imported.book()
+            counts = imported.counts()
+            for rule in book.rules:
+                left = ", ".join(str(term.key) for term in rule.equation.left)
+                right = ", ".join(str(term.key) for term in rule.equation.right)
+                if left != right:
+                    times = counts.get(str(rule.equation.right[0].key), 0)
+                    yield f"    {left} -> {right}  ({times} times)"
+        if self.live.own:
+            yield f"the holder's own: {_shown(self.live.own.values())}"
+        if self.live.adapters:
+            yield f"adapters': {_shown(self.live.adapters.values())}"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def mapping(model: Any) -> Mapping:
+    """What old names become in a live model, or in the models of a holder, whatever is wrapped around them.
+
+    Args:
+        model: a ``PreTrainedModel``, a module with one or more inside, or an object that has some as attributes.
+
+    Raises:
+        BadInputError: it holds no model of transformers.
+    """
+    live = walk(model)
+    if not live.models:
+        raise BadInputError(
+            Finding(
+                "not-a-model",
+                f"a {type(model).__name__} that holds no transformers model",
+                fix="give a PreTrainedModel, or what holds one",
+            )
+        )
+    return Mapping(live)
+
+
+def _place(model: LiveModel) -> str:
+    return model.path or "(the whole)"
+
+
+def _shown(names: Any) -> str:
+    return ", ".join(pattern for pattern, _ in patterns(names))
