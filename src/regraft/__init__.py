@@ -15,6 +15,8 @@ from regraft.errors import (
 
 if TYPE_CHECKING:
     from regraft.api import convert, inspect
+    from regraft.bridges.peft.hook import install, installed, uninstall
+    from regraft.bridges.peft.load import load_adapter
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
@@ -32,13 +34,21 @@ __all__ = [
     "convert",
     "convert_state_dict",
     "inspect",
+    "install",
+    "installed",
+    "load_adapter",
     "mapping",
+    "uninstall",
 ]
 
 
 _LAZY = {
     "convert": "regraft.api",
     "inspect": "regraft.api",
+    "install": "regraft.bridges.peft.hook",
+    "installed": "regraft.bridges.peft.hook",
+    "load_adapter": "regraft.bridges.peft.load",
+    "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
     "convert_state_dict": "regraft.live.state_dict",
     "mapping": "regraft.live.mapping",

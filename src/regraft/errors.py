@@ -58,6 +58,9 @@ class RegraftError(Exception):
         )
         super().__init__(_describe(self.findings))
 
+    def __reduce__(self) -> tuple[type[RegraftError], tuple[tuple[Finding, ...]]]:
+        return type(self), (self.findings,)
+
 
 class BadInputError(RegraftError):
     """The input breaks a rule of its own format, or contradicts its config or its base."""

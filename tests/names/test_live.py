@@ -2,11 +2,10 @@
 
 import warnings
 
+import peft
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
+import torch
+import transformers
 from holders import (
     HOLDERS,
     Holder,
@@ -85,8 +84,6 @@ def test_submodels_and_kinds():
 
 
 def test_more_kinds():
-    import transformers
-
     config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16, n_positions=8)
     gpt2 = transformers.GPT2LMHeadModel(config)
     assert skeleton_of(gpt2).kinds["transformer.h.0.attn.c_attn.weight"] == "conv1d"
@@ -106,8 +103,6 @@ def test_meta_device_and_buffers():
 
 
 def test_classes():
-    import transformers
-
     class MyViT(transformers.ViTModel):
         pass
 
@@ -151,7 +146,6 @@ def test_peft_everything():
 
 def test_prompts_share_the_embedding():
     """PEFT holds the embedding of the base once more; it is the base's, under two keys."""
-    peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     held = peft.get_peft_model(mixtral(), config)
     live = walk(held)
@@ -165,7 +159,6 @@ def test_prompts_share_the_embedding():
 
 
 def test_adapters_that_transformers_put_in():
-    peft = pytest.importorskip("peft")
     model = vit()
     plain = shapes(model)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="weight")

@@ -339,8 +339,10 @@ class _Conversion:
     ) -> tuple[list[Images], list[Moved], list[str] | None, Kept]:
         """What only the base's own weights can supply; also ``modules_to_save`` where it changes."""
         model = self.known.model
-        checkpoint = Checkpoint.find(Path(model.path).parent) if model is not None else None
-        base = BaseWeights(self.known, self.to.name, checkpoint)
+        weights = model.weights if model is not None else None
+        if model is not None and weights is None:
+            weights = Checkpoint.find(Path(model.path).parent)
+        base = BaseWeights(self.known, self.to.name, weights)
         where = self.source.where
         there = Side(self.known.books, self.to.name, self.known.scopes)
         renamed = rename_saved(self.config, others, there)

@@ -22,9 +22,9 @@ from regraft.adapters.remembered import KeptModule, KeptTable
 from regraft.adapters.scan import PREFIX
 from regraft.adapters.writing import Result, Written, tail_of
 from regraft.errors import Finding, RefusedError
-from regraft.files.checkpoint import Checkpoint
 from regraft.names.keys import Group, group_names
 from regraft.plan.build import build_plan
+from regraft.plan.model import Weights
 from regraft.plan.plan import Headers
 from regraft.rules.book import Module
 from regraft.rules.templates import match_group
@@ -48,17 +48,17 @@ def digest(array: Array) -> str:
 class BaseWeights:
     """The base's tensors under the names of a layout, whichever of the two the checkpoint is in."""
 
-    def __init__(self, known: Known, layout: str, checkpoint: Checkpoint | None) -> None:
-        self.known, self.layout, self.checkpoint = known, layout, checkpoint
+    def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
+        self.known, self.layout, self.weights = known, layout, weights
 
     def read(self, name: str) -> Array | None:
         """A tensor by its name in the layout; ``None`` where the checkpoint has it not as it is."""
-        if self.checkpoint is None:
+        if self.weights is None:
             return None
         for candidate in (name, self.other_name(name)):
             for spelled in (candidate, candidate.removeprefix("model."), f"model.{candidate}"):
-                if spelled in self.checkpoint:
-                    return self.checkpoint.read(spelled)
+                if spelled in self.weights:
+                    return self.weights.read(spelled)
         return None
 
     def other_name(self, name: str) -> str:

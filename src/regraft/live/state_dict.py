@@ -9,7 +9,7 @@ from typing import Any
 
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
-from regraft.bridges.transformers.making import LEFT, RIGHT
+from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
 from regraft.live.mapping import Mapping as LiveMapping
@@ -79,8 +79,10 @@ def convert_state_dict(
     """
     if isinstance(to, str):
         layout = parse_layout(to).name
-        return _without_model(state_dict, layout) if model is None else _named(
-            state_dict, layout, mapping(model)
+        return (
+            _without_model(state_dict, layout)
+            if model is None
+            else _named(state_dict, layout, mapping(model))
         )
     if model is not None:
         raise BadInputError(
@@ -106,7 +108,9 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
             shape = live.skeleton.tensors.get(key)
             if shape is not None and tuple(tensor.shape) != tuple(shape):
                 message = f"it has the shape {list(tensor.shape)}, the model wants {list(shape)}"
-                findings.append(Finding("shape", message, key=key, fix="give the file of this model"))
+                findings.append(
+                    Finding("shape", message, key=key, fix="give the file of this model")
+                )
             made.update(dict.fromkeys(live.keys.get(key, ()), tensor))
     for key, place_ in resolved.carried.items():
         made[place_] = state_dict[key]
@@ -132,9 +136,7 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     return result
 
 
-def _named(
-    state_dict: Mapping[str, Any], layout: str, source: LiveMapping
-) -> ConvertedStateDict:
+def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
     from regraft.bridges.torch_tensors import whole
 
@@ -213,12 +215,12 @@ def _collect(
         return {}
 
 
-def _convert(
-    imported: Imported, tensors: Tensors, layout: str, report: StateDictReport
-) -> Tensors:
+def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDictReport) -> Tensors:
     """One model's tensors in a layout: those that are there already stay, the others are planned."""
     own = imported.as_own(list(tensors))
-    named = {key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)}
+    named = {
+        key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)
+    }
     here = {name for name in own if name is not None}
     result: Tensors = {}
     if layout == RIGHT:
@@ -258,9 +260,7 @@ def _missing(target: LiveMapping, kept: Sequence[str], own: Mapping[str, Any]) -
     alone = set(kept)
     spoken = {weights.get(key) for key in own if key not in alone}
     return [
-        key
-        for key in kept
-        if key not in quiet and key in weights and weights[key] not in spoken
+        key for key in kept if key not in quiet and key in weights and weights[key] not in spoken
     ]
 
 

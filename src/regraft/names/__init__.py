@@ -1,1 +1,1 @@
-"""Tensor names as templates and columns of numbers."""
+"""Names of tensors: templates and columns of numbers, live models, and files that were saved from under wrappers."""

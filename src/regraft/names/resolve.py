@@ -78,6 +78,7 @@ class _Candidate:
     """For a template: which segments after the prefix are kept."""
     landed: set[int] = field(default_factory=set)
     spots: int = 0
+    """How many wrappers' segments had to go behind the prefix; those in front are told at once by the prefix."""
 
     def rank(self) -> tuple[int, bool, int, int]:
         return (-len(self.landed), not self.own, self.spots, len(self.node.segments))
@@ -157,7 +158,8 @@ def _candidates(live: Live, keys: list[str], lands: Lands) -> list[_Candidate]:
                 continue  # another template has this place; taken together they would be doubles
             candidate.choices[code] = kept
             candidate.landed.update(rows)
-            candidate.spots += len(keys[rows[0]].split(".")) - len(kept)
+            below = keys[rows[0]].count(".") + 1 - len(candidate.node.segments)
+            candidate.spots += below - len(kept)
         for candidate in found:
             if _reads_as_bare(model, candidate, keys):
                 candidate.own = False

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from regraft.equation.notation import ConfigPath
 from regraft.rules.book import Book
 
@@ -19,6 +22,16 @@ _SUB_MODELS = {
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
+class Weights(Protocol):
+    """The tensors of a model by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> npt.NDArray[np.generic]:
+        """One tensor."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's ``config.json`` and the part of it that a rule book speaks of.
@@ -29,6 +42,8 @@ class ModelConfig:
 
     data: Mapping[str, Any]
     path: str
+    weights: Weights | None = None
+    """The model's tensors, where they are not in files beside its config."""
 
     @property
     def model_type(self) -> str | None:

@@ -198,11 +198,12 @@ class Imported:
         tensors, base = self.skeleton.tensors, self.base
         plain = Renamed(rows.text)
         ways: list[Renamed] = [new, plain]
-        if base:
-            for way in (new, plain):
-                if way.key.startswith(base + "."):
-                    ways.append(replace(way, key=way.key[len(base) + 1 :]))
+        head = any(key.startswith(f"{base}.") for key in tensors)
+        for way in (new, plain) if base else ():
+            if head:
                 ways.append(replace(way, key=f"{base}.{way.key}"))
+            elif way.key.startswith(f"{base}."):
+                ways.append(replace(way, key=way.key[len(base) + 1 :]))
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
             found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)

@@ -1,13 +1,13 @@
 """Tiny live models, and what people put them into."""
 
+import tempfile
 import warnings
 from functools import cache
 
-import pytest
+import peft
 import torch
+import transformers
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 
 
 def vit(head=True):
@@ -62,7 +62,6 @@ class Pipeline:
 
 
 def lora(model, **changes):
-    peft = pytest.importorskip("peft")
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "q_proj" in n]
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, **changes))
 
@@ -74,8 +73,6 @@ def compiled(model):
 @cache
 def process_group():
     """A group of this process alone; other tests need not know of it."""
-    import tempfile
-
     folder = tempfile.mkdtemp()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=0, world_size=1

@@ -1,0 +1,187 @@
+"""Converting an adapter's files for a live model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+
+from regraft.adapters.convert import convert_adapter
+from regraft.adapters.factors import Array
+from regraft.adapters.packing import packing_of_version
+from regraft.adapters.scan import PREFIX
+from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
+from regraft.bridges.peft.slots import base_slots
+from regraft.bridges.torch_tensors import whole
+from regraft.bridges.transformers.imported import import_model
+from regraft.errors import AmbiguousError, Finding
+from regraft.files.dtypes import DTYPES
+from regraft.layouts import Layout
+from regraft.names.live import skeleton_of
+from regraft.plan.model import ModelConfig
+from regraft.report import AdapterReport
+from regraft.rules.book import Book
+
+_CARRIED = {
+    DTYPES[name].numpy: (carrier, dtype)
+    for name, carrier, dtype in (
+        ("BF16", np.uint16, torch.bfloat16),
+        ("F8_E4M3", np.uint8, torch.float8_e4m3fn),
+        ("F8_E5M2", np.uint8, torch.float8_e5m2),
+    )
+}
+"""Types that numpy itself knows nothing of: what carries their bits to torch."""
+
+_CARRIERS = {dtype: (carrier, name) for name, (carrier, dtype) in _CARRIED.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter in the layout of a live model."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    where: str
+    report: AdapterReport
+
+    @property
+    def peft_type(self) -> str:
+        """``LORA``, ``IA3``, ..."""
+        return str(self.config["peft_type"])
+
+    def anywhere(self) -> Adapter:
+        """The same for a model somewhere below the module that PEFT is given: expressions may begin below it, too."""
+        config = dict(self.config)
+        for field in ("target_modules", "exclude_modules"):
+            expression = config.get(field)
+            if isinstance(expression, str) and expression.lower() != "all-linear":
+                config[field] = rf"(?:.*\.)?(?:{expression})"
+        return replace(self, config=config)
+
+    @contextmanager
+    def config_folder(self) -> Iterator[str]:
+        """A folder with its config, for PEFT to read; gone afterwards."""
+        with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+            (Path(folder) / CONFIG).write_text(json.dumps(dict(self.config)), encoding="utf-8")
+            yield folder
+
+
+def open_one(path: Path) -> Source:
+    """The one adapter of a path.
+
+    Raises ``BadInputError``, or ``AmbiguousError`` where there are several.
+    """
+    if (path / CONFIG).is_file():
+        return open_adapter(path, path)
+    found = find_adapters(path)
+    if len(found.folders) > 1:
+        names = ", ".join(str(folder.relative_to(found.root)) for folder in found.folders)
+        raise AmbiguousError(
+            Finding(
+                "which-adapter",
+                f"there are several adapters here: {names}",
+                where=str(path),
+                fix="give the folder of one of them",
+            )
+        )
+    return open_adapter(found.folders[0], found.root, found.weights)
+
+
+class LiveWeights:
+    """The tensors of a live model by the names of its layout, PEFT's layers left out; read when asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots = base_slots(model)
+
+    def __contains__(self, name: str) -> bool:
+        slot = self._slots.get(name)
+        return slot is not None and not slot.tensor.is_meta and slot.tensor.is_floating_point()
+
+    def read(self, name: str) -> Array:
+        """One tensor, copied to the CPU."""
+        return to_numpy(self._slots[name].tensor)
+
+
+def known_model(model: Any) -> ModelConfig:
+    """What conversions need to know of a live model: its config, and its weights when they are asked for."""
+    return ModelConfig(
+        model.config.to_dict(), f"the {type(model).__name__} in memory", LiveWeights(model)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTransformers:
+    """What the installed transformers knows of one live model."""
+
+    live: Any
+
+    def book(
+        self,
+        model: ModelConfig,
+        keys: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        classes: Sequence[str],
+        *,
+        adapter: bool,
+    ) -> tuple[Book, str]:
+        """The rule book for the model, from its own modules; see `plan.model.Foreign`."""
+        imported = import_model(skeleton_of(self.live))
+        told = f"transformers {transformers.__version__} has a registry for {imported.name}"
+        return imported.book(keys, shapes, adapter=adapter), told
+
+
+def live_layout() -> Layout:
+    """The layout of models in the transformers that is installed, with experts packed as its PEFT packs them."""
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    layout = Layout("transformers-v5" if new else "transformers-v4")
+    packing = packing_of_version(peft.__version__)
+    return layout if packing == layout.usual_packing else replace(layout, packing=packing)
+
+
+def convert_for(model: Any, source: Source) -> Adapter:
+    """An adapter's files in the layout of ``model``, a transformers model.
+
+    Raises as ``convert_adapter`` does.
+    """
+    foreign = LiveTransformers(model)
+    done = convert_adapter(source, live_layout(), known_model(model), foreign=foreign)
+    tensors = {name: to_torch(tensor) for name, tensor in done.tensors.items()}
+    return Adapter(done.config, tensors, source.where, done.report)
+
+
+def below(source: Source, path: str) -> Source | None:
+    """The adapter as one of the model at ``path`` in a holder; ``None`` where its keys do not begin with that path."""
+    start = f"{PREFIX}{path}."
+    if not path or not all(name.startswith(start) for name in source.tensors):
+        return None
+    tensors = {PREFIX + name.removeprefix(start): x for name, x in source.tensors.items()}
+    return replace(source, tensors=tensors)
+
+
+def to_torch(array: Array) -> torch.Tensor:
+    """An array as a tensor of its own, every bit as it is."""
+    copied = np.array(array, order="C")
+    if copied.dtype in _CARRIED:
+        carrier, dtype = _CARRIED[copied.dtype]
+        return torch.from_numpy(copied.view(carrier)).view(dtype)
+    return torch.from_numpy(copied)
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """A tensor as an array, every bit as it is."""
+    plain = whole(tensor).detach().cpu().contiguous()
+    if plain.dtype in _CARRIERS:
+        carrier, name = _CARRIERS[plain.dtype]
+        carried = plain.view(torch.int16 if carrier is np.uint16 else torch.uint8)
+        return carried.numpy().view(name)
+    return plain.numpy()
