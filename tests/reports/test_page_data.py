@@ -60,7 +60,11 @@ def check_whole(page):
     json.dumps(json.loads(render_page(page).split('id="data">')[1].split("</script>")[0]))
 
 
-@pytest.mark.parametrize("case", INDEX)
+# For these models the installed transformers is asked, which takes seconds.
+FOREIGN = [case for case in INDEX if case.startswith(("dbrx__", "llava_"))]
+
+
+@pytest.mark.parametrize("case", [case for case in INDEX if case not in FOREIGN[1:]])
 def test_every_golden_adapter(case, tmp_path):
     base = GOLDEN / "bases" / INDEX[case]["base"]
     try:
