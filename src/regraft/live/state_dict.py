@@ -10,7 +10,7 @@ from typing import Any
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
-from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
@@ -222,6 +222,7 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
         key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)
     }
     here = {name for name in own if name is not None}
+    here -= _still_turned(imported, {name: named[name] for name in here & imported.turned})
     result: Tensors = {}
     if layout == RIGHT:
         result = {key: tensor for key, tensor in named.items() if key in here}
@@ -244,6 +245,28 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
         for key in twice
     )
     return {**result, **made}
+
+
+def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
+    """Tensors that are called as they always were, and have their old shape.
+
+    Raises ``AmbiguousError`` where all of them are square in the dims that changed places.
+    """
+    shapes = imported.skeleton.tensors
+    old = {key for key, tensor in tensors.items() if tuple(tensor.shape) != tuple(shapes[key])}
+    square = {key for key in tensors if len(set(shapes[key][-2:])) == 1}
+    if old:
+        return old | square
+    if tensors and len(square) == len(tensors):
+        raise AmbiguousError(
+            Finding(
+                "which-layout",
+                "its name is the same in both layouts, and it is square, so its shape does not tell either",
+                key=next(iter(tensors)),
+                fix="convert the file first, and say with --from which layout it is in",
+            )
+        )
+    return set()
 
 
 def _headers(tensors: Mapping[str, Any]) -> Headers:

@@ -111,6 +111,16 @@ class Imported:
             for name in rows.names()
         )
 
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """The model's keys that had the same name and were stored turned: only a shape tells old from new."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is not None and origin.old == origin.new
+            for name in rows.names()
+        )
+
     def counts(self) -> dict[str, int]:
         """How many of the model's tensors each rule's key stands for."""
         from regraft.bridges.transformers.making import count_rules

@@ -255,7 +255,7 @@ class _Maker:
             text = f"{holes(old[0], _loop)} : {dims} == {holes(new[0], _loop)} : {dims}"
             self._rule(new[0], text, bounds, (left_kind,), (kinds[0],), where)
             return
-        turned = self._is_turned(old[0], shapes[0])
+        turned = self._is_turned(old[0], new[0], shapes[0])
         operations = origin.converter.transform.operations
         try:
             chain = run(
@@ -285,12 +285,16 @@ class _Maker:
         )
         self._rule(new[0], f"{left}\n    == {right}", clauses, left_kinds, tuple(kinds), where)
 
-    def _is_turned(self, old: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of the file has not the shape that the model wants."""
-        for key, own in self.shapes.items():
-            if rows_of([key])[0].text == rows_of([put(old, [0] * 100)])[0].text:
-                return tuple(own) != tuple(shape)
-        return False
+    def _is_turned(self, old: str, new: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor that may be stored either way is turned in the old layout.
+
+        It was. Only a file whose names are old, and whose shape is already the model's, has it otherwise.
+        """
+        if old == new:
+            return True
+        text = _plain_template(old)
+        told = [own for key, own in self.shapes.items() if _plain_template(key) == text]
+        return not any(tuple(own) == tuple(shape) for own in told)
 
     def _rule(
         self,
@@ -385,6 +389,10 @@ class _Maker:
             same = all(kept.get(f"{module}.{name}") == f"{module}.{name}" for name in names)
             sides: tuple[Side, ...] = ("left", "right") if same else ("right",)
             yield Parameters(sides, parse_key(module), names)
+
+
+def _plain_template(text: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", text)
 
 
 def _loop(column: int) -> str:
