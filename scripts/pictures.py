@@ -79,8 +79,8 @@ def photograph(folder: Path, images: Path) -> None:
     run(folder, "convert", "my-lora", "out2", *convert, "adapter.html")
     run(folder, "convert", "dora", "out2", *convert, "refused.html")
     shots = (
-        ("report-light.png", "checkpoint", 1100, 760, "light", "gate_up_proj"),
-        ("report-dark.png", "adapter", 1100, 760, "dark", "gate_up_proj"),
+        ("report-light.png", "checkpoint", 1100, 840, "light", "gate_up_proj"),
+        ("report-dark.png", "adapter", 1100, 880, "dark", "gate_up_proj"),
         ("report-refused.png", "refused", 1100, 760, "light", None),
         ("report-narrow.png", "adapter", 390, 780, "light", None),
     )

@@ -1,5 +1,6 @@
 """What `--json` prints is what `regraft schema` says."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
+from regraft.cli.app import app
 from regraft.files.safetensors import open_tensors, write_tensors
 from regraft.reports.schema import DOCUMENTS, schema_of
 
@@ -27,6 +29,15 @@ def run(capsys):
         return status, json.loads(capsys.readouterr().out)
 
     return run_command
+
+
+def test_every_command_that_prints_json_has_one():
+    commands = {
+        command.name or command.callback.__name__
+        for command in app.registered_commands
+        if "json" in inspect.signature(command.callback).parameters
+    }
+    assert commands - {"schema"} == set(DOCUMENTS) - {"error"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -115,7 +115,7 @@ def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return _describe(hint, definitions)
-    if origin is list:
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return {"type": "array", "items": _value(arguments[0], definitions)}
     if origin is dict:
         return {"type": "object", "additionalProperties": _value(arguments[1], definitions)}
