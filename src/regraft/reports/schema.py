@@ -9,6 +9,7 @@ import ast
 import inspect
 import textwrap
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -117,7 +118,7 @@ def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return _describe(hint, definitions)
     if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return {"type": "array", "items": _value(arguments[0], definitions)}
-    if origin is dict:
+    if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _value(arguments[1], definitions)}
     parts = [a for a in arguments if hasattr(a, "__dataclass_fields__")]
     if parts:
