@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +15,28 @@ from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.inspect import Inspection
 from regraft.adapters.inspect import inspect as inspect_adapters
+from regraft.adapters.ranks import Options
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
     WEIGHTS,
+    WEIGHTS_BIN,
     Found,
     Source,
     find_adapters,
     open_adapter,
 )
+from regraft.adapters.verify import TOLERANCE, compare
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
 from regraft.files.safetensors import write_tensors
+from regraft.files.stamp import Stamp
 from regraft.layouts import parse_layout
+from regraft.plan.model import ModelConfig
 from regraft.report import Report
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +57,8 @@ def convert(
     jobs: int | None = None,
     resume: bool = False,
     in_place: bool = False,
+    via: str | None = None,
+    verify: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -60,7 +68,8 @@ def convert(
         src: a folder that PEFT's ``save_pretrained`` wrote, one ``.safetensors`` (or ``adapter_model.bin``) with its
             ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders; or a model's
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
-        dst: the folder to write. It appears whole or not at all.
+        dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
+            name that ends in ``.safetensors`` is the file to write.
         to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
@@ -74,6 +83,11 @@ def convert(
         resume: checkpoints only: continue what a run that died had begun.
         in_place: checkpoints only: rewrite the headers of ``src`` itself, where tensors only change their names.
             ``dst`` is ``src`` then.
+        via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
+            exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
+            a relative error. Families that multiply their base weight take its weights as ``model``.
+        verify: adapters only: compare what every target adds before and after, in float64, before anything is
+            written. The report has the largest relative error.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -85,7 +99,9 @@ def convert(
         UnmatchedKeysError: keys that no rule and no carry-over explains.
         AmbiguousError: more than one reading fits, with different results.
         RefusedError: what was asked for has no exact image.
+        NotEqualError: ``verify`` found that the result is not what it should be.
     """
+    Options(via)
     src_path, dst_path = Path(src), Path(dst)
     layout = parse_layout(to)
     source_layout = parse_layout(source) if source is not None else None
@@ -95,6 +111,14 @@ def convert(
         options["foreign"] = InstalledTransformers()
         options["source"] = source_layout.name if source_layout is not None else None
         if in_place:
+            _check_options(
+                "they say how to write, and --in-place writes headers only",
+                shard_size=shard_size,
+                dtype=dtype,
+                jobs=jobs,
+                resume=resume,
+                overwrite=overwrite,
+            )
             done = convert_in_place(src_path, dst_path, **options)
         else:
             done = convert_checkpoint(
@@ -112,28 +136,40 @@ def convert(
         report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
         report.files = list(done.others)
         return report
-    _check_options(shard_size, dtype, jobs, resume, in_place)
+    _check_options(
+        "only for checkpoints, and SRC is none",
+        shard_size=shard_size,
+        dtype=dtype,
+        jobs=jobs,
+        resume=resume,
+        in_place=in_place,
+    )
     found = find_adapters(src_path)
+    _check_kind(dst_path)
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
     foreign = InstalledTransformers()
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
+    stamps: list[Stamp] = []
     findings: list[Finding] = []
     failed: list[RegraftError] = []
     for number, folder in enumerate(found.folders):
         if progress is not None:
             progress(folder.name, number, len(found.folders))
+        stamps += _stamp(folder, found.weights)
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, foreign)
+            result = convert_adapter(opened, layout, config, source_layout, Options(via), foreign)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
             continue
         if not result.report.copied or not dry_run:
             _note_values(opened, result)
+        if verify:
+            _certify(opened, result, config, via, foreign)
         converted.append((opened, result))
         report.adapters.append(result.report)
     if failed:
@@ -141,7 +177,7 @@ def convert(
         raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
     _note_company(report, [result for _, result in converted])
     if not dry_run:
-        _write(found, dst_path, converted, overwrite)
+        _write(found, dst_path, converted, stamps, overwrite)
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
@@ -165,6 +201,30 @@ def inspect(
     return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 
+def _certify(
+    source: Source,
+    result: Converted,
+    model: ModelConfig | None,
+    via: str | None,
+    foreign: InstalledTransformers,
+) -> None:
+    """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
+    made = Source(
+        source.name,
+        "the result",
+        result.config,
+        result.tensors,
+        result.metadata,
+        aside=result.aside,
+    )
+    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
+    done = compare(source, made, model, tolerance, foreign)
+    result.report.error = done.error
+    result.report.verified = len(done.targets) + done.others
+    if not done.equal:
+        raise NotEqualError(done.differences)
+
+
 def _note_company(report: Report, results: list[Converted]) -> None:
     """Adapters that PEFT cannot hold on one model at a time."""
     targets = {tuple(sorted(r.config.get("target_parameters") or ())) for r in results}
@@ -175,13 +235,10 @@ def _note_company(report: Report, results: list[Converted]) -> None:
         )
 
 
-def _check_options(*given: object) -> None:
-    names = ("shard_size", "dtype", "jobs", "resume", "in_place")
-    wrong = [name for name, value in zip(names, given, strict=True) if value]
+def _check_options(why: str, **given: object) -> None:
+    wrong = [name for name, value in given.items() if value]
     if wrong:
-        raise BadInputError(
-            Finding("option", f"{' and '.join(wrong)}: only for checkpoints, and SRC is none")
-        )
+        raise BadInputError(Finding("option", f"{' and '.join(wrong)}: {why}"))
 
 
 def _note_values(source: Source, result: Converted) -> None:
@@ -196,10 +253,36 @@ def _note_values(source: Source, result: Converted) -> None:
                 )
 
 
+def _check_kind(dst: Path) -> None:
+    if dst.suffix == ".safetensors" and not dst.is_dir():
+        message = (
+            "an adapter is a folder, with its weights and its config, and this is a file's name"
+        )
+        fix = "name a folder to write"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+
+
+def _stamp(folder: Path, weights: Path | None) -> list[Stamp]:
+    files = [folder / CONFIG, folder / ASIDE]
+    files += [weights] if weights is not None else [folder / WEIGHTS, folder / WEIGHTS_BIN]
+    return [Stamp.of(path) for path in files if path.is_file()]
+
+
 def _write(
-    found: Found, dst: Path, converted: list[tuple[Source, Converted]], overwrite: bool
+    found: Found,
+    dst: Path,
+    converted: list[tuple[Source, Converted]],
+    stamps: list[Stamp],
+    overwrite: bool,
 ) -> None:
-    with staged_folder(dst, overwrite) as staged:
+    others = [found.root / path for path in found.others]
+    size = sum(path.stat().st_size for path in others)
+    for source, result in converted:
+        if result.report.copied and source.weights is not None:
+            size += source.weights.stat().st_size
+        else:
+            size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
+    with staged_folder(dst, overwrite, size) as staged:
         for source, result in converted:
             folder = staged / source.name
             folder.mkdir(parents=True, exist_ok=True)
@@ -217,3 +300,5 @@ def _write(
         for path in found.others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(found.root / path, staged / path)
+        for stamp in stamps:
+            stamp.check()

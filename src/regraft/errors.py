@@ -4,7 +4,8 @@
     ├── BadInputError        the input breaks a rule of its own format, or contradicts its config or its base
     ├── UnmatchedKeysError   keys that no rule and no carry-over explains
     ├── AmbiguousError       more than one reading fits and they lead to different results
-    └── RefusedError         the input is sound, but what was asked for has no exact image
+    ├── RefusedError         the input is sound, but what was asked for has no exact image
+    └── NotEqualError        the certificate of a result could not be given
 
 Every error carries its findings as data, all problems of one input together.
 """
@@ -76,6 +77,10 @@ class AmbiguousError(RegraftError):
 
 class RefusedError(RegraftError):
     """The input is sound, but what was asked for has no exact image."""
+
+
+class NotEqualError(RegraftError):
+    """A result was checked against its source, and does not add the same to its base."""
 
 
 _SHOWN = 20

@@ -27,6 +27,11 @@ class Target:
     """Whether every number is the source's own, bit for bit; otherwise a scale was folded into B."""
     parameter: bool = False
     """Whether PEFT adapts it through ``target_parameters``."""
+    rung: str = "family"
+    """How it was reached: ``family`` (what it was), ``lora`` (exactly, as LoRA), ``base`` (the same, with the base's
+    weights), ``dense`` or ``svd`` (on request)."""
+    error: float = 0.0
+    """How far an approximation is off, relative to the delta's Frobenius norm."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +73,10 @@ class AdapterReport:
     rules: dict[str, int] = field(default_factory=dict)
     """How often every rule fired."""
     notes: list[str] = field(default_factory=list)
+    verified: int = 0
+    """How many targets and other tensors were compared with the source's."""
+    error: float = 0.0
+    """The largest relative error of a delta that was found."""
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
 
@@ -143,3 +152,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return dict(value) if isinstance(value, dict) else value
+
+
+def show_size(count: float) -> str:
+    """A number of bytes with a decimal unit.
+
+    >>> show_size(4_400_000_000)
+    '4.4 GB'
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count / 1000:.3g} TB"

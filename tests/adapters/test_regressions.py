@@ -259,8 +259,9 @@ def test_prompt_tuning_needs_no_model(tmp_path, to, model_type):
 
 @pytest.mark.parametrize("field", ["target_modules", "feedforward_modules"])
 def test_ia3_on_attention_is_carried_over(tmp_path, field):
+    shape = (KEYS, 1) if field == "target_modules" else (1, HIDDEN)
     source = {
-        f"{PREFIX}model.layers.{layer}.self_attn.k_proj.ia3_l": np.full((KEYS, 1), 2, np.float32)
+        f"{PREFIX}model.layers.{layer}.self_attn.k_proj.ia3_l": np.full(shape, 2, np.float32)
         for layer in range(2)
     }
     fields = {"target_modules": ["k_proj"], "feedforward_modules": [], field: ["k_proj"]}

@@ -1,6 +1,7 @@
 """PEFT's and transformers' own functions while regraft is installed."""
 
 import inspect
+import json
 import shutil
 import threading
 
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
 from golden_models import (  # noqa: E402
+    GOLDEN,
     INDEX,
     base_model,
     case_folder,
@@ -129,6 +131,18 @@ def test_hotswapping(installed):
     model = mixin(base_model(CASE), case_folder(CASE))
     mixin(model, case_folder(SAME), adapter_name="default", hotswap=True)
     assert is_adapted(model, SAME)
+
+
+def test_a_model_from_the_adapters_folder(installed, tmp_path):
+    shutil.copytree(case_folder(CASE), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["base_model_name_or_path"] = str(GOLDEN / "bases" / INDEX[CASE]["base"])
+    file.write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", attn_implementation="eager", dtype=torch.float32
+    )
+    assert is_adapted(model, CASE)
 
 
 class Holder(nn.Module):

@@ -198,15 +198,6 @@ def test_unaligned_sources_are_laid_out_aligned(tmp_path):
     assert verify(src, tmp_path / "out").equal
 
 
-def test_metadata_and_aliases_are_kept(tmp_path):
-    tensors = mixtral()
-    metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight", "trained": "yes"}
-    del tensors["lm_head.weight"]
-    src = write_folder(tmp_path / "src", tensors, metadata=metadata)
-    convert(src, tmp_path / "out")
-    assert read_header(tmp_path / "out" / "model.safetensors").metadata == metadata
-
-
 def test_dry_run_writes_nothing(tmp_path):
     src = write_folder(tmp_path / "src", mixtral())
     report = convert(src, tmp_path / "out", dry_run=True)

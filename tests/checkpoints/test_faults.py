@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
 
 import regraft
 from regraft.checkpoints import convert as convert_module
-from regraft.checkpoints import engine, tiles, units, work
+from regraft.checkpoints import engine, tiles, units
 from regraft.errors import BadInputError
+from regraft.files import work
 
 V4, V5 = "transformers-v4", "transformers-v5"
 
@@ -179,10 +181,8 @@ def test_where_the_kernel_does_not_copy(src, wanted, tmp_path, monkeypatch, code
 
 
 def test_too_little_room_is_told_before_the_work(src, tmp_path, monkeypatch):
-    class Full:
-        f_bavail, f_frsize = 3, 512
-
-    monkeypatch.setattr(convert_module.os, "statvfs", lambda path: Full())
+    full = shutil._ntuple_diskusage(10**9, 10**9, 1536)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(BadInputError, match="are free"):
         regraft.convert(src, tmp_path / "out", to=V5)
     assert beside(tmp_path / "out") == ["src"]

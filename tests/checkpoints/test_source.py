@@ -6,13 +6,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from checkpoints.models import mixtral, snapshot, write_folder
+from checkpoints.models import mixtral, write_folder
 
 import regraft
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.checkpoints.torch_zip import read_zip
 from regraft.checkpoints.verify import verify
-from regraft.errors import BadInputError, RefusedError
+from regraft.errors import BadInputError
 from regraft.files.safetensors import open_tensors, write_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -184,98 +184,3 @@ class TestTorch:
             (tmp_path / "cut.bin").write_bytes(data[:cut])
             with pytest.raises(BadInputError):
                 read_zip(tmp_path / "cut.bin")
-
-
-GRANITE = {
-    "model_type": "granitemoe",
-    "hidden_size": 8,
-    "intermediate_size": 6,
-    "num_local_experts": 3,
-    "num_hidden_layers": 1,
-}
-
-
-def granite():
-    at = "model.layers.0.block_sparse_moe."
-    shapes = {
-        "model.embed_tokens.weight": (10, 8),
-        at + "input_linear.weight": (3, 12, 8),
-        at + "output_linear.weight": (3, 8, 6),
-        at + "router.layer.weight": (3, 8),
-    }
-    return {name: np.random.default_rng(1).random(shape) for name, shape in shapes.items()}
-
-
-class TestInPlace:
-    """Headers that are rewritten where they are."""
-
-    def make(self, tmp_path, room=400):
-        src = write_folder(tmp_path / "src", granite(), GRANITE)
-        file = src / "model.safetensors"
-        data = file.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        head = data[8 : 8 + length] + b" " * room
-        file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
-        return src
-
-    def test_there_and_back(self, tmp_path):
-        src = self.make(tmp_path)
-        regraft.convert(src, tmp_path / "wanted", to="transformers-v5")
-        before = open_tensors(src / "model.safetensors")
-        regraft.convert(src, src, to="transformers-v5", in_place=True)
-        assert verify(tmp_path / "wanted", src).equal
-        assert {path.name for path in src.iterdir()} == {"config.json", "model.safetensors"}
-        regraft.convert(src, src, to="transformers-v4", in_place=True)
-        after = open_tensors(src / "model.safetensors")
-        assert list(before) == list(after)
-
-    def test_a_header_that_does_not_fit(self, tmp_path):
-        regraft.convert(self.make(tmp_path), tmp_path / "v5", to="transformers-v5")
-        src = tmp_path / "v5"
-        before = snapshot(src)
-        with pytest.raises(RefusedError, match="takes"):
-            regraft.convert(src, src, to="transformers-v4", in_place=True)
-        assert snapshot(src) == before
-
-    def test_more_than_names(self, tmp_path):
-        src = write_folder(tmp_path / "src", mixtral())
-        before = snapshot(src)
-        with pytest.raises(RefusedError, match="more than names changes"):
-            regraft.convert(src, src, to="transformers-v5", in_place=True)
-        assert snapshot(src) == before
-
-    @pytest.mark.parametrize("kind", ["symlink", "hardlink"])
-    def test_a_file_with_another_name(self, tmp_path, kind):
-        src = self.make(tmp_path)
-        file = src / "model.safetensors"
-        if kind == "hardlink":
-            (src / "twin.txt").hardlink_to(file)
-        else:
-            file.rename(src / "real.safetensors")
-            file.symlink_to("real.safetensors")
-        with pytest.raises(RefusedError, match="other names"):
-            regraft.convert(src, src, to="transformers-v5", in_place=True)
-
-    def test_dying_in_the_middle(self, tmp_path, monkeypatch):
-        from regraft.checkpoints import in_place
-
-        src = self.make(tmp_path)
-        before = snapshot(src)
-
-        class Died(BaseException):
-            pass
-
-        kept = (src / "model.safetensors").read_bytes()
-        write_head = in_place._write_head
-
-        def half(path, head):
-            write_head(path, head[:400])
-            raise Died
-
-        monkeypatch.setattr(in_place, "_write_head", half)
-        with pytest.raises(Died):
-            regraft.convert(src, src, to="transformers-v5", in_place=True)
-        assert (src / "model.safetensors").read_bytes() != kept
-        monkeypatch.setattr(in_place, "_write_head", write_head)
-        in_place.restore(src)
-        assert snapshot(src) == before

@@ -88,8 +88,9 @@ def test_a_source_that_ends_early(tmp_path):
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float64])
-def test_copy_strided(order, dtype):
-    source = np.arange(70 * 90 * 110).astype(dtype).reshape(70, 90, 110)
+@pytest.mark.parametrize("shape", [(70, 90, 110), (2, 700, 1100)])
+def test_copy_strided(order, dtype, shape):
+    source = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
     target = np.zeros([source.shape[i] for i in order], dtype)
     copy_strided(target, source.transpose(order))
     assert np.array_equal(target, source.transpose(order))

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and JSON files."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from regraft.errors import BadInputError
 from regraft.files import folder as module
 from regraft.files.folder import check_destination, copy_file, load_json, staged_folder
+from regraft.files.work import work_folder
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -34,8 +36,8 @@ def old(tmp_path: Path) -> Path:
 def test_appears_whole(tmp_path: Path) -> None:
     dst = tmp_path / "deep" / "er" / "out"
     with staged_folder(dst, overwrite=False) as folder:
-        assert folder.parent == dst.parent
-        assert folder.name.startswith(".")
+        assert folder.parent.parent == dst.parent
+        assert folder.parent.name.startswith(".")
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("x")
         assert not dst.exists()
@@ -120,8 +122,7 @@ def test_error_in_the_swap_preserves_a_whole_folder(
         (new / "new.txt").write_text("new")
     whole = {"new.txt": b"new"} if step == "second done" else {"old.txt": b"old"}
     assert snapshot(old) == whole
-    hidden = [path for path in tmp_path.iterdir() if path != old]
-    assert len(hidden) == (step == "second done")
+    assert list(tmp_path.iterdir()) == [old]
 
 
 def test_killed_process_leaves_the_old(tmp_path: Path, old: Path) -> None:
@@ -135,6 +136,72 @@ def test_killed_process_leaves_the_old(tmp_path: Path, old: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(old)], check=False)
     assert done.returncode == -9
     assert snapshot(old) == {"old.txt": b"old"}
+    assert len(list(tmp_path.iterdir())) == 2
+    with staged_folder(old, overwrite=True) as new:
+        (new / "new.txt").write_text("new")
+    assert snapshot(tmp_path) == {"out": None, "out/new.txt": b"new"}
+
+
+def test_dying_between_the_two_renames(tmp_path: Path, old: Path) -> None:
+    folder = work_folder(old)
+    folder.mkdir()
+    old.rename(folder / "old")
+    with (
+        pytest.raises(BadInputError, match="came into being"),
+        staged_folder(old, overwrite=False),
+    ):
+        pass
+    assert snapshot(tmp_path) == {"out": None, "out/old.txt": b"old"}
+
+
+def test_dying_after_the_two_renames(tmp_path: Path, old: Path) -> None:
+    left = work_folder(old) / "old"
+    left.mkdir(parents=True)
+    (left / "older.txt").write_text("older")
+    with staged_folder(old, overwrite=True) as new:
+        (new / "new.txt").write_text("new")
+    assert snapshot(tmp_path) == {"out": None, "out/new.txt": b"new"}
+
+
+def test_a_second_run_names_the_first(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", overwrite=False) as new:
+        (new / "file").write_text("x")
+        with (
+            pytest.raises(BadInputError, match=f"process {os.getpid()}") as caught,
+            staged_folder(tmp_path / "out", overwrite=False),
+        ):
+            pytest.fail("the block must not run")
+        assert caught.value.findings[0].code == "in-use"
+    assert snapshot(tmp_path) == {"out": None, "out/file": b"x"}
+
+
+def test_long_names_have_places_of_their_own(tmp_path: Path) -> None:
+    one, other = (tmp_path / ("é" * 125 + end) for end in "ab")
+    assert work_folder(one) != work_folder(other)
+    with staged_folder(one, overwrite=False), staged_folder(other, overwrite=False):
+        pass
+    assert sorted(tmp_path.iterdir()) == [one, other]
+
+
+def test_too_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9e6, 0, 8e6))
+    with (
+        pytest.raises(BadInputError, match=r"9.26 MB more are needed, and 8 MB are free"),
+        staged_folder(tmp_path / "a" / "out", overwrite=False, size=9_000_000),
+    ):
+        pytest.fail("the block must not run")
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, old: Path) -> None:
+    with (
+        pytest.raises(BadInputError, match="No space left") as caught,
+        staged_folder(old, overwrite=True) as new,
+    ):
+        (new / "file").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.findings[0].code == "cannot-write"
+    assert snapshot(tmp_path) == {"out": None, "out/old.txt": b"old"}
 
 
 def test_exists(old: Path) -> None:
@@ -180,7 +247,7 @@ def test_failing_mkdir_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "mkdir", fail)
     with (
-        pytest.raises(BadInputError, match="out: the folder cannot be written: Permission"),
+        pytest.raises(BadInputError, match="out: it cannot be written: Permission"),
         staged_folder(tmp_path / "a" / "out", overwrite=False),
     ):
         pytest.fail("the block must not run")
@@ -218,6 +285,29 @@ def test_check_destination(tmp_path: Path, old: Path, monkeypatch: pytest.Monkey
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     assert codes(src, Path(), True) == ["destination-in-use"]
+
+
+def test_check_destination_of_a_file(tmp_path: Path) -> None:
+    src, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    src.write_text("x")
+    (tmp_path / "link.safetensors").symlink_to(src)
+    (tmp_path / "folder").mkdir()
+
+    def found(dst: Path, overwrite: bool = False) -> list[str]:
+        try:
+            check_destination(src, dst, overwrite, file=True)
+        except BadInputError as error:
+            return [finding.code for finding in error.findings]
+        return []
+
+    assert found(other) == []
+    other.write_text("y")
+    assert found(other) == ["destination-exists"]
+    assert found(other, True) == []
+    assert found(src, True) == ["destination-is-source"]
+    assert found(tmp_path / "link.safetensors", True) == ["destination-is-source"]
+    assert found(tmp_path / "folder", True) == ["destination-is-file"]
+    assert found(other / "x", True) == ["destination-is-file"]
 
 
 def test_copies_what_a_link_leads_to(tmp_path: Path) -> None:
@@ -305,4 +395,4 @@ def test_swap_deletes_the_old_last(
     monkeypatch.setattr(shutil, "rmtree", remove)
     with staged_folder(old, overwrite=True) as new:
         (new / "new.txt").write_text("new")
-    assert [path.name.endswith(".old") for path in removed] == [True]
+    assert {path.name for path in removed} == {"old"}

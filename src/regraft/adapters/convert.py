@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.carry import (
+    Carried,
+    Carrier,
+    lora_config,
+    sources_of,
+    unmoved_images,
+    write_family_config,
+    write_parts,
+)
 from regraft.adapters.complete import check_complete, guess_count
 from regraft.adapters.detect import Known, detect_layout, find_books
 from regraft.adapters.factors import Array, Factors, Images, Lora
+from regraft.adapters.families.base import Family
+from regraft.adapters.families.table import family_of
 from regraft.adapters.image import images
 from regraft.adapters.kept import (
-    BaseWeights,
     Kept,
     add_factors,
+    digest_all,
     drop_stand_ins,
     fill_saved,
     keep_uncalled,
@@ -22,12 +33,14 @@ from regraft.adapters.kept import (
 from regraft.adapters.others import Moved, move_others, rename_saved, write_others
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.peft_config import targets_module, targets_parameter
+from regraft.adapters.ranks import Options, tighten
 from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.record import Record
 from regraft.adapters.remembered import KEY, Origin, write_remembered
 from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
-from regraft.adapters.variants import reclaimed_names, refuse_variants
+from regraft.adapters.tuned import TunedModules
+from regraft.adapters.variants import reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
 from regraft.errors import (
     AmbiguousError,
@@ -36,7 +49,6 @@ from regraft.errors import (
     RefusedError,
     RegraftError,
 )
-from regraft.files.checkpoint import Checkpoint
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
@@ -64,30 +76,36 @@ def convert_adapter(
     to: Layout,
     model: ModelConfig | None = None,
     layout: Layout | None = None,
+    options: Options | None = None,
     foreign: Foreign | None = None,
 ) -> Converted:
     """Convert one adapter in memory.
 
     ``layout`` is the source's, found out where it is not given; ``model`` is the config of the base, needed where
     the adapter itself does not tell sizes (only some experts are adapted, say); ``foreign`` is asked for models
-    that the library does not know.
+    that the library does not know. ``options`` allow what is done only by name.
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
-    scan, findings = scan_names(list(source.tensors), source.where, _is_lora(source))
+    family = family_of(source.config)
+    scan, findings = _scan(source, family)
     if findings:
         raise BadInputError(findings)
     spelled = source.remembered().names
     known = find_books(scan, source.config, model, source.where, foreign, spelled)
-    conversion = _Conversion(source, to, known, scan, [known.evidence])
+    conversion = _Conversion(
+        source, to, known, scan, [known.evidence], family, options or Options()
+    )
     conversion.choose_layout(layout)
     if conversion.is_there_already():
         return conversion.copy()
     return conversion.convert()
 
 
-def _is_lora(source: Source) -> bool:
-    return source.peft_type == "LORA"
+def _scan(source: Source, family: type[Family] | None) -> tuple[Scan, list[Finding]]:
+    plain = source.peft_type == "LORA" and family is None
+    prefix = family.prefix if family is not None else None
+    return scan_names(list(source.tensors), source.where, plain, prefix)
 
 
 @dataclass(slots=True)
@@ -97,15 +115,25 @@ class _Conversion:
     known: Known
     scan: Scan
     evidence: list[str]
+    family: type[Family] | None
+    """``None`` for plain LoRA, and for what is bound to no module."""
+    options: Options
     notes: list[str] = field(default_factory=list)
     layout: str = ""
     """The source's."""
     packing: str | None = None
     """How stacked experts are packed in the source, as far as it is known."""
+    config_was: dict[str, Any] | None = None
+    """The source's config, where another family stands in for it."""
 
     @property
     def config(self) -> dict[str, Any]:
         return self.source.config
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a LoRA and nothing more."""
+        return self.source.peft_type == "LORA" and self.family is None
 
     @property
     def comes_back(self) -> bool:
@@ -188,7 +216,10 @@ class _Conversion:
         target = other_layout(layout)
         side = Side(self.known.books, layout, self.known.scopes)
         try:
-            self.plan(self.read_factors(side, quiet=True), target)
+            if self.family is not None:
+                self.plan_family(self.carrier(layout, target).read(), target)
+            else:
+                self.plan(self.read_factors(side, quiet=True), target)
             move_others(self.scan, self.source, self.known, side, target, in_place=False)
         except RefusedError:
             return None
@@ -200,7 +231,7 @@ class _Conversion:
         """Whether it is in the target layout, with experts packed as they are to be."""
         if self.layout != self.to.name:
             return False
-        if not _is_lora(self.source) or not self.config.get("target_parameters"):
+        if not self.plain or not self.config.get("target_parameters"):
             return True
         have = self.packing or packing_of_version(self.config.get("peft_version"))
         return have == self.to.usual_packing
@@ -226,8 +257,26 @@ class _Conversion:
             notes=self.notes,
         )
 
+    def carrier(self, layout: str, target: str) -> Carrier:
+        assert self.family is not None
+        return Carrier(
+            self.family,
+            self.config,
+            self.source.tensors,
+            self.scan,
+            self.known,
+            layout,
+            target,
+            self.source.where,
+        )
+
     def convert(self) -> Converted:
         report = self.new_report()
+        restored = self.restore(report)
+        if restored is not None:
+            return restored
+        if self.family is not None:
+            return self.convert_family(report)
         record = Record()
         if self.comes_back:
             record = self.source.remembered().record(bool(self.config.get("use_rslora")))
@@ -297,15 +346,126 @@ class _Conversion:
         if drop:
             tensors = {n: t for n, t in self.source.tensors.items() if n not in drop}
             self.source = replace(self.source, tensors=tensors)
-            self.scan, _ = scan_names(list(tensors), self.source.where, _is_lora(self.source))
+            self.scan, _ = _scan(self.source, self.family)
         return factors, written
+
+    def restore(self, report: AdapterReport) -> Converted | None:
+        """All of an adapter that another family stood in for, where nothing was changed since."""
+        if not self.comes_back:
+            return None
+        remembered, aside = self.source.remembered(), self.source.aside
+        before = remembered.config_before(self.config)
+        if not remembered.kept.whole or before is None or not aside:
+            return None
+        if digest_all(self.source.tensors) != remembered.kept.whole:
+            return None
+        self.notes.append("the adapter that this one was made of is back, bit for bit")
+        report.carried = report.tensors_out = len(aside)
+        report.peft_type = str(before.get("peft_type"))
+        return Converted(before, dict(aside), {"format": "pt"}, report)
+
+    def convert_family(self, report: AdapterReport) -> Converted:
+        """Carry a family along, in its own form or as LoRAs."""
+        there = Side(self.known.books, self.to.name, self.known.scopes)
+        here = Side(self.known.books, self.layout, self.known.scopes)
+        in_place = self.layout == self.to.name
+        carrier = self.carrier(self.layout, self.to.name)
+        tuned = carrier.read()
+        plan = None if in_place else self.plan_family(tuned, self.to.name)
+        others = move_others(
+            self.scan, self.source, self.known, here, self.to.name, in_place=in_place
+        )
+        carried = carrier.carry(plan, tuned, self.options.via)
+        if carried.factors is None:
+            _, others, saved, kept = self.use_base([], others)
+            result = write_parts(carried.parts, carrier.family)
+            config = self.family_config(carrier, carried, plan, tuned, saved)
+            report.targets = _family_targets(carried, plan)
+        else:
+            shared = set(carrier.family.shared)
+            others = [item for item in others if item.old not in shared]
+            factors = carried.factors
+            record = Record()
+            made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
+            made, others, saved, kept = self.use_base(made, others)
+            errors = tighten(made, self.options.via)
+            self.config_was, self.source = (
+                self.config,
+                replace(self.source, config=lora_config(self.config)),
+            )
+            self.family = None
+            reclaimed = reclaimed_names(self.config, self.known, self.to.name)
+            result = write_factors(made, there, self.target_packing, reclaimed)
+            config = self.write_config(result, saved)
+            self.note_changes(config, made)
+            rung = "svd" if errors else carried.rung
+            report.targets = _targets(result.written, made, plan, rung, errors)
+            self.note_rung(carrier.family, carried, rung)
+        write_others(others, result)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(tuned.headers, plan, beside=beside)
+        report.carried = len(others)
+        report.tensors_out = len(result.tensors)
+        report.rules = plan.fired() if plan is not None else {}
+        aside = dict(kept.tensors)
+        if carried.factors is not None or carried.moved:
+            aside.update(self.source.tensors)
+            kept.table.whole = digest_all(result.tensors)
+        metadata = {"format": "pt", **self.source.metadata}
+        before = self.config_was or self.config
+        metadata[KEY] = write_remembered(
+            self.to.name, Origin(self.layout, self.packing), before, config, Record(), kept.table
+        )
+        return Converted(config, result.tensors, metadata, report, plan, aside)
+
+    def family_config(
+        self,
+        carrier: Carrier,
+        carried: Carried,
+        plan: Plan | None,
+        tuned: TunedModules,
+        saved: list[str] | None,
+    ) -> dict[str, Any]:
+        config = dict(self.config)
+        if plan is not None and carried.parts:
+            renamed = {
+                tuned.headers.name(i).removesuffix(".weight"): new.removesuffix(".weight")
+                for new, i in sources_of(plan).items()
+            }
+            config = write_family_config(
+                config, carrier.family, carried.parts, carried.changes, self.known.model, renamed
+            )
+        if saved is not None:
+            config["modules_to_save"] = saved
+        before = self.source.remembered().config_before(self.config) if self.comes_back else None
+        if before is not None and not carried.moved:
+            family = type(carrier.family)(before, {})
+            paths = {k.removesuffix(".weight"): part.settings for k, part in carried.parts.items()}
+            if all(
+                targets_module(before.get("target_modules"), path)
+                and family.settings(path) == settings
+                for path, settings in paths.items()
+            ):
+                return before
+        return config
+
+    def note_rung(self, family: Family, carried: Carried, rung: str) -> None:
+        """Tell what stands in for the family."""
+        how = {
+            "lora": "exactly",
+            "base": "exactly, with the base's weights",
+            "dense": "as deltas of full rank, as was asked for",
+            "svd": "approximately, as was asked for",
+        }[rung]
+        why = f": {carried.why}" if carried.why else ""
+        self.notes.append(f"{family.title} became LoRA, {how}{why}")
 
     def read_factors(self, side: Side, quiet: bool = False) -> Factors:
         reader = FactorReader(
             self.scan,
             list(self.source.tensors.values()),
             list(self.source.tensors),
-            self.config if _is_lora(self.source) else {"r": 1, "lora_alpha": 1},
+            self.config if self.plain else {"r": 1, "lora_alpha": 1},
             side,
             self.source.where,
             self.packing,
@@ -318,9 +478,9 @@ class _Conversion:
             self.evidence.append(f"experts are packed as by {reader.packing} ({told})")
         return factors
 
-    def plan(self, factors: Factors, target: str) -> Plan:
+    def plan(self, adapted: Factors | TunedModules, target: str) -> Plan:
         plan = build_plan(
-            factors.headers,
+            adapted.headers,
             self.known.books,
             target_layout=target,
             scopes=dict(self.known.scopes),
@@ -330,19 +490,30 @@ class _Conversion:
             unmatched_fix=self.known.unmatched_fix,
         )
         check_complete(plan, self.config, self.source.where)
-        if _is_lora(self.source):
-            refuse_variants(plan, self.scan, self.config, self.known, self.source.where)
         return plan
+
+    def plan_family(self, tuned: TunedModules, target: str) -> Plan:
+        """The plan; where a size is not known that it needs, an error that asks for it."""
+        try:
+            return self.plan(tuned, target)
+        except BadInputError:
+            if not tuned.unknown:
+                raise
+            raise BadInputError(
+                Finding(
+                    "unknown-size",
+                    "the size of this weight is told neither by the adapter's tensors nor by the base's config",
+                    where=self.source.where,
+                    key=tuned.headers.name(min(tuned.unknown)),
+                    fix="give the base's folder with its weights as --model",
+                )
+            ) from None
 
     def use_base(
         self, made: list[Images], others: list[Moved]
     ) -> tuple[list[Images], list[Moved], list[str] | None, Kept]:
         """What only the base's own weights can supply; also ``modules_to_save`` where it changes."""
-        model = self.known.model
-        weights = model.weights if model is not None else None
-        if model is not None and weights is None:
-            weights = Checkpoint.find(Path(model.path).parent)
-        base = BaseWeights(self.known, self.to.name, weights)
+        base = BaseWeights.of(self.known, self.to.name)
         where = self.source.where
         there = Side(self.known.books, self.to.name, self.known.scopes)
         renamed = rename_saved(self.config, others, there)
@@ -366,7 +537,7 @@ class _Conversion:
 
     def write_config(self, result: Result, saved: list[str] | None) -> dict[str, Any]:
         config = dict(self.config)
-        if _is_lora(self.source) and result.written:
+        if self.plain and result.written:
             config = ConfigWriter(self.config, result, self.known.model).write(self.target_packing)
         if saved is not None:
             config["modules_to_save"] = saved
@@ -429,19 +600,45 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def _targets(written: Iterable[Written], made: Iterable[Images], plan: Plan | None) -> list[Target]:
+def _family_targets(carried: Carried, plan: Plan | None) -> list[Target]:
+    rules = _rules(plan)
+    return [
+        Target(
+            key,
+            int(part.settings.get("r") or 0),
+            part.settings.get("alpha", part.settings.get("lora_alpha", 0)) or 0,
+            1.0,
+            rules.get(key, "carried over"),
+            True,
+        )
+        for key, part in carried.parts.items()
+    ]
+
+
+def _rules(plan: Plan | None) -> dict[str, str]:
+    rules: dict[str, str] = {}
+    for entry in plan.entries if plan is not None else ():
+        for term in entry.written:
+            rules.update(dict.fromkeys(entry.keys(term).names(), str(entry.rule)))
+    for item in plan.carried if plan is not None else ():
+        rules.update(dict.fromkeys(item.group.names(), item.carry.why))
+    return rules
+
+
+def _targets(
+    written: Iterable[Written],
+    made: Iterable[Images],
+    plan: Plan | None,
+    rung: str = "family",
+    errors: Mapping[str, float] | None = None,
+) -> list[Target]:
     exact = {
         image.keys.name(row): lora.exact
         for image in made
         for row, lora in enumerate(image.loras)
         if lora is not None
     }
-    rules: dict[str, str] = {}
-    for entry in plan.entries if plan is not None else ():
-        for term in entry.written:
-            rules.update(dict.fromkeys(entry.keys(term).names(), str(entry.rule)))
-    for carried in plan.carried if plan is not None else ():
-        rules.update(dict.fromkeys(carried.group.names(), carried.carry.why))
+    rules = _rules(plan)
     return [
         Target(
             w.key,
@@ -449,8 +646,10 @@ def _targets(written: Iterable[Written], made: Iterable[Images], plan: Plan | No
             w.scale.alpha,
             w.scale.value,
             rules.get(w.key, "carried over"),
-            exact.get(w.key, True),
+            exact.get(w.key, True) and rung == "family",
             w.parameter is not None,
+            rung,
+            (errors or {}).get(w.key, 0.0),
         )
         for w in written
     ]

@@ -86,7 +86,7 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    if not scan.pairs and not any(other.prefix for other in scan.others):
+    if not scan.modules() and not any(other.prefix for other in scan.others):
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
         model = _model_beside(config)
@@ -147,6 +147,19 @@ def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     return all(name in known for name in model.model_types())
 
 
+def base_names(scan: Scan) -> list[str]:
+    """Names that tensors of the base may have, judging by an adapter's keys; others are no name of the base."""
+    keys: list[str] = []
+    for pairs in scan.pairs:
+        keys += (f"{name}.weight" for name in pairs.modules.names())
+    for other in scan.others:
+        for name in other.keys.names():
+            keys.append(name)
+            parts = name.split(".")
+            keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
+    return keys
+
+
 def _ask(
     foreign: Foreign,
     scan: Scan,
@@ -155,14 +168,7 @@ def _ask(
     spelled: Sequence[str],
 ) -> tuple[Book, str] | None:
     """What the installed transformers knows of an adapter's base."""
-    keys = list(spelled)
-    for pairs in scan.pairs:
-        keys += (f"{name}.weight" for name in pairs.modules.names())
-    for other in scan.others:
-        for name in other.keys.names():
-            keys.append(name)
-            parts = name.split(".")
-            keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
+    keys = [*spelled, *base_names(scan)]
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     classes = [*([named] if isinstance(named, str) else []), *model.architectures()]
@@ -253,15 +259,12 @@ def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> Unmat
 
 
 def _candidates(scan: Scan) -> list[Group]:
-    groups = [
-        Group(pairs.modules.template + ".weight", pairs.modules.ids, pairs.modules.numbers)
-        for pairs in scan.pairs
-    ]
+    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in scan.modules()]
     return groups + [other.keys for other in scan.others]
 
 
 def _modules(scan: Scan) -> list[Group]:
-    return [pairs.modules for pairs in scan.pairs]
+    return scan.modules()
 
 
 def books_by_keys(scan: Scan) -> list[Book]:

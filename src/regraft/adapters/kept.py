@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Images, Lora, delta
 from regraft.adapters.others import Moved, owner_of
@@ -23,9 +24,6 @@ from regraft.adapters.scan import PREFIX
 from regraft.adapters.writing import Result, Written, tail_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, group_names
-from regraft.plan.build import build_plan
-from regraft.plan.model import Weights
-from regraft.plan.plan import Headers
 from regraft.rules.book import Module
 from regraft.rules.templates import match_group
 
@@ -45,36 +43,14 @@ def digest(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
 
 
-class BaseWeights:
-    """The base's tensors under the names of a layout, whichever of the two the checkpoint is in."""
-
-    def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
-        self.known, self.layout, self.weights = known, layout, weights
-
-    def read(self, name: str) -> Array | None:
-        """A tensor by its name in the layout; ``None`` where the checkpoint has it not as it is."""
-        if self.weights is None:
-            return None
-        for candidate in (name, self.other_name(name)):
-            for spelled in (candidate, candidate.removeprefix("model."), f"model.{candidate}"):
-                if spelled in self.weights:
-                    return self.weights.read(spelled)
-        return None
-
-    def other_name(self, name: str) -> str:
-        """The same tensor's name in the other layout."""
-        for book in self.known.books:
-            other = book.left if book.right == self.layout else book.right
-            groups = group_names([name])
-            headers = Headers(groups, [()], [""])
-            for rule in book.rules:
-                read, written = rule.equation.sides(book.right == self.layout)
-                if len(read) == len(written) == 1 and read[0].key is not None:
-                    match = match_group(read[0].key, groups[0])
-                    if match is not None and read[0].ends_open and len(read[0].dims) == 1:
-                        plan = build_plan(headers, [book], target_layout=other)
-                        return next(plan.targets()).name(0)
-        return name
+def digest_all(tensors: Mapping[str, Array]) -> str:
+    """A digest of all tensors with their names, dtypes and shapes."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        whole.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()[:32]
 
 
 def modules_of(known: Known, layout: str) -> list[Module]:

@@ -39,6 +39,8 @@ class Moved:
     """Whether the module it belongs to is adapted, too."""
     inside: bool = True
     """Whether it belongs to a module of the base: its key has PEFT's prefix."""
+    holder: str = ""
+    """What PEFT holds it in, between its module and its own name."""
 
 
 def move_others(
@@ -69,7 +71,9 @@ def move_others(
         return moved
     if in_place:
         return moved + [
-            Moved(name, name, tensors[i], o.wrapped) for o in inside for name, i in _rows(o)
+            Moved(name, name, tensors[i], o.wrapped, holder=o.holder)
+            for o in inside
+            for name, i in _rows(o)
         ]
     _refuse_changed(inside, side, source)
     return moved + _apply(inside, tensors, source, known, target)
@@ -83,7 +87,7 @@ def _apply(
     inside: list[Others], tensors: list[Array], source: Source, known: Known, target: str
 ) -> list[Moved]:
     order = [i for o in inside for i in o.keys.ids.tolist()]
-    wrapped = [o.wrapped for o in inside for _ in range(len(o.keys))]
+    wrapped = [(o.wrapped, o.holder) for o in inside for _ in range(len(o.keys))]
     place = {i: at for at, i in enumerate(order)}
     groups = [
         Group(o.keys.template, np.array([place[i] for i in o.keys.ids.tolist()]), o.keys.numbers)
@@ -103,7 +107,13 @@ def _apply(
     for carried in plan.carried:
         origin.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
     return [
-        Moved(headers.name(origin[name]), name, tensor, wrapped[origin[name]])
+        Moved(
+            headers.name(origin[name]),
+            name,
+            tensor,
+            wrapped[origin[name]][0],
+            holder=wrapped[origin[name]][1],
+        )
         for name, tensor in apply_plan(plan, mine).items()
     ]
 
@@ -184,7 +194,11 @@ def write_others(others: Iterable[Moved], result: Result) -> None:
         if item.inside:
             # A base tensor inside an adapted module stands below its wrappers; an adapter's own does not.
             own = not item.wrapped and item.old == item.new
-            name = PREFIX + (name if own else _inside_wrappers(name, result.wrappers))
+            name = name if own else _inside_wrappers(name, result.wrappers)
+            if item.holder:
+                module, _, leaf = name.rpartition(".")
+                name = f"{module}.{item.holder}.{leaf}"
+            name = PREFIX + name
         result.tensors[name] = item.tensor
 
 

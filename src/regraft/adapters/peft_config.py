@@ -121,6 +121,17 @@ class Patterns:
         return None
 
 
+class Anchored(Patterns):
+    """Patterns of FourierFT and C3A: what they match stands behind a dot, or an entry is a module's whole path."""
+
+    def find(self, path: str) -> Any | None:
+        """The value for a module's path, ``None`` where no entry fits."""
+        for key, value in self.entries:
+            if re.match(rf".*\.{key}$", path):
+                return value
+        return dict(self.entries).get(path)
+
+
 @lru_cache(maxsize=65536)
 def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")

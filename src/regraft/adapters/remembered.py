@@ -35,11 +35,15 @@ class KeptModule(msgspec.Struct):
     saved: dict[str, str]
 
 
-class KeptTable(msgspec.Struct):
-    """What is kept aside by module, and digests of tensors that were filled in from the base."""
+class KeptTable(msgspec.Struct, omit_defaults=True):
+    """What is kept aside by module, and digests of tensors that were filled in from the base.
+
+    ``whole`` is a digest of all tensors of the result, where all of the source's are kept aside.
+    """
 
     modules: dict[str, KeptModule] = {}
     filled: dict[str, str] = {}
+    whole: str = ""
 
 
 class Remembered(msgspec.Struct, kw_only=True):
@@ -98,7 +102,7 @@ def write_remembered(
     changed = {
         name: (before.get(name), after.get(name))
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) or (name in before) != (name in after)
     }
     entry = Remembered(
         format=FORMAT,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from regraft.errors import Finding
-from regraft.names.keys import MARK, Group, Ints, group_names
+from regraft.names.keys import MARK, Group, Ints, fill, group_names
 
 PREFIX = "base_model.model."
 """What PEFT writes before every module path."""
@@ -42,6 +42,17 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Tuned:
+    """Modules of one template that a family other than plain LoRA adapts.
+
+    ``tensors`` has, for each end of a key, the tensor's number in the file for each module; -1 where it has none.
+    """
+
+    modules: Group
+    tensors: Mapping[str, Ints]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Others:
     """Tensors that are no LoRA factors. ``keys`` are their names without the prefix and without ``base_layer``."""
 
@@ -49,6 +60,8 @@ class Others:
     prefix: str
     wrapped: bool
     """Whether ``.base_layer`` stood in the name: the module is adapted, too."""
+    holder: str = ""
+    """A segment before the last one that was taken out: what PEFT holds a base tensor in."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +70,24 @@ class Scan:
 
     pairs: tuple[Pairs, ...]
     others: tuple[Others, ...]
+    tuned: tuple[Tuned, ...] = ()
+
+    def modules(self) -> list[Group]:
+        """All modules that are adapted, by template."""
+        return [p.modules for p in self.pairs] + [t.modules for t in self.tuned]
 
 
-def scan_names(names: Sequence[str], where: str, lora: bool = True) -> tuple[Scan, list[Finding]]:
-    """Sort an adapter's tensor names; problems come as findings. Without ``lora`` nothing is taken for a factor.
+HOLDERS = ("ln_tuning_layers",)
+"""Modules of PEFT's that hold a base tensor as it is to be."""
+
+
+def scan_names(
+    names: Sequence[str], where: str, lora: bool = True, prefix: str | None = None
+) -> tuple[Scan, list[Finding]]:
+    """Sort an adapter's tensor names; problems come as findings.
+
+    Without ``lora`` nothing is taken for a LoRA's factor; ``prefix`` is what the tensors of another family begin with
+    below their module.
 
     >>> scan, _ = scan_names(["base_model.model.l.0.q.lora_A.weight", "base_model.model.l.0.q.lora_B.weight"], "f")
     >>> scan.pairs[0].modules.name(0), scan.pairs[0].a.tolist(), scan.pairs[0].b.tolist()
@@ -69,7 +96,10 @@ def scan_names(names: Sequence[str], where: str, lora: bool = True) -> tuple[Sca
     findings: list[Finding] = []
     factors: dict[tuple[str, str, int, bool], dict[str, Group]] = {}
     others: list[Others] = []
+    tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]] = {}
     for group in group_names(names):
+        if prefix is not None and _split_module(group, prefix, where, tuned, findings):
+            continue
         found = _FACTOR.fullmatch(group.template) if lora else None
         if found is None:
             others.append(_other(group))
@@ -101,7 +131,63 @@ def scan_names(names: Sequence[str], where: str, lora: bool = True) -> tuple[Sca
         pair = _pair(path, depth, embedding, letters, where, findings)
         if pair is not None:
             pairs.append(pair)
-    return Scan(tuple(pairs), tuple(others)), findings
+    return Scan(
+        tuple(pairs), tuple(others), tuple(_tuned(*item) for item in tuned.items())
+    ), findings
+
+
+def _split_module(
+    group: Group,
+    prefix: str,
+    where: str,
+    tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]],
+    findings: list[Finding],
+) -> bool:
+    """Take a key apart into its module and what a family calls its tensor; whether it is one."""
+    start = group.name(0).find("." + prefix)
+    if start < 0:
+        return False
+    dots = group.name(0).count(".", 0, start)
+    segments = group.template.split(".")
+    path, end = ".".join(segments[: dots + 1]), ".".join(segments[dots + 1 :])
+    if not group.template.startswith(PREFIX):
+        return False
+    if not _check_prefix(group, path, where, findings):
+        return True
+    marks = path.count(MARK)
+    inner = group.numbers[:, marks:]
+    by_end = tuned.setdefault(path[len(PREFIX) :], {})
+    if not inner.shape[1]:
+        by_end.setdefault(end, []).append((group.numbers, group.ids))
+        return True
+    for numbers in np.unique(inner, axis=0):
+        rows = (inner == numbers).all(axis=1)
+        name = fill(end, numbers.tolist())
+        if not name.startswith(prefix):
+            return False
+        by_end.setdefault(name, []).append((group.numbers[rows, :marks], group.ids[rows]))
+    return True
+
+
+def _tuned(path: str, by_end: dict[str, list[tuple[Ints, Ints]]]) -> Tuned:
+    joined = {
+        end: tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+        for end, parts in by_end.items()
+    }
+    first = next(iter(joined.values()))[0]
+    if all(np.array_equal(numbers, first) for numbers, _ in joined.values()):
+        ids = {end: found[1] for end, found in joined.items()}
+        return Tuned(Group(path, np.arange(len(first)), first), ids)
+    rows: dict[tuple[int, ...], int] = {}
+    for numbers, _ in joined.values():
+        for row in map(tuple, numbers.tolist()):
+            rows.setdefault(row, len(rows))
+    placed = {}
+    for end, (numbers, found) in joined.items():
+        placed[end] = np.full(len(rows), -1, dtype=np.int64)
+        placed[end][[rows[row] for row in map(tuple, numbers.tolist())]] = found
+    every = np.array(list(rows), dtype=np.int64).reshape(len(rows), -1)
+    return Tuned(Group(path, np.arange(len(rows)), every), placed)
 
 
 def _finding(code: str, message: str, where: str, group: Group, fix: str | None = None) -> Finding:
@@ -162,8 +248,10 @@ def _other(group: Group) -> Others:
     prefix = PREFIX if group.template.startswith(PREFIX) else ""
     key = group.template[len(prefix) :]
     parts = key.split(".")
-    bare = ".".join(part for part in parts if part != "base_layer")
-    return Others(Group(bare, group.ids, group.numbers), prefix, bare != key)
+    bare = [part for part in parts if part != "base_layer"]
+    wrapped = len(bare) != len(parts)
+    holder = bare.pop(-2) if len(bare) > 1 and bare[-2] in HOLDERS else ""
+    return Others(Group(".".join(bare), group.ids, group.numbers), prefix, wrapped, holder)
 
 
 def _pair(

@@ -224,6 +224,25 @@ class ConfigWriter:
             result.extend([tail] if every else sorted(same, key=_natural))
         return result
 
+    def exceptions(self, values: Mapping[str, Any], common: Any, anchored: bool) -> dict[str, Any]:
+        """Patterns for paths whose value is not the common one; ``anchored`` for those that PEFT reads with a dot."""
+        tails: dict[str, set[Any]] = defaultdict(set)
+        for path, value in values.items():
+            tails[tail_of(path)].add(value)
+        made = {}
+        for path, value in values.items():
+            if value == common:
+                continue
+            tail = tail_of(path)
+            alone = len(tails[tail]) == 1 and not any(
+                other.endswith("." + tail) and tails[other] != tails[tail] for other in tails
+            )
+            if alone and (not anchored or tail != path):
+                made[re.escape(tail)] = value
+            else:
+                made[path if anchored else "^" + re.escape(path)] = value
+        return made
+
     def patterns(
         self, scales: Mapping[str, Scale]
     ) -> tuple[int, Any, dict[str, int], dict[str, Any]]:

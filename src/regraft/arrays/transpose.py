@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_ROWS, _COLUMNS = 512, 128
-"""A block of a transpose; its target and its source fit into the first two caches."""
-_WIDE = np.dtype(np.uint32)
+_ROWS, _BYTES = 512, 512
+"""A block of a transpose: so many rows of the source, and bytes of each; it fits into the second cache."""
+_APART = 64
+"""Bytes between the rows in the buffer. A distance of a power of two would leave most of the cache unused."""
+
+_SMALL = 1 << 17
+"""Bytes of a matrix that is turned as fast without blocks."""
 
 
 def copy_strided(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
@@ -20,7 +24,7 @@ def copy_strided(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     >>> target.tolist()
     [[0, 2, 4], [1, 3, 5]]
     """
-    if target.ndim < 2 or target.size < _ROWS * _COLUMNS:
+    if target.ndim < 2 or target.nbytes <= _SMALL:
         target[...] = source
         return
     to = min(range(target.ndim), key=lambda i: (abs(target.strides[i]), -target.shape[i]))
@@ -29,46 +33,28 @@ def copy_strided(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
         target[...] = source
         return
     target, source = (np.moveaxis(array, (of, to), (-2, -1)) for array in (target, source))
+    item = source.itemsize
+    if target[..., 0, 0].size * _SMALL >= target.nbytes:
+        target[...] = source
+        return
+    buffer = np.empty((_ROWS, (_BYTES + _APART) // item), source.dtype)[:, : _BYTES // item]
     for index in np.ndindex(target.shape[:-2]):
-        _transpose(target[index], source[index])
+        _transpose(target[index], source[index], buffer)
 
 
-def _transpose(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
-    """Copy a matrix whose target is contiguous along rows and whose source along columns."""
+def _transpose(
+    target: npt.NDArray[Any], source: npt.NDArray[Any], buffer: npt.NDArray[Any]
+) -> None:
+    """Copy a matrix whose target is contiguous along rows and whose source along columns.
+
+    The source's runs go into the buffer one by one, and are turned there.
+    """
     rows, columns = target.shape
-    wide = _widen(target, source)
-    for j in range(0, columns, _COLUMNS):
-        for i in range(0, rows, _ROWS):
-            part = (slice(i, i + _ROWS), slice(j, j + _COLUMNS))
-            if wide is None or rows - i < _ROWS or columns - j < _COLUMNS:
-                target[part] = source[part]
-            else:
-                _transpose_wide(target[part], wide, i, j)
-
-
-def _widen(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> npt.NDArray[np.uint32] | None:
-    """The source as 32-bit words, each with several elements of a column, where it can be seen so."""
-    item = source.dtype.itemsize
-    if item not in (1, 2) or target.dtype != source.dtype or source.dtype.kind != "u":
-        return None
-    step = _WIDE.itemsize // item
-    if (
-        source.strides[0] != item
-        or source.strides[1] % _WIDE.itemsize
-        or source.ctypes.data % _WIDE.itemsize
-    ):
-        return None
-    whole = source.shape[0] // step * step
-    return source[:whole].T.view(_WIDE).T
-
-
-def _transpose_wide(target: npt.NDArray[Any], wide: npt.NDArray[np.uint32], i: int, j: int) -> None:
-    """Transpose words, and take them apart: half the steps from place to place."""
-    item = target.dtype.itemsize
-    step = _WIDE.itemsize // item
-    words = np.ascontiguousarray(wide[i // step : (i + _ROWS) // step, j : j + _COLUMNS])
-    shift = np.uint32(8 * item)
-    for number in range(step):
-        np.copyto(target[number::step], words, casting="unsafe")
-        if number < step - 1:
-            np.right_shift(words, shift, out=words)
+    wide, high = buffer.shape
+    for i in range(0, rows, high):
+        for j in range(0, columns, wide):
+            part = (slice(i, i + high), slice(j, j + wide))
+            turned = source[part].T
+            block = buffer[: turned.shape[0], : turned.shape[1]]
+            block[...] = turned
+            target[part] = block.T

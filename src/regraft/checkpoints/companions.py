@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.moves import Moves, Runs, Strided, add_entry, is_whole
 from regraft.checkpoints.source import Source, Tensors
 from regraft.equation.lower import lower
@@ -51,6 +52,8 @@ class Companions:
     """What to plan from: all tensors but the companions, with the shapes that the weights stand for."""
     block: tuple[int, ...]
     """The block size that the config gives."""
+    aliases: Mapping[int, int]
+    """Ids of names that only the metadata knows, and the rows of the tensors that they stand for."""
 
     def rows(self) -> list[int]:
         """The companions' rows."""
@@ -83,13 +86,21 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
         if suffix.startswith(".quant_state"):
             shapes[owner] = _bnb_shape(source, row) or shapes[owner]
     taken = {row for table in found.values() for row in table.values()}
-    kept = np.array([i for i in range(len(tensors)) if i not in taken] + list(virtual.values()))
-    names = [*tensors.names, *virtual]
-    groups = group_names([names[i] for i in kept.tolist()]) if taken else group_names(names)
-    if taken:
+    named = find_aliases(source)
+    first = len(shapes)
+    owners = {first + at: row for at, row in enumerate(named.values()) if row not in taken}
+    shapes += [shapes[row] for row in named.values()]
+    own = [i for i in range(len(tensors)) if i not in taken]
+    kept = np.array([*own, *virtual.values(), *owners], dtype=np.int64)
+    names = [*tensors.names, *virtual, *named]
+    if len(kept) == len(names):
+        groups = group_names(names)
+    else:
+        groups = group_names([names[i] for i in kept.tolist()])
         groups = [Group(g.template, kept[g.ids], g.numbers) for g in groups]
     dtypes = [*tensors.dtypes, *("U8" for _ in virtual)]
-    return Companions(found, Headers(groups, shapes, dtypes), _block_of(config))
+    dtypes += [tensors.dtypes[row] for row in named.values()]
+    return Companions(found, Headers(groups, shapes, dtypes), _block_of(config), owners)
 
 
 def _mxfp4_shape(blocks: tuple[int, ...]) -> tuple[int, ...]:

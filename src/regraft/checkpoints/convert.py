@@ -8,22 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from regraft.checkpoints.casting import parse_casts
-from regraft.checkpoints.engine import Engine, buffer_size, check_unchanged
+from regraft.checkpoints.engine import Engine, buffer_size
 from regraft.checkpoints.memory import peak, resident
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX
 from regraft.checkpoints.units import Cutter
-from regraft.checkpoints.work import Work, cannot_write, open_work, write_file
 from regraft.errors import BadInputError, Finding
 from regraft.files.folder import check_destination, copy_file
 from regraft.files.safetensors import sync_path
+from regraft.files.work import Work, cannot_write, open_work, write_file
 from regraft.plan.model import Foreign
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, show_size
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
+_TORCH = (".bin", ".pt", ".pth")
 _SLACK = 2 << 20
 """What the threads' stacks, the units in flight and the report take."""
 
@@ -47,33 +48,39 @@ def convert_checkpoint(
 ) -> CheckpointReport:
     """Convert a checkpoint to another layout; ``dst`` appears whole or not at all.
 
+    One weights file becomes one file, where ``dst`` is named like one, and else a folder.
+
     Raises what `regraft.convert` raises.
     """
     dst = Path(os.path.realpath(dst))
     jobs = _count_jobs(jobs)
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    name = _file_name(src, dst, limit)
     if not dry_run:
-        _check_place(src, dst, overwrite)
+        check_destination(src, dst, overwrite, file=name is not None)
     ready = prepare(
-        src, to, model=model, source_layout=source, foreign=foreign, shard_size=limit, casts=casts
+        src,
+        to,
+        model=model,
+        source_layout=source,
+        foreign=foreign,
+        shard_size=limit,
+        casts=casts,
+        name=name,
     )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
     report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())
     if tell is not None:
-        size = (
-            f"{ready.layout.size / 1e9:.3g} GB"
-            if ready.layout.size > 1e8
-            else (f"{ready.layout.size / 1e6:.3g} MB")
-        )
+        count = len(ready.layout.files)
         tell(
-            f"{size} in {len(ready.layout.files)} files, {jobs} workers, "
-            f"peak memory {report.memory / 1e6:.0f} MB"
+            f"{show_size(ready.layout.size)} in {count} {'file' if count == 1 else 'files'}, "
+            f"{jobs} {'worker' if jobs == 1 else 'workers'}, peak memory {report.memory / 1e6:.0f} MB"
         )
     if dry_run:
         return report
-    with open_work(dst) as work:
+    with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, jobs, resume, overwrite, progress)
     return report
 
@@ -101,8 +108,9 @@ def _carry_out(
             _check_space(work, ready)
             Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
             for file in ready.source.files:
-                check_unchanged(file)
-            _write_others(work, ready)
+                file.stamp().check()
+            if not work.file:
+                _write_others(work, ready)
             work.place(overwrite)
         except OSError as error:
             raise cannot_write(work.dst, error) from error
@@ -128,23 +136,29 @@ def _count_jobs(jobs: int | None) -> int:
     return jobs
 
 
-def _check_place(src: Path, dst: Path, overwrite: bool) -> None:
-    if src.is_file() and not dst.exists():
-        src = src.parent / src.name
-    check_destination(src, dst, overwrite)
+def _file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
+    """The name of the one file to write; ``None`` where that is a folder."""
+    if dst.suffix in _TORCH and src.is_file() and not dst.is_dir():
+        message = "torch's files are read, and never written"
+        fix = "end the name in .safetensors, or name a folder"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+    if dst.suffix != ".safetensors" or dst.is_dir():
+        return None
+    if not src.is_file():
+        message = f"{src} is a folder, with more than weights in it, and this is a file's name"
+        fix = "name a folder to write, or give the weights file that is to be converted"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+    if shard_size is not None:
+        message = f"a shard size is for folders, and {dst} is one file"
+        raise BadInputError(Finding("option", message))
+    return dst.name
 
 
 def _check_space(work: Work, ready: Prepared) -> None:
     others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
-    needed = ready.layout.size + others + len(ready.layout.index or b"") + (1 << 18)
-    needed -= sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
-    state = os.statvfs(work.folder)
-    free = state.f_bavail * state.f_frsize
-    if needed > free:
-        message = f"{needed / 1e9:.3g} GB more are needed, and {free / 1e9:.3g} GB are free"
-        raise BadInputError(
-            Finding("no-space", message, where=str(work.dst), fix="make room, or write elsewhere")
-        )
+    needed = ready.layout.size + others + len(ready.layout.index or b"")
+    done = sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
+    work.check_space(needed - done)
 
 
 def _write_others(work: Work, ready: Prepared) -> None:

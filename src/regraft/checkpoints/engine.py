@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -21,8 +20,8 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import File
 from regraft.checkpoints.tiles import Mover, read_into, write_all
 from regraft.checkpoints.units import Cutter, Op, Run
-from regraft.checkpoints.work import Work, cannot_write
-from regraft.errors import BadInputError, Finding
+from regraft.files.stamp import changed
+from regraft.files.work import Work, cannot_write
 
 _REFUSED = {
     errno.EXDEV,
@@ -333,32 +332,5 @@ def open_source(file: File) -> int:
 
     Raises ``BadInputError``.
     """
-    check_unchanged(file)
+    file.stamp().check()
     return os.open(file.path, os.O_RDONLY)
-
-
-def check_unchanged(file: File) -> None:
-    """Check that a file is as it was when its header was read.
-
-    Raises ``BadInputError``.
-    """
-    try:
-        status = file.path.stat()
-    except OSError as error:
-        raise changed(file.path, error.strerror or "it is gone") from None
-    if status.st_size != file.size:
-        raise changed(file.path, f"it had {file.size} bytes and has {status.st_size}")
-    if status.st_mtime_ns != file.changed:
-        raise changed(file.path, "it was written to")
-
-
-def changed(path: Path, how: str) -> BadInputError:
-    """The error for a source that changed meanwhile."""
-    return BadInputError(
-        Finding(
-            "file-changed",
-            f"the file changed while it was read: {how}",
-            where=str(path),
-            fix="run again when nothing else writes to it",
-        )
-    )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
-from regraft.checkpoints.source import CONFIG, INDEX, File
-from regraft.checkpoints.work import cannot_write, write_file
+from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED, File
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.files.safetensors import sync_path
+from regraft.files.work import cannot_write, try_lock, write_file
 from regraft.plan.model import Foreign
 from regraft.report import CheckpointReport
 
-_SUFFIX = ".regraft-header"
+_PARTIAL = UNFINISHED + ".tmp"
 
 
 def convert_in_place(
@@ -31,8 +33,8 @@ def convert_in_place(
 ) -> CheckpointReport:
     """Give the tensors of a checkpoint their new names, in the very files.
 
-    The old headers stay beside the files until the new ones are on disk; a run that finds some left
-    by a run that died puts them back first.
+    The old headers, the index and the config stay in a hidden folder beside the files until the new
+    ones are on disk. Where a run ends before that, they are put back: at once, or by the next run.
 
     Raises ``RefusedError`` where more than names changes, or a header does not fit.
     """
@@ -40,49 +42,87 @@ def convert_in_place(
         message = "in place, the checkpoint to write is the one that is read"
         raise BadInputError(Finding("option", message, where=str(dst), fix=f"give {src} for both"))
     folder = src if src.is_dir() else src.parent
-    if not dry_run:
-        restore(folder)
-    ready = prepare(src, to, model=model, source_layout=source, foreign=foreign)
-    heads = _make_heads(ready)
-    if dry_run:
-        return ready.report
-    changed = [(file, head) for file, head in zip(ready.source.files, heads, strict=True) if head]
-    kept: list[Path] = []
+    options: dict[str, Any] = {"model": model, "source_layout": source, "foreign": foreign}
+    if dry_run or not folder.is_dir():
+        return _prepare(src, to, **options)[0].report
     try:
-        for file, _ in changed:
-            with file.path.open("rb") as opened:
-                old = opened.read(file.data_start)
-            path = file.path.with_name(file.name + _SUFFIX)
-            kept.append(path)
-            partial = path.with_name(path.name + ".tmp")
-            write_file(partial, old)
-            partial.replace(path)
-        sync_path(folder)
-        for file, head in changed:
-            _write_head(file.path, head)
-        if ready.source.index is not None:
-            index = make_index(ready.source, ready.moves, ready.layout.files)
-            _replace(folder / INDEX, index)
-        if ready.config is not None and ready.report.config:
-            _replace(folder / CONFIG, ready.config)
-        sync_path(folder)
-    except OSError as error:
-        with suppress(OSError):
+        with _locked(folder):
             restore(folder)
+            ready, changed = _prepare(src, to, **options)
+            _rewrite(folder, ready, changed)
+    except OSError as error:
         raise cannot_write(folder, error) from error
-    for path in kept:
-        path.unlink()
-    sync_path(folder)
     return ready.report
 
 
+def _prepare(src: Path, to: str, **options: Any) -> tuple[Prepared, list[tuple[File, bytes]]]:
+    ready = prepare(src, to, **options)
+    heads = _make_heads(ready)
+    return ready, [pair for pair in zip(ready.source.files, heads, strict=True) if pair[1]]
+
+
+def _rewrite(folder: Path, ready: Prepared, changed: list[tuple[File, bytes]]) -> None:
+    texts: dict[str, bytes] = {}
+    if ready.source.index is not None:
+        texts[INDEX] = make_index(ready.source, ready.moves, ready.layout.files)
+    if ready.config is not None and ready.report.config:
+        texts[CONFIG] = ready.config
+    kept = folder / _PARTIAL
+    try:
+        kept.mkdir()
+        for file, _ in changed:
+            with file.path.open("rb") as opened:
+                write_file(kept / file.name, opened.read(file.data_start))
+        for name in texts:
+            write_file(kept / name, (folder / name).read_bytes())
+        sync_path(kept)
+        kept.rename(folder / UNFINISHED)
+        sync_path(folder)
+        for file, head in changed:
+            _write_head(file.path, head)
+        for name, text in texts.items():
+            _replace(folder / name, text)
+        sync_path(folder)
+    except BaseException:
+        restore(folder)
+        raise
+    _forget(folder)
+
+
 def restore(folder: Path) -> None:
-    """Put back the headers that a run which died left beside their files."""
-    found = sorted(folder.glob(f"*{_SUFFIX}"))
-    for path in found:
-        _write_head(path.with_name(path.name.removesuffix(_SUFFIX)), path.read_bytes())
-    for path in (*found, *folder.glob(f"*{_SUFFIX}.tmp")):
-        path.unlink()
+    """Put back what a run kept that did not come to its end."""
+    kept = folder / UNFINISHED
+    for path in sorted(kept.iterdir()) if kept.is_dir() else ():
+        if path.suffix == ".json":
+            _replace(folder / path.name, path.read_bytes())
+        else:
+            _write_head(folder / path.name, path.read_bytes())
+    sync_path(folder)
+    _forget(folder)
+
+
+def _forget(folder: Path) -> None:
+    """Remove what was kept; the rename says that it is no longer needed."""
+    partial = folder / _PARTIAL
+    if (folder / UNFINISHED).exists():
+        (folder / UNFINISHED).rename(partial)
+        sync_path(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(file):
+            message = "another run renames its tensors in place"
+            raise BadInputError(
+                Finding("in-use", message, where=str(folder), fix="wait for it, or stop it")
+            )
+        yield
+    finally:
+        os.close(file)
 
 
 def _make_heads(ready: Prepared) -> list[bytes]:

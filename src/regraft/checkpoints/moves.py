@@ -65,6 +65,8 @@ class Moves:
     """Whether every target is one source's bytes."""
     kept: dict[str, str] = field(default_factory=dict)
     """For every tensor that stays whole and is renamed, its new name."""
+    aliases: dict[str, str | None] = field(default_factory=dict)
+    """For every name that the metadata has for another tensor its new one; ``None`` where it is a tensor now."""
 
     def add(self, names: Iterable[str], shape: tuple[int, ...], count: int) -> int:
         """Add targets of one shape; the number of the first."""

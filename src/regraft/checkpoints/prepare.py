@@ -11,6 +11,7 @@ from typing import Any
 
 import regraft
 from regraft.adapters.detect import load_model
+from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
 from regraft.checkpoints.config import convert_config as rename_fields
@@ -76,8 +77,11 @@ def prepare(
     shard_size: int | None = None,
     casts: Sequence[Cast] = (),
     foreign: Foreign | None = None,
+    name: str | None = None,
 ) -> Prepared:
     """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
+
+    With a ``name`` the result is one file of that name, and nothing else.
 
     Raises what opening, detecting and planning raise.
     """
@@ -88,19 +92,22 @@ def prepare(
     headers = companions.headers
     known = detect(headers, config, source.where, source_layout, foreign)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
+    untied: list[str] = []
     if plan is None:
         moves = identity(tensors)
         kept = frozenset(tensors.names[row] for row in companions.rows())
         beside = [(name, name) for name in kept]
     else:
+        named, plan = plan, use_owners(plan, companions.aliases)
         moves = moves_of(plan, tensors)
+        untied = add_aliases(moves, named, companions.aliases, tensors)
         count = len(moves.names)
         add_companions(moves, plan, companions, source)
         kept = frozenset(moves.names[count:])
         beside = pairs_from(moves, count, tensors)
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    layout = lay_out(source, moves, dtypes, shard_size)
+    layout = lay_out(source, moves, dtypes, shard_size, name)
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -118,6 +125,17 @@ def prepare(
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report) if to is not None else None
+    if untied:
+        report.notes.append(
+            "these were other names of tensors and have bytes of their own now: "
+            + ", ".join(untied)
+        )
+    if name is not None and report.config:
+        report.notes.append(
+            f"a file is written, and {source.config} stays as it is; the result's would be another: "
+            + "; ".join(report.config)
+        )
+        report.config = []
     if source.left_out:
         report.notes.append(
             "left out, because they hold weights in another form or lie elsewhere: "

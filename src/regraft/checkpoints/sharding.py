@@ -68,8 +68,14 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
-def lay_out(source: Source, moves: Moves, dtypes: Sequence[str], shard_size: int | None) -> Layout:
-    """Distribute the targets over files: as the source does, or by size.
+def lay_out(
+    source: Source,
+    moves: Moves,
+    dtypes: Sequence[str],
+    shard_size: int | None,
+    name: str | None = None,
+) -> Layout:
+    """Distribute the targets over files: as the source does, or by size, or into one with a ``name``.
 
     ``dtypes`` are those to write. Metadata is kept; entries that name tensors get their new names.
 
@@ -81,7 +87,10 @@ def lay_out(source: Source, moves: Moves, dtypes: Sequence[str], shard_size: int
     )
     files, starts = tensors.files[moves.first], tensors.starts[moves.first]
     order = np.lexsort((np.arange(len(sizes)), starts, files))
-    if shard_size is None:
+    names: list[str] | None
+    if name is not None:
+        shard, names = np.zeros(len(sizes), dtype=np.int64), [name]
+    elif shard_size is None:
         shard = files[order]
         kept = not source.is_bin and len(np.unique(shard)) == len(source.files)
         names = [file.name for file in source.files] if kept else None
@@ -98,11 +107,11 @@ def lay_out(source: Source, moves: Moves, dtypes: Sequence[str], shard_size: int
     metadata = _merge_metadata(source, moves)
     result = []
     bounds = np.searchsorted(shard, np.arange(count + 1))
-    for number, name in enumerate(names):
+    for number, file in enumerate(names):
         targets = order[bounds[number] : bounds[number + 1]]
-        same = shard_size is None and name == source.files[number].name
+        same = shard_size is None and file == source.files[number].name
         own = rename_aliases(source.files[number].metadata, moves) if same else metadata
-        result.append(_make_file(name, targets, sizes, moves, dtypes, own))
+        result.append(_make_file(file, targets, sizes, moves, dtypes, own))
     if count == 1 and source.index is None:
         return Layout(tuple(result), None)
     if count == 1 and names == [SINGLE]:
@@ -184,7 +193,8 @@ def _merge_metadata(source: Source, moves: Moves) -> dict[str, str]:
 
 def rename_aliases(metadata: Mapping[str, str], moves: Moves) -> dict[str, str]:
     """Metadata in which an entry may say that one name stands for another, as ``save_model`` writes."""
-    return {key: moves.kept.get(value, value) for key, value in metadata.items()}
+    renamed = ((moves.aliases.get(key, key), value) for key, value in metadata.items())
+    return {key: moves.kept.get(value, value) for key, value in renamed if key is not None}
 
 
 def make_index(source: Source, moves: Moves, files: Sequence[OutFile]) -> bytes:

@@ -21,11 +21,14 @@ from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.files.dtypes import DTYPES
 from regraft.files.folder import load_json
 from regraft.files.header import TensorInfo, read_header
+from regraft.files.stamp import Stamp
 from regraft.names.keys import Ints
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UNFINISHED = ".regraft-in-place"
+"""A folder in which headers are kept while they are rewritten in place."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _ADAPTER = "adapter_config.json"
@@ -50,6 +53,10 @@ class File:
     metadata: Mapping[str, str]
     data_start: int
     """Where the data begins; 0 where there is no such place."""
+
+    def stamp(self) -> Stamp:
+        """What the file should still be."""
+        return Stamp(self.path, self.size, self.changed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +131,11 @@ def open_checkpoint(path: Path) -> Source:
     if path.is_file():
         found = [path]
         root = path.parent
+        part = _SHARD.fullmatch(path.name)
+        if part and int(part[3]) > 1:
+            message = f"it is one of {int(part[3])} files of a checkpoint"
+            fix = "give the folder that they are in"
+            raise BadInputError(Finding("one-shard", message, where=str(path), fix=fix))
         config = root / CONFIG if (root / CONFIG).is_file() else None
     else:
         root = path
@@ -136,6 +148,10 @@ def open_checkpoint(path: Path) -> Source:
         found = [root / name for name in weights]
         config = root / CONFIG if (root / CONFIG).is_file() else None
         others, left_out = _list_others(root, weights)
+    if (root / UNFINISHED).exists():
+        message = "a run that renamed its tensors in place did not come to its end"
+        fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
+        raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
     findings = _check_links(root, [*found, *(root / other for other in others)])
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
@@ -225,7 +241,9 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     others, left_out = [], []
     for folder, names, files in os.walk(root):
         inside = Path(folder).relative_to(root)
-        names[:] = sorted(n for n in names if n not in (".git", ".cache", "__pycache__"))
+        names[:] = sorted(
+            n for n in names if n not in (".git", ".cache", "__pycache__", UNFINISHED + ".tmp")
+        )
         for name in sorted(files):
             at_top = inside == Path()
             if at_top and name in own:

@@ -12,13 +12,14 @@ import numpy as np
 
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
-from regraft.checkpoints.engine import changed, open_source
+from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.prepare import Prepared, model_of, prepare
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
+from regraft.files.stamp import changed
 from regraft.plan.model import Foreign
 from regraft.report import Trace
 

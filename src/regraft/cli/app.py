@@ -131,7 +131,8 @@ def convert(
         Path | None,
         typer.Argument(
             metavar="DST",
-            help="The folder to write. It appears whole or not at all.",
+            help="The folder to write, or the file (.safetensors) where SRC is one weights file of "
+            "a model. It appears whole or not at all.",
             show_default=False,
         ),
     ] = None,
@@ -203,18 +204,37 @@ def convert(
         ),
     ] = False,
     html: _Html = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Adapters: compare what every target adds before and after, before anything is written.",
+        ),
+    ] = False,
+    via: Annotated[
+        str | None,
+        typer.Option(
+            "--via",
+            metavar="WAY",
+            help="Adapters: what is done only by name. dense: a LoRA of full rank; svd:RANK (svd:16) or "
+            "svd:TOLERANCE (svd:1e-3): the best one of a lower rank, with its error.",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
     """Convert an adapter, or a whole checkpoint, to another layout.
 
-    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image.
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image, 4 not equal (--verify).
     """
     _check_layout(to, "--to")
     if source is not None:
         _check_layout(source, "--from")
     if shard_size is not None:
         _check_size(shard_size)
+    if via is not None:
+        _check_via(via)
     if dst is None and not in_place:
         raise typer.BadParameter("DST is missing", param_hint="DST")
     _check_file(html)
@@ -238,6 +258,8 @@ def convert(
                 jobs=jobs,
                 resume=resume,
                 in_place=in_place,
+                via=via,
+                verify=check,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
@@ -296,16 +318,32 @@ def inspect(
 
 @app.command()
 def verify(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint: a folder or a file.")],
+    src: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="A checkpoint or an adapter: a folder or a file."),
+    ],
     dst: Annotated[
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
     html: _Html = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            metavar="ERROR",
+            min=0,
+            help="Adapters: the relative error up to which two deltas are equal (1e-5).",
+            show_default=False,
+        ),
+    ] = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
-    """Check that a checkpoint is another one in its own layout: every element, bit for bit.
+    """Check that a checkpoint, or an adapter, is another one in its own layout.
+
+    A checkpoint is compared bit for bit. Of an adapter, what every target adds to its base is compared in
+    float64, matrix by matrix.
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
@@ -314,14 +352,28 @@ def verify(
 
     def job() -> int:
         from regraft.bridges.transformers.files import InstalledTransformers
-        from regraft.checkpoints.verify import verify
-        from regraft.cli.checkpoint_words import show_verification
+        from regraft.checkpoints.source import is_checkpoint
         from regraft.cli.pages import failure_page, show_page
 
+        foreign = InstalledTransformers()
+        if not is_checkpoint(src):
+            from regraft.adapters.verify import TOLERANCE, verify_adapters
+            from regraft.cli.words import show_adapter_verification
+
+            limit = TOLERANCE if tolerance is None else tolerance
+            with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
+                done = verify_adapters(src, dst, model, limit, progress, foreign)
+            if json:
+                out.data(done.to_dict())
+            elif not quiet:
+                show_adapter_verification(out, done)
+            show_page(out, html, done)
+            return 0 if done.equal else 4
+        from regraft.checkpoints.verify import verify
+        from regraft.cli.checkpoint_words import show_verification
+
         with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
-            result = verify(
-                src, dst, model=model, progress=progress, foreign=InstalledTransformers()
-            )
+            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
         elif not quiet:
@@ -330,6 +382,16 @@ def verify(
         return 0 if result.equal else 4
 
     return job
+
+
+def _check_via(text: str) -> None:
+    from regraft.adapters.ranks import Options
+    from regraft.errors import BadInputError
+
+    try:
+        Options(text)
+    except BadInputError as error:
+        raise typer.BadParameter(error.findings[0].message, param_hint="--via") from None
 
 
 def _check_size(text: str) -> None:

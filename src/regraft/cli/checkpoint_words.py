@@ -10,8 +10,7 @@ from rich.text import Text
 
 from regraft.cli.output import Output, visible
 from regraft.cli.words import show_notes
-from regraft.report import CheckpointReport, Report
-from regraft.reports.wording import size_in_words
+from regraft.report import CheckpointReport, Report, show_size
 
 if TYPE_CHECKING:
     from regraft.checkpoints.verify import Verification
@@ -40,7 +39,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     summary = Text(
         f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
         f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
-        f"{size_in_words(checkpoint.bytes)}; "
+        f"{show_size(checkpoint.bytes)}; "
     )
     if checkpoint.casts:
         casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
@@ -66,9 +65,7 @@ def show_verification(out: Output, result: Verification) -> None:
     if len(result.differences) > _SHOWN:
         out.show(Text(f"… and {len(result.differences) - _SHOWN} more; --json lists them all"))
     if result.equal:
-        words = (
-            f": {result.tensors} tensors, {size_in_words(result.bytes)}, every bit is accounted for"
-        )
+        words = f": {result.tensors} tensors, {show_size(result.bytes)}, every bit is accounted for"
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
         out.show(Text.assemble(("Not equal", _BAD), f": {len(result.differences)} differences"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
+    NotEqualError,
     RefusedError,
     RegraftError,
     UnmatchedKeysError,
@@ -29,6 +30,7 @@ _KINDS: tuple[tuple[type[RegraftError], Kind], ...] = (
     (UnmatchedKeysError, Kind("unmatched-keys", "nothing explains these keys", BAD_INPUT)),
     (AmbiguousError, Kind("ambiguous", "more than one reading fits", BAD_INPUT)),
     (BadInputError, Kind("bad-input", "bad input", BAD_INPUT)),
+    (NotEqualError, Kind("not-equal", "not equal", NO)),
     (RefusedError, Kind("refused", "refused, because there is no exact image", REFUSED)),
 )
 

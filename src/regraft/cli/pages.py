@@ -14,11 +14,14 @@ from regraft.report import Report
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspection
+    from regraft.adapters.verify import AdapterVerification
     from regraft.checkpoints.verify import Verification
     from regraft.reports.model import Page
 
+    Result = Report | Inspection | Verification | AdapterVerification
 
-def show_page(out: Output, file: Path | None, result: Report | Inspection | Verification) -> None:
+
+def show_page(out: Output, file: Path | None, result: Result) -> None:
     """Write the page of a result, and say so."""
     if file is None:
         return
@@ -29,14 +32,17 @@ def show_page(out: Output, file: Path | None, result: Report | Inspection | Veri
         out.text(f"Page: {visible(str(file))}\n")
 
 
-def _page_of(result: Report | Inspection | Verification) -> Page:
+def _page_of(result: Result) -> Page:
     from regraft.adapters.inspect import Inspection
+    from regraft.adapters.verify import AdapterVerification
     from regraft.reports import data
 
     if isinstance(result, Report):
         return data.page_of_report(result)
     if isinstance(result, Inspection):
         return data.page_of_inspection(result)
+    if isinstance(result, AdapterVerification):
+        return data.page_of_adapter_verification(result)
     return data.page_of_verification(result)
 
 

@@ -16,11 +16,12 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
-from regraft.report import AdapterReport, Report, Target
-from regraft.reports.wording import count_in_words, size_in_words
+from regraft.report import AdapterReport, Report, Target, show_size
+from regraft.reports.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
+    from regraft.adapters.verify import AdapterVerification
 
 GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"
 _ROWS = 40
@@ -35,6 +36,8 @@ class _Row:
     target: Target
     """One of those that the pattern stands for; they are alike."""
     how: str
+    error: float = 0.0
+    """The largest one."""
 
 
 def show_report(out: Output, report: Report, load: bool = True) -> None:
@@ -92,9 +95,8 @@ def _targets(rows: Sequence[_Row], width: int) -> list[Table | Text]:
 
 
 def _cells(row: _Row) -> list[Text]:
-    exact = _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING)
     numbers = (str(row.count), str(row.target.rank), f"{row.target.scale:g}")
-    return [_cell(row.pattern), *map(Text, numbers), exact]
+    return [_cell(row.pattern), *map(Text, numbers), _numbers_of(row)]
 
 
 def _how_cell(row: _Row) -> Text:
@@ -121,13 +123,29 @@ def break_name(name: str, width: int, indent: str = "  ") -> str:
     return f"\n{indent}".join(lines)
 
 
+def _numbers_of(row: _Row) -> Text:
+    """What became of a target's numbers."""
+    if row.target.rung == "svd":
+        return _cell(f"off by {row.error:.2g}", WARNING)
+    told = {"lora": "exact, as LoRA", "base": "exact, by the base", "dense": "full rank"}
+    if row.target.rung in told:
+        return _cell(told[row.target.rung], GOOD)
+    return _cell("exact", GOOD) if row.target.exact else _cell("rescaled", WARNING)
+
+
 def _rows_of(adapter: AdapterReport) -> list[_Row]:
     alike: dict[tuple[object, ...], list[Target]] = {}
     for target in adapter.targets:
-        looks = (target.rank, target.scale, target.rule, target.exact)
+        looks = (target.rank, target.scale, target.rule, target.exact, target.rung)
         alike.setdefault(looks, []).append(target)
     return [
-        _Row(pattern, count, targets[0], _how(targets[0].rule, adapter))
+        _Row(
+            pattern,
+            count,
+            targets[0],
+            _how(targets[0].rule, adapter),
+            max(target.error for target in targets),
+        )
         for targets in alike.values()
         for pattern, count in patterns(target.key for target in targets)
     ]
@@ -141,17 +159,22 @@ def _how(rule: str, adapter: AdapterReport) -> str:
 
 def _summary(adapter: AdapterReport) -> Text:
     text = Text(f"{adapter.tensors_in} tensors in, {adapter.tensors_out} out")
-    rescaled = sum(not target.exact for target in adapter.targets)
+    rescaled = sum(not target.exact and target.rung == "family" for target in adapter.targets)
+    stands_in = sum(target.rung != "family" for target in adapter.targets)
     if adapter.copied:
         text.append("; copied as they are")
     elif rescaled:
         text.append(f"; {rescaled} of {len(adapter.targets)} targets ")
         text.append("rescaled", WARNING)
+    elif stands_in:
+        text.append(f"; LoRA stands in for another family in {stands_in} targets")
     elif adapter.targets:
         text.append("; ")
         text.append("every number is the source's own, bit for bit", GOOD)
     if adapter.carried and not adapter.copied:
         text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
+    if adapter.verified:
+        text.append(f"; verified, the largest relative error is {adapter.error:.2g}", GOOD)
     return text
 
 
@@ -174,6 +197,21 @@ def _last_line(report: Report) -> Text:
     text = Text(f"Load with transformers {version}: ")
     text.append("; ".join(calls), NAME)
     return text
+
+
+def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
+    """Whether two adapters add the same to their bases."""
+    for finding in result.differences[:_FINDINGS]:
+        out.show(Text(visible(str(finding))))
+    if len(result.differences) > _FINDINGS:
+        out.show(Text(f"… and {len(result.differences) - _FINDINGS} more; --json lists them all"))
+    counted = f"{count_in_words(len(result.targets), 'target')}, {count_in_words(result.others, 'other tensor')}"
+    error = f"the largest relative error is {result.error:.2g}"
+    if result.equal:
+        out.show(Text.assemble(("Equal", GOOD), f": {counted}; {error}"))
+    else:
+        count = count_in_words(len(result.differences), "difference")
+        out.show(Text.assemble(("Not equal", BAD), f": {count} in {counted}; {error}"))
 
 
 def _quote(text: str) -> str:
@@ -259,7 +297,7 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
     if adapter.peft_version:
         facts.add_row("saved by", f"PEFT {visible(adapter.peft_version)}")
     dtypes = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
-    facts.add_row("tensors", f"{dtypes}; {size_in_words(adapter.bytes)}")
+    facts.add_row("tensors", f"{dtypes}; {show_size(adapter.bytes)}")
     if adapter.ranks:
         facts.add_row("ranks", _numbers(adapter.ranks))
         facts.add_row("alphas", _numbers(adapter.alphas) + " (rsLoRA)" * adapter.rslora)

@@ -124,6 +124,22 @@ def known_shape(equation: Equation, term: Term, lookup: Lookup) -> tuple[int, ..
     return shape_of(term, solver.sizes, ())
 
 
+def known_dims(equation: Equation, term: Term, lookup: Lookup) -> list[int | None]:
+    """Those dims of a term's shape that the ``where`` clauses say; ``...`` is left out."""
+    solver = _Solver(equation, lookup)
+    try:
+        solver.run([])
+    except UnknownSizeError:
+        pass
+    except SizeError:
+        return []
+    dims = term.dims[:-1] if term.ends_open else term.dims
+    return [
+        extent(dim, solver.sizes) if all(n in solver.sizes for n in axes_of(dim)) else None
+        for dim in dims
+    ]
+
+
 def undetermined(equation: Equation, reverse: bool = False) -> tuple[str, ...]:
     """Axes whose size the side that is read and the ``where`` clauses leave open (for lint).
 

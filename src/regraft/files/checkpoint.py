@@ -52,6 +52,10 @@ class Checkpoint:
         found._open[SINGLE] = tensors
         return found
 
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._shards)
+
     def __contains__(self, name: str) -> bool:
         return name in self._shards
 

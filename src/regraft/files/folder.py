@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -15,82 +14,87 @@ from typing import Any
 from regraft.errors import BadInputError, Finding
 from regraft.files.probe import PROBE_SIZE, open_regular, recognize_content
 from regraft.files.safetensors import sync_path
+from regraft.files.work import cannot_write, open_work
 
 _MAX_JSON_BYTES = 100_000_000
 
 
 @contextmanager
-def staged_folder(dst: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> Iterator[Path]:
     """Fill a folder that appears at ``dst`` whole or not at all.
 
-    Yields an empty hidden folder beside ``dst``, on the same file system. When the block ends, its
-    files are flushed to disk and it is renamed to ``dst``. When the block raises, it is removed and
-    ``dst`` is as it was; so are the folders above it, if they had to be made. With ``overwrite`` a
-    folder at ``dst`` is replaced as a whole: it is put aside, and deleted only once the new one is
-    in its place. A link at ``dst`` is followed.
+    Yields an empty folder in a hidden one beside ``dst``, on the same file system. When the block
+    ends, its files are flushed to disk and it is renamed to ``dst``. When the block raises, it is
+    removed and ``dst`` is as it was; so are the folders above it, if they had to be made. With
+    ``overwrite`` a folder at ``dst`` is replaced as a whole: it is put aside, and deleted only once
+    the new one is in its place. A link at ``dst`` is followed. What a run that was killed left is
+    cleared by the next one.
+
+    Args:
+        dst: the folder to write.
+        overwrite: whether it may be there already.
+        size: how many bytes are going to be written, as far as that is known.
 
     Raises:
         BadInputError: ``dst`` is a file, or exists and ``overwrite`` is not set, or the folder it
-            is in cannot be written to.
+            is in cannot be written to or has no room; or another run is at work on ``dst``.
     """
     dst = Path(os.path.realpath(dst))
     if findings := _check_place(dst, overwrite):
         raise BadInputError(findings)
-    token = secrets.token_hex(4)
-    staged = dst.with_name(f".{dst.name[:100]}.{token}.tmp")
-    made: list[Path] = []
-    try:
+    with open_work(dst) as work:
         try:
-            _make_parents(dst, made)
-            staged.mkdir()
+            work.empty()
+            work.check_space(size)
+            yield work.new
+            _sync_files(work.new)
+            work.place(overwrite)
         except OSError as error:
-            raise BadInputError(_describe_failure(dst, error)) from error
-        yield staged
-        try:
-            _sync_tree(staged)
-            _put_in_place(staged, dst, dst.with_name(f".{dst.name[:100]}.{token}.old"), overwrite)
-        except OSError as error:
-            raise BadInputError(_describe_failure(dst, error)) from error
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        with suppress(OSError):
-            for folder in reversed(made):
-                folder.rmdir()
-        raise
+            work.clear()
+            raise cannot_write(dst, error) from error
+        except BaseException:
+            work.clear()
+            raise
 
 
 def check_destination(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], overwrite: bool
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    file: bool = False,
 ) -> None:
-    """Check that a folder can be written to ``dst`` without touching ``src``.
+    """Check that a folder, or a ``file``, can be written to ``dst`` without touching ``src``.
 
     Links are resolved, in both paths and in the entries of ``src``, since overwriting ``dst`` would
     also delete what they lead to.
 
     Args:
         src: the file or folder that is read.
-        dst: the folder to write, which need not exist.
-        overwrite: whether a folder at ``dst`` may be replaced.
+        dst: what to write, which need not exist.
+        overwrite: whether it may be replaced.
+        file: whether it is a file.
 
     Raises:
-        BadInputError: ``dst`` is ``src``, or one is inside the other; ``dst`` is a file, or exists
-            and ``overwrite`` is not set, or holds the home folder or the current one, or the folder
-            it is in cannot be written to.
+        BadInputError: ``dst`` is ``src``, or one is inside the other; ``dst`` is a file and not a
+            folder, or the other way round, or exists and ``overwrite`` is not set, or holds the home
+            folder or the current one, or the folder it is in cannot be written to.
     """
     src, dst = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
+    kind = _kind(file)
     findings: list[Finding] = []
 
     def report(code: str, message: str) -> None:
-        fix = "choose another folder to write to"
+        fix = f"choose another {kind} to write to"
         findings.append(Finding(code, message, where=str(dst), fix=fix))
 
     if _is_same(src, dst):
-        report("destination-is-source", "the folder to write is the one that is read")
+        report("destination-is-source", f"the {kind} to write is the one that is read")
     elif _is_inside(dst, src):
-        report("destination-in-source", f"the folder to write is inside {src}, which is read")
+        report("destination-in-source", f"the {kind} to write is inside {src}, which is read")
     elif _is_inside(src, dst) or any(_is_inside(path, dst) for path in _resolve_entries(src)):
-        report("source-in-destination", f"{src}, which is read, lies inside the folder to write")
-    findings += _check_place(dst, overwrite)
+        report("source-in-destination", f"{src}, which is read, lies inside the {kind} to write")
+    findings += _check_place(dst, overwrite, file)
     if findings:
         raise BadInputError(findings)
 
@@ -203,44 +207,39 @@ def _name_json(value: object) -> str:
     return "text" if isinstance(value, str) else "a number"
 
 
-def _check_place(dst: Path, overwrite: bool) -> list[Finding]:
-    """What keeps a folder from being put at ``dst``, a resolved path."""
+def _kind(file: bool) -> str:
+    return "file" if file else "folder"
+
+
+def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding]:
+    """What keeps a folder or a file from being put at ``dst``, a resolved path."""
     where = str(dst)
-    elsewhere = "choose another folder to write to"
+    elsewhere = f"choose another {_kind(file)} to write to"
     try:
-        if dst.is_dir():
+        if dst.exists() and dst.is_dir() == file:
+            message = f"expected a {_kind(file)} to write, and this is a {_kind(not file)}"
+            return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
+        if dst.exists():
             for kept, name in ((Path.home(), "home"), (Path.cwd(), "current")):
                 if _is_same(dst, kept) or _is_inside(kept, dst):
                     message = f"the folder holds the {name} folder, and would be replaced whole"
                     return [Finding("destination-in-use", message, where=where, fix=elsewhere)]
             if not overwrite:
-                message = "the folder to write exists already"
+                message = f"the {_kind(file)} to write exists already"
                 return [Finding("destination-exists", message, where=where, fix="pass --overwrite")]
-        elif dst.exists():
-            message = "expected a folder to write, and this is a file"
-            return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
         above = dst.parent
         while not above.exists():
             above = above.parent
     except OSError as error:
-        return [_describe_failure(dst, error)]
+        return list(cannot_write(dst, error).findings)
     if not above.is_dir():
-        message = "the folder to write would be inside this, which is a file"
+        message = f"the {_kind(file)} to write would be inside this, which is a file"
         return [Finding("destination-is-file", message, where=str(above), fix=elsewhere)]
     if not os.access(above, os.W_OK | os.X_OK):
         message = "the folder may not be written to"
         fix = "give yourself permission to write there, or " + elsewhere
         return [Finding("cannot-write", message, where=str(above), fix=fix)]
     return []
-
-
-def _describe_failure(dst: Path, error: OSError) -> Finding:
-    return Finding(
-        "cannot-write",
-        f"the folder cannot be written: {error.strerror or error}",
-        where=str(dst),
-        fix=f"check that {dst.parent} may be written to and has room",
-    )
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -262,41 +261,7 @@ def _resolve_entries(folder: Path) -> Iterator[Path]:
                 yield Path(os.path.realpath(entry))
 
 
-def _make_parents(dst: Path, made: list[Path]) -> None:
-    missing = []
-    above = dst.parent
-    while not above.exists():
-        missing.append(above)
-        above = above.parent
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        made.append(folder)
-
-
-def _sync_tree(folder: Path) -> None:
+def _sync_files(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
             sync_path(Path(root, name))
-        sync_path(Path(root))
-
-
-def _put_in_place(staged: Path, dst: Path, aside: Path, overwrite: bool) -> None:
-    if not dst.exists():
-        staged.rename(dst)
-    elif not overwrite:
-        message = "the folder to write came into being meanwhile"
-        raise BadInputError(
-            Finding("destination-exists", message, where=str(dst), fix="pass --overwrite")
-        )
-    else:
-        try:
-            dst.rename(aside)
-            staged.rename(dst)
-        except BaseException:
-            if aside.exists() and not dst.exists():
-                aside.rename(dst)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    # The folder is in its place; that its name may not be on disk yet undoes nothing.
-    with suppress(OSError):
-        sync_path(dst.parent)

@@ -27,6 +27,10 @@ class Weights(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        ...
+
     def read(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor."""
         ...

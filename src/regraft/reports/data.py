@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
-from regraft.report import AdapterReport, CheckpointReport, Report
+from regraft.report import AdapterReport, CheckpointReport, Report, show_size
 from regraft.reports.flows import Facts, Flows, made_facts, target_facts
 from regraft.reports.model import Fact, Flow, Page, Rows, Tone
-from regraft.reports.wording import count_in_words, shape_in_words, size_in_words
+from regraft.reports.wording import count_in_words, shape_in_words
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
+    from regraft.adapters.verify import AdapterVerification
     from regraft.checkpoints.verify import Verification
 
 
@@ -59,13 +60,24 @@ def _layouts(report: Report) -> tuple[str, str]:
 
 def _verdict(report: Report) -> Fact:
     word = "Converted" if report.written else "Can be converted"
-    rescaled = sum(not target.exact for target in report.targets)
+    near = [target for target in report.targets if target.rung == "svd"]
+    other = sum(target.rung not in ("family", "svd") for target in report.targets)
+    rescaled = sum(t.rung == "family" and not t.exact for t in report.targets)
     casts = sum(report.checkpoint.casts.values()) if report.checkpoint is not None else 0
+    told = []
+    if near:
+        error = max(target.error for target in near)
+        told.append(
+            f"{count_in_words(len(near), 'target')} approximated, off by {error:.2g} at most"
+        )
+    if other:
+        told.append(f"{count_in_words(other, 'target')} carried over exactly as LoRA")
     if rescaled:
-        text = f"{rescaled} of {len(report.targets)} targets are rescaled, the rest is bit for bit"
-        return Fact(word, text, "warning")
+        told.append(f"{rescaled} of {len(report.targets)} targets rescaled")
     if casts:
-        return Fact(word, f"{casts} tensors are cast to another dtype", "warning")
+        told.append(f"{count_in_words(casts, 'tensor')} cast to another dtype")
+    if told:
+        return Fact(word, "; ".join(told) + "; the rest is bit for bit", "warning")
     return Fact(word, "every number is the source's own, bit for bit", "good")
 
 
@@ -97,11 +109,14 @@ def _adapter_facts(adapter: AdapterReport) -> list[Fact]:
         Fact(f"{lead}tensors", f"{adapter.tensors_in} in, {adapter.tensors_out} out"),
         Fact(f"{lead}targets", str(len(adapter.targets))),
     ]
+    if adapter.verified:
+        error = f"the largest relative error is {adapter.error:.2g}"
+        facts.append(Fact(f"{lead}verified", error, "good"))
     return facts + [Fact(f"{lead}evidence", reason) for reason in adapter.evidence]
 
 
 def _checkpoint_facts(checkpoint: CheckpointReport) -> list[Fact]:
-    files = f"{len(checkpoint.files)} of {size_in_words(checkpoint.bytes)} together"
+    files = f"{len(checkpoint.files)} of {show_size(checkpoint.bytes)} together"
     facts = [
         Fact("tensors", f"{checkpoint.tensors_in} in, {checkpoint.tensors_out} out"),
         Fact("weights files", files),
@@ -195,7 +210,7 @@ def _inspected_facts(adapter: Inspected) -> list[Fact]:
         Fact(f"{lead}kind", " with ".join([adapter.peft_type, *adapter.variants])),
         Fact(f"{lead}layout", *layout),
         Fact(f"{lead}base", adapter.model_type or "not known"),
-        Fact(f"{lead}tensors", f"{adapter.tensors}, {size_in_words(adapter.bytes)}"),
+        Fact(f"{lead}tensors", f"{adapter.tensors}, {show_size(adapter.bytes)}"),
     ]
     if adapter.packing:
         facts.append(Fact(f"{lead}experts", f"packed as by {adapter.packing}"))
@@ -224,11 +239,45 @@ def page_of_verification(result: Verification) -> Page:
         facts=(
             Fact("first", result.source),
             Fact("second", result.destination),
-            Fact("compared", f"{result.tensors} tensors, {size_in_words(result.bytes)}"),
+            Fact("compared", f"{result.tensors} tensors, {show_size(result.bytes)}"),
         ),
         left=made.left.side(f"first: {result.source_layout}"),
         right=made.right.side(f"second: {result.target_layout}"),
         flows=tuple(made.flows),
+        findings=tuple(result.differences),
+    )
+
+
+def page_of_adapter_verification(result: AdapterVerification) -> Page:
+    """Whether two adapters add the same to their bases."""
+    rows = Rows()
+    states = {f.key: _DIFFERENCES.get(f.code, "differs") for f in result.differences if f.key}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for target in result.targets:
+        state = states.pop(target.key, "equal")
+        alike.setdefault((state, f"{target.error:.0e}"), []).append(target.key)
+    for (state, error), keys in alike.items():
+        rows.add(keys, state, {"error": error})
+    for key, state in states.items():
+        rows.add([key], state)
+    counted = (
+        f"{count_in_words(len(result.targets), 'target')}, the largest error is {result.error:.2g}"
+    )
+    verdict = Fact("Equal", counted, "good")
+    if not result.equal:
+        number = count_in_words(len(result.differences), "difference")
+        verdict = Fact("Not equal", f"{number} in {counted}", "bad")
+    return Page(
+        title=f"{Path(result.source).name} and {Path(result.destination).name}",
+        command="verify",
+        verdict=verdict,
+        facts=(
+            Fact("first", f"{result.source}, {result.source_layout}"),
+            Fact("second", f"{result.destination}, {result.target_layout}"),
+            Fact("tolerance", f"{result.tolerance:g}, relative to each matrix"),
+            Fact("other tensors", f"{result.others}, compared bit for bit"),
+        ),
+        left=rows.side("what they add to the base"),
         findings=tuple(result.differences),
     )
 
@@ -238,6 +287,7 @@ _FAILED = {
     "refused": ("Refused", "there is no exact image"),
     "unmatched-keys": ("Not explained", "nothing explains some keys"),
     "ambiguous": ("Ambiguous", "more than one reading fits"),
+    "not-equal": ("Not equal", "what it adds is not what the source adds"),
     "bad-input": ("Bad input", "something is wrong with it"),
 }
 

@@ -160,14 +160,23 @@ def _source_facts(trace: Trace, number: int | None) -> Facts:
 
 def target_facts(target: Target) -> Facts:
     """What there is to say of an adapted tensor."""
-    return {
-        "rank": target.rank,
-        "alpha": target.alpha,
-        "scale": target.scale,
-        "rung": "exact" if target.exact else "rescaled",
-        "error": "0" if target.exact else "rounding of B",
-        "adapted as": "a parameter" if target.parameter else "a module",
-    }
+    facts: Facts = {"rank": target.rank, "alpha": target.alpha, "scale": target.scale}
+    if target.rung == "family":
+        facts |= {"rung": "exact", "error": "0"}
+        if not target.exact:
+            facts |= {"rung": "rescaled", "error": "rounding of B"}
+    else:
+        facts["rung"] = _RUNGS[target.rung]
+        facts["error"] = f"{target.error:.2g}" if target.rung == "svd" else "rounding"
+    return facts | {"adapted as": "a parameter" if target.parameter else "a module"}
+
+
+_RUNGS = {
+    "lora": "exact, as LoRA",
+    "base": "exact, by the base",
+    "dense": "full rank",
+    "svd": "approximated",
+}
 
 
 def made_facts(trace: Trace) -> dict[str, Facts]:

@@ -42,6 +42,7 @@ STATES: dict[str, State] = {
     "missing": State("missing", "bad", "it should be there and is not"),
     "extra": State("extra", "bad", "nothing leads to it"),
     "adapted": State("adapted", "info", "it has a low-rank factor pair"),
+    "equal": State("equal", "good", "it is the same in both"),
     "saved": State("saved", "plain", "it is stored as it is"),
 }
 """The states that rows and flows can have, in the order in which filters show them."""

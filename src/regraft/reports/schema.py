@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from regraft.adapters.inspect import Inspected, Inspection, TargetPattern, TensorPattern
+from regraft.adapters.verify import AdapterVerification
 from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
@@ -27,7 +28,14 @@ class Problem:
     """Why a command gave no result."""
 
     kind: Literal[
-        "bad-input", "unmatched-keys", "ambiguous", "refused", "usage", "interrupted", "internal"
+        "bad-input",
+        "unmatched-keys",
+        "ambiguous",
+        "not-equal",
+        "refused",
+        "usage",
+        "interrupted",
+        "internal",
     ]
     """What kind of error it is; it goes with the exit status."""
     findings: list[Finding]
@@ -41,11 +49,11 @@ class Failure:
     error: Problem
 
 
-DOCUMENTS: dict[str, type] = {
-    "convert": Report,
-    "inspect": Inspection,
-    "verify": Verification,
-    "error": Failure,
+DOCUMENTS: dict[str, tuple[type, ...]] = {
+    "convert": (Report,),
+    "inspect": (Inspection,),
+    "verify": (Verification, AdapterVerification),
+    "error": (Failure,),
 }
 """What each command prints; ``error`` is what any of them prints when it fails."""
 
@@ -59,6 +67,7 @@ _LEFT_OUT: dict[type, tuple[str, ...]] = {
 _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
     Verification: ("equal",),
+    AdapterVerification: ("equal", "error"),
 }
 """Properties that are printed beside the fields."""
 
@@ -70,7 +79,8 @@ def schema_of(document: str) -> dict[str, Any]:
     ['kind', 'findings']
     """
     definitions: dict[str, Any] = {}
-    root = _describe(DOCUMENTS[document], definitions)
+    roots = [_describe(of, definitions) for of in DOCUMENTS[document]]
+    root = roots[0] if len(roots) == 1 else {"anyOf": roots}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"regraft {document} --json" if document != "error" else "a failure",

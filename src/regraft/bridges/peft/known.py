@@ -107,6 +107,10 @@ class LiveWeights:
         slot = self._slots.get(name)
         return slot is not None and not slot.tensor.is_meta and slot.tensor.is_floating_point()
 
+    def names(self) -> list[str]:
+        """The names of all tensors that can be read."""
+        return [name for name in self._slots if name in self]
+
     def read(self, name: str) -> Array:
         """One tensor, copied to the CPU."""
         return to_numpy(self._slots[name].tensor)
@@ -179,9 +183,11 @@ def to_torch(array: Array) -> torch.Tensor:
 
 def to_numpy(tensor: torch.Tensor) -> Array:
     """A tensor as an array, every bit as it is."""
-    plain = whole(tensor).detach().cpu().contiguous()
+    plain: torch.Tensor = whole(tensor).detach().cpu().contiguous()
     if plain.dtype in _CARRIERS:
         carrier, name = _CARRIERS[plain.dtype]
         carried = plain.view(torch.int16 if carrier is np.uint16 else torch.uint8)
-        return carried.numpy().view(name)
-    return plain.numpy()
+        array: Array = carried.numpy().view(name)
+        return array
+    bits: Array = plain.numpy()
+    return bits

@@ -5,10 +5,15 @@
 .OUT.regraft/journal       the units whose bytes are on disk, one a line
 .OUT.regraft/new/          the result so far; renamed to OUT when it is complete
 .OUT.regraft/old/          what stood at OUT, while the new one takes its place
+
+Adapters are made here, too, without a job and a journal: they are converted in memory. Where OUT is
+a file, it is made in ``new`` and takes the place of an older one in a single step.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +22,7 @@ from pathlib import Path
 
 from regraft.errors import BadInputError, Finding
 from regraft.files.safetensors import sync_path
+from regraft.report import show_size
 
 try:
     import fcntl
@@ -24,11 +30,16 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 
+_LONG = 240
+_SPARE = 1 << 18
+"""Bytes that folders, the journal and the like may take."""
+
+
 class Work:
     """The folder of one result; see `open_work`."""
 
-    def __init__(self, dst: Path) -> None:
-        self.dst = dst
+    def __init__(self, dst: Path, file: bool = False) -> None:
+        self.dst, self.file = dst, file
         self.folder = work_folder(dst)
         self.new = self.folder / "new"
         self.done: set[tuple[int, int]] = set()
@@ -50,10 +61,7 @@ class Work:
             with suppress(OSError):
                 self.done = _read_journal(journal.read_bytes())
         else:
-            for path in (file, journal):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(self.new, ignore_errors=True)
-            self.new.mkdir()
+            self.empty()
             write_file(journal, b"")
             write_file(file, job)
             sync_path(self.folder)
@@ -61,6 +69,28 @@ class Work:
         if same:
             # What a dead run wrote last may be half a line.
             os.write(self._journal, b"\n")
+
+    def empty(self) -> None:
+        """Start afresh: what a dead run left is removed."""
+        for name in ("job", "journal"):
+            (self.folder / name).unlink(missing_ok=True)
+        if self.new.exists():
+            shutil.rmtree(self.new)
+        self.new.mkdir()
+
+    def check_space(self, size: int) -> None:
+        """Check that there is room for so many bytes and what the file system keeps of them.
+
+        Raises ``BadInputError``.
+        """
+        needed, free = size + _SPARE, shutil.disk_usage(self.folder).free
+        if needed > free:
+            message = f"{show_size(needed)} more are needed, and {show_size(free)} are free"
+            raise BadInputError(
+                Finding(
+                    "no-space", message, where=str(self.dst), fix="make room, or write elsewhere"
+                )
+            )
 
     def note(self, units: list[tuple[int, int]]) -> None:
         """Note that the bytes of some units are on disk."""
@@ -75,36 +105,43 @@ class Work:
             self._journal = -1
 
     def place(self, overwrite: bool) -> None:
-        """Put the finished folder in its place and remove everything else."""
+        """Put the finished result in its place and remove everything else."""
         self.close()
         _sync_folders(self.new)
-        if self.dst.exists():
-            if not overwrite:
-                message = "the folder to write came into being meanwhile"
-                raise BadInputError(
-                    Finding(
-                        "destination-exists",
-                        message,
-                        where=str(self.dst),
-                        fix="pass --overwrite with --resume",
-                    )
-                )
-            old = self.folder / "old"
-            self.dst.rename(old)
+        if self.dst.exists() and not overwrite:
+            message = f"the {'file' if self.file else 'folder'} to write came into being meanwhile"
+            fix = "pass --overwrite; for a checkpoint --resume with it goes on from here"
+            raise BadInputError(
+                Finding("destination-exists", message, where=str(self.dst), fix=fix)
+            )
+        if self.file:
+            (self.new / self.dst.name).replace(self.dst)
+        elif self.dst.exists():
+            self.dst.rename(self.folder / "old")
             try:
                 self.new.rename(self.dst)
             except BaseException:
-                old.rename(self.dst)
+                self.restore()
                 raise
         else:
             self.new.rename(self.dst)
+        # It is in its place; that its name may not be on disk yet undoes nothing.
         with suppress(OSError):
             sync_path(self.dst.parent)
         self.clear()
 
+    def restore(self) -> None:
+        """Put back what was put aside; where the new one stands already, the old one goes."""
+        old = self.folder / "old"
+        if old.exists() and not self.dst.exists():
+            old.rename(self.dst)
+        elif old.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove the folder and all that is in it; the lock goes last."""
         self.close()
+        self.restore()
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name != "lock":
                 if path.is_dir() and not path.is_symlink():
@@ -118,19 +155,23 @@ class Work:
 
 def work_folder(dst: Path) -> Path:
     """The folder in which a result is made."""
-    return dst.with_name(f".{dst.name[:200]}.regraft")
+    name = os.fsencode(dst.name)
+    if len(name) > _LONG:
+        # A name may have 255 bytes; two long ones may differ at their ends only.
+        name = hashlib.sha256(name).hexdigest().encode()
+    return dst.with_name(f".{os.fsdecode(name)}.regraft")
 
 
 @contextmanager
-def open_work(dst: Path) -> Iterator[Work]:
-    """Make or open the work folder of a result, and hold its lock.
+def open_work(dst: Path, file: bool = False) -> Iterator[Work]:
+    """Make or open the work folder of a result, a folder or a ``file``, and hold its lock.
 
     A folder that a dead run put aside goes back to its place first.
 
     Raises ``BadInputError`` where another run is at work on the same result, or the folder cannot be made.
     """
-    work = Work(dst)
-    made = []
+    work = Work(dst, file)
+    made: list[Path] = []
     try:
         above = dst.parent
         while not above.exists():
@@ -139,19 +180,23 @@ def open_work(dst: Path) -> Iterator[Work]:
         dst.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(work.folder, dst)
     except OSError as error:
+        _remove(made)
         raise cannot_write(dst, error) from error
     try:
-        old = work.folder / "old"
-        if old.exists() and not dst.exists():
-            old.rename(dst)
+        work.restore()
         yield work
     finally:
         work.close()
         os.close(lock)
-        with suppress(OSError):
-            if not work.folder.exists():
-                for folder in made:
-                    folder.rmdir()
+        if not work.folder.exists():
+            _remove(made)
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders that are empty, the innermost first."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def cannot_write(dst: Path, error: OSError) -> BadInputError:
@@ -175,9 +220,11 @@ def _lock(folder: Path, dst: Path) -> int:
         except FileNotFoundError:
             continue
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = try_lock(file)
         except OSError:
+            os.close(file)
+            raise
+        if not locked:
             owner = os.read(file, 100).decode(errors="replace").strip()
             os.close(file)
             raise BadInputError(
@@ -187,7 +234,7 @@ def _lock(folder: Path, dst: Path) -> int:
                     where=str(dst),
                     fix="wait for it, or stop it",
                 )
-            ) from None
+            )
         # The run before may have removed the file between opening and locking it.
         with suppress(OSError):
             if os.fstat(file).st_ino == path.stat().st_ino:
@@ -195,6 +242,21 @@ def _lock(folder: Path, dst: Path) -> int:
                 os.write(file, f"{os.getpid()}\n".encode())
                 return file
         os.close(file)
+
+
+def try_lock(file: int) -> bool:
+    """Lock an open file or folder until it is closed; whether nobody else holds it.
+
+    Raises ``OSError`` where the file system has no locks.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def write_file(path: Path, data: bytes) -> None:

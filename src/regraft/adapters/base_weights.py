@@ -1,0 +1,168 @@
+"""The base's own weights, under the names and in the shapes of either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.adapters.detect import Known
+from regraft.adapters.factors import Array
+from regraft.arrays.apply import apply_plan
+from regraft.files.checkpoint import Checkpoint
+from regraft.names.keys import group_names
+from regraft.plan.build import build_plan
+from regraft.plan.model import Weights
+from regraft.plan.plan import Entry, Headers, Plan
+from regraft.rules.kinds import IN, KINDS, OUT
+from regraft.rules.templates import match_group
+
+
+class _Lazy:
+    """The tensors of a base by number, read when they are asked for."""
+
+    def __init__(self, weights: Weights, names: list[str]) -> None:
+        self.weights, self.names = weights, names
+
+    def __getitem__(self, number: int) -> Array:
+        return self.weights.read(self.names[number])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class BaseWeights:
+    """The base's tensors under the names of a layout, whichever of the two the checkpoint is in."""
+
+    def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
+        self.known, self.layout, self.weights = known, layout, weights
+        self._moved: Plan | None = None
+        self._places: dict[str, tuple[int, int]] | None = None
+        self._last: tuple[tuple[int, int], dict[str, Any]] | None = None
+
+    @staticmethod
+    def of(known: Known, layout: str) -> BaseWeights:
+        """The weights beside the base's config, where there are any."""
+        model = known.model
+        weights = model.weights if model is not None else None
+        if model is not None and weights is None:
+            weights = Checkpoint.find(Path(model.path).parent)
+        return BaseWeights(known, layout, weights)
+
+    def read(self, name: str) -> Array | None:
+        """A tensor by its name in the layout; ``None`` where the checkpoint has it not."""
+        if self.weights is None:
+            return None
+        if self._places is None:
+            self._plan(self.weights)
+        assert self._places is not None
+        for spelled in spellings(name):
+            if spelled in self._places:
+                return self._made(self._places[spelled], spelled)
+            if self._moved is None and spelled in self.weights:
+                return self.weights.read(spelled)
+        return None
+
+    def matrix(self, name: str, kind: str) -> npt.NDArray[np.float64] | None:
+        """A weight as (out, in), or (experts, out, in), in float64."""
+        tensor = self.read(name)
+        if tensor is None:
+            return None
+        return as_matrix(tensor, kind)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of everything, under the layout's names with and without a leading ``model.``."""
+        if self.weights is None:
+            return {}
+        if self._places is None:
+            self._plan(self.weights)
+        found: dict[str, tuple[int, ...]] = {}
+        if self._moved is None:
+            found = {name: self.weights.read(name).shape for name in self.weights.names()}
+        else:
+            for entry in self._moved.entries:
+                for term in entry.written:
+                    found.update(dict.fromkeys(entry.keys(term).names(), entry.shape(term)))
+            for carried in self._moved.carried:
+                ids = carried.group.ids.tolist()
+                shapes = (self._moved.headers.shapes[i] for i in ids)
+                found.update(zip(carried.group.names(), shapes, strict=True))
+        return {spelled: shape for name, shape in found.items() for spelled in spellings(name)}
+
+    def _plan(self, weights: Weights) -> None:
+        """How the checkpoint becomes the layout; nothing where it is in it already."""
+        self._places = {}
+        names = list(weights.names())
+        groups = group_names(names)
+        if not self._is_other(groups):
+            return
+        arrays = _Lazy(weights, names)
+        shapes = [arrays[i].shape for i in range(len(names))]
+        headers = Headers(groups, shapes, [arrays[i].dtype.name for i in range(len(names))])
+        self._moved = build_plan(
+            headers,
+            self.known.books,
+            target_layout=self.layout,
+            scopes=dict(self.known.scopes),
+            where=self.known.model.path if self.known.model is not None else None,
+        )
+        self._arrays = arrays
+        for number, entry in enumerate(self._moved.entries):
+            for term in entry.written:
+                keys = entry.keys(term)
+                each = len(keys) // len(entry)
+                for row, name in enumerate(keys.names()):
+                    self._places[name] = number, row // each
+        for carried in self._moved.carried:
+            for name, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
+                self._places[name] = -1, number
+
+    def _is_other(self, groups: Iterable[Any]) -> bool:
+        """Whether the checkpoint has names that only the other layout has."""
+        groups = list(groups)
+        for book in self.known.books:
+            here = book.right == self.layout
+            for rule in book.rules:
+                read, written = rule.equation.sides(not here)
+                mine = {str(t.key) for t in written}
+                for term in read:
+                    if term.key is None or str(term.key) in mine:
+                        continue
+                    if any(match_group(term.key, group) is not None for group in groups):
+                        return True
+        return False
+
+    def _made(self, place: tuple[int, int], name: str) -> Array:
+        number, row = place
+        assert self._moved is not None
+        if number < 0:
+            return self._arrays[row]
+        if self._last is None or self._last[0] != place:
+            entry = self._moved.entries[number]
+            alone: Entry = replace(
+                entry,
+                loops=entry.loops[row : row + 1],
+                sources=tuple(ids[row : row + 1] for ids in entry.sources),
+            )
+            part = replace(self._moved, entries=(alone,), carried=())
+            self._last = place, apply_plan(part, self._arrays)  # type: ignore[arg-type]
+        return np.asarray(self._last[1][name])
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A name with and without the leading ``model.`` that a head or its absence makes of it."""
+    return tuple(dict.fromkeys((name, name.removeprefix("model."), f"model.{name}")))
+
+
+def as_matrix(tensor: Array, kind: str) -> npt.NDArray[np.float64]:
+    """A stored tensor as (out, in), or (batch, out, in), in float64."""
+    wide = tensor.astype(np.float64)
+    roles = KINDS[kind].roles or (OUT, IN)
+    if wide.ndim > len(roles):
+        wide = wide.reshape(*wide.shape[: len(roles) - 1], -1)
+    out, into = roles.index(OUT), roles.index(IN)
+    return wide if out < into else wide.swapaxes(-1, -2)

@@ -1,0 +1,282 @@
+"""What every family says of itself, and the operations that a layout change is made of.
+
+A base weight is seen as a matrix (out, in). A layout change takes rows and columns of matrices, turns them, and joins
+them. A family that can do the same to its own tensors follows exactly; otherwise its delta may be a LoRA of known
+rank, with the base's weights or without; otherwise only a dense delta is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.adapters.factors import Array, common_dtype
+from regraft.adapters.peft_config import Anchored, Patterns
+from regraft.names.keys import Ints
+
+FAMILY, LORA, BASE, DENSE, NONE = "family", "lora", "base", "dense", "none"
+"""The rungs: in the family itself, as a LoRA of known rank, the same with the base's weights, only as a dense delta
+(on request), not at all."""
+
+OPERATIONS = (
+    "rename",
+    "join out",
+    "join in",
+    "split out",
+    "split in",
+    "transpose",
+    "reorder out",
+    "reorder in",
+    "stack",
+)
+"""What a layout change does to a matrix."""
+
+OUT, IN = "out", "in"
+
+Wide = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a family can do under one operation.
+
+    ``rung`` is reached always; ``better`` is reached where ``when`` holds.
+    """
+
+    rung: str
+    better: str | None = None
+    when: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One module's adapter: tensors by their role, the size of its matrix, and its own settings."""
+
+    tensors: Mapping[str, Array]
+    out: int
+    into: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "linear"
+
+    def __getitem__(self, role: str) -> Array:
+        return self.tensors[role]
+
+    def with_tensors(self, out: int, into: int, **tensors: Array) -> Part:
+        """The same settings with other tensors."""
+        return replace(self, tensors=tensors, out=out, into=into)
+
+
+class NoImageError(Exception):
+    """A family has no exact image; ``needs_base`` where the base's weights would give one."""
+
+    def __init__(self, why: str, needs_base: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.needs_base = why, needs_base
+
+
+class UnreadableError(Exception):
+    """A module's tensors are not what this family writes."""
+
+
+class Family:
+    """A tuner family. Subclasses declare what its tensors are, and define the operations that they can follow."""
+
+    types: ClassVar[tuple[str, ...]] = ()
+    """Its values of ``peft_type``."""
+    title: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
+    """What the first segment after a module's path begins with."""
+    roles: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    """Tensors by the end of their key, and which of their dims run along out and in."""
+    fields: ClassVar[Mapping[str, str | None]] = {}
+    """Config fields that hold for a module, and the fields that override them by patterns."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Tensors that all modules share."""
+    formula: ClassVar[str] = ""
+    """What it makes of a base weight W."""
+    rank: ClassVar[str] = ""
+    """The rank of its delta, where it is a LoRA's."""
+    adds: ClassVar[bool] = True
+    """Whether it adds a delta that does not depend on the base's weights."""
+    changes_bias: ClassVar[bool] = False
+    """Whether it changes the module's bias as well."""
+    batches: ClassVar[bool] = True
+    """Whether ``lora`` takes many modules at once, their tensors stacked."""
+    anchored: ClassVar[bool] = False
+    """Whether PEFT wants a dot before what its patterns match, and takes a whole path as it is."""
+    table: ClassVar[Mapping[str, Cell]] = {}
+
+    def __init__(self, config: Mapping[str, Any], shared: Mapping[str, Array]) -> None:
+        self.config, self.common = config, shared
+        reader = Anchored if self.anchored else Patterns
+        self._patterns = {
+            field: reader(config.get(pattern))
+            for field, pattern in self.fields.items()
+            if pattern is not None
+        }
+
+    @classmethod
+    def cell(cls, operation: str) -> Cell:
+        """What it can do under an operation."""
+        return cls.table[operation]
+
+    # -- reading and writing
+
+    def varies(self) -> bool:
+        """Whether settings differ from module to module."""
+        return any(self._patterns.values())
+
+    def settings(self, path: str) -> dict[str, Any]:
+        """What the config says of a module."""
+        found = {}
+        for name in self.fields:
+            value = self._patterns[name].find(path) if name in self._patterns else None
+            found[name] = self.config.get(name) if value is None else value
+        return found
+
+    def read(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """A module's tensors by role, from the ends of their keys."""
+        return dict(tensors)
+
+    def write(self, part: Part) -> dict[str, Array]:
+        """A module's tensors by the ends of their keys."""
+        return dict(part.tensors)
+
+    def sizes(
+        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
+    ) -> tuple[int | None, int | None]:
+        """How large out and in are, as far as a module's tensors say it."""
+        found: dict[str, int] = {}
+        for role, dims in self.roles.items():
+            tensor = tensors.get(role)
+            if tensor is None:
+                continue
+            if tensor.ndim != len(dims):
+                raise UnreadableError(
+                    f"{role} has {tensor.ndim} dims, and {len(dims)} were expected"
+                )
+            for size, name in zip(tensor.shape, dims, strict=True):
+                if name is not None and found.setdefault(name, size) != size:
+                    raise UnreadableError(f"its tensors disagree on the size of {name}")
+        return found.get(OUT), found.get(IN)
+
+    # -- following the base
+
+    def rename(self, part: Part) -> Part:
+        """The adapter of the same weight under another name."""
+        return part
+
+    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
+        """The adapter of some rows and columns of the weight, in some order; ``None`` stands for all as they are."""
+        self.may_take(part, rows, columns)
+        tensors = {}
+        for role, tensor in part.tensors.items():
+            for dim, along in enumerate(self.roles[role]):
+                index = rows if along == OUT else columns if along == IN else None
+                if index is not None:
+                    tensor = tensor.take(index, axis=dim)
+            tensors[role] = tensor
+        out = part.out if rows is None else len(rows)
+        into = part.into if columns is None else len(columns)
+        return replace(part, tensors=tensors, out=out, into=into)
+
+    def may_take(self, part: Part, rows: Ints | None, columns: Ints | None) -> None:
+        """Raise ``NoImageError`` where rows and columns cannot be taken."""
+
+    def turn(self, part: Part) -> Part:
+        """The adapter of the transposed weight."""
+        raise NoImageError("it cannot follow a transposed weight")
+
+    def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
+        """The adapter of weights one below the other; ``None`` where one is not adapted."""
+        raise NoImageError("it cannot follow weights that are joined along out")
+
+    def join_in(self, parts: Sequence[Part | None], intos: Sequence[int]) -> Part:
+        """The adapter of weights side by side."""
+        raise NoImageError("it cannot follow weights that are joined along in")
+
+    def settle(self, parts: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Any]]:
+        """Make parts agree on what the config has only once; the parts, and the config fields that change."""
+        return parts, {}
+
+    # -- leaving the family
+
+    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+        """The delta as ``B @ A``, (rank, in) and (out, rank); leading dims are batches.
+
+        ``weight`` gives the base weight (out, in), where it is at hand.
+        """
+        raise NoImageError("its delta is no LoRA of lower rank")
+
+    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
+        """The delta in float64; multiplicative families need the weight."""
+        a, b = self.lora(part, weight)
+        return np.asarray(b.astype(np.float64) @ a.astype(np.float64))
+
+
+def need(weight: Callable[[], Wide] | None, why: str = "it multiplies the base weight") -> Wide:
+    """The base weight, or a refusal that says that it is needed."""
+    if weight is None:
+        raise NoImageError(why, needs_base=True)
+    return weight()
+
+
+def is_order(index: Ints | None, size: int) -> bool:
+    """Whether an index takes everything once, in whatever order."""
+    return index is None or (len(index) == size and bool((np.sort(index) == np.arange(size)).all()))
+
+
+def as_wide(*arrays: Array) -> tuple[Wide, ...]:
+    """Arrays in float64."""
+    return tuple(array.astype(np.float64) for array in arrays)
+
+
+def narrowed(array: Wide, *like: Array) -> Array:
+    """A computed array in float32, or float64 where one of its origins is."""
+    wide = any(x.dtype == np.float64 for x in like)
+    return array if wide else array.astype(np.float32)
+
+
+def block_diagonal(blocks: Sequence[Array]) -> Array:
+    """Matrices along the diagonal of a larger one.
+
+    >>> block_diagonal([np.ones((1, 1)), np.ones((1, 2))]).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
+    """
+    shape = sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)
+    result = np.zeros(shape, common_dtype({b.dtype for b in blocks}))
+    row = column = 0
+    for block in blocks:
+        result[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return result
+
+
+def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Arrays one after the other, in the narrowest dtype that holds them all."""
+    dtype = common_dtype({a.dtype for a in arrays})
+    return np.concatenate([a.astype(dtype, copy=False) for a in arrays], axis=axis)
+
+
+def same_bits(arrays: Sequence[Array]) -> bool:
+    """Whether arrays are the same, bit for bit."""
+    first = arrays[0]
+    return all(
+        x.shape == first.shape
+        and x.dtype == first.dtype
+        and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(first).tobytes()
+        for x in arrays[1:]
+    )
+
+
+def cells(**given: Cell) -> dict[str, Cell]:
+    """A table: ``rename`` is always in the family, ``rest`` stands for operations that are not named."""
+    rest = given.pop("rest", Cell(NONE))
+    named = {name.replace("_", " "): cell for name, cell in given.items()}
+    unknown = set(named) - set(OPERATIONS)
+    assert not unknown, unknown
+    return {op: named.get(op, Cell(FAMILY) if op == "rename" else rest) for op in OPERATIONS}

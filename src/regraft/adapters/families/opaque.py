@@ -1,0 +1,54 @@
+"""Families of which only names are known: they follow a weight that gets another name, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from regraft.adapters.factors import Array
+from regraft.adapters.families.base import Family, NoImageError, Part, cells
+from regraft.names.keys import Ints
+
+
+class Opaque(Family):
+    """Tensors that are bound to a module's name."""
+
+    formula = "depends on its base weight, or on the input"
+    table = cells()
+
+    def sizes(
+        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
+    ) -> tuple[int | None, int | None]:
+        return None, None
+
+    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
+        raise NoImageError("no rule says how it follows a weight that is laid out otherwise")
+
+
+def _opaque(peft_type: str, title: str, prefix: str) -> type[Family]:
+    return type(title, (Opaque,), {"types": (peft_type,), "title": title, "prefix": prefix})
+
+
+OPAQUE: tuple[type[Family], ...] = tuple(
+    _opaque(*row)
+    for row in (
+        ("ADAMSS", "AdaMSS", "adamss_"),
+        ("BEFT", "BEFT", "beft_"),
+        ("BONE", "Bone", "bone_"),
+        ("DEFT", "DEFT", "deft_"),
+        ("FROD", "FRoD", "frod_"),
+        ("GLORA", "GLoRA", "glora_"),
+        ("GRALORA", "GraLoRA", "gralora_"),
+        ("LILY", "Lily", "lily_"),
+        ("OSF", "OSF", "osf_"),
+        ("PEANUT", "PEANuT", "peanut_"),
+        ("POLY", "Poly", "poly_"),
+        ("PSOFT", "PSOFT", "psoft_"),
+        ("SHADOW", "Shadow", "shadow_"),
+        ("SUPERTUNING", "SuperTuning", "supertuning_"),
+        ("TINYLORA", "TinyLoRA", "tinylora_"),
+        ("TRAINABLE_TOKENS", "trainable tokens", "trainable_tokens_"),
+        ("UNILORA", "UniLoRA", "unilora_"),
+        ("WAVEFT", "WaveFT", "waveft_"),
+    )
+)

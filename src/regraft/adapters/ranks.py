@@ -1,0 +1,112 @@
+"""Ranks: what is allowed only by name, and factors of fewer components."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from regraft.adapters.factors import Array, Images, Lora
+from regraft.adapters.families.base import as_wide, narrowed
+from regraft.adapters.follow import trimmed
+from regraft.adapters.peft_config import Scale
+from regraft.errors import BadInputError, Finding
+
+_VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|[0-9.]+(?:[eE]-?[0-9]+)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a conversion does only where it is asked to."""
+
+    via: str | None = None
+    """``dense``: deltas of full rank; ``svd:RANK`` or ``svd:TOLERANCE``: the best ones of a lower rank."""
+
+    def __post_init__(self) -> None:
+        if self.via is not None and _VIA.fullmatch(self.via) is None:
+            raise BadInputError(
+                Finding(
+                    "option",
+                    f"there is no way {self.via!r}",
+                    fix="use dense, svd:RANK (svd:16) or svd:TOLERANCE (svd:1e-3)",
+                )
+            )
+
+
+def tighten(made: Iterable[Images], via: str | None) -> dict[str, float]:
+    """Bring deltas of full rank down to what was asked for, in place.
+
+    Returns, for svd, the relative error by target.
+    """
+    errors: dict[str, float] = {}
+    for image in made:
+        for row, lora in enumerate(image.loras):
+            if lora is None:
+                continue
+            if via is not None and via.startswith("svd:"):
+                errors[image.keys.name(row)] = cut(lora, via.removeprefix("svd:"))
+            else:
+                _trim(lora)
+    return errors
+
+
+def _trim(lora: Lora) -> None:
+    """At most as many components as rows or columns."""
+    if lora.a.ndim == 2:
+        pair = trimmed(lora.a, lora.b)
+        if pair is not None:
+            _put(lora, *pair)
+    elif lora.a.shape[1] > min(lora.b.shape[1], lora.a.shape[2]):
+        pairs = [trimmed(a, b) for a, b in zip(lora.a, lora.b, strict=True)]
+        done = [pair for pair in pairs if pair is not None]
+        _put(lora, np.stack([a for a, _ in done]), np.stack([b for _, b in done]))
+
+
+def _put(lora: Lora, a: Array, b: Array) -> None:
+    lora.a, lora.b = a, b
+    rank = a.shape[-2]
+    lora.scale = lora.scale.at_rank(rank)
+
+
+def cut(lora: Lora, how: str) -> float:
+    """The best LoRA of a rank (a whole number) or within a tolerance; the error relative to the delta's norm.
+
+    Experts share one rank: the largest that one of them needs.
+    """
+    a, b = as_wide(lora.a, lora.b)
+    batched = a.ndim == 3
+    if not batched:
+        a, b = a[None], b[None]
+    parts = [_split(x, y) for x, y in zip(a, b, strict=True)]
+    rank = max(_rank(s, how) for _, s, _ in parts)
+    rank = max(1, min(rank, min(len(s) for _, s, _ in parts)))
+    lost = sum(float((s[rank:] ** 2).sum()) for _, s, _ in parts)
+    whole = sum(float((s**2).sum()) for _, s, _ in parts)
+    roots = [np.sqrt(s[:rank]) for _, s, _ in parts]
+    new_a = np.stack([v[:rank] * r[:, None] for (_, _, v), r in zip(parts, roots, strict=True)])
+    new_b = np.stack([u[:, :rank] * r for (u, _, _), r in zip(parts, roots, strict=True)])
+    scale = lora.scale.value
+    like = lora.a, lora.b
+    lora.a = narrowed(new_a if batched else new_a[0], *like)
+    lora.b = narrowed((new_b if batched else new_b[0]) * scale, *like)
+    lora.scale = Scale(rank, rank)
+    lora.exact = False
+    return float(np.sqrt(lost / whole)) if whole else 0.0
+
+
+def _split(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """The singular vectors and values of ``b @ a``, without making the product."""
+    qb, rb = np.linalg.qr(b)
+    qa, ra = np.linalg.qr(a.T)
+    u, s, v = np.linalg.svd(rb @ ra.T)
+    count = len(s)
+    return qb @ u[:, :count], s, v[:count] @ qa.T
+
+
+def _rank(values: Array, how: str) -> int:
+    if how.isdigit():
+        return int(how)
+    left = np.sqrt(np.cumsum(values[::-1] ** 2))[::-1]
+    return int((left > float(how) * (left[0] if len(left) else 0.0)).sum())

@@ -1,0 +1,372 @@
+"""Every family under every operation, by real PEFT layers: merge before, convert, merge after, equal."""
+
+import json
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from making import book_of, equation_of, headers_of
+
+from regraft.adapters import convert as conversion
+from regraft.adapters.convert import convert_adapter
+from regraft.adapters.detect import Known
+from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPERATIONS
+from regraft.adapters.families.table import FAMILIES
+from regraft.adapters.ranks import Options
+from regraft.adapters.source import Source
+from regraft.arrays.apply import apply_plan
+from regraft.errors import RefusedError
+from regraft.files.safetensors import write_tensors
+from regraft.layouts import parse_layout
+from regraft.plan.build import build_plan
+from regraft.plan.model import ModelConfig
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+HEAD = """name = "test"
+title = "a book for tests"
+left = "transformers-v4"
+right = "transformers-v5"
+model_types = ["test"]
+"""
+SAME = "m.{l}.o.weight : o i == m.{l}.o.weight : o i where o = 16, i = 16"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An equation and the weights it reads, some of which are adapted."""
+
+    text: str
+    weights: dict
+    absent: tuple = ()
+    alike: bool = False
+    """Whether all modules get the same numbers, and nothing else is adapted."""
+    kind: str = "linear"
+
+
+JOIN_OUT = "m.{l}.q.weight : a i\nm.{l}.k.weight : b i\n== m.{l}.n.weight : (a + b) i where a = 8, b = 8, i = 16"
+JOIN_IN = "m.{l}.q.weight : o a\nm.{l}.k.weight : o b\n== m.{l}.n.weight : o (a + b) where a = 8, b = 8, o = 16"
+SPLIT_OUT = (
+    "m.{l}.n.weight : (a + b) i\n== m.{l}.q.weight : a i\nm.{l}.k.weight : b i\nwhere i = 16, "
+)
+SPLIT_IN = (
+    "m.{l}.n.weight : o (a + b)\n== m.{l}.q.weight : o a\nm.{l}.k.weight : o b\nwhere o = 16, "
+)
+TWO = {"m.0.q": (8, 16), "m.0.k": (8, 16)}
+TWO_IN = {"m.0.q": (16, 8), "m.0.k": (16, 8)}
+ONE = {"m.0.n": (16, 16)}
+STACK = "m.{l}.e.{e}.w.weight : o i == m.{l}.x.w : e o i where e = 2, o = 8, i = 16"
+
+SHAPES = {
+    "rename": [
+        Shape(
+            "m.{l}.q.weight : o i == m.{l}.z.weight : o i where o = 8, i = 16", {"m.0.q": (8, 16)}
+        )
+    ],
+    "join out": [
+        Shape(JOIN_OUT, TWO),
+        Shape(JOIN_OUT, TWO, alike=True),
+        Shape(JOIN_OUT, TWO, absent=("m.0.k",)),
+    ],
+    "join in": [
+        Shape(JOIN_IN, TWO_IN),
+        Shape(JOIN_IN, TWO_IN, alike=True),
+        Shape(JOIN_IN, TWO_IN, absent=("m.0.q",)),
+    ],
+    "split out": [Shape(SPLIT_OUT + "a = 8, b = 8", ONE), Shape(SPLIT_OUT + "a = 6, b = 10", ONE)],
+    "split in": [Shape(SPLIT_IN + "a = 8, b = 8", ONE), Shape(SPLIT_IN + "a = 6, b = 10", ONE)],
+    "transpose": [
+        Shape(
+            "m.{l}.q.weight : o i == m.{l}.z.weight : i o where o = 8, i = 16", {"m.0.q": (8, 16)}
+        )
+    ],
+    "reorder out": [
+        Shape(
+            "m.{l}.n.weight : (h d t) i == m.{l}.z.weight : (h t d) i where h = 2, t = 2, d = 4, i = 16",
+            ONE,
+        ),
+        Shape(
+            "m.{l}.n.weight : (a + b) i == m.{l}.z.weight : (b + a) i where a = 4, b = 12, i = 16",
+            ONE,
+        ),
+    ],
+    "reorder in": [
+        Shape(
+            "m.{l}.n.weight : o (h d t) == m.{l}.z.weight : o (h t d) where h = 2, t = 2, d = 4, o = 16",
+            ONE,
+        ),
+        Shape(
+            "m.{l}.n.weight : o (a + b) == m.{l}.z.weight : o (b + a) where a = 4, b = 12, o = 16",
+            ONE,
+        ),
+    ],
+    "stack": [Shape(STACK, {"m.0.e.0.w": (8, 16), "m.0.e.1.w": (8, 16)}, kind="experts")],
+}
+
+
+def named(config, targets):
+    config.target_modules = set(targets)
+    return config
+
+
+ZERO_BIAS = 1e-9
+"""A dropout that asks for trained biases of zero."""
+
+MAKERS = {
+    "LoHa": [lambda: peft.LoHaConfig(r=2, alpha=3, init_weights=False)],
+    "LoKr": [
+        lambda: peft.LoKrConfig(r=2, alpha=3, init_weights=False),
+        lambda: peft.LoKrConfig(r=1, alpha=3, init_weights=False, decompose_both=True),
+    ],
+    "AdaLoRA": [lambda: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=10)],
+    "HiRA": [lambda: peft.HiraConfig(r=2)],
+    "DeLoRA": [lambda: peft.DeloraConfig(r=2, delora_lambda=3)],
+    "MiSS": [
+        lambda: peft.MissConfig(r=4),
+        lambda: peft.MissConfig(r=4, init_weights="mini", mini_r=2),
+    ],
+    "VeRA": [lambda: peft.VeraConfig(r=3)],
+    "PVeRA": [lambda: peft.PveraConfig(r=3)],
+    "VB-LoRA": [
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2),
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=8, vector_length=4, topk=2, save_only_topk_weights=True
+        ),
+    ],
+    "FourierFT": [lambda: peft.FourierFTConfig(n_frequency=3, scaling=9.0)],
+    "RandLoRA": [lambda: peft.RandLoraConfig(r=4)],
+    "SHiRA": [lambda: peft.ShiraConfig(r=1)],
+    "C3A": [
+        lambda: peft.C3AConfig(block_size=4),
+        lambda: peft.C3AConfig(block_size=4, block_size_pattern={"k": 2}),
+    ],
+    "IA³": [
+        lambda: peft.IA3Config(feedforward_modules=[]),
+        lambda: peft.IA3Config(feedforward_modules=["q", "k", "n", "o", "w"]),
+    ],
+    "OFT": [
+        lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False),
+        lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=True),
+        lambda: peft.OFTConfig(oft_block_size=4, block_share=True),
+    ],
+    "BOFT": [lambda: peft.BOFTConfig(boft_block_size=4)],
+    "HRA": [lambda: peft.HRAConfig(r=2), lambda: peft.HRAConfig(r=2, apply_GS=True)],
+    "RoAd": [
+        lambda: peft.RoadConfig(variant="road_1", group_size=4),
+        lambda: peft.RoadConfig(variant="road_2", group_size=4),
+        lambda: peft.RoadConfig(variant="road_4", group_size=4),
+    ],
+    "DoRA": [lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True)],
+    "LoRA with lora_bias": [
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, lora_bias=True),
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, lora_bias=True, lora_dropout=ZERO_BIAS),
+    ],
+    "aLoRA": [lambda: peft.LoraConfig(r=2, lora_alpha=3, alora_invocation_tokens=[1])],
+    "LoRA started by PiSSA or OLoRA": [
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights="pissa"),
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights="olora"),
+    ],
+    "BdLoRA": [
+        lambda: peft.LoraConfig(
+            r=4,
+            lora_alpha=3,
+            use_bdlora={
+                "target_modules_bd_a": ["q", "n"],
+                "target_modules_bd_b": ["k", "o"],
+                "nblocks": 2,
+                "match_strict": False,
+            },
+        )
+    ],
+    "KaSA": [lambda: peft.LoraConfig(r=2, lora_alpha=3, kasa_config=peft.KasaConfig())],
+}
+
+
+class Stacked(torch.nn.Module):
+    """Experts in one parameter."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.w = torch.nn.Parameter(weight)
+
+
+def model_of(weights, biased=False):
+    """A model with these weights, by the names of their modules (or of the parameter)."""
+    root = torch.nn.Module()
+    for name, array in weights.items():
+        *path, leaf = name.removesuffix(".weight").split(".")
+        here = root
+        for part in path[:-1] if array.ndim == 3 else path:
+            if not hasattr(here, part):
+                here.add_module(part, torch.nn.Module())
+            here = getattr(here, part)
+        tensor = torch.tensor(np.array(array), dtype=torch.float32)
+        if array.ndim == 3:
+            here.add_module(path[-1], Stacked(tensor))
+            continue
+        linear = torch.nn.Linear(array.shape[1], array.shape[0], bias=biased)
+        linear.weight.data = tensor
+        here.add_module(leaf, linear)
+    return root
+
+
+def merged(model):
+    """The weights of a PEFT model after merging."""
+    plain = model.eval().merge_and_unload()
+    return {
+        name: tensor.detach().double().numpy()
+        for name, tensor in plain.state_dict().items()
+        if not name.endswith("bias")
+    }
+
+
+def trained(shape, make, seed):
+    """A source adapter with random numbers: its config, its tensors, base weights, merged weights."""
+    random = np.random.default_rng(seed)
+    weights = {
+        name + ".weight": random.standard_normal(size).astype(np.float32)
+        for name, size in shape.weights.items()
+    }
+    targets = [name for name in shape.weights if name not in shape.absent]
+    if not shape.alike:
+        weights["m.0.o.weight"] = random.standard_normal((16, 16)).astype(np.float32)
+        targets.append("m.0.o")
+    torch.manual_seed(seed)
+    config = named(make(), targets)
+    switched = getattr(config, "alora_invocation_tokens", None)
+    if switched:
+        config.alora_invocation_tokens = None
+    model = peft.get_peft_model(model_of(weights, biased=True), config)
+    config.alora_invocation_tokens = switched
+    made = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_B" in name:
+            leaf = name.split(".")[-2:] if "default" in name else name
+            value = torch.randn_like(parameter) * 0.5
+            key = str(leaf), tuple(parameter.shape)
+            value = made.setdefault(key, value) if shape.alike else value
+            zero = name.endswith("bias") and config.to_dict().get("lora_dropout") == ZERO_BIAS
+            parameter.data = value.to(parameter.dtype) * (0 if zero else 1)
+    tensors = {
+        name: tensor.detach().clone().contiguous().numpy()
+        for name, tensor in peft.get_peft_model_state_dict(model).items()
+    }
+    data = config.to_dict()
+    data = json.loads(json.dumps(data, default=lambda x: sorted(x) if isinstance(x, set) else x))
+    return data, tensors, weights, merged(model)
+
+
+def loaded(config, tensors, weights, folder):
+    """The merged weights of a model with a converted adapter, as PEFT loads it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    again = peft.PeftConfig.from_pretrained(folder)
+    again.alora_invocation_tokens = None  # merged as it is once the tokens have come
+    model = peft.get_peft_model(model_of(weights, biased=True), again)
+    state = {name: torch.tensor(np.array(x)) for name, x in tensors.items()}
+    result = peft.set_peft_model_state_dict(model, state)
+    assert not result.unexpected_keys
+    shared = ("ranknum", "vera_A", "vera_B", "vector_bank", "randlora_A", "randlora_B")
+    own = [k for k in result.missing_keys if "default" in k and not any(s in k for s in shared)]
+    assert not own, own
+    return merged(model)
+
+
+class Case:
+    """One adapter on its way through one equation."""
+
+    def __init__(self, shape, make, folder, monkeypatch, seed=0):
+        self.shape, self.folder = shape, folder
+        kinds = {"left_kind": "linear", "right_kind": shape.kind}
+        text = equation_of(shape.text, "it", **kinds) + equation_of(
+            SAME, "same", "linear", "linear"
+        )
+        self.book = book_of(text, head=HEAD)
+        self.config, self.tensors, self.weights, self.merged = trained(shape, make, seed)
+        self.base = folder / "base"
+        self.base.mkdir(parents=True, exist_ok=True)
+        (self.base / "config.json").write_text('{"model_type": "test"}')
+        write_tensors(self.base / "model.safetensors", self.weights, {"format": "pt"})
+        self.monkeypatch = monkeypatch
+
+    def moved(self, tensors):
+        plan = build_plan(headers_of(tensors), [self.book], target_layout="transformers-v5")
+        return apply_plan(plan, list(tensors.values()))
+
+    def convert(self, via=None, weights=False, back=None):
+        path = self.base if weights else self.folder
+        model = ModelConfig({"model_type": "test"}, str(path / "config.json"))
+        known = Known((self.book,), {}, model, "test", "it was said so")
+        self.monkeypatch.setattr(conversion, "find_books", lambda *_: known)
+        if back is not None:
+            source = Source("", "test", back.config, back.tensors, back.metadata, aside=back.aside)
+            return convert_adapter(source, parse_layout("transformers-v4"), model)
+        source = Source("", "test", self.config, dict(self.tensors))
+        v4, v5 = parse_layout("transformers-v4"), parse_layout("transformers-v5")
+        return convert_adapter(source, v5, model, v4, Options(via))
+
+    def rung(self):
+        """Where it lands by itself; the result, where there is one."""
+        for weights in (False, True):
+            try:
+                done = self.convert(weights=weights)
+            except RefusedError as error:
+                refused = error
+                continue
+            family = done.config["peft_type"] == self.config["peft_type"]
+            changed = done.config["peft_type"] == "LORA" and any(
+                t.rung != FAMILY for t in done.report.targets
+            )
+            return (
+                (BASE if done.report.targets[0].rung == "base" else LORA) if changed else FAMILY,
+                done,
+                family,
+            )
+        assert all(finding.fix for finding in refused.findings)
+        try:
+            return DENSE, self.convert(via="dense", weights=True), False
+        except RefusedError:
+            return NONE, None, False
+
+    def check(self, done, tolerance=2e-5):
+        """The law, by what PEFT makes of the result."""
+        want = self.moved(self.merged)
+        got = loaded(done.config, done.tensors, self.moved(self.weights), self.folder / "out")
+        assert got.keys() == want.keys()
+        for name, array in want.items():
+            scale = np.abs(array).max()
+            assert np.abs(got[name] - array).max() < tolerance * scale, name
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+TITLES = {family.title: family for family in FAMILIES}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("title", MAKERS)
+def test_the_law_for_every_family_and_operation(title, operation, tmp_path, monkeypatch):
+    """Where it lands is what the table says, and what it lands on is equal."""
+    cell = TITLES[title].cell(operation)
+    landed = set()
+    for number, make in enumerate(MAKERS[title]):
+        for place, shape in enumerate(SHAPES[operation]):
+            case = Case(shape, make, tmp_path / f"{number}.{place}", monkeypatch, seed=number)
+            rung, done, _ = case.rung()
+            landed.add(rung)
+            if done is not None:
+                case.check(done)
+                back = case.convert(back=done)
+                assert back.tensors.keys() == case.tensors.keys()
+                for name, tensor in case.tensors.items():
+                    assert (back.tensors[name] == tensor).all(), name
+                assert back.config == case.config
+    assert landed == {cell.rung, cell.better} - {None}
