@@ -19,6 +19,7 @@ from regraft.names.patterns import group_alike
 from regraft.reports.data import page_of_inspection, page_of_report, page_of_verification
 from regraft.reports.html import render_page, write_page
 from regraft.reports.model import STATES, path_of
+from regraft.reports.schema import schema_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())
@@ -220,3 +221,45 @@ def test_paths_keep_odd_names():
     for name in ("a..b", ".a", "a.", "w1.0.1", "0", "a.00.b", "a.1"):
         (pattern,) = group_alike([name])
         assert ".".join(path_of(pattern)) == name
+
+
+def test_an_approximation_shows_its_error(tmp_path):
+    out = tmp_path / "o"
+    case = GOLDEN / "cases/mixtral__dora"
+    report = regraft.convert(case, out, to="transformers-v5", model=BASE, via="svd:6")
+    page = page_of_report(report)
+    check_whole(page)
+    near = {t.key: f"{t.error:.2g}" for t in report.targets if t.rung == "svd"}
+    shown = {
+        key: row.facts["error"]
+        for row in page.right.rows
+        if row.facts.get("rung") == "approximated"
+        for key in keys(row)
+    }
+    assert near
+    assert shown == near
+    assert page.verdict.tone == "warning"
+    assert "approximated, off by" in page.verdict.value
+
+
+def test_adapters_that_are_equal_and_not(tmp_path, capsys):
+    out, file = tmp_path / "o", tmp_path / "page.html"
+    regraft.convert(LORA, out, to="transformers-v5")
+    command = ["verify", str(LORA), str(out), "--html", str(file)]
+    assert main(command) == 0
+    weights = out / "adapter_model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in open_tensors(weights).items()}
+    changed = next(name for name in tensors if "q_proj.lora_B" in name)
+    tensors[changed][0] += 1
+    write_tensors(weights, tensors, {"format": "pt"})
+    assert main(command) == 4
+    data = json.loads(file.read_text().split('id="data">')[1].split("</script>")[0])
+    states = Counter(row["state"] for row in data["page"]["left"]["rows"])
+    assert states["differs"] == 1
+    assert states["equal"] > 0
+    assert data["page"]["verdict"]["name"] == "Not equal"
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 4
+    jsonschema = pytest.importorskip("jsonschema")
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator(schema_of("verify")).validate(found)
