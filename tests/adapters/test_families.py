@@ -1,14 +1,17 @@
 """Every family under every operation, by real PEFT layers: merge before, convert, merge after, equal."""
 
 import json
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from making import book_of, equation_of, headers_of
 
 from regraft.adapters import convert as conversion
+from regraft.adapters.config_check import PEFT_TYPES
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPERATIONS
@@ -21,6 +24,9 @@ from regraft.files.safetensors import write_tensors
 from regraft.layouts import parse_layout
 from regraft.plan.build import build_plan
 from regraft.plan.model import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import families_page  # noqa: E402
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -179,6 +185,10 @@ MAKERS = {
                 "match_strict": False,
             },
         )
+    ],
+    "VeLoRA, MonteCLoRA": [
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, velora_config=peft.VeloraConfig()),
+        lambda: peft.LoraConfig(r=2, lora_alpha=3, monteclora_config=peft.MontecloraConfig()),
     ],
     "KaSA": [lambda: peft.LoraConfig(r=2, lora_alpha=3, kasa_config=peft.KasaConfig())],
 }
@@ -370,3 +380,36 @@ def test_the_law_for_every_family_and_operation(title, operation, tmp_path, monk
                     assert (back.tensors[name] == tensor).all(), name
                 assert back.config == case.config
     assert landed == {cell.rung, cell.better} - {None}
+
+
+def test_every_family_that_can_do_more_than_follow_a_name_is_tested():
+    able = {
+        family.title
+        for family in FAMILIES
+        if any(family.cell(op).rung != NONE or family.cell(op).better for op in OPERATIONS[1:])
+    }
+    assert able == set(MAKERS)
+
+
+def test_the_page_says_what_the_code_declares():
+    assert families_page.PAGE.read_text(encoding="utf-8") == families_page.page(), (
+        "run scripts/families_page.py"
+    )
+
+
+def test_every_peft_type_has_a_family_or_is_bound_to_no_weight():
+    unbound = {
+        "ADAPTION_PROMPT",
+        "ARROW",
+        "CARTRIDGE",
+        "CPT",
+        "LN_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "XLORA",
+    }
+    known = {name for family in FAMILIES for name in family.types}
+    assert known | unbound == PEFT_TYPES
+    assert not known & unbound

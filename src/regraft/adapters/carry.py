@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Factors, Images, Lora
@@ -153,10 +155,11 @@ class Carrier:
 
     def _check_biases(self, tuned: TunedModules) -> None:
         findings = []
-        for number in range(len(tuned.parts)):
+        for number, part in enumerate(tuned.parts):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            bias = self.base.read(name)
-            if bias is not None and bias.any():
+            found = self.base.find(name)
+            bias = np.zeros(part.out) if found is None else found.astype(np.float64)
+            if (self.family.bias(part, bias) != bias).any():
                 findings.append(
                     Finding(
                         "no-image",

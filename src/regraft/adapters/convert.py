@@ -33,7 +33,7 @@ from regraft.adapters.kept import (
 from regraft.adapters.others import Moved, move_others, rename_saved, write_others
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.peft_config import targets_module, targets_parameter
-from regraft.adapters.ranks import Options, tighten
+from regraft.adapters.ranks import Options, compact, make_uniform, tighten
 from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.record import Record
 from regraft.adapters.remembered import KEY, Origin, write_remembered
@@ -100,6 +100,28 @@ def convert_adapter(
     if conversion.is_there_already():
         return conversion.copy()
     return conversion.convert()
+
+
+def source_layout(
+    source: Source,
+    to: Layout,
+    model: ModelConfig | None,
+    layout: Layout | None,
+    foreign: Foreign | None = None,
+) -> tuple[str, Known, list[str]]:
+    """The layout of an adapter, the rule books for it, and what told it.
+
+    Raises what `convert_adapter` raises.
+    """
+    family = family_of(source.config)
+    scan, findings = _scan(source, family)
+    if findings:
+        raise BadInputError(findings)
+    spelled = source.remembered().names
+    known = find_books(scan, source.config, model, source.where, foreign, spelled)
+    conversion = _Conversion(source, to, known, scan, [known.evidence], family, Options())
+    conversion.choose_layout(layout)
+    return conversion.layout, known, conversion.evidence
 
 
 def _scan(source: Source, family: type[Family] | None) -> tuple[Scan, list[Finding]]:
@@ -229,7 +251,7 @@ class _Conversion:
 
     def is_there_already(self) -> bool:
         """Whether it is in the target layout, with experts packed as they are to be."""
-        if self.layout != self.to.name:
+        if self.layout != self.to.name or self.options.asks:
             return False
         if not self.plain or not self.config.get("target_parameters"):
             return True
@@ -291,6 +313,10 @@ class _Conversion:
         )
         made = list(_unmoved(factors) if plan is None else _images(plan, factors, record))
         made, others, saved, kept = self.use_base(made, others)
+        via = self.options.via
+        errors = tighten(made, via) if via is not None and via != "dense" else {}
+        if self.change_ranks(made) or errors:
+            record = Record()
         reclaimed = reclaimed_names(self.config, self.known, self.to.name)
         result = write_factors(made, there, self.target_packing, reclaimed)
         if kept.entries and not result.written:
@@ -311,7 +337,8 @@ class _Conversion:
         report.carried = len(others)
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
-        report.targets = _targets(result.written, made, plan)
+        rung = "svd" if errors else "family"
+        report.targets = _targets(result.written, made, plan, rung, errors)
         beside = tuple((moved.old, moved.new) for moved in others)
         report.trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         metadata = {"format": "pt", **self.source.metadata}
@@ -389,6 +416,7 @@ class _Conversion:
             made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
             made, others, saved, kept = self.use_base(made, others)
             errors = tighten(made, self.options.via)
+            self.change_ranks(made)
             self.config_was, self.source = (
                 self.config,
                 replace(self.source, config=lora_config(self.config)),
@@ -448,6 +476,20 @@ class _Conversion:
             ):
                 return before
         return config
+
+    def change_ranks(self, made: Iterable[Images]) -> bool:
+        """What was asked for of ranks; whether components are not the source's any more."""
+        changed: list[tuple[int, int]] = []
+        if self.options.compact:
+            changed = compact(made)
+            ranks = (
+                ", ".join(f"{a} -> {b}" for a, b in sorted(set(changed))) or "nothing to leave out"
+            )
+            self.notes.append(f"ranks without components that add nothing (--compact): {ranks}")
+        if self.options.uniform:
+            rank = make_uniform(made)
+            self.notes.append(f"all targets have rank {rank}, as was asked for")
+        return bool(changed)
 
     def note_rung(self, family: Family, carried: Carried, rung: str) -> None:
         """Tell what stands in for the family."""

@@ -16,7 +16,7 @@ from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
 from regraft.plan.model import Foreign, ModelConfig, Scope
-from regraft.rules.book import Book, books_for, library
+from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 
 
@@ -59,8 +59,13 @@ class Known:
     model_type: str | None
     """That of the whole base model, where it is known."""
     evidence: str
-    imported: bool = False
-    """Whether the book was made for just this model and this file, by the installed transformers."""
+    foreign: Foreign | None = None
+    """What made the book for just this model and this file, where that is not of the library."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether the book was made for just this model and this file."""
+        return self.foreign is not None
 
     @property
     def unmatched_fix(self) -> str:
@@ -97,7 +102,9 @@ def find_books(
             if imported is not None:
                 book, told = imported
                 _check_family(config, model, where)
-                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", True)
+                return Known(
+                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)
@@ -142,7 +149,9 @@ def find_books(
 
 
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
-    """Whether some books know a model with all its parts."""
+    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
+    if own_layouts():
+        return True
     known = {name for book in books for name in book.model_types}
     return all(name in known for name in model.model_types())
 

@@ -300,13 +300,9 @@ class _Comparison:
 
     def run(self, kept: Mapping[str, Wide]) -> None:
         for key, delta in kept.items():
-            self._check(key, iter([delta]), 1)
-        if self.before.layout == self.after.layout:
-            for key, number in self.before.ids.items():
-                count = self.before.batches(number)
-                self._check(key, (self.before.matrix(number, e) for e in range(count)), count)
-        else:
-            self._moved()
+            self._check(key, iter([delta]))
+        for key, _, _, matrices in moved_deltas(self.before, self.after.layout):
+            self._check(key, matrices)
         for key, number in self.left.items():
             zero = all(
                 not self.after.matrix(number, e).any() for e in range(self.after.batches(number))
@@ -315,34 +311,11 @@ class _Comparison:
                 self._differs("extra", key, "nothing in the source leads to this delta")
         self._compare_others()
 
-    def _moved(self) -> None:
-        known = self.before.known
-        plan = build_plan(
-            self.before.headers,
-            known.books,
-            target_layout=self.after.layout,
-            scopes=dict(known.scopes),
-            partial=True,
-            guess=lambda rule, axis, seen: seen,
-            where=self.before.source.where,
-            unmatched_fix=known.unmatched_fix,
-        )
-        for entry in plan.entries:
-            for number, term in enumerate(entry.written):
-                keys = entry.keys(term)
-                if all((ids < 0).all() for ids in entry.sources):
-                    continue
-                layout = _Layout(entry, number, self.before)
-                for row, key in enumerate(keys.names()):
-                    self._check(key, layout.matrices(row), layout.batch)
-        for carried in plan.carried:
-            for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
-                self._check(key, iter([self.before.matrix(number, 0)]), 1)
-
-    def _check(self, key: str, expected: Iterator[Wide | None], count: int) -> None:
+    def _check(self, key: str, expected: Iterator[Wide | None]) -> None:
         number = self.left.pop(key, None)
-        worst = 0.0
+        worst, count = 0.0, 0
         for batch, want in enumerate(expected):
+            count = batch + 1
             if want is None:
                 want = np.zeros((1, 1))
             if number is not None:
@@ -403,6 +376,44 @@ class _Comparison:
         self.result.differences.append(
             Finding(code, message, where=self.after.source.where, key=key)
         )
+
+
+def moved_deltas(
+    before: Deltas, target: str
+) -> Iterator[tuple[str, str, str, Iterator[Wide | None]]]:
+    """What an adapter adds to the tensors of a layout: key, kind, rule, and the delta matrix by matrix.
+
+    ``None`` stands for a matrix that no source adapts.
+    """
+    if before.layout == target:
+        for key, number in before.ids.items():
+            count = before.batches(number)
+            matrices = (before.matrix(number, e) for e in range(count))
+            yield key, before.kinds[number], "carried over", matrices
+        return
+    known = before.known
+    plan = build_plan(
+        before.headers,
+        known.books,
+        target_layout=target,
+        scopes=dict(known.scopes),
+        partial=True,
+        guess=lambda rule, axis, seen: seen,
+        where=before.source.where,
+        unmatched_fix=known.unmatched_fix,
+    )
+    for entry in plan.entries:
+        for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
+            if all((ids < 0).all() for ids in entry.sources):
+                continue
+            layout = _Layout(entry, number, before)
+            for row, key in enumerate(entry.keys(term).names()):
+                yield key, kind, str(entry.rule), layout.matrices(row)
+    for carried in plan.carried:
+        for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
+            kind = before.kinds[number]
+            kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
+            yield key, kind, carried.carry.why, iter([before.matrix(number, 0)])
 
 
 class _Layout:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,11 @@ Whole checkpoints:
   $ regraft convert model out --to transformers-v5       file to file, in little memory
   $ regraft verify model out                             compare every element, bit for bit
 
+What goes where, and why:
+  $ regraft explain model KEY --to transformers-v5       the way of one tensor
+  $ regraft diff model other                             what two files have in common
+  $ regraft rules lint mine.toml                         check a rule book of your own
+
 What helps with each of them:
   --model PATH     the base model's folder or config.json, where the adapter doesn't tell enough
   --dry-run        do everything but write
@@ -58,6 +64,16 @@ _Model = Annotated[
         metavar="PATH",
         help="The base model's folder or its config.json, of either version. Needed where the "
         "adapter itself doesn't tell what it is for, or how many experts there are.",
+        show_default=False,
+    ),
+]
+_Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rules",
+        metavar="BOOK",
+        help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be "
+        "given more than once.",
         show_default=False,
     ),
 ]
@@ -158,6 +174,7 @@ def convert(
         ),
     ] = None,
     model: _Model = None,
+    rules: _Rules = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it exists.")
@@ -211,6 +228,26 @@ def convert(
             help="Adapters: compare what every target adds before and after, before anything is written.",
         ),
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Adapters: leave out components that add nothing, to rounding."
+        ),
+    ] = False,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
+        ),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
+        ),
+    ] = False,
     via: Annotated[
         str | None,
         typer.Option(
@@ -228,8 +265,9 @@ def convert(
 
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact image, 4 not equal (--verify).
     """
-    _check_layout(to, "--to")
-    if source is not None:
+    if not rules:
+        _check_layout(to, "--to")
+    if source is not None and not rules:
         _check_layout(source, "--from")
     if shard_size is not None:
         _check_size(shard_size)
@@ -244,7 +282,11 @@ def convert(
         from regraft.api import convert
         from regraft.cli.pages import failure_page, show_page
 
-        with failure_page(html, "convert", src), out.waiting("converting", src) as progress:
+        with (
+            _own_books(rules),
+            failure_page(html, "convert", src),
+            out.waiting("converting", src) as progress,
+        ):
             report = convert(
                 src,
                 src if dst is None else dst,
@@ -259,7 +301,10 @@ def convert(
                 resume=resume,
                 in_place=in_place,
                 via=via,
+                compact=compact,
+                uniform_rank=uniform_rank,
                 verify=check,
+                merge=merge,
                 tell=None if quiet else lambda line: out.warn(line + "\n"),
                 progress=progress,
             )
@@ -327,6 +372,7 @@ def verify(
     ],
     model: _Model = None,
     html: _Html = None,
+    rules: _Rules = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -361,7 +407,11 @@ def verify(
             from regraft.cli.words import show_adapter_verification
 
             limit = TOLERANCE if tolerance is None else tolerance
-            with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
+            with (
+                _own_books(rules),
+                failure_page(html, "verify", src),
+                out.waiting("comparing", src) as progress,
+            ):
                 done = verify_adapters(src, dst, model, limit, progress, foreign)
             if json:
                 out.data(done.to_dict())
@@ -372,7 +422,11 @@ def verify(
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
-        with failure_page(html, "verify", src), out.waiting("comparing", src) as progress:
+        with (
+            _own_books(rules),
+            failure_page(html, "verify", src),
+            out.waiting("comparing", src) as progress,
+        ):
             result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
@@ -382,6 +436,15 @@ def verify(
         return 0 if result.equal else 4
 
     return job
+
+
+@contextmanager
+def _own_books(names: list[str] | None) -> Iterator[None]:
+    """Let the rule books of --rules stand in for the library."""
+    from regraft.rules.book import find_book, only_books
+
+    with only_books([find_book(name) for name in names or ()]):
+        yield
 
 
 def _check_via(text: str) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from regraft.cli import diff, explain, rules  # noqa: F401 - they add their commands to app
 from regraft.cli.app import app
 from regraft.cli.kinds import BAD_INPUT, BUG, DONE, INTERRUPTED, TERMINATED, USAGE, kind_of
 from regraft.cli.output import Output

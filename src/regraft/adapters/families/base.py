@@ -217,6 +217,10 @@ class Family:
         a, b = self.lora(part, weight)
         return np.asarray(b.astype(np.float64) @ a.astype(np.float64))
 
+    def bias(self, part: Part, bias: Wide) -> Wide:
+        """The module's bias as it is to be; families with ``changes_bias`` change it."""
+        return bias
+
 
 def need(weight: Callable[[], Wide] | None, why: str = "it multiplies the base weight") -> Wide:
     """The base weight, or a refusal that says that it is needed."""

@@ -197,10 +197,8 @@ class LoraBias(LoraVariant):
             raise NoImageError("it has lora_bias, and a parameter's LoRA has no bias")
         return self._product(part)
 
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        if part["bias"].any():
-            raise NoImageError("it has lora_bias, and a parameter's LoRA has no bias")
-        return super().delta(part, weight)
+    def bias(self, part: Part, bias: Wide) -> Wide:
+        return np.asarray(bias + part["bias"].astype(np.float64) * self.scale(part).value)
 
 
 class ALora(LoraVariant):
