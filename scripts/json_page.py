@@ -53,6 +53,8 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(map(_type, schema["anyOf"])))
     if "enum" in schema:
         return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return "[" + ", ".join(map(_type, schema["prefixItems"])) + "]"
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}" if "items" in schema else "list"
     if schema.get("type") == "object":

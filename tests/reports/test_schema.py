@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
-from regraft.cli.app import app
+from regraft.cli.run import app
 from regraft.files.safetensors import open_tensors, write_tensors
 from regraft.reports.schema import DOCUMENTS, schema_of
 
@@ -32,9 +32,14 @@ def run(capsys):
 
 
 def test_every_command_that_prints_json_has_one():
+    groups = [("", app)]
+    for group in app.registered_groups:
+        name = group.name or group.typer_instance.info.name
+        groups.append((f"{name} ", group.typer_instance))
     commands = {
-        command.name or command.callback.__name__
-        for command in app.registered_commands
+        lead + (command.name or command.callback.__name__)
+        for lead, group in groups
+        for command in group.registered_commands
         if "json" in inspect.signature(command.callback).parameters
     }
     assert commands - {"schema"} == set(DOCUMENTS) - {"error"}
@@ -109,7 +114,29 @@ def test_failures(run, tmp_path):
     check("inspect", data)
 
 
+def test_explain_diff_and_rules(run, tmp_path):
+    out = tmp_path / "out"
+    assert main(["convert", str(BASE), str(out), "--to", "transformers-v5", "-q"]) == 0
+    key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    lora = CASES / "mixtral__gud_attn"
+    book = "mixtral"
+    for document, command in (
+        ("explain", ["explain", BASE, key, "--to", "transformers-v5"]),
+        ("explain", ["explain", BASE, "no.such.key", "--to", "transformers-v5"]),
+        ("explain", ["explain", lora, key, "--to", "transformers-v5"]),
+        ("diff", ["diff", BASE, out]),
+        ("diff", ["diff", BASE, GOLDEN / "bases/phimoe"]),
+        ("rules list", ["rules", "list"]),
+        ("rules show", ["rules", "show", book]),
+        ("rules lint", ["rules", "lint", book]),
+        ("rules lint", ["rules", "lint", book, "--keys", BASE]),
+    ):
+        status, data = run(*command)
+        assert status in (0, 4), command
+        check(document, data)
+
+
 def test_no_such_document(run):
     status, data = run("schema", "nonsense")
     assert status == 2
-    assert "convert, inspect, verify, error" in data["error"]["findings"][0]["message"]
+    assert "convert, inspect, verify" in data["error"]["findings"][0]["message"]

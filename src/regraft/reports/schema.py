@@ -21,6 +21,9 @@ from regraft.adapters.verify import AdapterVerification
 from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
+from regraft.rules.lint import Linted
+from regraft.why.diff import Diff
+from regraft.why.explain import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,61 @@ class Failure:
     error: Problem
 
 
-DOCUMENTS: dict[str, tuple[type, ...]] = {
+@dataclass(frozen=True, slots=True)
+class BookSummary:
+    """A rule book in a line."""
+
+    name: str
+    title: str
+    left: str
+    """The layout of the left sides of its equations."""
+    right: str
+    model_types: list[str]
+    rules: int
+    """How many equations it has."""
+    carries: int
+    """How many lines that say what stays."""
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownEquation:
+    """A rule of a book."""
+
+    name: str
+    where: str
+    """File and line."""
+    text: str
+    left_kinds: list[str]
+    right_kinds: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCarry:
+    """Keys that stay what they are."""
+
+    key: str
+    why: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownBook(BookSummary):
+    """A rule book as a whole."""
+
+    equations: list[ShownEquation]
+    carried: list[ShownCarry]
+
+
+DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
     "inspect": (Inspection,),
     "verify": (Verification, AdapterVerification),
+    "explain": (Explanation,),
+    "diff": (Diff,),
+    "rules list": (list[BookSummary],),
+    "rules show": (ShownBook,),
+    "rules lint": (Linted,),
     "error": (Failure,),
 }
 """What each command prints; ``error`` is what any of them prints when it fails."""
@@ -68,6 +122,9 @@ _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
     Verification: ("equal",),
     AdapterVerification: ("equal", "error"),
+    Explanation: ("arrives",),
+    Diff: ("equal",),
+    Linted: ("sound",),
 }
 """Properties that are printed beside the fields."""
 
@@ -79,7 +136,7 @@ def schema_of(document: str) -> dict[str, Any]:
     ['kind', 'findings']
     """
     definitions: dict[str, Any] = {}
-    roots = [_describe(of, definitions) for of in DOCUMENTS[document]]
+    roots = [_value(of, definitions) for of in DOCUMENTS[document]]
     root = roots[0] if len(roots) == 1 else {"anyOf": roots}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -152,7 +209,8 @@ def field_docs(of: type) -> dict[str, str]:
     """
     docs: dict[str, str] = {}
     name = None
-    for node in _source_of(of).body:
+    nodes = [node for base in reversed(of.__mro__[:-1]) for node in _source_of(base).body]
+    for node in nodes:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
         elif (
