@@ -242,6 +242,21 @@ def test_an_approximation_shows_its_error(tmp_path):
     assert "approximated, off by" in page.verdict.value
 
 
+def test_an_adapter_in_its_base(tmp_path):
+    out = tmp_path / "o"
+    report = regraft.convert(LORA, out, to="transformers-v5", model=BASE, merge=True)
+    page = page_of_report(report)
+    check_whole(page)
+    merged = {
+        key
+        for row in page.right.rows
+        if row.facts.get("rung") == "added to the base"
+        for key in keys(row)
+    }
+    assert merged == {target.key for target in report.targets}
+    assert f"is in {len(merged)} tensors" in page.verdict.value
+
+
 def test_adapters_that_are_equal_and_not(tmp_path, capsys):
     out, file = tmp_path / "o", tmp_path / "page.html"
     regraft.convert(LORA, out, to="transformers-v5")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
-from regraft.report import AdapterReport, CheckpointReport, Report, show_size
+from regraft.report import AdapterReport, CheckpointReport, Report, Target, show_size
 from regraft.reports.flows import Facts, Flows, made_facts, target_facts
 from regraft.reports.model import Fact, Flow, Page, Rows, Tone
 from regraft.reports.wording import count_in_words, shape_in_words
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 def page_of_report(report: Report) -> Page:
     """What a conversion did."""
     made = Flows()
-    for adapter in report.adapters:
-        _add_adapter(made, adapter)
+    if report.checkpoint is None:
+        for adapter in report.adapters:
+            _add_adapter(made, adapter)
     facts = [Fact("source", report.source), Fact("result", report.destination)]
     if report.checkpoint is not None:
-        _add_checkpoint(made, report.checkpoint)
+        _add_checkpoint(made, report.checkpoint, report.targets)
         facts += _checkpoint_facts(report.checkpoint)
     for adapter in report.adapters:
         facts += _adapter_facts(adapter)
@@ -45,7 +46,7 @@ def page_of_report(report: Report) -> Page:
         right=made.right.side(layouts[1]),
         flows=tuple(made.flows),
         notes=tuple(report.notes),
-        next=tuple(_load_lines(report)) if report.written else (),
+        next=tuple(_load_lines(report)) if report.written and report.checkpoint is None else (),
     )
 
 
@@ -61,7 +62,8 @@ def _layouts(report: Report) -> tuple[str, str]:
 def _verdict(report: Report) -> Fact:
     word = "Converted" if report.written else "Can be converted"
     near = [target for target in report.targets if target.rung == "svd"]
-    other = sum(target.rung not in ("family", "svd") for target in report.targets)
+    other = sum(target.rung not in ("family", "svd", "merged") for target in report.targets)
+    merged = sum(target.rung == "merged" for target in report.targets)
     rescaled = sum(t.rung == "family" and not t.exact for t in report.targets)
     casts = sum(report.checkpoint.casts.values()) if report.checkpoint is not None else 0
     told = []
@@ -72,6 +74,8 @@ def _verdict(report: Report) -> Fact:
         )
     if other:
         told.append(f"{count_in_words(other, 'target')} carried over exactly as LoRA")
+    if merged:
+        told.append(f"what the adapter adds is in {count_in_words(merged, 'tensor')}")
     if rescaled:
         told.append(f"{rescaled} of {len(report.targets)} targets rescaled")
     if casts:
@@ -95,10 +99,12 @@ def _add_adapter(made: Flows, adapter: AdapterReport) -> None:
         made.flows.append(Flow((), row, "kept", target.rule))
 
 
-def _add_checkpoint(made: Flows, checkpoint: CheckpointReport) -> None:
+def _add_checkpoint(made: Flows, checkpoint: CheckpointReport, merged: Iterable[Target]) -> None:
     if checkpoint.trace is None:
         return
     facts = made_facts(checkpoint.trace)
+    for target in merged:
+        facts[target.key] = {**facts.get(target.key, {}), **target_facts(target)}
     made.add(checkpoint.trace, lambda name: (None, facts.get(name, {})))
 
 

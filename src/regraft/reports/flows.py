@@ -176,6 +176,7 @@ _RUNGS = {
     "base": "exact, by the base",
     "dense": "full rank",
     "svd": "approximated",
+    "merged": "added to the base",
 }
 
 
