@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import pickle
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -18,15 +21,12 @@ from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
 
 
-@dataclass(slots=True)
 class InstalledTransformers:
     """What the installed transformers knows of models.
 
     It is asked in a process of its own, unless it is imported already: torch and transformers take some hundred
     megabytes, and a conversion of files needs none of it.
     """
-
-    _process: subprocess.Popen[bytes] | None = None
 
     def book(
         self,
@@ -48,10 +48,25 @@ class InstalledTransformers:
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
-        return self._ask(question)
+        return _THERE.ask(question)
+
+
+@dataclass(slots=True)
+class _OtherProcess:
+    """A process with transformers in it, begun when it is first asked, and shared by all conversions of this one."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    _owner: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def ask(self, question: _Question) -> tuple[Book, str] | None:
+        """Its answer; what it raised is raised here."""
+        with self._lock:
+            return self._ask(question)
 
     def _ask(self, question: _Question) -> tuple[Book, str] | None:
-        if self._process is None:
+        if self._process is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
@@ -84,9 +99,6 @@ class InstalledTransformers:
                     with suppress(OSError):
                         pipe.close()
             process.wait()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +138,16 @@ class _InProcess:
         config = self._config(model)
         if config is None:
             return None
-        found = []
+        imported, most = None, -1
         for name in self._classes(config, classes):
-            imported = self._imported(model, config, name)
-            found.append((sum(imported.lands(keys)), imported))
-        best = max(found, key=lambda pair: pair[0], default=None)
-        if best is None:
+            candidate = self._imported(model, config, name)
+            count = sum(candidate.lands(keys))
+            if count > most:
+                imported, most = candidate, count
+            if count == len(keys):
+                break
+        if imported is None:
             return None
-        imported = best[1]
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
         return imported.book(keys, shapes, adapter=adapter), told
 
@@ -152,14 +166,18 @@ class _InProcess:
             raise _unusable(model, f"transformers does not take the config: {error}") from error
 
     def _classes(self, config: Any, classes: Sequence[str]) -> list[str]:
-        """Classes of the model that there are; its base model where none is named."""
+        """Classes of the model that there are; where none is named, all that go with its model type, the base first."""
         import transformers
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+        from transformers.models.auto import modeling_auto
 
         names = [n for n in dict.fromkeys(classes) if hasattr(transformers, n)]
-        base = MODEL_MAPPING_NAMES.get(config.model_type)
-        bases = [base] if isinstance(base, str) else list(base or ())
-        return names or [n for n in bases if hasattr(transformers, n)]
+        if names:
+            return names
+        tables = [n for n in vars(modeling_auto) if n.startswith("MODEL_") and n.endswith("_NAMES")]
+        for table in sorted(tables, key=lambda n: n != "MODEL_MAPPING_NAMES"):
+            found = getattr(modeling_auto, table).get(config.model_type) or ()
+            names += [found] if isinstance(found, str) else found
+        return [n for n in dict.fromkeys(names) if hasattr(transformers, n)]
 
     def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
         import torch
@@ -168,15 +186,16 @@ class _InProcess:
         from regraft.bridges.transformers.imported import import_model
         from regraft.names.live import skeleton_of
 
-        if (model.path, name) not in self._made:
+        made = json.dumps(dict(model.data), sort_keys=True, default=str), name
+        if made not in self._made:
             try:
                 with warnings.catch_warnings(), torch.device("meta"):
                     warnings.simplefilter("ignore")
                     built = getattr(transformers, name)(config)
             except Exception as error:
                 raise _unusable(model, f"{name} cannot be built from it: {error}") from error
-            self._made[model.path, name] = import_model(skeleton_of(built))
-        return self._made[model.path, name]
+            self._made[made] = import_model(skeleton_of(built))
+        return self._made[made]
 
 
 def _unusable(model: ModelConfig, message: str) -> BadInputError:
@@ -190,7 +209,8 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE = _InProcess()
+_HERE, _THERE = _InProcess(), _OtherProcess()
+atexit.register(_THERE.close)
 
 
 def main() -> None:
