@@ -13,7 +13,7 @@ SAMPLE = [
     "DeepseekV4ForCausalLM",
     "DetrForObjectDetection",
     "Dinov2Model",
-    "Ernie4_5_VLMoeForConditionalGeneration",
+    "EsmModel",
     "GptOssForCausalLM",
     "LlavaForConditionalGeneration",
     "MixtralForSequenceClassification",
