@@ -29,6 +29,7 @@ regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, 
   regraft convert out back --to transformers-v4        and back again
   regraft convert model out --to transformers-v5       the same for a whole checkpoint
   regraft verify model out                             check it, bit for bit
+  regraft check my-lora --model model                  will it load as it is? if not, why
   regraft explain model KEY --to transformers-v5       the way of one tensor
   regraft diff model other                             what two files have in common
   regraft rules lint mine.toml                         check a rule book of your own

@@ -98,15 +98,15 @@ class _Checker:
             verdict.findings = list(failure.findings)
         known = self.known(source)
         model = self.config or (known.model if known is not None else None)
-        if model is None:
-            self.judge(source, converted, verdict)
-            verdict.notes.append(
-                "nothing could be tried, because the base model is not known: give it with --model"
-            )
-        elif not self.peft.is_there or self.peft.layout() != self.to.name:
+        if not self.peft.is_there or self.peft.layout() != self.to.name:
             self.judge(source, converted, verdict)
             verdict.notes.append(
                 f"nothing was tried: there is no PEFT here with a transformers of {self.to.name}"
+            )
+        elif model is None:
+            self.judge(source, converted, verdict)
+            verdict.notes.append(
+                "nothing could be tried, because the base model is not known: give it with --model"
             )
         else:
             self.attempt(source, converted, known, model, verdict)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from regraft.bridges.helper import HelperEndedError, answer_all
+from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
@@ -151,7 +151,8 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE, _THERE = _InProcess(), _OtherProcess()
+_HERE = _InProcess()
+_THERE = Helper("regraft.bridges.transformers.files")
 
 
 if __name__ == "__main__":
