@@ -40,6 +40,7 @@ from regraft.adapters.remembered import KEY, Origin, write_remembered
 from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
+from regraft.adapters.unbound import check_unbound
 from regraft.adapters.variants import claimed_names, reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
 from regraft.errors import (
@@ -86,6 +87,12 @@ def convert_adapter(
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
+    in_place = layout is not None and layout.name == to.name
+    if not in_place and check_unbound(source, model):
+        known = Known((), {}, model, None, "nothing in it is bound to a layer of the base")
+        alone = _Conversion(source, to, known, Scan((), ()), [known.evidence], None, Options())
+        alone.layout = to.name if layout is None else layout.name
+        return alone.copy("it means the same in both layouts and was copied as it is")
     family = family_of(source.config)
     scan, findings = _scan(source, family)
     if findings:
@@ -269,12 +276,12 @@ class _Conversion:
             for path in (pairs.modules.names() if names and not pairs.depth else ())
         )
 
-    def copy(self) -> Converted:
+    def copy(self, why: str | None = None) -> Converted:
         report = self.new_report()
         report.copied = True
         report.tensors_out = report.tensors_in
         report.carried = report.tensors_in
-        self.notes.append(f"it is in {self.to.name} already and was copied as it is")
+        self.notes.append(why or f"it is in {self.to.name} already and was copied as it is")
         tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
         return Converted(dict(self.config), tensors, metadata, report)
 
@@ -417,8 +424,7 @@ class _Conversion:
             config = self.family_config(carrier, carried, plan, tuned, saved)
             report.targets = _family_targets(carried, plan)
         else:
-            shared = set(carrier.family.shared)
-            others = [item for item in others if item.old not in shared]
+            others = [item for item in others if not carrier.family.shares(item.old)]
             factors = carried.factors
             record = Record()
             made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
@@ -487,6 +493,7 @@ class _Conversion:
                 for path, settings in paths.items()
             ):
                 return before
+        carrier.confirm(config, carried.parts)
         return config
 
     def change_ranks(self, made: Iterable[Images]) -> bool:

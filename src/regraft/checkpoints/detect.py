@@ -26,6 +26,8 @@ class Detected:
     layout: str | None
     """``None`` where its names are the same in every layout."""
     evidence: tuple[str, ...]
+    imported: bool = False
+    """Whether the installed transformers told the rules: then old names may have more than one spelling."""
 
 
 def detect(
@@ -44,6 +46,7 @@ def detect(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
     and differ, ``BadInputError`` where names of two layouts stand together.
     """
+    asked = False
     if model is not None:
         books = tuple(books_for(model.model_types()))
         imported = None
@@ -68,6 +71,7 @@ def detect(
             )
         if imported is not None:
             books, scopes = (imported[0],), {imported[0].name: Scope()}
+            asked = True
         else:
             scopes = {book.name: model.scope_of(book.model_types) for book in books}
         told = f"the model is {', '.join(model.model_types())} ({model.path})"
@@ -76,17 +80,19 @@ def detect(
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
     if source is not None:
-        return Detected(books, scopes, source, (told, "its layout was given"))
+        return Detected(books, scopes, source, (told, "its layout was given"), asked)
     seen = one_layout(
         (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
     )
     for layout, key in seen.items():
-        return Detected(books, scopes, layout, (told, f"{key} is a name of {layout}"))
+        return Detected(books, scopes, layout, (told, f"{key} is a name of {layout}"), asked)
     shaped = _by_shape(books, scopes, headers, where)
     if shaped is not None:
         layout, evidence = shaped
-        return Detected(books, scopes, layout, (told, evidence))
-    return Detected(books, scopes, None, (told, "all its names are the same in every layout"))
+        return Detected(books, scopes, layout, (told, evidence), asked)
+    return Detected(
+        books, scopes, None, (told, "all its names are the same in every layout"), asked
+    )
 
 
 def _by_shape(

@@ -12,6 +12,7 @@ from typing import Any
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
 from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED, File
+from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.files.safetensors import sync_path
 from regraft.files.work import cannot_write, try_lock, write_file
@@ -129,6 +130,10 @@ def _make_heads(ready: Prepared) -> list[bytes]:
     """The new header of every file, as long as the old one; empty where nothing changes."""
     findings = list(_check_files(ready))
     moves, tensors = ready.moves, ready.source.tensors
+    if ready.plan is not None and ready.plan.dropped:
+        message = f"{sum(len(d.group) for d in ready.plan.dropped)} tensors would be dropped"
+        fix = "convert to another folder"
+        raise RefusedError([*findings, Finding("not-in-place", message, fix=fix)])
     if not moves.whole:
         rules = ", ".join(name for name, times in ready.report.rules.items() if times)
         message = f"more than names changes ({rules})"
@@ -142,7 +147,11 @@ def _make_heads(ready: Prepared) -> list[bytes]:
         if metadata == dict(file.metadata) and all(renamed[i] == tensors.names[i] for i in mine):
             heads.append(b"")
             continue
+        metadata = with_note(metadata, None if number else ready.note)
         head = make_head(_rows(mine, renamed, ready, file), metadata, file.name, pad=False)
+        if len(head) > file.data_start and ready.note is not None:
+            metadata = with_note(metadata, None)
+            head = make_head(_rows(mine, renamed, ready, file), metadata, file.name, pad=False)
         if len(head) > file.data_start:
             findings.append(
                 Finding(

@@ -11,6 +11,7 @@ from typing import Any
 
 import regraft
 from regraft.adapters.detect import load_model
+from regraft.adapters.remembered import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
@@ -19,8 +20,10 @@ from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
+from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
+from regraft.names.patterns import patterns
 from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Plan
 from regraft.report import CheckpointReport
@@ -40,6 +43,8 @@ class Prepared:
     layout: Layout
     config: bytes | None
     report: CheckpointReport
+    note: str | None = None
+    """For the metadata of the result."""
 
     def job(self) -> bytes:
         """What identifies the work: the same job makes the same bytes."""
@@ -82,7 +87,8 @@ def prepare(
     tensors = source.tensors
     companions = find_companions(source, config.data if config is not None else None)
     headers = companions.headers
-    known = detect(headers, config, source.where, source_layout, foreign)
+    spelled = read_spelling((file.metadata for file in source.files), to)
+    known = detect(headers, config, source.where, source_layout, foreign, spelled)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
     untied: list[str] = []
     if plan is None:
@@ -97,7 +103,8 @@ def prepare(
         kept = frozenset(moves.names[count:])
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    layout = lay_out(source, moves, dtypes, shard_size, name)
+    note = _note(source, known, plan, to)
+    layout = lay_out(source, moves, dtypes, shard_size, name, note)
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -113,6 +120,7 @@ def prepare(
         casts=changed,
     )
     text = _convert_config(source, known, to, casts, report) if to is not None else None
+    report.notes += [] if plan is None else _words(plan)
     if untied:
         report.notes.append(
             "these were other names of tensors and have bytes of their own now: "
@@ -129,7 +137,44 @@ def prepare(
             "left out, because they hold weights in another form or lie elsewhere: "
             + ", ".join(source.left_out)
         )
-    return Prepared(source, known, plan, moves, dtypes, layout, text, report)
+    return Prepared(source, known, plan, moves, dtypes, layout, text, report, note)
+
+
+def _note(source: Source, known: Detected, plan: Plan | None, to: str | None) -> str | None:
+    """The note for the result's metadata; that of a source that stays as it is."""
+    if plan is None or to is None:
+        texts = (file.metadata.get(KEY) for file in source.files)
+        return next((text for text in texts if text is not None), None)
+    if to == plan.books[0].left:
+        return None
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if source.config is not None:
+        before = load_json(source.config)
+        after, _ = rename_fields(before, to)
+        if rename_fields(after, plan.source_layout)[0] == before:
+            before = after
+    groups = plan.headers.groups if known.imported else ()
+    return write_note(groups, plan.source_layout, to, before, after)
+
+
+def _words(plan: Plan) -> list[str]:
+    """What was dropped, and what is not there."""
+    dropped: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
+    for item in plan.dropped:
+        dropped.setdefault(item.drop.why, []).extend(item.group.names())
+    for drop in plan.lacking():
+        lacking.setdefault(drop.why, []).append(str(drop.key))
+    notes = []
+    for why, names in dropped.items():
+        shown = ", ".join(pattern for pattern, _ in patterns(names))
+        notes.append(f"dropped {len(names)} tensors: {shown}: {why}")
+    for why, names in lacking.items():
+        notes.append(
+            f"{plan.target_layout} has these, too, and they are not made: {', '.join(names)}: {why}"
+        )
+    return notes
 
 
 def model_of(source: Source, model: Path | None) -> ModelConfig | None:
@@ -146,8 +191,12 @@ def _convert_config(
         return None
     config: dict[str, Any] = load_json(source.config)
     changes: list[str] = []
+    is_sorted = list(config) == sorted(config)
     if known.layout != to:
+        old = config
         config, changes = rename_fields(config, to)
+        before = read_config((file.metadata for file in source.files), to, old)
+        config = config if before is None else before
     whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
     for name in ("dtype", "torch_dtype"):
         if whole is not None and config.get(name) not in (None, TORCH[whole.dtype]):
@@ -156,7 +205,7 @@ def _convert_config(
     report.config = changes
     if not changes:
         return source.config.read_bytes()
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return (json.dumps(config, indent=2, sort_keys=is_sorted) + "\n").encode()
 
 
 __all__ = ["CONFIG", "Prepared", "prepare"]

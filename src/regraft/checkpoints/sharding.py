@@ -13,6 +13,7 @@ import numpy as np
 
 from regraft.checkpoints.moves import Moves, size_of
 from regraft.checkpoints.source import SINGLE, Source
+from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding
 from regraft.files.dtypes import DTYPES
 from regraft.files.header import MAX_HEADER_BYTES
@@ -74,10 +75,12 @@ def lay_out(
     dtypes: Sequence[str],
     shard_size: int | None,
     name: str | None = None,
+    note: str | None = None,
 ) -> Layout:
     """Distribute the targets over files: as the source does, or by size, or into one with a ``name``.
 
-    ``dtypes`` are those to write. Metadata is kept; entries that name tensors get their new names.
+    ``dtypes`` are those to write. Metadata is kept; entries that name tensors get their new names. ``note`` is
+    written into the first file.
 
     Raises ``BadInputError`` where a header would be larger than the format allows.
     """
@@ -111,6 +114,7 @@ def lay_out(
         targets = order[bounds[number] : bounds[number + 1]]
         same = shard_size is None and file == source.files[number].name
         own = rename_aliases(source.files[number].metadata, moves) if same else metadata
+        own = with_note(own, None if number else note)
         result.append(_make_file(file, targets, sizes, moves, dtypes, own))
     if count == 1 and source.index is None:
         return Layout(tuple(result), None)

@@ -36,3 +36,5 @@ class Skeleton:
     """The kind (`rules.kinds`) of each tensor that PEFT can adapt; what is not in it is of kind ``any``."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Module and the names of its own matrices, in the order in which it registers them."""
+    computed: frozenset[str] = frozenset()
+    """What the model fills itself and neither saves nor loads: its buffers that are not persistent."""

@@ -23,7 +23,7 @@ from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysEr
 from regraft.names.keys import Group, Ints
 from regraft.plan.families import Claim, Family, Guess, Sources
 from regraft.plan.model import Scope
-from regraft.plan.plan import Carried, Entry, Headers, Plan
+from regraft.plan.plan import Carried, Dropped, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.templates import (
     Match,
@@ -78,6 +78,7 @@ class _Builder:
         self.unmatched: list[Finding] = []
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
         self.owner = np.full(count, -1, dtype=np.int64)
+        self.dropped: list[Dropped] = []
 
     def build(self) -> Plan:
         entries: list[Entry] = []
@@ -93,7 +94,15 @@ class _Builder:
         source = next(
             (b.left if b.right == self.target else b.right for b in self.books), self.target
         )
-        return Plan(source, self.target, self.books, self.headers, tuple(entries), tuple(carried))
+        return Plan(
+            source,
+            self.target,
+            self.books,
+            self.headers,
+            tuple(entries),
+            tuple(carried),
+            tuple(self.dropped),
+        )
 
     def reverse(self, book: Book) -> bool:
         return book.left == self.target
@@ -195,9 +204,26 @@ class _Builder:
                     rest = np.ones(len(left), dtype=bool)
                     rest[match.rows] = False
                     left = left.take(rest)
+            left = self.drop(left) if len(left) else left
             if len(left):
                 self.report_unmatched(left)
         return carried
+
+    def drop(self, group: Group) -> Group:
+        """Note down what the target layout has no use for; what is left."""
+        for book in self.books:
+            side = "right" if self.reverse(book) else "left"
+            for drop in book.drops:
+                if side not in drop.sides or not len(group):
+                    continue
+                match = match_group(drop.key, group)
+                if match is None:
+                    continue
+                self.dropped.append(Dropped(group.take(match.rows), drop))
+                rest = np.ones(len(group), dtype=bool)
+                rest[match.rows] = False
+                group = group.take(rest)
+        return group
 
     def check_bounds(
         self, equation: Equation, key: Key, scope: Scope, group: Group, holes: Ints, where: str
@@ -258,6 +284,20 @@ class _Builder:
                             fix="keep one of the two and remove the other",
                         )
                         return
+        for book in self.books:
+            for gap in book.gaps:
+                if match_group(gap.key, group) is not None:
+                    self.unmatched.append(
+                        Finding(
+                            "no-rule",
+                            f"the registry's way to this key{_others(group)} could not be imported: {gap.why}",
+                            where=self.where,
+                            key=group.name(0),
+                            rule=book.name,
+                            fix="write a rule book for this model, or convert it with the library itself",
+                        )
+                    )
+                    return
         books = ", ".join(book.name for book in self.books) or "none"
         self.unmatched.append(
             Finding(

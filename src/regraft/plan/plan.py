@@ -14,7 +14,7 @@ from regraft.equation.lower import Copy, CopyAxis, flat_shape, stacked_holes
 from regraft.equation.notation import Axis, Term, loops_of
 from regraft.equation.sizes import extent, shape_of
 from regraft.names.keys import MARK, Group, Ints
-from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.book import Book, Carry, Drop, Rule
 from regraft.rules.templates import write_group
 
 
@@ -181,6 +181,14 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Dropped:
+    """Keys that the other layout has no use for, and the line of the book that says so."""
+
+    group: Group
+    drop: Drop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Where everything goes. Frozen, printable, and splittable: entries do not depend on each other."""
 
@@ -190,6 +198,16 @@ class Plan:
     headers: Headers
     entries: tuple[Entry, ...]
     carried: tuple[Carried, ...]
+    dropped: tuple[Dropped, ...] = ()
+
+    def lacking(self) -> list[Drop]:
+        """What the layout that is written has besides, and the one that is read has not."""
+        return [
+            drop
+            for book in self.books
+            for drop in book.drops
+            if ("left" if book.left == self.target_layout else "right") in drop.sides
+        ]
 
     def fired(self) -> dict[str, int]:
         """How often every rule of the books fired; 0 where it did not."""
@@ -237,6 +255,11 @@ class Plan:
                 {"keys": c.group.names(), "why": c.carry.why, "where": c.carry.where}
                 for c in self.carried
             ],
+            "dropped": [
+                {"keys": d.group.names(), "why": d.drop.why, "where": d.drop.where}
+                for d in self.dropped
+            ],
+            "lacking": [{"keys": str(d.key), "why": d.why} for d in self.lacking()],
         }
 
     def to_json(self) -> str:
@@ -253,4 +276,8 @@ class Plan:
         for carried in self.carried:
             shown = carried.group.template.replace(MARK, "*")
             lines.append(f"  carried over: {shown} ({len(carried.group)}): {carried.carry.why}")
+        for dropped in self.dropped:
+            shown = dropped.group.template.replace(MARK, "*")
+            lines.append(f"  dropped: {shown} ({len(dropped.group)}): {dropped.drop.why}")
+        lines += [f"  not there: {drop.key}: {drop.why}" for drop in self.lacking()]
         return "\n".join(lines)

@@ -64,6 +64,12 @@ class _CarryTable(msgspec.Struct, forbid_unknown_fields=True):
     where: str = ""
 
 
+class _DropTable(msgspec.Struct, forbid_unknown_fields=True):
+    side: Literal["left", "right"]
+    keys: list[str]
+    why: str
+
+
 class _ParametersTable(msgspec.Struct, forbid_unknown_fields=True):
     side: Literal["left", "right", "both"]
     module: str
@@ -81,6 +87,7 @@ class _ModuleTable(msgspec.Struct, forbid_unknown_fields=True):
 class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     equation: list[Any] = []
     carry: list[Any] = []
+    drop: list[Any] = []
     parameters: list[Any] = []
     module: list[Any] = []
 
@@ -134,6 +141,24 @@ class Carry:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """Keys of one layout that the other has no use for."""
+
+    sides: tuple[Side, ...]
+    key: Key
+    why: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A key of the right layout for which there is no rule, and why."""
+
+    key: Key
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Parameters:
     """The parameters of a module in the order in which the module registers them."""
 
@@ -177,6 +202,9 @@ class Book:
     """Model types for which PEFT up to 0.21.2 does that."""
     path: str
     source: str
+    drops: tuple[Drop, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    """What could not be imported."""
 
 
 def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
@@ -194,6 +222,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     findings: list[Finding] = []
     rules: list[Rule] = []
     carries: list[Carry] = []
+    drops: list[Drop] = []
     parameters: list[Parameters] = []
     modules: list[Module] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
@@ -211,6 +240,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         loader = _Loader(where, source, table.name)
         rules += filter(None, (loader.rule(i, raw) for i, raw in enumerate(part_table.equation)))
         carries += [c for i, raw in enumerate(part_table.carry) for c in loader.carry(i, raw)]
+        drops += [d for i, raw in enumerate(part_table.drop) for d in loader.drop(i, raw)]
         parameters += filter(
             None, (loader.parameters(i, raw) for i, raw in enumerate(part_table.parameters))
         )
@@ -239,6 +269,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         tuple(table.reclaimed_model_types),
         shown,
         table.source,
+        tuple(drops),
     )
 
 
@@ -291,7 +322,7 @@ class _Loader:
                 self.text.count("\n", 0, m.start()) + 1
                 for m in re.finditer(rf"^[ \t]*\[\[{name}\]\]", self.text, re.MULTILINE)
             ]
-            for name in ("equation", "carry", "parameters", "module")
+            for name in ("equation", "carry", "drop", "parameters", "module")
         }
 
     def line(self, table: str, number: int) -> int:
@@ -371,6 +402,14 @@ class _Loader:
                 yield Carry(
                     equation.left[0], equation, table.why, table.kind, f"{self.path}:{line}"
                 )
+
+    def drop(self, number: int, raw: Any) -> Iterable[Drop]:
+        line = self.line("drop", number)
+        table = self.convert("drop", number, raw, _DropTable)
+        for text in table.keys if table is not None else ():
+            key = self.key(text, line)
+            if key is not None:
+                yield Drop(_sides(table.side), key, table.why, f"{self.path}:{line}")
 
     def parameters(self, number: int, raw: Any) -> Parameters | None:
         line = self.line("parameters", number)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,8 +14,8 @@ from regraft.bridges.transformers.registry import (
 )
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
-from regraft.bridges.transformers.symbolic import Rows, outcomes, put, rows_of, stand_in
-from regraft.names.skeleton import Skeleton
+from regraft.bridges.transformers.symbolic import Outcome, Rows, outcomes, put, rows_of, stand_in
+from regraft.names.skeleton import Skeleton, SubModel
 from regraft.rules.book import Book
 
 STACKED = 99
@@ -49,7 +50,14 @@ class Imported:
     @cached_property
     def renamer(self) -> Renamer:
         """One key at a time."""
-        return Renamer(self.scopes, self.skeleton.tensors)
+        texts = {rows.text for rows in self._rows}
+        tensors, base = self.skeleton.tensors, self.base
+        is_head = bool(base) and any(key.startswith(f"{base}.") for key in tensors)
+        return Renamer(self.scopes, texts.union(tensors), base, is_head)
+
+    @cached_property
+    def _rows(self) -> list[Rows]:
+        return rows_of(self.skeleton.tensors)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -127,6 +135,24 @@ class Imported:
 
         return count_rules(self)
 
+    def unwanted(self, key: str) -> tuple[str, bool] | None:
+        """Why the model has no place for a key of a file, and whether it computes it; ``None`` if it should have one.
+
+        Source: ``PreTrainedModel._adjust_missing_and_unexpected_keys``: these are the keys that are ignored there.
+        """
+        new = self.renamer.forward(key)
+        names = [way.key for way in self.renamer.ways(key, new)]
+        leaf = key.rpartition(".")[2]
+        leaves = {name.rpartition(".")[2] for name in self.skeleton.computed}
+        known = next((model for model in self.skeleton.submodels if _ignores(model, names)), None)
+        if any(name in self.skeleton.computed for name in names) or (
+            leaf in leaves and (known is not None or leaf in _MOVED)
+        ):
+            return "the model computes it itself", True
+        if known is None:
+            return None
+        return f"{known.classes[0]} has no place for it, and does not want it", False
+
     def lands(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key, in an old spelling or the new one, is one of the model's."""
         return [new is not None for new in self.rename(keys)]
@@ -152,7 +178,7 @@ class Imported:
     @cached_property
     def origins(self) -> list[tuple[Rows, Origin]]:
         """Every key of the model and what it is made of, as the registry's way back spells it."""
-        return list(self._outcomes(rows_of(self.skeleton.tensors), self._undo, Origin.placed))
+        return list(self._outcomes(self._rows, self._undo, Origin.placed))
 
     def landings(self, keys: Sequence[str]) -> Iterator[tuple[Rows, Renamed | None]]:
         """Where keys of a file go, many at once; ``None`` for those that the model has no key for."""
@@ -167,7 +193,12 @@ class Imported:
         for rows, new in self._outcomes(rows_of(keys), judge, place):
             yield from self._land(rows, new)
 
-    def _outcomes(self, table, judge, place):  # type: ignore[no-untyped-def]
+    def _outcomes(
+        self,
+        table: Iterable[Rows],
+        judge: Callable[[str], Outcome],
+        place: Callable[[Outcome, Sequence[int]], Outcome],
+    ) -> Iterator[tuple[Rows, Outcome]]:
         spelled = digits_spelled(self.scopes.all())
         each = has_single_digits(self.scopes.all())
         for rows in table:
@@ -179,7 +210,7 @@ class Imported:
             old = self.renamer.backward(key)
             if old is None:
                 return Origin((key,), (), stuck="no old name leads to it")
-            return Origin((key,), (old,), fired=self.renamer.forward(old).fired)
+            return Origin((key,), (old.key,), fired=old.fired)
         old_names: list[str] = []
         fired: dict[Scoped, None] = {}
         for number, name in enumerate(split.sources):
@@ -193,27 +224,17 @@ class Imported:
 
     def _lead_back(self, name: str, split: Split, source: int) -> Renamed | None:
         for old in self.renamer.undone(name):
-            new = self.renamer.forward(old)
-            hit = new.hit
-            if hit is not None and hit.scoped is split.scoped and hit.source == source:
-                if new.key == split.targets[0]:
-                    return replace(new, key=old)
+            new = self.renamer.land(old)
+            if new is None or new.hit is None or new.key != split.targets[0]:
+                continue
+            if new.hit.scoped is split.scoped and new.hit.source == source:
+                return replace(new, key=old)
         return None
 
     def _land(self, rows: Rows, new: Renamed) -> Iterator[tuple[Rows, Renamed | None]]:
-        """Which keys the model has, with more or less of the base model's prefix where that makes them land.
-
-        A key that the model has, and whose new form it has not, keeps its name.
-        """
-        tensors, base = self.skeleton.tensors, self.base
-        plain = Renamed(rows.text)
-        ways: list[Renamed] = [new, plain]
-        head = any(key.startswith(f"{base}.") for key in tensors)
-        for way in (new, plain) if base else ():
-            if head:
-                ways.append(replace(way, key=f"{base}.{way.key}"))
-            elif way.key.startswith(f"{base}."):
-                ways.append(replace(way, key=way.key[len(base) + 1 :]))
+        """Which keys the model has."""
+        tensors = self.skeleton.tensors
+        ways = self.renamer.ways(rows.text, new)
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
             found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)
@@ -221,6 +242,14 @@ class Imported:
         for number, kept in places.items():
             part = rows if len(places) == 1 else rows.take(kept)
             yield part, (ways[number] if number >= 0 else None)
+
+
+_MOVED = ("inv_freq", "position_ids")
+"""Buffers that were saved, and stand elsewhere now."""
+
+
+def _ignores(model: SubModel, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in model.ignored for name in names)
 
 
 def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:

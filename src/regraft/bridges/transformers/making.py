@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import resources
+from functools import partial
 
+import numpy as np
+
+from regraft.bridges.transformers.facts import module_name
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
 from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
 from regraft.bridges.transformers.registry import check_version
+from regraft.bridges.transformers.renaming import Renamed
 from regraft.bridges.transformers.scopes import Scoped
 from regraft.bridges.transformers.symbolic import (
     Rows,
@@ -25,7 +27,7 @@ from regraft.bridges.transformers.symbolic import (
 from regraft.equation.lower import check_equation
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.errors import BadInputError
-from regraft.rules.book import Book, Carry, Parameters, Rule, Side, library
+from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Side, library
 from regraft.rules.kinds import KINDS
 
 LEFT, RIGHT = "transformers-v4", "transformers-v5"
@@ -75,31 +77,10 @@ def count_rules(imported: Imported) -> dict[str, int]:
     return counts
 
 
-@lru_cache(maxsize=1)
-def _renamed_on_loading() -> dict[str, list[tuple[re.Pattern[str], str]]]:
-    text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
-    return {
-        name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
-        for table in tomllib.loads(text)["renamed"]
-        for name in table["classes"]
-    }
-
-
 def module_names(origin: Origin, imported: Imported) -> Origin:
     """Old names as the modules of transformers 4 had them, which its adapters have."""
-    root = imported.skeleton.submodels[0]
-    patterns = next((p for n in root.classes if (p := _renamed_on_loading().get(n))), None)
-    if patterns is None:
-        return origin
-    old = tuple(_first_replaced(text, patterns) for text in origin.old)
-    return replace(origin, old=old)
-
-
-def _first_replaced(text: str, patterns: Sequence[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, new in patterns:
-        if pattern.search(text):
-            return pattern.sub(new, text)
-    return text
+    classes = imported.skeleton.submodels[0].classes
+    return replace(origin, old=tuple(module_name(classes, text) for text in origin.old))
 
 
 @dataclass(slots=True)
@@ -108,12 +89,10 @@ class _Maker:
     shapes: Mapping[str, tuple[int, ...]]
     told: dict[tuple[str, int], list[Told]] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
-    carried: dict[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
     shift: int = 0
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
-    left_modules: dict[str, str] = field(default_factory=dict)
-    stuck: list[tuple[str, str]] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
+    gaps: list[Gap] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -124,7 +103,10 @@ class _Maker:
         base, counts = self.imported.base, {-1: 0, 0: 0, 1: 0}
         for rows, new in self.imported.landings(keys):
             if new is None:
+                self._lay_aside(rows)
                 continue
+            if new.hit is None and set(columns_of(rows.text)) > set(columns_of(new.key)):
+                rows, new = self._first_of(rows, new)
             bare = new.key == rows.text
             shift = self._shift_of(new.key, rows.text, base)
             counts[shift] += len(rows.numbers)
@@ -132,6 +114,40 @@ class _Maker:
                 continue
             self._tell(rows, new.key, new.hit.source if new.hit is not None else 0)
         self.shift = max(counts, key=lambda s: (counts[s], s == 0))
+
+    def _lay_aside(self, rows: Rows) -> None:
+        """The line for keys of a file that the model has no place for, where it does not want them either."""
+        reasons: dict[tuple[str, bool], list[int]] = {}
+        for row, name in enumerate(rows.names()):
+            reason = self.imported.unwanted(name)
+            if reason is not None:
+                reasons.setdefault(reason, []).append(row)
+        for (why, computed), kept in reasons.items():
+            whole = len(kept) == len(rows.numbers)
+            keys = [holes(rows.text, _loop)] if whole else list(rows.take(kept).names())
+            if computed:
+                self.drops += (Drop(("left",), parse_key(key), why, self.name) for key in keys)
+                continue
+            for key in keys:
+                self._carry(key, "any", [], why)
+
+    def _first_of(self, rows: Rows, new: Renamed) -> tuple[Rows, Renamed]:
+        """The registry makes one tensor of many that are the same: the first is taken."""
+        order = np.lexsort(rows.numbers.T[::-1])
+        names = [rows.name(int(row)) for row in order]
+        why = f"it is the same as {names[0]}; the model has one for all"
+        self.drops += (Drop(("left",), parse_key(name), why, self.name) for name in names[1:])
+        first = rows.take(order[:1])
+        numbers = first.numbers[0].tolist()
+        text = put(rows.text, numbers)
+        return Rows(text, first.numbers, first.ids), replace(new, key=put(new.key, numbers))
+
+    def _stick(self, why: str, new: Iterable[str], old: Iterable[str] = ()) -> None:
+        """Note that there is no rule for keys of the model, nor for the old keys that they are made of."""
+        for text in new:
+            told = [t.old for n in range(8) for t in self.told.get((text, n), ())]
+            keys = [_stack(holes(name, _loop), "e") for name in (text, *old, *told)]
+            self.gaps += (Gap(parse_key(key), why) for key in dict.fromkeys(keys))
 
     def _shift_of(self, new: str, text: str, base: str) -> int:
         if not base:
@@ -169,14 +185,14 @@ class _Maker:
     def add(self, rows: Rows, origin: Origin, shift: int) -> None:
         """The rule or the carry-over for some keys of the model."""
         if origin.stuck is not None:
-            self.stuck.append((rows.name(0), origin.stuck))
+            self._stick(origin.stuck, [rows.text])
             return
         if origin.converter is not None and rows.text != origin.new[0]:
             if put(origin.new[0], rows.numbers[0].tolist()) not in self.imported.skeleton.tensors:
-                self.stuck.append((rows.name(0), f"{origin.new[0]} is not there"))
+                self._stick(f"{origin.new[0]} is not there", [rows.text], origin.old)
             return
         for part, spelled in self._spell(rows, origin, shift):
-            for alike in divide(part, lambda i, o=origin: self._sort(i, o)):
+            for alike in divide(part, partial(self._sort, origin)):
                 self._write(alike, origin, spelled, shift)
 
     def _spell(
@@ -214,7 +230,7 @@ class _Maker:
             return f"{base}.{text}"
         return text.removeprefix(f"{base}.") if shift < 0 else text
 
-    def _sort(self, number: int, origin: Origin) -> object:
+    def _sort(self, origin: Origin, number: int) -> object:
         """What must be the same of all keys of a rule."""
         skeleton = self.imported.skeleton
         key = self._keys[number]
@@ -238,7 +254,7 @@ class _Maker:
         actual = [put(text, numbers) for text in origin.new]
         absent = [key for key in actual if key not in skeleton.tensors]
         if absent:
-            self.stuck.append((rows.name(0), f"{absent[0]}, which is made with it, is not there"))
+            self._stick(f"{absent[0]}, which is made with it, is not there", [rows.text], old)
             return
         new = tuple(self._shifted(_fix(text, values), shift) for text in origin.new)
         old = tuple(_fix(text, values) for text in old)
@@ -249,7 +265,7 @@ class _Maker:
         if origin.converter is None:
             left_kind = _old_kind(kinds[0], old[0])
             if old == new and left_kind == kinds[0]:
-                self._carry(holes(new[0], _loop), kinds[0], len(shapes[0]), bounds)
+                self._carry(holes(new[0], _loop), kinds[0], bounds)
                 return
             dims = _DIMS.get(kinds[0], "...")
             text = f"{holes(old[0], _loop)} : {dims} == {holes(new[0], _loop)} : {dims}"
@@ -267,7 +283,7 @@ class _Maker:
                 turned,
             )
         except UnknownOperationError as error:
-            self.stuck.append((rows.name(0), f"{origin.converter.transform}: {error}"))
+            self._stick(f"{origin.converter.transform}: {error}", new, old)
             return
         index = write_dim(chain.index) if chain.index is not None else "e"
         left = "\n".join(
@@ -311,7 +327,7 @@ class _Maker:
         try:
             check_equation(equation)
         except BadInputError as error:
-            self.stuck.append((name, error.findings[0].message))
+            self._stick(error.findings[0].message, [name])
             return
         left = tuple(
             k if KINDS[k].fits(t) else "any" for k, t in zip(left, equation.left, strict=True)
@@ -319,16 +335,18 @@ class _Maker:
         right = tuple(
             k if KINDS[k].fits(t) else "any" for k, t in zip(right, equation.right, strict=True)
         )
-        self.rules.append(Rule(holes(name, _loop), equation, left, right, self.name, where))
+        self.rules.append(
+            Rule(holes(name, _loop), equation, left, right, self.imported.name, where)
+        )
 
-    def _carry(self, key: str, kind: str, dims: int, bounds: Sequence[str]) -> None:
+    def _carry(
+        self, key: str, kind: str, bounds: Sequence[str], why: str = "its name did not change"
+    ) -> None:
         text = f"{key} : ... == {key} : ..."
         if bounds:
             text += " where " + ", ".join(bounds)
         equation = parse_equation(text)
-        self.carries_made.append(
-            Carry(equation.left[0], equation, "its name did not change", kind, self.name)
-        )
+        self.carries_made.append(Carry(equation.left[0], equation, why, kind, self.name))
 
     carries_made: list[Carry] = field(default_factory=list)
 
@@ -344,7 +362,7 @@ class _Maker:
         for scoped in dict.fromkeys(used):
             by_entry.setdefault(scoped.transform.entry, []).append(f"#{scoped.transform.number}")
         told = "; ".join(f"{entry} {', '.join(numbers)}" for entry, numbers in by_entry.items())
-        return f"transformers {check_version()} registry: {told or 'unchanged'}"
+        return f"transformers {check_version()}: {told or 'unchanged'}"
 
     def book(self) -> Book:
         root = self.imported.skeleton.submodels[0]
@@ -367,16 +385,18 @@ class _Maker:
             types[:1] if reclaimed else (),
             self.name,
             f"transformers {check_version()}, conversion_mapping",
+            tuple(self.drops),
+            tuple(self.gaps),
         )
 
     def _parameters(self) -> Iterable[Parameters]:
         skeleton = self.imported.skeleton
         groups: dict[tuple[str, tuple[str, ...]], None] = {}
         for rows in rows_of(skeleton.parameters):
-            modules = list(rows.names())
-            for module in modules:
-                names = skeleton.parameters[module]
-                groups.setdefault((holes(rows.text, _loop), names), None)
+            if rows.text:
+                for module in rows.names():
+                    names = skeleton.parameters[module]
+                    groups.setdefault((holes(rows.text, _loop), names), None)
         kept: dict[str, str] = {
             str(carry.term.key): str(carry.term.key) for carry in self.carries_made
         }

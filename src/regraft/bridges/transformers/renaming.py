@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from regraft.bridges.transformers.facts import unwritten
 from regraft.bridges.transformers.scopes import Scoped, Scopes
 
 WILDCARD = "*"
@@ -50,8 +51,30 @@ class Renamer:
     """The transforms of one model."""
 
     scopes: Scopes
-    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The model's keys: a key that the model has, and whose new form it has not, keeps its name."""
+    tensors: Container[str] = ()
+    """The model's keys, and the same with stand-ins for indices."""
+    base: str = ""
+    """What a head model calls the base model in it."""
+    is_head: bool = False
+    """Whether this is one."""
+
+    def ways(self, key: str, new: Renamed) -> list[Renamed]:
+        """What a key may be in the model, best first: renamed, as it is, with more or less of the base's prefix.
+
+        A key that the model has, and whose new form it has not, keeps its name.
+        """
+        ways = [new, Renamed(key)]
+        for way in ways[:2] if self.base else ():
+            if self.is_head:
+                ways.append(replace(way, key=f"{self.base}.{way.key}"))
+            elif way.key.startswith(f"{self.base}."):
+                ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
+        return ways
+
+    def land(self, key: str) -> Renamed | None:
+        """The model's key for an old one; ``None`` where it has none."""
+        ways = self.ways(key, self.forward(key))
+        return next((way for way in ways if way.key in self.tensors), None)
 
     def forward(self, key: str, guards: frozenset[Scoped] | None = None) -> Renamed:
         """An old key's new form. ``guards`` are the guarded renamings that act; all where it is not given."""
@@ -60,12 +83,12 @@ class Renamer:
         for scoped in (*self.scopes.renamings, *self.scopes.legacy):
             if guards is not None and scoped.transform.guarded and scoped not in guards:
                 continue
-            done = scoped.rename(new, scoped.transform.forward)
+            done = scoped.rename(new)
             if done is not None and done[0] != new:
                 new = done[0]
                 fired.append(scoped)
         for scoped in self.scopes.converters:
-            done = scoped.rename(new, scoped.transform.forward)
+            done = scoped.rename(new)
             if done is not None:
                 return Renamed(done[0], Hit(scoped, done[1]), (*fired, scoped))
         return Renamed(new, None, tuple(fired))
@@ -79,7 +102,7 @@ class Renamer:
         for key in keys:
             new = key
             for scoped in self.scopes.renamings:
-                done = scoped.rename(new, scoped.transform.forward)
+                done = scoped.rename(new)
                 if done is None:
                     continue
                 if scoped.transform.guarded and done[1] == 0:
@@ -90,7 +113,7 @@ class Renamer:
     def split(self, key: str) -> Split | None:
         """The converter that makes a key of the model; ``None`` where none does."""
         for scoped in self.scopes.converters:
-            parts = scoped.strip(key)
+            parts = scoped.below(key)
             if parts is None:
                 continue
             step = scoped.transform.backward
@@ -111,17 +134,16 @@ class Renamer:
             return Split(scoped, target, targets, tuple(sources))
         return None
 
-    def backward(self, key: str, wanted: str | None = None) -> str | None:
-        """The old spelling of a key: all renamings undone in reverse order.
+    def backward(self, key: str) -> Renamed | None:
+        """An old spelling of a key: all renamings undone in reverse order.
 
-        Where that does not lead back, some of them are left out; ``None`` where nothing leads back. ``wanted`` is
-        what the old key must become, the key itself where it is not given.
+        Where that does not lead back, some of them are left out; ``None`` where nothing leads back.
         """
-        wanted = key if wanted is None else wanted
-        for old in self.undone(key):
-            if self.forward(old).key == wanted:
-                return old
-        return key if wanted in self.tensors and self.forward(key).key == key else None
+        for old in (*self.undone(key), key):
+            new = self.land(old)
+            if new is not None and new.key == key and new.hit is None:
+                return replace(new, key=old)
+        return None
 
     def undone(self, key: str) -> Iterator[str]:
         """Old spellings that may lead to a key, the one with everything undone first."""
@@ -129,20 +151,31 @@ class Renamer:
 
     def _undone(self, key: str, left: Sequence[Scoped]) -> Iterator[str]:
         for place, scoped in enumerate(left):
-            done = scoped.rename(key, scoped.transform.backward)
-            if done is not None and done[0] != key:
-                ways = (done[0], key) if not _doubles(scoped, key, done[0]) else (key, done[0])
-                for way in ways:
+            old = scoped.undo(key)
+            if old is not None and old != key:
+                kept = self._was_never_written(scoped, key, old)
+                for way in (key, old) if kept else (old, key):
                     yield from self._undone(way, left[place + 1 :])
                 return
         yield key
 
+    def _was_never_written(self, scoped: Scoped, key: str, old: str) -> bool:
+        """Whether transformers 4 itself never wrote what a renaming reads.
 
-def _doubles(scoped: Scoped, key: str, old: str) -> bool:
-    """Whether a prefix would stand twice: a model that calls a part ``text_model`` had no such prefix in it."""
-    name = scoped.path.rpartition(".")[2]
-    return (
-        scoped.transform.adds_prefix
-        and bool(name)
-        and old.count(f"{name}.") > key.count(f"{name}.")
-    )
+        That is so of the names of tensors in older releases still, and of a model inside a bigger one of its own
+        family, where no prefix stood twice. What no rule tells is a fact in ``v4_files.toml``.
+        """
+        step = scoped.transform.forward
+        if unwritten(scoped.transform.entry, step.sources[0], key):
+            return True
+        if any(
+            (step.sources, step.targets)
+            == (s.transform.forward.sources, s.transform.forward.targets)
+            for s in self.scopes.legacy
+        ):
+            return True
+        name = scoped.path.rpartition(".")[2]
+        if not scoped.transform.adds_prefix or not name or scoped.parent is None:
+            return False
+        family, own = scoped.parent.model_type or "", scoped.model.model_type or ""
+        return own.startswith(family) and old.count(f"{name}.") > key.count(f"{name}.")

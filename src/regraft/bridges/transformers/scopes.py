@@ -32,6 +32,8 @@ class Scoped:
     base: str
     """The root's ``base_model_prefix``: a key may have one more or one less of it."""
     model: SubModel
+    parent: SubModel | None = None
+    """The model around it."""
 
     def strip(self, key: str) -> tuple[str, str] | None:
         """The prefix that belongs to the scope, and the rest of the key; ``None`` for a key of another scope."""
@@ -45,18 +47,30 @@ class Scoped:
                 return prefix, key[len(prefix) :]
         return None
 
-    def rename(self, key: str, step: Step, target: int | None = None) -> tuple[str, int] | None:
-        """The new key, and which source matched; ``None`` where nothing does."""
-        parts = self.strip(key)
-        if parts is None:
-            return None
-        prefix, rest = parts
-        found = step.match(rest)
-        if found is None:
-            return None
-        match, source = found
-        written = source if step.paired else 0 if target is None else target
-        return prefix + step.write(rest, match, source, written), source
+    def below(self, key: str) -> tuple[str, str] | None:
+        """The same for a key of the model, which is below the path or is not."""
+        if not self.path:
+            return "", key
+        prefix = f"{self.path}."
+        return (prefix, key[len(prefix) :]) if key.startswith(prefix) else None
+
+    def rename(self, key: str) -> tuple[str, int] | None:
+        """An old key's new form, and which source matched; ``None`` where nothing does."""
+        return _rename(self.strip(key), self.transform.forward)
+
+    def undo(self, key: str) -> str | None:
+        """The old form of a key; ``None`` where it is not one that the transform makes."""
+        done = _rename(self.below(key), self.transform.backward)
+        return done[0] if done is not None else None
+
+
+def _rename(parts: tuple[str, str] | None, step: Step) -> tuple[str, int] | None:
+    found = step.match(parts[1]) if parts is not None else None
+    if parts is None or found is None:
+        return None
+    match, source = found
+    target = source if step.paired else 0
+    return parts[0] + step.write(parts[1], match, source, target), source
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +114,8 @@ def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -
         if entry is None:
             continue
         transforms = look_up(entry) or ()
-        scoped += (Scoped(t, model.path, root.base_model_prefix, model) for t in transforms)
+        around = _around(model, skeleton.submodels)
+        scoped += (Scoped(t, model.path, root.base_model_prefix, model, around) for t in transforms)
         by_type = entry == model.model_type
         for name in model.classes[:1]:
             claimed[name].append(model.path)
@@ -115,6 +130,14 @@ def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -
         legacy,
         tuple(applied),
     )
+
+
+def _around(model: SubModel, models: Sequence[SubModel]) -> SubModel | None:
+    """The innermost of the models that a model is in."""
+    if not model.path:
+        return None
+    outer = [m for m in models if not m.path or model.path.startswith(m.path + ".")]
+    return max(outer, key=lambda m: len(m.path))
 
 
 def _entry(model: SubModel, claimed: dict[str, list[str]]) -> tuple[str | None, str]:

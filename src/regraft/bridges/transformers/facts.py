@@ -1,0 +1,52 @@
+"""What transformers 4 wrote, where no registry and no rule tells it: ``v4_files.toml``."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+
+def module_name(classes: Sequence[str], old: str) -> str:
+    """A file's old key as the modules had it, for a model by its class and that class's bases."""
+    patterns = next((p for n in classes if (p := _renamed().get(n))), ())
+    for pattern, new in patterns:
+        if pattern.search(old):
+            return pattern.sub(new, old)
+    return old
+
+
+def unwritten(entry: str, source: str, key: str) -> bool:
+    """Whether transformers 4 never wrote the name that an entry's renaming reads, for a key of the model."""
+    return any(
+        source == pattern and key.startswith(below)
+        for pattern, below in _unwritten().get(entry, ())
+    )
+
+
+@lru_cache(maxsize=1)
+def _facts() -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+@lru_cache(maxsize=1)
+def _renamed() -> dict[str, list[tuple[re.Pattern[str], str]]]:
+    return {
+        name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
+        for table in _facts()["renamed"]
+        for name in table["classes"]
+    }
+
+
+@lru_cache(maxsize=1)
+def _unwritten() -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for table in _facts()["unwritten"]:
+        for entry in table["entries"]:
+            pairs = found.setdefault(entry, [])
+            pairs += [(pattern, table.get("below", "")) for pattern in table["patterns"]]
+    return found

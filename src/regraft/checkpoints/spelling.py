@@ -1,0 +1,78 @@
+"""What a result's metadata notes for the way back: how its source spelled names, and what the config said.
+
+Old names may have more than one spelling in a release's registry, and a config more than one form. A result has one
+name of each kind that its source had, and what changed; the way back writes these, and takes the note away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.record import Record
+from regraft.adapters.remembered import (
+    KEY,
+    KeptTable,
+    Origin,
+    read_remembered,
+    write_remembered,
+)
+from regraft.names.keys import MARK, Group, fill
+
+
+def read_spelling(metadata: Iterable[Mapping[str, str]], layout: str | None) -> list[str]:
+    """The names that a layout's tensors had before, by the metadata of a checkpoint's files."""
+    for entry in metadata:
+        found = read_remembered(entry)
+        if found.names and found.source.layout == layout:
+            return found.names
+    return []
+
+
+def read_config(
+    metadata: Iterable[Mapping[str, str]], layout: str, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The config as it was in a layout; ``None`` where no note tells it, or it was changed since."""
+    for entry in metadata:
+        found = read_remembered(entry)
+        if found.config and found.source.layout == layout:
+            return found.config_before(config)
+    return None
+
+
+def write_note(
+    groups: Sequence[Group],
+    source: str,
+    target: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> str | None:
+    """The note for a result: one name of each kind that its source had, and what changed in the config.
+
+    ``None`` where there is nothing to note.
+    """
+    names = sorted(name for group in groups for name in _one_of_each(group))
+    if not names and before == after:
+        return None
+    return write_remembered(target, Origin(source), before, after, Record(), KeptTable(), names)
+
+
+def with_note(metadata: Mapping[str, str], note: str | None) -> dict[str, str]:
+    """A file's metadata with this note, and without any other."""
+    rest = {key: value for key, value in metadata.items() if key != KEY}
+    return rest if note is None else {**rest, KEY: note}
+
+
+def _one_of_each(group: Group) -> Iterable[str]:
+    """Names that differ in more than whole segments that are numbers."""
+    segments = group.template.split(".")
+    inner = [
+        number
+        for number, segment in enumerate(s for s in segments for _ in range(s.count(MARK)))
+        if segment != MARK
+    ]
+    _, rows = np.unique(group.numbers[:, inner], axis=0, return_index=True)
+    for row in rows.tolist():
+        yield fill(group.template, group.numbers[row].tolist())
