@@ -177,7 +177,9 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     apart = {*target.live.own, *target.live.adapters}
     report.missing = [key for key in report.kept if key in weights and key not in apart]
     _warn(report.missing, "weights of the model are not in the state dict and keep their values")
-    _warn(loud, "tensors of the state dict are left out, for the model was made without such a part")
+    _warn(
+        loud, "tensors of the state dict are left out, for the model was made without such a part"
+    )
     result.report = report
     return result
 
