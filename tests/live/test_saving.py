@@ -77,7 +77,10 @@ MODELS = {
         lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGES)),
         48,
         {"vision_model"},
-        ["vision_model.head.attention.in_proj_weight", "vision_model.encoder.layers.0.mlp.fc1.bias"],
+        [
+            "vision_model.head.attention.in_proj_weight",
+            "vision_model.encoder.layers.0.mlp.fc1.bias",
+        ],
     ),
     "llava": (
         llava,
