@@ -155,8 +155,9 @@ class ConfigWriter:
         source: Mapping[str, Any],
         result: Result,
         model: ModelConfig | None,
+        there: Side,
     ) -> None:
-        self.source, self.result, self.model = source, result, model
+        self.source, self.result, self.model, self.there = source, result, model, there
 
     def write(self, packing: str) -> dict[str, Any]:
         """The new config; every target's rank and scale resolve to what its factors need."""
@@ -197,7 +198,7 @@ class ConfigWriter:
         covered: set[str] = set()
         for entry in entries:
             now = {m for m in modules if targets_module([entry], m)}
-            if now:
+            if now and not self.there.names_others("." + entry, now):
                 result.append(entry)
                 covered |= now
         return result + self.shorten([m for m in modules if m not in covered])
@@ -220,6 +221,7 @@ class ConfigWriter:
                 and len(heads) == 1
                 and all(len(n) == 1 for n in numbers)
                 and sorted(int(n[0]) for n in numbers) == list(range(layers))
+                and not self.there.names_others("." + tail, same)
             )
             result.extend([tail] if every else sorted(same, key=in_order))
         return result
