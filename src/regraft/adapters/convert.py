@@ -42,7 +42,14 @@ from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.unbound import check_unbound
 from regraft.adapters.variants import claimed_names, reclaimed_names
-from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
+from regraft.adapters.writing import (
+    ConfigWriter,
+    Result,
+    Written,
+    check_config,
+    plain_entries,
+    write_factors,
+)
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
@@ -599,7 +606,10 @@ class _Conversion:
         there = self.there()
         renamed = rename_saved(self.config, others, there)
         self.tokens = rename_tokens(self.config, others)
-        made, others, kept = keep_uncalled(made, others, self.known, self.to.name, base, where)
+        everywhere = plain_entries(self.config)
+        made, others, kept = keep_uncalled(
+            made, others, self.known, self.to.name, base, where, everywhere
+        )
         entries = renamed or self.config.get("modules_to_save") or []
         others = fill_saved(others, entries, self.known, self.to.name, base, kept, where)
         if kept.entries:

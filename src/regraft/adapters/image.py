@@ -202,7 +202,9 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
         if all((ids < 0).all() for ids in entry.sources):
             continue
         if kind == "any" and entry.moves_nothing:
-            yield Images(keys, "linear", [_as_it_is(i, factors) for i in entry.sources[0].flat])
+            yield Images(
+                keys, "linear", [_as_it_is(int(i), factors) for i in entry.sources[0].flat]
+            )
             continue
         blocks = blocks_of(entry, number)
         shape = entry.flat_shape(term)

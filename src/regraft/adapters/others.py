@@ -75,9 +75,9 @@ def move_others(
             for o in inside
             for name, i in _rows(o)
         ]
-    _refuse_changed(inside, side, source)
     tokens = [o for o in inside if o.keys.template.endswith(_TOKENS)]
     rest = [o for o in inside if o not in tokens]
+    _refuse_changed(rest, side, source)
     if tokens:
         moved += _move_tokens(tokens, tensors, source, known, target)
     return moved + (_apply(rest, tensors, source, known, target) if rest else [])

@@ -24,14 +24,14 @@ from regraft.equation.notation import ConfigPath, Hole, Segments, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.layouts import PACKINGS
-from regraft.names.keys import MARK, Group, group_names
+from regraft.names.keys import MARK, Group
 from regraft.plan.model import Scope
 from regraft.plan.plan import Headers
 from regraft.rules.book import Book, Rule
 from regraft.rules.kinds import KINDS
 from regraft.rules.templates import match_group
 
-_NUMBER = re.compile(r"(?<![0-9])[0-9]+(?![0-9])")
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
@@ -78,7 +78,7 @@ class Side:
 
         Only keys that books give from the model's root are known.
         """
-        mine = {group.template for group in group_names(list(modules))}
+        mine = {_NUMBER.sub(MARK, module) for module in modules}
         for key in self._whole_keys():
             segments = key.split(".")
             paths = [".".join(segments[:end]) for end in range(1, len(segments))]
@@ -97,7 +97,7 @@ class Side:
             for term in terms:
                 parts = () if term.key is None else term.key.parts
                 if parts and not any(isinstance(part, Segments) for part in parts):
-                    text = "".join(MARK if isinstance(part, Hole) else part for part in parts)
+                    text = "".join(MARK if isinstance(part, Hole) else str(part) for part in parts)
                     yield _NUMBER.sub(MARK, text)
 
     def parameters(self, modules: Group) -> tuple[str, ...] | None:

@@ -189,10 +189,7 @@ class ConfigWriter:
     def target_modules(self, modules: Sequence[str]) -> list[str]:
         """An explicit list; the source's own entries where they still name the same and nothing else."""
         entries = self.source.get("target_modules")
-        filtered = self.source.get("layers_to_transform") is not None or bool(
-            self.source.get("exclude_modules")
-        )
-        if not isinstance(entries, list) or filtered:
+        if not isinstance(entries, list) or is_filtered(self.source):
             return self.shorten(modules)
         result: list[str] = []
         covered: set[str] = set()
@@ -276,6 +273,17 @@ class ConfigWriter:
             if pair[1] != common[1]:
                 alphas[pattern] = pair[1]
         return common[0], common[1], ranks, alphas
+
+
+def is_filtered(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter has fewer modules than its ``target_modules`` name."""
+    return config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
+
+
+def plain_entries(config: Mapping[str, Any]) -> list[str]:
+    """Entries of ``target_modules`` that name no module but those that the adapter has."""
+    entries = config.get("target_modules")
+    return [] if not isinstance(entries, list) or is_filtered(config) else entries
 
 
 def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[str]:
