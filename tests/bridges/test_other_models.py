@@ -1,4 +1,4 @@
-"""Adapters of models that only the registry of transformers knows: what follows a new name, and what names grow wider."""
+"""Adapters of models that only the registry knows: what follows a new name, and what names grow wider."""
 
 import json
 
@@ -174,7 +174,7 @@ def test_trained_rows_follow_their_embedding_with_their_entry(siglip, tmp_path):
     folder = write(tmp_path / "lora", tensors, trainable_token_indices=rows, **fields)
     made, config = there_and_back(siglip, folder)
     ends = [n for n in made if n.endswith("trainable_tokens_delta")]
-    modules = {name: module for name, module in siglip.named_modules()}
+    modules = dict(siglip.named_modules())
     assert all(n.removesuffix(".token_adapter.trainable_tokens_delta") in modules for n in ends)
     loaded = regraft.load_adapter(_copy(siglip), folder)
     before = siglip.get_submodule(text).weight
