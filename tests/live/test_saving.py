@@ -7,10 +7,15 @@ from holders import compiled, fsdp2, mixtral, vit
 
 import regraft
 
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 IMAGES = dict(SIZES, image_size=8, patch_size=4)
 TEXTS = dict(SIZES, vocab_size=32, max_position_embeddings=16)
-TEXTS |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+TEXTS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def llava():

@@ -5,8 +5,8 @@ _THINKER = (
     "(`thinker.model.thinker.…`), and cannot read that; regraft writes and reads `thinker.…`"
 )
 _ERNIE = (
-    "with the config's default its experts for text and for vision have different sizes, one list of experts in the old "
-    "layout; regraft has no equation for that and refuses, with this reason"
+    "with the config's default its experts for text and for vision have different sizes, one list of experts in the "
+    "old layout; regraft has no equation for that and refuses, with this reason"
 )
 _EXPLAINED = {
     "Dots3NoteForConditionalGeneration": (

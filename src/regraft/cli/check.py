@@ -61,7 +61,7 @@ def check(
     def job() -> int:
         from regraft.why.check import check
 
-        with out.waiting():
+        with out.waiting("checking"):
             result = check(src, model=model, to=to)
         if json:
             out.data(result.to_dict())
