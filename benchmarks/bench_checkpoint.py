@@ -201,7 +201,7 @@ def scale(work, options, record):
     rows = []
     for _ in range(options.rounds):
         command = [sys.executable, "-c", _PLAN, str(work / "huge")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append([float(word) for word in done.stdout.split()])
     seconds, memory, count, size = (statistics.median(column) for column in zip(*rows, strict=True))
     print(

@@ -108,6 +108,7 @@ def make_huge(folder):
     folder.mkdir(parents=True)
     config = {**GRANITE, "model_type": "qwen3_moe", "hidden_size": 4096, "num_experts": 272}
     config |= {"moe_intermediate_size": 1216, "num_hidden_layers": 122}
+    config["num_key_value_heads"] = config["num_attention_heads"]
     del config["num_local_experts"]
     (folder / "config.json").write_text(json.dumps(config))
     names = [("model.embed_tokens.weight", (32000, 4096)), ("model.norm.weight", (4096,))]

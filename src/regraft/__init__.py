@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
+    from regraft.rules.book import load_book, only_books
+    from regraft.why.diff import diff
+    from regraft.why.explain import explain
 
 __version__ = "0.1.0.dev0"
 
@@ -35,11 +38,15 @@ __all__ = [
     "UnmatchedKeysError",
     "convert",
     "convert_state_dict",
+    "diff",
+    "explain",
     "inspect",
     "install",
     "installed",
     "load_adapter",
+    "load_book",
     "mapping",
+    "only_books",
     "uninstall",
 ]
 
@@ -54,6 +61,10 @@ _LAZY = {
     "Report": "regraft.report",
     "convert_state_dict": "regraft.live.state_dict",
     "mapping": "regraft.live.mapping",
+    "diff": "regraft.why.diff",
+    "explain": "regraft.why.explain",
+    "load_book": "regraft.rules.book",
+    "only_books": "regraft.rules.book",
 }
 
 

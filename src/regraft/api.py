@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.inspect import Inspection
 from regraft.adapters.inspect import inspect as inspect_adapters
 from regraft.adapters.ranks import Options
+from regraft.adapters.saving import save_adapter
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -33,11 +33,11 @@ from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
-from regraft.files.safetensors import write_tensors
 from regraft.files.stamp import Stamp
-from regraft.layouts import parse_layout
+from regraft.layouts import LAYOUTS, Layout, parse_layout
 from regraft.plan.model import ModelConfig
 from regraft.report import Report
+from regraft.rules.book import own_layouts
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -58,7 +58,10 @@ def convert(
     resume: bool = False,
     in_place: bool = False,
     via: str | None = None,
+    compact: bool = False,
+    uniform_rank: bool = False,
     verify: bool = False,
+    merge: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -70,7 +73,8 @@ def convert(
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
         dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
             name that ends in ``.safetensors`` is the file to write.
-        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``.
+        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``; for checkpoints also one that
+            a rule book of your own leads to (``with regraft.only_books(...)``).
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
         source: the layout of ``src``; found out, with evidence, where it is not given.
@@ -86,8 +90,13 @@ def convert(
         via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
             exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
             a relative error. Families that multiply their base weight take its weights as ``model``.
+        compact: adapters only: leave out components of a LoRA that add nothing, to rounding (its rank becomes
+            the numerical one).
+        uniform_rank: adapters only: give all targets one rank, with zeros, so that no ``rank_pattern`` is needed.
         verify: adapters only: compare what every target adds before and after, in float64, before anything is
             written. The report has the largest relative error.
+        merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
+            weights, instead of an adapter.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -101,10 +110,10 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    Options(via)
+    asked = Options(via, compact, uniform_rank)
     src_path, dst_path = Path(src), Path(dst)
-    layout = parse_layout(to)
-    source_layout = parse_layout(source) if source is not None else None
+    layout = parse_layout(to, own_layouts())
+    source_layout = parse_layout(source, own_layouts()) if source is not None else None
     if is_checkpoint(src_path):
         told = Path(model) if model is not None else None
         options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
@@ -144,11 +153,20 @@ def convert(
         resume=resume,
         in_place=in_place,
     )
+    if layout.name not in LAYOUTS:
+        message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
+        raise BadInputError(
+            Finding("unknown-layout", message, fix="convert its base, a checkpoint")
+        )
     found = find_adapters(src_path)
     _check_kind(dst_path)
+    foreign = InstalledTransformers()
+    if merge:
+        return _merge(
+            found, src_path, dst_path, layout, source_layout, model, overwrite, progress, foreign
+        )
     check_destination(src_path, dst_path, overwrite)
     config = load_model(Path(model)) if model is not None else None
-    foreign = InstalledTransformers()
     report = Report(str(src_path), str(dst_path), written=not dry_run)
     report.files = [str(path) for path in found.others]
     converted: list[tuple[Source, Converted]] = []
@@ -161,7 +179,7 @@ def convert(
         stamps += _stamp(folder, found.weights)
         try:
             opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, Options(via), foreign)
+            result = convert_adapter(opened, layout, config, source_layout, asked, foreign)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
@@ -199,6 +217,39 @@ def inspect(
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
     return inspect_adapters(src, model=model, foreign=InstalledTransformers())
+
+
+def _merge(
+    found: Found,
+    src: Path,
+    dst: Path,
+    layout: Layout,
+    source_layout: Layout | None,
+    model: str | os.PathLike[str] | None,
+    overwrite: bool,
+    progress: Progress | None,
+    foreign: InstalledTransformers,
+) -> Report:
+    from regraft.merge import merge_adapter
+
+    if model is None or len(found.folders) != 1:
+        raise BadInputError(
+            Finding(
+                "option",
+                "merging takes one adapter, and its base with weights",
+                where=str(src),
+                fix="give the base's folder as --model, and one adapter's folder as SRC",
+            )
+        )
+    check_destination(src, dst, overwrite)
+    check_destination(Path(model), dst, overwrite)
+    opened = open_adapter(found.folders[0], found.root, found.weights)
+    adapter, checkpoint = merge_adapter(
+        opened, dst, layout, Path(model), source_layout, overwrite, progress, foreign
+    )
+    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
+    report.files = list(checkpoint.others)
+    return report
 
 
 def _certify(
@@ -284,19 +335,7 @@ def _write(
             size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
     with staged_folder(dst, overwrite, size) as staged:
         for source, result in converted:
-            folder = staged / source.name
-            folder.mkdir(parents=True, exist_ok=True)
-            if result.report.copied and source.weights is not None:
-                copy_file(source.weights, folder / source.weights.name)
-                copy_file(Path(source.where) / CONFIG, folder / CONFIG)
-                if source.aside:
-                    copy_file(Path(source.where) / ASIDE, folder / ASIDE)
-                continue
-            write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
-            if result.aside:
-                write_tensors(folder / ASIDE, result.aside, {"format": "pt"})
-            text = json.dumps(result.config, indent=2, sort_keys=True) + "\n"
-            (folder / CONFIG).write_text(text, encoding="utf-8")
+            save_adapter(staged / source.name, source, result)
         for path in found.others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(found.root / path, staged / path)

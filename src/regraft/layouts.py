@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from regraft.errors import BadInputError, Finding
@@ -54,21 +55,25 @@ def other_layout(name: str) -> str:
     return next(other for other in LAYOUTS if other != name)
 
 
-def parse_layout(text: str) -> Layout:
+def parse_layout(text: str, more: Iterable[str] = ()) -> Layout:
     """A layout from its name, with the packing after a slash where it matters.
+
+    ``more`` are layouts that rule books of the user's own lead to.
 
     >>> parse_layout("transformers-v5"), parse_layout("transformers-v4/peft-0.19").packing
     (Layout(name='transformers-v5', packing=None), 'peft-0.19')
 
     Raises ``BadInputError`` for an unknown name; it lists the known ones.
     """
+    known = (*LAYOUTS, *(name for name in more if name not in LAYOUTS))
+    if text in known:
+        return Layout(text)
     name, _, packing = text.partition("/")
     if name not in LAYOUTS or (packing and packing not in PACKINGS):
-        known = ", ".join(LAYOUTS)
         raise BadInputError(
             Finding(
                 "unknown-layout",
-                f"there is no layout {text!r}; known: {known}, each also with /{' or /'.join(PACKINGS)}",
+                f"there is no layout {text!r}; known: {', '.join(known)}, each also with /{' or /'.join(PACKINGS)}",
             )
         )
     return Layout(name, packing or None)

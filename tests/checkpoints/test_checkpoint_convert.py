@@ -177,6 +177,13 @@ def test_dtypes_are_kept_and_cast_by_name(tmp_path):
     assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_pattern_that_fits_nothing(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    with pytest.raises(BadInputError, match=r"fits \*\.w1\.weight"):
+        convert(src, tmp_path / "out", dtype=["float16", "*.w1.weight=float32"])
+    assert beside(src) == ["src"]
+
+
 def test_two_types_in_one_target_are_refused(tmp_path):
     tensors = mixtral()
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"

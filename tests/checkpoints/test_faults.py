@@ -142,6 +142,23 @@ def test_a_second_run_names_the_first(src, tmp_path):
     regraft.convert(src, tmp_path / "out", to=V5)
 
 
+def test_a_run_that_was_overtaken_does_not_begin(src, wanted, tmp_path, monkeypatch):
+    """Another run came to its end between the first look at the destination and the lock."""
+    out = tmp_path / "out"
+    check = convert_module.check_destination
+
+    def overtaken(*args, **options):
+        check(*args, **options)
+        monkeypatch.setattr(convert_module, "check_destination", check)
+        regraft.convert(src, out, to=V5)
+
+    monkeypatch.setattr(convert_module, "check_destination", overtaken)
+    with pytest.raises(BadInputError, match="came into being"):
+        regraft.convert(src, out, to=V5)
+    assert snapshot(out) == wanted
+    assert beside(out) == ["out", "src", "wanted"]
+
+
 def test_a_source_that_is_cut_while_it_is_read(src, tmp_path, monkeypatch):
     do = engine._Worker.do
     file = src / "model-00002-of-00003.safetensors"

@@ -86,6 +86,13 @@ def test_links(tmp_path):
         open_checkpoint(src)
 
 
+def test_a_link_to_nothing(tmp_path):
+    src = folder(tmp_path)
+    (src / "tokenizer.json").symlink_to("nowhere.json")
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: it is a link to .*nowhere"):
+        open_checkpoint(src)
+
+
 def test_the_links_of_a_download_cache(tmp_path):
     snapshots = tmp_path / "models--a--b" / "snapshots" / "1234"
     src = write_folder(snapshots, mixtral())

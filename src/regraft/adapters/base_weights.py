@@ -51,9 +51,29 @@ class BaseWeights:
         weights = model.weights if model is not None else None
         if model is not None and weights is None:
             weights = Checkpoint.find(Path(model.path).parent)
-        return BaseWeights(known, layout, weights)
+        if weights is None or known.foreign is None or model is None:
+            return BaseWeights(known, layout, weights)
+        # An adapter has the names of modules, and a book made for it has them; the base's files may have others.
+        names = weights.names()
+        shapes = {name: weights.read(name).shape for name in names}
+        asked = known.foreign.book(model, names, shapes, model.architectures(), adapter=False)
+        if asked is None:
+            return BaseWeights(known, layout, weights)
+        of_files = replace(known, books=(asked[0],), foreign=None)
+        return BaseWeights(known, layout, BaseWeights(of_files, asked[0].right, weights))
 
-    def read(self, name: str) -> Array | None:
+    def names(self) -> list[str]:
+        """The names of all tensors in the layout."""
+        if self.weights is None:
+            return []
+        if self._places is None:
+            self._plan(self.weights)
+        return list(self._places or ()) if self._moved is not None else self.weights.names()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    def find(self, name: str) -> Array | None:
         """A tensor by its name in the layout; ``None`` where the checkpoint has it not."""
         if self.weights is None:
             return None
@@ -67,9 +87,16 @@ class BaseWeights:
                 return self.weights.read(spelled)
         return None
 
+    def read(self, name: str) -> Array:
+        """A tensor that is there."""
+        found = self.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
     def matrix(self, name: str, kind: str) -> npt.NDArray[np.float64] | None:
         """A weight as (out, in), or (experts, out, in), in float64."""
-        tensor = self.read(name)
+        tensor = self.find(name)
         if tensor is None:
             return None
         return as_matrix(tensor, kind)

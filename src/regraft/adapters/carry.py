@@ -12,10 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Factors, Images, Lora
-from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, Family, NoImageError, Part
+from regraft.adapters.families.base import (
+    BASE,
+    DENSE,
+    FAMILY,
+    LORA,
+    NONE,
+    Family,
+    NoImageError,
+    Part,
+)
 from regraft.adapters.families.lora_variants import LoraVariant
 from regraft.adapters.follow import Followed, as_loras, follow
 from regraft.adapters.kept import modules_of
@@ -32,6 +43,7 @@ from regraft.plan.plan import Plan
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"
+STAY = "keep it with the layout that it was trained in; PEFT cannot merge it either"
 DENSELY = "ask for deltas of full rank (--via dense), or merge the adapter into its base"
 GIVE_BASE = "give the base's folder with its weights as --model"
 
@@ -72,7 +84,7 @@ class Carrier:
         target: str,
         where: str,
     ) -> None:
-        shared = {name: tensors[name] for name in family.shared if name in tensors}
+        shared = {name: tensor for name, tensor in tensors.items() if family.shares(name)}
         self.family = family(config, shared)
         self.config, self.tensors, self.scan = config, list(tensors.values()), scan
         self.known, self.where = known, where
@@ -84,18 +96,33 @@ class Carrier:
         side = Side(self.known.books, self.layout, self.known.scopes)
         reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
         tuned = reader.read()
-        if not tuned.unknown or self.base.weights is None:
-            return tuned
-        shapes = self.base.shapes()
-        return ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes).read()
+        if tuned.unknown and self.base.weights is not None:
+            shapes = self.base.shapes()
+            reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes)
+            tuned = reader.read()
+        self.family.survey(
+            {
+                tuned.headers.name(number).removesuffix(".weight"): part
+                for number, part in enumerate(tuned.parts)
+            }
+        )
+        return tuned
 
     def carry(self, plan: Plan | None, tuned: TunedModules, via: str | None) -> Carried:
-        """The best rung that is exact, or the one that was asked for.
+        """The best rung that is exact, full rank where there is none and it is allowed, or what was asked for.
 
         Raises ``RefusedError`` with everything that has no image there.
         """
-        if via is not None:
+        if via is not None and via.startswith("svd:"):
             return self._densely(plan, tuned)
+        try:
+            return self._exactly(plan, tuned)
+        except RefusedError:
+            if via is None:
+                raise
+            return self._densely(plan, tuned)
+
+    def _exactly(self, plan: Plan | None, tuned: TunedModules) -> Carried:
         followed = self._follow(plan, tuned)
         if not followed.failed:
             if plan is None or all(entry.moves_nothing for entry in plan.entries):
@@ -153,10 +180,11 @@ class Carrier:
 
     def _check_biases(self, tuned: TunedModules) -> None:
         findings = []
-        for number in range(len(tuned.parts)):
+        for number, part in enumerate(tuned.parts):
             name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            bias = self.base.read(name)
-            if bias is not None and bias.any():
+            found = self.base.find(name)
+            bias = np.zeros(part.out) if found is None else found.astype(np.float64)
+            if (self.family.bias(part, bias) != bias).any():
                 findings.append(
                     Finding(
                         "no-image",
@@ -168,6 +196,26 @@ class Carrier:
                 )
         if findings:
             raise RefusedError(findings)
+
+    def confirm(self, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+        """Check that PEFT reads from a new config what the parts say.
+
+        Raises ``RefusedError``.
+        """
+        try:
+            self.family.confirm(
+                config, {key.removesuffix(".weight"): part for key, part in parts.items()}
+            )
+        except NoImageError as error:
+            raise RefusedError(
+                Finding(
+                    "no-image",
+                    f"{self.family.title} has no exact image here: {error.why}",
+                    where=self.where,
+                    key=next(iter(parts)),
+                    fix=self._way_out(dense=False),
+                )
+            ) from None
 
     def _refusal(
         self,
@@ -210,8 +258,8 @@ class Carrier:
 
     def _way_out(self, dense: bool) -> str:
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
-        if dense or all(cell.rung not in (DENSE, LORA, BASE) for cell in cells):
-            return MERGE
+        if dense or all({cell.rung, cell.better} <= {NONE, FAMILY, None} for cell in cells):
+            return MERGE if self.family.merges else STAY
         with_base = (
             ""
             if self.family.adds or self.base.weights is not None
@@ -277,7 +325,7 @@ def write_family_config(
         values = {path: part.settings[name] for path, part in modules.items()}
         made[name], patterns = one_for_most(values, config.get(name), writer, family.anchored)
         if patterns or config.get(pattern):
-            made[pattern] = patterns
+            made[pattern] = family.spell(patterns)
     if "feedforward_modules" in config:
         _write_feedforward(made, modules, writer)
     if config.get("peft_type") == "ADALORA" and config.get("rank_pattern"):

@@ -33,14 +33,15 @@ from regraft.adapters.kept import (
 from regraft.adapters.others import Moved, move_others, rename_saved, write_others
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.peft_config import targets_module, targets_parameter
-from regraft.adapters.ranks import Options, tighten
+from regraft.adapters.ranks import Options, compact, make_uniform, tighten
 from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.record import Record
 from regraft.adapters.remembered import KEY, Origin, write_remembered
 from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
-from regraft.adapters.variants import reclaimed_names
+from regraft.adapters.unbound import check_unbound
+from regraft.adapters.variants import claimed_names, reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
 from regraft.errors import (
     AmbiguousError,
@@ -50,10 +51,11 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Plan
-from regraft.report import AdapterReport, Target
+from regraft.plan.plan import Headers, Plan
+from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 
 
@@ -86,6 +88,12 @@ def convert_adapter(
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
+    in_place = layout is not None and layout.name == to.name
+    if not in_place and check_unbound(source, model):
+        known = Known((), {}, model, None, "nothing in it is bound to a layer of the base")
+        alone = _Conversion(source, to, known, Scan((), ()), [known.evidence], None, Options())
+        alone.layout = to.name if layout is None else layout.name
+        return alone.copy("it means the same in both layouts and was copied as it is")
     family = family_of(source.config)
     scan, findings = _scan(source, family)
     if findings:
@@ -99,6 +107,28 @@ def convert_adapter(
     if conversion.is_there_already():
         return conversion.copy()
     return conversion.convert()
+
+
+def source_layout(
+    source: Source,
+    to: Layout,
+    model: ModelConfig | None,
+    layout: Layout | None,
+    foreign: Foreign | None = None,
+) -> tuple[str, Known, list[str]]:
+    """The layout of an adapter, the rule books for it, and what told it.
+
+    Raises what `convert_adapter` raises.
+    """
+    family = family_of(source.config)
+    scan, findings = _scan(source, family)
+    if findings:
+        raise BadInputError(findings)
+    spelled = source.remembered().names
+    known = find_books(scan, source.config, model, source.where, foreign, spelled)
+    conversion = _Conversion(source, to, known, scan, [known.evidence], family, Options())
+    conversion.choose_layout(layout)
+    return conversion.layout, known, conversion.evidence
 
 
 def _scan(source: Source, family: type[Family] | None) -> tuple[Scan, list[Finding]]:
@@ -228,19 +258,32 @@ class _Conversion:
 
     def is_there_already(self) -> bool:
         """Whether it is in the target layout, with experts packed as they are to be."""
-        if self.layout != self.to.name:
+        if self.layout != self.to.name or self.options.asks:
+            return False
+        if self.plain and self.is_claimed():
             return False
         if not self.plain or not self.config.get("target_parameters"):
             return True
         have = self.packing or packing_of_version(self.config.get("peft_version"))
         return have == self.to.usual_packing
 
-    def copy(self) -> Converted:
+    def is_claimed(self) -> bool:
+        """Whether it names modules in a way that makes PEFT adapt the experts in their place."""
+        names = claimed_names(self.config, self.known, self.to.name)
+        targets = self.config.get("target_modules")
+        return any(
+            path.rpartition(".")[2] in names and targets_module(targets, path)
+            for pairs in self.scan.pairs
+            for path in (pairs.modules.names() if names and not pairs.depth else ())
+        )
+
+    def copy(self, why: str | None = None) -> Converted:
         report = self.new_report()
         report.copied = True
         report.tensors_out = report.tensors_in
         report.carried = report.tensors_in
-        self.notes.append(f"it is in {self.to.name} already and was copied as it is")
+        report.trace = _trace_of(self.source.tensors)
+        self.notes.append(why or f"it is in {self.to.name} already and was copied as it is")
         tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
         return Converted(dict(self.config), tensors, metadata, report)
 
@@ -289,6 +332,10 @@ class _Conversion:
         )
         made = list(_unmoved(factors) if plan is None else _images(plan, factors, record))
         made, others, saved, kept = self.use_base(made, others)
+        via = self.options.via
+        errors = tighten(made, via) if via is not None and via != "dense" else {}
+        if self.change_ranks(made) or errors:
+            record = Record()
         reclaimed = reclaimed_names(self.config, self.known, self.to.name)
         result = write_factors(made, there, self.target_packing, reclaimed)
         if kept.entries and not result.written:
@@ -309,7 +356,10 @@ class _Conversion:
         report.carried = len(others)
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
-        report.targets = _targets(result.written, made, plan)
+        rung = "svd" if errors else "family"
+        report.targets = _targets(result.written, made, plan, rung, errors)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         metadata = {"format": "pt", **self.source.metadata}
         metadata[KEY] = write_remembered(
             self.to.name,
@@ -378,13 +428,13 @@ class _Conversion:
             config = self.family_config(carrier, carried, plan, tuned, saved)
             report.targets = _family_targets(carried, plan)
         else:
-            shared = set(carrier.family.shared)
-            others = [item for item in others if item.old not in shared]
+            others = [item for item in others if not carrier.family.shares(item.old)]
             factors = carried.factors
             record = Record()
             made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
             made, others, saved, kept = self.use_base(made, others)
             errors = tighten(made, self.options.via)
+            self.change_ranks(made)
             self.config_was, self.source = (
                 self.config,
                 replace(self.source, config=lora_config(self.config)),
@@ -398,6 +448,8 @@ class _Conversion:
             report.targets = _targets(result.written, made, plan, rung, errors)
             self.note_rung(carrier.family, carried, rung)
         write_others(others, result)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(tuned.headers, plan, beside=beside)
         report.carried = len(others)
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
@@ -408,7 +460,13 @@ class _Conversion:
         metadata = {"format": "pt", **self.source.metadata}
         before = self.config_was or self.config
         metadata[KEY] = write_remembered(
-            self.to.name, Origin(self.layout, self.packing), before, config, Record(), kept.table
+            self.to.name,
+            Origin(self.layout, self.packing),
+            before,
+            config,
+            Record(),
+            kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, aside)
 
@@ -441,7 +499,22 @@ class _Conversion:
                 for path, settings in paths.items()
             ):
                 return before
+        carrier.confirm(config, carried.parts)
         return config
+
+    def change_ranks(self, made: Iterable[Images]) -> bool:
+        """What was asked for of ranks; whether components are not the source's any more."""
+        changed: list[tuple[int, int]] = []
+        if self.options.compact:
+            changed = compact(made)
+            ranks = (
+                ", ".join(f"{a} -> {b}" for a, b in sorted(set(changed))) or "nothing to leave out"
+            )
+            self.notes.append(f"ranks without components that add nothing (--compact): {ranks}")
+        if self.options.uniform:
+            rank = make_uniform(made)
+            self.notes.append(f"all targets have rank {rank}, as was asked for")
+        return bool(changed)
 
     def note_rung(self, family: Family, carried: Carried, rung: str) -> None:
         """Tell what stands in for the family."""
@@ -647,6 +720,12 @@ def _targets(
         )
         for w in written
     ]
+
+
+def _trace_of(tensors: Mapping[str, Array]) -> Trace:
+    shapes = [tensor.shape for tensor in tensors.values()]
+    dtypes = [tensor.dtype.name for tensor in tensors.values()]
+    return Trace(Headers(group_names(list(tensors)), shapes, dtypes))
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:

@@ -16,7 +16,7 @@ from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
 from regraft.plan.model import Foreign, ModelConfig, Scope
-from regraft.rules.book import Book, books_for, library
+from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 
 
@@ -59,8 +59,13 @@ class Known:
     model_type: str | None
     """That of the whole base model, where it is known."""
     evidence: str
-    imported: bool = False
-    """Whether the book was made for just this model and this file, by the installed transformers."""
+    foreign: Foreign | None = None
+    """What made the book for just this model and this file, where that is not of the library."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether the book was made for just this model and this file."""
+        return self.foreign is not None
 
     @property
     def unmatched_fix(self) -> str:
@@ -97,7 +102,9 @@ def find_books(
             if imported is not None:
                 book, told = imported
                 _check_family(config, model, where)
-                return Known((book,), {}, model, model.model_type, f"{told} ({model.path})", True)
+                return Known(
+                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
         _check_family(config, model, where)
@@ -141,8 +148,32 @@ def find_books(
     return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
 
 
+def books_of(
+    config: Mapping[str, Any], model: ModelConfig | None, where: str
+) -> tuple[Book, ...] | None:
+    """The rule books of an adapter's base, where something besides its keys tells it.
+
+    Raises ``UnmatchedKeysError`` where the library does not know all of the model.
+    """
+    model = model or _model_beside(config)
+    if model is not None:
+        books = tuple(books_for(model.model_types()))
+        if not books or not covers(books, model):
+            raise _unknown_model(model.model_types(), model.path, True)
+        return books
+    named = _named_model_type(config)
+    if named is None:
+        return None
+    books = tuple(books_for([named]))
+    if not books:
+        raise _unknown_model([named], f"{where}/adapter_config.json", False)
+    return books
+
+
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
-    """Whether some books know a model with all its parts."""
+    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
+    if own_layouts():
+        return True
     known = {name for book in books for name in book.model_types}
     return all(name in known for name in model.model_types())
 

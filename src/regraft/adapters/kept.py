@@ -93,7 +93,7 @@ def keep_uncalled(
             if lora is None:
                 continue
             name = modules.name(row)
-            weight = base.read(f"{name}.weight")
+            weight = base.find(f"{name}.weight")
             if weight is None:
                 findings.append(
                     Finding(
@@ -106,7 +106,7 @@ def keep_uncalled(
                     )
                 )
                 continue
-            tensors = {leaf: base.read(f"{name}.{leaf}") for leaf in table.tensors}
+            tensors = {leaf: base.find(f"{name}.{leaf}") for leaf in table.tensors}
             tensors["weight"] = (weight.astype(np.float64) + delta(lora)).astype(weight.dtype)
             _save(name, lora, tensors, kept, saved)
     if findings:
@@ -163,7 +163,7 @@ def fill_saved(
                 name = f"{owner}.{leaf}"
                 if name in have:
                     continue
-                tensor = base.read(name)
+                tensor = base.find(name)
                 if tensor is None:
                     findings.append(
                         Finding(

@@ -11,10 +11,9 @@ import numpy as np
 from regraft.adapters.factors import Array, Images, Lora
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
-from regraft.adapters.peft_config import Scale
 from regraft.errors import BadInputError, Finding
 
-_VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|[0-9.]+(?:[eE]-?[0-9]+)?)")
+_VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|0?\.[0-9]*[1-9][0-9]*|[1-9](?:\.[0-9]+)?[eE]-[0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,15 @@ class Options:
 
     via: str | None = None
     """``dense``: deltas of full rank; ``svd:RANK`` or ``svd:TOLERANCE``: the best ones of a lower rank."""
+    compact: bool = False
+    """Leave out components that add nothing, to rounding."""
+    uniform: bool = False
+    """Give all targets one rank, with zeros, so that no ``rank_pattern`` is needed."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked for."""
+        return self.via is not None or self.compact or self.uniform
 
     def __post_init__(self) -> None:
         if self.via is not None and _VIA.fullmatch(self.via) is None:
@@ -50,6 +58,44 @@ def tighten(made: Iterable[Images], via: str | None) -> dict[str, float]:
             else:
                 _trim(lora)
     return errors
+
+
+_NOTHING = {"float64": 1e-12}
+"""A singular value so small, relative to the largest, is rounding; 1e-6 for narrower dtypes."""
+
+
+def compact(made: Iterable[Images]) -> list[tuple[int, int]]:
+    """Leave out components that add nothing to rounding, in place; the ranks before and after, where they changed."""
+    changed = []
+    for image in made:
+        for lora in image.loras:
+            if lora is None:
+                continue
+            a, b = as_wide(lora.a, lora.b)
+            pairs = zip(a, b, strict=True) if a.ndim == 3 else [(a, b)]
+            least = _NOTHING.get(lora.a.dtype.name, 1e-6)
+            values = [_split(x, y)[1] for x, y in pairs]
+            rank = max(int((s > least * s.max(initial=0.0)).sum()) for s in values)
+            before = a.shape[-2]
+            if 0 < rank < before:
+                cut(lora, str(rank))
+                changed.append((before, rank))
+    return changed
+
+
+def make_uniform(made: Iterable[Images]) -> int:
+    """Give all LoRAs the largest rank there is, with components of zeros, in place; the rank."""
+    loras = [lora for image in made for lora in image.loras if lora is not None]
+    rank = max((lora.a.shape[-2] for lora in loras), default=0)
+    for lora in loras:
+        more = rank - lora.a.shape[-2]
+        if more:
+            zeros = np.zeros((*lora.a.shape[:-2], more, lora.a.shape[-1]), lora.a.dtype)
+            lora.a = np.concatenate([lora.a, zeros], axis=-2)
+            zeros = np.zeros((*lora.b.shape[:-1], more), lora.b.dtype)
+            lora.b = np.concatenate([lora.b, zeros], axis=-1)
+            lora.scale = lora.scale.at_rank(rank)
+    return rank
 
 
 def _trim(lora: Lora) -> None:
@@ -87,11 +133,10 @@ def cut(lora: Lora, how: str) -> float:
     roots = [np.sqrt(s[:rank]) for _, s, _ in parts]
     new_a = np.stack([v[:rank] * r[:, None] for (_, _, v), r in zip(parts, roots, strict=True)])
     new_b = np.stack([u[:, :rank] * r for (u, _, _), r in zip(parts, roots, strict=True)])
-    scale = lora.scale.value
     like = lora.a, lora.b
     lora.a = narrowed(new_a if batched else new_a[0], *like)
-    lora.b = narrowed((new_b if batched else new_b[0]) * scale, *like)
-    lora.scale = Scale(rank, rank)
+    lora.b = narrowed(new_b if batched else new_b[0], *like)
+    lora.scale = lora.scale.at_rank(rank)
     lora.exact = False
     return float(np.sqrt(lost / whole)) if whole else 0.0
 

@@ -20,7 +20,7 @@ from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.carry import Carrier
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.factors import Array, Factors
-from regraft.adapters.families.base import Family, NoImageError
+from regraft.adapters.families.base import Family, NoImageError, as_wide
 from regraft.adapters.families.table import family_of
 from regraft.adapters.image import Block, blocks_of
 from regraft.adapters.kept import drop_stand_ins
@@ -29,11 +29,13 @@ from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.scan import PREFIX, Scan, scan_names
 from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.adapters.tuned import TunedModules
+from regraft.arrays.apply import apply_plan
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Entry
+from regraft.plan.plan import Entry, Headers
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
 TOLERANCE = 1e-5
@@ -164,6 +166,19 @@ class Deltas:
         if found is None:
             raise NoImageError("the base's weights are needed", needs_base=True)
         return found
+
+    def biases(self) -> dict[str, Array]:
+        """The biases of modules whose family changes them, as they are to be."""
+        tuned, family = self.tuned, self.tuner
+        if tuned is None or family is None or not family.changes_bias:
+            return {}
+        made = {}
+        for number, part in enumerate(tuned.parts):
+            name = tuned.headers.name(number).removesuffix("weight") + "bias"
+            bias = self.base.find(name)
+            if bias is not None:
+                made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
+        return made
 
     def others(self) -> dict[str, Array]:
         """Tensors that are no part of a delta, by their base names."""
@@ -300,49 +315,39 @@ class _Comparison:
 
     def run(self, kept: Mapping[str, Wide]) -> None:
         for key, delta in kept.items():
-            self._check(key, iter([delta]), 1)
-        if self.before.layout == self.after.layout:
-            for key, number in self.before.ids.items():
-                count = self.before.batches(number)
-                self._check(key, (self.before.matrix(number, e) for e in range(count)), count)
-        else:
-            self._moved()
+            self._check(key, iter([delta]))
+        for key, _, _, matrices in moved_deltas(self.before, self.after.layout):
+            self._check(key, matrices)
         for key, number in self.left.items():
             zero = all(
                 not self.after.matrix(number, e).any() for e in range(self.after.batches(number))
             )
             if not zero:
                 self._differs("extra", key, "nothing in the source leads to this delta")
+        self._compare_biases()
         self._compare_others()
 
-    def _moved(self) -> None:
-        known = self.before.known
-        plan = build_plan(
-            self.before.headers,
-            known.books,
-            target_layout=self.after.layout,
-            scopes=dict(known.scopes),
-            partial=True,
-            guess=lambda rule, axis, seen: seen,
-            where=self.before.source.where,
-            unmatched_fix=known.unmatched_fix,
-        )
-        for entry in plan.entries:
-            for number, term in enumerate(entry.written):
-                keys = entry.keys(term)
-                if all((ids < 0).all() for ids in entry.sources):
-                    continue
-                layout = _Layout(entry, number, self.before)
-                for row, key in enumerate(keys.names()):
-                    self._check(key, layout.matrices(row), layout.batch)
-        for carried in plan.carried:
-            for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
-                self._check(key, iter([self.before.matrix(number, 0)]), 1)
+    def _compare_biases(self) -> None:
+        mine = self.after.biases()
+        for name, want in moved_biases(self.before, self.after.layout).items():
+            got = mine.pop(name, None)
+            if got is None:
+                got = self.after.base.find(name)
+            error = inf if got is None else relative(*as_wide(want, got))
+            if not error <= self.result.tolerance:
+                self._differs(
+                    "differs", name, f"the bias is another one (relative error {error:.3g})"
+                )
+        for name, bias in mine.items():
+            base = self.after.base.find(name)
+            if base is not None and relative(*as_wide(base, bias)) > self.result.tolerance:
+                self._differs("extra", name, "nothing in the source changes this bias")
 
-    def _check(self, key: str, expected: Iterator[Wide | None], count: int) -> None:
+    def _check(self, key: str, expected: Iterator[Wide | None]) -> None:
         number = self.left.pop(key, None)
-        worst = 0.0
+        worst, count = 0.0, 0
         for batch, want in enumerate(expected):
+            count = batch + 1
             if want is None:
                 want = np.zeros((1, 1))
             if number is not None:
@@ -403,6 +408,65 @@ class _Comparison:
         self.result.differences.append(
             Finding(code, message, where=self.after.source.where, key=key)
         )
+
+
+def moved_deltas(
+    before: Deltas, target: str
+) -> Iterator[tuple[str, str, str, Iterator[Wide | None]]]:
+    """What an adapter adds to the tensors of a layout: key, kind, rule, and the delta matrix by matrix.
+
+    ``None`` stands for a matrix that no source adapts.
+    """
+    if before.layout == target:
+        for key, number in before.ids.items():
+            count = before.batches(number)
+            matrices = (before.matrix(number, e) for e in range(count))
+            yield key, before.kinds[number], "carried over", matrices
+        return
+    known = before.known
+    plan = build_plan(
+        before.headers,
+        known.books,
+        target_layout=target,
+        scopes=dict(known.scopes),
+        partial=True,
+        guess=lambda rule, axis, seen: seen,
+        where=before.source.where,
+        unmatched_fix=known.unmatched_fix,
+    )
+    for entry in plan.entries:
+        for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
+            if all((ids < 0).all() for ids in entry.sources):
+                continue
+            layout = _Layout(entry, number, before)
+            for row, key in enumerate(entry.keys(term).names()):
+                yield key, kind, str(entry.rule), layout.matrices(row)
+    for carried in plan.carried:
+        for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
+            kind = before.kinds[number]
+            kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
+            yield key, kind, carried.carry.why, iter([before.matrix(number, 0)])
+
+
+def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
+    """Biases that a family changes, as they are to be, under the names of a layout; where the base is at hand."""
+    biases = before.biases()
+    if before.layout == target or not biases:
+        return biases
+    values = list(biases.values())
+    headers = Headers(
+        group_names(list(biases)), [b.shape for b in values], [b.dtype.name for b in values]
+    )
+    known = before.known
+    plan = build_plan(
+        headers,
+        known.books,
+        target_layout=target,
+        scopes=dict(known.scopes),
+        where=before.source.where,
+        unmatched_fix=known.unmatched_fix,
+    )
+    return apply_plan(plan, values)
 
 
 class _Layout:

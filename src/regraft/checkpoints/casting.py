@@ -55,9 +55,23 @@ def parse_casts(texts: str | Iterable[str] | None) -> tuple[Cast, ...]:
 def cast_dtypes(
     names: Sequence[str], dtypes: Sequence[str], casts: Sequence[Cast], kept: frozenset[str]
 ) -> tuple[list[str], dict[str, int]]:
-    """The types to write, and how many tensors change from what to what; those in ``kept`` stay."""
+    """The types to write, and how many tensors change from what to what; those in ``kept`` stay.
+
+    Raises ``BadInputError`` for a pattern that no name fits.
+    """
     if not casts:
         return list(dtypes), {}
+    unused = {cast.pattern for cast in casts}
+    unused = {p for p in unused if not any(fnmatchcase(name, p) for name in names)}
+    if unused:
+        raise BadInputError(
+            Finding(
+                "bad-dtype",
+                f"no tensor of the result has a name that fits {pattern}",
+                fix="give names as they are in the layout that is written",
+            )
+            for pattern in sorted(unused)
+        )
     result = []
     changed: Counter[str] = Counter()
     for name, dtype in zip(names, dtypes, strict=True):

@@ -103,6 +103,7 @@ def _carry_out(
 
     try:
         try:
+            work.check_place(overwrite)
             work.begin(ready.job(), resume)
             ready.report.resumed = work.resumed
             _check_space(work, ready)

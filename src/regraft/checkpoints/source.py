@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def open_checkpoint(path: Path) -> Source:
         message = "a run that renamed its tensors in place did not come to its end"
         fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
         raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
-    findings = _check_links(root, [*found, *(root / other for other in others)])
+    findings = [*_check_links(root, [*found, *(root / other for other in others)])]
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
@@ -259,20 +259,21 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     return tuple(others), tuple(left_out)
 
 
-def _check_links(root: Path, paths: Iterable[Path]) -> list[Finding]:
-    """Links that lead out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
+def _check_links(root: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+    """Links that lead nowhere or out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
     home = root.resolve()
     allowed = (home, home.parent.parent / "blobs")
-    return [
-        Finding(
-            "link-outside",
-            f"it is a link that leads out of the folder, to {path.resolve()}",
-            where=str(path),
-            fix="replace the link with the file, if it is what you expect",
-        )
-        for path in paths
-        if path.is_symlink() and not any(path.resolve().is_relative_to(p) for p in allowed)
-    ]
+    for path in paths:
+        if not path.is_symlink():
+            continue
+        to = path.resolve()
+        if not any(to.is_relative_to(place) for place in allowed):
+            message = f"it is a link that leads out of the folder, to {to}"
+            fix = "replace the link with the file, if it is what you expect"
+            yield Finding("link-outside", message, where=str(path), fix=fix)
+        elif not path.exists():
+            message = f"it is a link to {to}, which does not exist"
+            yield Finding("missing-file", message, where=str(path), fix="remove it, or mend it")
 
 
 def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:

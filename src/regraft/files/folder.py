@@ -44,6 +44,7 @@ def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -
         raise BadInputError(findings)
     with open_work(dst) as work:
         try:
+            work.check_place(overwrite)
             work.empty()
             work.check_space(size)
             yield work.new

@@ -92,6 +92,18 @@ class Work:
                 )
             )
 
+    def check_place(self, overwrite: bool) -> None:
+        """Check that nothing is in the result's place, unless it may be replaced.
+
+        Raises ``BadInputError``.
+        """
+        if self.dst.exists() and not overwrite:
+            message = f"the {'file' if self.file else 'folder'} to write came into being meanwhile"
+            fix = "pass --overwrite; for a checkpoint --resume with it goes on from here"
+            raise BadInputError(
+                Finding("destination-exists", message, where=str(self.dst), fix=fix)
+            )
+
     def note(self, units: list[tuple[int, int]]) -> None:
         """Note that the bytes of some units are on disk."""
         if units:
@@ -108,12 +120,7 @@ class Work:
         """Put the finished result in its place and remove everything else."""
         self.close()
         _sync_folders(self.new)
-        if self.dst.exists() and not overwrite:
-            message = f"the {'file' if self.file else 'folder'} to write came into being meanwhile"
-            fix = "pass --overwrite; for a checkpoint --resume with it goes on from here"
-            raise BadInputError(
-                Finding("destination-exists", message, where=str(self.dst), fix=fix)
-            )
+        self.check_place(overwrite)
         if self.file:
             (self.new / self.dst.name).replace(self.dst)
         elif self.dst.exists():
@@ -247,7 +254,9 @@ def _lock(folder: Path, dst: Path) -> int:
 def try_lock(file: int) -> bool:
     """Lock an open file or folder until it is closed; whether nobody else holds it.
 
-    Raises ``OSError`` where the file system has no locks.
+    Where the system or the file system has no locks, nobody does.
+
+    Raises ``OSError``.
     """
     try:
         if fcntl is not None:
@@ -255,7 +264,8 @@ def try_lock(file: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        raise
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     return True
 
 

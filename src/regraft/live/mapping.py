@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from regraft.bridges.transformers.imported import Imported, import_model
+from regraft.bridges.transformers.registry import check_version
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.names.live import Live, LiveModel, walk
 from regraft.names.patterns import patterns
 from regraft.names.resolve import Resolved, resolve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mapping:
-    """The models that a holder holds, and what old names become in each of them."""
+    """The models that a holder holds, and what old names become in each of them. Print it to see all of it."""
 
     live: Live
+    key_mapping: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def imported(self) -> tuple[Imported, ...]:
-        """What the registry does to each model."""
-        return tuple(import_model(model.skeleton) for model in self.live.models)
+        """What the registry does to each model; looked up when it is first needed."""
+        return tuple(import_model(model.skeleton, self.key_mapping) for model in self.live.models)
 
     def resolve(self, keys: Sequence[str]) -> Resolved:
         """Which of a file's keys is which tensor of which model, whatever its saver had wrapped around it.
@@ -74,21 +77,18 @@ class Mapping:
     def lines(self) -> Iterator[str]:
         """What applies where, and to how many tensors."""
         for model, imported in zip(self.live.models, self.imported, strict=True):
-            yield f"{_place(model)}: {imported.name}, {len(model.skeleton.tensors)} tensors"
+            yield (
+                f"{_place(model)}: {imported.name}, {len(model.keys)} tensors, "
+                f"as transformers {check_version()} has it"
+            )
             for applied in imported.scopes.applied:
                 where = applied.path or "(the model)"
                 if applied.entry is not None:
                     yield f"  {where}: registered as {applied.entry} ({applied.why})"
                 elif not applied.path:
                     yield f"  {where}: {applied.why}"
-            book = imported.book()
-            counts = imported.counts()
-            for rule in book.rules:
-                left = ", ".join(str(term.key) for term in rule.equation.left)
-                right = ", ".join(str(term.key) for term in rule.equation.right)
-                if left != right:
-                    times = counts.get(str(rule.equation.right[0].key), 0)
-                    yield f"    {left} -> {right}  ({times} times)"
+            for change, times in _changes(imported).items():
+                yield f"    {change}  ({times} times)"
         if self.live.own:
             yield f"the holder's own: {_shown(self.live.own.values())}"
         if self.live.adapters:
@@ -97,15 +97,25 @@ class Mapping:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
+    def __repr__(self) -> str:
+        told = (f"{_place(m)}: {m.submodels[0].classes[0]}" for m in self.live.models)
+        return f"<regraft mapping of {', '.join(told)}>"
 
-def mapping(model: Any) -> Mapping:
+
+def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping:
     """What old names become in a live model, or in the models of a holder, whatever is wrapped around them.
 
     Args:
         model: a ``PreTrainedModel``, a module with one or more inside, or an object that has some as attributes.
+        key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
 
     Raises:
         BadInputError: it holds no model of transformers.
+
+    >>> import transformers
+    >>> config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> print(mapping(transformers.ViTModel(config)).rename("encoder.layer.1.attention.attention.query.weight"))
+    layers.1.attention.q_proj.weight
     """
     live = walk(model)
     if not live.models:
@@ -116,7 +126,48 @@ def mapping(model: Any) -> Mapping:
                 fix="give a PreTrainedModel, or what holds one",
             )
         )
-    return Mapping(live)
+    return Mapping(live, _checked(key_mapping or {}))
+
+
+def _checked(key_mapping: Any) -> dict[str, str]:
+    """Raises ``BadInputError`` for what transformers would not take as patterns and replacements."""
+    if not isinstance(key_mapping, dict):
+        message = f"key_mapping is a {type(key_mapping).__name__}"
+        fix = "give a dict of patterns and replacements"
+        raise BadInputError(Finding("option", message, fix=fix))
+    for pattern, text in key_mapping.items():
+        try:
+            re.compile(pattern).sub(text, "")
+        except (re.error, TypeError, IndexError) as error:
+            message = f"key_mapping: no pattern and replacement: {error}"
+            raise BadInputError(
+                Finding("option", message, key=str(pattern), fix="correct it")
+            ) from None
+    return dict(key_mapping)
+
+
+def _changes(imported: Imported) -> dict[str, int]:
+    """Every rule that changes a name, with how many tensors it makes; those of one module's leaves together."""
+    counts = imported.counts()
+    together: dict[tuple[str, str], tuple[list[str], int]] = {}
+    result: dict[str, int] = {}
+    for rule in imported.book().rules:
+        left = [str(term.key) for term in rule.equation.left]
+        right = [str(term.key) for term in rule.equation.right]
+        if left == right:
+            continue
+        times = counts.get(right[0], 0)
+        old, _, leaf = left[0].rpartition(".")
+        new, _, new_leaf = right[0].rpartition(".")
+        if len(left) == len(right) == 1 and leaf == new_leaf and old and new:
+            leaves, before = together.get((old, new), ([], 0))
+            together[old, new] = [*leaves, leaf], before + times
+        else:
+            result[f"{', '.join(left)} -> {', '.join(right)}"] = times
+    for (old, new), (leaves, times) in together.items():
+        shown = leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"
+        result[f"{old}.{shown} -> {new}.{shown}"] = times
+    return result
 
 
 def _place(model: LiveModel) -> str:

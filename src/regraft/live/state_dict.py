@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.arrays.apply import apply_plan
@@ -12,6 +12,7 @@ from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import parse_layout
+from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
 from regraft.names.keys import group_names
@@ -37,24 +38,34 @@ class StateDictReport:
     prefixes: list[str] = field(default_factory=list)
     """For each model: how many keys were its, and what stood before them."""
     rules: dict[str, int] = field(default_factory=dict)
-    """How often each rule fired."""
+    """How often each rule fired, of those that did."""
     carried: list[str] = field(default_factory=list)
     """Keys of the holder itself, or of adapters in it."""
     kept: list[str] = field(default_factory=list)
     """Live keys that the source does not speak of; they have the values that the model has."""
     missing: list[str] = field(default_factory=list)
     """Those of them that are a model's own weights."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Keys of the source that the result has not, each with the reason: what the model computes itself, or ignores by
+    its own word; a head, or a pooler, that it was made without."""
 
     def __str__(self) -> str:
         lines = [f"to {self.layout}: " + "; ".join(self.prefixes)]
         lines += [f"  {rule}: {times} times" for rule, times in self.rules.items()]
-        for title, names in (("carried over", self.carried), ("kept as they are", self.kept)):
+        lists = [("carried over", self.carried), ("kept as they are", self.kept)]
+        for why in dict.fromkeys(self.left_out.values()):
+            lists.append((f"left out ({why})", [k for k, w in self.left_out.items() if w == why]))
+        for title, names in lists:
             lines += [f"  {title}: {pattern} ({count})" for pattern, count in patterns(names)]
         return "\n".join(lines)
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Any], *, to: Any, model: Any = None
+    state_dict: Mapping[str, Any],
+    *,
+    to: Any,
+    model: Any = None,
+    key_mapping: dict[str, str] | None = None,
 ) -> ConvertedStateDict:
     """A state dict in another layout, or as a live model wants it.
 
@@ -66,44 +77,75 @@ def convert_state_dict(
             holder if the source had them so or there is more than one, and no wrapper's segments.
         model: with a layout's name, the live model or holder that the state dict is of; without it, the names must
             tell which rule book is meant.
+        key_mapping: patterns and replacements of your own that come before transformers', as ``from_pretrained``
+            takes them; for a live model, in ``to`` or ``model``.
 
     Returns:
         The tensors; ``report`` says what was done. What the source does not speak of (a value head, an adapter, a
         buffer) has the live model's own values, and is named in ``report.kept``; a weight of the model among them is
-        warned of.
+        warned of. ``report.left_out`` names what the model computes itself or declares that it ignores; and, with a
+        warning, the head of a file whose base model alone is wanted, and a pooler that the model was made without.
 
     Raises:
         UnmatchedKeysError: keys that no model has a place for.
         AmbiguousError: keys with two homes.
         BadInputError: an incomplete group (7 of 8 experts), or shapes that do not fit.
+
+    >>> import transformers
+    >>> config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> vit = transformers.ViTModel(config)
+    >>> old = convert_state_dict(vit.state_dict(), to="transformers-v4", model=vit)
+    >>> "encoder.layer.0.attention.attention.query.weight" in old
+    True
+    >>> vit.load_state_dict(convert_state_dict(old, to=vit))
+    <All keys matched successfully>
     """
-    if isinstance(to, str):
-        layout = parse_layout(to).name
-        return (
-            _without_model(state_dict, layout)
-            if model is None
-            else _named(state_dict, layout, mapping(model))
-        )
+    _check_source(state_dict)
+    if not isinstance(to, str):
+        if model is not None:
+            message = "model is for a layout's name in `to`"
+            raise BadInputError(Finding("option", message, fix="give only `to`"))
+        return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
+    layout = parse_layout(to).name
     if model is not None:
+        return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
+    if key_mapping:
+        message = "key_mapping is for a live model"
+        raise BadInputError(Finding("option", message, fix="give the model, too: model=..."))
+    return _without_model(state_dict, layout)
+
+
+def _check_source(state_dict: Any) -> None:
+    """Raises ``BadInputError`` for what is no state dict, before anything is looked up in it."""
+    if not isinstance(state_dict, Mapping):
         raise BadInputError(
-            Finding("option", "model is for a layout's name in `to`", fix="give only `to`")
+            Finding(
+                "not-tensors",
+                f"a {type(state_dict).__name__} is no state dict, which maps names to tensors",
+                fix="give model.state_dict(), or what torch.load or safetensors read",
+            )
         )
-    return _fitted(state_dict, mapping(to))
+    odd = [key for key in state_dict if not isinstance(key, str)]
+    if odd:
+        raise BadInputError(
+            Finding("not-tensors", "a name that is no text", key=repr(key), fix="take it out")
+            for key in odd
+        )
 
 
 def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStateDict:
     """As a live model wants it."""
-    from regraft.bridges.torch_tensors import place, state_of, whole
+    from regraft.bridges.torch_tensors import parameters_of, place, state_of
 
-    resolved = _resolve(target, state_dict)
+    resolved = target.resolve(list(state_dict))
     report = StateDictReport(RIGHT, carried=list(resolved.carried))
+    quiet, loud = left_out(target, resolved)
+    report.left_out = {**quiet, **loud}
+    _check(target, resolved, state_dict, report.left_out)
     made: Tensors = {}
     findings: list[Finding] = []
-    for part in resolved.parts:
-        live = target.live.models[part.model]
-        report.prefixes.append(f"{live.path or 'the model'}: {part}")
-        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
-        new = _collect(findings, target.imported[part.model], tensors, RIGHT, report)
+    for number, _, new in _models(target, resolved, state_dict, RIGHT, report, findings):
+        live = target.live.models[number]
         for key, tensor in new.items():
             shape = live.skeleton.tensors.get(key)
             if shape is not None and tuple(tensor.shape) != tuple(shape):
@@ -114,52 +156,119 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
             made.update(dict.fromkeys(live.keys.get(key, ()), tensor))
     for key, place_ in resolved.carried.items():
         made[place_] = state_dict[key]
+    weights = parameters_of(target.live.root)
+    spoken: dict[int, str] = {}
+    for key in made:
+        if key in weights:
+            twin = spoken.setdefault(weights[key], key)
+            if twin != key and not _equal(made[key], made[twin]):
+                findings.append(_two_values(key, twin))
     _raise(findings)
-    own = state_of(target.live.root)
     result = ConvertedStateDict()
-    for key, there in own.items():
+    for key, there in state_of(target.live.root).items():
+        if key not in made and weights.get(key) in spoken:
+            made[key] = made[spoken[weights[key]]]  # tied to one that the source speaks of
         if key in made:
-            result[key] = place(made.pop(key), there)
+            result[key] = place(made[key], there)
         else:
             result[key] = there
             report.kept.append(key)
-    for key, tensor in made.items():
-        result[key] = tensor
-    report.missing = _missing(target, report.kept, own)
-    if report.missing:
-        shown = ", ".join(pattern for pattern, _ in patterns(report.missing))
-        warnings.warn(
-            f"{len(report.missing)} weights of the model are not in the state dict and keep their values: {shown}",
-            stacklevel=3,
-        )
+    result.update((key, tensor) for key, tensor in made.items() if key not in result)
+    apart = {*target.live.own, *target.live.adapters}
+    report.missing = [key for key in report.kept if key in weights and key not in apart]
+    _warn(report.missing, "weights of the model are not in the state dict and keep their values")
+    _warn(
+        loud, "tensors of the state dict are left out, for the model was made without such a part"
+    )
     result.report = report
     return result
 
 
-def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
-    """Each model's own keys in a layout."""
+def _models(
+    mapping: LiveMapping,
+    resolved: Resolved,
+    state_dict: Mapping[str, Any],
+    layout: str,
+    report: StateDictReport,
+    findings: list[Finding],
+) -> Iterator[tuple[int, Part, Tensors]]:
+    """Each model's tensors in a layout, once; the same model may have been saved in two places."""
     from regraft.bridges.torch_tensors import whole
 
-    resolved = _resolve(source, state_dict)
+    done: dict[int, Tensors] = {}
+    for part in resolved.parts:
+        path = mapping.live.models[part.model].path
+        report.prefixes.append(f"{path or 'the model'}: {part}")
+        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
+        imported = mapping.imported[part.model]
+        try:
+            new = _convert(imported, tensors, layout, report)
+        except RegraftError as error:
+            findings += error.findings
+            kept = imported.skeleton.tensors.keys() - imported.changed
+            new = {key: tensor for key, tensor in tensors.items() if key in kept}
+        before = done.setdefault(part.model, {})
+        for key in before.keys() & new.keys():
+            if not _equal(new[key], before[key]):
+                findings.append(_two_values(part.prefix + key, key))
+        fresh = {key: tensor for key, tensor in new.items() if key not in before}
+        before.update(fresh)
+        yield part.model, part, fresh
+
+
+def _two_values(key: str, other: str) -> Finding:
+    message = f"it is the same tensor as {other}, and has other values"
+    return Finding("two-values", message, key=key, fix="keep one of them")
+
+
+def _warn(keys: Iterable[str], message: str) -> None:
+    """Of weights that were passed over, on either side."""
+    shown = patterns(keys)
+    if shown:
+        count = sum(times for _, times in shown)
+        warnings.warn(f"{count} {message}: {', '.join(name for name, _ in shown)}", stacklevel=4)
+
+
+def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
+    """Each model's own keys in a layout."""
+    resolved = source.resolve(list(state_dict))
     report = StateDictReport(layout)
+    report.left_out, _ = left_out(source, resolved)
+    _check(source, resolved, state_dict, report.left_out)
     result = ConvertedStateDict()
     findings: list[Finding] = []
     several = len(source.live.models) > 1
-    for part in resolved.parts:
-        live = source.live.models[part.model]
-        report.prefixes.append(f"{live.path or 'the model'}: {part}")
-        tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
-        new = _collect(findings, source.imported[part.model], tensors, layout, report)
-        front = f"{live.path}." if live.path and (several or _below(part, live.path)) else ""
+    for number, part, new in _models(source, resolved, state_dict, layout, report, findings):
+        live = source.live.models[number]
+        below = several or any(_below(part, path) for path in live.paths)
+        front = f"{live.path}." if live.path and below else ""
         result.update((front + key, tensor) for key, tensor in new.items())
-    names = {**source.live.own, **source.live.adapters}
     for key, place in resolved.carried.items():
-        name = names.get(place, place)
+        if place in source.live.adapters:
+            name = _with_depth(source.live.adapters[place], place)
+        else:
+            name = source.live.own.get(place, place)
         result[name] = state_dict[key]
         report.carried.append(name)
     _raise(findings)
     result.report = report
     return result
+
+
+def _with_depth(name: str, live_key: str) -> str:
+    """An adapter's name with the ``base_layer`` that tells it from another one around the same module.
+
+    >>> _with_depth("experts.lora_A.default", "base_model.model.experts.base_layer.lora_A.default")
+    'experts.base_layer.lora_A.default'
+    """
+    segments = live_key.split(".")
+    depth = segments.count("base_layer")
+    if not depth:
+        return name
+    tail = len(segments) - 1 - segments[::-1].index("base_layer")
+    cut = len(name.split(".")) - (len(segments) - tail - 1)
+    own = name.split(".")
+    return ".".join([*own[:cut], *["base_layer"] * depth, *own[cut:]])
 
 
 def _below(part: Part, path: str) -> bool:
@@ -172,47 +281,57 @@ def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedState
     from regraft.checkpoints.detect import detect, make_plan
 
     names = list(state_dict)
+    _raise(_no_tensors(state_dict, names))
     headers = _headers(state_dict)
-    known = detect(headers, None, "the state dict")
+    try:
+        known = detect(headers, None, "the state dict")
+    except (AmbiguousError, UnmatchedKeysError) as error:
+        fix = "give the live model, too: model=..."
+        raise type(error)(replace(finding, fix=fix) for finding in error.findings) from None
     plan = make_plan(headers, known, layout, "the state dict")
     result = ConvertedStateDict(
         state_dict if plan is None else apply_plan(plan, [state_dict[n] for n in names])
     )
-    result.report = StateDictReport(layout, list(known.evidence), plan.fired() if plan else {})
+    fired = plan.fired() if plan else {}
+    rules = {rule: times for rule, times in fired.items() if times}
+    result.report = StateDictReport(layout, list(known.evidence), rules)
     return result
 
 
-def _resolve(target: LiveMapping, state_dict: Mapping[str, Any]) -> Resolved:
-    resolved = target.resolve(list(state_dict))
-    findings = [target.unknown(key) for key in resolved.unmatched]
+def _check(
+    target: LiveMapping,
+    resolved: Resolved,
+    state_dict: Mapping[str, Any],
+    left_out: Mapping[str, str],
+) -> None:
+    """Raise what is wrong with the keys, and with what they stand for."""
+    findings = [target.unknown(key) for key in resolved.unmatched if key not in left_out]
+    unmatched = bool(findings)
     for part in resolved.parts:
-        for double, kept in part.doubles.items():
-            if not _equal(state_dict[double], state_dict[kept]):
-                message = f"it is the same tensor as {kept}, and has other values"
-                findings.append(Finding("two-values", message, key=double, fix="keep one of them"))
+        findings += _no_tensors(state_dict, [*part.keys.values(), *part.doubles])
+    if not findings:
+        findings = [
+            _two_values(double, kept)
+            for part in resolved.parts
+            for double, kept in part.doubles.items()
+            if not _equal(state_dict[double], state_dict[kept])
+        ]
     if findings:
-        raise (UnmatchedKeysError if resolved.unmatched else BadInputError)(findings)
-    return resolved
+        raise (UnmatchedKeysError if unmatched else BadInputError)(findings)
+
+
+def _no_tensors(state_dict: Mapping[str, Any], keys: Iterable[str]) -> Iterator[Finding]:
+    for key in keys:
+        value = state_dict[key]
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            message = f"a {type(value).__name__}, where a tensor should be"
+            yield Finding("not-tensors", message, key=key, fix="take it out")
 
 
 def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
-
-
-def _collect(
-    findings: list[Finding],
-    imported: Imported,
-    tensors: Tensors,
-    layout: str,
-    report: StateDictReport,
-) -> Tensors:
-    try:
-        return _convert(imported, tensors, layout, report)
-    except RegraftError as error:
-        findings += error.findings
-        return {}
 
 
 def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDictReport) -> Tensors:
@@ -237,7 +356,8 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
     book = imported.book(list(go), shapes)
     plan = build_plan(_headers(go), [book], target_layout=layout, where="the state dict")
     for rule, times in plan.fired().items():
-        report.rules[rule] = report.rules.get(rule, 0) + times
+        if times:
+            report.rules[rule] = report.rules.get(rule, 0) + times
     made = apply_plan(plan, list(go.values()))
     twice = [key for key in made if key in result]
     _raise(
@@ -272,19 +392,6 @@ def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
 def _headers(tensors: Mapping[str, Any]) -> Headers:
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     return Headers(group_names(tensors), shapes, [str(t.dtype) for t in tensors.values()])
-
-
-def _missing(target: LiveMapping, kept: Sequence[str], own: Mapping[str, Any]) -> list[str]:
-    """Weights of a model that nothing in the source speaks of, ties and buffers left out."""
-    from regraft.bridges.torch_tensors import parameters_of
-
-    weights = parameters_of(target.live.root)
-    quiet = set(target.live.own) | set(target.live.adapters)
-    alone = set(kept)
-    spoken = {weights.get(key) for key in own if key not in alone}
-    return [
-        key for key in kept if key not in quiet and key in weights and weights[key] not in spoken
-    ]
 
 
 def _raise(findings: Iterable[Finding]) -> None:

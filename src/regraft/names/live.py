@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from regraft.errors import BadInputError, Finding
@@ -16,7 +16,7 @@ from regraft.names.modules import Facts, facts_of, is_module
 from regraft.names.skeleton import Skeleton, SubModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class LiveModel:
     """A transformers model that is in no other one."""
 
@@ -27,9 +27,17 @@ class LiveModel:
     live_path: str
     """The same as ``path`` as ``get_submodule`` takes it."""
     module: Any
-    skeleton: Skeleton
-    keys: Mapping[str, tuple[str, ...]]
+    submodels: tuple[SubModel, ...]
+    """The models in it; itself first."""
+    keys: LiveKeys
     """For each canonical key: the keys of the holder's state dict. More than one if a module stands in more places."""
+    computed: frozenset[str]
+    """Buffers that are not persistent."""
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """What is known of it without its weights. Shapes are read when this is first asked for."""
+        return _skeleton(self.submodels, self.keys.tensors, self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +57,26 @@ class Live:
 class LiveKeys(Mapping[str, tuple[str, ...]]):
     """Canonical keys to live ones. Only those that differ in more than the model's live path are held."""
 
-    __slots__ = ("_others", "_prefix", "_tensors")
+    __slots__ = ("_others", "_prefix", "tensors")
 
     def __init__(
-        self, tensors: Mapping[str, Any], prefix: str, others: dict[str, tuple[str, ...]]
+        self, tensors: Mapping[str, _Found], prefix: str, others: dict[str, tuple[str, ...]]
     ) -> None:
-        self._tensors, self._prefix, self._others = tensors, prefix, others
+        self.tensors, self._prefix, self._others = tensors, prefix, others
 
     def __getitem__(self, key: str) -> tuple[str, ...]:
         other = self._others.get(key)
         if other is not None:
             return other
-        if key not in self._tensors:
+        if key not in self.tensors:
             raise KeyError(key)
         return (self._prefix + key,)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,26 +88,57 @@ class _Model:
     live: str
     paths: list[str]
     submodels: list[SubModel] = field(default_factory=list)
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    kinds: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tensors: dict[str, _Found] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
     others: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def freeze(self) -> LiveModel:
-        skeleton = Skeleton(
-            tuple(self.submodels),
-            self.tensors,
-            self.kinds,
-            self.parameters,
-            frozenset(self.computed),
-        )
         keys = LiveKeys(self.tensors, self.live, self.others)
         paths = tuple(dict.fromkeys(path[:-1] for path in self.paths))
-        return LiveModel(self.path[:-1], paths, self.live[:-1], self.module, skeleton, keys)
+        models = tuple(self.submodels)
+        return LiveModel(
+            self.path[:-1],
+            paths,
+            self.live[:-1],
+            self.module,
+            models,
+            keys,
+            frozenset(self.computed),
+        )
 
 
-_Shapes = dict[int, dict[str, tuple[int, ...]]]
+_Shape = tuple[int, ...]
+_Shapes = dict[int, dict[str, _Shape]]
+_Found = tuple[Any, Any]
+"""A tensor, or the shape that it has when it is whole; and the module, if it is a parameter."""
+
+
+def _skeleton(
+    submodels: tuple[SubModel, ...], found: Mapping[str, _Found], computed: frozenset[str]
+) -> Skeleton:
+    """Shapes and kinds of what a walk found."""
+    shapes: dict[str, _Shape] = {}
+    kinds: dict[str, str] = {}
+    direct: dict[str, list[str]] = {}
+    for key, (tensor, module) in found.items():
+        shape = shapes[key] = tensor if type(tensor) is tuple else tuple(tensor.shape)
+        dims = len(shape)
+        if module is None or dims not in (2, 3):
+            continue
+        kind = facts_of(type(module)).kind
+        path, _, name = key.rpartition(".")
+        if kind is not None:
+            if dims == 2 and kind != "any" and name == "weight":
+                kinds[key] = kind
+            continue
+        direct.setdefault(path, []).append(name)
+        if dims == 2:
+            kinds[key] = "parameter"
+        else:
+            turned = getattr(module, "is_transposed", None) is True
+            kinds[key] = "experts-transposed" if turned else "experts"
+    parameters = {path: tuple(names) for path, names in direct.items()}
+    return Skeleton(submodels, shapes, kinds, parameters, computed)
 
 
 def walk(root: Any) -> Live:
@@ -185,13 +224,19 @@ class _Walk:
             assert live is not None
             self.rest.append(_Rest(module, live, canonical, False))
         else:
-            if inside["_parameters"] or self.flat:
-                self.collect(module, canonical, model, live, facts.kind)
+            parameters = inside["_parameters"]
+            if self.flat:
+                parameters = dict(_parameters(module, self.flat))
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    model.tensors[canonical + name] = parameter, module
+                    if live is not None:
+                        model.others[canonical + name] = (live + name,)
             if inside["_buffers"]:
                 passing = inside["_non_persistent_buffers_set"]
                 model.computed.update(canonical + name for name in passing)
-                for name, shape in _buffers(module):
-                    model.tensors[canonical + name] = shape
+                for name, buffer in _buffers(module):
+                    model.tensors[canonical + name] = buffer, None
                     if live is not None:
                         model.others[canonical + name] = (live + name,)
             if facts.extra_state:
@@ -201,30 +246,6 @@ class _Walk:
             if child is not None:
                 below = None if live is None else f"{live}{name}."
                 self.visit(child, f"{canonical}{name}.", model, below)
-
-    def collect(
-        self, module: Any, canonical: str, model: _Model, live: str | None, kind: str | None
-    ) -> None:
-        """Take down the parameters of one module of a model."""
-        direct = []
-        for name, shape in _parameters(module, self.flat):
-            key = canonical + name
-            model.tensors[key] = shape
-            if live is not None:
-                model.others[key] = (live + name,)
-            dims = len(shape)
-            if kind is not None:
-                if dims == 2 and kind != "any" and name == "weight":
-                    model.kinds[key] = kind
-            elif dims == 2:
-                direct.append(name)
-                model.kinds[key] = "parameter"
-            elif dims == 3:
-                direct.append(name)
-                turned = getattr(module, "is_transposed", None) is True
-                model.kinds[key] = "experts-transposed" if turned else "experts"
-        if direct:
-            model.parameters[canonical[:-1]] = tuple(direct)
 
     def through(
         self,
@@ -339,27 +360,27 @@ def _items(values: Mapping[Any, Any] | Sequence[Any]) -> Iterator[tuple[str, Any
         yield str(name), value
 
 
-def _parameters(module: Any, flat: _Shapes) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a module's own parameters; those that FSDP has made flat with their own shapes."""
+def _parameters(module: Any, flat: _Shapes) -> list[tuple[str, Any]]:
+    """A module's own parameters; of those that FSDP has made flat their own shapes."""
     parameters = module.__dict__["_parameters"]
     if flat:
         shapes = flat.get(id(module), {})
         names = [name for name in dict.fromkeys([*shapes, *parameters]) if name != "_flat_param"]
         return [
-            (name, shapes.get(name) or tuple(parameters[name].shape))
+            (name, shapes.get(name) or parameters[name])
             for name in names
             if name in shapes or parameters[name] is not None
         ]
-    return [(name, tuple(p.shape)) for name, p in parameters.items() if p is not None]
+    return [(name, p) for name, p in parameters.items() if p is not None]
 
 
-def _buffers(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _buffers(module: Any) -> Iterator[tuple[str, Any]]:
     inside = module.__dict__
     if inside["_buffers"]:
         passing = inside["_non_persistent_buffers_set"]
         for name, buffer in inside["_buffers"].items():
             if buffer is not None and name not in passing:
-                yield name, tuple(buffer.shape)
+                yield name, buffer
 
 
 def _read_flat(handle: Any, shapes: _Shapes) -> None:

@@ -197,11 +197,11 @@ def _reads_as_bare(model: LiveModel, candidate: _Candidate, keys: list[str]) -> 
     A head model in a holder's ``model`` may have a ``model`` itself: ``model.layers.0`` is a key of it, and a key of
     its base under the holder's path. Both are the same tensor, but the first reading fits other models, too.
     """
-    base = model.skeleton.submodels[0].base_model_prefix
+    base = model.submodels[0].base_model_prefix
     prefix = candidate.node.prefix
     if not base or candidate.node.segments[-1:] != (base,):
         return False
-    if all(submodel.path != base for submodel in model.skeleton.submodels):
+    if all(submodel.path != base for submodel in model.submodels):
         return False
     below = (keys[number][len(prefix) :] for number in candidate.landed)
     return not any(key.startswith(f"{base}.") for key in below)
@@ -260,10 +260,11 @@ def _check_rivals(live: Live, best: _Candidate, pool: list[_Candidate], keys: li
     if others:
         named = [best, *others]
         places = " and ".join(dict.fromkeys(repr(live.models[c.model].path) for c in named))
+        told = f"{len(best.landed)} keys fit" if len(best.landed) > 1 else "the key fits"
         raise AmbiguousError(
             Finding(
                 "two-models",
-                f"{len(best.landed)} keys fit the models {places} as well as each other",
+                f"{told} the models {places} as well as each other",
                 key=keys[min(best.landed)],
                 fix="put the path of the one that is meant before the keys, or give that model alone",
             )
@@ -363,15 +364,16 @@ def _check_two_homes(live: Live, parts: list[Part]) -> None:
 
 def _nothing_landed(live: Live, keys: Sequence[str]) -> Finding:
     names = ", ".join(
-        model.skeleton.submodels[0].classes[0] + (f" at {model.path!r}" if model.path else "")
+        model.submodels[0].classes[0] + (f" at {model.path!r}" if model.path else "")
         for model in live.models
     )
     if not keys:
         return Finding("empty", f"there are no keys to be those of {names}", fix="save it again")
     shown = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+    told = "this is not" if len(keys) == 1 else f"none of the {len(keys)} keys ({shown}) is"
     return Finding(
         "no-home",
-        f"none of the {len(keys)} keys ({shown}) is one of {names}, under any prefix",
+        f"{told} one of {names}, under any prefix",
         key=keys[0],
         fix="check that the file is of this model",
     )

@@ -88,7 +88,10 @@ class ModelConfig:
         """The scope of a rule book for these model types.
 
         Inside a bigger model a book speaks of its own sub-model only, and of the whole where it knows that, too.
+        A book for any model speaks of the whole.
         """
+        if not model_types:
+            return Scope(self.data)
         found = self.part_of(model_types)
         if found is None:
             return Scope()

@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -163,6 +165,8 @@ class Parameters:
     sides: tuple[Side, ...]
     module: Key
     names: tuple[str, ...]
+    where: str = ""
+    """``file:line``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,7 @@ class Module:
     called: bool
     """False where the model reads the module's weight and does not call the module: a LoRA on it has no effect."""
     why: str
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +273,31 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     )
 
 
-@lru_cache(maxsize=1)
+_ONLY: ContextVar[tuple[Book, ...]] = ContextVar("only", default=())
+
+
+@contextmanager
+def only_books(books: Iterable[Book]) -> Iterator[None]:
+    """Let these books stand in for the library, in this thread, as long as this lasts; none at all change nothing."""
+    token = _ONLY.set(tuple(books))
+    try:
+        yield
+    finally:
+        _ONLY.reset(token)
+
+
+def own_layouts() -> tuple[str, ...]:
+    """The layouts of the books that stand in for the library."""
+    return tuple(dict.fromkeys(name for book in _ONLY.get() for name in (book.left, book.right)))
+
+
 def library() -> tuple[Book, ...]:
-    """The rule books that come with regraft."""
+    """The rule books that come with regraft, or those that stand in for them."""
+    return _ONLY.get() or _shipped()
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[Book, ...]:
     folder = resources.files(_PACKAGE) / _FOLDER
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return tuple(load_book(file, file.name) for file in files if not file.name.startswith("_"))
@@ -385,16 +412,21 @@ class _Loader:
                 yield Drop(_sides(table.side), key, table.why, f"{self.path}:{line}")
 
     def parameters(self, number: int, raw: Any) -> Parameters | None:
+        line = self.line("parameters", number)
         table = self.convert("parameters", number, raw, _ParametersTable)
-        key = self.key(table.module, self.line("parameters", number)) if table else None
-        return Parameters(_sides(table.side), key, tuple(table.names)) if key else None
-
-    def module(self, number: int, raw: Any) -> Module | None:
-        table = self.convert("module", number, raw, _ModuleTable)
-        key = self.key(table.module, self.line("module", number)) if table else None
+        key = self.key(table.module, line) if table else None
         if key is None:
             return None
-        return Module(_sides(table.side), key, tuple(table.tensors), table.called, table.why)
+        return Parameters(_sides(table.side), key, tuple(table.names), f"{self.path}:{line}")
+
+    def module(self, number: int, raw: Any) -> Module | None:
+        line = self.line("module", number)
+        table = self.convert("module", number, raw, _ModuleTable)
+        key = self.key(table.module, line) if table else None
+        if key is None:
+            return None
+        tensors, where = tuple(table.tensors), f"{self.path}:{line}"
+        return Module(_sides(table.side), key, tensors, table.called, table.why, where)
 
     def key(self, text: str, line: int) -> Key | None:
         try:
@@ -419,6 +451,30 @@ def _line_of_field(text: str, message: str) -> int:
 
 
 def books_for(model_types: Sequence[str], books: Iterable[Book] | None = None) -> list[Book]:
-    """The books that know one of the model types."""
+    """The books that know one of the model types; a book that names none is for any."""
     wanted = set(model_types)
-    return [b for b in (library() if books is None else books) if wanted & set(b.model_types)]
+    known = library() if books is None else books
+    return [b for b in known if not b.model_types or wanted & set(b.model_types)]
+
+
+def find_book(name: str) -> Book:
+    """A book from its file, or from the library by its name.
+
+    Raises ``BadInputError``.
+    """
+    path = Path(name)
+    if path.suffix != ".toml" and not path.is_file():
+        found = next((book for book in library() if book.name == name), None)
+        if found is not None:
+            return found
+        known = ", ".join(book.name for book in library())
+        raise BadInputError(
+            Finding("rule-book", f"there is no rule book {name!r}; the library has {known}")
+        )
+    try:
+        return load_book(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BadInputError(
+            Finding("rule-book", f"it cannot be read: {reason}", where=name, fix="check the path")
+        ) from None

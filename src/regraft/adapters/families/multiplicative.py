@@ -120,6 +120,11 @@ class Ia3(Family):
         spread = factors[None, :] if part.settings["feedforward"] else factors[:, None]
         return np.asarray(need(weight) * (spread - 1.0))
 
+    def bias(self, part: Part, bias: Wide) -> Wide:
+        if part.settings["feedforward"]:
+            return bias
+        return np.asarray(bias * _factors_of(part).astype(np.float64))
+
 
 def _factors_of(part: Part) -> Array:
     return part["ia3_l"].reshape(-1)
@@ -509,6 +514,9 @@ class Road(Family):
         if not same:
             raise NoImageError("the parts are turned by different rotations")
         return replace(there[0], into=sum(intos))
+
+    def bias(self, part: Part, bias: Wide) -> Wide:
+        return bias + self.delta(part, lambda: bias[:, None])[:, 0]
 
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
         base = need(weight)

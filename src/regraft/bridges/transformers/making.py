@@ -333,7 +333,9 @@ class _Maker:
         right = tuple(
             k if KINDS[k].fits(t) else "any" for k, t in zip(right, equation.right, strict=True)
         )
-        self.rules.append(Rule(holes(name, _loop), equation, left, right, self.name, where))
+        self.rules.append(
+            Rule(holes(name, _loop), equation, left, right, self.imported.name, where)
+        )
 
     def _carry(
         self, key: str, kind: str, bounds: Sequence[str], why: str = "its name did not change"
@@ -358,7 +360,7 @@ class _Maker:
         for scoped in dict.fromkeys(used):
             by_entry.setdefault(scoped.transform.entry, []).append(f"#{scoped.transform.number}")
         told = "; ".join(f"{entry} {', '.join(numbers)}" for entry, numbers in by_entry.items())
-        return f"transformers {check_version()} registry: {told or 'unchanged'}"
+        return f"transformers {check_version()}: {told or 'unchanged'}"
 
     def book(self) -> Book:
         root = self.imported.skeleton.submodels[0]

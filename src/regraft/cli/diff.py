@@ -1,0 +1,134 @@
+"""`regraft diff`: what two files have in common, and the rule book that leads from one to the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regraft.cli.app import Job, _Json, _Model, _own_books, _Quiet, _Rules, app
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.why.diff import Diff, Some
+
+_SHOWN = 20
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint or an adapter.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    *,
+    book: Annotated[
+        Path | None,
+        typer.Option(
+            "--book",
+            "-o",
+            metavar="FILE",
+            help="Propose a rule book that leads from A to B, even where regraft has one, and write it "
+            "to this file (.toml).",
+            show_default=False,
+        ),
+    ] = None,
+    model: _Model = None,
+    rules: _Rules = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
+    """Tell what two checkpoints or adapters have in common, under which renames and equations.
+
+    Where no rule book knows both layouts, one is proposed from the contents and printed. Both files are read whole.
+
+    Exit status: 0 they hold the same, 1 bad input, 2 usage, 4 they do not.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from msgspec import to_builtins
+
+        from regraft.errors import BadInputError, Finding
+        from regraft.why.diff import diff
+
+        if book is not None and book.exists():
+            message = "the file exists already"
+            raise BadInputError(
+                Finding("destination-exists", message, where=str(book), fix="choose another")
+            )
+        with _own_books(rules):
+            found = diff(a, b, model=model, propose_book=book is not None)
+        if book is not None and found.book is not None:
+            book.write_text(found.book, encoding="utf-8")
+        if json:
+            out.data({**to_builtins(found), "equal": found.equal})
+        elif not quiet:
+            show_diff(out, found, book)
+        return 0 if found.equal else 4
+
+    return job
+
+
+_GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
+
+
+def show_diff(out: Output, found: Diff, written: Path | None = None) -> None:
+    """What two files have in common and what not."""
+    from rich.text import Text
+
+    out.show(Text.assemble((visible(found.a), _NAME), " and ", (visible(found.b), _NAME)))
+    if any(found.layouts):
+        one, other = (layout or "unknown" for layout in found.layouts)
+        out.show(Text(f"  layouts: {one} and {other}", _FAINT))
+    if found.same:
+        out.show(Text(f"Same name, same content: {_total(found.same)} tensors"))
+    if found.moved:
+        out.show(Text(), Text("Same content:"))
+    for moved in found.moved:
+        names = ", ".join(some.pattern for some in moved.targets[:3])
+        names += ", ..." if len(moved.targets) > 3 else ""
+        out.show(
+            Text.assemble((visible(moved.rule), _NAME), f": {moved.equal} of B, ", visible(names))
+        )
+        for line in moved.equation.splitlines():
+            out.show(Text(f"    {visible(line)}", _FAINT))
+        for some in moved.differ[:_SHOWN]:
+            out.show(Text(f"    not equal: {visible(some.pattern)} ({some.count})", _BAD))
+    for each in found.differ[:_SHOWN]:
+        what = f"{visible(each.some.pattern)} ({each.some.count}): {each.why}"
+        out.show(Text.assemble(("differs: ", _BAD), what))
+    for title, tensors in (("only in A: ", found.only_a), ("only in B: ", found.only_b)):
+        for some in tensors[:_SHOWN]:
+            out.show(Text.assemble((title, _BAD), f"{visible(some.pattern)} ({some.count})"))
+        if len(tensors) > _SHOWN:
+            out.show(Text(f"... and {len(tensors) - _SHOWN} more; --json lists them all", _WARNING))
+    for note in found.notes:
+        out.show(Text.assemble(("Note: ", _WARNING), visible(note)))
+    if found.book is not None:
+        _show_book(out, found, written)
+    if found.equal:
+        out.show(Text(), Text("They hold the same, bit for bit.", _GOOD))
+    else:
+        out.show(Text(), Text("They do not hold the same.", _BAD))
+
+
+def _show_book(out: Output, found: Diff, written: Path | None) -> None:
+    from rich.text import Text
+
+    proof = (
+        "carried out both ways, it gives the other file bit for bit"
+        if found.verified
+        else "it does not lead the whole way"
+    )
+    if written is not None:
+        out.show(Text(), Text(f"A rule book was written to {visible(str(written))}: {proof}."))
+        out.show(Text(f"Use it with: regraft convert SRC DST --to LAYOUT --rules {written}"))
+        return
+    out.show(Text(), Text(f"A rule book that leads from A to B ({proof}):"), Text())
+    out.text("".join(f"    {line}\n" if line else "\n" for line in (found.book or "").splitlines()))
+
+
+def _total(tensors: Sequence[Some]) -> int:
+    return sum(some.count for some in tensors)

@@ -1,0 +1,162 @@
+"""`regraft explain`: the way of one tensor, or why it goes nowhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regraft.cli.app import Job, _check_layout, _Json, _Model, _own_books, _Quiet, _Rules, _Src, app
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from regraft.why.explanation import End, Explanation
+
+_PIECES = 8
+
+
+@app.command()
+def explain(
+    src: _Src,
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY",
+            help="A tensor's name in SRC, the base's tensor that it is about, or a name of the result.",
+            show_default=False,
+        ),
+    ],
+    *,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="LAYOUT",
+            help="The layout to explain the way to: transformers-v5 or transformers-v4.",
+            show_default=False,
+        ),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="LAYOUT", help="The layout of SRC.", show_default=False),
+    ] = None,
+    model: _Model = None,
+    rules: _Rules = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
+    """Explain what becomes of one tensor, and by which rule; or what is near where nothing does.
+
+    Exit status: 0 it arrives, 1 SRC cannot be read, 2 usage, 4 it does not arrive.
+    """
+    if not rules:
+        _check_layout(to, "--to")
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from msgspec import to_builtins
+
+        from regraft.why.explain import explain
+
+        with _own_books(rules):
+            found = explain(src, key, to=to, model=model, source=source)
+        if json:
+            out.data({**to_builtins(found), "arrives": found.arrives})
+        elif not quiet:
+            show_explanation(out, found)
+        return 0 if found.arrives else 4
+
+    return job
+
+
+_GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
+
+
+def show_explanation(out: Output, found: Explanation) -> None:
+    """The way of one key, drawn from top to bottom."""
+    from rich.text import Text
+
+    layouts = f"{found.source_layout or 'unknown'} -> {found.target_layout}"
+    out.show(Text.assemble((visible(found.key), _NAME), f": {found.kind}, {layouts}"))
+    for line in found.evidence:
+        out.show(Text(f"  {visible(line)}", _FAINT))
+    for line in found.steps:
+        out.show(Text(f"  {visible(line)}"))
+    out.show(Text())
+    if found.fate == "moved":
+        _show_moved(out, found)
+    elif found.fate == "carried":
+        out.show(
+            Text.assemble("carried over: ", (visible(found.why or ""), _GOOD), f" ({found.where})"),
+            Text(f"  {visible(found.equation or '')}", _FAINT),
+        )
+    elif found.fate == "there":
+        out.show(Text(visible(found.why or ""), _GOOD))
+    else:
+        out.show(Text("it goes nowhere: no rule and no carry-over explains it", _BAD))
+    _show_near(out, found)
+    for finding in found.problems:
+        out.show(Text.assemble(("Problem: ", _BAD), visible(str(finding))))
+
+
+def _show_moved(out: Output, found: Explanation) -> None:
+    from rich.text import Text
+
+    for end in found.sources:
+        out.show(_end(end))
+    rule = Text.assemble("  | ", (visible(found.rule or ""), _NAME), f" ({found.where})")
+    out.show(Text("  |"), rule)
+    for line in (found.equation or "").splitlines():
+        out.show(Text(f"  |   {visible(line)}", _FAINT))
+    values = {**found.values, **{f"size of {k}": v for k, v in found.sizes.items()}}
+    if values:
+        told = ", ".join(f"{name} = {value}" for name, value in values.items() if value != "")
+        out.show(Text(f"  | {visible(told)}"))
+    out.show(Text("  v"))
+    for end in found.targets:
+        out.show(_end(end))
+    if found.pieces:
+        out.show(Text())
+    for piece in found.pieces[:_PIECES]:
+        out.show(
+            Text.assemble(
+                visible(piece.source),
+                (f"[{', '.join(piece.source_place)}]", _FAINT),
+                "  ->  ",
+                visible(piece.target),
+                (f"[{', '.join(piece.target_place)}]", _GOOD),
+            )
+        )
+    if len(found.pieces) > _PIECES:
+        more = len(found.pieces) - _PIECES
+        out.show(Text(f"... and {more} more pieces; --json lists them all", _WARNING))
+    for rule_name in found.passed:
+        out.show(Text(f"it also fits {visible(rule_name)}, which is less close", _FAINT))
+
+
+def _end(end: End) -> Text:
+    from rich.text import Text
+
+    shape = "" if end.shape is None else f"  [{', '.join(map(str, end.shape))}]"
+    count = f"  x {end.count}" if end.count > 1 else ""
+    absent = f", {end.absent} of them absent" if end.absent else ""
+    keys = ", ".join(map(visible, end.keys))
+    return Text.assemble((keys, _NAME if end.mine else ""), f"{shape}{count}{absent}  {end.kind}")
+
+
+def _show_near(out: Output, found: Explanation) -> None:
+    from rich.text import Text
+
+    if found.near:
+        out.show(Text(), Text("Rules that come close:"))
+    for near in found.near:
+        template = near.template
+        out.show(
+            Text(f"  {visible(template)}"),
+            Text.assemble(f"    {visible(near.why)}", (f"  {near.rule} ({near.where})", _FAINT)),
+        )
+    if found.closest:
+        out.show(Text(), Text("Names that are spelled alike:"))
+        out.show(*(Text(f"  {visible(name)}") for name in found.closest))

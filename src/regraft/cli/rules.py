@@ -1,0 +1,239 @@
+"""`regraft rules`: list, show, check and write rule books."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regraft.cli.app import Job, _Json, _Model, _Quiet, app
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from regraft.rules.book import Book
+    from regraft.rules.lint import Fault, Linted
+
+rules = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(rules, name="rules", help="List, show, check and write rule books.")
+
+_Book = Annotated[
+    str,
+    typer.Argument(
+        metavar="BOOK", help="A TOML file, or the name of one of regraft's.", show_default=False
+    ),
+]
+_GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
+_STYLE = {"error": _BAD, "warning": _WARNING, "note": _FAINT}
+
+
+@rules.command("list")
+def list_books(json: _Json = False, quiet: _Quiet = False) -> Job:
+    """List the rule books that come with regraft."""
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.rules.book import library
+
+        if json:
+            out.data([_summary(book) for book in library()])
+        elif not quiet:
+            _show_list(out, library())
+        return 0
+
+    return job
+
+
+def _summary(book: Book) -> dict[str, Any]:
+    return {
+        "name": book.name,
+        "title": book.title,
+        "left": book.left,
+        "right": book.right,
+        "model_types": list(book.model_types),
+        "rules": len(book.rules),
+        "carries": len(book.carries),
+        "path": book.path,
+    }
+
+
+def _show_list(out: Output, books: tuple[Book, ...]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
+    for name in ("book", "rules", "model types", "what changes"):
+        table.add_column(name, justify="right" if name == "rules" else "left", overflow="fold")
+    for book in books:
+        title = book.title.partition(": ")[2] or book.title
+        table.add_row(book.name, str(len(book.rules)), ", ".join(book.model_types), title)
+    out.show(table)
+
+
+@rules.command()
+def show(book: _Book, json: _Json = False) -> Job:
+    """Show a rule book as one TOML file, with what it includes.
+
+    Exit status: 0 done, 1 there is no such book or it cannot be loaded.
+    """
+    out = Output(json=json)
+
+    def job() -> int:
+        from regraft.rules.book import find_book
+        from regraft.rules.write import write_book
+
+        found = find_book(book)
+        if json:
+            out.data(
+                {
+                    **_summary(found),
+                    "equations": [
+                        {
+                            "name": rule.name,
+                            "where": rule.where,
+                            "text": rule.equation.text,
+                            "left_kinds": list(rule.left_kinds),
+                            "right_kinds": list(rule.right_kinds),
+                        }
+                        for rule in found.rules
+                    ],
+                    "carried": [
+                        {"key": str(carry.term), "why": carry.why, "where": carry.where}
+                        for carry in found.carries
+                    ],
+                }
+            )
+        else:
+            out.text(write_book(found))
+        return 0
+
+    return job
+
+
+@rules.command()
+def lint(
+    book: _Book,
+    *,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            metavar="SRC",
+            help="A checkpoint or an adapter whose names the rules must fit: shows what never fires and "
+            "what is not explained.",
+            show_default=False,
+        ),
+    ] = None,
+    model: _Model = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
+    """Check a rule book before any tensor is read.
+
+    BOOK may also be transformers, for the registry of the release that is installed, or transformers:MODEL_TYPE.
+    Finds rules that claim one key, shadow each other, eat each other's output, cannot be undone or never fire.
+
+    Exit status: 0 no errors (warnings may be there), 1 it cannot be read, 2 usage, 4 errors.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from msgspec import to_builtins
+
+        from regraft.why.linting import lint
+
+        found = lint(book, keys, model)
+        if json:
+            out.data({**to_builtins(found), "sound": found.sound})
+        elif not quiet:
+            show_linted(out, found)
+        return 0 if found.sound else 4
+
+    return job
+
+
+def show_linted(out: Output, found: Linted) -> None:
+    """What lint found, the worst first."""
+    from rich.text import Text
+
+    for fault in found.faults:
+        _show_fault(out, fault)
+    counts = [
+        f"{number} {kind}{'s' * (number != 1)}"
+        for kind in ("error", "warning", "note")
+        if (number := sum(fault.severity == kind for fault in found.faults))
+    ]
+    against = f", compared with {found.keys} keys" if found.keys else ""
+    head = Text.assemble((visible(found.book), _NAME), f": {found.rules} rules{against}: ")
+    head.append(
+        ", ".join(counts) or "nothing to say against it", _BAD if not found.sound else _GOOD
+    )
+    out.show(head)
+
+
+def _show_fault(out: Output, fault: Fault) -> None:
+    from rich.text import Text
+
+    finding = fault.finding
+    head = Text.assemble(
+        (finding.where or "", _NAME),
+        ": ",
+        (fault.severity, _STYLE[fault.severity]),
+        f" {finding.code}",
+    )
+    if finding.rule:
+        head.append(f" in {visible(finding.rule)!r}")
+    lines = [head]
+    if finding.key:
+        lines.append(Text(f"  {visible(finding.key)}"))
+    lines += [Text(f"  {visible(line)}") for line in finding.message.splitlines()]
+    if fault.other:
+        lines.append(Text(f"  the other: {visible(fault.other)}", _FAINT))
+    if finding.fix:
+        lines.append(Text.assemble(("  To mend it: ", _GOOD), visible(finding.fix)))
+    out.show(*lines)
+
+
+@rules.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model type, or a model's folder or config.json.",
+            show_default=False,
+        ),
+    ],
+    *,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write it here.", show_default=False),
+    ] = None,
+    quiet: _Quiet = False,
+) -> Job:
+    """Write the rule books that apply to a model as TOML, as a start for one of your own.
+
+    Exit status: 0 done, 1 no rule book knows the model, or the file exists.
+    """
+    out = Output(quiet=quiet)
+
+    def job() -> int:
+        from regraft.why.linting import export
+
+        text = export(model)
+        if file is None:
+            out.text(text)
+            return 0
+        from regraft.errors import BadInputError, Finding
+
+        if file.exists():
+            finding = Finding(
+                "destination-exists",
+                "the file exists already",
+                where=str(file),
+                fix="choose another",
+            )
+            raise BadInputError(finding)
+        file.write_text(text, encoding="utf-8")
+        return 0
+
+    return job

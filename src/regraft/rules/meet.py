@@ -1,0 +1,157 @@
+"""What two key templates have in common: a key that both match, and whether one matches all that the other does."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from regraft.equation.notation import Hole, Key, Term
+
+_NUMBER = re.compile(r"((?:0|[1-9][0-9]*)(?![0-9]))")
+
+Token = str | int | None
+"""Letters, a number, or ``None`` for any number."""
+Segment = tuple[Token, ...] | None
+"""What stands between two dots; ``None`` for any number of segments."""
+
+
+@lru_cache(maxsize=4096)
+def segments_of(key: Key) -> tuple[Segment, ...]:
+    """A template between its dots.
+
+    >>> from regraft.equation.notation import parse_key
+    >>> segments_of(parse_key("{*p}.l.{e}.w1"))
+    (None, ('l',), (None,), ('w', 1))
+    """
+    segments: list[Segment] = []
+    open_one: list[Token] | None = []
+    for part in key.parts:
+        if isinstance(part, Hole):
+            assert open_one is not None
+            open_one.append(None)
+        elif isinstance(part, str):
+            for number, text in enumerate(part.split(".")):
+                if number:
+                    if open_one is not None:
+                        segments.append(tuple(open_one))
+                    open_one = []
+                if open_one is not None:
+                    open_one += tokens_of(text)
+        else:
+            segments.append(None)
+            open_one = None
+    if open_one is not None:
+        segments.append(tuple(open_one))
+    return tuple(segments)
+
+
+def tokens_of(text: str) -> list[Token]:
+    """Letters and numbers of a segment.
+
+    >>> tokens_of("w12_b")
+    ['w', 12, '_b']
+    """
+    return [
+        int(piece) if _NUMBER.fullmatch(piece) else piece for piece in _NUMBER.split(text) if piece
+    ]
+
+
+def write_segment(segment: Segment, hole: str = "{}") -> str:
+    """A segment as text, any number as ``hole``."""
+    if segment is None:
+        return "{*}"
+    return "".join(hole if token is None else str(token) for token in segment)
+
+
+def meet(one: Key, other: Key) -> str | None:
+    """A key that both templates match, with 0 for every index; ``None`` where there is none.
+
+    A ``{*p}`` of one may hold what the other spells out, but not each of them what the other does: every template
+    that begins with one and every template that ends with one would meet otherwise. And something must be spelled
+    out by both.
+
+    >>> from regraft.equation.notation import parse_key
+    >>> meet(parse_key("{*p}.l.{e}.w"), parse_key("{*p}.l.3.w")), meet(parse_key("{*p}.l.w"), parse_key("{*p}.n.{*q}"))
+    ('l.3.w', None)
+    """
+    left, right = segments_of(one), segments_of(other)
+    seen: set[tuple[int, int, bool, int]] = set()
+
+    def walk(i: int, j: int, common: bool, holder: int) -> list[str] | None:
+        """``holder`` is 1 where the left one holds something of the right, -1 the other way round, 0 so far not."""
+        if (i, j, common, holder) in seen:
+            return None
+        seen.add((i, j, common, holder))
+        if i == len(left) and j == len(right):
+            return [] if common else None
+        a = left[i] if i < len(left) else ()
+        b = right[j] if j < len(right) else ()
+        if a is not None and b is not None:
+            both = _unify(a, b)
+            rest = walk(i + 1, j + 1, True, holder) if both is not None and a and b else None
+            return None if both is None or rest is None else [both, *rest]
+        if a is None:
+            found = walk(i + 1, j, common, holder)
+            if found is None and b is not None and b != () and holder >= 0:
+                rest = walk(i, j + 1, common, 1)
+                found = None if rest is None else [write_segment(b, "0"), *rest]
+            if found is not None or b is not None:
+                return found
+        found = walk(i, j + 1, common, holder)
+        if found is None and a is not None and a != () and holder <= 0:
+            rest = walk(i + 1, j, common, -1)
+            found = None if rest is None else [write_segment(a, "0"), *rest]
+        return found
+
+    found = walk(0, 0, False, 0)
+    return None if found is None else ".".join(found)
+
+
+def _unify(a: tuple[Token, ...], b: tuple[Token, ...]) -> str | None:
+    if len(a) != len(b):
+        return None
+    text = ""
+    for one, other in zip(a, b, strict=True):
+        if one == other:
+            text += "0" if one is None else str(one)
+        elif one is None and isinstance(other, int):
+            text += str(other)
+        elif other is None and isinstance(one, int):
+            text += str(one)
+        else:
+            return None
+    return text
+
+
+def covers(general: Key, special: Key) -> bool:
+    """Whether every key that the second template matches is one that the first does, too.
+
+    >>> from regraft.equation.notation import parse_key
+    >>> covers(parse_key("{*p}.l.{*q}"), parse_key("{*p}.l.{e}.w")), covers(parse_key("l.3"), parse_key("l.{e}"))
+    (True, False)
+    """
+    left, right = segments_of(general), segments_of(special)
+
+    def walk(i: int, j: int) -> bool:
+        if i == len(left):
+            return j == len(right)
+        a = left[i]
+        if a is None:
+            return walk(i + 1, j) or (j < len(right) and walk(i, j + 1))
+        b = right[j] if j < len(right) else None
+        if b is None or len(a) != len(b):
+            return False
+        fits = all(x == y or (x is None and isinstance(y, int)) for x, y in zip(a, b, strict=True))
+        return fits and walk(i + 1, j + 1)
+
+    return walk(0, 0)
+
+
+def dims_meet(one: Term, other: Term) -> bool:
+    """Whether a tensor can have the number of dims of both terms."""
+    a, b = len(one.dims) - one.ends_open, len(other.dims) - other.ends_open
+    if one.ends_open and other.ends_open:
+        return True
+    if one.ends_open:
+        return b >= a
+    return a >= b if other.ends_open else a == b

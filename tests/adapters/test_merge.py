@@ -1,0 +1,61 @@
+"""Merging an adapter into its base: the new base alone gives what base and adapter gave."""
+
+import json
+
+import pytest
+from test_golden import GOLDEN, INDEX, adapter_of, base_of, outputs
+
+import regraft
+from regraft.cli import main
+from regraft.files.safetensors import open_tensors
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+V5 = "transformers-v5"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral__gud_attn",
+        "mixtral__dora",
+        "mixtral__ia3_attn",
+        "mixtral__bias_all",
+        "mixtral__mts_head",
+        "gpt_oss__params_attn",
+        "jamba__all_linear_bias",
+        "qwen2_moe__shared_only",
+        "deepseek_v3__patterns_projection",
+    ],
+)
+def test_the_merged_base_gives_the_outputs(name, tmp_path):
+    adapter, base = adapter_of(name, tmp_path), base_of(name)
+    report = regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True)
+    assert {target.rung for target in report.adapters[0].targets} <= {"merged"}
+    tensors = open_tensors(GOLDEN / "cases" / name / "reference.safetensors")
+    inputs = {k[6:]: torch.tensor(v) for k, v in tensors.items() if k.startswith("input.")}
+    cls = getattr(transformers, INDEX[name]["model_class"])
+    model = cls.from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32)
+    want, without = torch.tensor(tensors["ref"]), torch.tensor(tensors["ref_base"])
+    got = outputs(model, inputs)
+    effect = (want - without).abs().max()
+    assert (got - want).abs().max() < max(1e-4, 1e-3 * effect)
+    assert effect > 1e-2
+
+
+def test_merging_takes_a_base_with_weights(tmp_path, capsys):
+    adapter = adapter_of("mixtral__gud_attn", tmp_path)
+    arguments = ["convert", str(adapter), str(tmp_path / "out"), "--to", V5, "--merge", "--json"]
+    assert main(arguments) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["findings"][0]["code"] == "option"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path):
+    adapter = adapter_of("mixtral__trainable_tokens", tmp_path)
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(
+            adapter, tmp_path / "out", to=V5, model=base_of("mixtral__dora"), merge=True
+        )
+    assert "token_adapter" in caught.value.findings[0].key
+    assert not (tmp_path / "out").exists()

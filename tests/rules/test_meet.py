@@ -1,0 +1,58 @@
+"""What two templates have in common agrees with matching itself."""
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from regraft.equation.notation import parse_key
+from regraft.errors import BadInputError
+from regraft.names.keys import group_names
+from regraft.rules.meet import covers, meet, segments_of
+from regraft.rules.templates import match_group
+
+segments = st.sampled_from(["a", "b", "w1", "w{k}", "{e}", "0", "3", "{*}"])
+shapes = st.lists(segments, min_size=1, max_size=4)
+names = st.lists(st.sampled_from(["a", "b", "w1", "w2", "0", "3", "7"]), min_size=1, max_size=5)
+
+
+def key_of(parts):
+    text = ".".join(f"{{*p{i}}}" if part == "{*}" else part for i, part in enumerate(parts))
+    try:
+        return parse_key(text)
+    except BadInputError:
+        return None
+
+
+def matches(key, name):
+    return match_group(key, group_names([name])[0]) is not None
+
+
+@settings(max_examples=500)
+@given(shapes, shapes)
+def test_a_key_that_both_match(one, other):
+    a, b = key_of(one), key_of(other)
+    assume(a is not None and b is not None)
+    key = meet(a, b)
+    if key is not None:
+        assert matches(a, key)
+        assert matches(b, key)
+    assert (key is None) == (meet(b, a) is None)
+
+
+@given(shapes, shapes, names)
+def test_no_common_key_is_missed(one, other, name):
+    a, b = key_of(one), key_of(other)
+    assume(a is not None and b is not None)
+    name = ".".join(name)
+    without_rests = all(None not in segments_of(key) for key in (a, b))
+    if without_rests and matches(a, name) and matches(b, name):
+        assert meet(a, b) is not None
+
+
+@given(shapes, shapes, names)
+def test_covering(one, other, name):
+    a, b = key_of(one), key_of(other)
+    assume(a is not None and b is not None)
+    name = ".".join(name)
+    if covers(a, b) and matches(b, name):
+        assert matches(a, name)
+    assert covers(a, a)

@@ -1,0 +1,67 @@
+"""A book that was written is the book that is read."""
+
+from dataclasses import replace
+
+import pytest
+from generated import equations
+from hypothesis import given
+from hypothesis import strategies as st
+from making import Text, book_of, equation_of
+
+from regraft.rules.book import library, load_book
+from regraft.rules.write import write_book
+
+
+def without_places(book):
+    return replace(
+        book,
+        path="",
+        rules=tuple(replace(rule, where="") for rule in book.rules),
+        carries=tuple(replace(carry, where="") for carry in book.carries),
+        parameters=tuple(replace(table, where="") for table in book.parameters),
+        modules=tuple(replace(table, where="") for table in book.modules),
+    )
+
+
+def written(book, comment=""):
+    return load_book(Text(write_book(book, comment)), "written.toml")
+
+
+@pytest.mark.parametrize("book", library(), ids=lambda book: book.name)
+def test_library(book):
+    again = written(book, "two lines\nof comment")
+    assert without_places(again) == without_places(book)
+    assert write_book(again) == write_book(book)
+
+
+@given(equations())
+def test_random_equations(made):
+    book = book_of(equation_of(made.text))
+    assert without_places(written(book)) == without_places(book)
+
+
+awkward = st.text(st.sampled_from("ab '\"\\#=\n\t\r\u00e9[]"), min_size=1, max_size=12)
+
+
+@given(awkward, awkward, st.lists(awkward, max_size=3), st.booleans())
+def test_awkward_text(title, why, types, called):
+    body = (
+        "\n[[carry]]\nkeys = ['{*p}.a', '{*p}.b : o i', '{*p}.c : o i']\nwhy = 'w'\nwhere = 'o = 3'\n"
+        "[[module]]\nside = 'left'\nmodule = '{*p}.m'\ntensors = ['w']\n"
+    )
+    book = book_of(body.replace("'{*p}.a', ", ""))
+    book = replace(
+        book,
+        title=title,
+        model_types=tuple(types),
+        carries=tuple(replace(carry, why=why) for carry in book.carries),
+        modules=tuple(replace(module, called=called, why=why) for module in book.modules),
+    )
+    assert without_places(written(book)) == without_places(book)
+
+
+def test_lines_are_those_of_the_tables():
+    text = write_book(library()[-1])
+    lines = text.splitlines()
+    for rule in load_book(Text(text), "b.toml").rules:
+        assert lines[int(rule.where.rpartition(":")[2]) - 1] == "[[equation]]"
