@@ -115,7 +115,9 @@ def main() -> None:
     check_fits(deepseek, regraft.convert_state_dict(source, to=deepseek))
     seconds = alternate(
         [
-            Contender("convert_state_dict", lambda: regraft.convert_state_dict(source, to=deepseek)),
+            Contender(
+                "convert_state_dict", lambda: regraft.convert_state_dict(source, to=deepseek)
+            ),
             Contender("clone", lambda: copy(source)),
             Contender("transformers, names", lambda: experts.plan(parsed.names)),
         ],

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def old(model):
-    return dict(
-        regraft.convert_state_dict(model.state_dict(), to="transformers-v4", model=model)
-    )
+    return dict(regraft.convert_state_dict(model.state_dict(), to="transformers-v4", model=model))
 
 
 def codes(error):

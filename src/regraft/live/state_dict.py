@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,7 +135,7 @@ def _check_source(state_dict: Any) -> None:
 
 def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStateDict:
     """As a live model wants it."""
-    from regraft.bridges.torch_tensors import parameters_of, place, state_of, whole
+    from regraft.bridges.torch_tensors import parameters_of, place, state_of
 
     resolved = target.resolve(list(state_dict))
     report = StateDictReport(RIGHT, carried=list(resolved.carried))
@@ -177,7 +177,9 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     apart = {*target.live.own, *target.live.adapters}
     report.missing = [key for key in report.kept if key in weights and key not in apart]
     _warn(report.missing, "weights of the model are not in the state dict and keep their values")
-    _warn(loud, "tensors of the state dict are left out, for the model was made without such a part")
+    _warn(
+        loud, "tensors of the state dict are left out, for the model was made without such a part"
+    )
     result.report = report
     return result
 
