@@ -90,7 +90,9 @@ def detect(
     if shaped is not None:
         layout, evidence = shaped
         return Detected(books, scopes, layout, (told, evidence), asked)
-    return Detected(books, scopes, None, (told, "all its names are the same in every layout"), asked)
+    return Detected(
+        books, scopes, None, (told, "all its names are the same in every layout"), asked
+    )
 
 
 def _by_shape(

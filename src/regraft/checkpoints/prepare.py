@@ -20,7 +20,7 @@ from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
-from regraft.checkpoints.spelling import read_spelling, write_spelling
+from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
 from regraft.names.patterns import patterns
@@ -103,7 +103,7 @@ def prepare(
         kept = frozenset(moves.names[count:])
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    note = _note(source, known, plan)
+    note = _note(source, known, plan, to)
     layout = lay_out(source, moves, dtypes, shard_size, name, note)
     report = CheckpointReport(
         known.layout or to or "",
@@ -140,14 +140,22 @@ def prepare(
     return Prepared(source, known, plan, moves, dtypes, layout, text, report, note)
 
 
-def _note(source: Source, known: Detected, plan: Plan | None) -> str | None:
+def _note(source: Source, known: Detected, plan: Plan | None, to: str | None) -> str | None:
     """The note for the result's metadata; that of a source that stays as it is."""
-    if plan is None:
+    if plan is None or to is None:
         texts = (file.metadata.get(KEY) for file in source.files)
         return next((text for text in texts if text is not None), None)
-    if not known.imported or plan.target_layout == plan.books[0].left:
+    if to == plan.books[0].left:
         return None
-    return write_spelling(plan.headers.groups, plan.source_layout, plan.target_layout)
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if source.config is not None:
+        before = load_json(source.config)
+        after, _ = rename_fields(before, to)
+        if rename_fields(after, plan.source_layout)[0] == before:
+            before = after
+    groups = plan.headers.groups if known.imported else ()
+    return write_note(groups, plan.source_layout, to, before, after)
 
 
 def _words(plan: Plan) -> list[str]:
@@ -163,7 +171,9 @@ def _words(plan: Plan) -> list[str]:
         shown = ", ".join(pattern for pattern, _ in patterns(names))
         notes.append(f"dropped {len(names)} tensors: {shown}: {why}")
     for why, names in lacking.items():
-        notes.append(f"{plan.target_layout} has these, too, and they are not made: {', '.join(names)}: {why}")
+        notes.append(
+            f"{plan.target_layout} has these, too, and they are not made: {', '.join(names)}: {why}"
+        )
     return notes
 
 
@@ -181,8 +191,12 @@ def _convert_config(
         return None
     config: dict[str, Any] = load_json(source.config)
     changes: list[str] = []
+    is_sorted = list(config) == sorted(config)
     if known.layout != to:
+        old = config
         config, changes = rename_fields(config, to)
+        before = read_config((file.metadata for file in source.files), to, old)
+        config = config if before is None else before
     whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
     for name in ("dtype", "torch_dtype"):
         if whole is not None and config.get(name) not in (None, TORCH[whole.dtype]):
@@ -191,7 +205,7 @@ def _convert_config(
     report.config = changes
     if not changes:
         return source.config.read_bytes()
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return (json.dumps(config, indent=2, sort_keys=is_sorted) + "\n").encode()
 
 
 __all__ = ["CONFIG", "Prepared", "prepare"]

@@ -1,17 +1,24 @@
-"""How a checkpoint spelled its names, noted in the result's metadata for the way back.
+"""What a result's metadata notes for the way back: how its source spelled names, and what the config said.
 
-Old names may have more than one spelling in a release's registry. A result has one name of each kind that its source
-had; the way back then writes these, and takes the note away.
+Old names may have more than one spelling in a release's registry, and a config more than one form. A result has one
+name of each kind that its source had, and what changed; the way back writes these, and takes the note away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import msgspec
 import numpy as np
 
-from regraft.adapters.remembered import FORMAT, KEY, Origin, Remembered, read_remembered
+from regraft.adapters.record import Record
+from regraft.adapters.remembered import (
+    KEY,
+    KeptTable,
+    Origin,
+    read_remembered,
+    write_remembered,
+)
 from regraft.names.keys import MARK, Group, fill
 
 
@@ -24,11 +31,32 @@ def read_spelling(metadata: Iterable[Mapping[str, str]], layout: str | None) -> 
     return []
 
 
-def write_spelling(groups: Sequence[Group], source: str, target: str) -> str:
-    """The note for a result: one name of each kind that its source had."""
+def read_config(
+    metadata: Iterable[Mapping[str, str]], layout: str, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The config as it was in a layout; ``None`` where no note tells it, or it was changed since."""
+    for entry in metadata:
+        found = read_remembered(entry)
+        if found.config and found.source.layout == layout:
+            return found.config_before(config)
+    return None
+
+
+def write_note(
+    groups: Sequence[Group],
+    source: str,
+    target: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> str | None:
+    """The note for a result: one name of each kind that its source had, and what changed in the config.
+
+    ``None`` where there is nothing to note.
+    """
     names = sorted(name for group in groups for name in _one_of_each(group))
-    entry = Remembered(format=FORMAT, layout=target, source=Origin(source), names=names)
-    return msgspec.json.encode(entry).decode()
+    if not names and before == after:
+        return None
+    return write_remembered(target, Origin(source), before, after, Record(), KeptTable(), names)
 
 
 def with_note(metadata: Mapping[str, str], note: str | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -126,14 +127,16 @@ class _InProcess:
         config = self._config(model)
         if config is None:
             return None
-        found = []
+        imported, most = None, -1
         for name in self._classes(config, classes):
-            imported = self._imported(model, config, name)
-            found.append((sum(imported.lands(keys)), imported))
-        best = max(found, key=lambda pair: pair[0], default=None)
-        if best is None:
+            candidate = self._imported(model, config, name)
+            count = sum(candidate.lands(keys))
+            if count > most:
+                imported, most = candidate, count
+            if count == len(keys):
+                break
+        if imported is None:
             return None
-        imported = best[1]
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
         return imported.book(keys, shapes, adapter=adapter), told
 
@@ -152,14 +155,18 @@ class _InProcess:
             raise _unusable(model, f"transformers does not take the config: {error}") from error
 
     def _classes(self, config: Any, classes: Sequence[str]) -> list[str]:
-        """Classes of the model that there are; its base model where none is named."""
+        """Classes of the model that there are; where none is named, all that go with its model type, the base first."""
         import transformers
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+        from transformers.models.auto import modeling_auto
 
         names = [n for n in dict.fromkeys(classes) if hasattr(transformers, n)]
-        base = MODEL_MAPPING_NAMES.get(config.model_type)
-        bases = [base] if isinstance(base, str) else list(base or ())
-        return names or [n for n in bases if hasattr(transformers, n)]
+        if names:
+            return names
+        tables = [n for n in vars(modeling_auto) if n.startswith("MODEL_") and n.endswith("_NAMES")]
+        for table in sorted(tables, key=lambda n: n != "MODEL_MAPPING_NAMES"):
+            found = getattr(modeling_auto, table).get(config.model_type) or ()
+            names += [found] if isinstance(found, str) else found
+        return [n for n in dict.fromkeys(names) if hasattr(transformers, n)]
 
     def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
         import torch
@@ -168,15 +175,16 @@ class _InProcess:
         from regraft.bridges.transformers.imported import import_model
         from regraft.names.live import skeleton_of
 
-        if (model.path, name) not in self._made:
+        made = json.dumps(dict(model.data), sort_keys=True, default=str), name
+        if made not in self._made:
             try:
                 with warnings.catch_warnings(), torch.device("meta"):
                     warnings.simplefilter("ignore")
                     built = getattr(transformers, name)(config)
             except Exception as error:
                 raise _unusable(model, f"{name} cannot be built from it: {error}") from error
-            self._made[model.path, name] = import_model(skeleton_of(built))
-        return self._made[model.path, name]
+            self._made[made] = import_model(skeleton_of(built))
+        return self._made[made]
 
 
 def _unusable(model: ModelConfig, message: str) -> BadInputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from regraft.bridges.transformers.registry import (
 )
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
-from regraft.bridges.transformers.symbolic import Rows, outcomes, put, rows_of, stand_in
+from regraft.bridges.transformers.symbolic import Outcome, Rows, outcomes, put, rows_of, stand_in
 from regraft.names.skeleton import Skeleton, SubModel
 from regraft.rules.book import Book
 
@@ -193,7 +193,12 @@ class Imported:
         for rows, new in self._outcomes(rows_of(keys), judge, place):
             yield from self._land(rows, new)
 
-    def _outcomes(self, table, judge, place):  # type: ignore[no-untyped-def]
+    def _outcomes(
+        self,
+        table: Iterable[Rows],
+        judge: Callable[[str], Outcome],
+        place: Callable[[Outcome, Sequence[int]], Outcome],
+    ) -> Iterator[tuple[Rows, Outcome]]:
         spelled = digits_spelled(self.scopes.all())
         each = has_single_digits(self.scopes.all())
         for rows in table:

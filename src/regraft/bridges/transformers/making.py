@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -191,7 +192,7 @@ class _Maker:
                 self._stick(f"{origin.new[0]} is not there", [rows.text], origin.old)
             return
         for part, spelled in self._spell(rows, origin, shift):
-            for alike in divide(part, lambda i, o=origin: self._sort(i, o)):
+            for alike in divide(part, partial(self._sort, origin)):
                 self._write(alike, origin, spelled, shift)
 
     def _spell(
@@ -229,7 +230,7 @@ class _Maker:
             return f"{base}.{text}"
         return text.removeprefix(f"{base}.") if shift < 0 else text
 
-    def _sort(self, number: int, origin: Origin) -> object:
+    def _sort(self, origin: Origin, number: int) -> object:
         """What must be the same of all keys of a rule."""
         skeleton = self.imported.skeleton
         key = self._keys[number]

@@ -95,7 +95,11 @@ def write_dim(dim: Dim) -> str:
         return dim
     parts = [write_dim(part) for part in dim[1:]]
     if dim[0] == "+":
-        return "(" + " + ".join(p[1:-1] if d[0] == "*" else p for p, d in zip(parts, dim[1:])) + ")"
+        return (
+            "("
+            + " + ".join(p[1:-1] if d[0] == "*" else p for p, d in zip(parts, dim[1:], strict=True))
+            + ")"
+        )
     return "(" + " ".join(parts) + ")"
 
 
@@ -316,7 +320,7 @@ def _permute(
         chain.made[axis], made = pair[::-1] if op.inverse else pair
         if len(tensors) == len(shapes) > 1:
             chain.where[d] = str(shapes[number][0] // heads // 2)
-        chain.forget(axis, {str(t[0]): s[0] for t, s in zip(tensors, shapes)})
+        chain.forget(axis, {str(t[0]): s[0] for t, s in zip(tensors, shapes, strict=False)})
         result.append([made, *tensor[1:]])
     return result
 
@@ -330,6 +334,9 @@ def _ernie(
     config: Any,
     turned: bool,
 ) -> Tensors:
+    rest = {tuple(s for d, s in enumerate(shape) if d != op.stack_dim) for shape in shapes}
+    if len(rest) > 1:
+        raise UnknownOperationError("its experts for text and for vision have different sizes")
     kinds = [chain.axis("e") for _ in shapes]
     for kind, shape in zip(kinds, shapes, strict=True):
         chain.where[kind] = str(shape[op.stack_dim])

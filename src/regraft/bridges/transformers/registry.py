@@ -121,9 +121,10 @@ def read_key_mapping(key_mapping: dict[str, str]) -> tuple[Transform, ...]:
 
 
 def _table() -> dict[str, list[Any]]:
-    if mapping._checkpoint_conversion_mapping_cache is None:
-        mapping.get_checkpoint_conversion_mapping("legacy")
-    table: dict[str, list[Any]] = mapping._checkpoint_conversion_mapping_cache
+    known: Any = mapping
+    if known._checkpoint_conversion_mapping_cache is None:
+        known.get_checkpoint_conversion_mapping("legacy")
+    table: dict[str, list[Any]] = known._checkpoint_conversion_mapping_cache
     return table
 
 
