@@ -77,7 +77,9 @@ def page() -> str:
             *formulas,
             "",
             "Prompt tuning, P-tuning, prefix tuning and their kin are bound to no weight and are carried over. LN",
-            "tuning, `modules_to_save` and trained biases are weights of the base, and move as such.",
+            "tuning, `modules_to_save` and trained biases are weights of the base, and move as such. X-LoRA's",
+            "classifier, Shadow, and UniLoRA without its indices go by the order of the base's modules; they are",
+            "carried over where the layout leaves the modules as they are, and refused otherwise.",
             "",
         ]
     )

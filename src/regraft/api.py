@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.inspect import Inspection
 from regraft.adapters.inspect import inspect as inspect_adapters
 from regraft.adapters.ranks import Options
+from regraft.adapters.saving import save_adapter
 from regraft.adapters.source import (
     ASIDE,
     CONFIG,
@@ -33,7 +33,6 @@ from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.files.folder import check_destination, copy_file, staged_folder
-from regraft.files.safetensors import write_tensors
 from regraft.files.stamp import Stamp
 from regraft.layouts import LAYOUTS, Layout, parse_layout
 from regraft.plan.model import ModelConfig
@@ -336,19 +335,7 @@ def _write(
             size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
     with staged_folder(dst, overwrite, size) as staged:
         for source, result in converted:
-            folder = staged / source.name
-            folder.mkdir(parents=True, exist_ok=True)
-            if result.report.copied and source.weights is not None:
-                copy_file(source.weights, folder / source.weights.name)
-                copy_file(Path(source.where) / CONFIG, folder / CONFIG)
-                if source.aside:
-                    copy_file(Path(source.where) / ASIDE, folder / ASIDE)
-                continue
-            write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
-            if result.aside:
-                write_tensors(folder / ASIDE, result.aside, {"format": "pt"})
-            text = json.dumps(result.config, indent=2, sort_keys=True) + "\n"
-            (folder / CONFIG).write_text(text, encoding="utf-8")
+            save_adapter(staged / source.name, source, result)
         for path in found.others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(found.root / path, staged / path)

@@ -175,6 +175,26 @@ def test_a_second_run_names_the_first(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {"out": None, "out/file": b"x"}
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("regraft.files.work.fcntl.flock", fail)
+    if code == errno.ENOLCK:
+        with staged_folder(tmp_path / "out", overwrite=False):
+            pass
+        assert snapshot(tmp_path) == {"out": None}
+    else:
+        with (
+            pytest.raises(BadInputError, match="Input/output error"),
+            staged_folder(tmp_path / "out", overwrite=False),
+        ):
+            pytest.fail("the block must not run")
+
+
 def test_long_names_have_places_of_their_own(tmp_path: Path) -> None:
     one, other = (tmp_path / ("é" * 125 + end) for end in "ab")
     assert work_folder(one) != work_folder(other)

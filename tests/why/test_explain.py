@@ -110,6 +110,14 @@ def test_no_such_key_names_what_is_alike(capsys):
     assert "model.layers.0.block_sparse_moe.experts.1.w1.weight" in words
 
 
+def test_a_module_stands_for_its_weight():
+    case = GOLDEN / "cases/mixtral__gud_attn"
+    module = "model.layers.0.block_sparse_moe.experts.1.w3"
+    found = explain(case, module, to="transformers-v5")
+    assert found.base == f"{module}.weight"
+    assert explain(case, f"base_model.model.{module}", to="transformers-v5").pieces == found.pieces
+
+
 def test_words_and_json_say_the_same(capsys):
     base = str(GOLDEN / "bases/mixtral")
     key = "model.layers.0.block_sparse_moe.experts.1.w3.weight"

@@ -17,7 +17,16 @@ import numpy as np
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array, Factors, Images, Lora
-from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, Family, NoImageError, Part
+from regraft.adapters.families.base import (
+    BASE,
+    DENSE,
+    FAMILY,
+    LORA,
+    NONE,
+    Family,
+    NoImageError,
+    Part,
+)
 from regraft.adapters.families.lora_variants import LoraVariant
 from regraft.adapters.follow import Followed, as_loras, follow
 from regraft.adapters.kept import modules_of
@@ -34,6 +43,7 @@ from regraft.plan.plan import Plan
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"
+STAY = "keep it with the layout that it was trained in; PEFT cannot merge it either"
 DENSELY = "ask for deltas of full rank (--via dense), or merge the adapter into its base"
 GIVE_BASE = "give the base's folder with its weights as --model"
 
@@ -74,7 +84,7 @@ class Carrier:
         target: str,
         where: str,
     ) -> None:
-        shared = {name: tensors[name] for name in family.shared if name in tensors}
+        shared = {name: tensor for name, tensor in tensors.items() if family.shares(name)}
         self.family = family(config, shared)
         self.config, self.tensors, self.scan = config, list(tensors.values()), scan
         self.known, self.where = known, where
@@ -86,10 +96,17 @@ class Carrier:
         side = Side(self.known.books, self.layout, self.known.scopes)
         reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
         tuned = reader.read()
-        if not tuned.unknown or self.base.weights is None:
-            return tuned
-        shapes = self.base.shapes()
-        return ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes).read()
+        if tuned.unknown and self.base.weights is not None:
+            shapes = self.base.shapes()
+            reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes)
+            tuned = reader.read()
+        self.family.survey(
+            {
+                tuned.headers.name(number).removesuffix(".weight"): part
+                for number, part in enumerate(tuned.parts)
+            }
+        )
+        return tuned
 
     def carry(self, plan: Plan | None, tuned: TunedModules, via: str | None) -> Carried:
         """The best rung that is exact, or the one that was asked for.
@@ -172,6 +189,26 @@ class Carrier:
         if findings:
             raise RefusedError(findings)
 
+    def confirm(self, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+        """Check that PEFT reads from a new config what the parts say.
+
+        Raises ``RefusedError``.
+        """
+        try:
+            self.family.confirm(
+                config, {key.removesuffix(".weight"): part for key, part in parts.items()}
+            )
+        except NoImageError as error:
+            raise RefusedError(
+                Finding(
+                    "no-image",
+                    f"{self.family.title} has no exact image here: {error.why}",
+                    where=self.where,
+                    key=next(iter(parts)),
+                    fix=self._way_out(dense=False),
+                )
+            ) from None
+
     def _refusal(
         self,
         tuned: TunedModules,
@@ -213,8 +250,8 @@ class Carrier:
 
     def _way_out(self, dense: bool) -> str:
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
-        if dense or all(cell.rung not in (DENSE, LORA, BASE) for cell in cells):
-            return MERGE
+        if dense or all({cell.rung, cell.better} <= {NONE, FAMILY, None} for cell in cells):
+            return MERGE if self.family.merges else STAY
         with_base = (
             ""
             if self.family.adds or self.base.weights is not None
@@ -280,7 +317,7 @@ def write_family_config(
         values = {path: part.settings[name] for path, part in modules.items()}
         made[name], patterns = one_for_most(values, config.get(name), writer, family.anchored)
         if patterns or config.get(pattern):
-            made[pattern] = patterns
+            made[pattern] = family.spell(patterns)
     if "feedforward_modules" in config:
         _write_feedforward(made, modules, writer)
     if config.get("peft_type") == "ADALORA" and config.get("rank_pattern"):

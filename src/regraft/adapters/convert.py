@@ -40,7 +40,8 @@ from regraft.adapters.remembered import KEY, Origin, write_remembered
 from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
-from regraft.adapters.variants import reclaimed_names
+from regraft.adapters.unbound import check_unbound
+from regraft.adapters.variants import claimed_names, reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
 from regraft.errors import (
     AmbiguousError,
@@ -50,10 +51,11 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Plan
-from regraft.report import AdapterReport, Target
+from regraft.plan.plan import Headers, Plan
+from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 
 
@@ -86,6 +88,12 @@ def convert_adapter(
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
+    in_place = layout is not None and layout.name == to.name
+    if not in_place and check_unbound(source, model):
+        known = Known((), {}, model, None, "nothing in it is bound to a layer of the base")
+        alone = _Conversion(source, to, known, Scan((), ()), [known.evidence], None, Options())
+        alone.layout = to.name if layout is None else layout.name
+        return alone.copy("it means the same in both layouts and was copied as it is")
     family = family_of(source.config)
     scan, findings = _scan(source, family)
     if findings:
@@ -252,17 +260,30 @@ class _Conversion:
         """Whether it is in the target layout, with experts packed as they are to be."""
         if self.layout != self.to.name or self.options.asks:
             return False
+        if self.plain and self.is_claimed():
+            return False
         if not self.plain or not self.config.get("target_parameters"):
             return True
         have = self.packing or packing_of_version(self.config.get("peft_version"))
         return have == self.to.usual_packing
 
-    def copy(self) -> Converted:
+    def is_claimed(self) -> bool:
+        """Whether it names modules in a way that makes PEFT adapt the experts in their place."""
+        names = claimed_names(self.config, self.known, self.to.name)
+        targets = self.config.get("target_modules")
+        return any(
+            path.rpartition(".")[2] in names and targets_module(targets, path)
+            for pairs in self.scan.pairs
+            for path in (pairs.modules.names() if names and not pairs.depth else ())
+        )
+
+    def copy(self, why: str | None = None) -> Converted:
         report = self.new_report()
         report.copied = True
         report.tensors_out = report.tensors_in
         report.carried = report.tensors_in
-        self.notes.append(f"it is in {self.to.name} already and was copied as it is")
+        report.trace = _trace_of(self.source.tensors)
+        self.notes.append(why or f"it is in {self.to.name} already and was copied as it is")
         tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
         return Converted(dict(self.config), tensors, metadata, report)
 
@@ -337,6 +358,8 @@ class _Conversion:
         report.rules = plan.fired() if plan is not None else {}
         rung = "svd" if errors else "family"
         report.targets = _targets(result.written, made, plan, rung, errors)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         metadata = {"format": "pt", **self.source.metadata}
         metadata[KEY] = write_remembered(
             self.to.name,
@@ -405,8 +428,7 @@ class _Conversion:
             config = self.family_config(carrier, carried, plan, tuned, saved)
             report.targets = _family_targets(carried, plan)
         else:
-            shared = set(carrier.family.shared)
-            others = [item for item in others if item.old not in shared]
+            others = [item for item in others if not carrier.family.shares(item.old)]
             factors = carried.factors
             record = Record()
             made = unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
@@ -426,6 +448,8 @@ class _Conversion:
             report.targets = _targets(result.written, made, plan, rung, errors)
             self.note_rung(carrier.family, carried, rung)
         write_others(others, result)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(tuned.headers, plan, beside=beside)
         report.carried = len(others)
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
@@ -436,7 +460,13 @@ class _Conversion:
         metadata = {"format": "pt", **self.source.metadata}
         before = self.config_was or self.config
         metadata[KEY] = write_remembered(
-            self.to.name, Origin(self.layout, self.packing), before, config, Record(), kept.table
+            self.to.name,
+            Origin(self.layout, self.packing),
+            before,
+            config,
+            Record(),
+            kept.table,
+            self.spelling(plan),
         )
         return Converted(config, result.tensors, metadata, report, plan, aside)
 
@@ -469,6 +499,7 @@ class _Conversion:
                 for path, settings in paths.items()
             ):
                 return before
+        carrier.confirm(config, carried.parts)
         return config
 
     def change_ranks(self, made: Iterable[Images]) -> bool:
@@ -689,6 +720,12 @@ def _targets(
         )
         for w in written
     ]
+
+
+def _trace_of(tensors: Mapping[str, Array]) -> Trace:
+    shapes = [tensor.shape for tensor in tensors.values()]
+    dtypes = [tensor.dtype.name for tensor in tensors.values()]
+    return Trace(Headers(group_names(list(tensors)), shapes, dtypes))
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:

@@ -148,6 +148,28 @@ def find_books(
     return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
 
 
+def books_of(
+    config: Mapping[str, Any], model: ModelConfig | None, where: str
+) -> tuple[Book, ...] | None:
+    """The rule books of an adapter's base, where something besides its keys tells it.
+
+    Raises ``UnmatchedKeysError`` where the library does not know all of the model.
+    """
+    model = model or _model_beside(config)
+    if model is not None:
+        books = tuple(books_for(model.model_types()))
+        if not books or not covers(books, model):
+            raise _unknown_model(model.model_types(), model.path, True)
+        return books
+    named = _named_model_type(config)
+    if named is None:
+        return None
+    books = tuple(books_for([named]))
+    if not books:
+        raise _unknown_model([named], f"{where}/adapter_config.json", False)
+    return books
+
+
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
     if own_layouts():

@@ -73,9 +73,14 @@ def _rename(
             continue
         part = tuned.parts[number]
         if KINDS[kind].module or kind == "any":
+            old = tuned.headers.name(number)
             try:
                 result.parts[name] = (
-                    part if name == tuned.headers.name(number) else family.rename(part)
+                    part
+                    if name == old
+                    else family.rename(
+                        part, old.removesuffix(".weight"), name.removesuffix(".weight")
+                    )
                 )
                 continue
             except NoImageError as error:

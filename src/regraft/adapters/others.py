@@ -17,6 +17,7 @@ from regraft.adapters.factors import Array
 from regraft.adapters.reading import Side
 from regraft.adapters.scan import PREFIX, Others, Scan
 from regraft.adapters.source import Source
+from regraft.adapters.unbound import keeps
 from regraft.adapters.writing import Result, tail_of
 from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_key
@@ -24,7 +25,6 @@ from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.plan.build import build_plan
 from regraft.plan.plan import Headers, Plan
-from regraft.rules.book import Rule
 from regraft.rules.templates import match_group
 
 
@@ -152,7 +152,7 @@ def _refuse_changed(others: Iterable[Others], side: Side, source: Source) -> Non
     opaque = [o for o in others if not any(match_group(key, o.keys) for key in whole)]
     findings = []
     for rule, term, _, _ in rules:
-        if term.key is None or _keeps(rule):
+        if term.key is None or keeps(rule):
             continue
         below = parse_key(str(term.key).removesuffix(".weight") + ".{*adapter_tensor}")
         for other in opaque:
@@ -174,17 +174,6 @@ def _refuse_changed(others: Iterable[Others], side: Side, source: Source) -> Non
             )
     if findings:
         raise RefusedError(findings)
-
-
-def _keeps(rule: Rule) -> bool:
-    """Whether a rule leaves name, shape and kind as they are."""
-    left, right = rule.equation.left, rule.equation.right
-    return (
-        len(left) == len(right) == 1
-        and left[0].key == right[0].key
-        and left[0].dims == right[0].dims
-        and rule.left_kinds == rule.right_kinds
-    )
 
 
 def write_others(others: Iterable[Moved], result: Result) -> None:

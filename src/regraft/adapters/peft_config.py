@@ -186,3 +186,12 @@ def targets_module(target_modules: str | Sequence[str] | None, path: str) -> boo
 def targets_parameter(target_parameters: Iterable[str] | None, name: str) -> bool:
     """Whether ``target_parameters`` names a parameter (module path, dot, parameter name)."""
     return any(name == entry or name.endswith("." + entry) for entry in target_parameters or ())
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """What sorts paths as a model lists its layers: by number where they have one.
+
+    >>> sorted(["l.10.q", "l.9.q"], key=in_order)
+    ['l.9.q', 'l.10.q']
+    """
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]

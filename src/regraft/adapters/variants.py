@@ -33,3 +33,15 @@ def reclaimed_names(config: Mapping[str, Any], known: Known, target: str) -> tup
         if book.right == target and (plain or certain):
             names.update(dict.fromkeys(book.reclaimed))
     return tuple(names)
+
+
+def claimed_names(config: Mapping[str, Any], known: Known, layout: str) -> frozenset[str]:
+    """Leaf names in a plain LoRA that PEFT is known to move to the experts, for just this model type."""
+    if names_of(config):
+        return frozenset()
+    return frozenset(
+        name
+        for book in known.books
+        if book.right == layout and known.model_type in book.reclaimed_model_types
+        for name in book.reclaimed
+    )

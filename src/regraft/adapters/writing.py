@@ -14,7 +14,7 @@ from typing import Any
 
 from regraft.adapters.factors import Array, Images, Lora
 from regraft.adapters.packing import pack, swaps
-from regraft.adapters.peft_config import LoraConfig, Scale, targets_module
+from regraft.adapters.peft_config import LoraConfig, Scale, in_order, targets_module
 from regraft.adapters.reading import Side
 from regraft.adapters.scan import PREFIX
 from regraft.errors import Finding, RefusedError
@@ -221,7 +221,7 @@ class ConfigWriter:
                 and all(len(n) == 1 for n in numbers)
                 and sorted(int(n[0]) for n in numbers) == list(range(layers))
             )
-            result.extend([tail] if every else sorted(same, key=_natural))
+            result.extend([tail] if every else sorted(same, key=in_order))
         return result
 
     def exceptions(self, values: Mapping[str, Any], common: Any, anchored: bool) -> dict[str, Any]:
@@ -305,10 +305,6 @@ def tail_of(path: str) -> str:
     segments = path.split(".")
     last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
     return ".".join(segments[last + 1 :]) or path
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
 
 
 __all__ = ["ConfigWriter", "Result", "Written", "check_config", "write_factors"]

@@ -16,9 +16,9 @@ def main(args: Sequence[str] | None = None) -> int:
       1  bad input: files, keys or configs that are wrong, unexplained or ambiguous
       2  usage: an unknown command, option or layout
       3  refused: the input is sound, but what was asked for has no exact image
-      4  the answer is no: `verify` or `diff` found a difference, `rules lint` an error,
+          4  the answer is no: `verify` or `diff` found a difference, `rules lint` an error,
          `explain` that a key does not arrive
-     70  a bug in regraft. Not 1, so that a script never takes a bug for bad input; it is
+         70  a bug in regraft. Not 1, so that a script never takes a bug for bad input; it is
          what sysexits.h calls EX_SOFTWARE
     130  interrupted (143 by a request to terminate); nothing is left behind, save
          the hidden work folder of a checkpoint, from which --resume continues

@@ -12,7 +12,7 @@ from regraft.cli.output import Output, visible
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from regraft.why.explain import End, Explanation
+    from regraft.why.explanation import End, Explanation
 
 _PIECES = 8
 

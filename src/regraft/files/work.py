@@ -254,7 +254,9 @@ def _lock(folder: Path, dst: Path) -> int:
 def try_lock(file: int) -> bool:
     """Lock an open file or folder until it is closed; whether nobody else holds it.
 
-    Raises ``OSError`` where the file system has no locks.
+    Where the system or the file system has no locks, nobody does.
+
+    Raises ``OSError``.
     """
     try:
         if fcntl is not None:
@@ -262,7 +264,8 @@ def try_lock(file: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        raise
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     return True
 
 

@@ -66,41 +66,44 @@ def write_segment(segment: Segment, hole: str = "{}") -> str:
 def meet(one: Key, other: Key) -> str | None:
     """A key that both templates match, with 0 for every index; ``None`` where there is none.
 
-    A ``{*p}`` may hold what the other spells out, but something must be spelled out by both: every template that
-    begins with one and every template that ends with one would meet otherwise.
+    A ``{*p}`` of one may hold what the other spells out, but not each of them what the other does: every template
+    that begins with one and every template that ends with one would meet otherwise. And something must be spelled
+    out by both.
 
     >>> from regraft.equation.notation import parse_key
     >>> meet(parse_key("{*p}.l.{e}.w"), parse_key("{*p}.l.3.w")), meet(parse_key("{*p}.l.w"), parse_key("{*p}.n.{*q}"))
     ('l.3.w', None)
     """
     left, right = segments_of(one), segments_of(other)
-    seen: set[tuple[int, int, bool]] = set()
+    seen: set[tuple[int, int, bool, int]] = set()
 
-    def walk(i: int, j: int, common: bool) -> list[str] | None:
-        if (i, j, common) in seen:
+    def walk(i: int, j: int, common: bool, holder: int) -> list[str] | None:
+        """``holder`` is 1 where the left one holds something of the right, -1 the other way round, 0 so far not."""
+        if (i, j, common, holder) in seen:
             return None
-        seen.add((i, j, common))
+        seen.add((i, j, common, holder))
         if i == len(left) and j == len(right):
             return [] if common else None
         a = left[i] if i < len(left) else ()
         b = right[j] if j < len(right) else ()
         if a is not None and b is not None:
             both = _unify(a, b)
-            rest = walk(i + 1, j + 1, True) if both is not None and a and b else None
+            rest = walk(i + 1, j + 1, True, holder) if both is not None and a and b else None
             return None if both is None or rest is None else [both, *rest]
         if a is None:
-            found = walk(i + 1, j, common)
-            if found is not None or not b:
+            found = walk(i + 1, j, common, holder)
+            if found is None and b is not None and b != () and holder >= 0:
+                rest = walk(i, j + 1, common, 1)
+                found = None if rest is None else [write_segment(b, "0"), *rest]
+            if found is not None or b is not None:
                 return found
-            rest = walk(i, j + 1, common)
-            return None if rest is None else [write_segment(b, "0"), *rest]
-        found = walk(i, j + 1, common)
-        if found is not None or not a:
-            return found
-        rest = walk(i + 1, j, common)
-        return None if rest is None else [write_segment(a, "0"), *rest]
+        found = walk(i, j + 1, common, holder)
+        if found is None and a is not None and a != () and holder <= 0:
+            rest = walk(i + 1, j, common, -1)
+            found = None if rest is None else [write_segment(a, "0"), *rest]
+        return found
 
-    found = walk(0, 0, False)
+    found = walk(0, 0, False, 0)
     return None if found is None else ".".join(found)
 
 

@@ -149,7 +149,7 @@ def write_group(
                 template.append("")
         else:
             text = part
-            if template and template[-1] == "" and len(template) == 1:
+            if template and not any(template):
                 text = text.removeprefix(".")
             columns.extend(int(m[0]) for m in _DIGITS.finditer(text))
             template.append(_DIGITS.sub(MARK, text))

@@ -18,7 +18,7 @@ def write_book(book: Book, comment: str = "") -> str:
 
     >>> from regraft.rules.book import library
     >>> write_book(library()[0]).splitlines()[0]
-    'name = "clip_vision"'
+    'name = "dbrx"'
     """
     document = tomlkit.document()
     for line in comment.splitlines():

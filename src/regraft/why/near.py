@@ -26,6 +26,8 @@ class Parting:
     """What the template has there; ``None`` where the key has a segment too many."""
     found: str | None
     """What the key has there; ``None`` where a segment is missing."""
+    agree: int
+    """How many segments agree, those that a ``{*p}`` holds left out."""
 
 
 def part_ways(key: str, template: Key) -> Parting:
@@ -33,7 +35,7 @@ def part_ways(key: str, template: Key) -> Parting:
 
     >>> from regraft.equation.notation import parse_key
     >>> part_ways("model.layers.0.mlp.w4", parse_key("{*p}.layers.{l}.mlp.w1"))
-    Parting(cost=0.5, at=4, expected='w1', found='w4')
+    Parting(cost=0.5, at=4, expected='w1', found='w4', agree=3)
     """
     words = key.split(".")
     segments = segments_of(template)
@@ -46,14 +48,17 @@ def part_ways(key: str, template: Key) -> Parting:
             if i == len(words) and j == len(segments):
                 continue
             best[i][j] = min(cost for cost, *_ in _moves(words, segments, best, i, j))
-    i = j = 0
+    first: tuple[int, str | None, str | None] | None = None
+    i = j = agree = 0
     while i < len(words) or j < len(segments):
         _, di, dj, step = min(_moves(words, segments, best, i, j), key=lambda move: move[0])
-        if step:
+        if step and first is None:
             expected = shown[j] if dj and j < len(shown) else None
-            return Parting(round(best[0][0], 3), i, expected, words[i] if di else None)
+            first = i, expected, words[i] if di else None
+        agree += bool(di and dj and not step)
         i, j = i + di, j + dj
-    return Parting(0.0, len(words), None, None)
+    at, expected, found = first if first is not None else (len(words), None, None)
+    return Parting(round(best[0][0], 3), at, expected, found, agree)
 
 
 def _moves(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from regraft.adapters.families.base import (
     need,
     same_bits,
 )
-from regraft.adapters.families.seeded import random_order
+from regraft.adapters.families.seeded import random_order, random_uniform
 from regraft.names.keys import Ints
 
 _ALIKE = "all parts are adapted, with the same other factor"
@@ -141,6 +141,8 @@ class Vera(Family):
     shared = ("base_model.vera_A", "base_model.vera_B")
     formula = "W + diag(b) B diag(d) A, A and B shared"
     rank = "r"
+    spread: ClassVar[int] = 1
+    """How many times as many rows A has as the rank."""
     table = cells(rest=Cell(LORA))
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
@@ -148,13 +150,29 @@ class Vera(Family):
             "all modules share one A and one B, whose first rows and columns they take"
         )
 
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+    def __init__(self, config: Mapping[str, Any], shared: Mapping[str, Array]) -> None:
+        super().__init__(config, shared)
+        self._largest = 0, 0
+
+    def survey(self, parts: Mapping[str, Part]) -> None:
+        self._largest = max(p.out for p in parts.values()), max(p.into for p in parts.values())
+
+    def _projections(self) -> tuple[Array, Array]:
+        """A (rank, largest in) and B (largest out, rank): PEFT draws them again where it did not save them."""
         a, b = (self.common.get(name) for name in self.shared)
         if a is None or b is None:
-            raise NoImageError(
-                "its projections are not in the file (save_projection was off), and how they were drawn "
-                "depends on every module of the model"
-            )
+            if self.config.get("save_projection", True):
+                raise NoImageError(
+                    "its projections are not in the file, though save_projection is on"
+                )
+            out, into = self._largest
+            rank = int(self.config["r"])
+            shapes = (rank * self.spread, into), (out, rank)
+            a, b = random_uniform(shapes, int(self.config["projection_prng_key"]))
+        return a, b
+
+    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+        a, b = self._projections()
         lb, ld = as_wide(*(part[role] for role in self.roles))
         rank = ld.shape[-1]
         a, b = a[:rank, : part.into], b[: part.out]
@@ -172,6 +190,7 @@ class PVera(Vera):
     roles = {"pvera_lambda_b": (OUT,), "pvera_lambda_d": (None,)}
     shared = ("base_model.pvera_A", "base_model.pvera_B")
     formula = "as VeRA, with the mean of d"
+    spread = 2
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
         if self.config.get("sample_at_inference"):

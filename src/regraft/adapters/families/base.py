@@ -95,13 +95,15 @@ class Family:
     fields: ClassVar[Mapping[str, str | None]] = {}
     """Config fields that hold for a module, and the fields that override them by patterns."""
     shared: ClassVar[tuple[str, ...]] = ()
-    """Tensors that all modules share."""
+    """Tensors that all modules share; one that ends in a dot stands for all that begin so."""
     formula: ClassVar[str] = ""
     """What it makes of a base weight W."""
     rank: ClassVar[str] = ""
     """The rank of its delta, where it is a LoRA's."""
     adds: ClassVar[bool] = True
     """Whether it adds a delta that does not depend on the base's weights."""
+    merges: ClassVar[bool] = True
+    """Whether PEFT can merge it into the base."""
     changes_bias: ClassVar[bool] = False
     """Whether it changes the module's bias as well."""
     batches: ClassVar[bool] = True
@@ -124,7 +126,20 @@ class Family:
         """What it can do under an operation."""
         return cls.table[operation]
 
+    @classmethod
+    def covers(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an adapter with this config is of the family."""
+        return config.get("peft_type") in cls.types
+
+    @classmethod
+    def shares(cls, name: str) -> bool:
+        """Whether a tensor is one that all modules share."""
+        return any(name == x or (x.endswith(".") and name.startswith(x)) for x in cls.shared)
+
     # -- reading and writing
+
+    def survey(self, parts: Mapping[str, Part]) -> None:
+        """Look at all modules, by path, before any of them moves; for families whose modules depend on each other."""
 
     def varies(self) -> bool:
         """Whether settings differ from module to module."""
@@ -137,6 +152,11 @@ class Family:
             value = self._patterns[name].find(path) if name in self._patterns else None
             found[name] = self.config.get(name) if value is None else value
         return found
+
+    @classmethod
+    def spell(cls, patterns: Mapping[str, Any]) -> dict[str, Any]:
+        """Patterns (endings of paths, or ``^`` and a path) as PEFT reads this family's."""
+        return dict(patterns)
 
     def read(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """A module's tensors by role, from the ends of their keys."""
@@ -166,8 +186,8 @@ class Family:
 
     # -- following the base
 
-    def rename(self, part: Part) -> Part:
-        """The adapter of the same weight under another name."""
+    def rename(self, part: Part, old: str, new: str) -> Part:
+        """The adapter of the same weight under another name; the paths of its module before and after."""
         return part
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
@@ -202,6 +222,9 @@ class Family:
     def settle(self, parts: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Any]]:
         """Make parts agree on what the config has only once; the parts, and the config fields that change."""
         return parts, {}
+
+    def confirm(self, config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+        """Raise ``NoImageError`` where PEFT would not read from a new config what these parts, by path, say."""
 
     # -- leaving the family
 

@@ -206,6 +206,7 @@ class ALora(LoraVariant):
 
     title = "aLoRA"
     formula = "W + scale · B A, after the invocation tokens"
+    merges = False
     table = cells(stack=Cell(NONE), rest=Cell(FAMILY))
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
@@ -262,7 +263,7 @@ class BdLora(Whole):
         a, b = self._dense(tensors, settings["name"])
         return b.shape[-2], a.shape[-1]
 
-    def rename(self, part: Part) -> Part:
+    def rename(self, part: Part, old: str, new: str) -> Part:
         raise NoImageError(self.why)
 
     def _dense(self, tensors: Mapping[str, Array], name: str) -> tuple[Array, Array]:
@@ -342,10 +343,50 @@ class Plainly(Whole):
         return self._product(part)
 
 
-class Routed(Whole):
-    """Variants whose effect depends on the input, or on a quantised base: Arrow and QA-LoRA."""
+class QaLora(LoraVariant):
+    """A LoRA that reads the mean of each group of inputs, times the number of groups; A is (r, in/group)."""
 
-    title = "Arrow, QA-LoRA"
+    title = "QA-LoRA"
+    formula = "W + scale · B A (sums of groups) · in/group²"
+    rank = "r"
+    table = cells(
+        join_out=Cell(FAMILY), split_out=Cell(FAMILY), reorder_out=Cell(FAMILY), rest=Cell(LORA)
+    )
+
+    @property
+    def _group(self) -> int:
+        return int(self.config.get("qalora_group_size") or 16)
+
+    def sizes(
+        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
+    ) -> tuple[int | None, int | None]:
+        out, groups = super().sizes(tensors, settings)
+        return out, None if groups is None else groups * self._group
+
+    def may_take(self, part: Part, rows: Ints | None, columns: Ints | None) -> None:
+        super().may_take(part, rows, columns)
+        if columns is not None:
+            raise NoImageError("its inputs are put together in groups")
+
+    def turn(self, part: Part) -> Part:
+        raise NoImageError("its inputs are put together in groups")
+
+    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+        a, b = self._product(part)
+        (wide,) = as_wide(a)
+        spread = np.repeat(wide, self._group, axis=-1) * (wide.shape[-1] / self._group)
+        return narrowed(spread, a), b
+
+    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
+        a, b = as_wide(*self.lora(part, weight))
+        return np.asarray(b @ a)
+
+
+class Routed(Whole):
+    """Arrow: which LoRA acts depends on the input."""
+
+    title = "Arrow"
+    merges = False
     formula = "depends on the input"
     why = "its effect depends on the input"
     table = cells()
@@ -371,7 +412,7 @@ _BY_FIELD = {
     "alora_invocation_tokens": ALora,
     "use_bdlora": BdLora,
     "kasa_config": Kasa,
-    "use_qalora": Routed,
+    "use_qalora": QaLora,
     "arrow_config": Routed,
     "velora_config": Plainly,
     "monteclora_config": Plainly,
@@ -385,6 +426,7 @@ VARIANTS: tuple[type[LoraVariant], ...] = (
     Kasa,
     BaseChanging,
     Plainly,
+    QaLora,
     Routed,
 )
 

@@ -32,23 +32,7 @@ def _opaque(peft_type: str, title: str, prefix: str) -> type[Family]:
 OPAQUE: tuple[type[Family], ...] = tuple(
     _opaque(*row)
     for row in (
-        ("ADAMSS", "AdaMSS", "adamss_"),
-        ("BEFT", "BEFT", "beft_"),
         ("BONE", "Bone", "bone_"),
-        ("DEFT", "DEFT", "deft_"),
-        ("FROD", "FRoD", "frod_"),
-        ("GLORA", "GLoRA", "glora_"),
-        ("GRALORA", "GraLoRA", "gralora_"),
-        ("LILY", "Lily", "lily_"),
-        ("OSF", "OSF", "osf_"),
-        ("PEANUT", "PEANuT", "peanut_"),
-        ("POLY", "Poly", "poly_"),
-        ("PSOFT", "PSOFT", "psoft_"),
-        ("SHADOW", "Shadow", "shadow_"),
-        ("SUPERTUNING", "SuperTuning", "supertuning_"),
-        ("TINYLORA", "TinyLoRA", "tinylora_"),
         ("TRAINABLE_TOKENS", "trainable tokens", "trainable_tokens_"),
-        ("UNILORA", "UniLoRA", "unilora_"),
-        ("WAVEFT", "WaveFT", "waveft_"),
     )
 )

@@ -72,6 +72,11 @@ def installed() -> Iterator[None]:
         uninstall()
 
 
+def is_installed() -> bool:
+    """Whether PEFT and transformers load through regraft now."""
+    return _hooks().users > 0
+
+
 @cache
 def _hooks() -> Patches:
     """The functions that are replaced.

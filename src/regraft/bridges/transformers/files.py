@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
 
 
-@dataclass(slots=True)
 class InstalledTransformers:
     """What the installed transformers knows of models.
 
     It is asked in a process of its own, unless it is imported already: torch and transformers take some hundred
     megabytes, and a conversion of files needs none of it.
     """
-
-    _process: subprocess.Popen[bytes] | None = None
 
     def book(
         self,
@@ -49,45 +43,12 @@ class InstalledTransformers:
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
-        return self._ask(question)
-
-    def _ask(self, question: _Question) -> tuple[Book, str] | None:
-        if self._process is None:
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
         try:
-            pickle.dump(question, process.stdin)
-            process.stdin.flush()
-            answer = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            self.close()
-            message = f"the process that asks transformers ended ({process.returncode})"
-            raise _unusable(question.model, message) from None
-        if isinstance(answer, RegraftError):
-            raise answer
-        found: tuple[Book, str] | None = answer
+            found: tuple[Book, str] | None = _THERE.ask(question)
+        except HelperEndedError as error:
+            message = f"the process that asks transformers failed: {error}"
+            raise _unusable(model, message) from error
         return found
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
-            process.wait()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,29 +159,11 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE = _InProcess()
-
-
-def main() -> None:
-    """Answer questions, pickled, from the standard input to the standard output, until there are no more."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    while True:
-        try:
-            question = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer: object
-        try:
-            answer = _HERE.answer(question)
-        except RegraftError as error:
-            answer = error
-        pickle.dump(answer, out)
-        out.flush()
+_HERE, _THERE = _InProcess(), Helper(__name__)
 
 
 if __name__ == "__main__":
     # Under its own name, so that what is pickled is found again.
     from regraft.bridges.transformers import files
 
-    files.main()
+    answer_all(files._HERE.answer, (RegraftError,))
