@@ -122,7 +122,11 @@ def _answer(verdict: Verdict) -> str:
 def _summary(verdict: Verdict, result: Check) -> Text:
     if verdict.healthy:
         text = Text.assemble(("Healthy", GOOD))
-        text.append(f": it loads with {result.layout} as it is, and has its full effect")
+        text.append(f": it loads with {result.layout} as it is")
+        if verdict.tried is None:
+            text.append(", as far as names, shapes and the config tell")
+        elif verdict.kind != "checkpoint":
+            text.append(", and has its full effect")
     elif verdict.healthy is None:
         text = Text.assemble(("Not proven", WARNING))
         text.append(

@@ -22,8 +22,8 @@ _ERRORS: tuple[tuple[str, str], ...] = (
         "the experts are one parameter now, and PEFT adapts parameters with plain LoRA only",
     ),
     (
-        r"stack expects each tensor to be equal size|expected a non-empty list",
-        "PEFT stacks the experts' factors as they are: every expert must be adapted, with one rank",
+        r"stack expects each tensor to be equal size|expected a non-empty list|Sizes of tensors must match",
+        "PEFT stacks the experts' factors as they are: every part of every expert must be adapted, with one rank",
     ),
     (
         r"size mismatch",
@@ -31,7 +31,7 @@ _ERRORS: tuple[tuple[str, str], ...] = (
         "names, or the packing of the experts is another",
     ),
     (
-        r"^NoMatchingPeftModuleError|not found in the base model",
+        r"^NoMatchingPeftModuleError|not found in the base model|No layers types compatible",
         "the config names modules that this model has not: PEFT does not translate it for this model type, or not "
         "this way of naming",
     ),

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, find_books, load_model
+from regraft.adapters.factors import Array
 from regraft.adapters.inspect import inspect_adapter
 from regraft.adapters.kept import modules_of
+from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
 from regraft.adapters.saving import save_adapter
 from regraft.adapters.scan import scan_names
 from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
@@ -98,15 +101,15 @@ class _Checker:
             verdict.findings = list(failure.findings)
         known = self.known(source)
         model = self.config or (known.model if known is not None else None)
-        if model is None:
-            self.judge(source, converted, verdict)
-            verdict.notes.append(
-                "nothing could be tried, because the base model is not known: give it with --model"
-            )
-        elif not self.peft.is_there or self.peft.layout() != self.to.name:
+        if not self.peft.is_there or self.peft.layout() != self.to.name:
             self.judge(source, converted, verdict)
             verdict.notes.append(
                 f"nothing was tried: there is no PEFT here with a transformers of {self.to.name}"
+            )
+        elif model is None:
+            self.judge(source, converted, verdict)
+            verdict.notes.append(
+                "nothing could be tried, because the base model is not known: give it with --model"
             )
         else:
             self.attempt(source, converted, known, model, verdict)
@@ -276,24 +279,40 @@ def _facts(landing: Landing) -> dict[str, Any]:
 
 
 def _same(source: Source, converted: Converted) -> bool:
-    """Whether a conversion changed neither names nor values, nor what the config names."""
-    fields = (
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_parameters",
-        "modules_to_save",
-    )
+    """Whether a conversion changed neither names nor values, nor what the config means."""
     return (
         source.tensors.keys() == converted.tensors.keys()
         and all(
             x.dtype == converted.tensors[name].dtype
-            and np.array_equal(x.view(np.uint8), converted.tensors[name].view(np.uint8))
+            and x.shape == converted.tensors[name].shape
+            and np.array_equal(_bits(x), _bits(converted.tensors[name]))
             for name, x in source.tensors.items()
         )
-        and all((source.config.get(f) or None) == (converted.config.get(f) or None) for f in fields)
+        and _means_the_same(source.config, converted)
     )
+
+
+def _bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _means_the_same(config: Mapping[str, Any], converted: Converted) -> bool:
+    """Whether a config names what a conversion adapts, with the same scales."""
+    new = converted.config
+    if config["peft_type"] != "LORA" or new["peft_type"] != "LORA":
+        return {**config, "peft_version": None} == {**new, "peft_version": None}
+    if (config.get("modules_to_save") or []) != (new.get("modules_to_save") or []):
+        return False
+    scales, modules = LoraConfig(config), config.get("target_modules") or []
+    for target in converted.report.targets:
+        if target.parameter:
+            path, named = target.key, targets_parameter(config.get("target_parameters"), target.key)
+        else:
+            path = target.key.rpartition(".")[0]
+            named = targets_module(modules, path)
+        if not named or not isclose(scales.scale(path).value, target.scale):
+            return False
+    return True
 
 
 def _first(findings: Sequence[Finding]) -> str:

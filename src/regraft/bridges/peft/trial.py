@@ -145,8 +145,8 @@ def attempt(trial: Trial) -> Tried:
         return tried
     try:
         want = _load_wanted(build(), trial.wanted)
-    except RegraftError as error:
-        tried.unwanted = str(error)
+    except Exception as error:  # PEFT's own checks raise what they like
+        tried.unwanted = _said(error)
         return tried
     if state is not None:
         tried.landings = compare_states(state, want)
@@ -227,9 +227,12 @@ def _load_stock(base: Any, folder: str) -> tuple[Any, str | None, list[str]]:
         try:
             model = PeftModel.from_pretrained(base, folder)
         except Exception as error:
-            text = " ".join(str(error).split())
-            return None, f"{type(error).__name__}: {text}", said
+            return None, _said(error), said
     return read_state(model, marks), None, said
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager
