@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP = -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo golden bench clean python
+.PHONY: help setup test lint format demo docs pictures golden bench clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ STAGES = failed=; \
 	stage() { echo; echo "==> $$*"; .venv/bin/"$$@" || failed="$$failed [$$*]"; }; \
 	verdict() { test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }; }
 
-test: .venv/.done ## lint, types and tests
+test: .venv/.done .venv/.browser ## lint, types and tests
 	@$(STAGES); \
 	stage ruff check .; \
 	stage ruff format --check .; \
@@ -39,6 +39,13 @@ format: .venv/.done ## format the code and mend what ruff can mend
 demo: .venv-demo/.done ## install the core alone, without torch, and run the demo
 	@.venv-demo/bin/python -m regraft.demo
 
+docs: .venv/.done ## make the documentation's site, in site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "see site/index.html"
+
+pictures: .venv/.done .venv/.browser ## make the pictures and the generated pages of docs/ anew
+	@.venv/bin/python scripts/make_docs.py
+
 golden: .venv-golden/.done ## write tests/golden anew
 	@.venv-golden/bin/python scripts/make_golden.py tests/golden --set small
 
@@ -49,7 +56,7 @@ bench: .venv/.done ## run every benchmark
 	done
 
 clean: ## remove the environments, caches and builds
-	@rm -rf .venv .venv-demo .venv-golden .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environments. A .done file says that everything named in its prerequisites is installed.
@@ -73,8 +80,12 @@ python:
 
 .venv/.done: pyproject.toml requirements/test.txt .venv/.torch
 	@echo "==> installing regraft and its tools into .venv"
-	@.venv/bin/python $(PIP) -r requirements/test.txt -e '.[dev]'
+	@.venv/bin/python $(PIP) -r requirements/test.txt -e '.[dev,docs]'
 	@touch $@
+
+# The tests of the HTML page need a Chromium; they are skipped where none can be had.
+.venv/.browser: scripts/browser.py .venv/.done
+	@if .venv/bin/python scripts/browser.py; then touch $@; fi
 
 .venv-demo/.done: pyproject.toml .venv-demo/.created
 	@echo "==> installing regraft into .venv-demo"

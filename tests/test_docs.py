@@ -4,6 +4,7 @@ import ast
 import doctest
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,15 @@ from regraft.rules.book import library
 from regraft.rules.kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def blocks(page, language):
-    """The fenced blocks of a language, each with the line that it begins on."""
+    """The fenced blocks of some languages, each with the line that it begins on."""
     text = page.read_text(encoding="utf-8")
-    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield text.count("\n", 0, found.start(1)), found[1]
+    for found in re.finditer(rf"^```({language})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, found.start(2)), found[1], found[2]
 
 
 def named(page):
@@ -44,20 +45,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_python_blocks(page, folder, capsys):
-    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
-    names = {}
-    for line, block in blocks(page, "python"):
-        if ">>>" not in block:
-            compile(block, named(page), "exec")
-            continue
-        test = doctest.DocTestParser().get_doctest(block, names, named(page), str(page), line)
-        runner.run(test, clear_globs=False)
-        names = test.globs
-    assert not runner.failures, capsys.readouterr().out
-
-
 def commands(block):
     """The commands of a console block and what it shows of their output."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -66,17 +53,51 @@ def commands(block):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_commands(page, folder, capsys):
-    """Every command runs and says what the page shows; `...` stands for what was left out."""
+def test_examples(page, folder, capsys):
+    """Python blocks and commands, in the order of the page, say what it shows; `...` stands for what is left out."""
+    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
     checker = doctest.OutputChecker()
-    for _, block in blocks(page, "console"):
-        for command, shown in commands(block):
+    names = {}
+    for line, language, block in blocks(page, "python|console"):
+        if language == "console":
+            for command, shown in commands(block):
+                program, *args = shlex.split(command)
+                assert program == "regraft", command
+                capsys.readouterr()
+                main(args)
+                written = capsys.readouterr()
+                got = written.out + written.err
+                assert checker.check_output(shown, got, FLAGS), f"$ {command}\n{got}"
+        elif ">>>" not in block:
+            compile(block, named(page), "exec")
+        else:
+            test = doctest.DocTestParser().get_doctest(block, names, named(page), str(page), line)
+            runner.run(test, clear_globs=False)
+            assert not runner.failures, capsys.readouterr().out
+            names = test.globs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_shell_blocks(page):
+    """What is to be typed into a shell exists: targets of make, extras of the package."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for _, _, block in blocks(page, "sh"):
+        for command in filter(
+            None, (line.partition("  #")[0].strip() for line in block.splitlines())
+        ):
             program, *args = shlex.split(command)
-            assert program == "regraft", command
-            main(args)
-            written = capsys.readouterr()
-            got = written.out + written.err
-            assert checker.check_output(shown, got, FLAGS), f"$ {command}\n{got}"
+            if program == "make":
+                assert re.search(rf"^{args[0]}:.*## ", makefile, re.MULTILINE), command
+            elif program == "pip":
+                extras = re.search(r"\[(.+)\]", args[-1])
+                assert not extras or set(extras[1].split(",")) <= set(
+                    project["optional-dependencies"]
+                )
+            elif program == "regraft":
+                assert args[0] in ("--install-completion", "--show-completion"), command
+            else:
+                assert program in {"python", ".venv/bin/pre-commit", ".venv/bin/pytest"}, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -101,8 +122,11 @@ def test_links(page):
 
 def test_index_has_every_page():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index, page.name
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "docs").as_posix()
+        assert path == "index.md" or f"({path})" in index, path
+        assert f": {path}\n" in nav, path
 
 
 def test_design_has_every_module():

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,18 +21,14 @@ from regraft.adapters.factors import Array
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.others import move_others
 from regraft.adapters.source import Source
-from regraft.adapters.verify import Deltas, Wide, moved_deltas
-from regraft.arrays.apply import apply_plan
+from regraft.adapters.verify import Deltas, Wide, moved_biases, moved_deltas
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.errors import Finding, RefusedError
 from regraft.files.dtypes import DTYPES
 from regraft.files.folder import staged_folder
 from regraft.files.header import read_header
 from regraft.layouts import Layout
-from regraft.names.keys import group_names
-from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign
-from regraft.plan.plan import Headers
 from regraft.report import AdapterReport, CheckpointReport, Target
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
@@ -164,31 +159,4 @@ def _saved(before: Deltas, target: str, findings: list[Finding]) -> Iterator[tup
     ):
         if item.old not in shared:
             yield item.new, item.tensor
-    biases = _biases(before)
-    if in_place or not biases:
-        yield from biases.items()
-        return
-    values = list(biases.values())
-    headers = Headers(
-        group_names(list(biases)), [b.shape for b in values], [b.dtype.name for b in values]
-    )
-    known = before.known
-    plan = build_plan(
-        headers, known.books, target_layout=target, scopes=dict(known.scopes), where="biases"
-    )
-    moved: dict[str, Any] = apply_plan(plan, values)
-    yield from moved.items()
-
-
-def _biases(before: Deltas) -> dict[str, Array]:
-    """The biases of modules whose family changes them, as they are to be."""
-    tuned, family = before.tuned, before.tuner
-    if tuned is None or family is None or not family.changes_bias:
-        return {}
-    made = {}
-    for number, part in enumerate(tuned.parts):
-        name = tuned.headers.name(number).removesuffix("weight") + "bias"
-        bias = before.base.find(name)
-        if bias is not None:
-            made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
-    return made
+    yield from moved_biases(before, target).items()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.adapters.peft_config import Scale
+    from regraft.plan.plan import Headers, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,24 @@ class Target:
     weights), ``dense`` or ``svd`` (on request), ``merged`` (there is no adapter any more)."""
     error: float = 0.0
     """How far an approximation is off, relative to the delta's Frobenius norm."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Where every tensor went, for reports that show it; no part of the plain data."""
+
+    headers: Headers
+    """What there was: for an adapter the tensors of the base that it adapts."""
+    plan: Plan | None = None
+    """``None`` where nothing moved."""
+    real: int | None = None
+    """Ids from here on stand for weights whose bytes are in other tensors."""
+    scales: Sequence[Scale] = ()
+    """By id, for an adapter."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """What the plan does not speak of: names before and after."""
+    made: tuple[Sequence[str], Sequence[tuple[int, ...]], Sequence[str]] = ((), (), ())
+    """Names, shapes and dtypes of the result, where they are known."""
 
 
 @dataclass(slots=True)
@@ -54,6 +77,7 @@ class AdapterReport:
     """How many targets and other tensors were compared with the source's."""
     error: float = 0.0
     """The largest relative error of a delta that was found."""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -87,6 +111,7 @@ class CheckpointReport:
     resumed: bool = False
     """Whether a run before had done a part of it."""
     notes: list[str] = field(default_factory=list)
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -115,7 +140,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        return asdict(self)
+        data: dict[str, Any] = _plain(self)
+        return data
+
+
+def _plain(value: Any) -> Any:
+    """What ``asdict`` gives, without traces."""
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in fields(value) if field.name != "trace")
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
 
 
 def show_size(count: float) -> str:

@@ -243,7 +243,16 @@ MISSING = {
         lambda config, tensors: (config, tensors),
         "save_projection was off",
     ),
-    "another seed": (lambda: peft.TinyLoraConfig(r=2, u=3), changed(projection_seed=1), "seed"),
+    "another seed": (
+        lambda: peft.TinyLoraConfig(r=2, u=3),
+        changed(projection_seed=1),
+        "drawn otherwise",
+    ),
+    "no matrices": (
+        lambda: peft.VeraConfig(r=3),
+        lambda config, tensors: (config, drop(tensors, "vera_A")),
+        "save_projection is on",
+    ),
     "a vector less": (
         lambda: peft.TinyLoraConfig(r=2, u=3),
         lambda config, tensors: (config, drop(tensors, "tinylora_v.1")),

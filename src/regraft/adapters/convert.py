@@ -51,10 +51,11 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Plan
-from regraft.report import AdapterReport, Target
+from regraft.plan.plan import Headers, Plan
+from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 
 
@@ -281,6 +282,7 @@ class _Conversion:
         report.copied = True
         report.tensors_out = report.tensors_in
         report.carried = report.tensors_in
+        report.trace = _trace_of(self.source.tensors)
         self.notes.append(why or f"it is in {self.to.name} already and was copied as it is")
         tensors, metadata = dict(self.source.tensors), dict(self.source.metadata)
         return Converted(dict(self.config), tensors, metadata, report)
@@ -356,6 +358,8 @@ class _Conversion:
         report.rules = plan.fired() if plan is not None else {}
         rung = "svd" if errors else "family"
         report.targets = _targets(result.written, made, plan, rung, errors)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         metadata = {"format": "pt", **self.source.metadata}
         metadata[KEY] = write_remembered(
             self.to.name,
@@ -444,6 +448,8 @@ class _Conversion:
             report.targets = _targets(result.written, made, plan, rung, errors)
             self.note_rung(carrier.family, carried, rung)
         write_others(others, result)
+        beside = tuple((moved.old, moved.new) for moved in others)
+        report.trace = Trace(tuned.headers, plan, beside=beside)
         report.carried = len(others)
         report.tensors_out = len(result.tensors)
         report.rules = plan.fired() if plan is not None else {}
@@ -714,6 +720,12 @@ def _targets(
         )
         for w in written
     ]
+
+
+def _trace_of(tensors: Mapping[str, Array]) -> Trace:
+    shapes = [tensor.shape for tensor in tensors.values()]
+    dtypes = [tensor.dtype.name for tensor in tensors.values()]
+    return Trace(Headers(group_names(list(tensors)), shapes, dtypes))
 
 
 def _unmoved(factors: Factors) -> Iterator[Images]:

@@ -23,7 +23,7 @@ from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
-from regraft.names.patterns import patterns
+from regraft.names.patterns import Pattern, group_alike
 from regraft.plan.model import Foreign, ModelConfig
 from regraft.rules.book import Book
 
@@ -35,6 +35,8 @@ class TargetPattern:
     pattern: str
     """Their keys, such as ``model.layers.{0..31}.mlp.experts.{0..7}.w1.weight``."""
     count: int
+    keys: Pattern = field(repr=False)
+    """The keys themselves; no part of the plain data."""
     shape: tuple[int, ...] | None
     """The base tensor's shape; ``None`` where the factors alone don't tell."""
     rank: int
@@ -52,6 +54,8 @@ class TensorPattern:
 
     pattern: str
     count: int
+    keys: Pattern = field(repr=False)
+    """The keys themselves; no part of the plain data."""
     shape: tuple[int, ...]
     dtype: str
 
@@ -127,6 +131,8 @@ class Inspection:
             plain["layout"] = adapter.layout
             plain["ranks"], plain["alphas"] = adapter.ranks, adapter.alphas
             plain["scales"] = adapter.scales
+            for alike in (*plain["targets"], *plain["others"]):
+                del alike["keys"]
             plain["problems"] = [problem.to_dict() for problem in adapter.problems]
         return data
 
@@ -270,9 +276,9 @@ def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspe
             )
             alike.setdefault(looks, []).append(name)
     result.targets = [
-        TargetPattern(pattern, count, *looks)
+        TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
-        for pattern, count in patterns(keys)
+        for pattern in group_alike(keys)
     ]
 
 
@@ -287,9 +293,9 @@ def _targets_by_name(scan: Scan, source: Source) -> list[TargetPattern]:
             looks = (None, scale.rank, scale.alpha, scale.value, tensors[i].dtype.name)
             alike.setdefault((*looks, bool(pairs.depth and entries)), []).append(path)
     return [
-        TargetPattern(pattern, count, *looks)
+        TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
-        for pattern, count in patterns(keys)
+        for pattern in group_alike(keys)
     ]
 
 
@@ -300,9 +306,9 @@ def _other_patterns(scan: Scan, tensors: Sequence[Array]) -> list[TensorPattern]
             looks = (tuple(map(int, tensors[i].shape)), tensors[i].dtype.name)
             alike.setdefault(looks, []).append(name)
     return [
-        TensorPattern(pattern, count, *looks)
+        TensorPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
-        for pattern, count in patterns(keys)
+        for pattern in group_alike(keys)
     ]
 
 

@@ -20,7 +20,7 @@ from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.carry import Carrier
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.factors import Array, Factors
-from regraft.adapters.families.base import Family, NoImageError
+from regraft.adapters.families.base import Family, NoImageError, as_wide
 from regraft.adapters.families.table import family_of
 from regraft.adapters.image import Block, blocks_of
 from regraft.adapters.kept import drop_stand_ins
@@ -29,11 +29,13 @@ from regraft.adapters.reading import FactorReader, Side
 from regraft.adapters.scan import PREFIX, Scan, scan_names
 from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.adapters.tuned import TunedModules
+from regraft.arrays.apply import apply_plan
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
+from regraft.names.keys import group_names
 from regraft.plan.build import build_plan
 from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Entry
+from regraft.plan.plan import Entry, Headers
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
 TOLERANCE = 1e-5
@@ -164,6 +166,19 @@ class Deltas:
         if found is None:
             raise NoImageError("the base's weights are needed", needs_base=True)
         return found
+
+    def biases(self) -> dict[str, Array]:
+        """The biases of modules whose family changes them, as they are to be."""
+        tuned, family = self.tuned, self.tuner
+        if tuned is None or family is None or not family.changes_bias:
+            return {}
+        made = {}
+        for number, part in enumerate(tuned.parts):
+            name = tuned.headers.name(number).removesuffix("weight") + "bias"
+            bias = self.base.find(name)
+            if bias is not None:
+                made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
+        return made
 
     def others(self) -> dict[str, Array]:
         """Tensors that are no part of a delta, by their base names."""
@@ -309,7 +324,24 @@ class _Comparison:
             )
             if not zero:
                 self._differs("extra", key, "nothing in the source leads to this delta")
+        self._compare_biases()
         self._compare_others()
+
+    def _compare_biases(self) -> None:
+        mine = self.after.biases()
+        for name, want in moved_biases(self.before, self.after.layout).items():
+            got = mine.pop(name, None)
+            if got is None:
+                got = self.after.base.find(name)
+            error = inf if got is None else relative(*as_wide(want, got))
+            if not error <= self.result.tolerance:
+                self._differs(
+                    "differs", name, f"the bias is another one (relative error {error:.3g})"
+                )
+        for name, bias in mine.items():
+            base = self.after.base.find(name)
+            if base is not None and relative(*as_wide(base, bias)) > self.result.tolerance:
+                self._differs("extra", name, "nothing in the source changes this bias")
 
     def _check(self, key: str, expected: Iterator[Wide | None]) -> None:
         number = self.left.pop(key, None)
@@ -414,6 +446,27 @@ def moved_deltas(
             kind = before.kinds[number]
             kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
             yield key, kind, carried.carry.why, iter([before.matrix(number, 0)])
+
+
+def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
+    """Biases that a family changes, as they are to be, under the names of a layout; where the base is at hand."""
+    biases = before.biases()
+    if before.layout == target or not biases:
+        return biases
+    values = list(biases.values())
+    headers = Headers(
+        group_names(list(biases)), [b.shape for b in values], [b.dtype.name for b in values]
+    )
+    known = before.known
+    plan = build_plan(
+        headers,
+        known.books,
+        target_layout=target,
+        scopes=dict(known.scopes),
+        where=before.source.where,
+        unmatched_fix=known.unmatched_fix,
+    )
+    return apply_plan(plan, values)
 
 
 class _Layout:

@@ -254,6 +254,19 @@ def finish(moves: Moves, tensors: Tensors) -> Moves:
     return moves
 
 
+def pairs_from(moves: Moves, start: int, tensors: Tensors) -> list[tuple[str, str]]:
+    """Which source each of the targets from a number on is made of, and which target: their names."""
+    pairs: dict[tuple[str, str], None] = {}
+    parts: list[Runs | Strided] = [*moves.runs, *moves.strided] if start < len(moves.names) else []
+    for part in parts:
+        late = part.targets >= start
+        for source, target in zip(
+            part.sources[late].tolist(), part.targets[late].tolist(), strict=True
+        ):
+            pairs[tensors.names[source], moves.names[target]] = None
+    return list(pairs)
+
+
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
     """How many bytes a tensor has."""
     count = DTYPES[dtype].bits

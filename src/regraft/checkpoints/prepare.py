@@ -17,7 +17,15 @@ from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
-from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
+from regraft.checkpoints.moves import (
+    Moves,
+    Runs,
+    Strided,
+    finish,
+    identity,
+    moves_of,
+    pairs_from,
+)
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
@@ -26,7 +34,7 @@ from regraft.files.folder import load_json
 from regraft.names.patterns import patterns
 from regraft.plan.model import Foreign, ModelConfig
 from regraft.plan.plan import Plan
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +102,7 @@ def prepare(
     if plan is None:
         moves = identity(tensors)
         kept = frozenset(tensors.names[row] for row in companions.rows())
+        beside = [(name, name) for name in kept]
     else:
         named, plan = plan, use_owners(plan, companions.aliases)
         moves = moves_of(plan, tensors)
@@ -101,6 +110,7 @@ def prepare(
         count = len(moves.names)
         add_companions(moves, plan, companions, source)
         kept = frozenset(moves.names[count:])
+        beside = pairs_from(moves, count, tensors)
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
     note = _note(source, known, plan, to)
@@ -119,6 +129,8 @@ def prepare(
         renamed=len(moves.kept),
         casts=changed,
     )
+    made = (moves.names, moves.shapes, dtypes)
+    report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report) if to is not None else None
     report.notes += [] if plan is None else _words(plan)
     if untied:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
 from regraft.files.stamp import changed
 from regraft.plan.model import Foreign
+from regraft.report import Trace
 
 _BUFFER = 4 << 20
-_SHOWN = 50
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Verification:
     """How many bytes were compared."""
     differences: list[Finding] = field(default_factory=list)
     """Tensors that are missing, too many, or differ."""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     @property
     def equal(self) -> bool:
@@ -48,7 +49,8 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
-        data = asdict(self)
+        data = asdict(replace(self, trace=None))
+        del data["trace"]
         data["equal"] = self.equal
         data["differences"] = [finding.to_dict() for finding in self.differences]
         return data
@@ -79,6 +81,7 @@ def verify(
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)
+    result.trace = first.report.trace
     _Comparison(first, other, result, progress).run(same)
     return result
 
@@ -158,7 +161,7 @@ class _Comparison:
                     os.close(opened)
                 self.open.clear()
             self.result.tensors += len(targets)
-        for target, count in list(self.wrong.items())[:_SHOWN]:
+        for target, count in self.wrong.items():
             message = f"{count} of its {int(self.ready.moves.sizes[target])} bytes differ"
             self.result.differences.append(
                 Finding(
@@ -168,9 +171,6 @@ class _Comparison:
                     key=self.ready.moves.names[target],
                 )
             )
-        if len(self.wrong) > _SHOWN:
-            message = f"{len(self.wrong) - _SHOWN} more tensors differ"
-            self.result.differences.append(Finding("differs", message))
 
     def source(self, number: int) -> int:
         if number not in self.open:

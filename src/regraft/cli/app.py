@@ -16,7 +16,6 @@ Job = Callable[[], int]
 
 # Without Rich, help is plain text without boxes, wherever it goes.
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -24,21 +23,30 @@ app = typer.Typer(
 TOUR = """\
 regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, exactly.
 
-  regraft inspect my-lora                              what it is, and which layout it has
-  regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
-  regraft convert out back --to transformers-v4        and back again
-  regraft convert model out --to transformers-v5       the same for a whole checkpoint
-  regraft verify model out                             check it, bit for bit
-  regraft check my-lora --model model                  will it load as it is? if not, why
-  regraft explain model KEY --to transformers-v5       the way of one tensor
-  regraft diff model other                             what two files have in common
-  regraft rules lint mine.toml                         check a rule book of your own
+Look at an adapter, convert it, and convert it back:
+  $ regraft inspect my-lora                              what it is, and which layout it has
+  $ regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
+  $ regraft convert out back --to transformers-v4        the very bits you had
 
-  --model PATH    the base model's folder or config.json, where the adapter doesn't tell enough
-  --dry-run       do everything but write
-  --json          the same for programs
+Whole checkpoints:
+  $ regraft convert model out --to transformers-v5       file to file, in little memory
+  $ regraft verify model out                             compare every element, bit for bit
 
-'regraft COMMAND --help' has all options. Nothing is guessed: what has no exact image is refused.
+What goes where, and why:
+  $ regraft check my-lora --model model                  will it load as it is? if not, why
+  $ regraft explain model KEY --to transformers-v5       the way of one tensor
+  $ regraft diff model other                             what two files have in common
+  $ regraft rules lint mine.toml                         check a rule book of your own
+
+What helps with each of them:
+  --model PATH     the base model's folder or config.json, where the adapter doesn't tell enough
+  --dry-run        do everything but write
+  --html FILE      a page that shows where every tensor goes
+  --json           the same for programs; 'regraft schema COMMAND' describes it
+  -q               print errors only
+
+'regraft COMMAND --help' has all options; 'regraft --install-completion' makes your shell know them.
+Nothing is guessed: what has no exact image is refused, with the reason.
 """
 
 _Src = Annotated[
@@ -74,7 +82,28 @@ _Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document; messages go to stderr."),
 ]
+_Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write a page to look at: one file that needs no network. Also when it fails.",
+        show_default=False,
+    ),
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def _layouts() -> list[str]:
+    from regraft.layouts import LAYOUTS
+
+    return list(LAYOUTS)
+
+
+def _documents() -> list[str]:
+    from regraft.reports.schema import DOCUMENTS
+
+    return list(DOCUMENTS)
 
 
 def _show_version(wanted: bool) -> None:
@@ -95,7 +124,21 @@ def _start(
 ) -> None:
     """Move adapters between weight layouts, exactly."""
     if context.invoked_subcommand is None:
-        Output().text(TOUR)
+        _show_tour(Output())
+
+
+def _show_tour(out: Output) -> None:
+    if not out.colored:
+        out.text(TOUR)
+        return
+    from rich.text import Text
+
+    text = Text(TOUR.rstrip("\n"))
+    text.highlight_regex(r"(?m)(?<=\$ )regraft .*?(?=   )", "bold cyan")
+    text.highlight_regex(r"(?m)^  -\S+( [A-Z]+)?", "cyan")
+    text.highlight_regex(r"(?m)^\S.*:$", "bold")
+    text.highlight_regex(r"'[^']+'", "cyan")
+    out.show(text)
 
 
 @app.command()
@@ -116,6 +159,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="The layout to convert to: transformers-v5 or transformers-v4.",
             show_default=False,
         ),
@@ -125,6 +169,7 @@ def convert(
         typer.Option(
             "--from",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="The layout of SRC. Found out, with evidence, where it is not given.",
             show_default=False,
         ),
@@ -176,6 +221,7 @@ def convert(
             help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
         ),
     ] = False,
+    html: _Html = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -230,12 +276,18 @@ def convert(
         _check_via(via)
     if dst is None and not in_place:
         raise typer.BadParameter("DST is missing", param_hint="DST")
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.api import convert
+        from regraft.cli.pages import failure_page, show_page
 
-        with _own_books(rules), out.waiting() as progress:
+        with (
+            _own_books(rules),
+            failure_page(html, "convert", src),
+            out.waiting("converting", src) as progress,
+        ):
             report = convert(
                 src,
                 src if dst is None else dst,
@@ -267,30 +319,41 @@ def convert(
             from regraft.cli.words import show_report
 
             show_report(out, report)
+        show_page(out, html, report)
         return 0
 
     return job
 
 
 @app.command()
-def inspect(src: _Src, model: _Model = None, json: _Json = False, quiet: _Quiet = False) -> Job:
+def inspect(
+    src: _Src,
+    model: _Model = None,
+    html: _Html = None,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> Job:
     """Tell what an adapter is, and which layout it has.
 
     Shows why it was taken for that, and its ranks, scales and targets.
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.api import inspect
+        from regraft.cli.pages import failure_page, show_page
         from regraft.cli.words import show_findings, show_inspection
 
-        inspection = inspect(src, model=model)
+        with failure_page(html, "inspect", src):
+            inspection = inspect(src, model=model)
         if json:
             out.data(inspection.to_dict())
         elif not quiet:
             show_inspection(out, inspection)
+        show_page(out, html, inspection)
         if inspection.problems:
             show_findings(out, "bad input", inspection.problems)
             return 1
@@ -309,6 +372,7 @@ def verify(
         Path, typer.Argument(metavar="DST", help="The same in another layout, or in this one.")
     ],
     model: _Model = None,
+    html: _Html = None,
     rules: _Rules = None,
     tolerance: Annotated[
         float | None,
@@ -330,11 +394,13 @@ def verify(
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.bridges.transformers.files import InstalledTransformers
         from regraft.checkpoints.source import is_checkpoint
+        from regraft.cli.pages import failure_page, show_page
 
         foreign = InstalledTransformers()
         if not is_checkpoint(src):
@@ -342,22 +408,32 @@ def verify(
             from regraft.cli.words import show_adapter_verification
 
             limit = TOLERANCE if tolerance is None else tolerance
-            with _own_books(rules), out.waiting() as progress:
+            with (
+                _own_books(rules),
+                failure_page(html, "verify", src),
+                out.waiting("comparing", src) as progress,
+            ):
                 done = verify_adapters(src, dst, model, limit, progress, foreign)
             if json:
                 out.data(done.to_dict())
             elif not quiet:
                 show_adapter_verification(out, done)
+            show_page(out, html, done)
             return 0 if done.equal else 4
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
 
-        with _own_books(rules), out.waiting() as progress:
+        with (
+            _own_books(rules),
+            failure_page(html, "verify", src),
+            out.waiting("comparing", src) as progress,
+        ):
             result = verify(src, dst, model=model, progress=progress, foreign=foreign)
         if json:
             out.data(result.to_dict())
         elif not quiet:
             show_verification(out, result)
+        show_page(out, html, result)
         return 0 if result.equal else 4
 
     return job
@@ -390,6 +466,52 @@ def _check_size(text: str) -> None:
         parse_size(text)
     except BadInputError as error:
         raise typer.BadParameter(error.findings[0].message, param_hint="--shard-size") from None
+
+
+@app.command()
+def schema(
+    command: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[COMMAND]",
+            autocompletion=_documents,
+            help="A command, or 'error' for what is printed when one fails.",
+        ),
+    ] = None,
+    json: _Json = False,
+) -> Job:
+    """Print the JSON Schema of what a command prints with --json.
+
+    Without COMMAND, print the schemas of all of them in one document.
+    """
+    out = Output(json=json)
+
+    def job() -> int:
+        from regraft.reports.schema import DOCUMENTS, schema_of
+
+        if command is None:
+            out.data({name: schema_of(name) for name in DOCUMENTS})
+        elif command in DOCUMENTS:
+            out.data(schema_of(command))
+        else:
+            message = f"there is no {command!r}; there are {', '.join(DOCUMENTS)}"
+            raise typer.BadParameter(message, param_hint="COMMAND")
+        return 0
+
+    return job
+
+
+def _check_file(path: Path | None) -> None:
+    """Whether a page can be written there, before any work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        message = f"{path} is a folder, and a file's name was expected"
+    elif not path.parent.is_dir():
+        message = f"there is no folder {path.parent}"
+    else:
+        return
+    raise typer.BadParameter(message, param_hint="--html")
 
 
 def _check_layout(name: str, option: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from regraft.cli.output import Output, visible
+from regraft.cli.words import show_notes
 from regraft.report import CheckpointReport, Report, show_size
 
 if TYPE_CHECKING:
@@ -24,9 +26,16 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     out.show(Text.assemble((name, _NAME), layouts))
     for line in checkpoint.evidence:
         out.show(Text(f"  {visible(line)}", _FAINT))
-    for rule, times in checkpoint.rules.items():
-        if times:
-            out.show(Text(f"  {visible(rule)}: {times} times"))
+    fired = {rule: times for rule, times in checkpoint.rules.items() if times}
+    if fired or checkpoint.carried:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
+        table.add_column("rule", overflow="fold")
+        table.add_column("times", justify="right", no_wrap=True)
+        for rule, times in fired.items():
+            table.add_row(Text(visible(rule)), str(times))
+        if checkpoint.carried:
+            table.add_row(Text("carried over: the same in both", _FAINT), str(checkpoint.carried))
+        out.show(Text(), table, Text())
     summary = Text(
         f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
         f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
@@ -44,8 +53,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
         out.show(Text(f"Files carried over: {', '.join(map(visible, report.files[:6]))}"))
     if checkpoint.resumed:
         out.show(Text("Continued what a run before had begun."))
-    for note in checkpoint.notes:
-        out.show(Text.assemble(("Note: ", _WARNING), visible(note)))
+    show_notes(out, checkpoint.notes)
     if not report.written:
         out.show(Text("Nothing was written: this was a dry run.", _WARNING))
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -51,25 +52,41 @@ class Output:
         _write(stream, text)
 
     @property
+    def colored(self) -> bool:
+        """Whether stdout takes colours."""
+        return _has_colors(sys.stdout)
+
+    @property
     def width(self) -> int:
         """How many columns stdout has; as many as it takes where it is no terminal."""
         return _console(sys.stdout).width
 
     @contextmanager
-    def waiting(self) -> Iterator[Callable[[str, int, int], None] | None]:
-        """Show progress on stderr, on a terminal only, once the work has taken a while."""
+    def waiting(
+        self, verb: str, source: Path | None = None
+    ) -> Iterator[Callable[[str, int, int], None] | None]:
+        """Show progress on stderr, on a terminal only, once the work has taken a while.
+
+        Work on a checkpoint is counted in bytes, other work in pieces.
+        """
         if self.json or self.quiet or not _has_colors(sys.stderr) or not _is_terminal(sys.stderr):
             yield None
             return
         from threading import Timer
 
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich import progress as rich
 
-        bar = Progress(
-            SpinnerColumn("line"),
-            TextColumn("converting {task.description}", markup=False),
-            BarColumn(),
-            TimeElapsedColumn(),
+        from regraft.checkpoints.source import is_checkpoint
+
+        amounts: list[rich.ProgressColumn] = [rich.MofNCompleteColumn()]
+        if source is not None and is_checkpoint(source):
+            amounts = [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+        bar = rich.Progress(
+            rich.SpinnerColumn("line"),
+            rich.TextColumn(verb + " {task.description}", markup=False),
+            rich.BarColumn(),
+            *amounts,
+            rich.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=_console(sys.stderr),
             transient=True,
         )

@@ -14,29 +14,12 @@ import typer
 
 from regraft.cli import check, diff, explain, rules  # noqa: F401 - they add their commands to app
 from regraft.cli.app import app
+from regraft.cli.kinds import BAD_INPUT, BUG, DONE, INTERRUPTED, TERMINATED, USAGE, kind_of
 from regraft.cli.output import Output
-from regraft.errors import (
-    AmbiguousError,
-    BadInputError,
-    Finding,
-    NotEqualError,
-    RefusedError,
-    RegraftError,
-    UnmatchedKeysError,
-)
-
-DONE, BAD_INPUT, USAGE, REFUSED, NO, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 70, 130, 143
+from regraft.errors import Finding, RegraftError
 
 # Typer brings its own copy of click in newer releases, and exports this subclass only.
 _UsageError = typer.BadParameter.__bases__[0]
-
-_KINDS: tuple[tuple[type[RegraftError], str, str, int], ...] = (
-    (UnmatchedKeysError, "unmatched-keys", "nothing explains these keys", BAD_INPUT),
-    (AmbiguousError, "ambiguous", "more than one reading fits", BAD_INPUT),
-    (BadInputError, "bad-input", "bad input", BAD_INPUT),
-    (NotEqualError, "not-equal", "not equal", NO),
-    (RefusedError, "refused", "refused, because there is no exact image", REFUSED),
-)
 
 
 class _Terminated(BaseException):
@@ -69,10 +52,8 @@ def run(args: Sequence[str]) -> int:
 
 
 def _fail_known(out: Output, error: RegraftError) -> int:
-    for kind, name, title, status in _KINDS:
-        if isinstance(error, kind):
-            return _fail(out, name, title, error.findings, status)
-    return _fail(out, "internal", "a bug in regraft", error.findings, BUG)
+    kind = kind_of(error)
+    return _fail(out, kind.name, kind.title, error.findings, kind.status)
 
 
 def _fail_usage(out: Output, error: Exception) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
-from regraft.report import AdapterReport, Report, Target
+from regraft.report import AdapterReport, Report, Target, show_size
+from regraft.reports.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
@@ -57,30 +59,68 @@ def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:
     out.show(head, *_bullets(adapter.evidence, FAINT), Text())
     rows = _rows_of(adapter)
     if rows:
-        out.show(*_cut(_targets(rows[:_ROWS], out.width), len(rows)), Text())
+        out.show(*_targets(rows[:_ROWS], out.width), *_more(len(rows)), Text())
     out.show(_summary(adapter))
-    for note in adapter.notes:
-        out.show(_note(note))
+    show_notes(out, adapter.notes)
 
 
-def _targets(rows: Sequence[_Row], width: int) -> Table:
+def _targets(rows: Sequence[_Row], width: int) -> list[Table | Text]:
+    """The targets, each with its rule beside it; where that does not fit, under their rules."""
     beside = max(len(r.pattern) for r in rows) + max(len(r.how) for r in rows) + 36 <= width
-    names = ["target", "count", "rank", "scale", "how", "numbers"]
-    table = _table(*(name for name in names if beside or name != "how"))
+    if beside:
+        table = _table("target", "count", "rank", "scale", "how", "numbers")
+        for row in rows:
+            name, *numbers, exact = _cells(row)
+            table.add_row(name, *numbers, _how_cell(row), exact)
+        return [table]
+    names = ["count", "rank", "scale", "numbers"]
+    cells = [[c.plain for c in _cells(row)[1:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    room = _room(width, names, cells)
+    patterns_shown = {row.pattern: "  " + break_name(row.pattern, room, "    ") for row in rows}
+    first = max(len(line) for text in patterns_shown.values() for line in text.split("\n"))
+    groups: dict[str, list[_Row]] = {}
     for row in rows:
-        how = _cell(row.how, FAINT if row.how.startswith("carried over") else "")
-        pattern = _cell(row.pattern)
-        if not beside:
-            pattern = Text("\n").join([pattern, Text.assemble("  ", how)])
-        table.add_row(
-            pattern,
-            str(row.count),
-            str(row.target.rank),
-            f"{row.target.scale:g}",
-            *([how] if beside else []),
-            _numbers_of(row),
-        )
-    return table
+        groups.setdefault(row.how, []).append(row)
+    parts: list[Table | Text] = []
+    for same in [[], *groups.values()]:
+        table = _table("target", *names)
+        table.show_header = not same
+        for column, fixed in zip(table.columns, (first, *widths), strict=True):
+            column.width = fixed
+        for row in same:
+            table.add_row(patterns_shown[row.pattern], *_cells(row)[1:])
+        parts += [_how_cell(same[0]), table] if same else [table]
+    return parts
+
+
+def _cells(row: _Row) -> list[Text]:
+    numbers = (str(row.count), str(row.target.rank), f"{row.target.scale:g}")
+    return [_cell(row.pattern), *map(Text, numbers), _numbers_of(row)]
+
+
+def _how_cell(row: _Row) -> Text:
+    return _cell(row.how, FAINT if row.how.startswith("carried over") else "")
+
+
+def _room(width: int, names: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How wide the first column may be, beside others."""
+    return width - sum(2 + max(map(len, column)) for column in zip(names, *rows, strict=True)) - 2
+
+
+def break_name(name: str, width: int, indent: str = "  ") -> str:
+    r"""A name on several lines, broken before dots, where it does not fit on one.
+
+    >>> break_name("model.layers.{0..3}.mlp.gate", 20)
+    'model.layers.{0..3}\n  .mlp.gate'
+    """
+    lines = [""]
+    for part in re.split(r"(?=\.(?!\.)(?<!\.\.))", visible(name)):
+        lead = 0 if len(lines) == 1 else len(indent)
+        if lines[-1] and lead + len(lines[-1]) + len(part) > max(width, 20):
+            lines.append("")
+        lines[-1] += part
+    return f"\n{indent}".join(lines)
 
 
 def _numbers_of(row: _Row) -> Text:
@@ -132,7 +172,7 @@ def _summary(adapter: AdapterReport) -> Text:
         text.append("; ")
         text.append("every number is the source's own, bit for bit", GOOD)
     if adapter.carried and not adapter.copied:
-        text.append(f"; {_count(adapter.carried, 'tensor')} of them no LoRA factors")
+        text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
     if adapter.verified:
         text.append(f"; verified, the largest relative error is {adapter.error:.2g}", GOOD)
     return text
@@ -165,12 +205,12 @@ def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
         out.show(Text(visible(str(finding))))
     if len(result.differences) > _FINDINGS:
         out.show(Text(f"… and {len(result.differences) - _FINDINGS} more; --json lists them all"))
-    counted = f"{_count(len(result.targets), 'target')}, {_count(result.others, 'other tensor')}"
+    counted = f"{count_in_words(len(result.targets), 'target')}, {count_in_words(result.others, 'other tensor')}"
     error = f"the largest relative error is {result.error:.2g}"
     if result.equal:
         out.show(Text.assemble(("Equal", GOOD), f": {counted}; {error}"))
     else:
-        count = _count(len(result.differences), "difference")
+        count = count_in_words(len(result.differences), "difference")
         out.show(Text.assemble(("Not equal", BAD), f": {count} in {counted}; {error}"))
 
 
@@ -188,20 +228,26 @@ def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     if common is not None:
         head.append(f" in {visible(common)}")
     parts: list[Text | Padding] = [head]
-    for number, finding in enumerate(findings[:_FINDINGS], 1):
-        parts += _finding(finding, number if len(findings) > 1 else None, common)
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings[:_FINDINGS]:
+        keys = alike.setdefault(replace(finding, key=None), [])
+        keys += [finding.key] if finding.key is not None else []
+    for number, (finding, keys) in enumerate(alike.items(), 1):
+        parts += _finding(finding, keys, number if len(alike) > 1 else None, common)
     if len(findings) > _FINDINGS:
         left = len(findings) - _FINDINGS
         parts.append(Text(f"… and {left} more; --json lists them all", WARNING))
     out.show(*parts, error=True)
 
 
-def _finding(finding: Finding, number: int | None, common: str | None) -> list[Text | Padding]:
+def _finding(
+    finding: Finding, keys: Sequence[str], number: int | None, common: str | None
+) -> list[Text | Padding]:
+    """What findings say that are alike but for their keys."""
     lines = []
     if finding.where is not None and finding.where != common:
         lines.append(Text(visible(finding.where)))
-    if finding.key is not None:
-        lines.append(Text(visible(finding.key), NAME))
+    lines += [Text(visible(key), NAME) for key in keys]
     lines.append(Text(visible(finding.message)))
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))
@@ -251,35 +297,48 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
     if adapter.peft_version:
         facts.add_row("saved by", f"PEFT {visible(adapter.peft_version)}")
     dtypes = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
-    facts.add_row("tensors", f"{dtypes}; {_size(adapter.bytes)}")
+    facts.add_row("tensors", f"{dtypes}; {show_size(adapter.bytes)}")
     if adapter.ranks:
         facts.add_row("ranks", _numbers(adapter.ranks))
         facts.add_row("alphas", _numbers(adapter.alphas) + " (rsLoRA)" * adapter.rslora)
         facts.add_row("scales", _numbers(adapter.scales))
     out.show(head, facts)
     if adapter.targets:
-        table = _table("target", "count", "base shape", "rank", "alpha", "scale", "dtype")
-        for t in adapter.targets[:_ROWS]:
-            shape = "?" if t.shape is None else " x ".join(map(str, t.shape))
-            table.add_row(
-                _cell(visible(t.pattern)),
-                str(t.count),
-                shape,
-                str(t.rank),
-                f"{t.alpha:g}",
-                f"{t.scale:g}",
-                t.dtype,
-            )
-        out.show(Text(), *_cut(table, len(adapter.targets)))
+        out.show(Text(), _inspected_targets(adapter, out.width), *_more(len(adapter.targets)))
     if adapter.others:
         table = _table("other tensors", "count", "shape", "dtype")
         for o in adapter.others[:_ROWS]:
             table.add_row(
                 _cell(visible(o.pattern)), str(o.count), " x ".join(map(str, o.shape)), o.dtype
             )
-        out.show(Text(), *_cut(table, len(adapter.others)))
+        out.show(Text(), table, *_more(len(adapter.others)))
     if adapter.notes:
-        out.show(Text(), *map(_note, adapter.notes))
+        out.show(Text())
+        show_notes(out, adapter.notes)
+
+
+def _inspected_targets(adapter: Inspected, width: int) -> Table:
+    names = ["count", "base shape", "rank", "alpha", "scale", "dtype"]
+    shown = adapter.targets[:_ROWS]
+    rows = [
+        [
+            str(t.count),
+            "?" if t.shape is None else " x ".join(map(str, t.shape)),
+            str(t.rank),
+            f"{t.alpha:g}",
+            f"{t.scale:g}",
+            t.dtype,
+        ]
+        for t in shown
+    ]
+    room = _room(width, names, rows)
+    if room < max(len(t.pattern) for t in shown) and len(adapter.dtypes) == 1:
+        names, rows = names[:-1], [row[:-1] for row in rows]  # it is told above
+        room = _room(width, names, rows)
+    table = _table("target", *names)
+    for t, cells in zip(shown, rows, strict=True):
+        table.add_row(break_name(t.pattern, room), *cells)
+    return table
 
 
 _RIGHT = frozenset({"count", "rank", "alpha", "scale"})
@@ -304,31 +363,24 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(visible(text), style)
 
 
-def _cut(table: Table, rows: int) -> list[Table | Text]:
+def _more(rows: int) -> list[Text]:
+    """A line that says how many rows are not shown, if any."""
     if rows <= _ROWS:
-        return [table]
-    return [table, Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
+        return []
+    return [Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
 
 
 def _bullets(lines: Iterable[str], style: str) -> list[Text | Padding]:
     return [Padding(Text(visible(line), style), (0, 0, 0, 2), expand=False) for line in lines]
 
 
-def _note(note: str) -> Text:
-    return Text.assemble(("Note: ", WARNING), visible(note))
+def show_notes(out: Output, notes: Iterable[str]) -> None:
+    """Notes, each with its lines one below the other."""
+    for note in notes:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(Text("Note:", WARNING), Text(visible(note)))
+        out.show(grid)
 
 
 def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,7 +135,7 @@ def _check_source(state_dict: Any) -> None:
 
 def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStateDict:
     """As a live model wants it."""
-    from regraft.bridges.torch_tensors import parameters_of, place, state_of, whole
+    from regraft.bridges.torch_tensors import parameters_of, place, state_of
 
     resolved = target.resolve(list(state_dict))
     report = StateDictReport(RIGHT, carried=list(resolved.carried))

@@ -7,8 +7,10 @@ a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 _SHOWN = 8
@@ -16,27 +18,57 @@ _SHOWN = 8
 Row = tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Names that differ in numbers only, and have every choice of them."""
+
+    texts: tuple[str, ...]
+    """What stands around the numbers; one more than there are numbers."""
+    columns: tuple[tuple[int, ...], ...]
+    """The values that each number has, sorted."""
+
+    def __len__(self) -> int:
+        return prod(map(len, self.columns))
+
+    def __iter__(self) -> Iterator[str]:
+        for numbers in product(*self.columns):
+            yield self._fill(map(str, numbers))
+
+    def __str__(self) -> str:
+        return self._fill(map(ranges, self.columns))
+
+    def _fill(self, numbers: Iterable[str]) -> str:
+        pairs = zip(numbers, self.texts[1:], strict=True)
+        return self.texts[0] + "".join(number + text for number, text in pairs)
+
+
+def group_alike(names: Iterable[str]) -> list[Pattern]:
+    """Patterns that together stand for exactly these names.
+
+    >>> (pattern,) = group_alike(["l.0.w1", "l.2.w1"])
+    >>> str(pattern), len(pattern), list(pattern)
+    ('l.{0,2}.w1', 2, ['l.0.w1', 'l.2.w1'])
+    """
+    templates: dict[tuple[str, ...], dict[Row, None]] = {}
+    for name in names:
+        numbers = tuple(map(int, _INDEX.findall(name)))
+        templates.setdefault(tuple(_INDEX.split(name)), {})[numbers] = None
+    return [
+        Pattern(texts, tuple(map(tuple, columns)))
+        for texts, rows in templates.items()
+        for columns in _blocks(list(rows), len(texts) - 1)
+    ]
+
+
 def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Patterns that together stand for exactly these names, each with how many it stands for.
+    """The same in words, each with how many names it stands for.
 
     >>> patterns(["l.0.w1", "l.1.w1", "l.2.w1", "l.0.w2", "norm"])
     [('l.{0..2}.w1', 3), ('l.0.w2', 1), ('norm', 1)]
     >>> patterns([f"l.{l}.e.{e}" for l in range(3) for e in range(4) if l > 0 or e < 2])
     [('l.0.e.{0,1}', 2), ('l.{1,2}.e.{0..3}', 8)]
     """
-    templates: dict[tuple[str, ...], dict[Row, None]] = {}
-    for name in names:
-        numbers = tuple(map(int, _INDEX.findall(name)))
-        templates.setdefault(tuple(_INDEX.split(name)), {})[numbers] = None
-    result = []
-    for texts, rows in templates.items():
-        for columns in _blocks(list(rows), len(texts) - 1):
-            pattern, count = texts[0], 1
-            for values, text in zip(columns, texts[1:], strict=True):
-                pattern += ranges(values) + text
-                count *= len(values)
-            result.append((pattern, count))
-    return result
+    return [(str(pattern), len(pattern)) for pattern in group_alike(names)]
 
 
 def _blocks(rows: list[Row], width: int) -> list[list[list[int]]]:

@@ -161,6 +161,10 @@ class Vera(Family):
         """A (rank, largest in) and B (largest out, rank): PEFT draws them again where it did not save them."""
         a, b = (self.common.get(name) for name in self.shared)
         if a is None or b is None:
+            if self.config.get("save_projection", True):
+                raise NoImageError(
+                    "its projections are not in the file, though save_projection is on"
+                )
             out, into = self._largest
             rank = int(self.config["r"])
             shapes = (rank * self.spread, into), (out, rank)

@@ -59,6 +59,7 @@ class TinyLora(Family):
     def __init__(self, config: Mapping[str, Any], shared: Mapping[str, Array]) -> None:
         super().__init__(config, shared)
         self._count = 0
+        self._drawn: dict[object, dict[bytes, int]] = {}
 
     def survey(self, parts: Mapping[str, Part]) -> None:
         self._count = len(parts)
@@ -92,14 +93,19 @@ class TinyLora(Family):
 
     def _place(self, projection: Array) -> int:
         """The place of a module among all modules that are adapted."""
-        rank = projection.shape[-1]
-        for place in range(self._count):
-            drawn = random_normal(
-                projection.shape, rank**-0.5, self.config["projection_seed"] + place
-            )
-            if np.allclose(drawn, projection.astype(np.float32), rtol=1e-2, atol=1e-3):
-                return place
-        raise NoImageError("its projections were drawn with another seed than the config's")
+        form = projection.shape, projection.dtype
+        if form not in self._drawn:
+            deviation, seed = projection.shape[-1] ** -0.5, int(self.config["projection_seed"])
+            self._drawn[form] = {
+                random_normal(projection.shape, deviation, seed + place)
+                .astype(projection.dtype)
+                .tobytes(): place
+                for place in range(self._count)
+            }
+        place = self._drawn[form].get(projection.tobytes())
+        if place is None:
+            raise NoImageError("its projections were drawn otherwise than its config says")
+        return place
 
 
 class UniLora(Family):

@@ -43,7 +43,6 @@ def random_order(count: int, seed: int) -> Ints:
     return np.asarray(torch.randperm(count, generator=generator).numpy())
 
 
-@lru_cache(maxsize=16)
 def random_normal(shape: tuple[int, ...], deviation: float, seed: int) -> Array:
     """``torch.normal`` with a seed, float32.
 

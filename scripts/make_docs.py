@@ -1,0 +1,32 @@
+"""Makes the generated part of docs/: drawings, the page of JSON, a terminal session, and pictures of the report.
+
+python scripts/make_docs.py [--no-pictures]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from drawings import DRAWINGS
+from json_page import json_page
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def main() -> None:
+    images = DOCS / "images"
+    images.mkdir(exist_ok=True)
+    (DOCS / "json.md").write_text(json_page(), encoding="utf-8")
+    for name, draw in DRAWINGS.items():
+        (images / name).write_text(draw(), encoding="utf-8")
+    if "--no-pictures" not in sys.argv:
+        from pictures import photograph, record_terminal, work_folder
+
+        with work_folder() as folder:
+            (images / "terminal.svg").write_text(record_terminal(folder), encoding="utf-8")
+            photograph(folder, images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What ``--html`` writes; nothing of it is imported without that option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.cli.kinds import kind_of
+from regraft.cli.output import Output, visible
+from regraft.errors import RegraftError
+from regraft.report import Report
+
+if TYPE_CHECKING:
+    from regraft.adapters.inspect import Inspection
+    from regraft.adapters.verify import AdapterVerification
+    from regraft.checkpoints.verify import Verification
+    from regraft.reports.model import Page
+    from regraft.why.verdict import Check
+
+    Result = Report | Inspection | Verification | AdapterVerification | Check
+
+
+def show_page(out: Output, file: Path | None, result: Result) -> None:
+    """Write the page of a result, and say so."""
+    if file is None:
+        return
+    from regraft.reports.html import write_page
+
+    write_page(_page_of(result), file)
+    if not out.json and not out.quiet:
+        out.text(f"Page: {visible(str(file))}\n")
+
+
+def _page_of(result: Result) -> Page:
+    from regraft.adapters.inspect import Inspection
+    from regraft.adapters.verify import AdapterVerification
+    from regraft.reports import data
+    from regraft.why.verdict import Check
+
+    if isinstance(result, Report):
+        return data.page_of_report(result)
+    if isinstance(result, Inspection):
+        return data.page_of_inspection(result)
+    if isinstance(result, Check):
+        return data.page_of_check(result)
+    if isinstance(result, AdapterVerification):
+        return data.page_of_adapter_verification(result)
+    return data.page_of_verification(result)
+
+
+@contextmanager
+def failure_page(file: Path | None, command: str, source: Path) -> Iterator[None]:
+    """Write a page of what went wrong, if something does."""
+    try:
+        yield
+    except RegraftError as error:
+        if file is not None:
+            from regraft.reports.data import page_of_failure
+            from regraft.reports.html import write_page
+
+            write_page(page_of_failure(command, str(source), kind_of(error).name, error), file)
+        raise

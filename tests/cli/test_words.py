@@ -1,0 +1,109 @@
+"""Words on terminals of any width: nothing is cut, lines fit, what belongs together stands together."""
+
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from regraft.cli import main
+from regraft.cli.output import Output
+from regraft.cli.words import break_name
+
+CASES = Path(__file__).parents[1] / "golden/cases"
+
+
+@pytest.fixture
+def on_terminal(monkeypatch, capsys):
+    """Runs a command as on a terminal of some width, without colours."""
+
+    def run(width, *args):
+        monkeypatch.setattr("regraft.cli.output._UNBOUNDED", width)
+        assert main([*map(str, args)]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("case", ["mixtral__patterns_projection", "gpt_oss__params_attn"])
+def test_lines_fit_and_rules_stand_once(width, case, on_terminal, tmp_path):
+    words = on_terminal(
+        width, "convert", CASES / case, tmp_path / "o", "--to", "transformers-v5", "--dry-run"
+    )
+    assert max(map(len, words.splitlines())) <= width
+    assert ".down_proj" in words
+    if width >= 80:
+        assert words.count("carried over: attention is the same in both") == 1
+    shown = on_terminal(width, "inspect", CASES / case)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_one_line_for_each_target_where_there_is_room(on_terminal, tmp_path):
+    case = CASES / "mixtral__gud_attn"
+    words = on_terminal(160, "convert", case, tmp_path / "o", "--to", "transformers-v5")
+    assert words.count("carried over: attention is the same in both") == 4
+
+
+def test_names_break_before_dots():
+    name = "model.layers.{0..31}.mlp.experts.{0..127}.down_proj.weight"
+    for width in (20, 30, 57, 58, 100):
+        broken = break_name(name, width)
+        assert broken.replace("\n  ", "") == name
+        assert all(len(line) <= max(width, 20) for line in broken.split("\n"))
+        assert ".\n" not in broken
+        assert "{0\n" not in broken
+
+
+def test_tour_and_completion(capsys, monkeypatch):
+    assert main([]) == 0
+    tour = capsys.readouterr().out
+    assert "--html" in tour
+    assert "--install-completion" in tour
+    assert max(map(len, tour.splitlines())) <= 100
+    monkeypatch.setenv("_REGRAFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "regraft convert a b --to ")
+    monkeypatch.setenv("COMP_CWORD", "5")
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == ["transformers-v4", "transformers-v5"]
+
+
+def test_checkpoints_list_their_rules(capsys, tmp_path):
+    base = CASES.parent / "bases/mixtral"
+    assert main(["convert", str(base), str(tmp_path / "o"), "--to", "transformers-v5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["rule", "times"] for line in lines)
+    assert any(line.startswith("mixtral/experts down") and line.endswith(" 2") for line in lines)
+    assert main(["verify", str(base), str(tmp_path / "o"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"]
+
+
+def test_progress_has_rate_and_time_left(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("regraft.cli.output._PATIENCE", 0)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    with Output().waiting("comparing", CASES.parent / "bases/mixtral") as tell:
+        for done in range(5):
+            tell("model", done * 1_000_000, 10_000_000)
+            time.sleep(0.1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "comparing model" in shown
+    assert "/10.0 MB" in shown
+    assert re.search(r"\d MB/s", shown)
+    assert re.search(r"\d\d:\d\d", shown)
+
+
+@pytest.mark.parametrize("out", [Output(json=True), Output(quiet=True)])
+def test_no_progress_where_none_is_wanted(out, monkeypatch):
+    with out.waiting("converting") as tell:
+        assert tell is None
