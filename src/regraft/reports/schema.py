@@ -23,7 +23,7 @@ from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.rules.lint import Linted
 from regraft.why.diff import Diff
-from regraft.why.explain import Explanation
+from regraft.why.explanation import Explanation
 from regraft.why.verdict import Check, Row, Verdict
 
 
