@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP = -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo docs pictures golden bench clean python
+.PHONY: help setup test lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,11 @@ bench: .venv/.done ## run every benchmark
 		test -e "$$file" || { echo "there are no benchmarks" >&2; exit 1; }; \
 		echo; echo "==> $$file"; .venv/bin/python "$$file"; \
 	done
+
+RELEASES = 5.4.0,5.12.0,5.16.0,5.23.0
+
+parity: .venv/.done ## compare with transformers, for every class that it converts, in several releases
+	@.venv/bin/python scripts/parity.py --releases $(RELEASES) --out docs/parity.md
 
 clean: ## remove the environments, caches and builds
 	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

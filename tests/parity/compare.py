@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from transformers import conversion_mapping, core_model_loading
 
 from regraft.arrays.apply import apply_plan
@@ -192,3 +193,29 @@ def load(verdict, cls, config, file, state, what):
     if len(verdict.differences) == before:
         compare(verdict, f"transformers loads {what}", made, state)
     return made if len(verdict.differences) == before else None
+
+
+def classes():
+    """Every model class of the installed transformers."""
+    found = {}
+    for name in dir(transformers):
+        if name.startswith("Auto") or name.endswith(("PreTrainedModel", "PretrainedModel")):
+            continue
+        try:
+            cls = getattr(transformers, name)
+        except (ImportError, RuntimeError, AttributeError):
+            continue
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            found[cls.__name__] = cls
+    return [cls for cls in found.values() if cls.config_class is not None]
+
+
+def registered(model):
+    """Whether something is registered for a model or for one in it."""
+    return bool(conversion_mapping.get_model_conversion_mapping(model, add_legacy=False))
+
+
+def why_not(cls):
+    """Whether a class that cannot be built would count."""
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    return known(cls.__name__) is not None or known(cls.config_class.model_type) is not None

@@ -1,6 +1,6 @@
 """Tiny models of any class of the installed transformers, on the CPU, with random weights.
 
-A config is made small by what its fields are called, then by a few facts about families whose sizes depend on each other.
+A config is made small by what its fields are called, then by facts about families whose sizes depend on each other.
 """
 
 import re

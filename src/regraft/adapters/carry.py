@@ -109,12 +109,20 @@ class Carrier:
         return tuned
 
     def carry(self, plan: Plan | None, tuned: TunedModules, via: str | None) -> Carried:
-        """The best rung that is exact, or the one that was asked for.
+        """The best rung that is exact, full rank where there is none and it is allowed, or what was asked for.
 
         Raises ``RefusedError`` with everything that has no image there.
         """
-        if via is not None:
+        if via is not None and via.startswith("svd:"):
             return self._densely(plan, tuned)
+        try:
+            return self._exactly(plan, tuned)
+        except RefusedError:
+            if via is None:
+                raise
+            return self._densely(plan, tuned)
+
+    def _exactly(self, plan: Plan | None, tuned: TunedModules) -> Carried:
         followed = self._follow(plan, tuned)
         if not followed.failed:
             if plan is None or all(entry.moves_nothing for entry in plan.entries):

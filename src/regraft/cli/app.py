@@ -25,6 +25,7 @@ regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, 
 
 Look at an adapter, convert it, and convert it back:
   $ regraft inspect my-lora                              what it is, and which layout it has
+  $ regraft check my-lora --model model                  will it load as it is? if not, why
   $ regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
   $ regraft convert out back --to transformers-v4        the very bits you had
 

@@ -200,11 +200,13 @@ def _models(
         path = mapping.live.models[part.model].path
         report.prefixes.append(f"{path or 'the model'}: {part}")
         tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
+        imported = mapping.imported[part.model]
         try:
-            new = _convert(mapping.imported[part.model], tensors, layout, report)
+            new = _convert(imported, tensors, layout, report)
         except RegraftError as error:
             findings += error.findings
-            continue
+            kept = imported.skeleton.tensors.keys() - imported.changed
+            new = {key: tensor for key, tensor in tensors.items() if key in kept}
         before = done.setdefault(part.model, {})
         for key in before.keys() & new.keys():
             if not _equal(new[key], before[key]):

@@ -230,22 +230,20 @@ class _Maker:
             return f"{base}.{text}"
         return text.removeprefix(f"{base}.") if shift < 0 else text
 
-    def _sort(self, origin: Origin, number: int) -> object:
+    def _sort(self, origin: Origin, rows: Rows) -> Sequence[object]:
         """What must be the same of all keys of a rule."""
         skeleton = self.imported.skeleton
-        key = self._keys[number]
-        if origin.converter is None:
-            return len(skeleton.tensors[key]), skeleton.kinds.get(key, "any")
-        group = self._group_of(key, origin)
-        return tuple((skeleton.tensors.get(k), skeleton.kinds.get(k, "any")) for k in group)
-
-    @property
-    def _keys(self) -> list[str]:
-        return self.imported.keys
-
-    def _group_of(self, key: str, origin: Origin) -> list[str]:
-        rows = next(iter(rows_of([key])))
-        return [put(text, rows.numbers[0].tolist()) for text in origin.new]
+        columns: list[Sequence[object]] = []
+        texts = [rows.text] if origin.converter is None else origin.new
+        for text in texts:
+            keys = [put(text, numbers) for numbers in rows.numbers.tolist()]
+            shapes = [skeleton.tensors.get(key) for key in keys]
+            if origin.converter is None:
+                columns.append([len(shape or ()) for shape in shapes])
+            else:
+                columns.append(shapes)
+            columns.append([skeleton.kinds.get(key, "any") for key in keys])
+        return list(zip(*columns, strict=True))
 
     def _write(self, rows: Rows, origin: Origin, old: tuple[str, ...], shift: int) -> None:
         skeleton = self.imported.skeleton

@@ -334,6 +334,9 @@ def _ernie(
     config: Any,
     turned: bool,
 ) -> Tensors:
+    rest = {tuple(s for d, s in enumerate(shape) if d != op.stack_dim) for shape in shapes}
+    if len(rest) > 1:
+        raise UnknownOperationError("its experts for text and for vision have different sizes")
     kinds = [chain.axis("e") for _ in shapes]
     for kind, shape in zip(kinds, shapes, strict=True):
         chain.where[kind] = str(shape[op.stack_dim])

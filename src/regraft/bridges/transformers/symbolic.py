@@ -113,25 +113,26 @@ def outcomes(
     whether it may look at all.
     """
     general = judge(rows.text)
-    odd: list[int] = []
-    fine: list[int] = []
-    seen: dict[tuple[int, ...], bool] = {}
-    for row, numbers in enumerate(rows.numbers.tolist()):
-        mark = tuple(numbers) if each else tuple(n if n in spelled else -1 for n in numbers)
-        if mark not in seen:
-            seen[mark] = judge(put(rows.text, numbers)) == place(general, numbers)
-        (fine if seen[mark] else odd).append(row)
-    if fine:
-        yield (rows if not odd else rows.take(fine)), general
-    for row in odd:
+    marks = rows.numbers
+    if not each:
+        marks = np.where(np.isin(marks, list(spelled)), marks, -1)
+    _, first, sort = np.unique(marks, axis=0, return_index=True, return_inverse=True)
+    usual = np.ones(len(first), dtype=bool)
+    for number, row in enumerate(first.tolist()):
+        numbers = rows.numbers[row].tolist()
+        usual[number] = judge(put(rows.text, numbers)) == place(general, numbers)
+    fine = usual[sort.reshape(-1)]
+    if fine.any():
+        yield (rows if fine.all() else rows.take(np.flatnonzero(fine))), general
+    for row in np.flatnonzero(~fine).tolist():
         numbers = rows.numbers[row].tolist()
         text = put(rows.text, numbers)
         yield Rows(text, rows.numbers[[row]], rows.ids[[row]]), judge(text)
 
 
-def divide(rows: Rows, sort: Callable[[int], object]) -> Iterator[Rows]:
+def divide(rows: Rows, sort: Callable[[Rows], Sequence[object]]) -> Iterator[Rows]:
     """Rows in parts that are each of one sort, with as few numbers spelled out as will do."""
-    sorts = [sort(int(i)) for i in rows.ids.tolist()]
+    sorts = sort(rows)
     if len(set(sorts)) <= 1:
         yield rows
         return

@@ -1,0 +1,266 @@
+"""The registry of the installed transformers, with entries of its users and where it is wrong itself."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch import nn  # noqa: E402
+from transformers import MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers import conversion_mapping as mapping  # noqa: E402
+from transformers.core_model_loading import (  # noqa: E402
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+
+from regraft.arrays.apply import apply_plan  # noqa: E402
+from regraft.bridges.transformers.imported import import_model  # noqa: E402
+from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError  # noqa: E402
+from regraft.names.keys import group_names  # noqa: E402
+from regraft.names.live import skeleton_of  # noqa: E402
+from regraft.plan.build import build_plan  # noqa: E402
+from regraft.plan.model import Scope  # noqa: E402
+from regraft.plan.plan import Headers  # noqa: E402
+
+OLD, NEW = "transformers-v4", "transformers-v5"
+TINY = MixtralConfig(
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    vocab_size=10,
+)
+
+
+class SmallConfig(PreTrainedConfig):
+    model_type = "small_of_mine"
+
+    def __init__(self, size=4, **more):
+        super().__init__(**more)
+        self.size = size
+
+
+class Small(PreTrainedModel):
+    """A model whose parts are named by a test."""
+
+    config_class = SmallConfig
+    base_model_prefix = "base"
+
+    def __init__(self, config, parts=None):
+        super().__init__(config)
+        for name in parts or {}:
+            setattr(self, name, parts[name])
+        self.post_init()
+
+
+@pytest.fixture
+def register():
+    """Register entries for one test."""
+    before = dict(mapping._checkpoint_conversion_mapping_cache or {})
+    users = set(mapping.USER_REGISTERED_MAPPINGS)
+    yield mapping.register_checkpoint_conversion_mapping
+    mapping._checkpoint_conversion_mapping_cache = before or None
+    mapping.USER_REGISTERED_MAPPINGS.clear()
+    mapping.USER_REGISTERED_MAPPINGS.update(users)
+
+
+def numbered(state):
+    """Arrays that tell every element from every other."""
+    made, at = {}, 0
+    for name, tensor in state.items():
+        count = int(np.prod(tensor.shape))
+        made[name] = np.arange(at, at + count, dtype=np.float64).reshape(tuple(tensor.shape))
+        at += count
+    return made
+
+
+def converted(model, state, to, key_mapping=None):
+    imported = import_model(skeleton_of(model), key_mapping)
+    told = list(state) if to == NEW else []
+    book = imported.book(told, {k: tuple(v.shape) for k, v in state.items()} if told else {})
+    names = list(state)
+    shapes = [tuple(v.shape) for v in state.values()]
+    headers = Headers(group_names(names), shapes, ["F64"] * len(names))
+    plan = build_plan(headers, [book], target_layout=to, scopes={book.name: Scope()})
+    return apply_plan(plan, list(state.values()))
+
+
+def there_and_back(model, key_mapping=None):
+    state = numbered(model.state_dict())
+    old = converted(model, state, OLD, key_mapping)
+    again = converted(model, old, NEW, key_mapping)
+    assert again.keys() == state.keys()
+    assert all(np.array_equal(again[k], state[k]) for k in state)
+    return state, old
+
+
+def linear(n=4):
+    return nn.Linear(n, n, bias=False)
+
+
+def test_a_users_entry_for_a_model_type(register):
+    register("small_of_mine", [WeightRenaming("old_part", "part")])
+    _, old = there_and_back(Small(SmallConfig(), {"part": linear()}))
+    assert list(old) == ["old_part.weight"]
+
+
+def test_a_users_entry_for_a_class_comes_before_that_for_its_type(register):
+    register("small_of_mine", [WeightRenaming("by_type", "part")])
+    register("Small", [WeightRenaming("by_class", "part")])
+    _, old = there_and_back(Small(SmallConfig(), {"part": linear()}))
+    assert list(old) == ["by_class.weight"]
+
+
+def test_key_mapping_renames_before_the_registry():
+    model = MixtralModel(TINY)
+    state = numbered(model.state_dict())
+    old = converted(model, state, OLD)
+    file = {f"mine.{key}": value for key, value in old.items()}
+    new = converted(model, file, NEW, {r"^mine\.": ""})
+    assert new.keys() == state.keys()
+    assert all(np.array_equal(new[k], state[k]) for k in state)
+
+
+def test_a_subclass_is_looked_up_through_its_bases():
+    class Mine(MixtralModel):
+        """A user's own, without a registration."""
+
+    _, old = there_and_back(Mine(TINY))
+    assert "layers.1.block_sparse_moe.experts.3.w2.weight" in old
+
+
+def test_fsdp2_renames_the_class():
+    model = MixtralModel(TINY)
+    model.__class__ = type("FSDPMixtralModel", (MixtralModel,), {})
+    _, old = there_and_back(model)
+    assert "layers.1.block_sparse_moe.experts.3.w2.weight" in old
+
+
+def test_foreign_code_with_a_registered_model_type_has_its_own_names():
+    class Config(SmallConfig):
+        model_type = "mixtral"
+
+    class Remote(Small):
+        config_class = Config
+
+    model = Remote(Config(), {"block_sparse_moe": linear(), "mlp": linear()})
+    state, old = there_and_back(model)
+    assert old.keys() == state.keys()
+    assert [a.why for a in import_model(skeleton_of(model)).scopes.applied] == [
+        "Remote is not a class of transformers"
+    ]
+
+
+def test_a_class_that_nothing_is_registered_for_keeps_its_names():
+    state, old = there_and_back(Small(SmallConfig(), {"part": linear()}))
+    assert old.keys() == state.keys()
+
+
+def test_an_unknown_key_is_an_error_that_names_it():
+    model = MixtralModel(TINY)
+    old = converted(model, numbered(model.state_dict()), OLD)
+    old["layers.0.nobody.weight"] = np.zeros(2)
+    with pytest.raises(UnmatchedKeysError, match=r"layers\.0\.nobody\.weight"):
+        converted(model, old, NEW)
+
+
+def test_an_incomplete_stack_of_experts_is_refused():
+    model = MixtralModel(TINY)
+    old = converted(model, numbered(model.state_dict()), OLD)
+    del old["layers.1.block_sparse_moe.experts.2.w1.weight"]
+    with pytest.raises(BadInputError, match=r"experts\.2\.w1"):
+        converted(model, old, NEW)
+
+
+def test_the_match_itself_is_replaced_and_not_the_same_text_before_it(register):
+    register("small_of_mine", [WeightRenaming(r"(?<=core\.)a", "b")])
+    inner = nn.ModuleDict({"b": linear()})
+    model = Small(SmallConfig(), {"alpha": nn.ModuleDict({"core": inner})})
+    state = numbered(model.state_dict())
+    new = converted(model, {"alpha.core.a.weight": state["alpha.core.b.weight"]}, NEW)
+    assert list(new) == ["alpha.core.b.weight"]
+
+
+def test_a_second_group_is_written_and_not_left_as_it_is(register):
+    register("small_of_mine", [WeightRenaming(r"(left|right)\.(w)\.", r"\1_\2.")])
+    model = Small(SmallConfig(), {"left_w": linear(), "right_w": linear()})
+    state = numbered(model.state_dict())
+    old = {key.replace("_w.", ".w."): value for key, value in state.items()}
+    new = converted(model, old, NEW)
+    assert all(np.array_equal(new[k], state[k]) for k in state)
+
+
+def test_siblings_with_one_pattern_keep_their_own_operations(register):
+    class One(Small):
+        """Its pieces are stacked one after the other."""
+
+    class Two(Small):
+        """Its pieces are laid side by side."""
+
+    patterns = ["p.weight", "q.weight"], "pq.weight"
+    register("One", [WeightConverter(*patterns, operations=[Concatenate(dim=0)])])
+    register("Two", [WeightConverter(*patterns, operations=[Concatenate(dim=1)])])
+    one = One(SmallConfig(), {"pq": nn.Linear(4, 8, bias=False)})
+    two = Two(SmallConfig(), {"pq": nn.Linear(8, 4, bias=False)})
+    model = Small(SmallConfig(), {"one": one, "two": two})
+    state, old = there_and_back(model)
+    assert {k: v.shape for k, v in old.items()} == dict.fromkeys(
+        ("one.p.weight", "one.q.weight", "two.p.weight", "two.q.weight"), (4, 4)
+    )
+    assert np.array_equal(old["two.q.weight"], state["two.pq.weight"][:, 4:])
+
+
+def test_a_chunk_that_would_lose_a_target_is_refused_with_the_reason(register):
+    register(
+        "small_of_mine",
+        [WeightConverter("qkv.weight", ["q.weight", "k.weight", "v.weight"], [Chunk(dim=0)])],
+    )
+    model = Small(SmallConfig(), {"q": linear(), "k": linear()})
+    with pytest.raises(RegraftError, match="v.weight, which is made with it, is not there"):
+        converted(model, {"qkv.weight": np.zeros((12, 4))}, NEW)
+
+
+def test_parts_of_unequal_size_are_refused_where_the_chunk_is_equal(register):
+    register(
+        "small_of_mine", [WeightConverter("qk.weight", ["q.weight", "k.weight"], [Chunk(dim=0)])]
+    )
+    model = Small(SmallConfig(), {"q": linear(), "k": nn.Linear(4, 2, bias=False)})
+    with pytest.raises(RegraftError, match="equal parts have targets of different sizes"):
+        converted(model, {"qk.weight": np.zeros((6, 4))}, NEW)
+
+
+def test_an_operation_that_nobody_knows_is_named(register):
+    class Secret(MergeModulelist):
+        """Of somebody else."""
+
+    register("small_of_mine", [WeightConverter("e.*.weight", "all.weight", [Secret(dim=0)])])
+    model = Small(SmallConfig(), {"all": linear()})
+    with pytest.raises(RegraftError, match="no equation is known for Secret"):
+        converted(model, {"e.0.weight": np.zeros(4)}, NEW)
+
+
+def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept():
+    config = transformers.SwinConfig(
+        depths=[1], num_heads=[2], embed_dim=8, image_size=16, patch_size=4
+    )
+    imported = import_model(skeleton_of(transformers.SwinModel(config)))
+    buffer = "encoder.layers.0.blocks.0.attention.self.relative_position_index"
+    book = imported.book([buffer])
+    headers = Headers(group_names([buffer]), [(4, 4)], ["I64"])
+    plan = build_plan(headers, [book], target_layout=NEW, scopes={book.name: Scope()})
+    assert [(d.group.names(), d.drop.why) for d in plan.dropped] == [
+        ([buffer], "the model computes it itself")
+    ]
+    assert "dropped" in str(plan)
+    back = build_plan(Headers([], [], []), [book], target_layout=OLD, scopes={book.name: Scope()})
+    assert len(back.lacking()) == 1
+    with pytest.raises(UnmatchedKeysError):
+        other = Headers(group_names(["encoder.mystery"]), [(4,)], ["F32"])
+        build_plan(other, [book], target_layout=NEW, scopes={book.name: Scope()})
