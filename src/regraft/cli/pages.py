@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from regraft.adapters.verify import AdapterVerification
     from regraft.checkpoints.verify import Verification
     from regraft.reports.model import Page
+    from regraft.why.verdict import Check
 
-    Result = Report | Inspection | Verification | AdapterVerification
+    Result = Report | Inspection | Verification | AdapterVerification | Check
 
 
 def show_page(out: Output, file: Path | None, result: Result) -> None:
@@ -36,11 +37,14 @@ def _page_of(result: Result) -> Page:
     from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
     from regraft.reports import data
+    from regraft.why.verdict import Check
 
     if isinstance(result, Report):
         return data.page_of_report(result)
     if isinstance(result, Inspection):
         return data.page_of_inspection(result)
+    if isinstance(result, Check):
+        return data.page_of_check(result)
     if isinstance(result, AdapterVerification):
         return data.page_of_adapter_verification(result)
     return data.page_of_verification(result)

@@ -43,6 +43,10 @@ STATES: dict[str, State] = {
     "extra": State("extra", "bad", "nothing leads to it"),
     "adapted": State("adapted", "info", "it has a low-rank factor pair"),
     "equal": State("equal", "good", "it is the same in both"),
+    "lands": State("lands", "good", "all of it takes effect"),
+    "scaled": State("wrong scale", "bad", "its effect is too large or too small"),
+    "fails": State("fails", "bad", "it cannot be loaded, or not be called"),
+    "idle": State("no effect", "bad", "the model never calls it"),
     "saved": State("saved", "plain", "it is stored as it is"),
 }
 """The states that rows and flows can have, in the order in which filters show them."""

@@ -125,6 +125,8 @@ _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
     Verification: ("equal",),
     AdapterVerification: ("equal", "error"),
+    Check: ("healthy",),
+    Verdict: ("counts",),
     Explanation: ("arrives",),
     Diff: ("equal",),
     Check: ("healthy",),
