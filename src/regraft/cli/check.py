@@ -75,11 +75,7 @@ def check(
         from regraft.cli.pages import failure_page, show_page
         from regraft.why.check import check
 
-<<<<<<< HEAD
-        with out.waiting("checking"):
-=======
         with failure_page(html, "check", src), out.waiting("checking", src):
->>>>>>> chk6
             result = check(src, model=model, to=to)
         if json:
             out.data(result.to_dict())
