@@ -129,6 +129,8 @@ _DERIVED: dict[type, tuple[str, ...]] = {
     Verdict: ("counts",),
     Explanation: ("arrives",),
     Diff: ("equal",),
+    Check: ("healthy",),
+    Verdict: ("counts",),
     Linted: ("sound",),
 }
 """Properties that are printed beside the fields."""
