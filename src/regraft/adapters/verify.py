@@ -438,6 +438,13 @@ def moved_deltas(
         for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
             if all((ids < 0).all() for ids in entry.sources):
                 continue
+            if kind == "any" and entry.moves_nothing:
+                for key, source in zip(
+                    entry.keys(term).names(), entry.sources[0].flat, strict=True
+                ):
+                    if source >= 0:
+                        yield key, kind, str(entry.rule), iter([before.matrix(int(source), 0)])
+                continue
             layout = _Layout(entry, number, before)
             for row, key in enumerate(entry.keys(term).names()):
                 yield key, kind, str(entry.rule), layout.matrices(row)
