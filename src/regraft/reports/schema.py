@@ -23,7 +23,8 @@ from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.rules.lint import Linted
 from regraft.why.diff import Diff
-from regraft.why.explain import Explanation
+from regraft.why.explanation import Explanation
+from regraft.why.verdict import Check, Row, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
     "inspect": (Inspection,),
     "verify": (Verification, AdapterVerification),
+    "check": (Check,),
     "explain": (Explanation,),
     "diff": (Diff,),
     "rules list": (list[BookSummary],),
@@ -117,11 +119,14 @@ _LEFT_OUT: dict[type, tuple[str, ...]] = {
     Verification: ("trace",),
     TargetPattern: ("keys",),
     TensorPattern: ("keys",),
+    Row: ("keys",),
 }
 _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
     Verification: ("equal",),
     AdapterVerification: ("equal", "error"),
+    Check: ("healthy",),
+    Verdict: ("counts",),
     Explanation: ("arrives",),
     Diff: ("equal",),
     Linted: ("sound",),
