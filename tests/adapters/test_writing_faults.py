@@ -11,6 +11,7 @@ from killing import run_killed
 
 import regraft
 from regraft import api
+from regraft.adapters import saving
 from regraft.errors import BadInputError
 from regraft.files.work import open_work, work_folder
 
@@ -60,8 +61,8 @@ def fail_after(monkeypatch, after, error):
 
         return run
 
-    for name in ("write_tensors", "copy_file"):
-        monkeypatch.setattr(api, name, counted(getattr(api, name)))
+    for module, name in ((saving, "write_tensors"), (api, "copy_file")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -138,7 +139,7 @@ def test_killed_at_every_step(lora, out, wanted, there):
         if there:
             out.mkdir(parents=True)
             (out / "old").write_text("old")
-        counted = [(api, "write_tensors"), (os, "fsync"), (os, "rename")]
+        counted = [(saving, "write_tensors"), (os, "fsync"), (os, "rename")]
         done = run_killed(step, counted, regraft.convert, lora, out, to=V5, overwrite=True)
         left = snapshot(out) if out.exists() else None
         assert left in ([{"old": b"old"}, wanted] if there else [None, wanted]) or (
@@ -156,13 +157,13 @@ def test_killed_at_every_step(lora, out, wanted, there):
 
 
 def test_a_source_that_is_written_to(lora, out, monkeypatch):
-    write = api.write_tensors
+    write = saving.write_tensors
 
     def touching(*args):
         write(*args)
         os.utime(lora / "adapter_model.safetensors", ns=(1, 1))
 
-    monkeypatch.setattr(api, "write_tensors", touching)
+    monkeypatch.setattr(saving, "write_tensors", touching)
     with pytest.raises(BadInputError, match="it was written to"):
         regraft.convert(lora, out, to=V5)
     assert not out.parent.exists()

@@ -223,7 +223,7 @@ def test_a_chunk_that_would_lose_a_target_is_refused_with_the_reason(register):
         [WeightConverter("qkv.weight", ["q.weight", "k.weight", "v.weight"], [Chunk(dim=0)])],
     )
     model = Small(SmallConfig(), {"q": linear(), "k": linear()})
-    with pytest.raises(RegraftError, match="v.weight, which is made with it, is not there"):
+    with pytest.raises(RegraftError, match=r"v\.weight, which is made with it, is not there"):
         converted(model, {"qkv.weight": np.zeros((12, 4))}, NEW)
 
 

@@ -7,15 +7,20 @@ from holders import compiled, fsdp2, mixtral, vit
 
 import regraft
 
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-IMAGES = dict(SIZES, image_size=8, patch_size=4)
-TEXTS = dict(SIZES, vocab_size=32, max_position_embeddings=16)
-TEXTS |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+IMAGES = {**SIZES, "image_size": 8, "patch_size": 4}
+TEXTS = {**SIZES, "vocab_size": 32, "max_position_embeddings": 16}
+TEXTS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def llava():
-    vision = dict(IMAGES, model_type="clip_vision_model")
-    text = dict(SIZES, model_type="llama", vocab_size=32, num_key_value_heads=2)
+    vision = {**IMAGES, "model_type": "clip_vision_model"}
+    text = {**SIZES, "model_type": "llama", "vocab_size": 32, "num_key_value_heads": 2}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
     return transformers.LlavaForConditionalGeneration(config)
 

@@ -5,10 +5,19 @@ _THINKER = (
     "(`thinker.model.thinker.…`), and cannot read that; regraft writes and reads `thinker.…`"
 )
 _ERNIE = (
-    "with the config's default its experts for text and for vision have different sizes, one list of experts in the old "
+    "its experts for text and for vision have different sizes, and stand in one list in the old "
     "layout; regraft has no equation for that and refuses, with this reason"
 )
+_TURNED = (
+    "transformers saves these stacks as the model has them, under names that are the same in both layouts; only their "
+    "shapes tell, and regraft takes such a file for what it is, one of the new layout"
+)
+_HEADS = "the tiny model has fewer key than query heads, and the registry cuts into equal parts; both refuse"
 _EXPLAINED = {
+    "Nemotron3_5TranscribeForConditionalGeneration": _HEADS,
+    "Nemotron3_5TranscribeModel": _HEADS,
+    "Qwen3VLMoeForConditionalGeneration": _TURNED,
+    "Qwen3VLMoeModel": _TURNED,
     "Dots3NoteForConditionalGeneration": (
         "transformers writes `model.model.audio_encoder.dots_encoder.…` for six tensors of its audio encoder only "
         "through a doubled prefix; regraft refuses these names and writes others, which transformers loads"

@@ -10,7 +10,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from regraft.cli.app import Job, _check_layout, _Json, _Model, _Quiet, app
+from regraft.cli.app import (
+    Job,
+    _check_file,
+    _check_layout,
+    _Html,
+    _Json,
+    _layouts,
+    _Model,
+    _Quiet,
+    app,
+)
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING
 from regraft.why.verdict import OUTCOMES, Row, Verdict
@@ -41,10 +51,12 @@ def check(
         typer.Option(
             "--for",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="What it is to be loaded with: transformers-v5 or transformers-v4. What is installed is "
             "tried; for the other, names, shapes and the config are judged.",
         ),
     ] = "transformers-v5",
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -56,17 +68,20 @@ def check(
     Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven.
     """
     _check_layout(to, "--for")
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.cli.pages import failure_page, show_page
         from regraft.why.check import check
 
-        with out.waiting():
+        with failure_page(html, "check", src), out.waiting("checking", src):
             result = check(src, model=model, to=to)
         if json:
             out.data(result.to_dict())
         elif not quiet:
             _show(out, result)
+        show_page(out, html, result)
         return 0 if result.healthy else 4
 
     return job

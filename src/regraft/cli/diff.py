@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regraft.cli.app import Job, _Json, _Model, _own_books, _Quiet, _Rules, app
+from regraft.cli.app import (
+    Job,
+    _check_file,
+    _Html,
+    _Json,
+    _Model,
+    _own_books,
+    _Quiet,
+    _Rules,
+    app,
+)
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
@@ -36,6 +46,7 @@ def diff(
     ] = None,
     model: _Model = None,
     rules: _Rules = None,
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -45,11 +56,13 @@ def diff(
 
     Exit status: 0 they hold the same, 1 bad input, 2 usage, 4 they do not.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from msgspec import to_builtins
 
+        from regraft.cli.pages import failure_page, show_page
         from regraft.errors import BadInputError, Finding
         from regraft.why.diff import diff
 
@@ -58,7 +71,7 @@ def diff(
             raise BadInputError(
                 Finding("destination-exists", message, where=str(book), fix="choose another")
             )
-        with _own_books(rules):
+        with _own_books(rules), failure_page(html, "diff", a):
             found = diff(a, b, model=model, propose_book=book is not None)
         if book is not None and found.book is not None:
             book.write_text(found.book, encoding="utf-8")
@@ -66,6 +79,7 @@ def diff(
             out.data({**to_builtins(found), "equal": found.equal})
         elif not quiet:
             show_diff(out, found, book)
+        show_page(out, html, found)
         return 0 if found.equal else 4
 
     return job

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regraft.cli.app import Job, _check_layout, _Json, _Model, _own_books, _Quiet, _Rules, _Src, app
+from regraft.cli.app import (
+    Job,
+    _check_file,
+    _check_layout,
+    _Html,
+    _Json,
+    _layouts,
+    _Model,
+    _own_books,
+    _Quiet,
+    _Rules,
+    _Src,
+    app,
+)
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
@@ -34,16 +47,24 @@ def explain(
         typer.Option(
             "--to",
             metavar="LAYOUT",
+            autocompletion=_layouts,
             help="The layout to explain the way to: transformers-v5 or transformers-v4.",
             show_default=False,
         ),
     ],
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="LAYOUT", help="The layout of SRC.", show_default=False),
+        typer.Option(
+            "--from",
+            metavar="LAYOUT",
+            autocompletion=_layouts,
+            help="The layout of SRC. Found out where it is not given.",
+            show_default=False,
+        ),
     ] = None,
     model: _Model = None,
     rules: _Rules = None,
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -53,19 +74,22 @@ def explain(
     """
     if not rules:
         _check_layout(to, "--to")
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from msgspec import to_builtins
 
+        from regraft.cli.pages import failure_page, show_page
         from regraft.why.explain import explain
 
-        with _own_books(rules):
+        with _own_books(rules), failure_page(html, "explain", src):
             found = explain(src, key, to=to, model=model, source=source)
         if json:
             out.data({**to_builtins(found), "arrives": found.arrives})
         elif not quiet:
             show_explanation(out, found)
+        show_page(out, html, found)
         return 0 if found.arrives else 4
 
     return job

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from regraft.adapters.verify import AdapterVerification
     from regraft.checkpoints.verify import Verification
     from regraft.reports.model import Page
+    from regraft.rules.lint import Linted
+    from regraft.why.diff import Diff
+    from regraft.why.explanation import Explanation
+    from regraft.why.verdict import Check
 
-    Result = Report | Inspection | Verification | AdapterVerification
+    Result = Report | Inspection | Verification | AdapterVerification | Check
+    Answer = Explanation | Diff | Linted
 
 
-def show_page(out: Output, file: Path | None, result: Result) -> None:
+def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
     """Write the page of a result, and say so."""
     if file is None:
         return
@@ -32,15 +37,27 @@ def show_page(out: Output, file: Path | None, result: Result) -> None:
         out.text(f"Page: {visible(str(file))}\n")
 
 
-def _page_of(result: Result) -> Page:
+def _page_of(result: Result | Answer) -> Page:
     from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
-    from regraft.reports import data
+    from regraft.reports import answers, data
+    from regraft.rules.lint import Linted
+    from regraft.why.diff import Diff
+    from regraft.why.explanation import Explanation
+    from regraft.why.verdict import Check
 
+    if isinstance(result, Explanation):
+        return answers.page_of_explanation(result)
+    if isinstance(result, Diff):
+        return answers.page_of_diff(result)
+    if isinstance(result, Linted):
+        return answers.page_of_lint(result)
     if isinstance(result, Report):
         return data.page_of_report(result)
     if isinstance(result, Inspection):
         return data.page_of_inspection(result)
+    if isinstance(result, Check):
+        return data.page_of_check(result)
     if isinstance(result, AdapterVerification):
         return data.page_of_adapter_verification(result)
     return data.page_of_verification(result)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regraft.cli.app import Job, _Json, _Model, _Quiet, app
+from regraft.cli.app import Job, _check_file, _Html, _Json, _Model, _Quiet, app
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def lint(
         ),
     ] = None,
     model: _Model = None,
+    html: _Html = None,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
@@ -134,18 +135,22 @@ def lint(
 
     Exit status: 0 no errors (warnings may be there), 1 it cannot be read, 2 usage, 4 errors.
     """
+    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from msgspec import to_builtins
 
+        from regraft.cli.pages import failure_page, show_page
         from regraft.why.linting import lint
 
-        found = lint(book, keys, model)
+        with failure_page(html, "rules lint", Path(book)):
+            found = lint(book, keys, model)
         if json:
             out.data({**to_builtins(found), "sound": found.sound})
         elif not quiet:
             show_linted(out, found)
+        show_page(out, html, found)
         return 0 if found.sound else 4
 
     return job

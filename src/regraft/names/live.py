@@ -31,13 +31,15 @@ class LiveModel:
     """The models in it; itself first."""
     keys: LiveKeys
     """For each canonical key: the keys of the holder's state dict. More than one if a module stands in more places."""
+    modules: Mapping[str, Any]
+    """The module that each parameter is of."""
     computed: frozenset[str]
     """Buffers that are not persistent."""
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """What is known of it without its weights. Shapes are read when this is first asked for."""
-        return _skeleton(self.submodels, self.keys.tensors, self.computed)
+        return _skeleton(self.submodels, self.keys.tensors, self.modules, self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class LiveKeys(Mapping[str, tuple[str, ...]]):
     __slots__ = ("_others", "_prefix", "tensors")
 
     def __init__(
-        self, tensors: Mapping[str, _Found], prefix: str, others: dict[str, tuple[str, ...]]
+        self, tensors: Mapping[str, Any], prefix: str, others: dict[str, tuple[str, ...]]
     ) -> None:
         self.tensors, self._prefix, self._others = tensors, prefix, others
 
@@ -88,7 +90,8 @@ class _Model:
     live: str
     paths: list[str]
     submodels: list[SubModel] = field(default_factory=list)
-    tensors: dict[str, _Found] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
     others: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -103,26 +106,29 @@ class _Model:
             self.module,
             models,
             keys,
+            self.modules,
             frozenset(self.computed),
         )
 
 
 _Shape = tuple[int, ...]
 _Shapes = dict[int, dict[str, _Shape]]
-_Found = tuple[Any, Any]
-"""A tensor, or the shape that it has when it is whole; and the module, if it is a parameter."""
 
 
 def _skeleton(
-    submodels: tuple[SubModel, ...], found: Mapping[str, _Found], computed: frozenset[str]
+    submodels: tuple[SubModel, ...],
+    tensors: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    computed: frozenset[str],
 ) -> Skeleton:
-    """Shapes and kinds of what a walk found."""
+    """Shapes and kinds of what a walk found: tensors, or the shapes that they have when they are whole."""
     shapes: dict[str, _Shape] = {}
     kinds: dict[str, str] = {}
     direct: dict[str, list[str]] = {}
-    for key, (tensor, module) in found.items():
+    for key, tensor in tensors.items():
         shape = shapes[key] = tensor if type(tensor) is tuple else tuple(tensor.shape)
         dims = len(shape)
+        module = modules.get(key)
         if module is None or dims not in (2, 3):
             continue
         kind = facts_of(type(module)).kind
@@ -229,14 +235,16 @@ class _Walk:
                 parameters = dict(_parameters(module, self.flat))
             for name, parameter in parameters.items():
                 if parameter is not None:
-                    model.tensors[canonical + name] = parameter, module
+                    key = canonical + name
+                    model.tensors[key] = parameter
+                    model.modules[key] = module
                     if live is not None:
-                        model.others[canonical + name] = (live + name,)
+                        model.others[key] = (live + name,)
             if inside["_buffers"]:
                 passing = inside["_non_persistent_buffers_set"]
                 model.computed.update(canonical + name for name in passing)
                 for name, buffer in _buffers(module):
-                    model.tensors[canonical + name] = buffer, None
+                    model.tensors[canonical + name] = buffer
                     if live is not None:
                         model.others[canonical + name] = (live + name,)
             if facts.extra_state:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection
     from regraft.adapters.verify import AdapterVerification
     from regraft.checkpoints.verify import Verification
+    from regraft.why.verdict import Check
 
 
 def page_of_report(report: Report) -> Page:
@@ -288,6 +289,57 @@ def page_of_adapter_verification(result: AdapterVerification) -> Page:
     )
 
 
+def page_of_check(result: Check) -> Page:
+    """Whether something loads as it is."""
+    rows = Rows()
+    facts = [Fact("source", result.source), Fact("checked for", result.layout)]
+    following: list[Fact] = []
+    for verdict in result.verdicts:
+        lead = f"{verdict.name}: " if verdict.name else ""
+        for row in verdict.rows:
+            numbers = {"rank": row.rank, "scale": row.scale, "times too large": row.factor}
+            known: Facts = {name: n for name, n in numbers.items() if n is not None}
+            known |= {"dead": "B is zero"} if row.dead else {}
+            known |= {"why": row.detail} if row.detail else {}
+            rows.add(row.keys, _OUTCOMES[row.outcome], known, verdict.name)
+        facts.append(Fact(f"{lead}tried with", verdict.tried or "nothing: by names and config"))
+        if verdict.error is not None:
+            facts.append(Fact(f"{lead}raises", verdict.error, "bad"))
+        facts += [Fact(f"{lead}cause", cause, "warning") for cause in verdict.causes]
+        if verdict.no_remedy is not None:
+            facts.append(Fact(f"{lead}nothing mends it", verdict.no_remedy, "bad"))
+        following += [Fact(f"{lead}mend it", line) for line in verdict.remedy]
+    answer = Fact("Healthy", f"it loads with {result.layout} as it is", "good")
+    if not result.healthy:
+        proven = any(verdict.healthy is False for verdict in result.verdicts)
+        word = "Not healthy" if proven else "Not proven"
+        answer = Fact(word, f"with {result.layout}", "bad" if proven else "warning")
+    return Page(
+        title=Path(result.source).name or result.source,
+        command="check",
+        verdict=answer,
+        facts=tuple(facts),
+        left=rows.side("what becomes of it"),
+        findings=tuple(f for verdict in result.verdicts for f in verdict.findings),
+        notes=tuple(note for verdict in result.verdicts for note in verdict.notes),
+        next=tuple(following),
+    )
+
+
+_OUTCOMES = {
+    "lands": "lands",
+    "dropped": "dropped",
+    "scaled": "scaled",
+    "differs": "differs",
+    "extra": "extra",
+    "uncalled": "idle",
+    "fails": "fails",
+    "refused": "fails",
+    "elsewhere": "renamed",
+    "missing": "missing",
+    "unexpected": "unmatched",
+    "mismatched": "differs",
+}
 _DIFFERENCES = {"missing": "missing", "extra": "extra"}
 _FAILED = {
     "refused": ("Refused", "there is no exact image"),

@@ -43,6 +43,12 @@ STATES: dict[str, State] = {
     "extra": State("extra", "bad", "nothing leads to it"),
     "adapted": State("adapted", "info", "it has a low-rank factor pair"),
     "equal": State("equal", "good", "it is the same in both"),
+    "lands": State("lands", "good", "all of it takes effect"),
+    "scaled": State("wrong scale", "bad", "its effect is too large or too small"),
+    "fails": State("fails", "bad", "it cannot be loaded, or not be called"),
+    "idle": State("no effect", "bad", "the model never calls it"),
+    "warned": State("warning", "warning", "it can go wrong"),
+    "noted": State("note", "info", "good to know"),
     "saved": State("saved", "plain", "it is stored as it is"),
 }
 """The states that rows and flows can have, in the order in which filters show them."""
@@ -113,6 +119,8 @@ class Page:
     notes: tuple[str, ...] = ()
     next: tuple[Fact, ...] = ()
     """What to do next: what for, and the command or the line of Python."""
+    unit: str = "tensor"
+    """What the rows count."""
 
 
 class Rows:

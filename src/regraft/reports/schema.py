@@ -24,7 +24,8 @@ from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.rules.lint import Linted
 from regraft.why.diff import Diff
-from regraft.why.explain import Explanation
+from regraft.why.explanation import Explanation
+from regraft.why.verdict import Check, Row, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
     "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
+    "check": (Check,),
     "explain": (Explanation,),
     "diff": (Diff,),
     "rules list": (list[BookSummary],),
@@ -118,12 +120,15 @@ _LEFT_OUT: dict[type, tuple[str, ...]] = {
     Verification: ("trace",),
     TargetPattern: ("keys",),
     TensorPattern: ("keys",),
+    Row: ("keys",),
 }
 _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
     CheckpointInspection: ("layout",),
     Verification: ("equal",),
     AdapterVerification: ("equal", "error"),
+    Check: ("healthy",),
+    Verdict: ("counts",),
     Explanation: ("arrives",),
     Diff: ("equal",),
     Linted: ("sound",),

@@ -247,7 +247,8 @@ class _Checker:
         targets = converted.report.targets
         if fits and not targets:
             verdict.rows = [
-                Row(t.pattern, t.count, "lands", t.rank, t.scale) for t in inspected.targets
+                Row(t.pattern, t.count, "lands", t.rank, t.scale, keys=t.keys)
+                for t in inspected.targets
             ]
         else:
             outcome = "lands" if fits else "elsewhere"

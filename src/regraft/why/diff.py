@@ -41,6 +41,8 @@ class Moved:
     differ: tuple[Some, ...]
     """Those that it makes otherwise, or that are not there."""
     targets: tuple[Some, ...]
+    sources: tuple[Some, ...] = ()
+    """What it reads of the first file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,17 +178,17 @@ class _Comparison:
         except RegraftError as error:
             self.notes.append(f"the rule books of {one.layout} do not fit: {error.findings[0]}")
             return
-        table: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+        table: dict[str, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
         try:
-            for rule, made, wrong in compare(plan, self.left.tensors, self.right.tensors):
-                table[rule][0].extend(made)
-                table[rule][1].extend(wrong)
+            for rule, *parts in compare(plan, self.left.tensors, self.right.tensors):
+                for column, part in zip(table[rule], parts, strict=True):
+                    column.extend(part)
         except RegraftError as error:
             self.notes.append(f"the rule books cannot be carried out: {error.findings[0]}")
             return
         texts = {str(rule): str(rule.equation) for book in plan.books for rule in book.rules}
         self.used_a.update(name for group in one.headers.groups for name in group.names())
-        for rule, (made, wrong) in table.items():
+        for rule, (read, made, wrong) in table.items():
             self.used_b.update(made)
             if not rule:
                 self.used_a.difference_update(wrong)
@@ -194,7 +196,9 @@ class _Comparison:
                 continue
             bad = set(wrong)
             self.moved.append(
-                Moved(rule, texts[rule], len(made) - len(bad), _some(wrong), _some(made))
+                Moved(
+                    rule, texts[rule], len(made) - len(bad), _some(wrong), _some(made), _some(read)
+                )
             )
 
     def convert_adapter(self, one: Subject, layout: str) -> None:
@@ -222,6 +226,7 @@ class _Comparison:
                 len(equal),
                 _some(wrong),
                 _some(made),
+                _some(self.left.tensors),
             )
         )
 
@@ -244,14 +249,15 @@ class _Comparison:
             return None
         self.used_a.update(proposal.explained - same)
         self.used_b.update(proposal.makes - same)
-        for rule, names_made, wrong in proposal.made:
+        for made in proposal.made:
             self.moved.append(
                 Moved(
-                    rule.name,
-                    rule.equation.text.strip(),
-                    len(names_made) - len(wrong),
-                    _some(wrong),
-                    _some(names_made),
+                    made.rule.name,
+                    made.rule.equation.text.strip(),
+                    len(made.names) - len(made.wrong),
+                    _some(made.wrong),
+                    _some(made.names),
+                    _some(made.reads),
                 )
             )
         if proposal.ambiguous:

@@ -49,6 +49,16 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """What a rule reads of the first file and makes of it, and what of that the second has otherwise."""
+
+    rule: Rule
+    reads: tuple[str, ...]
+    names: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Proposal:
     """A rule book that leads from one file to another."""
 
@@ -63,8 +73,7 @@ class Proposal:
     """Names of the second file."""
     ambiguous: int
     """How many tensors are equal to others, so that only names told which is which."""
-    made: tuple[tuple[Rule, tuple[str, ...], tuple[str, ...]], ...] = ()
-    """What every rule makes of the first file, and what of that the second has otherwise."""
+    made: tuple[Made, ...] = ()
 
 
 def propose(
@@ -103,19 +112,17 @@ def propose(
     return replace(best, made=tuple(_made(best, left, right)))
 
 
-def _made(
-    proposal: Proposal, left: Tensors, right: Tensors
-) -> Iterator[tuple[Rule, tuple[str, ...], tuple[str, ...]]]:
+def _made(proposal: Proposal, left: Tensors, right: Tensors) -> Iterator[Made]:
     plan = plan_names(proposal.book, left, proposal.explained, proposal.book.right)
     if plan is None:
         return
-    table: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for rule, made, wrong in compare(plan, left, right):
-        table[rule][0].extend(made)
-        table[rule][1].extend(wrong)
+    table: dict[str, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
+    for rule, *parts in compare(plan, left, right):
+        for column, part in zip(table[rule], parts, strict=True):
+            column.extend(part)
     for each in proposal.book.rules:
-        names, differ = table[str(each)]
-        yield each, tuple(names), tuple(differ)
+        reads, names, wrong = map(tuple, table[str(each)])
+        yield Made(each, reads, names, wrong)
 
 
 class _Text:
@@ -322,7 +329,7 @@ def check(
         if plan is None:
             return False
         made: set[str] = set()
-        for _, targets, wrong in compare(plan, one, other):
+        for _, _, targets, wrong in compare(plan, one, other):
             if wrong:
                 return False
             made.update(targets)
@@ -344,13 +351,15 @@ def plan_names(book: Book, tensors: Tensors, names: Iterable[str], layout: str) 
 
 def compare(
     plan: Plan, source: Tensors, target: Tensors
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Carry a plan out, a few tensors at a time: the rule, what it makes, and what of that differs."""
+) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+    """Carry a plan out, a few tensors at a time: the rule, what it reads and makes, and what of that differs."""
     count = 1 + max((int(g.ids.max()) for g in plan.headers.groups if len(g)), default=-1)
     bits: list[Any] = [None] * count
+    called: list[str] = [""] * count
     for group in plan.headers.groups:
         for number, name in zip(group.ids.tolist(), group.names(), strict=True):
             bits[number] = source[name].bits if name in source else None
+            called[number] = name
     for entry in plan.entries:
         for row in range(len(entry)):
             part = replace(
@@ -360,11 +369,13 @@ def compare(
             )
             made = apply_plan(replace(plan, entries=(part,), carried=()), bits)
             wrong = [n for n, array in made.items() if not _equal(target.get(n), array)]
-            yield str(entry.rule), list(made), wrong
+            numbers = [number for ids in part.sources for number in ids.reshape(-1).tolist()]
+            read = [called[n] for n in numbers if n >= 0 and bits[n] is not None]
+            yield str(entry.rule), read, list(made), wrong
     for item in plan.carried:
         names = item.group.names()
         wrong = [n for n in names if n not in target or source[n].look != target[n].look]
-        yield "", names, wrong
+        yield "", names, names, wrong
 
 
 def _equal(tensor: Tensor | None, bits: Bits) -> bool:

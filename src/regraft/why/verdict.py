@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from regraft.errors import Finding
-from regraft.names.patterns import patterns
+from regraft.names.patterns import group_alike
 
 OUTCOMES = {
     "lands": ("lands", "land"),
@@ -42,7 +42,7 @@ class Row:
     dead: bool = False
     """Whether B is zero: nothing would change."""
     detail: str = ""
-    keys: tuple[str, ...] = ()
+    keys: Iterable[str] = ()
     """The tensors; not in `Check.to_dict`."""
 
 
@@ -57,11 +57,8 @@ def rows_of(alike: Iterable[tuple[str, dict[str, Any]]]) -> list[Row]:
         groups.setdefault(tuple(facts.items()), []).append(key)
     rows = []
     for looks, keys in groups.items():
-        found = patterns(keys)
-        for pattern, count in found:
-            rows.append(
-                Row(pattern, count, **dict(looks), keys=tuple(keys) if len(found) == 1 else ())
-            )
+        for same in group_alike(keys):
+            rows.append(Row(str(same), len(same), **dict(looks), keys=same))
     return sorted(rows, key=lambda row: row.outcome == "lands")
 
 

@@ -67,9 +67,19 @@ class Renamer:
         for way in ways[:2] if self.base else ():
             if self.is_head:
                 ways.append(replace(way, key=f"{self.base}.{way.key}"))
-            elif way.key.startswith(f"{self.base}."):
+            if not self.is_head and way.key.startswith(f"{self.base}."):
                 ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
+        if self.is_head and new.key.startswith(f"{self.base}.") and new.key != key:
+            ways.append(replace(new, key=new.key[len(self.base) + 1 :]))
+        if self.is_head and self.base_was_doubled(key):
+            ways.append(Renamed(key[len(self.base) + 1 :]))
         return ways
+
+    def base_was_doubled(self, key: str) -> bool:
+        """Whether a renaming adds the base's prefix when it is undone: then heads may have it, too."""
+        return key.startswith(f"{self.base}.") and any(
+            scoped.transform.adds_prefix for scoped in self.scopes.renamings
+        )
 
     def land(self, key: str) -> Renamed | None:
         """The model's key for an old one; ``None`` where it has none."""

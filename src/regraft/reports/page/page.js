@@ -27,6 +27,7 @@
 
   const segment = (part) => typeof part === "string" ? part
     : `{${part.map(([a, b]) => a === b ? `${a}` : b === a + 1 ? `${a},${b}` : `${a}..${b}`).join(",")}}`;
+  const many = (count) => `${count} ${page.unit}${count === 1 ? "" : "s"}`;
   const text = (row) => row.path.map(segment).join(".");
 
   function* keys(row) {
@@ -179,7 +180,7 @@
       },
       make("span", { class: "twist", "aria-hidden": "true" }),
       make("span", { class: "path" }, node.name),
-      make("span", { class: "count" }, count === 1 ? "1 tensor" : `${count} tensors`));
+      make("span", { class: "count" }, many(count)));
       if (node.children.length) {
         item.setAttribute("aria-expanded", String(this.isOpen(node)));
       }
@@ -290,8 +291,8 @@
     passing = filter();
     for (const [name, tree] of Object.entries(trees)) if (tree.rows.length) tree.draw(passing[name], query() !== "");
     const sum = (name) => [...passing[name]].reduce((n, i) => n + trees[name].rows[i].count, 0);
-    $("shown").textContent = page.right ? `${sum("left")} tensors on the left, ${sum("right")} on the right`
-      : `${sum("left")} tensors`;
+    $("shown").textContent = page.right ? `${many(sum("left"))} on the left, ${sum("right")} on the right`
+      : many(sum("left"));
     drawFlows();
   }
 
@@ -411,14 +412,18 @@
       const more = make("button", { type: "button", onclick: () => fill() }, "More");
       let left = row.count;
       const fill = () => {
-        for (let n = 0; n < KEYS && left; n++, left--) items.append(make("li", {}, make("code", {}, source.next().value)));
+        for (let n = 0; n < KEYS && left; n++, left--) {
+          const next = source.next();
+          if (next.done) left = 1;  // a pattern that was cut short stands for more keys than it tells
+          else items.append(make("li", {}, make("code", {}, next.value)));
+        }
         more.hidden = !left;
         more.textContent = `${left} more`;
       };
       all.append(items, more);
       fill();
     });
-    return [list, all];
+    return page.unit === "tensor" ? [list, all] : [list];
   }
 
   function describeFlow(tree, flow) {
@@ -451,7 +456,7 @@
       for (const row of tree.rows) mine[row.state] = (mine[row.state] || 0) + row.count;
       for (const [state, count] of Object.entries(mine)) counts[state] = Math.max(counts[state] || 0, count);
     }
-    const always = page.right ? ["renamed", "fused", "dropped", "refused", "unmatched"] : ["refused", "unmatched"];
+    const always = page.unit !== "tensor" ? [] : page.right ? ["renamed", "fused", "dropped", "refused", "unmatched"] : ["refused", "unmatched"];
     const names = Object.keys(states).filter((state) => counts[state] || always.includes(state));
     $("filters").replaceChildren(...names.map((state) => {
       const button = make("button", {
@@ -526,6 +531,7 @@
   drawHead();
   drawTheme();
   drawFindings();
+  $("tensors-title").textContent = `${page.unit[0].toUpperCase()}${page.unit.slice(1)}s`;
   $("tensors").hidden = !trees.left.rows.length && !trees.right.rows.length;
   $("stage").classList.toggle("single", !page.right);
   $("sides").hidden = !page.right;
