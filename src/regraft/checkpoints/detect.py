@@ -66,7 +66,8 @@ def detect(
                     "unknown-model",
                     message,
                     where=model.path,
-                    fix="install transformers, whose own registry is then asked, or write a rule book for it",
+                    fix="install a release of transformers that has the model, whose registry is then asked, "
+                    "or write a rule book for it",
                 )
             )
         if imported is not None:

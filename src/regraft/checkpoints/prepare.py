@@ -27,7 +27,7 @@ from regraft.checkpoints.moves import (
     pairs_from,
 )
 from regraft.checkpoints.sharding import Layout, lay_out
-from regraft.checkpoints.source import CONFIG, Source, open_checkpoint
+from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.units import UNIT
 from regraft.files.folder import load_json
@@ -148,6 +148,12 @@ def prepare(
         report.notes.append(
             "left out, because they hold weights in another form or lie elsewhere: "
             + ", ".join(source.left_out)
+        )
+    adapters = [str(path.parent) for path in source.others if path.name == ADAPTER]
+    if adapters and name is None and plan is not None:
+        report.notes.append(
+            "adapters beside the weights stay in their own layout, convert each of them by itself: "
+            + ", ".join(adapters)
         )
     return Prepared(source, known, plan, moves, dtypes, layout, text, report, note)
 

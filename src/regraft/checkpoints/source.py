@@ -31,7 +31,7 @@ UNFINISHED = ".regraft-in-place"
 """A folder in which headers are kept while they are rewritten in place."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 # The same weights in another form: carried over, they would be in the old layout beside the new one.
 _OTHER_WEIGHTS = re.compile(
     r"(.*\.(bin|pt|pth|ckpt|msgpack|h5|gguf|onnx|safetensors)(\.index\.json)?)$"
@@ -106,14 +106,14 @@ class Source:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path looks like a checkpoint, and not like an adapter."""
     if path.is_file():
-        if path.name.startswith("adapter_model") or (path.parent / _ADAPTER).is_file():
+        if path.name.startswith("adapter_model") or (path.parent / ADAPTER).is_file():
             return False
         return path.suffix in (".safetensors", ".bin")
-    if (path / _ADAPTER).is_file() or any(path.glob("adapter_model*")):
+    if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
     if any((path / name).is_file() for name in (INDEX, SINGLE, _BIN, _BIN_INDEX)):
         return True
-    if not path.is_dir() or any(path.rglob(_ADAPTER)):
+    if not path.is_dir() or any(path.rglob(ADAPTER)):
         return False
     return any(path.glob("*.safetensors")) or (path / CONFIG).is_file()
 

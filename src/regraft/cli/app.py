@@ -333,9 +333,10 @@ def inspect(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> Job:
-    """Tell what an adapter is, and which layout it has.
+    """Tell what an adapter or a checkpoint is, and which layout it has.
 
-    Shows why it was taken for that, and its ranks, scales and targets.
+    Shows why it was taken for that; of an adapter its ranks, scales and targets, of a checkpoint its model, files
+    and tensors.
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
@@ -344,9 +345,12 @@ def inspect(
 
     def job() -> int:
         from regraft.api import inspect
+        from regraft.checkpoints.source import is_checkpoint
         from regraft.cli.pages import failure_page, show_page
         from regraft.cli.words import show_findings, show_inspection
 
+        if is_checkpoint(src):
+            return _inspect_checkpoint(out, src, model, html)
         with failure_page(html, "inspect", src):
             inspection = inspect(src, model=model)
         if json:
@@ -360,6 +364,26 @@ def inspect(
         return 0
 
     return job
+
+
+def _inspect_checkpoint(out: Output, src: Path, model: Path | None, html: Path | None) -> int:
+    from regraft.bridges.transformers.files import InstalledTransformers
+    from regraft.checkpoints.inspect import inspect_checkpoint
+    from regraft.cli.checkpoint_words import show_inspected_checkpoint
+    from regraft.cli.words import show_findings
+
+    if html is not None:
+        message = "there is no page of a checkpoint alone; 'convert --dry-run --html' makes one"
+        raise typer.BadParameter(message, param_hint="--html")
+    result = inspect_checkpoint(src, model, InstalledTransformers())
+    if out.json:
+        out.data(result.to_dict())
+    elif not out.quiet:
+        show_inspected_checkpoint(out, result)
+    if result.problems:
+        show_findings(out, "bad input", result.problems)
+        return 1
+    return 0
 
 
 @app.command()

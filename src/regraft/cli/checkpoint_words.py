@@ -13,10 +13,11 @@ from regraft.cli.words import show_notes
 from regraft.report import CheckpointReport, Report, show_size
 
 if TYPE_CHECKING:
+    from regraft.checkpoints.inspect import CheckpointInspection
     from regraft.checkpoints.verify import Verification
 
 _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
-_SHOWN = 50
+_SHOWN, _FILES = 50, 6
 
 
 def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
@@ -69,3 +70,43 @@ def show_verification(out: Output, result: Verification) -> None:
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
         out.show(Text.assemble(("Not equal", _BAD), f": {len(result.differences)} differences"))
+
+
+def show_inspected_checkpoint(out: Output, result: CheckpointInspection) -> None:
+    """What a checkpoint is."""
+    name = visible(Path(result.source).name or result.source)
+    facts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    if result.layout is not None:
+        facts.add_row("layout", Text(result.layout, _GOOD))
+    elif result.layouts:
+        same = " or ".join(result.layouts) + ": it is the same in each"
+        facts.add_row("layout", Text(same, _GOOD))
+    else:
+        facts.add_row("layout", Text("not known", _WARNING))
+    for reason in result.evidence:
+        facts.add_row("", Text(visible(reason), _FAINT))
+    facts.add_row("model", Text(visible(", ".join(result.model_types)) or "not known"))
+    if result.classes:
+        facts.add_row("class", Text(visible(", ".join(result.classes))))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in result.dtypes.items())
+    facts.add_row("tensors", f"{dtypes}; {result.elements:,} elements, {show_size(result.bytes)}")
+    shown = [f"{visible(f.name)} ({show_size(f.bytes)})" for f in result.weights[:_FILES]]
+    more = len(result.weights) - _FILES
+    facts.add_row("weights", Text(", ".join(shown + [f"and {more} more"] * (more > 0))))
+    for tied, owner in list(result.ties.items())[:_SHOWN]:
+        facts.add_row("tied", Text(f"{visible(tied)} is {visible(owner)}"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
+    table.add_column("tensors", overflow="fold")
+    for column in ("count", "shape", "dtype"):
+        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
+    for alike in result.patterns[:_SHOWN]:
+        shape = " x ".join(map(str, alike.shape)) or "scalar"
+        table.add_row(Text(visible(alike.pattern)), str(alike.count), shape, alike.dtype)
+    out.show(Text.assemble((name, _NAME), ": a checkpoint"), facts, Text(), table)
+    if len(result.patterns) > _SHOWN:
+        out.show(Text(f"… and {len(result.patterns) - _SHOWN} more; --json lists them all"))
+    if result.files:
+        rest = len(result.files) - _FILES
+        files = [visible(file) for file in result.files[:_FILES]]
+        out.show(Text("Other files: " + ", ".join(files + [f"and {rest} more"] * (rest > 0))))
+    show_notes(out, result.notes)

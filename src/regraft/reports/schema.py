@@ -18,6 +18,7 @@ import msgspec
 
 from regraft.adapters.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.adapters.verify import AdapterVerification
+from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding
 from regraft.report import AdapterReport, CheckpointReport, Report
@@ -101,7 +102,7 @@ class ShownBook(BookSummary):
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
-    "inspect": (Inspection,),
+    "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
     "check": (Check,),
     "explain": (Explanation,),
@@ -123,6 +124,7 @@ _LEFT_OUT: dict[type, tuple[str, ...]] = {
 }
 _DERIVED: dict[type, tuple[str, ...]] = {
     Inspected: ("layout", "ranks", "alphas", "scales"),
+    CheckpointInspection: ("layout",),
     Verification: ("equal",),
     AdapterVerification: ("equal", "error"),
     Check: ("healthy",),
