@@ -28,7 +28,6 @@ from regraft.plan.plan import Headers, Plan
 from regraft.rules.book import Book
 from regraft.rules.templates import match_group
 
-
 SHARED = "shared by all modules of"
 """What the role of a tensor begins with that a family keeps once for all modules."""
 
