@@ -80,6 +80,7 @@ def merge_adapter(
     config = load_model(model)
     here, known, evidence = source_layout(source, to, config, layout, foreign)
     before = Deltas(source, known, here)
+    _check_biases(before)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
         done = convert_checkpoint(
@@ -106,6 +107,22 @@ def merge_adapter(
         inner.rmdir()
     report.tensors_out = done.tensors_out
     return report, done
+
+
+def _check_biases(before: Deltas) -> None:
+    """Refuse an adapter that makes biases for modules that have none: the model would not read them."""
+    found = [
+        Finding(
+            "no-image",
+            "the adapter adds a bias, and this module has none in the base",
+            where=before.source.where,
+            key=name,
+            fix="keep it with the layout that it was trained in; PEFT cannot merge it either",
+        )
+        for name in before.bare_biases()
+    ]
+    if found:
+        raise RefusedError(found)
 
 
 def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) -> None:

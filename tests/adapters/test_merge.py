@@ -59,3 +59,13 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path):
         )
     assert "token_adapter" in caught.value.findings[0].key
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_for_modules_that_have_none_is_refused(tmp_path):
+    """The model would not read it, and PEFT refuses it, too."""
+    adapter, base = adapter_of("mixtral__lora_bias", tmp_path), base_of("mixtral__lora_bias")
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True)
+    assert {finding.code for finding in caught.value.findings} == {"no-image"}
+    assert any("experts.0.w1.bias" in finding.key for finding in caught.value.findings)
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import regraft
 import regraft.api
 from regraft.adapters.verify import verify_adapters
 from regraft.cli import main
-from regraft.files.safetensors import write_tensors
+from regraft.files.safetensors import open_tensors, write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 
@@ -133,3 +133,41 @@ def test_convert_can_verify_before_it_writes(tmp_path, monkeypatch):
         regraft.convert(adapter, tmp_path / "out", to=V5, model=base_of(name), verify=True)
     assert {finding.code for finding in caught.value.findings} == {"differs"}
     assert not (tmp_path / "out").exists()
+
+
+def biased(name, tmp_path):
+    """An adapter with lora_bias on the attention, whose modules have no bias."""
+    adapter = adapter_of(name, tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["lora_bias"] = True
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    tensors = open_tensors(adapter / "adapter_model.safetensors")
+    made = {key: tensor for key, tensor in tensors.items() if "self_attn" in key}
+    random = np.random.default_rng(3)
+    for key, tensor in list(made.items()):
+        if key.endswith("lora_B.weight"):
+            bias = random.standard_normal(len(tensor)).astype(np.float32)
+            made[f"{key.removesuffix('weight')}bias"] = bias
+    write_tensors(adapter / "adapter_model.safetensors", made, {"format": "pt"})
+    return adapter
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_biases_that_are_added_are_compared_without_the_base_and_where_it_has_none(
+    with_base, tmp_path, capsys
+):
+    adapter, out = biased("mixtral__gud_attn", tmp_path), tmp_path / "out"
+    regraft.convert(adapter, out, to="transformers-v5")
+    model = ["--model", str(base_of("mixtral__gud_attn"))] if with_base else []
+    arguments = ["verify", str(adapter), str(out), *model, "--json"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    tensors = {k: np.array(t) for k, t in open_tensors(out / "adapter_model.safetensors").items()}
+    key = next(key for key in tensors if key.endswith("k_proj.lora_B.bias"))
+    tensors[key] = tensors[key][::-1].copy()
+    write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
+    assert main(arguments) == 4
+    (found,) = json.loads(capsys.readouterr().out)["differences"]
+    assert found["key"].endswith("k_proj.weight")
+    assert "bias" in found["message"]

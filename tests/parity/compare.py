@@ -1,5 +1,6 @@
 """One class of the installed transformers: what regraft makes of its files, and what transformers does."""
 
+import copy
 import time
 import warnings
 from contextlib import contextmanager
@@ -67,11 +68,10 @@ def fill(model):
                 tensor.copy_(torch.randn(tensor.shape, generator=draw, dtype=tensor.dtype))
 
 
-def old_file(model, prefixed=True):
+def old_file(model):
     """The model's tensors as transformers saves them after it loaded a file in the old layout."""
-    rules = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-    if not prefixed:
-        rules = [r for r in rules if type(r).__name__ != "PrefixChange"]
+    # A copy: saving changes the registry itself in transformers 5.4, and no file can be loaded afterwards.
+    rules = copy.deepcopy(conversion_mapping.get_model_conversion_mapping(model, add_legacy=False))
     before = getattr(model, "_weight_conversions", None)
     model._weight_conversions = rules or None
     state = {k: v.detach() for k, v in model.state_dict().items()}

@@ -308,10 +308,11 @@ def write_family_config(
     changes: Mapping[str, Any],
     model: ModelConfig | None,
     renamed: Mapping[str, str],
+    there: Side,
 ) -> dict[str, Any]:
     """The config of a family after its modules have moved; ``renamed`` maps old modules to new ones."""
     made = dict(config)
-    writer = ConfigWriter(config, Result(), model)
+    writer = ConfigWriter(config, Result(), model, there)
     modules = {key.removesuffix(".weight"): part for key, part in parts.items()}
     if "target_modules" in config:
         made["target_modules"] = writer.target_modules(list(modules))

@@ -30,7 +30,7 @@ from regraft.adapters.kept import (
     fill_saved,
     keep_uncalled,
 )
-from regraft.adapters.others import Moved, move_others, rename_saved, write_others
+from regraft.adapters.others import Moved, move_others, rename_saved, rename_tokens, write_others
 from regraft.adapters.packing import packing_of_version
 from regraft.adapters.peft_config import targets_module, targets_parameter
 from regraft.adapters.ranks import Options, compact, make_uniform, tighten
@@ -42,7 +42,14 @@ from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.unbound import check_unbound
 from regraft.adapters.variants import claimed_names, reclaimed_names
-from regraft.adapters.writing import ConfigWriter, Result, Written, check_config, write_factors
+from regraft.adapters.writing import (
+    ConfigWriter,
+    Result,
+    Written,
+    check_config,
+    plain_entries,
+    write_factors,
+)
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
@@ -154,6 +161,8 @@ class _Conversion:
     """How stacked experts are packed in the source, as far as it is known."""
     config_was: dict[str, Any] | None = None
     """The source's config, where another family stands in for it."""
+    tokens: dict[str, Any] | None = None
+    """``trainable_token_indices`` with the names that embeddings have now, where it changes."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -168,6 +177,10 @@ class _Conversion:
     def comes_back(self) -> bool:
         """Whether regraft made the source from an adapter of the layout that it goes to now."""
         return self.source.remembered().source.layout == self.to.name
+
+    def there(self) -> Side:
+        """The side that is written."""
+        return Side(self.known.books, self.to.name, self.known.scopes)
 
     def choose_layout(self, given: Layout | None) -> None:
         """The layout the adapter is in; where its names are the same in all, the one that makes work."""
@@ -323,7 +336,7 @@ class _Conversion:
             record = self.source.remembered().record(bool(self.config.get("use_rslora")))
         factors_back, written_back = self.take_back()
         here = Side(self.known.books, self.layout, self.known.scopes)
-        there = Side(self.known.books, self.to.name, self.known.scopes)
+        there = self.there()
         in_place = self.layout == self.to.name
         factors = self.read_factors(here)
         plan = None if in_place else self.plan(factors, self.to.name)
@@ -412,7 +425,7 @@ class _Conversion:
 
     def convert_family(self, report: AdapterReport) -> Converted:
         """Carry a family along, in its own form or as LoRAs."""
-        there = Side(self.known.books, self.to.name, self.known.scopes)
+        there = self.there()
         here = Side(self.known.books, self.layout, self.known.scopes)
         in_place = self.layout == self.to.name
         carrier = self.carrier(self.layout, self.to.name)
@@ -485,10 +498,18 @@ class _Conversion:
                 for new, i in sources_of(plan).items()
             }
             config = write_family_config(
-                config, carrier.family, carried.parts, carried.changes, self.known.model, renamed
+                config,
+                carrier.family,
+                carried.parts,
+                carried.changes,
+                self.known.model,
+                renamed,
+                self.there(),
             )
         if saved is not None:
             config["modules_to_save"] = saved
+        if self.tokens is not None:
+            config["trainable_token_indices"] = self.tokens
         before = self.source.remembered().config_before(self.config) if self.comes_back else None
         if before is not None and not carried.moved:
             family = type(carrier.family)(before, {})
@@ -582,9 +603,13 @@ class _Conversion:
         """What only the base's own weights can supply; also ``modules_to_save`` where it changes."""
         base = BaseWeights.of(self.known, self.to.name)
         where = self.source.where
-        there = Side(self.known.books, self.to.name, self.known.scopes)
+        there = self.there()
         renamed = rename_saved(self.config, others, there)
-        made, others, kept = keep_uncalled(made, others, self.known, self.to.name, base, where)
+        self.tokens = rename_tokens(self.config, others)
+        everywhere = plain_entries(self.config)
+        made, others, kept = keep_uncalled(
+            made, others, self.known, self.to.name, base, where, everywhere
+        )
         entries = renamed or self.config.get("modules_to_save") or []
         others = fill_saved(others, entries, self.known, self.to.name, base, kept, where)
         if kept.entries:
@@ -605,9 +630,13 @@ class _Conversion:
     def write_config(self, result: Result, saved: list[str] | None) -> dict[str, Any]:
         config = dict(self.config)
         if self.plain and result.written:
-            config = ConfigWriter(self.config, result, self.known.model).write(self.target_packing)
+            config = ConfigWriter(self.config, result, self.known.model, self.there()).write(
+                self.target_packing
+            )
         if saved is not None:
             config["modules_to_save"] = saved
+        if self.tokens is not None:
+            config["trainable_token_indices"] = self.tokens
         before = self.config_before(result)
         if before is not None:
             return before

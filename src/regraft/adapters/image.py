@@ -201,6 +201,11 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
         loras: list[Lora | None] = []
         if all((ids < 0).all() for ids in entry.sources):
             continue
+        if kind == "any" and entry.moves_nothing:
+            yield Images(
+                keys, "linear", [_as_it_is(int(i), factors) for i in entry.sources[0].flat]
+            )
+            continue
         blocks = blocks_of(entry, number)
         shape = entry.flat_shape(term)
         whole = _Whole.of(entry, blocks, shape, kind) if fast and not record.recorded else None
@@ -214,6 +219,13 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
                     )
                 loras.append(lora)
         yield Images(keys, kind, loras)
+
+
+def _as_it_is(source: int, factors: Factors) -> Lora | None:
+    """The LoRA of a weight that only gets another name: a convolution's, say, whose factors have more dims."""
+    if source < 0:
+        return None
+    return Lora(factors.a[source], factors.b[source], factors.scales[source])
 
 
 def _image(

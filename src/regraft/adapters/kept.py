@@ -70,10 +70,12 @@ def keep_uncalled(
     layout: str,
     base: BaseWeights,
     where: str,
+    everywhere: Iterable[str] = (),
 ) -> tuple[list[Images], list[Moved], Kept]:
     """Take LoRAs off modules that are never called, and save the sum of base and delta in their place.
 
-    Other tensors of such a module (a trained bias) are saved with it.
+    Other tensors of such a module (a trained bias) are saved with it. ``everywhere`` are endings of paths that
+    name only modules which the adapter has: an entry of ``modules_to_save`` may be as short as they are.
 
     Raises ``RefusedError`` where the base's weights are needed and not at hand.
     """
@@ -108,14 +110,19 @@ def keep_uncalled(
                 continue
             tensors = {leaf: base.find(f"{name}.{leaf}") for leaf in table.tensors}
             tensors["weight"] = (weight.astype(np.float64) + delta(lora)).astype(weight.dtype)
-            _save(name, lora, tensors, kept, saved)
+            _save(name, lora, tensors, kept, saved, everywhere)
     if findings:
         raise RefusedError(findings)
     return result, list(saved.values()), kept
 
 
 def _save(
-    name: str, lora: Lora, tensors: Mapping[str, Array | None], kept: Kept, saved: dict[str, Moved]
+    name: str,
+    lora: Lora,
+    tensors: Mapping[str, Array | None],
+    kept: Kept,
+    saved: dict[str, Moved],
+    everywhere: Iterable[str],
 ) -> None:
     digests = {}
     for leaf, tensor in tensors.items():
@@ -132,7 +139,7 @@ def _save(
     kept.tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.b
     scale = lora.scale
     kept.table.modules[name] = KeptModule(scale.rank, scale.alpha, scale.rslora, digests)
-    entry = tail_of(name)
+    entry = tail_of(name) if tail_of(name).endswith(tuple(everywhere)) else name
     if entry not in kept.entries:
         kept.entries.append(entry)
 

@@ -75,12 +75,80 @@ def move_others(
             for o in inside
             for name, i in _rows(o)
         ]
-    _refuse_changed(inside, side, source)
-    return moved + _apply(inside, tensors, source, known, target)
+    tokens = [o for o in inside if o.keys.template.endswith(_TOKENS)]
+    rest = [o for o in inside if o not in tokens]
+    _refuse_changed(rest, side, source)
+    if tokens:
+        moved += _move_tokens(tokens, tensors, source, known, target)
+    return moved + (_apply(rest, tensors, source, known, target) if rest else [])
 
 
 def _rows(other: Others) -> Iterable[tuple[str, int]]:
     return zip(other.keys.names(), other.keys.ids.tolist(), strict=True)
+
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""Rows of an embedding that are trained (``trainable_token_indices``): they go where the embedding goes, whole."""
+
+
+def _move_tokens(
+    tokens: list[Others], tensors: list[Array], source: Source, known: Known, target: str
+) -> list[Moved]:
+    groups = [
+        Group(o.keys.template.removesuffix(_TOKENS) + ".weight", o.keys.ids, o.keys.numbers)
+        for o in tokens
+    ]
+    plan = _plan(
+        Headers(groups, [t.shape for t in tensors], [t.dtype.name for t in tensors]),
+        source,
+        known,
+        target,
+    )
+    wrapped = {i: o.wrapped for o in tokens for i in o.keys.ids.tolist()}
+    place: dict[int, str] = {}
+    for entry in plan.entries:
+        ids = [int(i) for found in entry.sources for i in found.flat if i >= 0]
+        if not entry.moves_nothing:
+            raise RefusedError(
+                Finding(
+                    "no-image",
+                    "the embedding is laid out otherwise there, so its rows are no rows any more",
+                    where=source.where,
+                    key=plan.headers.name(ids[0]).removesuffix(".weight") + _TOKENS,
+                    rule=str(entry.rule),
+                    fix="merge the adapter into its base and convert the base",
+                )
+            )
+        place.update(zip(ids, entry.keys(entry.written[0]).names(), strict=True))
+    for carried in plan.carried:
+        place.update(zip(carried.group.ids.tolist(), carried.group.names(), strict=True))
+    return [
+        Moved(
+            plan.headers.name(i).removesuffix(".weight") + _TOKENS,
+            name.removesuffix(".weight") + _TOKENS,
+            tensors[i],
+            wrapped[i],
+        )
+        for i, name in place.items()
+    ]
+
+
+def rename_tokens(config: Mapping[str, Any], others: Iterable[Moved]) -> dict[str, Any] | None:
+    """``trainable_token_indices`` with the names that embeddings have now; ``None`` where it need not change."""
+    entries = config.get("trainable_token_indices")
+    if not isinstance(entries, dict):
+        return None
+    result: dict[str, Any] = {}
+    others = [m for m in others if m.old.endswith(_TOKENS)]
+    for entry, indices in entries.items():
+        modules = [
+            m.new.removesuffix(_TOKENS)
+            for m in others
+            if m.old.removesuffix(_TOKENS).endswith(entry)
+        ]
+        same = all(module.endswith(entry) for module in modules)
+        result.update(dict.fromkeys([entry] if same else modules, indices))
+    return None if result == entries else result
 
 
 def _apply(
@@ -236,6 +304,11 @@ def rename_saved(
             for module in modules:
                 name = module if module.endswith(entry) else _ending(module, moved, entry)
                 result.setdefault(name, []).append(module)
+    for name, modules in list(result.items()):
+        if modules and there.names_others(name, modules):
+            del result[name]
+            for module in modules:
+                result.setdefault(module, []).append(module)
     every = {module for modules in result.values() for module in modules}
     kept = [
         name

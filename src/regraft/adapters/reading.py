@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -19,17 +20,18 @@ from regraft.adapters.peft_config import (
     targets_parameter,
 )
 from regraft.adapters.scan import PREFIX, Pairs, Scan
-from regraft.equation.notation import ConfigPath, Term
+from regraft.equation.notation import ConfigPath, Hole, Segments, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.layouts import PACKINGS
-from regraft.names.keys import Group
+from regraft.names.keys import MARK, Group
 from regraft.plan.model import Scope
 from regraft.plan.plan import Headers
 from regraft.rules.book import Book, Rule
 from regraft.rules.kinds import KINDS
 from regraft.rules.templates import match_group
 
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
@@ -70,6 +72,33 @@ class Side:
             for book in self.books
             for table in book.parameters
         )
+
+    def names_others(self, ending: str, modules: Iterable[str]) -> bool:
+        """Whether modules that are not in ``modules``, nor inside one of them, end in a name as well.
+
+        Only keys that books give from the model's root are known.
+        """
+        mine = {_NUMBER.sub(MARK, module) for module in modules}
+        for key in self._whole_keys():
+            segments = key.split(".")
+            paths = [".".join(segments[:end]) for end in range(1, len(segments))]
+            if any(path in mine for path in paths):
+                continue
+            if any(path == ending.removeprefix(".") or path.endswith(ending) for path in paths):
+                return True
+        return False
+
+    def _whole_keys(self) -> Iterator[str]:
+        """The templates of all keys of this side that have a whole path, with marks for numbers."""
+        for book in self.books:
+            terms = [carry.term for carry in book.carries]
+            for rule in book.rules:
+                terms += rule.equation.sides(book.right == self.layout)[0]
+            for term in terms:
+                parts = () if term.key is None else term.key.parts
+                if parts and not any(isinstance(part, Segments) for part in parts):
+                    text = "".join(MARK if isinstance(part, Hole) else str(part) for part in parts)
+                    yield _NUMBER.sub(MARK, text)
 
     def parameters(self, modules: Group) -> tuple[str, ...] | None:
         """The parameters of a module in registration order, where a book says that it has its own."""

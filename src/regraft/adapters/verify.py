@@ -180,6 +180,27 @@ class Deltas:
                 made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
         return made
 
+    def bare_biases(self) -> Iterator[str]:
+        """The names of biases that a family makes for modules that have none in the base.
+
+        Without the base's weights any module may have one, and there are none.
+        """
+        tuned, family = self.tuned, self.tuner
+        if tuned is None or family is None or not family.changes_bias or self.base.weights is None:
+            return
+        for number, part in enumerate(tuned.parts):
+            name = tuned.headers.name(number).removesuffix("weight") + "bias"
+            if self.base.find(name) is None and family.bias(part, np.zeros(part.out)).any():
+                yield name
+
+    def added_bias(self, number: int, batch: int = 0) -> Wide:
+        """What a module's bias of zeros becomes, (out, in): the same for each column of its weight."""
+        if self.tuned is None or self.tuner is None or not self.tuner.changes_bias:
+            return np.zeros((1, 1))
+        part = self.tuned.parts[number]
+        made = self.tuner.bias(part, np.zeros(part.out))
+        return np.broadcast_to(made[:, None], (part.out, part.into))
+
     def others(self) -> dict[str, Array]:
         """Tensors that are no part of a delta, by their base names."""
         tensors = list(self.source.tensors.values())
@@ -328,6 +349,8 @@ class _Comparison:
         self._compare_others()
 
     def _compare_biases(self) -> None:
+        if any(d.tuner is not None and d.tuner.changes_bias for d in (self.before, self.after)):
+            self._compare_added_biases()
         mine = self.after.biases()
         for name, want in moved_biases(self.before, self.after.layout).items():
             got = mine.pop(name, None)
@@ -342,6 +365,21 @@ class _Comparison:
             base = self.after.base.find(name)
             if base is not None and relative(*as_wide(base, bias)) > self.result.tolerance:
                 self._differs("extra", name, "nothing in the source changes this bias")
+
+    def _compare_added_biases(self) -> None:
+        """What modules add to a bias, whether the base has one or not, and whether its weights are at hand or not."""
+        ids = dict(self.after.ids)
+        moved = moved_deltas(self.before, self.after.layout, self.before.added_bias)
+        wanted = {key: list(matrices) for key, _, _, matrices in moved}
+        for key in wanted | ids:
+            for batch, want in enumerate(wanted.get(key, [None])):
+                got = self.after.added_bias(ids[key], batch) if key in ids else None
+                one, other = (np.zeros(1) if m is None else m[:, 0] for m in (want, got))
+                error = relative(*np.broadcast_arrays(one, other))
+                if not error <= self.result.tolerance:
+                    message = f"what it adds to the bias is another (relative error {error:.3g})"
+                    self._differs("differs", key, message)
+                    break
 
     def _check(self, key: str, expected: Iterator[Wide | None]) -> None:
         number = self.left.pop(key, None)
@@ -411,16 +449,16 @@ class _Comparison:
 
 
 def moved_deltas(
-    before: Deltas, target: str
+    before: Deltas, target: str, matrix: Callable[[int, int], Wide] | None = None
 ) -> Iterator[tuple[str, str, str, Iterator[Wide | None]]]:
     """What an adapter adds to the tensors of a layout: key, kind, rule, and the delta matrix by matrix.
 
-    ``None`` stands for a matrix that no source adapts.
+    ``None`` stands for a matrix that no source adapts. ``matrix`` gives something else of a weight, laid out like it.
     """
+    matrix = matrix or before.matrix
     if before.layout == target:
         for key, number in before.ids.items():
-            count = before.batches(number)
-            matrices = (before.matrix(number, e) for e in range(count))
+            matrices = (matrix(number, e) for e in range(before.batches(number)))
             yield key, before.kinds[number], "carried over", matrices
         return
     known = before.known
@@ -438,14 +476,21 @@ def moved_deltas(
         for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
             if all((ids < 0).all() for ids in entry.sources):
                 continue
-            layout = _Layout(entry, number, before)
+            if kind == "any" and entry.moves_nothing:
+                for key, source in zip(
+                    entry.keys(term).names(), entry.sources[0].flat, strict=True
+                ):
+                    if source >= 0:
+                        yield key, kind, str(entry.rule), iter([matrix(int(source), 0)])
+                continue
+            layout = _Layout(entry, number, matrix)
             for row, key in enumerate(entry.keys(term).names()):
                 yield key, kind, str(entry.rule), layout.matrices(row)
     for carried in plan.carried:
         for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
             kind = before.kinds[number]
             kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
-            yield key, kind, carried.carry.why, iter([before.matrix(number, 0)])
+            yield key, kind, carried.carry.why, iter([matrix(number, 0)])
 
 
 def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
@@ -472,8 +517,8 @@ def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
 class _Layout:
     """One term of an entry: where the blocks of its matrices come from."""
 
-    def __init__(self, entry: Entry, number: int, before: Deltas) -> None:
-        self.entry, self.before = entry, before
+    def __init__(self, entry: Entry, number: int, matrix: Callable[[int, int], Wide]) -> None:
+        self.entry, self.matrix = entry, matrix
         term, kind = entry.written[number], entry.written_kinds[number]
         self.blocks: list[Block] = blocks_of(entry, number)
         shape = entry.flat_shape(term)
@@ -496,7 +541,7 @@ class _Layout:
                         continue
                     if made is None:
                         made = np.zeros(self.size)
-                    delta = self.before.matrix(source, int(block.source_batch[at]))
+                    delta = self.matrix(source, int(block.source_batch[at]))
                     rows, columns = block.rows_from[at], block.columns_from[at]
                     piece = (
                         delta[np.ix_(columns, rows)].T

@@ -155,8 +155,9 @@ class ConfigWriter:
         source: Mapping[str, Any],
         result: Result,
         model: ModelConfig | None,
+        there: Side,
     ) -> None:
-        self.source, self.result, self.model = source, result, model
+        self.source, self.result, self.model, self.there = source, result, model, there
 
     def write(self, packing: str) -> dict[str, Any]:
         """The new config; every target's rank and scale resolve to what its factors need."""
@@ -188,16 +189,13 @@ class ConfigWriter:
     def target_modules(self, modules: Sequence[str]) -> list[str]:
         """An explicit list; the source's own entries where they still name the same and nothing else."""
         entries = self.source.get("target_modules")
-        filtered = self.source.get("layers_to_transform") is not None or bool(
-            self.source.get("exclude_modules")
-        )
-        if not isinstance(entries, list) or filtered:
+        if not isinstance(entries, list) or is_filtered(self.source):
             return self.shorten(modules)
         result: list[str] = []
         covered: set[str] = set()
         for entry in entries:
             now = {m for m in modules if targets_module([entry], m)}
-            if now:
+            if now and not self.there.names_others("." + entry, now):
                 result.append(entry)
                 covered |= now
         return result + self.shorten([m for m in modules if m not in covered])
@@ -220,6 +218,7 @@ class ConfigWriter:
                 and len(heads) == 1
                 and all(len(n) == 1 for n in numbers)
                 and sorted(int(n[0]) for n in numbers) == list(range(layers))
+                and not self.there.names_others("." + tail, same)
             )
             result.extend([tail] if every else sorted(same, key=in_order))
         return result
@@ -274,6 +273,17 @@ class ConfigWriter:
             if pair[1] != common[1]:
                 alphas[pattern] = pair[1]
         return common[0], common[1], ranks, alphas
+
+
+def is_filtered(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter has fewer modules than its ``target_modules`` name."""
+    return config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
+
+
+def plain_entries(config: Mapping[str, Any]) -> list[str]:
+    """Entries of ``target_modules`` that name no module but those that the adapter has."""
+    entries = config.get("target_modules")
+    return [] if not isinstance(entries, list) or is_filtered(config) else entries
 
 
 def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[str]:

@@ -34,7 +34,6 @@ Whole checkpoints:
   $ regraft verify model out                             compare every element, bit for bit
 
 What goes where, and why:
-  $ regraft check my-lora --model model                  will it load as it is? if not, why
   $ regraft explain model KEY --to transformers-v5       the way of one tensor
   $ regraft diff model other                             what two files have in common
   $ regraft rules lint mine.toml                         check a rule book of your own

@@ -64,7 +64,10 @@ class Beft(Family):
         return first.with_tensors(sum(outs), first.into, beft_bias=joined(made, axis=1))
 
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
-        raise NoImageError(_NO_BIAS)
+        return np.zeros((part.out, part.into))
+
+    def bias(self, part: Part, bias: Wide) -> Wide:
+        return np.asarray(bias + part["beft_bias"].astype(np.float64).reshape(-1))
 
     def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
         raise NoImageError(_NO_BIAS)

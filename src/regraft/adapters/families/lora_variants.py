@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,6 +73,14 @@ class LoraVariant(Family):
             names |= {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         return {names.get(role, role): tensor for role, tensor in part.tensors.items()}
 
+    def sizes(
+        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
+    ) -> tuple[int | None, int | None]:
+        a, b = tensors.get("A"), tensors.get("B")
+        if a is None or b is None or a.ndim < 3 or a.ndim != b.ndim:
+            return super().sizes(tensors, settings)
+        return b.shape[0], prod(a.shape[1:])  # a convolution: in has its kernel's dims, too
+
     def scale(self, part: Part) -> Scale:
         """Rank and alpha of a part."""
         rslora = bool(self.config.get("use_rslora"))
@@ -128,6 +137,8 @@ class LoraVariant(Family):
 
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
         a, b = as_wide(part["A"], part["B"])
+        if a.ndim > 2:
+            a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         return np.asarray(b @ a * self.scale(part).value)
 
 

@@ -153,7 +153,8 @@ def strangers(base: nn.Module, adapter: Adapter) -> list[str]:
     if adapter.config.get("layer_replication"):
         return []
     tree = {"": None}
-    for name in base_slots(base):
+    tensors = base_slots(base)
+    for name in tensors:
         parts = name.split(".")[:-1]
         tree |= dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts)))
     odd: dict[str, None] = {}
@@ -164,6 +165,6 @@ def strangers(base: nn.Module, adapter: Adapter) -> list[str]:
         name = ".".join(part for part in name.split(".") if part != "base_layer")
         # Other families put up to two names of their own behind the module's.
         shorter = (name.rsplit(".", cut)[0] for cut in range(1 if lora else 3))
-        if name not in tree and not any(part in tree for part in shorter):
+        if name not in tree and name not in tensors and not any(p in tree for p in shorter):
             odd[name] = None
     return list(odd)

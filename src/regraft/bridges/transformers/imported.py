@@ -144,7 +144,8 @@ class Imported:
         names = [way.key for way in self.renamer.ways(key, new)]
         leaf = key.rpartition(".")[2]
         leaves = {name.rpartition(".")[2] for name in self.skeleton.computed}
-        known = next((model for model in self.skeleton.submodels if _ignores(model, names)), None)
+        models = self.skeleton.submodels
+        known = next((model for model in models if _ignores(model, models, names)), None)
         if any(name in self.skeleton.computed for name in names) or (
             leaf in leaves and (known is not None or leaf in _MOVED)
         ):
@@ -248,8 +249,21 @@ _MOVED = ("inv_freq", "position_ids")
 """Buffers that were saved, and stand elsewhere now."""
 
 
-def _ignores(model: SubModel, names: Sequence[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in model.ignored for name in names)
+def _ignores(model: SubModel, models: Sequence[SubModel], names: Sequence[str]) -> bool:
+    """Whether a model does not want a key; of what lies in a model beside it, it says nothing."""
+    own = [name for name in names if _is_around(model.path, _innermost(models, name))]
+    return any(re.search(pattern, name) for pattern in model.ignored for name in own)
+
+
+def _innermost(models: Sequence[SubModel], name: str) -> str:
+    paths = (m.path for m in models if name.startswith(f"{m.path}."))
+    return max(paths, key=len, default="")
+
+
+def _is_around(one: str, other: str) -> bool:
+    """Whether one of two paths is in the other."""
+    short, long = sorted((one, other), key=len)
+    return not short or f"{long}.".startswith(f"{short}.")
 
 
 def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:

@@ -200,7 +200,7 @@ class _Maker:
     ) -> Iterable[tuple[Rows, tuple[str, ...]]]:
         """Old names for some keys: those of the file where it has some."""
         base = [self._shifted(text, shift) for text in origin.old]
-        told = [self.told.get((rows.text, n), []) for n in range(len(base))]
+        told = [self._told_of(rows.text, origin.new[0], n) for n in range(len(base))]
         general = [
             next((t.old for t in each if not t.fixed), default)
             for each, default in zip(told, base, strict=True)
@@ -223,6 +223,30 @@ class _Maker:
             yield part, tuple(_fix(name, values) for name in names)
         if len(left.numbers):
             yield left, tuple(general)
+
+    def _told_of(self, text: str, first: str, source: int) -> list[Told]:
+        """How the file spells a key; one with numbers spelled out may be spelled like those without."""
+        own = self.told.get((text, source), [])
+        if own:
+            return own
+        parts: list[str] = []
+        spelled: dict[int, int] = {}
+        for segment in text.split("."):
+            whole = _SEGMENT.fullmatch(segment)
+            place = sum(bool(columns_of(part)) for part in parts)
+            if whole is not None and not columns_of(segment):
+                spelled[place] = int(segment)
+            parts.append(segment if whole is None else stand_in(place))
+        result = []
+        for told in self.told.get((".".join(parts), source), []) if spelled else ():
+            if any(spelled.get(column, value) != value for column, value in told.fixed):
+                continue
+            old = _fix(told.old, spelled)
+            landed = self.imported.renamer.land(old)
+            if landed is not None and landed.key == first:
+                left = tuple((c, v) for c, v in told.fixed if c not in spelled)
+                result.append(Told(old, left))
+        return result
 
     def _shifted(self, text: str, shift: int) -> str:
         base = self.imported.base

@@ -7,6 +7,7 @@ new ones. Renamings are applied in order, then at most one converter.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from regraft.errors import BadInputError, Finding
 OLDEST, NEWEST = (5, 4), (5, 23)
 """The releases whose registry is known."""
 
+_CAPTURE = re.compile(r"\(.+?\)")
 _GROUP = re.compile(r"\\(\d)")
 
 
@@ -136,7 +138,8 @@ def _read(entry: str, _identity: int, _count: int) -> tuple[Transform, ...]:
 def _transform(entry: str, number: int, raw: Any) -> Transform:
     kind = type(raw).__name__
     grouped = kind == "GroupWeightRename"
-    back = raw.reverse_transform()
+    # A copy: in 5.4 a transform shares its lists with its reverse, which changes them.
+    back = copy.deepcopy(raw).reverse_transform()
     return Transform(
         entry,
         number,
@@ -159,7 +162,13 @@ def _step(raw: Any, paired: bool) -> Step:
 
 
 def _plain(target: str) -> str:
-    return target.replace(r"\.", ".")
+    r"""What a target says, also once transformers 5.4 has saved a model: that writes patterns into its registry.
+
+    >>> _plain(r"^layers.(\d+).mlp")
+    'layers.\\1.mlp'
+    """
+    text = target.replace(r"\.", ".").removeprefix("^").removesuffix("$")
+    return _CAPTURE.sub(r"\\1", text, count=1)
 
 
 def digits_spelled(transforms: Sequence[Transform]) -> frozenset[int]:
