@@ -27,6 +27,17 @@ def on_terminal(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_names_stay_whole_on_narrow_terminals(width, on_terminal):
+    """Names are broken before dots alone, whatever stands beside them."""
+    base = CASES.parent / "bases/mixtral"
+    for command in (["inspect"], ["check", "--model", base, "--for", "transformers-v4"]):
+        words = on_terminal(width, *command, CASES / "mixtral__patterns_projection")
+        assert max(map(len, words.splitlines())) <= width
+        assert re.search(r"\.block_sparse_moe\b", words)
+        assert re.search(r"\.\{0\.\.3\}", words)
+
+
 @pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("case", ["mixtral__patterns_projection", "gpt_oss__params_attn"])
 def test_lines_fit_and_rules_stand_once(width, case, on_terminal, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import regraft
 from regraft.cli import main
 from regraft.equation.notation import parse_key
-from regraft.files.safetensors import open_tensors
+from regraft.files.safetensors import open_tensors, write_tensors
 from regraft.rules.book import load_book, only_books
 from regraft.why.explain import explain
 from regraft.why.near import closest, part_ways
@@ -163,3 +163,48 @@ def test_closest_is_quick_and_right():
         "model.layers.7.mlp.experts.13.w1",
     )
     assert closest("nothing.like.it", names) == ()
+
+
+@pytest.mark.parametrize(
+    ("case", "end", "fate", "role"),
+    [
+        ("mixtral__ia3_attn", "k_proj.ia3_l", "carried", "ia3_l of IA³"),
+        ("mixtral__dora", "w1.lora_magnitude_vector", "moved", "lora_magnitude_vector of DoRA"),
+        ("mixtral__dora", "k_proj.lora_B.weight", "carried", "lora_B.weight of DoRA"),
+    ],
+)
+def test_tensors_of_other_families_are_about_their_weights(case, end, fate, role):
+    folder = GOLDEN / "cases" / case
+    key = next(k for k in open_tensors(folder / "adapter_model.safetensors") if k.endswith(end))
+    found = explain(folder, key, to="transformers-v5")
+    assert (found.fate, found.role) == (fate, role)
+    module = key.removeprefix("base_model.model.").removesuffix("." + end.partition(".")[2])
+    assert found.base == f"{module}.weight"
+    assert any(f"it is {role}" in step for step in found.steps)
+    # A family that cannot follow is refused, and the way that the weight goes is told all the same.
+    assert bool(found.problems) == (fate == "moved")
+
+
+@pytest.mark.parametrize("kind", ["VERA", "PROMPT_TUNING"])
+def test_tensors_of_no_module_stay(kind, tmp_path):
+    ones = np.ones((4, 16), np.float32)
+    module = "base_model.model.model.layers.0.self_attn.q_proj."
+    tensors = {"prompt_embeddings": ones}
+    if kind == "VERA":
+        tensors = {
+            "base_model.vera_A": ones,
+            "base_model.vera_B": np.ones((16, 4), np.float32),
+            module + "vera_lambda_b": ones[0],
+            module + "vera_lambda_d": ones[:, 0],
+        }
+    config = {"peft_type": kind, "r": 4, "target_modules": ["q_proj"], "save_projection": True}
+    if kind != "VERA":
+        config = {"peft_type": kind, "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = GOLDEN / "bases/mixtral"
+    for key in tensors:
+        found = explain(tmp_path, key, to="transformers-v5", model=model)
+        assert found.fate == "carried" and found.arrives
+        if not key.startswith(module):
+            assert "the result has it as it is" in found.why

@@ -22,7 +22,7 @@ from regraft.cli.app import (
     app,
 )
 from regraft.cli.output import Output, visible
-from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING
+from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
 from regraft.why.verdict import OUTCOMES, Row, Verdict
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _ROWS = 40
 _FINDINGS = 5
 _WARNINGS = 3
 _LENGTH = 300
+_SCALED = 60
+"""Columns from which on ranks and scales have room."""
 
 
 @app.command()
@@ -99,7 +101,7 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
     kind = verdict.kind if verdict.layout is None else f"{verdict.kind}, {verdict.layout}"
     out.show(Text.assemble((visible(name), NAME), f": {kind}; {_answer(verdict)}"), Text())
     if verdict.rows:
-        out.show(_table(verdict.rows[:_ROWS]))
+        out.show(_table(verdict.rows[:_ROWS], out.width))
         if len(verdict.rows) > _ROWS:
             out.show(
                 Text(f"… and {len(verdict.rows) - _ROWS} more; --json lists them all", WARNING)
@@ -157,10 +159,14 @@ def _summary(verdict: Verdict, result: Check) -> Text:
     return text
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], width: int) -> Table:
+    """A row for each pattern; names that do not fit beside what becomes of them are broken before dots."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=NAME)
-    scaled = any(row.scale is not None for row in rows)
-    table.add_column("target", overflow="fold")
+    # Scales that are wrong are told in words, too.
+    scaled = any(row.scale is not None for row in rows) and width >= _SCALED
+    left = width - (24 if scaled else 9)
+    room = max(left // 2, left - max((len(_outcome(row)) for row in rows), default=0))
+    table.add_column("target", overflow="fold", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True)
     if scaled:
         table.add_column("rank", justify="right", no_wrap=True)
@@ -172,7 +178,10 @@ def _table(rows: list[Row]) -> Table:
             "" if row.scale is None else f"{row.scale:g}",
         ]
         table.add_row(
-            Text(visible(row.pattern)), str(row.count), *(scales if scaled else []), _outcome(row)
+            Text(break_name(row.pattern, room)),
+            str(row.count),
+            *(scales if scaled else []),
+            _outcome(row),
         )
     return table
 

@@ -304,7 +304,7 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
         facts.add_row("scales", _numbers(adapter.scales))
     out.show(head, facts)
     if adapter.targets:
-        out.show(Text(), _inspected_targets(adapter, out.width), *_more(len(adapter.targets)))
+        out.show(Text(), *_inspected_targets(adapter, out.width), *_more(len(adapter.targets)))
     if adapter.others:
         table = _table("other tensors", "count", "shape", "dtype")
         for o in adapter.others[:_ROWS]:
@@ -317,7 +317,7 @@ def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:
         show_notes(out, adapter.notes)
 
 
-def _inspected_targets(adapter: Inspected, width: int) -> Table:
+def _inspected_targets(adapter: Inspected, width: int) -> list[Table | Text]:
     names = ["count", "base shape", "rank", "alpha", "scale", "dtype"]
     shown = adapter.targets[:_ROWS]
     rows = [
@@ -335,10 +335,20 @@ def _inspected_targets(adapter: Inspected, width: int) -> Table:
     if room < max(len(t.pattern) for t in shown) and len(adapter.dtypes) == 1:
         names, rows = names[:-1], [row[:-1] for row in rows]  # it is told above
         room = _room(width, names, rows)
+    if room < _NARROWEST:
+        lines: list[Table | Text] = []
+        for t, cells in zip(shown, rows, strict=True):
+            told = ", ".join(f"{name} {cell}" for name, cell in zip(names, cells, strict=True))
+            lines += [Text(break_name(t.pattern, width)), Text(f"  {told}", FAINT)]
+        return lines
     table = _table("target", *names)
     for t, cells in zip(shown, rows, strict=True):
         table.add_row(break_name(t.pattern, room), *cells)
-    return table
+    return [table]
+
+
+_NARROWEST = 20
+"""Columns that a name needs beside others; with less, the others stand under it."""
 
 
 _RIGHT = frozenset({"count", "rank", "alpha", "scale"})

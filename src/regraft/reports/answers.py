@@ -58,7 +58,7 @@ def page_of_explanation(found: Explanation) -> Page:
     """The way of one tensor, or what is near where it goes nowhere."""
     left, right = Rows(), Rows()
     flows: tuple[Flow, ...] = ()
-    rule = f"{found.rule or ''} ({found.where})"
+    rule = f"{found.rule or found.why or ''} ({found.where})"
     if found.sources or found.targets:
         state = _state_of(found)
         sources = [n for end in found.sources for n in _add_end(left, end, state)]

@@ -25,7 +25,7 @@ from regraft.rules.book import Book, Carry, Rule, own_layouts
 from regraft.rules.templates import Match, match_group, specificity
 from regraft.why.explanation import End, Explanation, Near
 from regraft.why.near import closest, part_ways
-from regraft.why.subject import Name, Subject, open_subject
+from regraft.why.subject import SHARED, Name, Subject, open_subject
 from regraft.why.way import Claim, family_of, locate, unsized, values_of, with_entry
 
 _NEAR = 3
@@ -77,7 +77,9 @@ class _Search:
         """What is taken off a name, and the scope of the books."""
         if name.name.startswith(PREFIX) and not name.base.startswith(PREFIX):
             yield f"{PREFIX} is what PEFT writes before every key"
-        if name.role.startswith("lora"):
+        if " of " in name.role and name.base != name.name:
+            yield f"it is {name.role}, which adapts {name.base}"
+        elif name.role.startswith("lora"):
             yield f"{name.role} is one of two factors of what is added to {name.base}"
         elif name.role:
             yield (
@@ -109,6 +111,9 @@ class _Search:
                     match = match_group(carry.term.key, group)
                     if match is not None:
                         return self.carried(book, carry, match, group)
+        shared = self.name.role.startswith(SHARED) and self.subject.plan is not None
+        if shared or self.name.name in self.subject.made:
+            return self.kept()
         return self.nowhere(base, group)
 
     def group(self, base: str) -> Group:
@@ -214,6 +219,23 @@ class _Search:
             sources=(here,),
             targets=(here,),
             problems=problems or self.own_problems(),
+        )
+
+    def kept(self) -> Explanation:
+        """A tensor that is about none of the base's: the result has it, or it goes into those that share it."""
+        assert self.name is not None
+        here = End((self.name.name,), 1, 0, None, "any", self.name.name, True)
+        stays = self.name.name in self.subject.made
+        why = "it is about no tensor of the base, and the result has it as it is"
+        if not stays:
+            why = "the modules that share it are written as another family, and its numbers go into them"
+        return replace(
+            self.explanation,
+            fate="carried",
+            where=self.subject.where,
+            why=why,
+            sources=(here,),
+            targets=(here,) if stays else (),
         )
 
     def own_problems(self) -> tuple[Finding, ...]:

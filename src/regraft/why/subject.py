@@ -9,8 +9,10 @@ from typing import Literal
 
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known, detect_layout, find_books, load_model
+from regraft.adapters.families.base import Family
+from regraft.adapters.families.table import family_of
 from regraft.adapters.peft_config import targets_parameter
-from regraft.adapters.scan import PREFIX, scan_names
+from regraft.adapters.scan import PREFIX, Scan, scan_names
 from regraft.adapters.source import Source as Adapter
 from regraft.adapters.source import find_adapters, open_adapter
 from regraft.bridges.transformers.files import InstalledTransformers
@@ -25,6 +27,9 @@ from regraft.plan.model import ModelConfig, Scope
 from regraft.plan.plan import Headers, Plan
 from regraft.rules.book import Book
 from regraft.rules.templates import match_group
+
+SHARED = "shared by all modules of"
+"""What the role of a tensor begins with that a family keeps once for all modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Subject:
     """The whole plan of an adapter that can be converted."""
     problems: tuple[Finding, ...] = field(default=())
     """Why it cannot be planned as a whole."""
+    made: frozenset[str] = frozenset()
+    """The names in the result of an adapter that can be converted."""
 
 
 def open_subject(
@@ -126,7 +133,10 @@ def _open_adapter(
     known: Known | None = None
     foreign, spelled = InstalledTransformers(), opened.remembered().names
     layout, evidence = source, ["its layout was given"] if source else []
-    scan, scanned = scan_names(list(opened.tensors), opened.where, opened.peft_type == "LORA")
+    family = family_of(opened.config)
+    plain = opened.peft_type == "LORA" and family is None
+    prefix = family.prefix if family is not None else None
+    scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
     problems += scanned
     try:
         known = find_books(scan, opened.config, config, opened.where, foreign, spelled)
@@ -138,13 +148,15 @@ def _open_adapter(
     except RegraftError as error:
         problems += error.findings
     books = known.books if known is not None else ()
-    names = _adapter_names(opened, books, layout)
+    names = _adapter_names(opened, scan, family, books, layout)
     plan: Plan | None = None
+    made: frozenset[str] = frozenset()
     if to is not None and not problems:
         given = parse_layout(source) if source is not None else None
         try:
             converted = convert_adapter(opened, parse_layout(to), config, given, foreign=foreign)
             plan, layout = converted.plan, converted.report.source_layout
+            made = frozenset(converted.tensors)
         except RegraftError as error:
             problems += error.findings
     if plan is not None:
@@ -165,13 +177,19 @@ def _open_adapter(
         known.model if known is not None else config,
         plan,
         tuple(problems),
+        made,
     )
 
 
-def _adapter_names(opened: Adapter, books: Sequence[Book], layout: str | None) -> dict[str, Name]:
+def _adapter_names(
+    opened: Adapter,
+    scan: Scan,
+    family: type[Family] | None,
+    books: Sequence[Book],
+    layout: str | None,
+) -> dict[str, Name]:
     """Every tensor of an adapter with the base tensor that it is about."""
     names = list(opened.tensors)
-    scan, _ = scan_names(names, opened.where, opened.peft_type == "LORA")
     result: dict[str, Name] = {}
     depths: dict[str, int] = {}
     for pairs in scan.pairs:
@@ -193,10 +211,21 @@ def _adapter_names(opened: Adapter, books: Sequence[Book], layout: str | None) -
             for ids, letter in zip((pairs.a, pairs.b), letters, strict=True):
                 name = names[int(ids[row])]
                 result[name] = Name(name, f"{module}.{leaf}", f"lora_{letter}")
+    title = family.title if family is not None else ""
+    for tuned in scan.tuned:
+        for end, ids in tuned.tensors.items():
+            for number, module in zip(ids.tolist(), tuned.modules.names(), strict=True):
+                if number >= 0:
+                    name = names[number]
+                    role = f"{end.removeprefix('.')} of {title}"
+                    result[name] = Name(name, f"{module}.weight", role)
+    for name in names:
+        if family is not None and family.shares(name):
+            result[name] = Name(name, name, f"{SHARED} {title}")
     for other in scan.others:
         for number, key in zip(other.keys.ids.tolist(), other.keys.names(), strict=True):
             role = "saved whole" if other.prefix else "no part of the model"
-            result[names[number]] = Name(names[number], key, role)
+            result.setdefault(names[number], Name(names[number], key, role))
     for name in names:
         result.setdefault(name, Name(name, name.removeprefix(PREFIX), "not understood"))
     return result
