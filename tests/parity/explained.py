@@ -19,6 +19,8 @@ _EXPLAINED = {
     "Ernie4_5_VLMoeModel": _ERNIE,
     "Ernie4_5_VL_MoeForConditionalGeneration": _ERNIE,
     "Ernie4_5_VL_MoeModel": _ERNIE,
+    "Nemotron3_5TranscribeForConditionalGeneration": _STACKS_TWICE,
+    "Nemotron3_5TranscribeModel": _STACKS_TWICE,
     "PixioBackbone": (
         "it has `layernorm` and `pixio.layernorm`; transformers puts the base model's prefix before the first when it "
         "reads it, so that both go to one place; regraft leaves a key where the model has it"
@@ -30,6 +32,10 @@ _EXPLAINED = {
 _WHOLE = (
     "before 5.12 the renames of a model inside act on the whole model, and on every place in a name; transformers "
     "saves names that it cannot read"
+)
+_STACKS_TWICE = (
+    "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole model "
+    "and refuses files in the other's names"
 )
 _UNSCOPED = {
     "ColPaliForRetrieval": (
@@ -49,7 +55,16 @@ _UNSCOPED = {
 }
 
 
+_RENAMED_TWICE = {
+    "RfDetrForInstanceSegmentation": (
+        "5.12 adds `model.` to every name once for each of the models around, and `model.transformer.enc_output` is what "
+        "it saves; it reads `transformer.enc_output` as well, which is what regraft writes"
+    ),
+}
+
+
 def explain(name: str, release: str) -> str:
     """The reason for a class in a release; empty where there is none."""
-    early = tuple(int(part) for part in release.split(".")[:2]) < (5, 12)
-    return (_UNSCOPED.get(name, "") if early else "") or _EXPLAINED.get(name, "")
+    minor = tuple(int(part) for part in release.split(".")[:2])
+    special = _UNSCOPED if minor < (5, 12) else _RENAMED_TWICE if minor < (5, 16) else {}
+    return special.get(name, "") or _EXPLAINED.get(name, "")
