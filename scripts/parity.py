@@ -67,7 +67,7 @@ def measure(only: str) -> dict:
                 "converted": verdict.converted,
                 "equal": verdict.equal,
                 "differences": verdict.differences,
-                "reason": explain(verdict.name),
+                "reason": explain(verdict.name, transformers.__version__),
             }
         )
         print("." if verdict.equal else "x", end="", flush=True, file=sys.stderr)

@@ -12,11 +12,12 @@ from typing import Any
 
 def module_name(classes: Sequence[str], old: str) -> str:
     """A file's old key as the modules had it, for a model by its class and that class's bases."""
-    patterns = next((p for n in classes if (p := _renamed().get(n))), ())
-    for pattern, new in patterns:
-        if pattern.search(old):
-            return pattern.sub(new, old)
-    return old
+    return _first(_pairs("renamed"), classes, old)
+
+
+def file_name(classes: Sequence[str], old: str) -> str:
+    """A key's old spelling as transformers 4 wrote it, for a model by its class and that class's bases."""
+    return _first(_pairs("written"), classes, old)
 
 
 def unwritten(entry: str, source: str, key: str) -> bool:
@@ -33,11 +34,21 @@ def _facts() -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-@lru_cache(maxsize=1)
-def _renamed() -> dict[str, list[tuple[re.Pattern[str], str]]]:
+def _first(
+    table: dict[str, list[tuple[re.Pattern[str], str]]], classes: Sequence[str], old: str
+) -> str:
+    patterns = next((p for n in classes if (p := table.get(n))), ())
+    for pattern, new in patterns:
+        if pattern.search(old):
+            return pattern.sub(new, old)
+    return old
+
+
+@lru_cache(maxsize=2)
+def _pairs(kind: str) -> dict[str, list[tuple[re.Pattern[str], str]]]:
     return {
         name: [(re.compile(pattern), new) for pattern, new in table["patterns"]]
-        for table in _facts()["renamed"]
+        for table in _facts()[kind]
         for name in table["classes"]
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from regraft.bridges.transformers.facts import file_name
 from regraft.bridges.transformers.registry import (
     check_version,
     digits_spelled,
@@ -63,6 +64,11 @@ class Imported:
     def keys(self) -> list[str]:
         """The model's keys."""
         return list(self.skeleton.tensors)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The model's class and its bases."""
+        return self.skeleton.submodels[0].classes
 
     @property
     def base(self) -> str:
@@ -211,7 +217,7 @@ class Imported:
             old = self.renamer.backward(key)
             if old is None:
                 return Origin((key,), (), stuck="no old name leads to it")
-            return Origin((key,), (old.key,), fired=old.fired)
+            return Origin((key,), (self._written(old),), fired=old.fired)
         old_names: list[str] = []
         fired: dict[Scoped, None] = {}
         for number, name in enumerate(split.sources):
@@ -222,6 +228,12 @@ class Imported:
             old_names.append(found.key)
             fired.update(dict.fromkeys(found.fired))
         return Origin(split.targets, tuple(old_names), split.scoped, tuple(fired))
+
+    def _written(self, old: Renamed) -> str:
+        """The name of a file for an old key, where it leads to the same."""
+        name = file_name(self.classes, old.key)
+        new, same = self.renamer.land(name), self.renamer.land(old.key)
+        return name if new is not None and same is not None and new.key == same.key else old.key
 
     def _lead_back(self, name: str, split: Split, source: int) -> Renamed | None:
         for old in self.renamer.undone(name):

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from regraft.bridges.transformers.facts import module_name
+from regraft.bridges.transformers.facts import file_name, module_name
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
 from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
 from regraft.bridges.transformers.registry import check_version
@@ -79,8 +79,7 @@ def count_rules(imported: Imported) -> dict[str, int]:
 
 def module_names(origin: Origin, imported: Imported) -> Origin:
     """Old names as the modules of transformers 4 had them, which its adapters have."""
-    classes = imported.skeleton.submodels[0].classes
-    return replace(origin, old=tuple(module_name(classes, text) for text in origin.old))
+    return replace(origin, old=tuple(module_name(imported.classes, text) for text in origin.old))
 
 
 @dataclass(slots=True)
@@ -110,7 +109,7 @@ class _Maker:
             bare = new.key == rows.text
             shift = self._shift_of(new.key, rows.text, base)
             counts[shift] += len(rows.numbers)
-            if bare:
+            if bare and file_name(self.imported.classes, rows.text) == rows.text:
                 continue
             self._tell(rows, new.key, new.hit.source if new.hit is not None else 0)
         self.shift = max(counts, key=lambda s: (counts[s], s == 0))
