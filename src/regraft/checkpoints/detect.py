@@ -147,12 +147,13 @@ def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
 
 
 def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Plan | None:
-    """The plan to a layout; ``None`` where the checkpoint is in it already.
+    """The plan to a layout; ``None`` where the checkpoint is in it already, and spelled as usual.
 
     Raises what `build_plan` raises.
     """
     if known.layout == target:
-        return None
+        books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
+        return build_plan(headers, books, target_layout=target, where=where) if books else None
     return build_plan(headers, known.books, target_layout=target, scopes=known.scopes, where=where)
 
 

@@ -210,7 +210,9 @@ def _convert_config(
     config: dict[str, Any] = load_json(source.config)
     changes: list[str] = []
     is_sorted = list(config) == sorted(config)
-    if known.layout != to:
+    saved_by = str(config.get("transformers_version") or "")
+    # transformers 5 saves old names, too, and its own config beside them.
+    if known.layout != to or (to == "transformers-v4" and saved_by.startswith("5.")):
         old = config
         config, changes = rename_fields(config, to)
         before = read_config((file.metadata for file in source.files), to, old)

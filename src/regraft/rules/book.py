@@ -32,7 +32,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -205,6 +205,29 @@ class Book:
     drops: tuple[Drop, ...] = ()
     gaps: tuple[Gap, ...] = ()
     """What could not be imported."""
+    respelled: tuple[Rule, ...] = ()
+    """From the left names as a file spells them to those that are usual, where these differ."""
+
+    def usual_spelling(self) -> Book:
+        """The book that leads from a file's own spelling of the left names to the usual one."""
+        odd = {str(rule.equation.left[0].key) for rule in self.respelled}
+        carries = list(self.carries)
+        for rule in self.rules:
+            for term in rule.equation.left:
+                if term.key is not None and str(term.key) not in odd:
+                    equation = parse_equation(f"{term.key} : ... == {term.key} : ...")
+                    why = "it is spelled as usual"
+                    carries.append(Carry(equation.left[0], equation, why, "any", rule.where))
+        return replace(
+            self,
+            left=f"{self.left} as it is spelled",
+            right=self.left,
+            rules=self.respelled,
+            carries=tuple(carries),
+            drops=(),
+            gaps=(),
+            respelled=(),
+        )
 
 
 def load_book(path: Path | Traversable, shown: str | None = None) -> Book:

@@ -88,6 +88,7 @@ class _Maker:
     shapes: Mapping[str, tuple[int, ...]]
     told: dict[tuple[str, int], list[Told]] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
+    respelled: list[Rule] = field(default_factory=list)
     shift: int = 0
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
     gaps: list[Gap] = field(default_factory=list)
@@ -283,6 +284,8 @@ class _Maker:
         shapes = [skeleton.tensors[key] for key in actual]
         where = self._where(origin.fired, origin.converter)
         bounds = self._bounds(rows)
+        usual = tuple(_fix(self._shifted(text, shift), values) for text in origin.old)
+        self._respell(old, usual, where)
         if origin.converter is None:
             left_kind = _old_kind(kinds[0], old[0])
             if old == new and left_kind == kinds[0]:
@@ -321,6 +324,14 @@ class _Maker:
             for name, axes in zip(old, chain.sources, strict=True)
         )
         self._rule(new[0], f"{left}\n    == {right}", clauses, left_kinds, tuple(kinds), where)
+
+    def _respell(self, old: Sequence[str], usual: Sequence[str], where: str) -> None:
+        for spelled, name in zip(old, usual, strict=True):
+            if spelled != name:
+                left, right = (_stack(holes(text, _loop), "e") for text in (spelled, name))
+                equation = parse_equation(f"{left} : ... == {right} : ...")
+                rule = Rule(left, equation, ("any",), ("any",), self.name, where)
+                self.respelled.append(rule)
 
     def _is_turned(self, old: str, new: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor that may be stored either way is turned in the old layout.
@@ -408,6 +419,7 @@ class _Maker:
             f"transformers {check_version()}, conversion_mapping",
             tuple(self.drops),
             tuple(self.gaps),
+            tuple({str(rule.equation): rule for rule in self.respelled}.values()),
         )
 
     def _parameters(self) -> Iterable[Parameters]:
