@@ -27,7 +27,6 @@ from regraft.plan.build import build_plan
 from regraft.plan.plan import Headers, Plan
 from regraft.rules.templates import match_group
 
-
 TOKENS = ".token_adapter.trainable_tokens_delta"
 """What PEFT puts after an embedding's path for the rows of single tokens."""
 
