@@ -1,5 +1,7 @@
 """The registry of the installed transformers, with entries of its users and where it is wrong itself."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -17,9 +19,11 @@ from transformers.core_model_loading import (  # noqa: E402
     WeightRenaming,
 )
 
+import regraft  # noqa: E402
 from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.bridges.transformers.imported import import_model  # noqa: E402
 from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError  # noqa: E402
+from regraft.files.safetensors import open_tensors, write_tensors  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.names.live import skeleton_of  # noqa: E402
 from regraft.plan.build import build_plan  # noqa: E402
@@ -264,3 +268,39 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
     with pytest.raises(UnmatchedKeysError):
         other = Headers(group_names(["encoder.mystery"]), [(4,)], ["F32"])
         build_plan(other, [book], target_layout=NEW, scopes={book.name: Scope()})
+
+
+def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):
+    """Whatever the embedding is called; no book has to know how PEFT names its rows."""
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": [1, 2],
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+        },
+    }
+    model = tmp_path / "config.json"
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 12, "vocab_size": 16}
+    model.write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes})
+    )
+    start = "base_model.model.model."
+    tokens = f"{start}embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors = {
+        f"{start}layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 8), np.float32),
+        f"{start}layers.0.self_attn.q_proj.lora_B.weight": np.ones((8, 2), np.float32),
+        tokens: np.arange(16, dtype=np.float32).reshape(2, 8),
+    }
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    write_tensors(adapter / "adapter_model.safetensors", tensors, {"format": "pt"})
+    regraft.convert(adapter, tmp_path / "out", to="transformers-v5", model=model)
+    made = open_tensors(tmp_path / "out" / "adapter_model.safetensors")
+    assert made.keys() == tensors.keys()
+    np.testing.assert_array_equal(made[tokens], tensors[tokens])

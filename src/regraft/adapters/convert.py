@@ -436,6 +436,10 @@ class _Conversion:
         )
         carried = carrier.carry(plan, tuned, self.options.via)
         if carried.factors is None:
+            if self.source.peft_type == "BONE" and self.to.name == "transformers-v5":
+                self.notes.append(
+                    "PEFT has no Bone since 0.19, so no PEFT that goes with transformers 5 loads this adapter"
+                )
             _, others, saved, kept = self.use_base([], others)
             result = write_parts(carried.parts, carrier.family)
             config = self.family_config(carrier, carried, plan, tuned, saved)

@@ -27,6 +27,9 @@ from regraft.plan.build import build_plan
 from regraft.plan.plan import Headers, Plan
 from regraft.rules.templates import match_group
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""What PEFT puts after an embedding's path for the rows of single tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -158,9 +161,16 @@ def _apply(
     wrapped = [(o.wrapped, o.holder) for o in inside for _ in range(len(o.keys))]
     place = {i: at for at, i in enumerate(order)}
     groups = [
-        Group(o.keys.template, np.array([place[i] for i in o.keys.ids.tolist()]), o.keys.numbers)
+        Group(
+            _standing_for(o.keys.template),
+            np.array([place[i] for i in o.keys.ids.tolist()]),
+            o.keys.numbers,
+        )
         for o in inside
     ]
+    tokens = {
+        place[i] for o in inside if o.keys.template.endswith(TOKENS) for i in o.keys.ids.tolist()
+    }
     mine = [tensors[i] for i in order]
     headers = Headers(groups, [t.shape for t in mine], [t.dtype.name for t in mine])
     plan = _plan(headers, source, known, target)
@@ -174,16 +184,24 @@ def _apply(
                 origin[keys.name(row)] = int(first)
     for carried in plan.carried:
         origin.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
-    return [
-        Moved(
-            headers.name(origin[name]),
-            name,
-            tensor,
-            wrapped[origin[name]][0],
-            holder=wrapped[origin[name]][1],
+    moved = []
+    for name, tensor in apply_plan(plan, mine).items():
+        at = origin[name]
+        old, new = (
+            n.removesuffix(".weight") + TOKENS if at in tokens else n
+            for n in (headers.name(at), name)
         )
-        for name, tensor in apply_plan(plan, mine).items()
-    ]
+        moved.append(Moved(old, new, tensor, wrapped[at][0], holder=wrapped[at][1]))
+    return moved
+
+
+def _standing_for(template: str) -> str:
+    """The base tensor that a tensor goes with: rows of single tokens go with their embedding.
+
+    >>> _standing_for("model.embed_tokens.token_adapter.trainable_tokens_delta")
+    'model.embed_tokens.weight'
+    """
+    return f"{template.removesuffix(TOKENS)}.weight" if template.endswith(TOKENS) else template
 
 
 def _plan(headers: Headers, source: Source, known: Known, target: str) -> Plan:
