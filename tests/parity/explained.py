@@ -12,6 +12,10 @@ _TURNED = (
     "transformers saves these stacks as the model has them, under names that are the same in both layouts; only their "
     "shapes tell, and regraft takes such a file for what it is, one of the new layout"
 )
+_STACKS_TWICE = (
+    "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole model "
+    "and refuses files in the other's names"
+)
 _EXPLAINED = {
     "Qwen3VLMoeForConditionalGeneration": _TURNED,
     "Qwen3VLMoeModel": _TURNED,
@@ -32,10 +36,6 @@ _EXPLAINED = {
 _WHOLE = (
     "before 5.12 the renames of a model inside act on the whole model, and on every place in a name; transformers "
     "saves names that it cannot read"
-)
-_STACKS_TWICE = (
-    "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole model "
-    "and refuses files in the other's names"
 )
 _UNSCOPED = {
     "ColPaliForRetrieval": (
