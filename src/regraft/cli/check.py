@@ -165,7 +165,7 @@ def _table(rows: list[Row], width: int) -> Table:
     # Scales that are wrong are told in words, too.
     scaled = any(row.scale is not None for row in rows) and width >= _SCALED
     left = width - (24 if scaled else 9)
-    room = max(left // 2, left - max((len(_outcome(row)) for row in rows), default=0))
+    room = max(left // 2, left - max(18, *(len(_outcome(row)) for row in rows)))
     table.add_column("target", overflow="fold", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True)
     if scaled:
