@@ -12,6 +12,7 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import core_model_loading as loading  # noqa: E402
 
+from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.bridges.transformers.operations import (  # noqa: E402
     UnknownOperationError,
     run,
@@ -19,13 +20,11 @@ from regraft.bridges.transformers.operations import (  # noqa: E402
 )
 from regraft.equation.lower import check_equation  # noqa: E402
 from regraft.equation.notation import parse_equation  # noqa: E402
-from regraft.rules.book import Book, Rule  # noqa: E402
-
-from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.plan.build import build_plan  # noqa: E402
 from regraft.plan.model import Scope  # noqa: E402
 from regraft.plan.plan import Headers  # noqa: E402
+from regraft.rules.book import Book, Rule  # noqa: E402
 
 SIZES = st.integers(1, 4)
 CONFIG = SimpleNamespace(num_attention_heads=2, part=SimpleNamespace(num_attention_heads=3))
@@ -70,7 +69,11 @@ def agrees(operations, old, targets, config=CONFIG, turned=False):
     state = {p: each if "*" in p else each[:1] for p, each in stacked.items()}
     for operation in operations:
         state = operation.convert(
-            state, source_patterns=patterns, target_patterns=list(targets), config=config, full_layer_name=""
+            state,
+            source_patterns=patterns,
+            target_patterns=list(targets),
+            config=config,
+            full_layer_name="",
         )
     theirs = {k: v[0] if isinstance(v, list) else v for k, v in state.items()}
     if len(targets) == 1:
@@ -99,7 +102,11 @@ def test_stacks(rows, columns):
 
 @given(SIZES, SIZES)
 def test_stacks_that_are_joined(rows, columns):
-    old = {f"e.{n}.{p}": ids(rows, columns, start=100 * n + 1000 * (p == "u")) for p in "gu" for n in range(3)}
+    old = {
+        f"e.{n}.{p}": ids(rows, columns, start=100 * n + 1000 * (p == "u"))
+        for p in "gu"
+        for n in range(3)
+    }
     agrees([loading.MergeModulelist(dim=0), loading.Concatenate(dim=1)], old, ["all"])
 
 

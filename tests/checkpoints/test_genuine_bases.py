@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import regraft  # noqa: E402
+import regraft
 
 BASES = Path(__file__).parent.parent / "golden" / "bases"
 OLD, NEW = "transformers-v4", "transformers-v5"
