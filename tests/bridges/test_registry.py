@@ -21,6 +21,7 @@ from transformers.core_model_loading import (  # noqa: E402
 
 import regraft  # noqa: E402
 from regraft.arrays.apply import apply_plan  # noqa: E402
+from regraft.bridges.transformers import registry  # noqa: E402
 from regraft.bridges.transformers.imported import import_model  # noqa: E402
 from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError  # noqa: E402
 from regraft.files.safetensors import open_tensors, write_tensors  # noqa: E402
@@ -270,6 +271,7 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
         build_plan(other, [book], target_layout=NEW, scopes={book.name: Scope()})
 
 
+<<<<<<< HEAD
 def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):
     """Whatever the embedding is called; no book has to know how PEFT names its rows."""
     config = {
@@ -304,3 +306,49 @@ def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):
     made = open_tensors(tmp_path / "out" / "adapter_model.safetensors")
     assert made.keys() == tensors.keys()
     np.testing.assert_array_equal(made[tokens], tensors[tokens])
+=======
+def test_reading_the_registry_leaves_it_as_it_is():
+    def told(transform):
+        return [*transform.source_patterns], [*transform.target_patterns]
+
+    raw = mapping.get_checkpoint_conversion_mapping("mixtral")
+    before = [told(transform) for transform in raw]
+    import_model(skeleton_of(MixtralModel(TINY))).book()
+    registry.look_up("mixtral")
+    assert [told(t) for t in mapping.get_checkpoint_conversion_mapping("mixtral")] == before
+
+
+@pytest.mark.parametrize("damaged", [r"layers.(\d+).mlp", r"^layers.\1.mlp", r"layers\.\1.mlp$"])
+def test_a_target_that_saving_in_5_4_made_a_pattern_is_read(damaged):
+    assert registry._plain(damaged) == r"layers.\1.mlp"
+
+
+def test_numbers_that_a_rule_spells_out_do_not_hide_how_a_file_spells_a_key(register):
+    register("small_of_mine", [WeightRenaming(r"proj\.(\d+)", r"stage.\1.layers.0")])
+    stages = nn.ModuleList(nn.ModuleDict({"layers": nn.ModuleList([linear()])}) for _ in range(2))
+    model = Small(SmallConfig(), {"base": nn.ModuleDict({"stage": stages})})
+    state = numbered(model.state_dict())
+    old = {f"base.proj.{n}.weight": state[f"base.stage.{n}.layers.0.weight"] for n in range(2)}
+    for prefix in ("base.", ""):
+        file = {prefix + key.removeprefix("base."): value for key, value in old.items()}
+        new = converted(model, file, NEW)
+        assert all(np.array_equal(new[k], state[k]) for k in state)
+
+
+def test_a_bare_qwen2_vl_has_the_names_that_transformers_4_wrote():
+    model = transformers.Qwen2VLModel(
+        transformers.Qwen2VLConfig(
+            text_config={
+                "hidden_size": 16,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "vocab_size": 10,
+            },
+            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+        )
+    )
+    _, old = there_and_back(model)
+    assert {key.partition(".")[0] for key in old} == {"model", "visual"}
+>>>>>>> par4

@@ -13,8 +13,8 @@ _TURNED = (
     "shapes tell, and regraft takes such a file for what it is, one of the new layout"
 )
 _STACKS_TWICE = (
-    "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole model "
-    "and refuses files in the other's names"
+    "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole "
+    "model and refuses files in the other's names"
 )
 _EXPLAINED = {
     "Qwen3VLMoeForConditionalGeneration": _TURNED,
@@ -57,8 +57,8 @@ _UNSCOPED = {
 
 _RENAMED_TWICE = {
     "RfDetrForInstanceSegmentation": (
-        "5.12 adds `model.` to every name once for each of the models around, and `model.transformer.enc_output` is what "
-        "it saves; it reads `transformer.enc_output` as well, which is what regraft writes"
+        "5.12 adds `model.` to every name once for each of the models around, and `model.transformer.enc_output` is "
+        "what it saves; it reads `transformer.enc_output` as well, which is what regraft writes"
     ),
 }
 
