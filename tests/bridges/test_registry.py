@@ -271,7 +271,6 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
         build_plan(other, [book], target_layout=NEW, scopes={book.name: Scope()})
 
 
-<<<<<<< HEAD
 def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):
     """Whatever the embedding is called; no book has to know how PEFT names its rows."""
     config = {
@@ -306,7 +305,8 @@ def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):
     made = open_tensors(tmp_path / "out" / "adapter_model.safetensors")
     assert made.keys() == tensors.keys()
     np.testing.assert_array_equal(made[tokens], tensors[tokens])
-=======
+
+
 def test_reading_the_registry_leaves_it_as_it_is():
     def told(transform):
         return [*transform.source_patterns], [*transform.target_patterns]
@@ -351,4 +351,3 @@ def test_a_bare_qwen2_vl_has_the_names_that_transformers_4_wrote():
     )
     _, old = there_and_back(model)
     assert {key.partition(".")[0] for key in old} == {"model", "visual"}
->>>>>>> par4
