@@ -79,3 +79,9 @@ def test_ties_are_those_of_the_whole_model():
     }
     assert convert_config(new, V4)[0]["text_config"]["tie_word_embeddings"] is False
     assert convert_config(new, V5)[0] == new
+
+
+def test_a_dilation_that_version_5_does_not_take():
+    config = {"model_type": "detr", "dilation": None}
+    assert convert_config(config, "transformers-v5")[0] == {"model_type": "detr", "dilation": False}
+    assert convert_config(config, "transformers-v4")[0] == config

@@ -23,6 +23,8 @@ _MAMBA_TYPES = frozenset({"granitemoehybrid"})
 _UNCHANGED = frozenset({"attn_config", "ffn_config"})
 """Parts of DBRX's config that keep their fields."""
 _PARTIAL = "partial_rotary_factor"
+_DETR = frozenset({"detr", "conditional_detr", "deformable_detr", "table-transformer"})
+"""Version 4 writes ``dilation: null`` for these where the backbone is transformers' own; version 5 takes a bool."""
 
 
 def convert_config(config: Mapping[str, Any], to: str) -> tuple[dict[str, Any], list[str]]:
@@ -70,6 +72,9 @@ def _convert(config: Mapping[str, Any], to: str, path: str, changes: list[str]) 
         if kinds != config["layer_types"]:
             result["layer_types"] = kinds
             changes.append(f"{path}layer_types has the names of {to}")
+    if to == V5 and config.get("model_type") in _DETR and config.get("dilation", 0) is None:
+        result["dilation"] = False
+        changes.append(f"{path}dilation is now false instead of null")
     if to == V5 and config.get("model_type") in _MODEL_TYPES:
         result["model_type"] = _MODEL_TYPES[config["model_type"]]
         changes.append(f"{path}model_type is now {result['model_type']}")

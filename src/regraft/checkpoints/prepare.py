@@ -216,7 +216,9 @@ def _convert_config(
         old = config
         config, changes = rename_fields(config, to)
         before = read_config((file.metadata for file in source.files), to, old)
-        config = config if before is None else before
+        if before is not None and before != config:
+            config = before
+            changes = changes or ["its fields are those that it had before"]
     whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
     for name in ("dtype", "torch_dtype"):
         if whole is not None and config.get(name) not in (None, TORCH[whole.dtype]):

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from regraft.bridges.helper import Helper, HelperEndedError, answer_all
+from regraft.checkpoints.config import V5, convert_config
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.plan.model import ModelConfig
 from regraft.rules.book import Book
@@ -106,7 +107,7 @@ class _InProcess:
 
         if model.model_type not in CONFIG_MAPPING:
             return None
-        data = dict(model.data)
+        data, _ = convert_config(model.data, V5)
         kind = data.pop("model_type")
         try:
             with warnings.catch_warnings():
