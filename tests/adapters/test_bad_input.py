@@ -500,3 +500,22 @@ def test_a_refusal_of_one_of_several_adapters_writes_none_of_them(tmp_path):
     with pytest.raises(regraft.RefusedError, match="mixtral__dora"):
         regraft.convert(source, tmp_path / "new", to="transformers-v5", model=BASE)
     assert [p.name for p in tmp_path.iterdir()] == ["all"]
+
+
+def test_torchs_own_attention_is_refused_by_name(tmp_path):
+    start = "base_model.model.head.attention"
+    tensors = {
+        f"{start}.lora_A.weight": np.ones((2, 8), np.float32),
+        f"{start}.lora_B.weight": np.ones((24, 2), np.float32),
+        f"{start}.base_layer.out_proj.lora_A.weight": np.ones((2, 8), np.float32),
+        f"{start}.base_layer.out_proj.lora_B.weight": np.ones((8, 2), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["attention"]}
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    write_tensors(lora / "adapter_model.safetensors", tensors, {"format": "pt"})
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(regraft.RefusedError, match="MultiheadAttention") as refused:
+        regraft.convert(lora, tmp_path / "out", to="transformers-v5")
+    assert [finding.key for finding in refused.value.findings] == ["head.attention"]
+    assert not (tmp_path / "out").exists()

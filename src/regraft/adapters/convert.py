@@ -41,7 +41,7 @@ from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import Source
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.unbound import check_unbound
-from regraft.adapters.variants import claimed_names, reclaimed_names
+from regraft.adapters.variants import claimed_names, reclaimed_names, refuse_attention
 from regraft.adapters.writing import (
     ConfigWriter,
     Result,
@@ -105,6 +105,8 @@ def convert_adapter(
     scan, findings = _scan(source, family)
     if findings:
         raise BadInputError(findings)
+    if not in_place:
+        refuse_attention(scan, source.where)
     spelled = source.remembered().names
     known = find_books(scan, source.config, model, source.where, foreign, spelled)
     conversion = _Conversion(

@@ -7,6 +7,8 @@ from typing import Any
 
 from regraft.adapters.detect import Known
 from regraft.adapters.peft_config import LoraConfig
+from regraft.adapters.scan import Scan
+from regraft.errors import Finding, RefusedError
 
 
 def names_of(config: Mapping[str, Any]) -> list[str]:
@@ -19,6 +21,28 @@ def names_of(config: Mapping[str, Any]) -> list[str]:
         else [f"the initialisation {init!r} (it changes base weights when it loads)"]
     )
     return lora.variants() + more
+
+
+def refuse_attention(scan: Scan, where: str) -> None:
+    """Refuse a LoRA on torch's MultiheadAttention.
+
+    PEFT wraps its two projections in one layer and adds that of ``out_proj`` twice (``peft/tuners/lora/layer.py``).
+    """
+    inside = ".base_layer."
+    findings = [
+        Finding(
+            "no-image",
+            "it adapts a torch.nn.MultiheadAttention, whose two projections PEFT wraps in one layer; regraft has no "
+            "rule that carries these along",
+            where=where,
+            key=pairs.modules.name(0).split(inside)[0],
+            fix="merge the adapter into its base, where it was trained, and convert the base",
+        )
+        for pairs in scan.pairs
+        if inside in pairs.modules.template
+    ]
+    if findings:
+        raise RefusedError(findings)
 
 
 def reclaimed_names(config: Mapping[str, Any], known: Known, target: str) -> tuple[str, ...]:
