@@ -6,14 +6,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
-from regraft.adapters.inspect import Inspection
-from regraft.adapters.inspect import inspect as inspect_adapters
 from regraft.adapters.ranks import Options
 from regraft.adapters.saving import save_adapter
 from regraft.adapters.source import (
@@ -26,7 +24,6 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
-from regraft.adapters.verify import TOLERANCE, compare
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
@@ -38,6 +35,9 @@ from regraft.layouts import LAYOUTS, Layout, parse_layout
 from regraft.plan.model import ModelConfig
 from regraft.report import Report
 from regraft.rules.book import own_layouts
+
+if TYPE_CHECKING:
+    from regraft.adapters.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -216,6 +216,8 @@ def inspect(
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
+    from regraft.adapters.inspect import inspect as inspect_adapters
+
     return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 
@@ -260,6 +262,8 @@ def _certify(
     foreign: InstalledTransformers,
 ) -> None:
     """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
+    from regraft.adapters.verify import TOLERANCE, compare
+
     made = Source(
         source.name,
         "the result",

@@ -15,6 +15,7 @@ from regraft.adapters.remembered import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, find_companions
+from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.moves import (
@@ -212,7 +213,7 @@ def _convert_config(
     is_sorted = list(config) == sorted(config)
     saved_by = str(config.get("transformers_version") or "")
     # transformers 5 saves old names, too, and its own config beside them.
-    if known.layout != to or (to == "transformers-v4" and saved_by.startswith("5.")):
+    if known.layout != to or (to == V4 and saved_by.startswith("5.")):
         old = config
         config, changes = rename_fields(config, to)
         before = read_config((file.metadata for file in source.files), to, old)

@@ -266,8 +266,8 @@ def _with_depth(name: str, live_key: str) -> str:
     if not depth:
         return name
     tail = len(segments) - 1 - segments[::-1].index("base_layer")
-    cut = len(name.split(".")) - (len(segments) - tail - 1)
     own = name.split(".")
+    cut = len(own) - (len(segments) - tail - 1)
     return ".".join([*own[:cut], *["base_layer"] * depth, *own[cut:]])
 
 

@@ -67,40 +67,24 @@ class _InProcess:
 
     def answer(self, question: _Question) -> tuple[Book, str] | None:
         """What transformers says, in this process."""
-        return self.book(
-            question.model,
-            question.keys,
-            question.shapes,
-            question.classes,
-            adapter=question.adapter,
-        )
-
-    def book(
-        self,
-        model: ModelConfig,
-        keys: Sequence[str],
-        shapes: Mapping[str, tuple[int, ...]],
-        classes: Sequence[str],
-        *,
-        adapter: bool,
-    ) -> tuple[Book, str] | None:
         import transformers
 
-        config = self._config(model)
+        config = self._config(question.model)
         if config is None:
             return None
         imported, most = None, -1
-        for name in self._classes(config, classes):
-            candidate = self._imported(model, config, name)
-            count = sum(candidate.lands(keys))
+        for name in self._classes(config, question.classes):
+            candidate = self._imported(question.model, config, name)
+            count = sum(candidate.lands(question.keys))
             if count > most:
                 imported, most = candidate, count
-            if count == len(keys):
+            if count == len(question.keys):
                 break
         if imported is None:
             return None
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
-        return imported.book(keys, shapes, adapter=adapter), told
+        book = imported.book(question.keys, question.shapes, adapter=question.adapter)
+        return book, told
 
     def _config(self, model: ModelConfig) -> Any:
         from transformers import CONFIG_MAPPING, AutoConfig

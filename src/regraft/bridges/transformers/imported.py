@@ -83,36 +83,38 @@ class Imported:
 
     def rename(self, keys: Sequence[str]) -> list[str | None]:
         """The model's key for each old or new key; of a split tensor the first part, ``None`` where none lands."""
-        result: list[str | None] = [None] * len(keys)
-        for rows, landed in self.landings(keys):
-            if landed is not None:
-                for row, number in enumerate(rows.ids.tolist()):
-                    result[number] = put(landed.key, rows.numbers[row].tolist())
-        return result
+        found = self._spread(keys, lambda rows, landed: (landed.key,))
+        return [new[0] if new else None for new in found]
 
     def targets(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """All keys of the model that each old or new key gives something to."""
-        result: list[tuple[str, ...]] = [()] * len(keys)
-        for rows, landed in self.landings(keys):
-            if landed is None:
-                continue
+
+        def texts(rows: Rows, landed: Renamed) -> tuple[str, ...]:
             split = self.renamer.split(landed.key) if landed.hit is not None else None
-            texts = (landed.key,) if split is None else split.targets
-            for row, number in enumerate(rows.ids.tolist()):
-                numbers = rows.numbers[row].tolist()
-                result[number] = tuple(put(text, numbers) for text in texts)
-        return result
+            return (landed.key,) if split is None else split.targets
+
+        return self._spread(keys, texts)
 
     def as_own(self, keys: Sequence[str]) -> list[str | None]:
         """Each key that is spelled as the model spells it, but for the base model's prefix; ``None`` for old ones."""
-        result: list[str | None] = [None] * len(keys)
         base = f"{self.base}." if self.base else ""
+
+        def texts(rows: Rows, landed: Renamed) -> tuple[str, ...]:
+            same = landed.key in (rows.text, base + rows.text) or base + landed.key == rows.text
+            return (landed.key,) if same and landed.hit is None else ()
+
+        return [new[0] if new else None for new in self._spread(keys, texts)]
+
+    def _spread(
+        self, keys: Sequence[str], texts: Callable[[Rows, Renamed], tuple[str, ...]]
+    ) -> list[tuple[str, ...]]:
+        """For each key what is made of its template, with its own numbers; nothing where none lands."""
+        result: list[tuple[str, ...]] = [()] * len(keys)
         for rows, landed in self.landings(keys):
-            if landed is None or landed.hit is not None:
-                continue
-            if landed.key in (rows.text, base + rows.text) or base + landed.key == rows.text:
-                for row, number in enumerate(rows.ids.tolist()):
-                    result[number] = put(landed.key, rows.numbers[row].tolist())
+            made = () if landed is None else texts(rows, landed)
+            if made:
+                for number, row in zip(rows.ids.tolist(), rows.numbers.tolist(), strict=True):
+                    result[number] = tuple(put(text, row) for text in made)
         return result
 
     @cached_property
@@ -162,7 +164,12 @@ class Imported:
 
     def lands(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key, in an old spelling or the new one, is one of the model's."""
-        return [new is not None for new in self.rename(keys)]
+        result = [False] * len(keys)
+        for rows, landed in self.landings(keys):
+            if landed is not None:
+                for number in rows.ids.tolist():
+                    result[number] = True
+        return result
 
     def book(
         self,
@@ -206,10 +213,15 @@ class Imported:
         judge: Callable[[str], Outcome],
         place: Callable[[Outcome, Sequence[int]], Outcome],
     ) -> Iterator[tuple[Rows, Outcome]]:
-        spelled = digits_spelled(self.scopes.all())
-        each = has_single_digits(self.scopes.all())
+        spelled, each = self._digits
         for rows in table:
             yield from outcomes(rows, judge, place, spelled, each)
+
+    @cached_property
+    def _digits(self) -> tuple[frozenset[int], bool]:
+        """The numbers that patterns spell out, and whether one looks at single digits."""
+        transforms = self.scopes.all()
+        return digits_spelled(transforms), has_single_digits(transforms)
 
     def _undo(self, key: str) -> Origin:
         split = self.renamer.split(key)

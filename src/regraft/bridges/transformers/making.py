@@ -21,6 +21,7 @@ from regraft.bridges.transformers.symbolic import (
     divide,
     holes,
     put,
+    rewrite,
     rows_of,
     stand_in,
 )
@@ -93,6 +94,7 @@ class _Maker:
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
     gaps: list[Gap] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    carries_made: list[Carry] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -179,7 +181,7 @@ class _Maker:
             else:
                 fixed.append((place, int(segment)))
             text.append(stand_in(place))
-        old = re.sub(r"97(\d\d)79", lambda m: places[int(m[1])], rows.text)
+        old = rewrite(rows.text, places.__getitem__)
         self.told.setdefault((".".join(text), source), []).append(Told(old, tuple(fixed)))
 
     def add(self, rows: Rows, origin: Origin, shift: int) -> None:
@@ -380,8 +382,6 @@ class _Maker:
         equation = parse_equation(text)
         self.carries_made.append(Carry(equation.left[0], equation, why, kind, self.name))
 
-    carries_made: list[Carry] = field(default_factory=list)
-
     def _bounds(self, rows: Rows) -> list[str]:
         return [
             f"{_loop(c)} < {int(rows.numbers[:, c].max()) + 1}"
@@ -445,7 +445,7 @@ class _Maker:
 
 
 def _plain_template(text: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", text)
+    return _SEGMENT.sub("#", text)
 
 
 def _loop(column: int) -> str:
@@ -453,9 +453,7 @@ def _loop(column: int) -> str:
 
 
 def _fix(text: str, values: Mapping[int, int]) -> str:
-    for column, value in values.items():
-        text = text.replace(stand_in(column), str(value))
-    return text
+    return rewrite(text, lambda c: str(values[c]) if c in values else stand_in(c))
 
 
 def _stack(key: str, index: str) -> str:

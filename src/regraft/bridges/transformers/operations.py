@@ -24,6 +24,13 @@ class UnknownOperationError(Exception):
 class Chain:
     """The equation of a converter while it is made."""
 
+    patterns: tuple[Sequence[str], Sequence[str]]
+    """The converter's own, of its sources and of its targets."""
+    shapes: Sequence[Sequence[int]]
+    """Those of the targets."""
+    config: Any
+    turned: bool
+    """Whether a transpose that looks at the shapes acts."""
     sources: list[list[str]] = field(default_factory=list)
     """The axes of each source's dims, as they begin."""
     targets: list[list[Dim]] = field(default_factory=list)
@@ -118,7 +125,7 @@ def run(
 
     Raises ``UnknownOperationError``.
     """
-    chain = Chain()
+    chain = Chain((sources, targets), shapes, config, turned)
     dims = len(shapes[0])
     for operation in operations:
         kind = type(operation).__name__
@@ -134,9 +141,7 @@ def run(
         step = _STEPS.get(type(operation).__name__)
         if step is None:
             raise UnknownOperationError(f"no equation is known for {type(operation).__name__}")
-        cut = len(tensors) != len(sources)
-        names = list(targets if cut else sources)
-        tensors = step(chain, operation, tensors, names, shapes, config, turned)
+        tensors = step(chain, operation, tensors)
     if len(tensors) != len(shapes):
         raise UnknownOperationError(f"it makes {len(tensors)} tensors for {len(shapes)} targets")
     chain.targets = tensors
@@ -146,133 +151,94 @@ def run(
 Tensors = list[list[Dim]]
 
 
-def _merge(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _with(tensor: list[Dim], at: int, dim: Dim) -> list[Dim]:
+    """A tensor's dims with another one in a place."""
+    return [*tensor[:at], dim, *tensor[at + 1 :]]
+
+
+def _pieces(chain: Chain, tensors: Tensors, at: int) -> list[Dim]:
+    """What tensors have in the dim in which they are joined; their other dims are one."""
+    for other in tensors[1:]:
+        for place, (one, two) in enumerate(zip(tensors[0], other, strict=True)):
+            if place != at:
+                chain.same(one, two)
+    return [chain.settle(tensor[at]) for tensor in tensors]
+
+
+def _merge(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     first = tensors[0]
     for other in tensors[1:]:
         if len(other) != len(first):
             raise UnknownOperationError("stacked tensors differ in dims")
     axis = "e"
     chain.index = axis
-    chain.where["e"] = str(shapes[0][op.dim])
+    chain.where["e"] = str(chain.shapes[0][op.dim])
     return [[*t[: op.dim], axis, *t[op.dim :]] for t in tensors]
 
 
-def _concatenate(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _concatenate(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     at = op.dim % len(tensors[0])
     if getattr(op, "num_shards_attribute", None) is not None:
         chain.index = "s"
-        text = config.get_text_config()
+        text = chain.config.get_text_config()
         chain.where["s"] = str(getattr(text, op.num_shards_attribute))
         (tensor,) = tensors
-        return [[*tensor[:at], ["*", "s", tensor[at]], *tensor[at + 1 :]]]
-    first = tensors[0]
-    for other in tensors[1:]:
-        for place, (one, two) in enumerate(zip(first, other, strict=True)):
-            if place != at:
-                chain.same(one, two)
-    pieces = [chain.settle(t[at]) for t in tensors]
+        return [_with(tensor, at, ["*", "s", tensor[at]])]
+    pieces = _pieces(chain, tensors, at)
     lone = [p for p in pieces if isinstance(p, str)]
     if len(lone) == len(pieces):
         for piece in lone[1:]:
             chain.where[piece] = lone[0]
-    return [[*first[:at], ["+", *pieces], *first[at + 1 :]]] if len(pieces) > 1 else [first]
+    return [_with(tensors[0], at, ["+", *pieces])] if len(pieces) > 1 else [tensors[0]]
 
 
-def _chunk(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _chunk(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     if getattr(op, "num_shards_attribute", None) is not None:
         raise UnknownOperationError("a chunk into a number of parts that the config tells")
     (tensor,) = tensors
     at = op.dim % len(tensor)
-    count = len(shapes)
+    count = len(chain.shapes)
     dim = chain.settle(tensor[at])
     if isinstance(dim, list) and dim[0] == "*" and chain.where.get(str(dim[1])) == str(count):
         tags = [chain.axis("k") for _ in range(count)]
         del chain.where[str(dim[1])]
         chain.made[str(dim[1])] = ["+", *tags]
         chain.where.update(dict.fromkeys(tags, "1"))
-        return [[*tensor[:at], ["*", tag, *dim[2:]], *tensor[at + 1 :]] for tag in tags]
+        return [_with(tensor, at, ["*", tag, *dim[2:]]) for tag in tags]
     axis = chain.open(dim)
     parts = [chain.axis("p") for _ in range(count)]
     chain.made[axis] = ["+", *parts]
-    for part, shape in zip(parts, shapes, strict=True):
+    for part, shape in zip(parts, chain.shapes, strict=True):
         if part != parts[0]:
             chain.where[part] = parts[0]
-        if shape[at] != shapes[0][at]:
+        if shape[at] != chain.shapes[0][at]:
             raise UnknownOperationError("its equal parts have targets of different sizes")
-    return [[*tensor[:at], part, *tensor[at + 1 :]] for part in parts]
+    return [_with(tensor, at, part) for part in parts]
 
 
-def _split(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _split(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     (tensor,) = tensors
     at = op.dim % len(tensor)
-    parts = [chain.axis("p") for _ in shapes]
+    parts = [chain.axis("p") for _ in chain.shapes]
     chain.made[chain.open(tensor[at])] = ["+", *parts]
-    for part, shape in zip(parts, shapes, strict=True):
+    for part, shape in zip(parts, chain.shapes, strict=True):
         chain.where[part] = str(shape[at])
-    return [[*tensor[:at], part, *tensor[at + 1 :]] for part in parts]
+    return [_with(tensor, at, part) for part in parts]
 
 
-def _interleave(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _interleave(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     (tensor,) = tensors
     at = op.dim % len(tensor)
     axis, n, two = chain.open(tensor[at]), chain.axis("n"), chain.axis("t")
     chain.where[two] = "2"
     pair: tuple[Dim, Dim] = (["*", n, two], ["*", two, n])
     chain.made[axis], made = pair[::-1] if op.inverse else pair
-    return [[*tensor[:at], made, *tensor[at + 1 :]]]
+    return [_with(tensor, at, made)]
 
 
-def _transpose(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _transpose(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     (tensor,) = tensors
-    if op.check_dims and not turned:
+    if op.check_dims and not chain.turned:
         return tensors
     result = list(tensor)
     result[op.dim0], result[op.dim1] = result[op.dim1], result[op.dim0]
@@ -280,33 +246,19 @@ def _transpose(
     return [result]
 
 
-def _flatten(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _flatten(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     (tensor,) = tensors
     for axis, size in zip(tensor[1:], (op.in_channels, *op.kernel_size), strict=True):
         chain.where[str(axis)] = str(size)
     return [[tensor[0], ["*", *tensor[1:]]]]
 
 
-def _permute(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
+def _permute(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
     named = op.permute_layer_names
+    config, shapes = chain.config, chain.shapes
     part = getattr(config, op.subconfig_key, config) if op.subconfig_key is not None else config
     heads = getattr(part, "num_attention_heads", 1)
+    names = chain.patterns[len(tensors) != len(chain.sources)]
     seen = names if len(names) == len(tensors) else [""] * len(tensors)
     result: Tensors = []
     for number, (name, tensor) in enumerate(zip(seen, tensors, strict=True)):
@@ -325,33 +277,20 @@ def _permute(
     return result
 
 
-def _ernie(
-    chain: Chain,
-    op: Any,
-    tensors: Tensors,
-    names: list[str],
-    shapes: Any,
-    config: Any,
-    turned: bool,
-) -> Tensors:
-    rest = {tuple(s for d, s in enumerate(shape) if d != op.stack_dim) for shape in shapes}
+def _ernie(chain: Chain, op: Any, tensors: Tensors) -> Tensors:
+    rest = {tuple(s for d, s in enumerate(shape) if d != op.stack_dim) for shape in chain.shapes}
     if len(rest) > 1:
         raise UnknownOperationError("its experts for text and for vision have different sizes")
-    kinds = [chain.axis("e") for _ in shapes]
-    for kind, shape in zip(kinds, shapes, strict=True):
+    kinds = [chain.axis("e") for _ in chain.shapes]
+    for kind, shape in zip(kinds, chain.shapes, strict=True):
         chain.where[kind] = str(shape[op.stack_dim])
     chain.index = ["+", *kinds]
-    first = tensors[0]
     at = op.concat_dim - (op.concat_dim > op.stack_dim)
-    for other in tensors[1:]:
-        for place, (one, two) in enumerate(zip(first, other, strict=True)):
-            if place != at:
-                chain.same(one, two)
-    pieces: list[Dim] = [chain.settle(t[at]) for t in tensors]
+    pieces = _pieces(chain, tensors, at)
     for piece in pieces[1:]:
         chain.where[str(piece)] = str(pieces[0])
     fused: Dim = ["+", *pieces] if len(pieces) > 1 else pieces[0]
-    body = [*first[:at], fused, *first[at + 1 :]]
+    body = _with(tensors[0], at, fused)
     return [[*body[: op.stack_dim], kind, *body[op.stack_dim :]] for kind in kinds]
 
 

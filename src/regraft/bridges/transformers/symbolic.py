@@ -13,12 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from regraft.names.keys import MARK, Group, Ints, fill, group_names
+from regraft.names.keys import MARK, Group, Ints, group_names
 
 _STAND_IN = re.compile(r"97(\d\d)79")
 _INDEX = re.compile(rf"(?<![^.]){MARK}(?![^.])")
-INNER = "97999"
-"""Stands for the index of a stacked tensor."""
 
 Outcome = TypeVar("Outcome")
 
@@ -59,10 +57,15 @@ class Rows:
         )
 
 
+def rewrite(text: str, write: Callable[[int], str]) -> str:
+    """Something else in place of each stand-in."""
+    return _STAND_IN.sub(lambda m: write(int(m[1])), text)
+
+
 def put(text: str, numbers: Sequence[int]) -> str:
     """Numbers in place of stand-ins; those for which there is none stay."""
     last = len(numbers)
-    return _STAND_IN.sub(lambda m: str(numbers[int(m[1])]) if int(m[1]) < last else m[0], text)
+    return rewrite(text, lambda c: str(numbers[c]) if c < last else stand_in(c))
 
 
 def columns_of(text: str) -> list[int]:
@@ -72,7 +75,7 @@ def columns_of(text: str) -> list[int]:
 
 def holes(text: str, name: Callable[[int], str]) -> str:
     """A key in the notation."""
-    return _STAND_IN.sub(lambda m: "{" + name(int(m[1])) + "}", text)
+    return rewrite(text, lambda column: "{" + name(column) + "}")
 
 
 def rows_of(keys: Iterable[str]) -> list[Rows]:
@@ -149,6 +152,3 @@ def divide(rows: Rows, sort: Callable[[Rows], Sequence[object]]) -> Iterator[Row
         return
     for value in np.unique(rows.numbers[:, best[1]]).tolist():
         yield from divide(rows.fix(best[1], value), sort)
-
-
-__all__ = ["MARK", "Rows", "divide", "fill", "holes", "outcomes", "put", "rows_of", "stand_in"]
