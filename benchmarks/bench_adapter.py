@@ -24,7 +24,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 from regraft.adapters.convert import convert_adapter  # noqa: E402
 from regraft.adapters.source import Source  # noqa: E402
 from regraft.layouts import parse_layout  # noqa: E402
-from regraft.plan.model import ModelConfig  # noqa: E402
+from regraft.planning.model import ModelConfig  # noqa: E402
 
 LAYERS, EXPERTS = 48, 128
 HIDDEN, INTERMEDIATE, RANK = 64, 32, 8

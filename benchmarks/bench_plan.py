@@ -28,9 +28,9 @@ from transformers.core_model_loading import (  # noqa: E402
 )
 
 from regraft.names.keys import group_names  # noqa: E402
-from regraft.plan.build import build_plan  # noqa: E402
-from regraft.plan.model import ModelConfig  # noqa: E402
-from regraft.plan.plan import Headers, Plan  # noqa: E402
+from regraft.planning.build import build_plan  # noqa: E402
+from regraft.planning.model import ModelConfig  # noqa: E402
+from regraft.planning.plan import Headers, Plan  # noqa: E402
 from regraft.rules.book import library  # noqa: E402
 
 LAYERS, DENSE_LAYERS, EXPERTS = 61, 3, 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from regraft.reports.schema import DOCUMENTS, schema_of
+from regraft.views.schema import DOCUMENTS, schema_of
 
 HEAD = """\
 # What `--json` prints

@@ -3,9 +3,9 @@
 import numpy as np
 
 from regraft.names.keys import group_names
-from regraft.plan.build import build_plan
-from regraft.plan.model import Scope
-from regraft.plan.plan import Headers
+from regraft.planning.build import build_plan
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers
 from regraft.rules.book import load_book
 
 HEAD = """name = "test"

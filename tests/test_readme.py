@@ -8,7 +8,7 @@ import pytest
 from making import same_bits
 
 import regraft
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTER = GOLDEN / "cases/mixtral__gud_attn"

@@ -47,7 +47,7 @@ def test_site(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
-    for name in ("regraft.convert", "regraft.errors.Finding", "regraft.reports.model.Page"):
+    for name in ("regraft.convert", "regraft.errors.Finding", "regraft.views.model.Page"):
         assert f'id="{name}"' in reference, name
     for page in tmp_path.rglob("*.html"):
         loaded = re.findall(

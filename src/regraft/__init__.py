@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from regraft.api import convert, inspect
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
+    from regraft.explaining.explain import explain
+    from regraft.learning.diff import diff
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
-    from regraft.why.diff import diff
-    from regraft.why.explain import explain
 
 __version__ = "0.1.0.dev0"
 
@@ -61,8 +61,8 @@ _LAZY = {
     "Report": "regraft.report",
     "convert_state_dict": "regraft.live.state_dict",
     "mapping": "regraft.live.mapping",
-    "diff": "regraft.why.diff",
-    "explain": "regraft.why.explain",
+    "diff": "regraft.learning.diff",
+    "explain": "regraft.explaining.explain",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
 }

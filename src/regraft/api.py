@@ -29,12 +29,12 @@ from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
-from regraft.files.folder import check_destination, copy_file, staged_folder
-from regraft.files.stamp import Stamp
 from regraft.layouts import LAYOUTS, Layout, parse_layout
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 from regraft.report import Report
 from regraft.rules.book import own_layouts
+from regraft.storage.folder import check_destination, copy_file, staged_folder
+from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspection
@@ -232,7 +232,7 @@ def _merge(
     progress: Progress | None,
     foreign: InstalledTransformers,
 ) -> Report:
-    from regraft.merge import merge_adapter
+    from regraft.merging import merge_adapter
 
     if model is None or len(found.folders) != 1:
         raise BadInputError(

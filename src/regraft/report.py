@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.adapters.peft_config import Scale
-    from regraft.plan.plan import Headers, Plan
+    from regraft.planning.plan import Headers, Plan
 
 
 @dataclass(frozen=True, slots=True)

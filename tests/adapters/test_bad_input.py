@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import regraft
-from regraft.files.safetensors import open_tensors, read_header, write_tensors
+from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BASE = GOLDEN / "bases/mixtral"

@@ -20,10 +20,10 @@ from regraft.adapters.ranks import Options
 from regraft.adapters.source import Source
 from regraft.arrays.apply import apply_plan
 from regraft.errors import RefusedError
-from regraft.files.safetensors import write_tensors
 from regraft.layouts import parse_layout
-from regraft.plan.build import build_plan
-from regraft.plan.model import ModelConfig
+from regraft.planning.build import build_plan
+from regraft.planning.model import ModelConfig
+from regraft.storage.safetensors import write_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import families_page

@@ -11,7 +11,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.ranks import Options
 from regraft.adapters.source import Source
 from regraft.layouts import parse_layout
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 
 torch = families.torch
 

@@ -14,7 +14,7 @@ import pytest
 from making import same_bits
 
 import regraft
-from regraft.files.safetensors import open_tensors, read_header
+from regraft.storage.safetensors import open_tensors, read_header
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())

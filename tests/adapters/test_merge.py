@@ -7,7 +7,7 @@ from test_golden import GOLDEN, INDEX, adapter_of, base_of, outputs
 
 import regraft
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ from regraft.adapters.ranks import Options
 from regraft.adapters.source import Source
 from regraft.errors import RefusedError, UnmatchedKeysError
 from regraft.layouts import parse_layout
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ from regraft.adapters.peft_config import Scale
 from regraft.adapters.ranks import Options, compact, cut, make_uniform
 from regraft.adapters.verify import verify_adapters
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 

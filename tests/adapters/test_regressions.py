@@ -9,7 +9,7 @@ import pytest
 from making import same_bits
 
 import regraft
-from regraft.files.safetensors import open_tensors, read_header, write_tensors
+from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
 BASES = Path(__file__).parent.parent / "golden/bases"
 PREFIX = "base_model.model."

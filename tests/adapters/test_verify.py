@@ -11,7 +11,7 @@ import regraft
 import regraft.api
 from regraft.adapters.verify import verify_adapters
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors, write_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 

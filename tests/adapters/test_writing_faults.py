@@ -13,7 +13,7 @@ import regraft
 from regraft import api
 from regraft.adapters import saving
 from regraft.errors import BadInputError
-from regraft.files.work import open_work, work_folder
+from regraft.storage.work import open_work, work_folder
 
 CASE = Path(__file__).parents[1] / "golden" / "cases" / "mixtral__gud_attn"
 V5 = "transformers-v5"

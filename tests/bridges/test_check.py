@@ -1,4 +1,4 @@
-"""`regraft.why.check`: what it predicts is what happens."""
+"""`regraft.checking.check`: what it predicts is what happens."""
 
 import json
 import shlex
@@ -22,9 +22,9 @@ from golden_models import (  # noqa: E402
 import regraft  # noqa: E402
 from regraft.bridges.helper import Helper  # noqa: E402
 from regraft.bridges.peft.trial import StockPeft  # noqa: E402
+from regraft.checking.check import check  # noqa: E402
 from regraft.cli import main  # noqa: E402
-from regraft.files.safetensors import open_tensors, write_tensors  # noqa: E402
-from regraft.why.check import check  # noqa: E402
+from regraft.storage.safetensors import open_tensors, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -21,9 +21,9 @@ from regraft.bridges.transformers.operations import (  # noqa: E402
 from regraft.equation.lower import check_equation  # noqa: E402
 from regraft.equation.notation import parse_equation  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
-from regraft.plan.build import build_plan  # noqa: E402
-from regraft.plan.model import Scope  # noqa: E402
-from regraft.plan.plan import Headers  # noqa: E402
+from regraft.planning.build import build_plan  # noqa: E402
+from regraft.planning.model import Scope  # noqa: E402
+from regraft.planning.plan import Headers  # noqa: E402
 from regraft.rules.book import Book, Rule  # noqa: E402
 
 SIZES = st.integers(1, 4)

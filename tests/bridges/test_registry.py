@@ -24,12 +24,12 @@ from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.bridges.transformers import registry  # noqa: E402
 from regraft.bridges.transformers.imported import import_model  # noqa: E402
 from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError  # noqa: E402
-from regraft.files.safetensors import open_tensors, write_tensors  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.names.live import skeleton_of  # noqa: E402
-from regraft.plan.build import build_plan  # noqa: E402
-from regraft.plan.model import Scope  # noqa: E402
-from regraft.plan.plan import Headers  # noqa: E402
+from regraft.planning.build import build_plan  # noqa: E402
+from regraft.planning.model import Scope  # noqa: E402
+from regraft.planning.plan import Headers  # noqa: E402
+from regraft.storage.safetensors import open_tensors, write_tensors  # noqa: E402
 
 OLD, NEW = "transformers-v4", "transformers-v5"
 TINY = MixtralConfig(

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from regraft.files.safetensors import write_tensors
+from regraft.storage.safetensors import write_tensors
 
 HIDDEN, INNER, EXPERTS, LAYERS = 8, 6, 3, 2
 MIXTRAL = {

@@ -7,7 +7,7 @@ from checkpoints.models import MIXTRAL, mixtral, write_folder
 import regraft
 from regraft.checkpoints.verify import verify
 from regraft.errors import UnmatchedKeysError
-from regraft.files.safetensors import open_tensors, read_header
+from regraft.storage.safetensors import open_tensors, read_header
 
 V4, V5 = "transformers-v4", "transformers-v5"
 OLD = "model.layers.{}.block_sparse_moe."

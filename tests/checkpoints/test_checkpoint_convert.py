@@ -15,8 +15,8 @@ from regraft.checkpoints.prepare import prepare
 from regraft.checkpoints.source import open_checkpoint
 from regraft.checkpoints.verify import verify
 from regraft.errors import AmbiguousError, BadInputError, RefusedError, UnmatchedKeysError
-from regraft.files.safetensors import open_tensors, read_header, write_tensors
 from regraft.report import Report
+from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 BASES = sorted((Path(__file__).parents[1] / "golden" / "bases").iterdir())

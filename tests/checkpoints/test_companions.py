@@ -10,7 +10,7 @@ from checkpoints.models import MIXTRAL, mixtral, write_folder
 import regraft
 from regraft.checkpoints.verify import verify
 from regraft.errors import RefusedError
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 CONFIG = {

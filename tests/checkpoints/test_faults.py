@@ -17,7 +17,7 @@ import regraft
 from regraft.checkpoints import convert as convert_module
 from regraft.checkpoints import engine, tiles, units
 from regraft.errors import BadInputError
-from regraft.files import work
+from regraft.storage import work
 
 V4, V5 = "transformers-v4", "transformers-v5"
 

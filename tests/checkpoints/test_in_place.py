@@ -13,7 +13,7 @@ from regraft.checkpoints import in_place
 from regraft.checkpoints.source import open_checkpoint
 from regraft.checkpoints.verify import verify
 from regraft.errors import BadInputError, RefusedError
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 GRANITE = {
     "model_type": "granitemoe",

@@ -10,8 +10,8 @@ import pytest
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.inspect import inspect_checkpoint
 from regraft.cli import main
-from regraft.files.safetensors import write_tensors
-from regraft.reports.schema import schema_of
+from regraft.storage.safetensors import write_tensors
+from regraft.views.schema import schema_of
 
 BASE = Path(__file__).parents[1] / "golden/bases/mixtral"
 

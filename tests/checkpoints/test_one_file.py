@@ -11,8 +11,8 @@ from regraft.checkpoints import engine, units
 from regraft.checkpoints.verify import verify
 from regraft.cli import main
 from regraft.errors import BadInputError
-from regraft.files import work
-from regraft.files.safetensors import open_tensors, read_header
+from regraft.storage import work
+from regraft.storage.safetensors import open_tensors, read_header
 
 V4, V5 = "transformers-v4", "transformers-v5"
 

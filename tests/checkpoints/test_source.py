@@ -13,7 +13,7 @@ from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.checkpoints.torch_zip import read_zip
 from regraft.checkpoints.verify import verify
 from regraft.errors import BadInputError
-from regraft.files.safetensors import open_tensors, write_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 INDEX = "model.safetensors.index.json"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import regraft
-from regraft.files.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors
 
 pytest.importorskip("transformers", minversion="5.4")
 

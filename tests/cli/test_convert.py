@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors, write_tensors
 from regraft.layouts import LAYOUTS
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = GOLDEN / "cases" / "mixtral__gud_attn"

@@ -9,7 +9,7 @@ import pytest
 
 from regraft.api import inspect
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors, write_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text())

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
-from regraft.files.safetensors import open_tensors
 from regraft.rules.book import library, load_book
-from regraft.rules.lint import lint_book
+from regraft.rules.lint.book import lint_book
+from regraft.storage.safetensors import open_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASES = sorted(path for path in (GOLDEN / "bases").iterdir())
@@ -134,7 +134,7 @@ def test_every_finding_on_transformers_is_confirmed():
     pytest.importorskip("transformers", minversion="5.4")
     from regraft.bridges.transformers.linted import renames_of
     from regraft.bridges.transformers.registry import entries
-    from regraft.rules.lint_renames import apply_all, lint_renames
+    from regraft.rules.lint.renames import apply_all, lint_renames
 
     checked = 0
     for entry in entries():

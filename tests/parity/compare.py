@@ -15,9 +15,9 @@ from regraft.bridges.transformers.imported import import_model
 from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.names.live import skeleton_of
-from regraft.plan.build import build_plan
-from regraft.plan.model import Scope
-from regraft.plan.plan import Headers
+from regraft.planning.build import build_plan
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers
 
 OLD, NEW = "transformers-v4", "transformers-v5"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.rules.lint_renames import Rename, apply_all, example_of, lint_renames
+from regraft.rules.lint.renames import Rename, apply_all, example_of, lint_renames
 
 
 def renames(*pairs):

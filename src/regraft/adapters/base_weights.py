@@ -13,13 +13,13 @@ import numpy.typing as npt
 from regraft.adapters.detect import Known
 from regraft.adapters.factors import Array
 from regraft.arrays.apply import apply_plan
-from regraft.files.checkpoint import Checkpoint
 from regraft.names.keys import group_names
-from regraft.plan.build import build_plan
-from regraft.plan.model import Weights
-from regraft.plan.plan import Entry, Headers, Plan
+from regraft.planning.build import build_plan
+from regraft.planning.model import Weights
+from regraft.planning.plan import Entry, Headers, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.templates import match_group
+from regraft.storage.checkpoint import Checkpoint
 
 
 class _Lazy:

@@ -38,8 +38,8 @@ from regraft.adapters.variants import reclaimed_names
 from regraft.adapters.writing import ConfigWriter, Result
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import group_names
-from regraft.plan.model import ModelConfig
-from regraft.plan.plan import Plan
+from regraft.planning.model import ModelConfig
+from regraft.planning.plan import Plan
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"

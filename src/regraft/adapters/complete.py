@@ -10,8 +10,8 @@ import numpy as np
 from regraft.adapters.peft_config import targets_module
 from regraft.adapters.scan import PREFIX
 from regraft.errors import BadInputError, Finding
-from regraft.plan.build import Guess
-from regraft.plan.plan import Plan
+from regraft.planning.build import Guess
+from regraft.planning.plan import Plan
 from regraft.rules.book import Rule
 
 

@@ -59,9 +59,9 @@ from regraft.errors import (
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.names.keys import group_names
-from regraft.plan.build import build_plan
-from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Headers, Plan
+from regraft.planning.build import build_plan
+from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.plan import Headers, Plan
 from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 

@@ -12,12 +12,12 @@ from regraft.adapters.scan import Scan
 from regraft.adapters.source import Source
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
-from regraft.files.folder import load_json
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
-from regraft.plan.model import Foreign, ModelConfig, Scope
+from regraft.planning.model import Foreign, ModelConfig, Scope
 from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
+from regraft.storage.folder import load_json
 
 
 def load_model(path: Path | str) -> ModelConfig:

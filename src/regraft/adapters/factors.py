@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from regraft.adapters.peft_config import Scale
 from regraft.names.keys import Group
-from regraft.plan.plan import Headers
+from regraft.planning.plan import Headers
 
 Array = npt.NDArray[Any]
 

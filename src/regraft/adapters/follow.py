@@ -18,7 +18,7 @@ from regraft.adapters.image import Block, blocks_of
 from regraft.adapters.peft_config import Scale
 from regraft.adapters.tuned import TunedModules
 from regraft.names.keys import Group, Ints
-from regraft.plan.plan import Entry, Plan
+from regraft.planning.plan import Entry, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
 
 WeightOf = Callable[[str, str], Wide | None]

@@ -24,7 +24,7 @@ from regraft.adapters.record import Part, Record
 from regraft.equation.lower import Copy, CopyAxis
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
-from regraft.plan.plan import Entry, walk
+from regraft.planning.plan import Entry, walk
 from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT
 
 _DTYPE = attrgetter("dtype")

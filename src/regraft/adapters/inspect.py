@@ -24,7 +24,7 @@ from regraft.adapters.source import Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import Pattern, group_alike
-from regraft.plan.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig
 from regraft.rules.book import Book
 
 

@@ -23,8 +23,8 @@ from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_key
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group
-from regraft.plan.build import build_plan
-from regraft.plan.plan import Headers, Plan
+from regraft.planning.build import build_plan
+from regraft.planning.plan import Headers, Plan
 from regraft.rules.templates import match_group
 
 TOKENS = ".token_adapter.trainable_tokens_delta"

@@ -25,8 +25,8 @@ from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.layouts import PACKINGS
 from regraft.names.keys import MARK, Group
-from regraft.plan.model import Scope
-from regraft.plan.plan import Headers
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers
 from regraft.rules.book import Book, Rule
 from regraft.rules.kinds import KINDS
 from regraft.rules.templates import match_group

@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.adapters.peft_config import Number, Scale
 from regraft.names.keys import MARK, fill
-from regraft.plan.plan import Headers
+from regraft.planning.plan import Headers
 
 _MOST = 1 << 20
 

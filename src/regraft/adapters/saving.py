@@ -7,8 +7,8 @@ from pathlib import Path
 
 from regraft.adapters.convert import Converted
 from regraft.adapters.source import ASIDE, CONFIG, WEIGHTS, Source
-from regraft.files.folder import copy_file
-from regraft.files.safetensors import write_tensors
+from regraft.storage.folder import copy_file
+from regraft.storage.safetensors import write_tensors
 
 
 def save_adapter(folder: Path, source: Source, result: Converted) -> None:

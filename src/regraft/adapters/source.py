@@ -10,8 +10,8 @@ from regraft.adapters.config_check import check_fields
 from regraft.adapters.factors import Array
 from regraft.adapters.remembered import Remembered, read_remembered
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.files.folder import load_json
-from regraft.files.safetensors import open_tensors, read_header
+from regraft.storage.folder import load_json
+from regraft.storage.safetensors import open_tensors, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -142,7 +142,7 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
                 )
             )
         elif file.suffix == ".bin":
-            from regraft.files.bin import open_bin
+            from regraft.storage.bin import open_bin
 
             tensors = open_bin(file)
         else:

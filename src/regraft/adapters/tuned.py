@@ -19,8 +19,8 @@ from regraft.equation.notation import ConfigPath, Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group, Ints
-from regraft.plan.model import Scope
-from regraft.plan.plan import Headers
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.templates import match_group
 

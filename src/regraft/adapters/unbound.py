@@ -14,7 +14,7 @@ from regraft.adapters.peft_config import ALL_LINEAR, targets_module
 from regraft.adapters.source import Source
 from regraft.equation.notation import Term
 from regraft.errors import Finding, RefusedError, UnmatchedKeysError
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book, Rule, library
 
 _PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")

@@ -33,9 +33,9 @@ from regraft.arrays.apply import apply_plan
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
 from regraft.names.keys import group_names
-from regraft.plan.build import build_plan
-from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Entry, Headers
+from regraft.planning.build import build_plan
+from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.plan import Entry, Headers
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
 TOLERANCE = 1e-5

@@ -20,7 +20,7 @@ from regraft.adapters.scan import PREFIX
 from regraft.errors import Finding, RefusedError
 from regraft.layouts import SINCE
 from regraft.names.keys import Group, fill_rows
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 from regraft.rules.kinds import KINDS
 
 PEFT_VERSION = {"peft-0.18": "0.18.1", SINCE: "0.19.0"}

@@ -10,7 +10,7 @@ import numpy as np
 from regraft.arrays.move import move
 from regraft.equation.lower import Copy, Nest, nest_of, strides_of
 from regraft.errors import BadInputError, Finding
-from regraft.plan.plan import Entry, Plan, walk
+from regraft.planning.plan import Entry, Plan, walk
 
 
 def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from regraft.checkpoints.moves import Moves, is_whole
 from regraft.checkpoints.source import Source, Tensors
 from regraft.names.keys import Group, Ints
-from regraft.plan.plan import Plan
+from regraft.planning.plan import Plan
 
 
 def find_aliases(source: Source) -> dict[str, int]:

@@ -25,7 +25,7 @@ from regraft.equation.lower import lower
 from regraft.equation.notation import Axis, Expr, Sum, axes_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints, group_names
-from regraft.plan.plan import Entry, Headers, Plan
+from regraft.planning.plan import Entry, Headers, Plan
 
 _GRID = ("_scale_inv", "_scale")
 _SINGLE = ("_scale_2", "_input_scale")

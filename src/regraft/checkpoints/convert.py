@@ -15,11 +15,11 @@ from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX
 from regraft.checkpoints.units import Cutter
 from regraft.errors import BadInputError, Finding
-from regraft.files.folder import check_destination, copy_file
-from regraft.files.safetensors import sync_path
-from regraft.files.work import Work, cannot_write, open_work, write_file
-from regraft.plan.model import Foreign
+from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport, show_size
+from regraft.storage.folder import check_destination, copy_file
+from regraft.storage.safetensors import sync_path
+from regraft.storage.work import Work, cannot_write, open_work, write_file
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]

@@ -10,9 +10,9 @@ from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
 from regraft.names.keys import Group
-from regraft.plan.build import build_plan
-from regraft.plan.model import Foreign, ModelConfig, Scope
-from regraft.plan.plan import Headers, Plan
+from regraft.planning.build import build_plan
+from regraft.planning.model import Foreign, ModelConfig, Scope
+from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.templates import match_group
 

@@ -20,8 +20,8 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import File
 from regraft.checkpoints.tiles import Mover, read_into, write_all
 from regraft.checkpoints.units import Cutter, Op, Run
-from regraft.files.stamp import changed
-from regraft.files.work import Work, cannot_write
+from regraft.storage.stamp import changed
+from regraft.storage.work import Work, cannot_write
 
 _REFUSED = {
     errno.EXDEV,

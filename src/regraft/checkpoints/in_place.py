@@ -14,10 +14,10 @@ from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
 from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED, File
 from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.files.safetensors import sync_path
-from regraft.files.work import cannot_write, try_lock, write_file
-from regraft.plan.model import Foreign
+from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport
+from regraft.storage.safetensors import sync_path
+from regraft.storage.work import cannot_write, try_lock, write_file
 
 _PARTIAL = UNFINISHED + ".tmp"
 

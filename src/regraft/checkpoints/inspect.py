@@ -16,10 +16,10 @@ from regraft.checkpoints.detect import detect
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.errors import Finding, RegraftError
-from regraft.files.dtypes import DTYPES
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import group_alike
-from regraft.plan.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig
+from regraft.storage.dtypes import DTYPES
 
 
 @dataclass(frozen=True, slots=True)

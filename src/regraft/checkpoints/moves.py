@@ -14,9 +14,9 @@ import numpy as np
 from regraft.checkpoints.source import Tensors
 from regraft.equation.lower import Copy, Nest, nest_of, strides_of
 from regraft.errors import Finding, RefusedError
-from regraft.files.dtypes import DTYPES
 from regraft.names.keys import Group, Ints
-from regraft.plan.plan import Entry, Plan, index_grid, walk
+from regraft.planning.plan import Entry, Plan, index_grid, walk
+from regraft.storage.dtypes import DTYPES
 
 LONG_RUN = 1 << 16
 """Runs of so many bytes are worth a system call each; shorter ones are gathered in memory."""

@@ -31,11 +31,11 @@ from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.units import UNIT
-from regraft.files.folder import load_json
 from regraft.names.patterns import patterns
-from regraft.plan.model import Foreign, ModelConfig
-from regraft.plan.plan import Plan
+from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
+from regraft.storage.folder import load_json
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,9 +15,9 @@ from regraft.checkpoints.moves import Moves, size_of
 from regraft.checkpoints.source import SINGLE, Source
 from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding
-from regraft.files.dtypes import DTYPES
-from regraft.files.header import MAX_HEADER_BYTES
 from regraft.names.keys import Ints
+from regraft.storage.dtypes import DTYPES
+from regraft.storage.header import MAX_HEADER_BYTES
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.files.dtypes import DTYPES
-from regraft.files.folder import load_json
-from regraft.files.header import TensorInfo, read_header
-from regraft.files.stamp import Stamp
 from regraft.names.keys import Ints
+from regraft.storage.dtypes import DTYPES
+from regraft.storage.folder import load_json
+from regraft.storage.header import TensorInfo, read_header
+from regraft.storage.stamp import Stamp
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

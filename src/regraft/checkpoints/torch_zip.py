@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from regraft.errors import BadInputError, Finding
-from regraft.files.dtypes import BITS
-from regraft.files.header import TensorInfo
-from regraft.files.probe import PROBE_SIZE, open_regular, recognize_content
+from regraft.storage.dtypes import BITS
+from regraft.storage.header import TensorInfo
+from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 
 _FIX = "save the model again as safetensors"
 _MAX_PICKLE_BYTES = 100_000_000

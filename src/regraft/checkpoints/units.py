@@ -12,8 +12,8 @@ from regraft.checkpoints.moves import Moves, Strided
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Tensors
 from regraft.checkpoints.tiles import Block, has_gaps
-from regraft.files.dtypes import DTYPES
 from regraft.names.keys import Ints
+from regraft.storage.dtypes import DTYPES
 
 UNIT = 1 << 25
 """How many bytes a unit has, about."""

@@ -19,9 +19,9 @@ from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
-from regraft.files.stamp import changed
-from regraft.plan.model import Foreign
+from regraft.planning.model import Foreign
 from regraft.report import Trace
+from regraft.storage.stamp import changed
 
 _BUFFER = 4 << 20
 

@@ -101,7 +101,7 @@ def _layouts() -> list[str]:
 
 
 def _documents() -> list[str]:
-    from regraft.reports.schema import DOCUMENTS
+    from regraft.views.schema import DOCUMENTS
 
     return list(DOCUMENTS)
 
@@ -511,7 +511,7 @@ def schema(
     out = Output(json=json)
 
     def job() -> int:
-        from regraft.reports.schema import DOCUMENTS, schema_of
+        from regraft.views.schema import DOCUMENTS, schema_of
 
         if command is None:
             out.data({name: schema_of(name) for name in DOCUMENTS})

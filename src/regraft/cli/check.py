@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from regraft.checking.verdict import OUTCOMES, Row, Verdict
 from regraft.cli.app import (
     Job,
     _check_file,
@@ -23,10 +24,9 @@ from regraft.cli.app import (
 )
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
-from regraft.why.verdict import OUTCOMES, Row, Verdict
 
 if TYPE_CHECKING:
-    from regraft.why.verdict import Check
+    from regraft.checking.verdict import Check
 
 _ROWS = 40
 _FINDINGS = 5
@@ -74,8 +74,8 @@ def check(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.checking.check import check
         from regraft.cli.pages import failure_page, show_page
-        from regraft.why.check import check
 
         with failure_page(html, "check", src), out.waiting("checking", src):
             result = check(src, model=model, to=to)

@@ -23,7 +23,7 @@ from regraft.cli.output import Output, visible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.why.diff import Diff, Some
+    from regraft.learning.diff import Diff, Some
 
 _SHOWN = 20
 
@@ -64,7 +64,7 @@ def diff(
 
         from regraft.cli.pages import failure_page, show_page
         from regraft.errors import BadInputError, Finding
-        from regraft.why.diff import diff
+        from regraft.learning.diff import diff
 
         if book is not None and book.exists():
             message = "the file exists already"

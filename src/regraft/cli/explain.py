@@ -25,7 +25,7 @@ from regraft.cli.output import Output, visible
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from regraft.why.explanation import End, Explanation
+    from regraft.explaining.explanation import End, Explanation
 
 _PIECES = 8
 
@@ -81,7 +81,7 @@ def explain(
         from msgspec import to_builtins
 
         from regraft.cli.pages import failure_page, show_page
-        from regraft.why.explain import explain
+        from regraft.explaining.explain import explain
 
         with _own_books(rules), failure_page(html, "explain", src):
             found = explain(src, key, to=to, model=model, source=source)

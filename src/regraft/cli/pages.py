@@ -15,12 +15,12 @@ from regraft.report import Report
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
+    from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
-    from regraft.reports.model import Page
-    from regraft.rules.lint import Linted
-    from regraft.why.diff import Diff
-    from regraft.why.explanation import Explanation
-    from regraft.why.verdict import Check
+    from regraft.explaining.explanation import Explanation
+    from regraft.learning.diff import Diff
+    from regraft.rules.lint.book import Linted
+    from regraft.views.model import Page
 
     Result = Report | Inspection | Verification | AdapterVerification | Check
     Answer = Explanation | Diff | Linted
@@ -30,7 +30,7 @@ def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
     """Write the page of a result, and say so."""
     if file is None:
         return
-    from regraft.reports.html import write_page
+    from regraft.views.html import write_page
 
     write_page(_page_of(result), file)
     if not out.json and not out.quiet:
@@ -40,11 +40,11 @@ def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
 def _page_of(result: Result | Answer) -> Page:
     from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
-    from regraft.reports import answers, data
-    from regraft.rules.lint import Linted
-    from regraft.why.diff import Diff
-    from regraft.why.explanation import Explanation
-    from regraft.why.verdict import Check
+    from regraft.checking.verdict import Check
+    from regraft.explaining.explanation import Explanation
+    from regraft.learning.diff import Diff
+    from regraft.rules.lint.book import Linted
+    from regraft.views import answers, data
 
     if isinstance(result, Explanation):
         return answers.page_of_explanation(result)
@@ -70,8 +70,8 @@ def failure_page(file: Path | None, command: str, source: Path) -> Iterator[None
         yield
     except RegraftError as error:
         if file is not None:
-            from regraft.reports.data import page_of_failure
-            from regraft.reports.html import write_page
+            from regraft.views.data import page_of_failure
+            from regraft.views.html import write_page
 
             write_page(page_of_failure(command, str(source), kind_of(error).name, error), file)
         raise

@@ -12,7 +12,7 @@ from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
     from regraft.rules.book import Book
-    from regraft.rules.lint import Fault, Linted
+    from regraft.rules.lint.book import Fault, Linted
 
 rules = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(rules, name="rules", help="List, show, check and write rule books.")
@@ -141,8 +141,8 @@ def lint(
     def job() -> int:
         from msgspec import to_builtins
 
+        from regraft.checking.rule_books import lint
         from regraft.cli.pages import failure_page, show_page
-        from regraft.why.linting import lint
 
         with failure_page(html, "rules lint", Path(book)):
             found = lint(book, keys, model)
@@ -222,7 +222,7 @@ def export(
     out = Output(quiet=quiet)
 
     def job() -> int:
-        from regraft.why.linting import export
+        from regraft.checking.rule_books import export
 
         text = export(model)
         if file is None:

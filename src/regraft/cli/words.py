@@ -17,7 +17,7 @@ from regraft.cli.output import Output, visible
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, show_size
-from regraft.reports.wording import count_in_words
+from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.adapters.inspect import Inspected, Inspection

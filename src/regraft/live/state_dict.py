@@ -18,8 +18,8 @@ from regraft.live.mapping import mapping
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
 from regraft.names.resolve import Part, Resolved
-from regraft.plan.build import build_plan
-from regraft.plan.plan import Headers
+from regraft.planning.build import build_plan
+from regraft.planning.plan import Headers
 
 Tensors = dict[str, Any]
 

@@ -25,12 +25,12 @@ from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
 from regraft.errors import AmbiguousError, Finding
-from regraft.files.dtypes import DTYPES
 from regraft.layouts import Layout
 from regraft.names.live import skeleton_of
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 from regraft.report import AdapterReport
 from regraft.rules.book import Book
+from regraft.storage.dtypes import DTYPES
 
 _CARRIED = {
     DTYPES[name].numpy: (carrier, dtype)

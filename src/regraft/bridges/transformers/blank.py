@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from regraft.errors import BadInputError, Finding
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 
 _SMALL = 1 << 16
 """Bytes up to which a tensor is filled."""

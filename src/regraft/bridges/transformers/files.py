@@ -13,7 +13,7 @@ from typing import Any
 from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.checkpoints.config import V5, convert_config
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
 
 

@@ -10,8 +10,8 @@ from transformers import conversion_mapping
 
 from regraft.bridges.transformers.registry import check_version, entries, look_up
 from regraft.errors import BadInputError, Finding
-from regraft.rules.lint import Fault, Linted, in_order
-from regraft.rules.lint_renames import Rename, lint_renames
+from regraft.rules.lint.book import Fault, Linted, in_order
+from regraft.rules.lint.renames import Rename, lint_renames
 
 
 def renames_of(entry: str) -> list[Rename]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from regraft.bridges.helper import Helper, HelperEndedError, answer_all
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.plan.model import ModelConfig
+from regraft.planning.model import ModelConfig
 
 _THERE = Helper("regraft.bridges.transformers.trial")
 

@@ -1,0 +1,324 @@
+"""Whether an adapter loads as it is, and has its full effect.
+
+What should land is known from regraft's own conversion. What does land is found by trying: the installed PEFT loads
+the files into a model without weights. Both are compared, target by target.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.convert import Converted, convert_adapter
+from regraft.adapters.detect import Known, find_books, load_model
+from regraft.adapters.factors import Array
+from regraft.adapters.inspect import inspect_adapter
+from regraft.adapters.kept import modules_of
+from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
+from regraft.adapters.saving import save_adapter
+from regraft.adapters.scan import scan_names
+from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
+from regraft.adapters.variants import reclaimed_names
+from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.checking.causes import causes_of_error, causes_of_rows
+from regraft.checking.checkpoint import check_checkpoint
+from regraft.checking.verdict import Check, Row, Verdict, rows_of
+from regraft.checkpoints.source import is_checkpoint
+from regraft.errors import Finding, RegraftError
+from regraft.layouts import Layout, parse_layout
+from regraft.names.keys import group_names
+from regraft.planning.model import ModelConfig
+from regraft.rules.templates import match_group
+
+
+def check(
+    src: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    to: str = "transformers-v5",
+    peft: StockPeft | None = None,
+) -> Check:
+    """Tell whether an adapter, each adapter of a folder, or a checkpoint loads as it is.
+
+    Args:
+        src: what `regraft.convert` takes.
+        model: the base model's folder or its ``config.json``; without it little can be told.
+        to: the layout of the model that it is to be loaded into. What is installed is tried; of another layout
+            only names, shapes and the config are judged.
+        peft: what to try with, the installed PEFT by default; checks that share it start one process only.
+
+    Raises:
+        BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
+    """
+    path, layout = Path(src), parse_layout(to)
+    told = Path(model) if model is not None else None
+    result = Check(str(src), str(layout))
+    if is_checkpoint(path):
+        result.verdicts.append(check_checkpoint(path, told, layout))
+        return result
+    config = load_model(told) if told is not None else None
+    checker = _Checker(path, told, layout, config, peft or StockPeft())
+    found = find_adapters(path)
+    for folder in found.folders:
+        name = str(folder.relative_to(found.root)).removeprefix(".")
+        try:
+            source = open_adapter(folder, found.root, found.weights)
+        except RegraftError as error:
+            verdict = Verdict(name, "adapter", healthy=False, findings=list(error.findings))
+            verdict.no_remedy = "its files are wrong in themselves"
+            result.verdicts.append(verdict)
+            continue
+        result.verdicts.append(checker.check(source))
+    return result
+
+
+@dataclass(slots=True)
+class _Checker:
+    src: Path
+    told: Path | None
+    to: Layout
+    config: ModelConfig | None
+    peft: StockPeft
+    foreign: InstalledTransformers = field(default_factory=InstalledTransformers)
+
+    def check(self, source: Source) -> Verdict:
+        """What would become of one adapter."""
+        verdict = Verdict(source.name, source.peft_type)
+        converted, failure = self.convert(source, self.to)
+        if converted is not None:
+            verdict.layout = converted.report.source_layout
+        elif failure is not None:
+            verdict.findings = list(failure.findings)
+        known = self.known(source)
+        model = self.config or (known.model if known is not None else None)
+        if not self.peft.is_there or self.peft.layout() != self.to.name:
+            self.judge(source, converted, verdict)
+            verdict.notes.append(
+                f"nothing was tried: there is no PEFT here with a transformers of {self.to.name}"
+            )
+        elif model is None:
+            self.judge(source, converted, verdict)
+            verdict.notes.append(
+                "nothing could be tried, because the base model is not known: give it with --model"
+            )
+        else:
+            self.attempt(source, converted, known, model, verdict)
+        if verdict.rows and all(row.dead for row in verdict.rows):
+            verdict.healthy = False
+            verdict.causes.append(
+                "B is zero in every LoRA, as it is before training: it changes nothing"
+            )
+            if not verdict.remedy:
+                verdict.no_remedy = "there is nothing in it to convert"
+        return verdict
+
+    def convert(self, source: Source, to: Layout) -> tuple[Converted | None, RegraftError | None]:
+        """The adapter in a layout, or why it cannot be in it."""
+        try:
+            return convert_adapter(source, to, self.config, foreign=self.foreign), None
+        except RegraftError as error:
+            return None, error
+
+    def known(self, source: Source) -> Known | None:
+        """What is known of the base, if it is."""
+        scan, _ = scan_names(list(source.tensors), source.where, source.peft_type == "LORA")
+        try:
+            return find_books(scan, source.config, self.config, source.where, self.foreign)
+        except RegraftError:
+            return None
+
+    def attempt(
+        self,
+        source: Source,
+        converted: Converted | None,
+        known: Known | None,
+        model: ModelConfig,
+        verdict: Verdict,
+    ) -> None:
+        """Try it with the installed PEFT."""
+        with ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-")))
+            assert source.weights is not None
+            folder = stack.enter_context(
+                as_peft_finds_it(source.weights, Path(source.where) / CONFIG)
+            )
+            wanted: str | None = None
+            remedies: tuple[str, ...] = ()
+            if converted is not None:
+                wanted = str(scratch / "wanted")
+                save_adapter(scratch / "wanted", source, converted)
+                if not converted.report.copied:
+                    remedies = (wanted,)
+            mapping = source.config.get("auto_mapping")
+            named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+            try:
+                tried = self.peft.attempt(Trial(model, named, folder, wanted, remedies))
+            except RegraftError as error:
+                self.judge(source, converted, verdict)
+                verdict.findings += error.findings
+                return
+        self.tell(source, converted, known, tried, verdict)
+        if verdict.healthy:
+            return
+        if tried.remedy is not None:
+            verdict.remedy, verdict.remedy_tried = self.remedy(source), True
+        elif converted is None:
+            verdict.no_remedy = "regraft cannot convert it: " + _first(verdict.findings)
+        elif converted.report.copied:
+            verdict.no_remedy = f"it is in {self.to} already, and regraft would make the same of it"
+        else:
+            why = f": {tried.unwanted}" if tried.unwanted else ""
+            verdict.no_remedy = f"what regraft makes of it does not load rightly either{why}"
+
+    def remedy(self, source: Source) -> list[str]:
+        """The command line that converts it."""
+        src = self.src / source.name if source.name else self.src
+        beside = (self.src if self.src.is_dir() else self.src.parent) / source.name
+        version = str(self.to).partition("/")[0].rpartition("-")[2]
+        dst = beside.resolve() if not beside.name else beside
+        out = dst.with_name(f"{dst.name}-{version}")
+        words = ["regraft", "convert", str(src), str(out), "--to", str(self.to)]
+        return [shlex.join(words + ([] if self.told is None else ["--model", str(self.told)]))]
+
+    def tell(
+        self,
+        source: Source,
+        converted: Converted | None,
+        known: Known | None,
+        tried: Tried,
+        verdict: Verdict,
+    ) -> None:
+        """Turn what came of a trial into a verdict."""
+        verdict.tried = f"{tried.versions}, {tried.model_class}"
+        verdict.error, verdict.warnings = tried.error, tried.warnings
+        landings = [self.called(landing, known) for landing in tried.landings]
+        if tried.error is not None:
+            verdict.causes = causes_of_error(tried.error)
+        if tried.error is not None and converted is not None:
+            verdict.rows = rows_of(
+                (t.key, {"outcome": "refused", "rank": t.rank, "scale": t.scale})
+                for t in converted.report.targets
+            )
+        elif tried.error is None:
+            verdict.rows = rows_of((landing.key, _facts(landing)) for landing in landings)
+            reclaimed = (
+                reclaimed_names(source.config, known, self.to.name) if known is not None else ()
+            )
+            moved = converted is not None and converted.report.source_layout != self.to.name
+            verdict.causes = causes_of_rows(verdict.rows, source.config, reclaimed, moved)
+        if tried.unwanted is not None:
+            verdict.notes.append(f"what should land cannot be told: {tried.unwanted}")
+        right = tried.error is None and tried.unwanted is None and bool(landings)
+        verdict.healthy = right and all(landing.outcome == "lands" for landing in landings)
+        if tried.error is None and converted is None:
+            verdict.notes.append(
+                f"{tried.versions} takes it without an error; whether it has its effect there is not proven"
+            )
+
+    def called(self, landing: Landing, known: Known | None) -> Landing:
+        """The same, unless the model does not call the module that a LoRA stands on."""
+        if known is None or landing.rank is None or not landing.key.endswith(".weight"):
+            return landing
+        (group,) = group_names([landing.key.removesuffix(".weight")])
+        for table in modules_of(known, self.to.name):
+            if not table.called and match_group(table.module, group) is not None:
+                return replace(landing, outcome="uncalled", detail=table.why)
+        return landing
+
+    def judge(self, source: Source, converted: Converted | None, verdict: Verdict) -> None:
+        """Tell from names, shapes and the config, without trying anything."""
+        verdict.healthy = False
+        if converted is None:
+            verdict.no_remedy = "regraft cannot convert it: " + _first(verdict.findings)
+            return
+        fits = converted.report.copied or _same(source, converted)
+        inspected = inspect_adapter(source, self.config, self.foreign)
+        verdict.findings += inspected.problems
+        targets = converted.report.targets
+        if fits and not targets:
+            verdict.rows = [
+                Row(t.pattern, t.count, "lands", t.rank, t.scale, keys=t.keys)
+                for t in inspected.targets
+            ]
+        else:
+            outcome = "lands" if fits else "elsewhere"
+            verdict.rows = rows_of(
+                (t.key, {"outcome": outcome, "rank": t.rank, "scale": t.scale}) for t in targets
+            )
+        if not fits:
+            verdict.causes.append(
+                f"it is in {converted.report.source_layout}: names, shapes or the config are others in "
+                f"{self.to}, and what does not fit is left out or refused"
+            )
+            verdict.remedy = self.remedy(source)
+        elif inspected.problems:
+            verdict.no_remedy = "its files are wrong in themselves"
+        else:
+            # Where transformers 5 loads, PEFT converts in between, and no layout proves what comes of it.
+            verdict.healthy = True if self.to.name == "transformers-v4" else None
+
+
+def _facts(landing: Landing) -> dict[str, Any]:
+    return {
+        "outcome": landing.outcome,
+        "rank": landing.rank,
+        "scale": landing.scale,
+        "factor": landing.factor,
+        "dead": landing.dead,
+        "detail": landing.detail,
+    }
+
+
+def _same(source: Source, converted: Converted) -> bool:
+    """Whether a conversion changed neither names nor values, nor what the config means."""
+    return (
+        source.tensors.keys() == converted.tensors.keys()
+        and all(
+            x.dtype == converted.tensors[name].dtype
+            and x.shape == converted.tensors[name].shape
+            and np.array_equal(_bits(x), _bits(converted.tensors[name]))
+            for name, x in source.tensors.items()
+        )
+        and _means_the_same(source.config, converted)
+    )
+
+
+def _bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _means_the_same(config: Mapping[str, Any], converted: Converted) -> bool:
+    """Whether a config names what a conversion adapts, with the same scales."""
+    new = converted.config
+    if config["peft_type"] != "LORA" or new["peft_type"] != "LORA":
+        return {**config, "peft_version": None} == {**new, "peft_version": None}
+    if (config.get("modules_to_save") or []) != (new.get("modules_to_save") or []):
+        return False
+    scales, modules = LoraConfig(config), config.get("target_modules") or []
+    for target in converted.report.targets:
+        if target.parameter:
+            path, named = target.key, targets_parameter(config.get("target_parameters"), target.key)
+        else:
+            path = target.key.rpartition(".")[0]
+            named = targets_module(modules, path)
+        if not named or not isclose(scales.scale(path).value, target.scale):
+            return False
+    return True
+
+
+def _first(findings: Sequence[Finding]) -> str:
+    if not findings:
+        return "it says no reason"
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    key = f"{findings[0].key}: " if findings[0].key else ""
+    return f"{key}{findings[0].message}{more}"

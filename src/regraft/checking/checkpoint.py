@@ -1,0 +1,98 @@
+"""Whether a checkpoint loads as it is."""
+
+from __future__ import annotations
+
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+
+from regraft.adapters.detect import load_model
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.bridges.transformers.trial import (
+    Loading,
+    as_a_folder,
+    is_there,
+    try_checkpoint,
+)
+from regraft.checking.verdict import Verdict, rows_of
+from regraft.checkpoints.convert import convert_checkpoint
+from regraft.errors import RegraftError
+from regraft.layouts import Layout
+from regraft.report import CheckpointReport
+
+
+def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
+    """What a loader of a layout would make of a checkpoint; ``told`` is the model's folder or config.
+
+    Raises ``BadInputError`` where ``told`` is no config.
+    """
+    verdict = Verdict("", "checkpoint", healthy=False)
+    report: CheckpointReport | None = None
+    try:
+        report = convert_checkpoint(
+            path, path, to=to.name, model=told, foreign=InstalledTransformers(), dry_run=True
+        )
+        verdict.layout = report.source_layout
+    except RegraftError as error:
+        verdict.findings = list(error.findings)
+    place = told if told is not None else path if path.is_dir() else path.parent
+    new = is_there() and int(version("transformers").split(".")[0]) >= 5
+    here = "transformers-v5" if new else "transformers-v4"
+    if is_there() and here == to.name:
+        with as_a_folder(path) as folder:
+            _try(Loading(load_model(place), folder), verdict)
+    else:
+        verdict.notes.append(f"nothing was tried: there is no transformers of {to.name} here")
+        if report is not None and not verdict.findings:
+            verdict.healthy = report.source_layout == to.name or not any(report.rules.values())
+            if not verdict.healthy:
+                verdict.causes.append(
+                    f"it is in {report.source_layout}: its names or shapes are others in {to.name}"
+                )
+    if not verdict.healthy:
+        _mend(path, told, to, report, verdict)
+    return verdict
+
+
+def _try(question: Loading, verdict: Verdict) -> None:
+    try:
+        loaded = try_checkpoint(question)
+    except RegraftError as error:
+        verdict.findings += error.findings
+        return
+    verdict.tried = f"{loaded.versions}, {loaded.model_class}"
+    verdict.error = loaded.error
+    bad = {
+        "missing": loaded.missing,
+        "unexpected": loaded.unexpected,
+        "mismatched": loaded.mismatched,
+    }
+    wrong = {key for keys in bad.values() for key in keys}
+    rows = [(key, {"outcome": outcome}) for outcome, keys in bad.items() for key in keys]
+    if loaded.error is None:
+        rows += [(key, {"outcome": "lands"}) for key in loaded.tensors if key not in wrong]
+    verdict.rows = rows_of(rows)
+    verdict.causes += loaded.failed
+    if loaded.missing:
+        verdict.causes.append(
+            "transformers fills what is missing with random numbers, and only warns of it"
+        )
+    if loaded.unexpected:
+        verdict.causes.append("tensors that the model has no place for are left out")
+    verdict.healthy = not (wrong or loaded.error or loaded.failed or verdict.findings)
+
+
+def _mend(
+    path: Path, told: Path | None, to: Layout, report: CheckpointReport | None, verdict: Verdict
+) -> None:
+    if report is None or verdict.findings:
+        first = verdict.findings[0]
+        key = f"{first.key}: " if first.key else ""
+        verdict.no_remedy = f"regraft cannot convert it: {key}{first.message}"
+    elif report.source_layout == to.name:
+        verdict.no_remedy = f"it is in {to.name} already: its tensors are not those of this model"
+    else:
+        out = path.with_name(f"{path.stem}-{to.name.rpartition('-')[2]}")
+        end = [] if told is None else ["--model", str(told)]
+        words = ["regraft", "convert", str(path), str(out), "--to", to.name, *end]
+        verdict.remedy = [shlex.join(words)]

@@ -1,0 +1,1 @@
+"""Explaining: where one key goes, which rule moves it, and what it is made with."""

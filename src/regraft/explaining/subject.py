@@ -1,0 +1,242 @@
+"""An adapter or a checkpoint as something to ask about: its names, its shapes, its books, and how far a plan gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from regraft.adapters.convert import convert_adapter
+from regraft.adapters.detect import Known, detect_layout, find_books, load_model
+from regraft.adapters.families.base import Family
+from regraft.adapters.families.table import family_of
+from regraft.adapters.peft_config import targets_parameter
+from regraft.adapters.scan import PREFIX, Scan, scan_names
+from regraft.adapters.source import Source as Adapter
+from regraft.adapters.source import find_adapters, open_adapter
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.checkpoints.companions import find_companions
+from regraft.checkpoints.detect import detect
+from regraft.checkpoints.prepare import model_of
+from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.layouts import parse_layout
+from regraft.names.keys import Group, group_names
+from regraft.planning.model import ModelConfig, Scope
+from regraft.planning.plan import Headers, Plan
+from regraft.rules.book import Book
+from regraft.rules.templates import match_group
+
+SHARED = "shared by all modules of"
+"""What the role of a tensor begins with that a family keeps once for all modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A tensor of the file and the tensor of the base that it is about."""
+
+    name: str
+    base: str
+    role: str = ""
+    """What it is to the base tensor, such as ``lora_A``; empty where it is that tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What is known of a source before anything is converted."""
+
+    kind: Literal["adapter", "checkpoint"]
+    where: str
+    names: Mapping[str, Name]
+    """By the name in the file."""
+    headers: Headers
+    """Keys of the base, with shapes where ``shapes_known``."""
+    shapes_known: bool
+    books: tuple[Book, ...]
+    scopes: Mapping[str, Scope]
+    layout: str | None
+    evidence: tuple[str, ...]
+    model: ModelConfig | None
+    plan: Plan | None = None
+    """The whole plan of an adapter that can be converted."""
+    problems: tuple[Finding, ...] = field(default=())
+    """Why it cannot be planned as a whole."""
+    made: frozenset[str] = frozenset()
+    """The names in the result of an adapter that can be converted."""
+
+
+def open_subject(
+    src: Path, to: str | None = None, model: Path | None = None, source: str | None = None
+) -> Subject:
+    """Open an adapter or a checkpoint, and find out as much as its names tell.
+
+    What is wrong with it as a whole is a part of the answer (``problems``), not an error.
+
+    Raises ``BadInputError`` where it cannot be read.
+    """
+    config = load_model(model) if model is not None else None
+    if is_checkpoint(src):
+        return _open_checkpoint(src, config, source)
+    return _open_adapter(src, to, config, source)
+
+
+def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) -> Subject:
+    opened = open_checkpoint(src)
+    config = config if config is not None else model_of(opened, None)
+    headers = find_companions(opened, config.data if config is not None else None).headers
+    names = {name: Name(name, name) for group in headers.groups for name in group.names()}
+    for name in opened.tensors.names:
+        names.setdefault(name, Name(name, name, "belongs to a quantised weight"))
+    try:
+        known = detect(headers, config, opened.where, source, InstalledTransformers())
+    except RegraftError as error:
+        found = error.findings
+        return Subject(
+            "checkpoint",
+            opened.where,
+            names,
+            headers,
+            True,
+            (),
+            {},
+            source,
+            (),
+            config,
+            None,
+            found,
+        )
+    return Subject(
+        "checkpoint",
+        opened.where,
+        names,
+        headers,
+        True,
+        known.books,
+        known.scopes,
+        known.layout,
+        known.evidence,
+        config,
+    )
+
+
+def _open_adapter(
+    src: Path, to: str | None, config: ModelConfig | None, source: str | None
+) -> Subject:
+    found = find_adapters(src)
+    if len(found.folders) > 1:
+        folders = ", ".join(str(folder) for folder in found.folders[:5])
+        message = f"there are {len(found.folders)} adapters here: {folders}"
+        raise BadInputError(Finding("option", message, where=str(src), fix="give one of them"))
+    opened = open_adapter(found.folders[0], found.root, found.weights)
+    problems: list[Finding] = []
+    known: Known | None = None
+    foreign, spelled = InstalledTransformers(), opened.remembered().names
+    layout, evidence = source, ["its layout was given"] if source else []
+    family = family_of(opened.config)
+    plain = opened.peft_type == "LORA" and family is None
+    prefix = family.prefix if family is not None else None
+    scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
+    problems += scanned
+    try:
+        known = find_books(scan, opened.config, config, opened.where, foreign, spelled)
+        evidence.insert(0, known.evidence)
+        if source is None:
+            detected = detect_layout(scan, opened, known.books)
+            layout = detected.layout
+            evidence += detected.evidence
+    except RegraftError as error:
+        problems += error.findings
+    books = known.books if known is not None else ()
+    names = _adapter_names(opened, scan, family, books, layout)
+    plan: Plan | None = None
+    made: frozenset[str] = frozenset()
+    if to is not None and not problems:
+        given = parse_layout(source) if source is not None else None
+        try:
+            converted = convert_adapter(opened, parse_layout(to), config, given, foreign=foreign)
+            plan, layout = converted.plan, converted.report.source_layout
+            made = frozenset(converted.tensors)
+        except RegraftError as error:
+            problems += error.findings
+    if plan is not None:
+        headers = plan.headers
+    else:
+        bases = list(dict.fromkeys(name.base for name in names.values()))
+        headers = Headers(group_names(bases), [()] * len(bases), [""] * len(bases))
+    return Subject(
+        "adapter",
+        opened.where,
+        names,
+        headers,
+        plan is not None,
+        books,
+        known.scopes if known is not None else {},
+        layout,
+        tuple(dict.fromkeys(evidence)),
+        known.model if known is not None else config,
+        plan,
+        tuple(problems),
+        made,
+    )
+
+
+def _adapter_names(
+    opened: Adapter,
+    scan: Scan,
+    family: type[Family] | None,
+    books: Sequence[Book],
+    layout: str | None,
+) -> dict[str, Name]:
+    """Every tensor of an adapter with the base tensor that it is about."""
+    names = list(opened.tensors)
+    result: dict[str, Name] = {}
+    depths: dict[str, int] = {}
+    for pairs in scan.pairs:
+        for module in pairs.modules.names():
+            depths[module] = max(depths.get(module, 0), pairs.depth)
+    for pairs in scan.pairs:
+        modules = pairs.modules.names()
+        own = _parameters(books, layout, pairs.modules)
+        for row, module in enumerate(modules):
+            leaf = "weight"
+            if own is not None:
+                wanted = opened.config.get("target_parameters")
+                adapted = [n for n in own if targets_parameter(wanted, f"{module}.{n}")] or list(
+                    own
+                )
+                # PEFT nests them: the first that is registered is innermost.
+                leaf = adapted[min(depths[module] - pairs.depth, len(adapted) - 1)]
+            letters = (("embedding_" if pairs.embedding else "") + letter for letter in "AB")
+            for ids, letter in zip((pairs.a, pairs.b), letters, strict=True):
+                name = names[int(ids[row])]
+                result[name] = Name(name, f"{module}.{leaf}", f"lora_{letter}")
+    title = family.title if family is not None else ""
+    for tuned in scan.tuned:
+        for end, ids in tuned.tensors.items():
+            for number, module in zip(ids.tolist(), tuned.modules.names(), strict=True):
+                if number >= 0:
+                    name = names[number]
+                    role = f"{end.removeprefix('.')} of {title}"
+                    result[name] = Name(name, f"{module}.weight", role)
+    for name in names:
+        if family is not None and family.shares(name):
+            result[name] = Name(name, name, f"{SHARED} {title}")
+    for other in scan.others:
+        for number, key in zip(other.keys.ids.tolist(), other.keys.names(), strict=True):
+            role = "saved whole" if other.prefix else "no part of the model"
+            result.setdefault(names[number], Name(names[number], key, role))
+    for name in names:
+        result.setdefault(name, Name(name, name.removeprefix(PREFIX), "not understood"))
+    return result
+
+
+def _parameters(
+    books: Sequence[Book], layout: str | None, modules: Group
+) -> tuple[str, ...] | None:
+    for book in books:
+        side = "right" if book.right == layout else "left"
+        for table in book.parameters:
+            if side in table.sides and match_group(table.module, modules) is not None:
+                return table.names
+    return None

@@ -1,0 +1,110 @@
+"""The tensors of a file as bits, to compare and to search in; nothing is read before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.adapters.source import find_adapters, open_adapter
+from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.errors import BadInputError, Finding
+from regraft.storage.dtypes import DTYPES, match_dtype
+
+Bits = npt.NDArray[Any]
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Tensor:
+    """One tensor: its bits as unsigned integers in its shape."""
+
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], bits: Bits) -> None:
+        self.name, self.dtype, self.shape, self.bits = name, dtype, shape, bits
+
+    @property
+    def whole(self) -> bool:
+        """Whether every element has words of its own; types below a byte are packed."""
+        return self.bits.shape == self.shape
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A hash of the bits in order."""
+        return digest(self.bits)
+
+    @property
+    def look(self) -> tuple[str, tuple[int, ...], bytes]:
+        """What equal tensors share."""
+        return self.dtype, self.shape, self.digest
+
+
+def digest(bits: Bits) -> bytes:
+    """A hash of an array's elements, row major."""
+    data = np.ascontiguousarray(bits).reshape(-1)
+    return hashlib.blake2b(data.view(np.uint8).data, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """All tensors of a checkpoint or an adapter, by name."""
+
+    kind: str
+    """``checkpoint`` or ``adapter``."""
+    where: str
+    tensors: Mapping[str, Tensor]
+
+
+def open_content(path: Path) -> Content:
+    """Open a checkpoint or one adapter.
+
+    Raises ``BadInputError``.
+    """
+    if not is_checkpoint(path):
+        found = find_adapters(path)
+        if len(found.folders) > 1:
+            message = f"there are {len(found.folders)} adapters here"
+            raise BadInputError(Finding("option", message, where=str(path), fix="give one of them"))
+        adapter = open_adapter(found.folders[0], found.root, found.weights)
+        return Content("adapter", adapter.where, content_of(adapter.tensors, adapter.where))
+    source = open_checkpoint(path)
+    maps: list[Any] = []
+    for file in source.files:
+        with file.path.open("rb") as opened:
+            maps.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+    tensors: dict[str, Tensor] = {}
+    table = source.tensors
+    for row, name in enumerate(table.names):
+        start, size = int(table.starts[row]), int(table.sizes[row])
+        dtype, shape = table.dtypes[row], tuple(table.shapes[row])
+        bits = DTYPES[dtype].bits
+        word = np.dtype(_WORDS.get(bits // 8, np.uint8) if bits % 8 == 0 else np.uint8)
+        # A slice of a map is a copy; frombuffer reads nothing.
+        data = np.frombuffer(maps[int(table.files[row])], np.uint8, size, start) if size else None
+        flat = np.zeros(0, word) if data is None else _aligned(data, word)
+        full = flat.size == int(np.prod(shape, dtype=np.int64))
+        tensors[name] = Tensor(name, dtype, shape, flat.reshape(shape) if full else flat)
+    return Content("checkpoint", source.where, tensors)
+
+
+def _aligned(data: Bits, word: np.dtype[Any]) -> Bits:
+    return data.view(word) if data.size % word.itemsize == 0 else data
+
+
+def content_of(arrays: Mapping[str, Bits], where: str) -> dict[str, Tensor]:
+    """Arrays in memory as tensors."""
+    result = {}
+    for name, array in arrays.items():
+        word = np.dtype(_WORDS.get(array.dtype.itemsize, np.uint8))
+        bits = np.ascontiguousarray(array).reshape(-1).view(word)
+        whole = bits.size == array.size
+        dtype = match_dtype(array.dtype, where=where, key=name).name
+        result[name] = Tensor(
+            name, dtype, array.shape, bits.reshape(array.shape) if whole else bits
+        )
+    return result

@@ -1,0 +1,387 @@
+"""Proposing a rule book that leads from one file to another, from their contents alone.
+
+Tensors that are equal bit by bit, as they lie or turned, are renames; what is left on one side is searched for what is
+left on the other (`regraft.learning.blocks`). Names only decide between tensors that are equal. The book is then
+loaded and carried out, and what it makes is compared with the file that is there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from importlib.resources.abc import Traversable
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+
+from regraft.arrays.apply import apply_plan
+from regraft.equation.notation import parse_equation
+from regraft.errors import RegraftError
+from regraft.learning.blocks import Finder, natural
+from regraft.learning.content import Bits, Tensor, digest
+from regraft.learning.relate import (
+    Names,
+    Relation,
+    carried,
+    equations,
+    pair,
+    relation_of,
+    writable,
+)
+from regraft.names.keys import group_names
+from regraft.planning.build import build_plan
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers, Plan
+from regraft.rules.book import Book, Carry, Rule, load_book
+from regraft.rules.write import write_book
+
+_COMMENT = (
+    "Proposed by regraft diff from two files, by content. It holds for these two; read it before you use it\n"
+    "for others. Contents do not tell the kinds of tensors ('any'): name them before you convert adapters."
+)
+
+_CHUNK = 1 << 20
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a rule reads of the first file and makes of it, and what of that the second has otherwise."""
+
+    rule: Rule
+    reads: tuple[str, ...]
+    names: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A rule book that leads from one file to another."""
+
+    book: Book
+    text: str
+    """As TOML, as `load_book` reads it."""
+    verified: bool
+    """Whether carrying it out on the first file gives the second's tensors, bit for bit, both ways."""
+    explained: frozenset[str]
+    """Names of the first file."""
+    makes: frozenset[str]
+    """Names of the second file."""
+    ambiguous: int
+    """How many tensors are equal to others, so that only names told which is which."""
+    made: tuple[Made, ...] = ()
+
+
+def propose(
+    left: Tensors,
+    right: Tensors,
+    *,
+    name: str,
+    layouts: tuple[str, str],
+    model_types: Sequence[str] = (),
+) -> Proposal | None:
+    """A rule book for what two files have in common; ``None`` where nothing moved."""
+    same = [n for n, t in left.items() if n in right and t.look == right[n].look]
+    mine = {n: t for n, t in left.items() if n not in right or t.look != right[n].look}
+    yours = {n: t for n, t in right.items() if n not in left or t.look != left[n].look}
+    mine = {n: t for n, t in mine.items() if writable(n)}
+    yours = {n: t for n, t in yours.items() if writable(n)}
+    relations, ambiguous = relate(mine, yours)
+    if not relations:
+        return None
+    explained = frozenset(n for r in relations for n in _of(r, left=True))
+    makes = frozenset(n for r in relations for n in _of(r, left=False))
+    kept = [n for n in same if writable(n)]
+    best: Proposal | None = None
+    for literal in (False, True):
+        text = _write(
+            relations, kept, explained, (left, right), name, layouts, model_types, literal
+        )
+        book = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
+        whole = explained | frozenset(kept), makes | frozenset(kept)
+        verified = check(book, left, right, *whole)
+        best = best or Proposal(book, text, verified, *whole, ambiguous)
+        if verified:
+            best = replace(best, book=book, text=text, verified=True)
+            break
+    assert best is not None
+    return replace(best, made=tuple(_made(best, left, right)))
+
+
+def _made(proposal: Proposal, left: Tensors, right: Tensors) -> Iterator[Made]:
+    plan = plan_names(proposal.book, left, proposal.explained, proposal.book.right)
+    if plan is None:
+        return
+    table: dict[str, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
+    for rule, *parts in compare(plan, left, right):
+        for column, part in zip(table[rule], parts, strict=True):
+            column.extend(part)
+    for each in proposal.book.rules:
+        reads, names, wrong = map(tuple, table[str(each)])
+        yield Made(each, reads, names, wrong)
+
+
+class _Text:
+    """A file that is only its text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def read_text(self, encoding: str) -> str:
+        return self.text
+
+
+def _of(relation: Relation, left: bool) -> tuple[str, ...]:
+    whole, *parts = relation.names
+    return (whole,) if relation.whole_left == left else tuple(parts)
+
+
+def relate(left: Tensors, right: Tensors) -> tuple[list[Relation], int]:
+    """Which tensors of one file are made of which of the other, and how many only their names told apart."""
+    names = Names([*left, *right])
+    pairs, ambiguous = _pairs(left, right, names)
+    relations = []
+    for one, other in pairs:
+        relation = pair(left[one], right[other], names)
+        if relation is not None:
+            relations.append(relation)
+    used = {name for relation in relations for name in relation.names}
+    for parts, wholes, whole_left in ((left, right, False), (right, left, True)):
+        rest = {n: t for n, t in parts.items() if whole_left or n not in used}
+        done = {n for r in relations for n in _of(r, left=not whole_left)}
+        gone = {n for r in relations for n in _of(r, left=whole_left)}
+        finder = Finder(t for n, t in rest.items() if n not in done)
+        for name in sorted(wholes, key=natural):
+            if name in gone:
+                continue
+            made = finder.find(wholes[name])
+            relation = relation_of(made, wholes[name], names, whole_left) if made else None
+            if relation is not None:
+                relations.append(relation)
+    return relations, ambiguous
+
+
+def _pairs(left: Tensors, right: Tensors, names: Names) -> tuple[list[tuple[str, str]], int]:
+    """Tensors with the same elements, whatever their order of dims; names decide between equal ones."""
+    pairs: list[tuple[str, str]] = []
+    taken: set[str] = set()
+    ambiguous = 0
+    for look in (_as_it_is, _in_any_order):
+        ours: dict[object, list[str]] = defaultdict(list)
+        theirs: dict[object, list[str]] = defaultdict(list)
+        for table, tensors, side in ((ours, left, "l"), (theirs, right, "r")):
+            for name, tensor in tensors.items():
+                if side + name not in taken:
+                    table[look(tensor)].append(name)
+        single = [(ours[k][0], theirs[k][0]) for k in ours if len(ours[k]) == len(theirs[k]) == 1]
+        known = {(names[a][0], names[b][0]) for a, b in chain(pairs, single)}
+        found = list(single)
+        for key, mine in ours.items():
+            yours = theirs.get(key, [])
+            if not yours or len(mine) == len(yours) == 1:
+                continue
+            ambiguous += len(mine)
+            found += _closest(mine, yours, known, names)
+        pairs += found
+        taken |= {"l" + a for a, _ in found} | {"r" + b for _, b in found}
+    return pairs, ambiguous
+
+
+def _as_it_is(tensor: Tensor) -> object:
+    return tensor.look
+
+
+def _in_any_order(tensor: Tensor) -> object:
+    """The same for a tensor and its transposes and reshapes; equal ones are compared afterwards."""
+    if not tensor.whole or not tensor.bits.size:
+        return tensor.look
+    flat = tensor.bits.reshape(-1)
+    plain = mixed = 0
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK].astype(np.uint64) + np.uint64(1)
+        plain += int(part.sum(dtype=np.uint64))
+        part *= np.uint64(0x9E3779B97F4A7C15)
+        part ^= part >> np.uint64(29)
+        mixed += int((part * part).sum(dtype=np.uint64))
+    return tensor.dtype, flat.size, plain % 2**64, mixed % 2**64
+
+
+def _closest(
+    mine: Sequence[str], yours: Sequence[str], known: set[tuple[str, str]], names: Names
+) -> Iterator[tuple[str, str]]:
+    """Pairs of names that are most alike; templates that go together elsewhere come first."""
+    scored = []
+    for a in mine:
+        for b in yours:
+            (one, numbers), (other, others) = names[a], names[b]
+            words = SequenceMatcher(None, one, other, autojunk=False).ratio()
+            score = 2.0 * ((one, other) in known) + (numbers == others) + words
+            scored.append((score, a, b))
+    scored.sort(key=lambda each: (-each[0], natural(each[1]), natural(each[2])))
+    seen: set[str] = set()
+    for _, a, b in scored:
+        if "l" + a not in seen and "r" + b not in seen:
+            seen |= {"l" + a, "r" + b}
+            yield a, b
+
+
+def _write(
+    relations: Sequence[Relation],
+    kept: Sequence[str],
+    explained: frozenset[str],
+    files: tuple[Tensors, Tensors],
+    name: str,
+    layouts: tuple[str, str],
+    model_types: Sequence[str],
+    literal: bool,
+) -> str:
+    texts = list(equations(relations, literal))
+    if not literal:
+        texts = _join_prefixes(texts, files)
+    rules = []
+    seen: dict[str, int] = defaultdict(int)
+    for text, _ in texts:
+        equation = parse_equation(text)
+        target = str(equation.right[0].key)
+        words = [w for w in target.split(".") if not w.startswith("{") and w != "weight"]
+        title = " ".join(words[-2:]) or target
+        seen[title] += 1
+        title += f" {seen[title]}" if seen[title] > 1 else ""
+        kinds = tuple("any" for _ in equation.left), tuple("any" for _ in equation.right)
+        rules.append(Rule(title, equation, *kinds, name, ""))
+    split = Names([*files[0], *files[1]])
+    carries = [
+        _carry(key) for key in carried([n for n in kept if n not in explained], split, literal)
+    ]
+    book = Book(
+        name,
+        f"Proposed: from {layouts[0]} to {layouts[1]}",
+        *layouts,
+        tuple(model_types),
+        tuple(rules),
+        tuple(carries),
+        (),
+        (),
+        (),
+        (),
+        "",
+        "regraft diff",
+    )
+    return write_book(book, _COMMENT)
+
+
+def _carry(key: str) -> Carry:
+    equation = parse_equation(f"{key} : ... == {key} : ...")
+    return Carry(equation.left[0], equation, "the same in both files", "any", "")
+
+
+def _join_prefixes(
+    texts: Sequence[tuple[str, int]], files: tuple[Tensors, Tensors]
+) -> list[tuple[str, int]]:
+    """Renames that only exchange the first segments become one, where nothing else begins with them."""
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
+    rest = []
+    for text, count in texts:
+        equation = parse_equation(text)
+        terms = (*equation.left, *equation.right)
+        if len(terms) == 2 and all(str(t).endswith(": ...") for t in terms):
+            groups[_prefixes(str(terms[0].key), str(terms[1].key))].append((text, count))
+        else:
+            rest.append((text, count))
+    result: list[tuple[str, int]] = []
+    for prefixes, same in groups.items():
+        count = sum(number for _, number in same)
+        if len(same) > 1 and all(
+            _begin(files[side], prefix) == count for side, prefix in enumerate(prefixes)
+        ):
+            sides = [f"{prefix}.{{*p}}" if prefix else "{*p}" for prefix in prefixes]
+            result.append((f"{sides[0]} : ...\n    == {sides[1]} : ...\n", count))
+        else:
+            result += same
+    return result + rest
+
+
+def _prefixes(one: str, other: str) -> tuple[str, str]:
+    a, b = one.split("."), other.split(".")
+    while len(a) > 0 and len(b) > 0 and a[-1] == b[-1] and len(a) + len(b) > 1:
+        a.pop()
+        b.pop()
+    return ".".join(a), ".".join(b)
+
+
+def _begin(tensors: Tensors, prefix: str) -> int:
+    return sum(not prefix or name.startswith(prefix + ".") for name in tensors)
+
+
+def check(
+    book: Book, left: Tensors, right: Tensors, explained: Iterable[str], makes: Iterable[str]
+) -> bool:
+    """Whether a book leads from some tensors to others and back, bit for bit."""
+    for one, other, names, expected, layout in (
+        (left, right, explained, makes, book.right),
+        (right, left, makes, explained, book.left),
+    ):
+        plan = plan_names(book, one, names, layout)
+        if plan is None:
+            return False
+        made: set[str] = set()
+        for _, _, targets, wrong in compare(plan, one, other):
+            if wrong:
+                return False
+            made.update(targets)
+        if made != set(expected):
+            return False
+    return True
+
+
+def plan_names(book: Book, tensors: Tensors, names: Iterable[str], layout: str) -> Plan | None:
+    """The plan of some tensors; ``None`` where the book does not fit them."""
+    wanted = list(names)
+    shapes = [tensors[n].shape for n in wanted]
+    headers = Headers(group_names(wanted), shapes, [tensors[n].dtype for n in wanted])
+    try:
+        return build_plan(headers, [book], target_layout=layout, scopes={book.name: Scope()})
+    except RegraftError:
+        return None  # the caller says that the book is not verified
+
+
+def compare(
+    plan: Plan, source: Tensors, target: Tensors
+) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+    """Carry a plan out, a few tensors at a time: the rule, what it reads and makes, and what of that differs."""
+    count = 1 + max((int(g.ids.max()) for g in plan.headers.groups if len(g)), default=-1)
+    bits: list[Any] = [None] * count
+    called: list[str] = [""] * count
+    for group in plan.headers.groups:
+        for number, name in zip(group.ids.tolist(), group.names(), strict=True):
+            bits[number] = source[name].bits if name in source else None
+            called[number] = name
+    for entry in plan.entries:
+        for row in range(len(entry)):
+            part = replace(
+                entry,
+                loops=entry.loops[row : row + 1],
+                sources=tuple(ids[row : row + 1] for ids in entry.sources),
+            )
+            made = apply_plan(replace(plan, entries=(part,), carried=()), bits)
+            wrong = [n for n, array in made.items() if not _equal(target.get(n), array)]
+            numbers = [number for ids in part.sources for number in ids.reshape(-1).tolist()]
+            read = [called[n] for n in numbers if n >= 0 and bits[n] is not None]
+            yield str(entry.rule), read, list(made), wrong
+    for item in plan.carried:
+        names = item.group.names()
+        wrong = [n for n in names if n not in target or source[n].look != target[n].look]
+        yield "", names, names, wrong
+
+
+def _equal(tensor: Tensor | None, bits: Bits) -> bool:
+    if tensor is None:
+        return False
+    return tensor.bits.shape == bits.shape and digest(bits) == tensor.digest
+
+
+__all__ = ["Proposal", "check", "compare", "plan_names", "propose", "relate"]

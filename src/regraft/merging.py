@@ -1,0 +1,180 @@
+"""Merging an adapter into its base: a new checkpoint, in whatever layout is asked for.
+
+The base is converted file to file; then each adapted tensor is rewritten where it stands, with what the adapter adds
+to it. Only one tensor is held at a time, and a sum is rounded once, to the tensor's own dtype.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from regraft.adapters.base_weights import spellings
+from regraft.adapters.convert import source_layout
+from regraft.adapters.detect import load_model
+from regraft.adapters.factors import Array
+from regraft.adapters.families.base import NoImageError
+from regraft.adapters.others import move_others
+from regraft.adapters.source import Source
+from regraft.adapters.verify import Deltas, Wide, moved_biases, moved_deltas
+from regraft.checkpoints.convert import convert_checkpoint
+from regraft.errors import Finding, RefusedError
+from regraft.layouts import Layout
+from regraft.planning.model import Foreign
+from regraft.report import AdapterReport, CheckpointReport, Target
+from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.storage.dtypes import DTYPES
+from regraft.storage.folder import staged_folder
+from regraft.storage.header import read_header
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class _Written:
+    """The tensors of a checkpoint that was just written, to be changed in place."""
+
+    tensors: dict[str, Array]
+
+    @staticmethod
+    def of(folder: Path) -> _Written:
+        found: dict[str, Array] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            header = read_header(file)
+            with file.open("r+b") as opened:
+                mapped = mmap.mmap(opened.fileno(), header.size, access=mmap.ACCESS_WRITE)
+            for name, info in header.tensors.items():
+                dtype = DTYPES[info.dtype]
+                if dtype.per_cell == 1 and dtype.numpy is not None:
+                    start = header.data_start + info.start
+                    found[name] = np.ndarray(info.shape, dtype.numpy, mapped, start)
+        return _Written(found)
+
+    def find(self, name: str) -> Array | None:
+        for spelled in spellings(name):
+            if spelled in self.tensors:
+                return self.tensors[spelled]
+        return None
+
+
+def merge_adapter(
+    source: Source,
+    dst: Path,
+    to: Layout,
+    model: Path,
+    layout: Layout | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    foreign: Foreign | None = None,
+) -> tuple[AdapterReport, CheckpointReport]:
+    """Write the base at ``model`` with an adapter's deltas added, in a layout.
+
+    Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
+    """
+    base = model if model.is_dir() else model.parent
+    config = load_model(model)
+    here, known, evidence = source_layout(source, to, config, layout, foreign)
+    before = Deltas(source, known, here)
+    _check_biases(before)
+    with staged_folder(dst, overwrite) as staged:
+        inner = staged / "base"
+        done = convert_checkpoint(
+            base, inner, to=to.name, model=model, progress=progress, foreign=foreign
+        )
+        report = AdapterReport(
+            source.name, source.peft_type, here, to.name, evidence, tensors_in=len(source.tensors)
+        )
+        try:
+            _add(before, _Written.of(inner), to.name, report)
+        except NoImageError as error:
+            raise RefusedError(
+                Finding(
+                    "needs-base-weights" if error.needs_base else "no-image",
+                    f"it cannot be merged: {error.why}",
+                    where=source.where,
+                    fix="give the base that it was trained on"
+                    if error.needs_base
+                    else "merge it with PEFT, where it was trained",
+                )
+            ) from None
+        for path in list(inner.iterdir()):
+            shutil.move(str(path), str(staged / path.name))
+        inner.rmdir()
+    report.tensors_out = done.tensors_out
+    return report, done
+
+
+def _check_biases(before: Deltas) -> None:
+    """Refuse an adapter that makes biases for modules that have none: the model would not read them."""
+    found = [
+        Finding(
+            "no-image",
+            "the adapter adds a bias, and this module has none in the base",
+            where=before.source.where,
+            key=name,
+            fix="keep it with the layout that it was trained in; PEFT cannot merge it either",
+        )
+        for name in before.bare_biases()
+    ]
+    if found:
+        raise RefusedError(found)
+
+
+def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) -> None:
+    findings: list[Finding] = []
+    for key, kind, rule, matrices in moved_deltas(before, target):
+        tensor = written.find(key)
+        if tensor is None:
+            findings.append(_absent(key, before.source.where))
+            continue
+        _add_to(tensor, kind, matrices)
+        report.targets.append(Target(key, 0, 0, 1.0, rule, False, rung="merged"))
+    for name, value in _saved(before, target, findings):
+        tensor = written.find(name)
+        if tensor is None or tensor.shape != value.shape:
+            findings.append(_absent(name, before.source.where))
+            continue
+        tensor[...] = value.astype(tensor.dtype)
+        report.carried += 1
+    if findings:
+        raise RefusedError(findings)
+
+
+def _absent(key: str, where: str) -> Finding:
+    return Finding(
+        "no-image",
+        "the base has no weight that this could be merged into",
+        where=where,
+        key=key,
+        fix="check that --model is the base it was trained on; prompts, routers and rows of single tokens cannot be "
+        "merged",
+    )
+
+
+def _add_to(tensor: Array, kind: str, matrices: Iterator[Wide | None]) -> None:
+    """Add deltas to a stored tensor, matrix by matrix."""
+    roles = KINDS[kind].roles or (OUT, IN)
+    turned = roles.index(IN) < roles.index(OUT)
+    for batch, delta in enumerate(matrices):
+        if delta is None:
+            continue
+        place = tensor[batch] if BATCH in roles else tensor
+        change = (delta.T if turned else delta).reshape(place.shape)
+        place[...] = (place.astype(np.float64) + change).astype(tensor.dtype)
+
+
+def _saved(before: Deltas, target: str, findings: list[Finding]) -> Iterator[tuple[str, Array]]:
+    """Tensors of the base that the adapter has as they are to be, and biases that it changes."""
+    shared = set(before.family.shared) if before.family is not None else set()
+    in_place = before.layout == target
+    for item in move_others(
+        before.scan, before.source, before.known, before.side, target, in_place=in_place
+    ):
+        if item.old not in shared:
+            yield item.new, item.tensor
+    yield from moved_biases(before, target).items()

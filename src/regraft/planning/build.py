@@ -1,0 +1,341 @@
+"""Building a plan from headers and rule books; every key is accounted for, all errors come together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from regraft.equation.notation import (
+    ConfigPath,
+    Equation,
+    Key,
+    Term,
+)
+from regraft.equation.sizes import (
+    SizeError,
+    UnknownSizeError,
+    limit_of,
+    solve_sizes,
+)
+from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.names.keys import Group, Ints
+from regraft.planning.families import Claim, Family, Guess, Sources
+from regraft.planning.model import Scope
+from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
+from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.templates import (
+    Match,
+    Specificity,
+    hole_axes,
+    match_group,
+    specificity,
+)
+
+
+def build_plan(
+    headers: Headers,
+    books: Sequence[Book],
+    *,
+    target_layout: str,
+    scopes: dict[str, Scope] | None = None,
+    partial: bool = False,
+    guess: Guess | None = None,
+    where: str | None = None,
+    unmatched_fix: str = "check the prefix and the model, or add the key to a rule book",
+) -> Plan:
+    """Plan the conversion of some tensors to a layout.
+
+    ``scopes`` gives each book's config; ``partial`` allows tensors to be absent (an adapter need not adapt
+    everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
+    in messages, ``unmatched_fix`` what to do about keys that nothing explains.
+
+    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
+    """
+    builder = _Builder(
+        headers, books, target_layout, scopes or {}, partial, guess, where, unmatched_fix
+    )
+    return builder.build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        headers: Headers,
+        books: Sequence[Book],
+        target_layout: str,
+        scopes: dict[str, Scope],
+        partial: bool,
+        guess: Guess | None,
+        where: str | None,
+        unmatched_fix: str,
+    ) -> None:
+        self.unmatched_fix = unmatched_fix
+        self.headers, self.books, self.target = headers, tuple(books), target_layout
+        self.scopes, self.where = scopes, where
+        self.sources = Sources(headers, partial, guess, where)
+        self.unmatched: list[Finding] = []
+        count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
+        self.owner = np.full(count, -1, dtype=np.int64)
+        self.dropped: list[Dropped] = []
+
+    def build(self) -> Plan:
+        entries: list[Entry] = []
+        for rule, claims in self.claims().items():
+            entries.extend(self.entries(rule, claims))
+        carried = self.carry()
+        self.check_doubles(entries, carried)
+        if self.sources.findings or self.unmatched:
+            kind: type[RegraftError] = (
+                BadInputError if self.sources.findings else UnmatchedKeysError
+            )
+            raise kind([*self.sources.findings, *self.unmatched])
+        source = next(
+            (b.left if b.right == self.target else b.right for b in self.books), self.target
+        )
+        return Plan(
+            source,
+            self.target,
+            self.books,
+            self.headers,
+            tuple(entries),
+            tuple(carried),
+            tuple(self.dropped),
+        )
+
+    def reverse(self, book: Book) -> bool:
+        return book.left == self.target
+
+    def claims(self) -> dict[Rule, list[Claim]]:
+        found: list[tuple[Specificity, Claim]] = []
+        for book in self.books:
+            scope = self.scopes.get(book.name, Scope())
+            for rule in book.rules:
+                for number, term in enumerate(rule.equation.sides(self.reverse(book))[0]):
+                    for group in self.headers.groups:
+                        claim = self.claim(rule, number, term, group, scope)
+                        if claim is not None:
+                            found.append((specificity(term), claim))
+        found.sort(key=lambda pair: pair[0], reverse=True)
+        ranks = {rank: place for place, (rank, _) in enumerate(found)}
+        digits = np.full(len(self.owner), -1)
+        claims: dict[Rule, list[Claim]] = {r: [] for book in self.books for r in book.rules}
+        taken: list[Claim] = []
+        for spelled, claim in found:
+            ids = claim.ids()
+            rivals = self.owner[ids]
+            if (rivals >= 0).any():
+                clash = (rivals >= 0) & (digits[ids] == ranks[spelled])
+                if clash.any():
+                    first = int(np.flatnonzero(clash)[0])
+                    other = taken[int(rivals[first])].rule
+                    self.sources.report(
+                        "two-rules",
+                        f"two rules claim it, the other one is {other}",
+                        key=self.headers.name(int(ids[first])),
+                        rule=str(claim.rule),
+                        fix="make one of them spell out what tells them apart",
+                    )
+                free = rivals < 0
+                if not free.any():
+                    continue
+                claim = claim.keep(free)
+                ids = claim.ids()
+            book = next(b for b in self.books if claim.rule in b.rules)
+            scope = self.scopes.get(book.name, Scope())
+            self.check_bounds(
+                claim.rule.equation,
+                claim.key,
+                scope,
+                claim.group.take(claim.match.rows),
+                claim.match.holes,
+                str(claim.rule),
+            )
+            self.owner[ids] = len(taken)
+            digits[ids] = ranks[spelled]
+            taken.append(claim)
+            claims[claim.rule].append(claim)
+        return claims
+
+    def claim(
+        self, rule: Rule, number: int, term: Term, group: Group, scope: Scope
+    ) -> Claim | None:
+        """The keys of a group that a term speaks of: by name, by number of dims, and inside its scope."""
+        assert term.key is not None
+        match = match_group(term.key, group)
+        if match is None or not scope.admits(group.template):
+            return None
+        claim = Claim(rule, number, term, group, match)
+        fixed = len(term.dims) - term.ends_open
+        dims = self.sources.dims[self.sources.shape_code[claim.ids()]]
+        fits = dims >= fixed if term.ends_open else dims == fixed
+        if fits.all():
+            return claim
+        return claim.keep(fits) if fits.any() else None
+
+    def entries(self, rule: Rule, claims: list[Claim]) -> Iterable[Entry]:
+        by_rests: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
+        for claim in claims:
+            by_rests[claim.match.rests].append(claim)
+        book = next(b for b in self.books if rule in b.rules)
+        reverse, scope = self.reverse(book), self.scopes.get(book.name, Scope())
+        for rests, same in by_rests.items():
+            yield from Family(self.sources, rule, reverse, scope, rests, same).entries()
+
+    def carry(self) -> list[Carried]:
+        carried: list[Carried] = []
+        for group in self.headers.groups:
+            free = self.owner[group.ids] < 0
+            if not free.any():
+                continue
+            left = group if free.all() else group.take(free)
+            for book in self.books:
+                scope = self.scopes.get(book.name, Scope())
+                for carry in book.carries:
+                    if not len(left) or carry.term.key is None:
+                        continue
+                    match = match_group(carry.term.key, left)
+                    if match is None or not scope.admits(left.template):
+                        continue
+                    taken = left.take(match.rows)
+                    self.check_carried(book, taken, carry, match)
+                    carried.append(Carried(taken, carry))
+                    rest = np.ones(len(left), dtype=bool)
+                    rest[match.rows] = False
+                    left = left.take(rest)
+            left = self.drop(left) if len(left) else left
+            if len(left):
+                self.report_unmatched(left)
+        return carried
+
+    def drop(self, group: Group) -> Group:
+        """Note down what the target layout has no use for; what is left."""
+        for book in self.books:
+            side = "right" if self.reverse(book) else "left"
+            for drop in book.drops:
+                if side not in drop.sides or not len(group):
+                    continue
+                match = match_group(drop.key, group)
+                if match is None:
+                    continue
+                self.dropped.append(Dropped(group.take(match.rows), drop))
+                rest = np.ones(len(group), dtype=bool)
+                rest[match.rows] = False
+                group = group.take(rest)
+        return group
+
+    def check_bounds(
+        self, equation: Equation, key: Key, scope: Scope, group: Group, holes: Ints, where: str
+    ) -> None:
+        for bound in equation.bounds:
+            limit = limit_of(
+                bound, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
+            )
+            if limit is None:
+                continue
+            over = holes[:, hole_axes(key).index(bound.axis)] >= limit
+            if over.any():
+                self.sources.report(
+                    "wrong-base",
+                    f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
+                    f"{over.sum()} keys are beyond",
+                    key=group.name(int(np.flatnonzero(over)[0])),
+                    rule=where,
+                    fix="give the base model that it was trained on",
+                )
+
+    def check_carried(self, book: Book, group: Group, carry: Carry, match: Match) -> None:
+        scope = self.scopes.get(book.name, Scope())
+        place = f"{book.name} ({carry.where})"
+        assert carry.term.key is not None
+        self.check_bounds(carry.equation, carry.term.key, scope, group, match.holes, place)
+        codes, first = np.unique(self.sources.shape_code[group.ids], return_index=True)
+        for code, row in zip(codes.tolist(), first.tolist(), strict=True):
+            shape = self.sources.shape_list[code]
+            try:
+                solve_sizes(
+                    carry.equation,
+                    [(carry.term, shape)],
+                    lookup=lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
+                )
+            except UnknownSizeError:
+                continue
+            except SizeError as error:
+                self.sources.report(
+                    "wrong-base",
+                    f"its shape is {list(shape)}, which does not fit the base model: {error}",
+                    key=group.name(int(row)),
+                    rule=place,
+                    fix="give the base model that it was trained on",
+                )
+
+    def report_unmatched(self, group: Group) -> None:
+        for book in self.books:
+            for rule in book.rules:
+                for term in rule.equation.sides(self.reverse(book))[1]:
+                    if term.key is not None and match_group(term.key, group) is not None:
+                        self.sources.report(
+                            "mixed-layouts",
+                            f"this key is already in the layout {self.target}, beside keys that are not"
+                            f"{_others(group)}",
+                            key=group.name(0),
+                            rule=str(rule),
+                            fix="keep one of the two and remove the other",
+                        )
+                        return
+        for book in self.books:
+            for gap in book.gaps:
+                if match_group(gap.key, group) is not None:
+                    self.unmatched.append(
+                        Finding(
+                            "no-rule",
+                            f"the registry's way to this key{_others(group)} could not be imported: {gap.why}",
+                            where=self.where,
+                            key=group.name(0),
+                            rule=book.name,
+                            fix="write a rule book for this model, or convert it with the library itself",
+                        )
+                    )
+                    return
+        books = ", ".join(book.name for book in self.books) or "none"
+        self.unmatched.append(
+            Finding(
+                "unmatched",
+                f"no rule and no carry-over explains this key{_others(group)} (rule books: {books})",
+                where=self.where,
+                key=group.name(0),
+                fix=self.unmatched_fix,
+            )
+        )
+
+    def check_doubles(self, entries: Sequence[Entry], carried: Sequence[Carried]) -> None:
+        by_template: dict[str, list[tuple[Group, str]]] = defaultdict(list)
+        for entry in entries:
+            for term in entry.written:
+                group = entry.keys(term)
+                by_template[group.template].append((group, str(entry.rule)))
+        for item in carried:
+            by_template[item.group.template].append((item.group, f"carry-over {item.carry.where}"))
+        for groups in by_template.values():
+            if len(groups) < 2:
+                continue
+            seen: dict[tuple[int, ...], str] = {}
+            for group, rule in groups:
+                for row, numbers in enumerate(map(tuple, group.numbers.tolist())):
+                    if numbers in seen:
+                        self.sources.report(
+                            "doubled-target",
+                            f"two rules produce it, the other one is {seen[numbers]}",
+                            key=group.name(row),
+                            rule=rule,
+                        )
+                        break
+                    seen[numbers] = rule
+
+
+def _others(group: Group) -> str:
+    return f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
+
+
+__all__ = ["Guess", "build_plan"]

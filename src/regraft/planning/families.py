@@ -1,0 +1,345 @@
+"""Laying the tensors that one rule claims into entries: by loop values that have the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.equation.lower import lower, stacked_holes
+from regraft.equation.notation import (
+    Axis,
+    ConfigPath,
+    Expr,
+    Key,
+    ShapeOf,
+    Term,
+    axes_of,
+    loops_of,
+)
+from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_sizes
+from regraft.errors import Finding
+from regraft.names.keys import MARK, Group, Ints
+from regraft.planning.model import Scope
+from regraft.planning.plan import Entry, Headers, keys_of
+from regraft.rules.book import Rule
+from regraft.rules.templates import Match, hole_axes, write_group
+
+Guess = Callable[[Rule, str, int], int | None]
+"""How many values a stacked index has where nothing else says so: rule, axis, and how many were seen."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """The tensors of a group that one term of a rule speaks of."""
+
+    rule: Rule
+    term: int
+    read: Term
+    group: Group
+    match: Match
+
+    def ids(self) -> Ints:
+        """The ids of the tensors."""
+        return self.group.ids[self.match.rows]
+
+    @property
+    def key(self) -> Key:
+        """The term's key."""
+        key = self.read.key
+        assert key is not None
+        return key
+
+    def keep(self, rows: npt.NDArray[np.bool_]) -> Claim:
+        """Some of the tensors."""
+        m = self.match
+        kept = Match(m.rows[rows], m.rests, m.rest_numbers[rows], m.holes[rows])
+        return Claim(self.rule, self.term, self.read, self.group, kept)
+
+
+class Sources:
+    """The tensors that a plan reads, their shapes as codes, and what is wrong with them."""
+
+    def __init__(
+        self, headers: Headers, partial: bool, guess: Guess | None, where: str | None
+    ) -> None:
+        self.headers, self.partial, self.guess, self.where = headers, partial, guess, where
+        self.findings: list[Finding] = []
+        codes = {shape: code for code, shape in enumerate(dict.fromkeys(headers.shapes))}
+        self.shape_code = np.array([codes[shape] for shape in headers.shapes], dtype=np.int64)
+        self.shape_list = list(codes)
+        self.dims = np.array([len(shape) for shape in codes], dtype=np.int64)
+
+    def report(self, code: str, message: str, **place: str | None) -> None:
+        """Note a problem; all of them are raised together."""
+        self.findings.append(Finding(code, message, where=self.where, **place))
+
+
+class Family:
+    """The claims of one rule that share what ``{*p}`` holds."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        rule: Rule,
+        reverse: bool,
+        scope: Scope,
+        rests: tuple[str, ...],
+        claims: list[Claim],
+    ) -> None:
+        self.sources, self.rule, self.rests = sources, rule, rests
+        self.reverse, self.scope = reverse, scope
+        self.read, self.written = rule.equation.sides(self.reverse)
+        self.loop_names = loops_of(rule.equation)
+        self.holes = tuple(stacked_holes(rule.equation, term) for term in self.read)
+        rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
+        for claim in claims:
+            columns = {
+                name: i
+                for i, name in enumerate(hole_axes(claim.key))
+                if name is not None and name in self.loop_names
+            }
+            loop_columns = [columns[name] for name in self.loop_names]
+            stack_columns = [i for i in range(len(claim.key.holes)) if i not in columns.values()]
+            holes = claim.match.holes
+            loops = np.concatenate([claim.match.rest_numbers, holes[:, loop_columns]], axis=1)
+            rows[claim.term].append((loops, holes[:, stack_columns], claim.ids()))
+        self.rows = [_join(parts) for parts in rows]
+        self.most: dict[Expr, int] = {}
+        """The most values that an index has for any loop values."""
+
+    def entries(self) -> Iterable[Entry]:
+        """One entry for all loop values that have the same shapes and counts."""
+        codes, loops = _encode([part[0] for part in self.rows if part is not None])
+        count = len(loops)
+        signature: list[Ints] = []
+        placed: list[tuple[Ints, Ints, Ints] | None] = []
+        position = 0
+        for part, holes in zip(self.rows, self.holes, strict=True):
+            if part is None:
+                placed.append(None)
+                signature.append(np.full(count, -1))
+                signature.extend(np.full(count, 0) for _ in holes)
+                continue
+            _, stack, ids = part
+            at = codes[position : position + len(ids)]
+            position += len(ids)
+            placed.append((at, stack, ids))
+            shape = np.full(count, -1, dtype=np.int64)
+            shape[at[::-1]] = self.sources.shape_code[ids[::-1]]
+            odd = self.sources.shape_code[ids] != shape[at]
+            if odd.any():
+                self._report_odd_shape(ids, at, shape, odd)
+            signature.append(shape)
+            for column in range(len(holes)):
+                most = np.zeros(count, dtype=np.int64)
+                np.maximum.at(most, at, stack[:, column] + 1)
+                signature.append(most)
+                hole = holes[column]
+                self.most[hole] = max(self.most.get(hole, 0), int(most.max(initial=0)))
+        signature += self._target_sizes(loops)
+        _, first, kind = np.unique(
+            np.stack(signature, axis=1), axis=0, return_index=True, return_inverse=True
+        )
+        kind = kind.reshape(-1)
+        for number, example in enumerate(first.tolist()):
+            entry = self._entry(np.flatnonzero(kind == number), loops, placed, signature, example)
+            if entry is not None:
+                yield entry
+
+    def _target_sizes(self, loops: Ints) -> list[Ints]:
+        """What each ``shape(KEY, dim)`` is for every loop value, -1 where the target has no such tensor."""
+        values = [
+            value
+            for clause in self.rule.equation.where
+            for _, value in clause.values
+            if isinstance(value, ShapeOf)
+        ]
+        columns = []
+        for value in values:
+            sizes = [self._look_up(value, loop) for loop in loops]
+            columns.append(np.array([-1 if s is None else s for s in sizes], dtype=np.int64))
+        return columns
+
+    def _look_up(self, value: ConfigPath | ShapeOf, loop: Ints) -> int | None:
+        """A size that the config or the target says."""
+        if isinstance(value, ConfigPath):
+            return self.scope.look_up(value)
+        marks = sum(text.count(MARK) for text in self.rests)
+        columns = {name: marks + i for i, name in enumerate(self.loop_names)}
+        holes = [columns[h.name] for h in value.key.holes if isinstance(h, Axis)]
+        key = write_group(value.key, self.rests, loop[None, :marks], loop[None, holes]).name(0)
+        shape = self.scope.shapes.get(key)
+        return None if shape is None else shape[value.dim]
+
+    def _entry(
+        self,
+        members: Ints,
+        loops: Ints,
+        placed: list[tuple[Ints, Ints, Ints] | None],
+        signature: list[Ints],
+        example: int,
+    ) -> Entry | None:
+        shapes: list[tuple[Term, tuple[int, ...]]] = []
+        seen: list[list[int]] = []
+        column = 0
+        for term, holes in zip(self.read, self.holes, strict=True):
+            code = int(signature[column][example])
+            if code >= 0:
+                shapes.append((term, self.sources.shape_list[code]))
+            seen.append([int(s[example]) for s in signature[column + 1 : column + 1 + len(holes)]])
+            column += 1 + len(holes)
+        try:
+            sizes, rest = self._solve(shapes, seen, loops[example])
+        except SizeError as error:
+            self._report_size(error, loops[example], placed, example)
+            return None
+        back = np.full(len(loops), -1, dtype=np.int64)
+        back[members] = np.arange(len(members))
+        sources = []
+        whole = True
+        for number, (part, holes) in enumerate(zip(placed, self.holes, strict=True)):
+            stack = tuple(extent(hole, sizes) for hole in holes)
+            filled = np.full((len(members), *stack), -1, dtype=np.int64)
+            if part is not None:
+                at, index, ids = part
+                mine = back[at] >= 0
+                rows, index, ids = back[at[mine]], index[mine], ids[mine]
+                outside = (index >= np.array(stack, dtype=np.int64)).any(axis=1)
+                if outside.any():
+                    self._report_extra(ids[outside], number, stack)
+                    whole = False
+                    rows, index, ids = rows[~outside], index[~outside], ids[~outside]
+                filled[(rows, *index.T)] = ids
+            if not self.sources.partial and (filled < 0).any():
+                self._report_missing(filled, number, stack, loops[members])
+                whole = False
+            sources.append(filled)
+        if not whole:
+            return None
+        copies = lower(self.rule.equation, sizes, self.reverse)
+        return Entry(
+            self.rule,
+            self.reverse,
+            self.rests,
+            loops[members],
+            sizes,
+            rest,
+            tuple(sources),
+            copies,
+        )
+
+    def _solve(
+        self, shapes: list[tuple[Term, tuple[int, ...]]], seen: list[list[int]], loop: Ints
+    ) -> tuple[dict[str, int], tuple[int, ...]]:
+        def look_up(value: ConfigPath | ShapeOf) -> int | None:
+            return self._look_up(value, loop)
+
+        equation = self.rule.equation
+        try:
+            return solve_sizes(equation, shapes, lookup=look_up)
+        except UnknownSizeError as error:
+            counts: list[tuple[Expr, int]] = []
+            unknown = set(error.axes)
+            for holes, counts_here in zip(self.holes, seen, strict=True):
+                for hole, found in zip(holes, counts_here, strict=True):
+                    if found and unknown & set(axes_of(hole)):
+                        number: int | None = found
+                        if self.sources.partial:
+                            guess = self.sources.guess
+                            most = self.most.get(hole, found)
+                            number = guess(self.rule, next(axes_of(hole)), most) if guess else None
+                        if number is not None:
+                            counts.append((hole, number))
+            most_of: dict[Expr, int] = {}
+            for hole, number in counts:
+                most_of[hole] = max(most_of.get(hole, 0), number)
+            return solve_sizes(equation, shapes, most_of.items(), lookup=look_up)
+
+    def _report_odd_shape(
+        self, ids: Ints, at: Ints, shape: Ints, odd: npt.NDArray[np.bool_]
+    ) -> None:
+        sources = self.sources
+        row = int(np.flatnonzero(odd)[0])
+        expected = sources.shape_list[int(shape[at[row]])]
+        got = sources.shape_list[int(sources.shape_code[ids[row]])]
+        sources.report(
+            "shape",
+            f"its shape is {list(got)}, its siblings' is {list(expected)}",
+            key=sources.headers.name(int(ids[row])),
+            rule=str(self.rule),
+            fix="save it again: tensors that become one tensor have one shape",
+        )
+
+    def _report_size(
+        self,
+        error: SizeError,
+        loop: Ints,
+        placed: list[tuple[Ints, Ints, Ints] | None],
+        example: int,
+    ) -> None:
+        ids = next(part[2][part[0] == example] for part in placed if part is not None)
+        missing = isinstance(error, UnknownSizeError)
+        message = str(error)
+        if isinstance(error, UnknownSizeError):
+            clauses = [str(c) for c in self.rule.equation.where if c.axis in error.axes]
+            message += f" ({', '.join(clauses)})" if clauses else ""
+        self.sources.report(
+            "unknown-size" if missing else "wrong-base",
+            message,
+            key=self.sources.headers.name(int(ids[0])) if len(ids) else None,
+            rule=str(self.rule),
+            fix=(
+                "give the base model with --model, with a config that says it"
+                if missing
+                else "give the base model that it belongs to"
+            ),
+        )
+
+    def _report_extra(self, ids: Ints, term: int, stack: tuple[int, ...]) -> None:
+        sources = self.sources
+        count = f" (and {len(ids) - 1} more keys like it)" if len(ids) > 1 else ""
+        sources.report(
+            "extra",
+            f"the base model has {' x '.join(map(str, stack))} of these, numbered from 0{count}",
+            key=sources.headers.name(int(ids[0])),
+            rule=str(self.rule),
+            fix="give the base model that it belongs to",
+        )
+
+    def _report_missing(self, filled: Ints, term: int, stack: tuple[int, ...], loops: Ints) -> None:
+        keys = keys_of(self.read[term], self.rule, self.rests, loops, stack)
+        rows = np.flatnonzero(filled.reshape(-1) < 0)
+        shown = ", ".join(keys.name(int(row)) for row in rows[:3])
+        self.sources.report(
+            "missing",
+            f"{len(rows)} of {filled.size} tensors that belong together are missing: {shown}"
+            + (", …" if len(rows) > 3 else ""),
+            rule=str(self.rule),
+            fix="complete the checkpoint; nothing can be fused without its siblings",
+        )
+
+
+def _join(parts: list[tuple[Ints, Ints, Ints]]) -> tuple[Ints, Ints, Ints] | None:
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    loops, stacks, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return loops, stacks, ids
+
+
+def _encode(loops: list[Ints]) -> tuple[Ints, Ints]:
+    """Number the distinct rows; the numbers in order of the input, and the distinct rows."""
+    rows = np.concatenate(loops)
+    if not rows.shape[1]:
+        return np.zeros(len(rows), dtype=np.int64), rows[:1]
+    limits = rows.max(axis=0) + 1
+    if np.prod(limits.astype(float)) < 2**62:
+        flat = np.ravel_multi_index(tuple(rows.T), tuple(limits.tolist()))
+        _, first, codes = np.unique(flat, return_index=True, return_inverse=True)
+    else:
+        _, first, codes = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return codes.reshape(-1).astype(np.int64), rows[first]

@@ -1,0 +1,268 @@
+"""Writing a folder that appears whole or not at all, and reading the JSON files of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import BadInputError, Finding
+from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
+from regraft.storage.safetensors import sync_path
+from regraft.storage.work import cannot_write, open_work
+
+_MAX_JSON_BYTES = 100_000_000
+
+
+@contextmanager
+def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> Iterator[Path]:
+    """Fill a folder that appears at ``dst`` whole or not at all.
+
+    Yields an empty folder in a hidden one beside ``dst``, on the same file system. When the block
+    ends, its files are flushed to disk and it is renamed to ``dst``. When the block raises, it is
+    removed and ``dst`` is as it was; so are the folders above it, if they had to be made. With
+    ``overwrite`` a folder at ``dst`` is replaced as a whole: it is put aside, and deleted only once
+    the new one is in its place. A link at ``dst`` is followed. What a run that was killed left is
+    cleared by the next one.
+
+    Args:
+        dst: the folder to write.
+        overwrite: whether it may be there already.
+        size: how many bytes are going to be written, as far as that is known.
+
+    Raises:
+        BadInputError: ``dst`` is a file, or exists and ``overwrite`` is not set, or the folder it
+            is in cannot be written to or has no room; or another run is at work on ``dst``.
+    """
+    dst = Path(os.path.realpath(dst))
+    if findings := _check_place(dst, overwrite):
+        raise BadInputError(findings)
+    with open_work(dst) as work:
+        try:
+            work.check_place(overwrite)
+            work.empty()
+            work.check_space(size)
+            yield work.new
+            _sync_files(work.new)
+            work.place(overwrite)
+        except OSError as error:
+            work.clear()
+            raise cannot_write(dst, error) from error
+        except BaseException:
+            work.clear()
+            raise
+
+
+def check_destination(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    file: bool = False,
+) -> None:
+    """Check that a folder, or a ``file``, can be written to ``dst`` without touching ``src``.
+
+    Links are resolved, in both paths and in the entries of ``src``, since overwriting ``dst`` would
+    also delete what they lead to.
+
+    Args:
+        src: the file or folder that is read.
+        dst: what to write, which need not exist.
+        overwrite: whether it may be replaced.
+        file: whether it is a file.
+
+    Raises:
+        BadInputError: ``dst`` is ``src``, or one is inside the other; ``dst`` is a file and not a
+            folder, or the other way round, or exists and ``overwrite`` is not set, or holds the home
+            folder or the current one, or the folder it is in cannot be written to.
+    """
+    src, dst = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
+    kind = _kind(file)
+    findings: list[Finding] = []
+
+    def report(code: str, message: str) -> None:
+        fix = f"choose another {kind} to write to"
+        findings.append(Finding(code, message, where=str(dst), fix=fix))
+
+    if _is_same(src, dst):
+        report("destination-is-source", f"the {kind} to write is the one that is read")
+    elif _is_inside(dst, src):
+        report("destination-in-source", f"the {kind} to write is inside {src}, which is read")
+    elif _is_inside(src, dst) or any(_is_inside(path, dst) for path in _resolve_entries(src)):
+        report("source-in-destination", f"{src}, which is read, lies inside the {kind} to write")
+    findings += _check_place(dst, overwrite, file)
+    if findings:
+        raise BadInputError(findings)
+
+
+def copy_file(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+    """Copy a file with its permissions and times.
+
+    A link to a regular file is followed, since the folders of a Hugging Face cache consist of them.
+
+    Raises:
+        BadInputError: ``src`` is not a regular file or a link to one, or it cannot be copied.
+    """
+    src = Path(src)
+    file, _ = open_regular(src)
+    file.close()
+    try:
+        shutil.copy2(src, dst)
+    except OSError as error:
+        message = f"the file cannot be copied to {os.fspath(dst)}: {error.strerror or error}"
+        raise BadInputError(Finding("cannot-copy", message, where=str(src))) from error
+
+
+def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    ``NaN`` and the infinities are read as Python's json module reads them, since it writes them.
+
+    Raises:
+        BadInputError: the file cannot be read, is not UTF-8 or JSON, holds something other than an
+            object, or has an object with the same key twice.
+    """
+    path = Path(path)
+    where = str(path)
+    text = _read_text(path)
+    duplicates: Counter[str] = Counter()
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            duplicates.update({name: count for name, count in counts.items() if count > 1})
+        return fields
+
+    try:
+        value = json.loads(text, object_pairs_hook=build)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}"
+        message = f"not JSON: {error.msg}, at line {error.lineno}, column {error.colno}"
+        raise BadInputError(
+            Finding("not-json", message, where=place, fix="correct the file")
+        ) from error
+    except ValueError as error:
+        message = "not JSON that can be read: it holds a number with thousands of digits"
+        raise BadInputError(Finding("not-json", message, where=where)) from error
+    except RecursionError as error:
+        message = "not JSON that can be read: it is nested too deep"
+        raise BadInputError(Finding("not-json", message, where=where)) from error
+    if not isinstance(value, dict):
+        message = f"expected a JSON object, and the file holds {_name_json(value)}"
+        raise BadInputError(Finding("not-an-object", message, where=where))
+    if duplicates:
+        raise BadInputError(
+            Finding(
+                "duplicate-key",
+                f"the key stands {count} times in one object, and which is meant is unclear",
+                where=where,
+                key=name[:300],
+                fix="keep one of them",
+            )
+            for name, count in duplicates.items()
+        )
+    return value
+
+
+def _read_text(path: Path) -> str:
+    where = str(path)
+    file, size = open_regular(path)
+    with file:
+        if size > _MAX_JSON_BYTES:
+            message = f"the file has {size} bytes, and at most {_MAX_JSON_BYTES} are read as JSON"
+            raise BadInputError(Finding("file-too-large", message, where=where))
+        try:
+            content = file.read(_MAX_JSON_BYTES)
+        except OSError as error:
+            message = f"the file cannot be read: {error.strerror}"
+            raise BadInputError(Finding("unreadable-file", message, where=where)) from error
+    if known := recognize_content(content[:PROBE_SIZE], where):
+        raise BadInputError(known)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8 text (byte {error.start}, on line {line})"
+        raise BadInputError(
+            Finding("not-utf8", message, where=where, fix="save the file again as UTF-8")
+        ) from error
+    if text.startswith("\ufeff"):
+        message = "the file begins with a byte order mark, which JSON does not allow"
+        raise BadInputError(
+            Finding("not-json", message, where=where, fix="save the file as UTF-8 without it")
+        )
+    return text
+
+
+def _name_json(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "a list"
+    return "text" if isinstance(value, str) else "a number"
+
+
+def _kind(file: bool) -> str:
+    return "file" if file else "folder"
+
+
+def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding]:
+    """What keeps a folder or a file from being put at ``dst``, a resolved path."""
+    where = str(dst)
+    elsewhere = f"choose another {_kind(file)} to write to"
+    try:
+        if dst.exists() and dst.is_dir() == file:
+            message = f"expected a {_kind(file)} to write, and this is a {_kind(not file)}"
+            return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
+        if dst.exists():
+            for kept, name in ((Path.home(), "home"), (Path.cwd(), "current")):
+                if _is_same(dst, kept) or _is_inside(kept, dst):
+                    message = f"the folder holds the {name} folder, and would be replaced whole"
+                    return [Finding("destination-in-use", message, where=where, fix=elsewhere)]
+            if not overwrite:
+                message = f"the {_kind(file)} to write exists already"
+                return [Finding("destination-exists", message, where=where, fix="pass --overwrite")]
+        above = dst.parent
+        while not above.exists():
+            above = above.parent
+    except OSError as error:
+        return list(cannot_write(dst, error).findings)
+    if not above.is_dir():
+        message = f"the {_kind(file)} to write would be inside this, which is a file"
+        return [Finding("destination-is-file", message, where=str(above), fix=elsewhere)]
+    if not os.access(above, os.W_OK | os.X_OK):
+        message = "the folder may not be written to"
+        fix = "give yourself permission to write there, or " + elsewhere
+        return [Finding("cannot-write", message, where=str(above), fix=fix)]
+    return []
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    # By identity on disk, which sees through bind mounts and file systems that ignore case.
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one == other
+
+
+def _is_inside(inner: Path, outer: Path) -> bool:
+    return any(_is_same(parent, outer) for parent in inner.parents)
+
+
+def _resolve_entries(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_symlink():
+                yield Path(os.path.realpath(entry))
+
+
+def _sync_files(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync_path(Path(root, name))

@@ -1,0 +1,217 @@
+"""Reading and writing safetensors files.
+
+Source: the format's description, https://huggingface.co/docs/safetensors. The header's side of it
+is in `regraft.storage.header`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from regraft.errors import BadInputError, Finding
+from regraft.storage.dtypes import DTYPES, DType, count_cells, count_elements, match_dtype
+from regraft.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from regraft.storage.probe import open_regular
+
+__all__ = ["Header", "TensorInfo", "open_tensors", "read_header", "write_tensors"]
+
+_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+_SMALL = 1 << 16
+_BATCH = 1 << 23
+
+
+def open_tensors(
+    path: str | os.PathLike[str], header: Header | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Open the tensors of a safetensors file as read-only views on the mapped file.
+
+    Nothing is copied, and a tensor's bytes are read from disk when they are first used. The file
+    must not be changed in place while the views are in use; replacing it is safe.
+
+    Args:
+        path: the file.
+        header: what `read_header` returned for the same file, to spare reading it again.
+
+    Returns:
+        The tensors by name, in the header's order, with the shapes of the header. A tensor of a
+        type smaller than a byte comes packed, see `regraft.storage.dtypes`.
+
+    Raises:
+        BadInputError: the file breaks a rule of the format, changed since its header was read, or
+            holds a packed tensor whose rows are not whole bytes.
+    """
+    path = Path(path)
+    header = read_header(path) if header is None else header
+    file, size = open_regular(path)
+    with file:
+        if size != header.size:
+            raise BadInputError(
+                Finding(
+                    "file-changed",
+                    f"the file had {header.size} bytes when its header was read, and has {size}",
+                    where=str(path),
+                    fix="try again when nothing else writes to it",
+                )
+            )
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    base = header.data_start
+    plain = {name: dtype.numpy for name, dtype in DTYPES.items() if dtype.per_cell == 1}
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, info in header.tensors.items():
+        dtype = plain.get(info.dtype)
+        shape = info.shape
+        if dtype is None:
+            packed = DTYPES[info.dtype]
+            dtype = packed.numpy
+            shape = count_cells(packed, shape, where=str(path), key=name)
+        tensors[name] = np.ndarray(shape, dtype, mapped, base + info.start)
+    return tensors
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, which appears at ``path`` whole or not at all.
+
+    Like the reference writer, it orders the tensors by their type's alignment, largest first, and
+    then by name, and pads the header to a multiple of 8 bytes, so that every tensor is aligned. The
+    same tensors and metadata give the same bytes. The file is on disk when this returns; a file
+    that was there before is replaced, and stays as it was on an error.
+
+    Args:
+        path: the file to write; its folder must exist.
+        tensors: the tensors by name, of any shape, strides and byte order.
+        metadata: text to carry in the header, such as ``{"format": "pt"}``; kept as it is. An empty
+            one is left out.
+
+    Raises:
+        BadInputError: the format has no type for a tensor's dtype, a name or the metadata is not
+            text, or the header would be too large; or the file cannot be written.
+    """
+    path = Path(path)
+    head, arrays = _lay_out(str(path), tensors, metadata)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("xb", buffering=0) as file:
+                _write_all(file, head, arrays)
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
+    except OSError as error:
+        raise BadInputError(
+            Finding(
+                "cannot-write",
+                f"the file cannot be written: {error.strerror or error}",
+                where=str(path),
+                fix="check that the folder exists, may be written to and has room",
+            )
+        ) from error
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's content or a folder's entries are on disk.
+
+    Does nothing on Windows, which cannot do it for a folder or for a file open for reading.
+    """
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lay_out(
+    where: str, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[np.ndarray[Any, Any]]]:
+    """The bytes before the data, and the arrays in the order of the data."""
+    findings: list[Finding] = []
+    matched: dict[np.dtype[Any], DType] = {}
+    named: list[tuple[int, str, np.ndarray[Any, Any]]] = []
+    for name, array in tensors.items():
+        if name == "__metadata__":
+            message = f"a tensor cannot be named {name!r}"
+            findings.append(Finding("bad-name", message, where=where))
+            continue
+        dtype = matched.get(array.dtype)
+        if dtype is None:
+            try:
+                dtype = matched[array.dtype] = match_dtype(array.dtype, where=where, key=name)
+            except BadInputError as error:
+                findings += error.findings
+                continue
+        named.append((-_RANK[dtype.name], name, array))
+    texts: dict[Any, Any] = dict(metadata)
+    for key, value in texts.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            message = f"the metadata must map text to text, and {key!r} is {value!r}"
+            findings.append(Finding("metadata-not-text", message, where=where, key="__metadata__"))
+    if findings:
+        raise BadInputError(findings)
+
+    named.sort(key=lambda item: item[:2])
+    arrays = [array for _, _, array in named]
+    ends = list(accumulate(array.nbytes for array in arrays))
+    header: dict[str, Any] = {"__metadata__": texts} if texts else {}
+    for (_, name, array), end in zip(named, ends, strict=True):
+        dtype = matched[array.dtype]
+        header[name] = {
+            "dtype": dtype.name,
+            "shape": count_elements(dtype, array.shape),
+            "data_offsets": (end - array.nbytes, end),
+        }
+    text = _encode(header, where)
+    return len(text).to_bytes(8, "little") + text, arrays
+
+
+def _encode(header: dict[str, Any], where: str) -> bytes:
+    try:
+        text = msgspec.json.encode(header)
+    except UnicodeEncodeError as error:
+        message = "a tensor's name or the metadata holds half of a surrogate pair"
+        raise BadInputError(Finding("bad-name", message, where=where)) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        message = f"the header would take {len(text)} bytes; the format allows {MAX_HEADER_BYTES}"
+        raise BadInputError(Finding("header-too-large", message, where=where))
+    return text
+
+
+def _write_all(file: FileIO, head: bytes, arrays: Iterable[np.ndarray[Any, Any]]) -> None:
+    """Write everything, joining small tensors to spare one system call for each."""
+    batch, size = [head], len(head)
+    for array in arrays:
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        small = array.nbytes <= _SMALL
+        if small:
+            batch.append(array.tobytes())
+            size += array.nbytes
+        if size >= _BATCH or not small:
+            _write(file, memoryview(b"".join(batch)))
+            batch, size = [], 0
+        if not small:
+            _write(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    _write(file, memoryview(b"".join(batch)))
+
+
+def _write(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]

@@ -1,0 +1,232 @@
+"""What the commands print with ``--json``, as JSON Schema, made from the types that they print.
+
+The descriptions are the docstrings of these types and of their fields.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import msgspec
+
+from regraft.adapters.inspect import Inspected, Inspection, TargetPattern, TensorPattern
+from regraft.adapters.verify import AdapterVerification
+from regraft.checking.verdict import Check, Row, Verdict
+from regraft.checkpoints.inspect import CheckpointInspection
+from regraft.checkpoints.verify import Verification
+from regraft.errors import Finding
+from regraft.explaining.explanation import Explanation
+from regraft.learning.diff import Diff
+from regraft.report import AdapterReport, CheckpointReport, Report
+from regraft.rules.lint.book import Linted
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a command gave no result."""
+
+    kind: Literal[
+        "bad-input",
+        "unmatched-keys",
+        "ambiguous",
+        "not-equal",
+        "refused",
+        "usage",
+        "interrupted",
+        "internal",
+    ]
+    """What kind of error it is; it goes with the exit status."""
+    findings: list[Finding]
+    """Every problem of the input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What every command prints in place of its result when it fails."""
+
+    error: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class BookSummary:
+    """A rule book in a line."""
+
+    name: str
+    title: str
+    left: str
+    """The layout of the left sides of its equations."""
+    right: str
+    model_types: list[str]
+    rules: int
+    """How many equations it has."""
+    carries: int
+    """How many lines that say what stays."""
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownEquation:
+    """A rule of a book."""
+
+    name: str
+    where: str
+    """File and line."""
+    text: str
+    left_kinds: list[str]
+    right_kinds: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCarry:
+    """Keys that stay what they are."""
+
+    key: str
+    why: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownBook(BookSummary):
+    """A rule book as a whole."""
+
+    equations: list[ShownEquation]
+    carried: list[ShownCarry]
+
+
+DOCUMENTS: dict[str, tuple[Any, ...]] = {
+    "convert": (Report,),
+    "inspect": (Inspection, CheckpointInspection),
+    "verify": (Verification, AdapterVerification),
+    "check": (Check,),
+    "explain": (Explanation,),
+    "diff": (Diff,),
+    "rules list": (list[BookSummary],),
+    "rules show": (ShownBook,),
+    "rules lint": (Linted,),
+    "error": (Failure,),
+}
+"""What each command prints; ``error`` is what any of them prints when it fails."""
+
+_LEFT_OUT: dict[type, tuple[str, ...]] = {
+    AdapterReport: ("trace",),
+    CheckpointReport: ("trace",),
+    Verification: ("trace",),
+    TargetPattern: ("keys",),
+    TensorPattern: ("keys",),
+    Row: ("keys",),
+}
+_DERIVED: dict[type, tuple[str, ...]] = {
+    Inspected: ("layout", "ranks", "alphas", "scales"),
+    CheckpointInspection: ("layout",),
+    Verification: ("equal",),
+    AdapterVerification: ("equal", "error"),
+    Check: ("healthy",),
+    Verdict: ("counts",),
+    Explanation: ("arrives",),
+    Diff: ("equal",),
+    Linted: ("sound",),
+}
+"""Properties that are printed beside the fields."""
+
+
+def schema_of(document: str) -> dict[str, Any]:
+    """The JSON Schema of a document of `DOCUMENTS`.
+
+    >>> schema_of("error")["$defs"]["Problem"]["required"]
+    ['kind', 'findings']
+    """
+    definitions: dict[str, Any] = {}
+    roots = [_value(of, definitions) for of in DOCUMENTS[document]]
+    root = roots[0] if len(roots) == 1 else {"anyOf": roots}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"regraft {document} --json" if document != "error" else "a failure",
+        **root,
+        "$defs": definitions,
+    }
+
+
+def _describe(of: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A reference to the schema of a type, which is added to the definitions."""
+    if of.__name__ not in definitions:
+        definitions[of.__name__] = {}
+        definitions[of.__name__] = _object(of, definitions)
+    return {"$ref": f"#/$defs/{of.__name__}"}
+
+
+def _object(of: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(of, localns=vars(typing) | {"Trace": object})
+    told = field_docs(of)
+    properties: dict[str, Any] = {}
+    names = [name for name in hints if name not in _LEFT_OUT.get(of, ())]
+    for name in names:
+        properties[name] = _value(hints[name], definitions)
+    for name in _DERIVED.get(of, ()):
+        getter = getattr(of, name).fget
+        properties[name] = _value(typing.get_type_hints(getter)["return"], definitions)
+        told[name] = inspect.cleandoc(getter.__doc__)
+    for name, text in told.items():
+        if name in properties:
+            properties[name] = {"description": text, **properties[name]}
+    # A finding leaves out what it does not say; everything else is always there.
+    required = [n for n in properties if of is not Finding or n in ("code", "message")]
+    return {
+        "type": "object",
+        "description": inspect.cleandoc(of.__doc__ or ""),
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return _describe(hint, definitions)
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
+        return {"type": "array", "items": _value(arguments[0], definitions)}
+    if origin in (dict, Mapping):
+        return {"type": "object", "additionalProperties": _value(arguments[1], definitions)}
+    parts = [a for a in arguments if hasattr(a, "__dataclass_fields__")]
+    if parts:
+        return {"anyOf": [_describe(parts[0], definitions), {"type": "null"}]}
+    schema: dict[str, Any] = msgspec.json.schema(hint)
+    return schema
+
+
+@cache
+def _source_of(of: type) -> ast.ClassDef:
+    (found,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    assert isinstance(found, ast.ClassDef)
+    return found
+
+
+def field_docs(of: type) -> dict[str, str]:
+    """The docstrings of a class's fields.
+
+    >>> field_docs(Problem)["findings"]
+    'Every problem of the input.'
+    """
+    docs: dict[str, str] = {}
+    name = None
+    nodes = [node for base in reversed(of.__mro__[:-1]) for node in _source_of(base).body]
+    for node in nodes:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif (
+            name is not None
+            and isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            docs[name] = " ".join(inspect.cleandoc(node.value.value).split())
+        else:
+            name = None
+    return docs
