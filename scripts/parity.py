@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = ("numpy", "ml-dtypes", "msgspec", "rich", "typer")
+NEEDS = ("numpy", "ml-dtypes", "msgspec", "rich", "click")
 TORCH = "torch==2.13.0"
 
 

@@ -72,14 +72,20 @@ def test_tour_and_completion(capsys, monkeypatch):
     assert main([]) == 0
     tour = capsys.readouterr().out
     assert "--html" in tour
-    assert "--install-completion" in tour
+    assert "regraft completion" in tour
     assert max(map(len, tour.splitlines())) <= 100
-    monkeypatch.setenv("_REGRAFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("_REGRAFT_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", "regraft convert a b --to ")
     monkeypatch.setenv("COMP_CWORD", "5")
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().out.split() == ["transformers-v4", "transformers-v5"]
+    assert capsys.readouterr().out.split() == ["plain,transformers-v4", "plain,transformers-v5"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell, capsys):
+    assert main(["completion", shell]) == 0
+    assert "_REGRAFT_COMPLETE" in capsys.readouterr().out
 
 
 def test_checkpoints_list_their_rules(capsys, tmp_path):

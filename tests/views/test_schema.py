@@ -1,6 +1,5 @@
 """What `--json` prints is what `regraft schema` says."""
 
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
-from regraft.cli.run import app
+from regraft.cli.app import app
+from regraft.cli.rules import rules
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.schema import DOCUMENTS, schema_of
 
@@ -32,15 +32,12 @@ def run(capsys):
 
 
 def test_every_command_that_prints_json_has_one():
-    groups = [("", app)]
-    for group in app.registered_groups:
-        name = group.name or group.typer_instance.info.name
-        groups.append((f"{name} ", group.typer_instance))
+    groups = [("", app), ("rules ", rules)]
     commands = {
-        lead + (command.name or command.callback.__name__)
+        lead + name
         for lead, group in groups
-        for command in group.registered_commands
-        if "json" in inspect.signature(command.callback).parameters
+        for name in group.list_commands(None)
+        if any(option.name == "json" for option in group.get_command(None, name).params)
     }
     assert commands - {"schema"} == set(DOCUMENTS) - {"error"}
 

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from regraft.cli.app import (
-    Job,
-    _check_file,
-    _Html,
-    _Json,
-    _Model,
-    _own_books,
-    _Quiet,
-    _Rules,
-    app,
-)
+from regraft.cli import options
+from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
@@ -28,35 +19,38 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-@app.command()
+@click.command(cls=options.WithArguments)
+@options.argument("a", "A checkpoint or an adapter.", metavar="A", type=options.FILE)
+@options.argument("b", "Another one.", metavar="B", type=options.FILE)
+@click.option(
+    "--book",
+    "-o",
+    metavar="FILE",
+    type=options.FILE,
+    help="Propose a rule book that leads from A to B, even where regraft has one, and write it to this file (.toml).",
+)
+@options.model
+@options.rules
+@options.html
+@options.json
+@options.quiet
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint or an adapter.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    *,
-    book: Annotated[
-        Path | None,
-        typer.Option(
-            "--book",
-            "-o",
-            metavar="FILE",
-            help="Propose a rule book that leads from A to B, even where regraft has one, and write it "
-            "to this file (.toml).",
-            show_default=False,
-        ),
-    ] = None,
-    model: _Model = None,
-    rules: _Rules = None,
-    html: _Html = None,
-    json: _Json = False,
-    quiet: _Quiet = False,
+    a: Path,
+    b: Path,
+    book: Path | None,
+    model: Path | None,
+    rules: tuple[str, ...],
+    html: Path | None,
+    json: bool,
+    quiet: bool,
 ) -> Job:
-    """Tell what two checkpoints or adapters have in common, under which renames and equations.
+    """Show what two checkpoints or adapters have in common.
 
-    Where no rule book knows both layouts, one is proposed from the contents and printed. Both files are read whole.
+    Shows the renames and equations under which their contents are equal. Where no rule book knows both layouts, one
+    is proposed from the contents and printed. Both files are read whole.
 
     Exit status: 0 they hold the same, 1 bad input, 2 usage, 4 they do not.
     """
-    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -71,7 +65,7 @@ def diff(
             raise BadInputError(
                 Finding("destination-exists", message, where=str(book), fix="choose another")
             )
-        with _own_books(rules), failure_page(html, "diff", a):
+        with options.own_books(rules), failure_page(html, "diff", a):
             found = diff(a, b, model=model, propose_book=book is not None)
         if book is not None and found.book is not None:
             book.write_text(found.book, encoding="utf-8")

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from regraft.cli.app import (
-    Job,
-    _check_file,
-    _check_layout,
-    _Html,
-    _Json,
-    _layouts,
-    _Model,
-    _own_books,
-    _Quiet,
-    _Rules,
-    _Src,
-    app,
-)
+from regraft.cli import options
+from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
@@ -30,51 +19,40 @@ if TYPE_CHECKING:
 _PIECES = 8
 
 
-@app.command()
+@click.command(cls=options.WithArguments)
+@options.src
+@options.argument(
+    "key",
+    "A tensor's name in SRC, the base's tensor that it is about, or a name of the result.",
+    metavar="KEY",
+)
+@options.layout(
+    "--to", "The layout to explain the way to: transformers-v5 or transformers-v4.", required=True
+)
+@options.source
+@options.model
+@options.rules
+@options.html
+@options.json
+@options.quiet
 def explain(
-    src: _Src,
-    key: Annotated[
-        str,
-        typer.Argument(
-            metavar="KEY",
-            help="A tensor's name in SRC, the base's tensor that it is about, or a name of the result.",
-            show_default=False,
-        ),
-    ],
-    *,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="LAYOUT",
-            autocompletion=_layouts,
-            help="The layout to explain the way to: transformers-v5 or transformers-v4.",
-            show_default=False,
-        ),
-    ],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="LAYOUT",
-            autocompletion=_layouts,
-            help="The layout of SRC. Found out where it is not given.",
-            show_default=False,
-        ),
-    ] = None,
-    model: _Model = None,
-    rules: _Rules = None,
-    html: _Html = None,
-    json: _Json = False,
-    quiet: _Quiet = False,
+    src: Path,
+    key: str,
+    to: str,
+    source: str | None,
+    model: Path | None,
+    rules: tuple[str, ...],
+    html: Path | None,
+    json: bool,
+    quiet: bool,
 ) -> Job:
-    """Explain what becomes of one tensor, and by which rule; or what is near where nothing does.
+    """Explain where one tensor goes, and by which rule.
+
+    Where it goes nowhere, show which names and rules come close.
 
     Exit status: 0 it arrives, 1 SRC cannot be read, 2 usage, 4 it does not arrive.
     """
-    if not rules:
-        _check_layout(to, "--to")
-    _check_file(html)
+    options.check_layouts(rules, to=to)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -83,7 +61,7 @@ def explain(
         from regraft.cli.pages import failure_page, show_page
         from regraft.explaining.explain import explain
 
-        with _own_books(rules), failure_page(html, "explain", src):
+        with options.own_books(rules), failure_page(html, "explain", src):
             found = explain(src, key, to=to, model=model, source=source)
         if json:
             out.data({**to_builtins(found), "arrives": found.arrives})

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from regraft.cli.app import Job, _check_file, _Html, _Json, _Model, _Quiet, app
+from regraft.cli import options
+from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
     from regraft.rules.book import Book
     from regraft.rules.lint.book import Fault, Linted
 
-rules = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-app.add_typer(rules, name="rules", help="List, show, check and write rule books.")
 
-_Book = Annotated[
-    str,
-    typer.Argument(
-        metavar="BOOK", help="A TOML file, or the name of one of regraft's.", show_default=False
-    ),
-]
+@click.group(invoke_without_command=True)
+@click.pass_context
+def rules(ctx: click.Context) -> None:
+    """List, show, check and write rule books."""
+    if ctx.invoked_subcommand is None:
+        Output().text(ctx.get_help() + "\n")
+
+
+_book = options.argument("book", "A TOML file, or the name of one of regraft's.", metavar="BOOK")
 _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
 _STYLE = {"error": _BAD, "warning": _WARNING, "note": _FAINT}
 
 
 @rules.command("list")
-def list_books(json: _Json = False, quiet: _Quiet = False) -> Job:
+@options.json
+@options.quiet
+def list_books(json: bool, quiet: bool) -> Job:
     """List the rule books that come with regraft."""
     out = Output(json=json, quiet=quiet)
 
@@ -69,8 +73,10 @@ def _show_list(out: Output, books: tuple[Book, ...]) -> None:
     out.show(table)
 
 
-@rules.command()
-def show(book: _Book, json: _Json = False) -> Job:
+@rules.command(cls=options.WithArguments)
+@_book
+@options.json
+def show(book: str, json: bool) -> Job:
     """Show a rule book as one TOML file, with what it includes.
 
     Exit status: 0 done, 1 there is no such book or it cannot be loaded.
@@ -109,24 +115,25 @@ def show(book: _Book, json: _Json = False) -> Job:
     return job
 
 
-@rules.command()
+@rules.command(cls=options.WithArguments)
+@_book
+@click.option(
+    "--keys",
+    metavar="SRC",
+    type=options.FILE,
+    help="A checkpoint or an adapter whose names the rules must fit: shows what never fires and what is not explained.",
+)
+@options.model
+@options.html
+@options.json
+@options.quiet
 def lint(
-    book: _Book,
-    *,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            metavar="SRC",
-            help="A checkpoint or an adapter whose names the rules must fit: shows what never fires and "
-            "what is not explained.",
-            show_default=False,
-        ),
-    ] = None,
-    model: _Model = None,
-    html: _Html = None,
-    json: _Json = False,
-    quiet: _Quiet = False,
+    book: str,
+    keys: Path | None,
+    model: Path | None,
+    html: Path | None,
+    json: bool,
+    quiet: bool,
 ) -> Job:
     """Check a rule book before any tensor is read.
 
@@ -135,7 +142,6 @@ def lint(
 
     Exit status: 0 no errors (warnings may be there), 1 it cannot be read, 2 usage, 4 errors.
     """
-    _check_file(html)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -198,23 +204,11 @@ def _show_fault(out: Output, fault: Fault) -> None:
     out.show(*lines)
 
 
-@rules.command()
-def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A model type, or a model's folder or config.json.",
-            show_default=False,
-        ),
-    ],
-    *,
-    file: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write it here.", show_default=False),
-    ] = None,
-    quiet: _Quiet = False,
-) -> Job:
+@rules.command(cls=options.WithArguments)
+@options.argument("model", "A model type, or a model's folder or config.json.", metavar="MODEL")
+@click.option("--out", "-o", "file", metavar="FILE", type=options.FILE, help="Write it here.")
+@options.quiet
+def export(model: str, file: Path | None, quiet: bool) -> Job:
     """Write the rule books that apply to a model as TOML, as a start for one of your own.
 
     Exit status: 0 done, 1 no rule book knows the model, or the file exists.

@@ -10,16 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-import typer
+import click
 
-from regraft.cli import check, diff, explain, rules  # noqa: F401 - they add their commands to app
 from regraft.cli.app import app
 from regraft.cli.kinds import BAD_INPUT, BUG, DONE, INTERRUPTED, TERMINATED, USAGE, kind_of
 from regraft.cli.output import Output
 from regraft.errors import Finding, RegraftError
-
-# Typer brings its own copy of click in newer releases, and exports this subclass only.
-_UsageError = typer.BadParameter.__bases__[0]
 
 
 class _Terminated(BaseException):
@@ -32,7 +28,7 @@ def run(args: Sequence[str]) -> int:
     out = Output(json="--json" in options)
     try:
         with _termination():
-            job = app(args=list(args), prog_name="regraft", standalone_mode=False)
+            job = app.main(args=list(args), prog_name="regraft", standalone_mode=False)
             # Commands return what is to be done instead of doing it, so that click's own handling
             # of errors and interrupts ends with the parsing.
             return int(job() if callable(job) else job or DONE)
@@ -41,13 +37,13 @@ def run(args: Sequence[str]) -> int:
     except OSError as error:
         finding = Finding("system", error.strerror or str(error), where=_file_of(error))
         return _fail(out, "bad-input", "bad input", [finding], BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, click.Abort):
         return _fail(out, "interrupted", "interrupted", [], INTERRUPTED)
     except _Terminated:
         return _fail(out, "interrupted", "terminated", [], TERMINATED)
+    except click.UsageError as error:
+        return _fail_usage(out, error)
     except Exception as error:
-        if isinstance(error, _UsageError):
-            return _fail_usage(out, error)
         return _fail_bug(out, error)
 
 
@@ -56,11 +52,9 @@ def _fail_known(out: Output, error: RegraftError) -> int:
     return _fail(out, kind.name, kind.title, error.findings, kind.status)
 
 
-def _fail_usage(out: Output, error: Exception) -> int:
-    message = getattr(error, "format_message", error.__str__)()
-    context = getattr(error, "ctx", None)
-    command = getattr(context, "command_path", "regraft")
-    finding = Finding("usage", message.rstrip("."), fix=f"see '{command} --help'")
+def _fail_usage(out: Output, error: click.UsageError) -> int:
+    command = "regraft" if error.ctx is None else error.ctx.command_path
+    finding = Finding("usage", error.format_message().rstrip("."), fix=f"see '{command} --help'")
     return _fail(out, "usage", "usage", [finding], USAGE)
 
 

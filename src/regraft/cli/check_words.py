@@ -1,0 +1,140 @@
+"""What `regraft check` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from regraft.checking.verdict import OUTCOMES, Row, Verdict
+from regraft.cli.output import Output, visible
+from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
+
+if TYPE_CHECKING:
+    from regraft.checking.verdict import Check
+
+_ROWS = 40
+_FINDINGS = 5
+_WARNINGS = 3
+_LENGTH = 300
+_SCALED = 60
+"""Columns from which on ranks and scales have room."""
+
+
+def show_check(out: Output, result: Check) -> None:
+    """Every adapter of a source with its verdict."""
+    for number, verdict in enumerate(result.verdicts):
+        if number:
+            out.show(Text())
+        _show_verdict(out, verdict, result)
+
+
+def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
+    name = verdict.name or Path(result.source).name or result.source
+    kind = verdict.kind if verdict.layout is None else f"{verdict.kind}, {verdict.layout}"
+    out.show(Text.assemble((visible(name), NAME), f": {kind}; {_answer(verdict)}"), Text())
+    if verdict.rows:
+        out.show(_table(verdict.rows[:_ROWS], out.width))
+        if len(verdict.rows) > _ROWS:
+            out.show(
+                Text(f"… and {len(verdict.rows) - _ROWS} more; --json lists them all", WARNING)
+            )
+        out.show(Text())
+    out.show(_summary(verdict, result))
+    if verdict.error is not None:
+        _line(out, "It fails", verdict.error, BAD)
+    for cause in verdict.causes:
+        _line(out, "Cause", cause, WARNING)
+    for finding in verdict.findings[:_FINDINGS]:
+        out.show(Text.assemble(("Problem: ", BAD), visible(str(finding))))
+    if len(verdict.findings) > _FINDINGS:
+        left = len(verdict.findings) - _FINDINGS
+        out.show(Text(f"… and {left} more; --json lists them all", WARNING))
+    for note in verdict.notes:
+        _line(out, "Note", note, WARNING)
+    if not verdict.healthy:
+        for warning in verdict.warnings[:_WARNINGS]:
+            _line(out, "It warns", warning, FAINT)
+    if verdict.remedy:
+        tried = " (tried: its result loads rightly)" if verdict.remedy_tried else ""
+        out.show(Text.assemble((f"To mend it{tried}:", GOOD)))
+        out.show(*(Padding(Text(visible(line), NAME), (0, 0, 0, 2)) for line in verdict.remedy))
+    elif verdict.no_remedy is not None:
+        _line(out, "Nothing mends it", verdict.no_remedy, BAD)
+
+
+def _answer(verdict: Verdict) -> str:
+    if verdict.tried is not None:
+        return f"tried with {verdict.tried}"
+    return "judged by names, shapes and config"
+
+
+def _summary(verdict: Verdict, result: Check) -> Text:
+    if verdict.healthy:
+        text = Text.assemble(("Healthy", GOOD))
+        text.append(f": it loads with {result.layout} as it is")
+        if verdict.tried is None:
+            text.append(", as far as names, shapes and the config tell")
+        elif verdict.kind != "checkpoint":
+            text.append(", and has its full effect")
+    elif verdict.healthy is None:
+        text = Text.assemble(("Not proven", WARNING))
+        text.append(
+            f": nothing speaks against loading it with {result.layout}, but it was not tried"
+        )
+    else:
+        text = Text.assemble(("Not healthy", BAD), f" with {result.layout}")
+    counts = ", ".join(f"{n} {OUTCOMES[outcome][1]}" for outcome, n in verdict.counts.items())
+    if counts:
+        text.append(f": {counts}" if verdict.healthy is False else f" ({counts})")
+    if verdict.dead:
+        text.append(f"; {verdict.dead} dead, because B is zero", WARNING)
+    return text
+
+
+def _table(rows: list[Row], width: int) -> Table:
+    """A row for each pattern; names that do not fit beside what becomes of them are broken before dots."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=NAME)
+    # Scales that are wrong are told in words, too.
+    scaled = any(row.scale is not None for row in rows) and width >= _SCALED
+    left = width - (24 if scaled else 9)
+    room = max(left // 2, left - max(18, *(len(_outcome(row)) for row in rows)))
+    table.add_column("target", overflow="fold", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    if scaled:
+        table.add_column("rank", justify="right", no_wrap=True)
+        table.add_column("scale", justify="right", no_wrap=True)
+    table.add_column("what becomes of it", overflow="fold")
+    for row in rows:
+        scales = [
+            "" if row.rank is None else str(row.rank),
+            "" if row.scale is None else f"{row.scale:g}",
+        ]
+        table.add_row(
+            Text(break_name(row.pattern, room)),
+            str(row.count),
+            *(scales if scaled else []),
+            _outcome(row),
+        )
+    return table
+
+
+def _outcome(row: Row) -> Text:
+    text = Text(OUTCOMES[row.outcome][0], GOOD if row.outcome == "lands" else BAD)
+    if row.factor is not None:
+        text.append(f": {row.factor:.4g} times what it should be")
+    if row.dead:
+        text.append(" (dead: B is zero)", WARNING)
+    if row.detail:
+        text.append(f": {visible(row.detail)}")
+    return text
+
+
+def _line(out: Output, lead: str, text: str, style: str) -> None:
+    shown = visible(text)
+    if len(shown) > _LENGTH:
+        shown = shown[:_LENGTH].rstrip() + " …"
+    out.show(Text.assemble((f"{lead}: ", style), shown))

@@ -1,0 +1,135 @@
+"""Arguments and options that several commands share, and the checks that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+Command = Callable[..., Any]
+FILE = click.Path(path_type=Path)
+
+
+def _complete_layout(
+    ctx: click.Context, param: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    from regraft.layouts import LAYOUTS
+
+    return [CompletionItem(name) for name in LAYOUTS if name.startswith(begun)]
+
+
+def argument(name: str, text: str, **settings: Any) -> Callable[[Command], Command]:
+    """A positional argument; its text goes to the end of the command's help, where click has no place for it."""
+
+    def add(command: Command) -> Command:
+        lines = getattr(command, "_regraft_arguments", [])
+        command._regraft_arguments = [(settings.get("metavar", name), text), *lines]  # type: ignore[attr-defined]
+        return click.argument(name, **settings)(command)
+
+    return add
+
+
+class WithArguments(click.Command):
+    """A command whose help explains its arguments as well as its options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments before the options."""
+        rows = getattr(self.callback, "_regraft_arguments", [])
+        if rows:
+            with formatter.section("Arguments"):
+                formatter.write_dl(rows)
+        super().format_options(ctx, formatter)
+
+
+src = argument(
+    "src",
+    "A folder that save_pretrained wrote, a weights file with its config beside it, or a folder with several "
+    "adapters in subfolders.",
+    metavar="SRC",
+    type=FILE,
+)
+model = click.option(
+    "--model",
+    metavar="PATH",
+    type=FILE,
+    help="The base model's folder or its config.json, of either version. Needed where the adapter itself doesn't "
+    "say what it is for, or how many experts there are.",
+)
+rules = click.option(
+    "--rules",
+    metavar="BOOK",
+    multiple=True,
+    help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be given more than "
+    "once.",
+)
+json = click.option("--json", is_flag=True, help="Print one JSON document; messages go to stderr.")
+html = click.option(
+    "--html",
+    metavar="FILE",
+    type=FILE,
+    callback=lambda ctx, param, value: _check_file(value),
+    help="Write an HTML report: one file that needs no network. Also when the command fails.",
+)
+quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+source = click.option(
+    "--from",
+    "source",
+    metavar="LAYOUT",
+    shell_complete=_complete_layout,
+    help="The layout of SRC. Detected if omitted.",
+)
+
+
+def layout(flag: str, text: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option that takes a layout's name."""
+    return click.option(
+        flag, "to", metavar="LAYOUT", shell_complete=_complete_layout, help=text, **settings
+    )
+
+
+def check_layouts(rules: Sequence[str], **given: str | None) -> None:
+    """Whether the layouts exist; a user's rule books may lead to layouts of their own.
+
+    Raises ``click.BadParameter``.
+    """
+    from regraft.layouts import parse_layout
+
+    for option, name in given.items():
+        if name is not None and not rules:
+            with usage(f"--{option.strip('_')}"):
+                parse_layout(name)
+
+
+@contextmanager
+def usage(option: str) -> Iterator[None]:
+    """Make an error about an option's value one of usage."""
+    from regraft.errors import BadInputError
+
+    try:
+        yield
+    except BadInputError as error:
+        raise click.BadParameter(error.findings[0].message, param_hint=option) from None
+
+
+def _check_file(path: Path | None) -> Path | None:
+    """Whether a page can be written there, before any work is done."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise click.BadParameter(f"{path} is a folder, and a file's name was expected")
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}")
+    return path
+
+
+@contextmanager
+def own_books(names: Sequence[str]) -> Iterator[None]:
+    """Let the rule books of --rules stand in for the library."""
+    from regraft.rules.book import find_book, only_books
+
+    with only_books([find_book(name) for name in names]):
+        yield

@@ -1,0 +1,90 @@
+"""`regraft verify`: whether two checkpoints or adapters are equivalent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "src", "A checkpoint or an adapter: a folder or a file.", metavar="SRC", type=options.FILE
+)
+@options.argument(
+    "dst", "The same in another layout, or in this one.", metavar="DST", type=options.FILE
+)
+@options.model
+@options.html
+@options.rules
+@click.option(
+    "--tolerance",
+    metavar="ERROR",
+    type=click.FloatRange(min=0),
+    help="Adapters: the relative error up to which two deltas are equal (1e-5).",
+)
+@options.json
+@options.quiet
+def verify(
+    src: Path,
+    dst: Path,
+    model: Path | None,
+    html: Path | None,
+    rules: tuple[str, ...],
+    tolerance: float | None,
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Check that two checkpoints or adapters are equivalent.
+
+    Each may be in a layout of its own. Checkpoints are compared bit for bit. Of adapters, what every target adds to
+    its base is compared in float64, matrix by matrix.
+
+    Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.bridges.transformers.files import InstalledTransformers
+        from regraft.checkpoints.source import is_checkpoint
+        from regraft.cli.pages import failure_page, show_page
+
+        foreign = InstalledTransformers()
+        if not is_checkpoint(src):
+            from regraft.adapters.verify import TOLERANCE, verify_adapters
+            from regraft.cli.words import show_adapter_verification
+
+            limit = TOLERANCE if tolerance is None else tolerance
+            with (
+                options.own_books(rules),
+                failure_page(html, "verify", src),
+                out.waiting("comparing", src) as progress,
+            ):
+                done = verify_adapters(src, dst, model, limit, progress, foreign)
+            if json:
+                out.data(done.to_dict())
+            elif not quiet:
+                show_adapter_verification(out, done)
+            show_page(out, html, done)
+            return 0 if done.equal else 4
+        from regraft.checkpoints.verify import verify
+        from regraft.cli.checkpoint_words import show_verification
+
+        with (
+            options.own_books(rules),
+            failure_page(html, "verify", src),
+            out.waiting("comparing", src) as progress,
+        ):
+            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
+        if json:
+            out.data(result.to_dict())
+        elif not quiet:
+            show_verification(out, result)
+        show_page(out, html, result)
+        return 0 if result.equal else 4
+
+    return job
