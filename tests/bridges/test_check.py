@@ -266,7 +266,7 @@ def test_in_a_process_of_its_own():
     """Where PEFT is hooked, or not imported, another process tries; it says the same."""
     name = "mixtral__gate_up"
     here = checked(case_folder(name), name)
-    tried = StockPeft(Helper("regraft.bridges.peft.trial"))
+    tried = StockPeft(Helper("regraft.bridges.peft.trial", "attempt"))
     with regraft.installed():
         there = checked(case_folder(name), name, peft=tried)
     assert tried.helper.is_running

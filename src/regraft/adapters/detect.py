@@ -14,7 +14,7 @@ from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
-from regraft.planning.model import Foreign, ModelConfig, Scope
+from regraft.planning.model import Foreign, ModelConfig, Scope, check_sizes
 from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 from regraft.storage.folder import load_json
@@ -46,6 +46,7 @@ def load_model(path: Path | str) -> ModelConfig:
                 fix="give the config.json of the base model, not the adapter's",
             )
         )
+    check_sizes(data, str(file))
     return ModelConfig(data, str(file))
 
 

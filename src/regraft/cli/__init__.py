@@ -25,6 +25,10 @@ def main(args: Sequence[str] | None = None) -> int:
     ===  ==============================================================================
     """
     try:
+        if args is None:
+            from regraft.import_path import leave_current_folder
+
+            leave_current_folder()
         from regraft.cli.run import run
 
         return run(list(sys.argv[1:] if args is None else args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.equation.notation import ConfigPath
+from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book
 
 _SUB_MODELS = {
@@ -18,6 +20,11 @@ _SUB_MODELS = {
     "audio_config": "audio_tower",
 }
 """What transformers calls the module that belongs to a part of a composite config."""
+
+_COUNTS = re.compile(r"layer|expert|block|head|depth|stage|group")
+_SIZES = re.compile(r"(_size|_dim|_rank|_channels|^d_\w+)$")
+_MOST_THINGS = 100_000
+_LARGEST_SIZE = 2**31
 
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
@@ -34,6 +41,44 @@ class Weights(Protocol):
     def read(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor."""
         ...
+
+
+def check_sizes(data: Mapping[str, Any], path: str) -> None:
+    """Check that a config's counts and sizes are such as a model can have, since models are built from them.
+
+    Raises ``BadInputError`` with every number that is not.
+    """
+    findings = [
+        Finding(
+            "model-config",
+            f"it is {_shorten(number)}, and a model has at most {most}",
+            where=path,
+            key=name,
+            fix="give the config.json that belongs to the model",
+        )
+        for name, number, most in _numbers(data)
+        if number > most
+    ]
+    if findings:
+        raise BadInputError(findings)
+
+
+def _shorten(number: int) -> str:
+    digits = str(number)
+    return digits if len(digits) <= 20 else f"{digits[0]}e+{len(digits) - 1}"
+
+
+def _numbers(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int, int]]:
+    """The whole numbers that say how many or how large something is: path, number, most."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{above}{name}.")
+        most = (
+            _LARGEST_SIZE if _SIZES.search(name) else _MOST_THINGS if _COUNTS.search(name) else None
+        )
+        for number in value if isinstance(value, list) else [value]:
+            if most is not None and isinstance(number, int) and not isinstance(number, bool):
+                yield above + name, number, most
 
 
 @dataclass(frozen=True, slots=True)

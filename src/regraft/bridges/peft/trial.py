@@ -17,11 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from regraft.bridges.helper import Helper, HelperEndedError, answer_all
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.bridges.helper import Helper, HelperEndedError
+from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
-_THERE = Helper("regraft.bridges.peft.trial")
+_THERE = Helper(__name__, "attempt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,13 @@ def _is_hooked() -> bool:
 
 def attempt(trial: Trial) -> Tried:
     """Try an adapter in this process."""
+    from regraft.bridges.transformers.building import isolated
+
+    with isolated():
+        return _attempt(trial)
+
+
+def _attempt(trial: Trial) -> Tried:
     import peft
     import transformers
 
@@ -272,10 +279,3 @@ def as_peft_finds_it(weights: Path, config: Path) -> Iterator[str]:
         ):
             (Path(folder) / name).symlink_to(path.resolve())
         yield folder
-
-
-if __name__ == "__main__":
-    # Under its own name, so that what is pickled is found again.
-    from regraft.bridges.peft import trial
-
-    answer_all(trial.attempt, (RegraftError,))

@@ -7,12 +7,17 @@ zero, and small ones hold such numbers throughout, so that what was never filled
 from __future__ import annotations
 
 import mmap
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from regraft.bridges.transformers.building import (
+    build,
+    known_classes,
+    make_config,
+    model_class,
+)
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
@@ -23,12 +28,11 @@ _MARK = 0.4375
 
 def classes_of(model: ModelConfig, named: str | None) -> list[str]:
     """The classes that a model may be, the likeliest first; ``named`` is the one that an adapter names."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     bare = MODEL_MAPPING_NAMES.get(model.model_type or "")
     names = [named, *model.architectures(), *([bare] if isinstance(bare, str) else bare or ())]
-    return [n for n in dict.fromkeys(names) if n is not None and hasattr(transformers, n)]
+    return known_classes(model, names)
 
 
 def build_blank(model: ModelConfig, name: str) -> Any:
@@ -36,20 +40,13 @@ def build_blank(model: ModelConfig, name: str) -> Any:
 
     Raises ``BadInputError`` where transformers cannot build it.
     """
-    import transformers
-    from transformers import AutoConfig
-
     data = dict(model.data)
-    kind = data.pop("model_type")
     for field in ("torch_dtype", "dtype", "quantization_config"):
         data.pop(field, None)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = AutoConfig.for_model(kind, **data)
-            with torch.device("meta"):
-                built = getattr(transformers, name)(config)
-            built.tie_weights()
+        built = build(model_class(name), make_config(str(model.model_type), data))
+        built.tie_weights()
+        _fill(built)
     except Exception as error:
         raise BadInputError(
             Finding(
@@ -59,7 +56,6 @@ def build_blank(model: ModelConfig, name: str) -> Any:
                 fix="give the config.json that belongs to the model, or another release of transformers",
             )
         ) from error
-    _fill(built)
     return built.eval()
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from regraft.bridges.helper import Helper, HelperEndedError, answer_all
+from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.config import V5, convert_config
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
 
@@ -73,7 +72,7 @@ class _InProcess:
         if config is None:
             return None
         imported, most = None, -1
-        for name in self._classes(config, question.classes):
+        for name in self._classes(question.model, config, question.classes):
             candidate = self._imported(question.model, config, name)
             count = sum(candidate.lands(question.keys))
             if count > most:
@@ -87,46 +86,42 @@ class _InProcess:
         return book, told
 
     def _config(self, model: ModelConfig) -> Any:
-        from transformers import CONFIG_MAPPING, AutoConfig
+        from transformers import CONFIG_MAPPING
+
+        from regraft.bridges.transformers.building import make_config
 
         if model.model_type not in CONFIG_MAPPING:
             return None
         data, _ = convert_config(model.data, V5)
-        kind = data.pop("model_type")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return AutoConfig.for_model(kind, **data)
+            return make_config(str(data["model_type"]), data)
         except Exception as error:
             raise _unusable(model, f"transformers does not take the config: {error}") from error
 
-    def _classes(self, config: Any, classes: Sequence[str]) -> list[str]:
+    def _classes(self, model: ModelConfig, config: Any, classes: Sequence[str]) -> list[str]:
         """Classes of the model that there are; where none is named, all that go with its model type, the base first."""
-        import transformers
         from transformers.models.auto import modeling_auto
 
-        names = [n for n in dict.fromkeys(classes) if hasattr(transformers, n)]
+        from regraft.bridges.transformers.building import known_classes, model_class
+
+        names = known_classes(model, classes)
         if names:
             return names
         tables = [n for n in vars(modeling_auto) if n.startswith("MODEL_") and n.endswith("_NAMES")]
         for table in sorted(tables, key=lambda n: n != "MODEL_MAPPING_NAMES"):
             found = getattr(modeling_auto, table).get(config.model_type) or ()
             names += [found] if isinstance(found, str) else found
-        return [n for n in dict.fromkeys(names) if hasattr(transformers, n)]
+        return [n for n in dict.fromkeys(names) if model_class(n) is not None]
 
     def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
-        import torch
-        import transformers
-
+        from regraft.bridges.transformers.building import build, model_class
         from regraft.bridges.transformers.imported import import_model
         from regraft.names.live import skeleton_of
 
         made = json.dumps(dict(model.data), sort_keys=True, default=str), name
         if made not in self._made:
             try:
-                with warnings.catch_warnings(), torch.device("meta"):
-                    warnings.simplefilter("ignore")
-                    built = getattr(transformers, name)(config)
+                built = build(model_class(name), config)
             except Exception as error:
                 raise _unusable(model, f"{name} cannot be built from it: {error}") from error
             self._made[made] = import_model(skeleton_of(built))
@@ -144,11 +139,9 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-_HERE, _THERE = _InProcess(), Helper(__name__)
+def answer(question: _Question) -> tuple[Book, str] | None:
+    """What the installed transformers says, in this process."""
+    return _HERE.answer(question)
 
 
-if __name__ == "__main__":
-    # Under its own name, so that what is pickled is found again.
-    from regraft.bridges.transformers import files
-
-    answer_all(files._HERE.answer, (RegraftError,))
+_HERE, _THERE = _InProcess(), Helper(__name__, "answer")

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from regraft.bridges.helper import Helper, HelperEndedError, answer_all
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.bridges.helper import Helper, HelperEndedError
+from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
-_THERE = Helper("regraft.bridges.transformers.trial")
+_THERE = Helper(__name__, "attempt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ def try_checkpoint(question: Loading) -> Loaded:
 def attempt(question: Loading) -> Loaded:
     """Try a checkpoint in this process."""
     import transformers
-    from transformers import AutoConfig
 
     from regraft.bridges.transformers.blank import build_blank, classes_of
+    from regraft.bridges.transformers.building import isolated, make_config, model_class
 
     names = classes_of(question.model, None)
     if not names:
@@ -92,11 +92,10 @@ def attempt(question: Loading) -> Loaded:
         )
     loaded = Loaded(f"transformers {transformers.__version__}", names[0])
     loaded.tensors = list(build_blank(question.model, names[0]).state_dict())
-    data = dict(question.model.data)
-    config = AutoConfig.for_model(data.pop("model_type"), **data)
-    with _quiet(), tempfile.TemporaryDirectory(prefix="regraft-") as empty:
+    config = make_config(str(question.model.model_type), question.model.data)
+    with _quiet(), isolated(), tempfile.TemporaryDirectory(prefix="regraft-") as empty:
         try:
-            _, info = getattr(transformers, names[0]).from_pretrained(
+            _, info = model_class(names[0]).from_pretrained(
                 question.folder,
                 config=config,
                 device_map="meta",
@@ -153,10 +152,3 @@ def as_a_folder(path: Path) -> Iterator[str]:
         name = "model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"
         (Path(folder) / name).symlink_to(path.resolve())
         yield folder
-
-
-if __name__ == "__main__":
-    # Under its own name, so that what is pickled is found again.
-    from regraft.bridges.transformers import trial
-
-    answer_all(trial.attempt, (RegraftError,))
