@@ -25,3 +25,18 @@ def test_import_leaves_heavy_libraries_out(capsys: pytest.CaptureFixture[str]) -
         print(f"\nimport regraft: {report['seconds'] * 1000:.0f} ms")
     heavy = {"torch", "transformers", "peft", "accelerate"}
     assert heavy.isdisjoint(report["modules"])
+
+
+def test_no_module_takes_the_place_of_a_public_function() -> None:
+    """Importing ``regraft.x`` sets the attribute ``x`` of the package, whatever function had that name."""
+    probe = """
+import importlib, pkgutil, regraft
+for module in pkgutil.walk_packages(regraft.__path__, "regraft."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print([name for name in regraft.__all__ if not callable(getattr(regraft, name))])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
