@@ -23,7 +23,7 @@ import regraft  # noqa: E402
 from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.bridges.transformers import registry  # noqa: E402
 from regraft.bridges.transformers.imported import import_model  # noqa: E402
-from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError  # noqa: E402
+from regraft.errors import BadInputError, RefusedError, RegraftError, UnmatchedKeysError  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.names.live import skeleton_of  # noqa: E402
 from regraft.planning.build import build_plan  # noqa: E402
@@ -351,3 +351,54 @@ def test_a_bare_qwen2_vl_has_the_names_that_transformers_4_wrote():
     )
     _, old = there_and_back(model)
     assert {key.partition(".")[0] for key in old} == {"model", "visual"}
+
+
+class Collapse(WeightRenaming):
+    """A rename that its patterns do not tell."""
+
+    def rename_source_key(self, source_key):
+        return source_key.replace("part.1", "part.0"), None
+
+
+class Doubled(WeightRenaming):
+    """A rename that also changes values."""
+
+    def convert(self, *arguments, **options):
+        return {name: value * 2 for name, value in super().convert(*arguments, **options).items()}
+
+
+class Renamed(WeightRenaming):
+    """A rename by another name."""
+
+
+@pytest.mark.parametrize(("kind", "own"), [(Collapse, "rename_source_key"), (Doubled, "convert")])
+def test_a_rename_with_methods_of_its_own_is_refused_and_not_read_as_identity(register, kind, own):
+    register("small_of_mine", [kind("part", "part")])
+    model = Small(SmallConfig(), {"part": linear()})
+    with pytest.raises(RefusedError) as caught:
+        import_model(skeleton_of(model))
+    (finding,) = caught.value.findings
+    assert finding.code == "unknown-transform"
+    assert f"{kind.__name__} has its own {own}" in finding.message
+    assert "5.4 to 5.23" in finding.fix
+    with pytest.raises(RefusedError):
+        regraft.convert_state_dict(model.state_dict(), to=OLD, model=model)
+
+
+def test_a_rename_of_a_subclass_that_changes_nothing_is_read_like_its_base(register):
+    register("small_of_mine", [Renamed("old_part", "part")])
+    _, old = there_and_back(Small(SmallConfig(), {"part": linear()}))
+    assert list(old) == ["old_part.weight"]
+
+
+@pytest.mark.parametrize(("version", "newer"), [("5.23.4", False), ("5.24.0", True)])
+def test_a_release_above_the_tested_ones_is_said(monkeypatch, version, newer):
+    registry.check_version.cache_clear()
+    monkeypatch.setattr(registry.transformers, "__version__", version)
+    try:
+        said = registry.newer_than_tested()
+    finally:
+        registry.check_version.cache_clear()
+    assert (said is not None) == newer
+    if said is not None:
+        assert "5.24.0" in said and "5.23" in said

@@ -330,3 +330,15 @@ def test_a_random_plan_names_every_source_and_every_target_once(made):
         }
         assert got == {k: t.shape(made.sizes) for t in write for k in t.keys(made.sizes)}
         assert sum(len(t["keys"]) for e in data["entries"] for t in e["targets"]) == len(got)
+
+
+@pytest.mark.parametrize("to", ["transformers-v5", "mine"])
+def test_a_book_that_leads_elsewhere_is_refused_by_name(to):
+    book = book_of(equation_of(STACK, "stack") + CARRY)
+    with pytest.raises(BadInputError) as caught:
+        build_plan(headers_of(experts(3)), [book], target_layout=to)
+    (finding,) = caught.value.findings
+    assert finding.code == "other-layouts"
+    assert finding.where == book.path
+    assert f"test leads between old and new, and {to} is neither" in finding.message
+    assert "--to old" in finding.fix and "--to new" in finding.fix

@@ -56,11 +56,12 @@ class BaseWeights:
         # An adapter has the names of modules, and a book made for it has them; the base's files may have others.
         names = weights.names()
         shapes = {name: weights.read(name).shape for name in names}
-        asked = known.foreign.book(model, names, shapes, model.architectures(), adapter=False)
+        classes = [known.architecture] if known.architecture else model.architectures()
+        asked = known.foreign.book(model, names, shapes, classes, adapter=False)
         if asked is None:
             return BaseWeights(known, layout, weights)
-        of_files = replace(known, books=(asked[0],), foreign=None)
-        return BaseWeights(known, layout, BaseWeights(of_files, asked[0].right, weights))
+        of_files = replace(known, books=(asked.book,), foreign=None)
+        return BaseWeights(known, layout, BaseWeights(of_files, asked.book.right, weights))
 
     def names(self) -> list[str]:
         """The names of all tensors in the layout."""

@@ -59,7 +59,7 @@ from regraft.errors import (
 )
 from regraft.layouts import LAYOUTS, Layout, layout_of_packing, other_layout
 from regraft.names.keys import group_names
-from regraft.planning.build import build_plan
+from regraft.planning.build import build_plan, check_layouts
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers, Plan
 from regraft.report import AdapterReport, Target, Trace
@@ -110,7 +110,7 @@ def convert_adapter(
     spelled = source.remembered().names
     known = find_books(scan, source.config, model, source.where, foreign, spelled)
     conversion = _Conversion(
-        source, to, known, scan, [known.evidence], family, options or Options()
+        source, to, known, scan, [known.evidence], family, options or Options(), [*known.notes]
     )
     conversion.choose_layout(layout)
     if conversion.is_there_already():
@@ -186,6 +186,9 @@ class _Conversion:
 
     def choose_layout(self, given: Layout | None) -> None:
         """The layout the adapter is in; where its names are the same in all, the one that makes work."""
+        check_layouts(self.known.books, self.to.name)
+        if given is not None:
+            check_layouts(self.known.books, given.name)
         detected = detect_layout(self.scan, self.source, self.known.books)
         if given is None:
             self.evidence += detected.evidence

@@ -14,7 +14,7 @@ from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
-from regraft.planning.model import Foreign, ModelConfig, Scope, check_sizes
+from regraft.planning.model import Foreign, ModelConfig, Scope, Told, check_sizes
 from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 from regraft.storage.folder import load_json
@@ -62,6 +62,10 @@ class Known:
     evidence: str
     foreign: Foreign | None = None
     """What made the book for just this model and this file, where that is not of the library."""
+    notes: tuple[str, ...] = ()
+    """What the user should know besides."""
+    architecture: str | None = None
+    """The class that the base was taken for, where it matters."""
 
     @property
     def imported(self) -> bool:
@@ -101,10 +105,17 @@ def find_books(
         if foreign is not None and not covers(books, model):
             imported = _ask(foreign, scan, config, model, spelled)
             if imported is not None:
-                book, told = imported
                 _check_family(config, model, where)
+                told = f"{imported.evidence} ({model.path})"
                 return Known(
-                    (book,), {}, model, model.model_type, f"{told} ({model.path})", foreign
+                    (imported.book,),
+                    {},
+                    model,
+                    model.model_type,
+                    told,
+                    foreign,
+                    imported.notes,
+                    imported.architecture,
                 )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
@@ -198,13 +209,16 @@ def _ask(
     config: Mapping[str, Any],
     model: ModelConfig,
     spelled: Sequence[str],
-) -> tuple[Book, str] | None:
+) -> Told | None:
     """What the installed transformers knows of an adapter's base."""
     keys = [*spelled, *base_names(scan)]
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     classes = [*([named] if isinstance(named, str) else []), *model.architectures()]
-    return foreign.book(model, keys, {}, classes, adapter=True)
+    task = config.get("task_type")
+    return foreign.book(
+        model, keys, {}, classes, adapter=True, task=task if isinstance(task, str) else None
+    )
 
 
 def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:

@@ -10,8 +10,8 @@ from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
 from regraft.names.keys import Group
-from regraft.planning.build import build_plan
-from regraft.planning.model import Foreign, ModelConfig, Scope
+from regraft.planning.build import build_plan, check_layouts
+from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.templates import match_group
@@ -28,6 +28,10 @@ class Detected:
     evidence: tuple[str, ...]
     imported: bool = False
     """Whether the installed transformers told the rules: then old names may have more than one spelling."""
+    notes: tuple[str, ...] = ()
+    """What the user should know besides."""
+    architecture: str | None = None
+    """The class that the model was taken for, where it matters."""
 
 
 def detect(
@@ -46,10 +50,9 @@ def detect(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
     and differ, ``BadInputError`` where names of two layouts stand together.
     """
-    asked = False
+    imported: Told | None = None
     if model is not None:
         books = tuple(books_for(model.model_types()))
-        imported = None
         if foreign is not None and not covers(books, model):
             names = [name for group in headers.groups for name in group.names()]
             shapes = {
@@ -71,29 +74,54 @@ def detect(
                 )
             )
         if imported is not None:
-            books, scopes = (imported[0],), {imported[0].name: Scope()}
-            asked = True
+            books, scopes = (imported.book,), {imported.book.name: Scope()}
         else:
             scopes = {book.name: model.scope_of(book.model_types) for book in books}
         told = f"the model is {', '.join(model.model_types())} ({model.path})"
+        if imported is not None:
+            told = f"{told}; {imported.evidence}"
     else:
         book = _book_by_names(headers, where)
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
-    if source is not None:
-        return Detected(books, scopes, source, (told, "its layout was given"), asked)
+    layout, evidence = _layout_of(books, scopes, headers, where, source)
+    if imported is None:
+        return Detected(books, scopes, layout, (told, evidence))
+    return Detected(
+        books, scopes, layout, (told, evidence), True, imported.notes, imported.architecture
+    )
+
+
+def detect_by_books(
+    headers: Headers, books: Sequence[Book], scopes: dict[str, Scope], where: str
+) -> Detected:
+    """The layout of a model's tensors, where it is known which books are its.
+
+    Raises ``BadInputError`` where names of two layouts stand together, ``AmbiguousError`` where nothing tells.
+    """
+    layout, evidence = _layout_of(books, scopes, headers, where, None)
+    told = f"its rule book is {', '.join(book.name for book in books)}"
+    return Detected(tuple(books), scopes, layout, (told, evidence))
+
+
+def _layout_of(
+    books: Sequence[Book],
+    scopes: dict[str, Scope],
+    headers: Headers,
+    where: str,
+    given: str | None,
+) -> tuple[str | None, str]:
+    """The layout, ``None`` where the names are the same in every one; and what told it."""
+    if given is not None:
+        check_layouts(books, given)
+        return given, "its layout was given"
     seen = one_layout(
         (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
     )
     for layout, key in seen.items():
-        return Detected(books, scopes, layout, (told, f"{key} is a name of {layout}"), asked)
+        return layout, f"{key} is a name of {layout}"
     shaped = _by_shape(books, scopes, headers, where)
-    if shaped is not None:
-        layout, evidence = shaped
-        return Detected(books, scopes, layout, (told, evidence), asked)
-    return Detected(
-        books, scopes, None, (told, "all its names are the same in every layout"), asked
-    )
+    return shaped if shaped is not None else (None, "all its names are the same in every layout")
 
 
 def _by_shape(
@@ -151,6 +179,7 @@ def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Pla
 
     Raises what `build_plan` raises.
     """
+    check_layouts(known.books, target)
     if known.layout == target:
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
         return build_plan(headers, books, target_layout=target, where=where) if books else None

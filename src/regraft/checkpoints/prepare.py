@@ -133,6 +133,7 @@ def prepare(
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report) if to is not None else None
+    report.notes += known.notes
     report.notes += [] if plan is None else _words(plan)
     if untied:
         report.notes.append(

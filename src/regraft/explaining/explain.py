@@ -22,7 +22,7 @@ from regraft.explaining.subject import SHARED, Name, Subject, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
 from regraft.layouts import parse_layout
 from regraft.names.keys import Group, group_names
-from regraft.planning.build import build_plan
+from regraft.planning.build import build_plan, check_layouts
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Carry, Rule, own_layouts
@@ -44,11 +44,12 @@ def explain(
 
     ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result.
 
-    Raises ``BadInputError`` where ``src`` cannot be read.
+    Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """
     layout = parse_layout(to, own_layouts()).name
     known = Path(model) if model is not None else None
     subject = open_subject(Path(src), to, known, source)
+    check_layouts(subject.books, layout)
     return _Search(subject, key, layout).explain()
 
 

@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from regraft.bridges.transformers.imported import Imported, import_model
-from regraft.bridges.transformers.registry import check_version
+from regraft.bridges.transformers.registry import check_version, warn_of_release
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.live.ruled import Ruled
 from regraft.names.live import Live, LiveModel, walk
 from regraft.names.patterns import patterns
 from regraft.names.resolve import Resolved, resolve
+from regraft.rules.book import Book, own_books
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,11 +24,17 @@ class Mapping:
 
     live: Live
     key_mapping: dict[str, str] = field(default_factory=dict)
+    books: tuple[Book, ...] = ()
+    """Rule books of the user's own, which come before the registry."""
 
     @cached_property
-    def imported(self) -> tuple[Imported, ...]:
-        """What the registry does to each model; looked up when it is first needed."""
-        return tuple(import_model(model.skeleton, self.key_mapping) for model in self.live.models)
+    def imported(self) -> tuple[Imported | Ruled, ...]:
+        """What the user's books or the registry do to each model; looked up when it is first needed."""
+        return tuple(self._rules_of(model) for model in self.live.models)
+
+    def _rules_of(self, model: LiveModel) -> Imported | Ruled:
+        ruled = Ruled.of(model, self.books)
+        return ruled if ruled is not None else import_model(model.skeleton, self.key_mapping)
 
     def resolve(self, keys: Sequence[str]) -> Resolved:
         """Which of a file's keys is which tensor of which model, whatever its saver had wrapped around it.
@@ -51,6 +59,7 @@ class Mapping:
         result: dict[str, tuple[str, ...]] = {key: (k,) for key, k in resolved.carried.items()}
         for part in resolved.parts:
             model, imported = self.live.models[part.model], self.imported[part.model]
+            imported.check_known()
             old = list(part.keys)
             for canonical, new in zip(old, imported.targets(old), strict=True):
                 places = tuple(live for name in new for live in model.keys[name])
@@ -81,6 +90,9 @@ class Mapping:
                 f"{_place(model)}: {imported.name}, {len(model.keys)} tensors, "
                 f"as transformers {check_version()} has it"
             )
+            if isinstance(imported, Ruled):
+                yield from imported.lines()
+                continue
             for applied in imported.scopes.applied:
                 where = applied.path or "(the model)"
                 if applied.entry is not None:
@@ -109,6 +121,9 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
         model: a ``PreTrainedModel``, a module with one or more inside, or an object that has some as attributes.
         key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
 
+    Rule books of your own (``with regraft.only_books([...])``) come before transformers' registry, for the models
+    that they know.
+
     Raises:
         BadInputError: it holds no model of transformers.
 
@@ -126,7 +141,8 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
                 fix="give a PreTrainedModel, or what holds one",
             )
         )
-    return Mapping(live, _checked(key_mapping or {}))
+    warn_of_release()
+    return Mapping(live, _checked(key_mapping or {}), own_books())
 
 
 def _checked(key_mapping: Any) -> dict[str, str]:

@@ -11,15 +11,17 @@ from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
-from regraft.layouts import parse_layout
+from regraft.layouts import LAYOUTS, parse_layout
 from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
+from regraft.live.ruled import Ruled
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
 from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
-from regraft.planning.plan import Headers
+from regraft.planning.plan import Headers, Plan
+from regraft.rules.book import own_layouts
 
 Tensors = dict[str, Any]
 
@@ -106,7 +108,7 @@ def convert_state_dict(
             message = "model is for a layout's name in `to`"
             raise BadInputError(Finding("option", message, fix="give only `to`"))
         return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
-    layout = parse_layout(to).name
+    layout = parse_layout(to, own_layouts()).name
     if model is not None:
         return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
     if key_mapping:
@@ -138,13 +140,14 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     from regraft.bridges.torch_tensors import parameters_of, place, state_of
 
     resolved = target.resolve(list(state_dict))
-    report = StateDictReport(RIGHT, carried=list(resolved.carried))
+    layouts = dict.fromkeys(imported.layout for imported in target.imported)
+    report = StateDictReport(" and ".join(layouts), carried=list(resolved.carried))
     quiet, loud = left_out(target, resolved)
     report.left_out = {**quiet, **loud}
     _check(target, resolved, state_dict, report.left_out)
     made: Tensors = {}
     findings: list[Finding] = []
-    for number, _, new in _models(target, resolved, state_dict, RIGHT, report, findings):
+    for number, _, new in _models(target, resolved, state_dict, None, report, findings):
         live = target.live.models[number]
         for key, tensor in new.items():
             shape = live.skeleton.tensors.get(key)
@@ -188,11 +191,14 @@ def _models(
     mapping: LiveMapping,
     resolved: Resolved,
     state_dict: Mapping[str, Any],
-    layout: str,
+    layout: str | None,
     report: StateDictReport,
     findings: list[Finding],
 ) -> Iterator[tuple[int, Part, Tensors]]:
-    """Each model's tensors in a layout, once; the same model may have been saved in two places."""
+    """Each model's tensors in a layout, once; the same model may have been saved in two places.
+
+    Without a layout, each is in the one that its model has.
+    """
     from regraft.bridges.torch_tensors import whole
 
     done: dict[int, Tensors] = {}
@@ -202,7 +208,7 @@ def _models(
         tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
         imported = mapping.imported[part.model]
         try:
-            new = _convert(imported, tensors, layout, report)
+            new = _convert(imported, tensors, layout or imported.layout, report)
         except RegraftError as error:
             findings += error.findings
             kept = imported.skeleton.tensors.keys() - imported.changed
@@ -334,8 +340,19 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
 
 
-def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDictReport) -> Tensors:
-    """One model's tensors in a layout: those that are there already stay, the others are planned."""
+def _convert(
+    imported: Imported | Ruled, tensors: Tensors, layout: str, report: StateDictReport
+) -> Tensors:
+    """One model's tensors in a layout: those that are there already stay, the others are planned.
+
+    Raises ``UnmatchedKeysError`` for a model that no rule speaks of.
+    """
+    imported.check_known()
+    if isinstance(imported, Ruled):
+        new, plan = imported.convert(tensors, layout)
+        _note_rules(plan, report)
+        return new
+    _check_layout(imported, layout)
     own = imported.as_own(list(tensors))
     named = {
         key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)
@@ -355,9 +372,7 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
     shapes = {key: tuple(tensor.shape) for key, tensor in go.items()}
     book = imported.book(list(go), shapes)
     plan = build_plan(_headers(go), [book], target_layout=layout, where="the state dict")
-    for rule, times in plan.fired().items():
-        if times:
-            report.rules[rule] = report.rules.get(rule, 0) + times
+    _note_rules(plan, report)
     made = apply_plan(plan, list(go.values()))
     twice = [key for key in made if key in result]
     _raise(
@@ -365,6 +380,21 @@ def _convert(imported: Imported, tensors: Tensors, layout: str, report: StateDic
         for key in twice
     )
     return {**result, **made}
+
+
+def _note_rules(plan: Plan | None, report: StateDictReport) -> None:
+    for rule, times in plan.fired().items() if plan is not None else ():
+        if times:
+            report.rules[rule] = report.rules.get(rule, 0) + times
+
+
+def _check_layout(imported: Imported, layout: str) -> None:
+    """Raises ``BadInputError`` for a layout of somebody's rule book, which transformers knows nothing of."""
+    if layout in LAYOUTS:
+        return
+    message = f"no rule book leads {imported.name} to {layout}"
+    fix = "give the rule book that knows this model, too"
+    raise BadInputError(Finding("other-layouts", message, fix=fix))
 
 
 def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
@@ -397,5 +427,5 @@ def _headers(tensors: Mapping[str, Any]) -> Headers:
 def _raise(findings: Iterable[Finding]) -> None:
     found = list(findings)
     if found:
-        unmatched = all(f.code == "unmatched" for f in found)
+        unmatched = all(f.code in ("unmatched", "unknown-model") for f in found)
         raise (UnmatchedKeysError if unmatched else BadInputError)(found)

@@ -51,12 +51,30 @@ def build_plan(
     everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
     in messages, ``unmatched_fix`` what to do about keys that nothing explains.
 
-    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
+    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``: above all for a
+    book that does not lead to the layout.
     """
+    check_layouts(books, target_layout)
     builder = _Builder(
         headers, books, target_layout, scopes or {}, partial, guess, where, unmatched_fix
     )
     return builder.build()
+
+
+def check_layouts(books: Iterable[Book], layout: str) -> None:
+    """Raises ``BadInputError`` for books that do not know a layout: they lead from and to others."""
+    findings = [
+        Finding(
+            "other-layouts",
+            f"rule book {book.name} leads between {book.left} and {book.right}, and {layout} is neither",
+            where=book.path,
+            fix=f"say --to {book.left} or --to {book.right}, or give a rule book that knows {layout}",
+        )
+        for book in books
+        if layout not in (book.left, book.right)
+    ]
+    if findings:
+        raise BadInputError(findings)
 
 
 class _Builder:
@@ -338,4 +356,4 @@ def _others(group: Group) -> str:
     return f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
 
 
-__all__ = ["Guess", "build_plan"]
+__all__ = ["Guess", "build_plan", "check_layouts"]

@@ -189,6 +189,19 @@ class Scope:
         return node if isinstance(node, int) and not isinstance(node, bool) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What something outside knows of a model."""
+
+    book: Book
+    evidence: str
+    """What told it."""
+    notes: tuple[str, ...] = ()
+    """What the user should know besides: a class that had to be guessed, a release that was not tested."""
+    architecture: str | None = None
+    """The class that the model was taken for."""
+
+
 class Foreign(Protocol):
     """Something outside that knows how a model's layout changed: the installed transformers."""
 
@@ -200,9 +213,10 @@ class Foreign(Protocol):
         classes: Sequence[str],
         *,
         adapter: bool,
-    ) -> tuple[Book, str] | None:
+        task: str | None = None,
+    ) -> Told | None:
         """A rule book for a model and what told it; ``None`` where it does not know the model.
 
         ``keys`` and ``shapes`` are those of the file at hand, ``classes`` what the model may be, the likeliest
-        first; ``adapter`` tells that the names are those of modules.
+        first; ``adapter`` tells that the names are those of modules, and ``task`` what PEFT calls its task.
         """

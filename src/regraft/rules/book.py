@@ -309,6 +309,11 @@ def only_books(books: Iterable[Book]) -> Iterator[None]:
         _ONLY.reset(token)
 
 
+def own_books() -> tuple[Book, ...]:
+    """The books that stand in for the library; none where it speaks itself."""
+    return _ONLY.get()
+
+
 def own_layouts() -> tuple[str, ...]:
     """The layouts of the books that stand in for the library."""
     return tuple(dict.fromkeys(name for book in _ONLY.get() for name in (book.left, book.right)))

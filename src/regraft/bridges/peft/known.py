@@ -24,12 +24,12 @@ from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
+from regraft.bridges.transformers.registry import warn_of_release
 from regraft.errors import AmbiguousError, Finding
 from regraft.layouts import Layout
 from regraft.names.live import skeleton_of
-from regraft.planning.model import ModelConfig
+from regraft.planning.model import ModelConfig, Told
 from regraft.report import AdapterReport
-from regraft.rules.book import Book
 from regraft.storage.dtypes import DTYPES
 
 _CARRIED = {
@@ -137,11 +137,14 @@ class LiveTransformers:
         classes: Sequence[str],
         *,
         adapter: bool,
-    ) -> tuple[Book, str]:
+        task: str | None = None,
+    ) -> Told:
         """The rule book for the model, from its own modules; see `plan.model.Foreign`."""
         imported = import_model(skeleton_of(self.live))
+        imported.check_known()
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
-        return imported.book(keys, shapes, adapter=adapter), told
+        warn_of_release()
+        return Told(imported.book(keys, shapes, adapter=adapter), told, architecture=imported.name)
 
 
 def live_layout() -> Layout:

@@ -12,8 +12,7 @@ from typing import Any
 from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.config import V5, convert_config
 from regraft.errors import BadInputError, Finding
-from regraft.planning.model import ModelConfig
-from regraft.rules.book import Book
+from regraft.planning.model import ModelConfig, Told
 
 
 class InstalledTransformers:
@@ -31,7 +30,8 @@ class InstalledTransformers:
         classes: Sequence[str],
         *,
         adapter: bool,
-    ) -> tuple[Book, str] | None:
+        task: str | None = None,
+    ) -> Told | None:
         """The rule book for a model by its config; ``None`` without transformers, or where that has no such model.
 
         Of several classes the one is taken where most keys land.
@@ -44,7 +44,7 @@ class InstalledTransformers:
         if "transformers" in sys.modules:
             return _HERE.answer(question)
         try:
-            found: tuple[Book, str] | None = _THERE.ask(question)
+            found: Told | None = _THERE.ask(question)
         except HelperEndedError as error:
             message = f"the process that asks transformers failed: {error}"
             raise _unusable(model, message) from error
@@ -64,9 +64,11 @@ class _Question:
 class _InProcess:
     _made: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def answer(self, question: _Question) -> tuple[Book, str] | None:
+    def answer(self, question: _Question) -> Told | None:
         """What transformers says, in this process."""
         import transformers
+
+        from regraft.bridges.transformers.registry import newer_than_tested
 
         config = self._config(question.model)
         if config is None:
@@ -83,7 +85,8 @@ class _InProcess:
             return None
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
         book = imported.book(question.keys, question.shapes, adapter=question.adapter)
-        return book, told
+        newer = newer_than_tested()
+        return Told(book, told, () if newer is None else (newer,), imported.name)
 
     def _config(self, model: ModelConfig) -> Any:
         from transformers import CONFIG_MAPPING
@@ -139,7 +142,7 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-def answer(question: _Question) -> tuple[Book, str] | None:
+def answer(question: _Question) -> Told | None:
     """What the installed transformers says, in this process."""
     return _HERE.answer(question)
 

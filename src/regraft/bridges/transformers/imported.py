@@ -9,6 +9,8 @@ from functools import cached_property
 
 from regraft.bridges.transformers.facts import file_name
 from regraft.bridges.transformers.registry import (
+    NEWEST,
+    OLDEST,
     check_version,
     digits_spelled,
     has_single_digits,
@@ -16,6 +18,7 @@ from regraft.bridges.transformers.registry import (
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
 from regraft.bridges.transformers.symbolic import Outcome, Rows, outcomes, put, rows_of, stand_in
+from regraft.errors import Finding, RefusedError, UnmatchedKeysError
 from regraft.names.skeleton import Skeleton, SubModel
 from regraft.rules.book import Book
 
@@ -80,6 +83,31 @@ class Imported:
         """The model's class, or its type."""
         root = self.skeleton.submodels[0]
         return root.classes[0] if root.classes else root.model_type or "model"
+
+    @property
+    def layout(self) -> str:
+        """The layout of the model itself."""
+        from regraft.bridges.transformers.making import RIGHT
+
+        return RIGHT
+
+    @property
+    def is_known(self) -> bool:
+        """Whether somebody says what became of its names: transformers, its users, or a ``key_mapping``."""
+        return bool(self.scopes.all_own()) or any(a.known for a in self.scopes.applied)
+
+    def check_known(self) -> None:
+        """Raises ``UnmatchedKeysError`` for a model that no rule speaks of: nobody knows whether it changed."""
+        if not self.is_known:
+            raise UnmatchedKeysError(
+                Finding(
+                    "unknown-model",
+                    f"{self.name} is not a class of transformers and has no rules, so nothing says whether its "
+                    "layout changed",
+                    fix="give a rule book for it, as regraft.load_book and regraft.only_books take it, or register "
+                    "its conversions with transformers",
+                )
+            )
 
     def rename(self, keys: Sequence[str]) -> list[str | None]:
         """The model's key for each old or new key; of a split tensor the first part, ``None`` where none lands."""
@@ -293,7 +321,22 @@ def _is_around(one: str, other: str) -> bool:
 def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:
     """What the installed transformers does to one model.
 
-    Raises ``BadInputError`` where the installed release has no registry that is known.
+    Raises ``BadInputError`` where the installed release has no registry that is known, and ``RefusedError`` where
+    it changes this model in a way that is not known.
     """
     check_version()
-    return Imported(skeleton, find_scopes(skeleton, key_mapping))
+    imported = Imported(skeleton, find_scopes(skeleton, key_mapping))
+    unknown = imported.scopes.unknown()
+    if unknown:
+        raise RefusedError(_unknown_transform(imported.name, scoped) for scoped in unknown)
+    return imported
+
+
+def _unknown_transform(model: str, scoped: Scoped) -> Finding:
+    low, high = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
+    return Finding(
+        "unknown-transform",
+        f"transformers {check_version()} changes {model} by a rule that cannot be read: "
+        f"{scoped.transform} ({scoped.transform.unknown})",
+        fix=f"convert with transformers {low} to {high}, or write a rule book for the model",
+    )

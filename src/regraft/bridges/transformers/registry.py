@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,23 @@ from regraft.errors import BadInputError, Finding
 
 OLDEST, NEWEST = (5, 4), (5, 23)
 """The releases whose registry is known."""
+
+_KNOWN_KINDS = (
+    "WeightRenaming",
+    "WeightConverter",
+    "GroupWeightRename",
+    "PrefixChange",
+    "Inkling2IndexOffsetWeightRename",
+)
+"""The classes of transforms whose own methods `Step` and `Transform` describe."""
+_DESCRIBED = (
+    "rename_source_key",
+    "reverse_transform",
+    "_scoped_match",
+    "materialize_tensors",
+    "convert",
+)
+"""Their methods that decide what becomes of a name or a tensor."""
 
 _CAPTURE = re.compile(r"\(.+?\)")
 _GROUP = re.compile(r"\\(\d)")
@@ -73,6 +91,8 @@ class Transform:
     guarded: bool = False
     """Whether it acts only where one of its first source's names is there (two renames that share a name)."""
     adds_prefix: bool = False
+    unknown: str | None = None
+    """Why it cannot be described by patterns; ``None`` where it can."""
 
     def __str__(self) -> str:
         return f"{self.entry} #{self.number}"
@@ -95,6 +115,25 @@ def check_version() -> str:
             )
         )
     return str(transformers.__version__)
+
+
+def newer_than_tested() -> str | None:
+    """What to say where the installed release is newer than all that were tested; ``None`` where it is not."""
+    version = check_version()
+    if tuple(int(part) for part in version.split(".")[:2]) <= NEWEST:
+        return None
+    return (
+        f"transformers {version} is newer than {'.'.join(map(str, NEWEST))}, the newest release that this "
+        "regraft was tested with"
+    )
+
+
+@lru_cache(maxsize=1)
+def warn_of_release() -> None:
+    """Warn, once, of a release that is newer than all that were tested."""
+    said = newer_than_tested()
+    if said is not None:
+        warnings.warn(said, stacklevel=4)
 
 
 def look_up(entry: str) -> tuple[Transform, ...] | None:
@@ -138,6 +177,10 @@ def _read(entry: str, _identity: int, _count: int) -> tuple[Transform, ...]:
 def _transform(entry: str, number: int, raw: Any) -> Transform:
     kind = type(raw).__name__
     grouped = kind == "GroupWeightRename"
+    unknown = _why_unknown(type(raw))
+    if unknown is not None:
+        nothing = Step(re.compile("(?P<g0>(?!))"), (), ())
+        return Transform(entry, number, nothing, nothing, unknown=unknown)
     # A copy: in 5.4 a transform shares its lists with its reverse, which changes them.
     back = copy.deepcopy(raw).reverse_transform()
     return Transform(
@@ -149,6 +192,30 @@ def _transform(entry: str, number: int, raw: Any) -> Transform:
         grouped,
         kind == "PrefixChange",
     )
+
+
+def _why_unknown(kind: type) -> str | None:
+    """Why transforms of a class cannot be read from their patterns; ``None`` where they can.
+
+    A class that changes nothing of what its nearest known base does is read like that base.
+    """
+    known = next(
+        (k for k in kind.__mro__ if k.__name__ in _KNOWN_KINDS and _is_of_transformers(k)), None
+    )
+    if known is None:
+        return f"{kind.__name__} is a kind of transform that this regraft does not know"
+    changed = [
+        name for name in _DESCRIBED if getattr(kind, name, None) is not getattr(known, name, None)
+    ]
+    if changed:
+        return (
+            f"{kind.__name__} has its own {' and '.join(changed)}, which this regraft does not know"
+        )
+    return None
+
+
+def _is_of_transformers(kind: type) -> bool:
+    return getattr(loading, kind.__name__, None) is kind
 
 
 def _step(raw: Any, paired: bool) -> Step:

@@ -81,6 +81,8 @@ class Applied:
     model: SubModel
     entry: str | None
     why: str
+    known: bool = True
+    """Whether transformers, or one of its users, knows the class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,15 @@ class Scopes:
         """Every transform."""
         return [s.transform for s in (*self.renamings, *self.converters, *self.legacy)]
 
+    def all_own(self) -> list[Transform]:
+        """Every transform that is there for this model, and not for old files of any."""
+        return [s.transform for s in (*self.renamings, *self.converters)]
+
+    def unknown(self) -> list[Scoped]:
+        """The transforms that nobody here can read: what they do to a model is not known."""
+        scoped = (*self.renamings, *self.converters, *self.legacy)
+        return [s for s in scoped if s.transform.unknown is not None]
+
 
 def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Scopes:
     """The transforms that apply to a model."""
@@ -110,7 +121,7 @@ def find_scopes(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -
     claimed: defaultdict[str, list[str]] = defaultdict(list)
     for model in skeleton.submodels:
         entry, why = _entry(model, claimed)
-        applied.append(Applied(model.path, model, entry, why))
+        applied.append(Applied(model.path, model, entry, why, _is_known(model)))
         if entry is None:
             continue
         transforms = look_up(entry) or ()
@@ -143,8 +154,8 @@ def _around(model: SubModel, models: Sequence[SubModel]) -> SubModel | None:
 def _entry(model: SubModel, claimed: dict[str, list[str]]) -> tuple[str | None, str]:
     """What a model is registered as, and why; ``None`` where nothing applies."""
     own = model.classes[0] if model.classes else None
-    registered = [n for n in (own, model.model_type) if n and user_registered(n)]
-    if model.native is None and not registered:
+    registered = _registered(model)
+    if not _is_known(model):
         return None, f"{own} is not a class of transformers"
     if own and _covered(claimed.get(own, ()), model.path):
         return None, "a model around it is of the same class"
@@ -159,6 +170,15 @@ def _entry(model: SubModel, claimed: dict[str, list[str]]) -> tuple[str | None, 
             return None, f"a model around it is of the type {kind}, too"
         return kind, f"its model type is {kind}"
     return None, "nothing is registered for it"
+
+
+def _registered(model: SubModel) -> list[str]:
+    """What users registered for a model: by its class, and by its type."""
+    return [n for n in (*model.classes[:1], model.model_type) if n and user_registered(n)]
+
+
+def _is_known(model: SubModel) -> bool:
+    return model.native is not None or bool(_registered(model))
 
 
 def _covered(paths: Iterable[str], path: str) -> bool:
