@@ -5,10 +5,10 @@ PYTHON ?= python3
 PIP = -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo docs pictures golden bench parity clean python
+.PHONY: help setup test test-fast lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.done ## install regraft and its tools into .venv
 
@@ -17,13 +17,20 @@ STAGES = failed=; \
 	stage() { echo; echo "==> $$*"; .venv/bin/"$$@" || failed="$$failed [$$*]"; }; \
 	verdict() { test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }; }
 
+# One worker for each core, each with one thread of torch. A worker takes about a gigabyte: WORKERS=1 where that is much.
+WORKERS ?= auto
+PYTEST = pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
 test: .venv/.done .venv/.browser ## lint, types and tests
 	@$(STAGES); \
 	stage ruff check .; \
 	stage ruff format --check .; \
 	stage mypy; \
-	stage pytest; \
+	stage $(PYTEST); \
 	verdict
+
+test-fast: .venv/.done ## the tests that take no longer than a moment
+	@.venv/bin/$(PYTEST) -m "not slow"
 
 lint: .venv/.done ## lint and types alone
 	@$(STAGES); \

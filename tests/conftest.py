@@ -6,6 +6,8 @@ import os
 # Read when the libraries are imported, so set before anything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Several workers share the cores, and what they start inherits this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from hypothesis import settings
 

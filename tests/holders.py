@@ -1,8 +1,6 @@
 """Tiny live models, and what people put them into."""
 
-import tempfile
 import warnings
-from functools import cache
 
 import peft
 import torch
@@ -70,13 +68,16 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-@cache
 def process_group():
-    """A group of this process alone; other tests need not know of it."""
-    folder = tempfile.mkdtemp()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=0, world_size=1
-    )
+    """A group of this process alone, which every test of the process shares.
+
+    It is made at most once and never taken down: torch has one default group, tests of several files want it, and in
+    which order a worker runs the files is not known. The store is in memory, so no two workers meet at a port or file.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     return torch.distributed.group.WORLD
 
 

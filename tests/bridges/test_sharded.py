@@ -10,6 +10,7 @@ pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
 from golden_models import base_model, case_folder, is_adapted, outputs, two_adapters  # noqa: E402
+from holders import process_group  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import regraft  # noqa: E402
@@ -23,11 +24,8 @@ CASE = "mixtral__gud_attn"
 
 
 @pytest.fixture
-def processes(tmp_path):
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def processes():
+    return process_group()
 
 
 def data_parallel(model):
