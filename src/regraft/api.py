@@ -33,6 +33,7 @@ from regraft.layouts import LAYOUTS, Layout, parse_layout
 from regraft.planning.model import ModelConfig
 from regraft.report import Report
 from regraft.rules.book import own_layouts
+from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_folder
 from regraft.storage.stamp import Stamp
 
@@ -343,5 +344,6 @@ def _write(
         for path in found.others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(found.root / path, staged / path)
+        narrow(staged, [stamp.path for stamp in stamps], kept=found.others)
         for stamp in stamps:
             stamp.check()

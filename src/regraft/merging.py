@@ -28,6 +28,7 @@ from regraft.layouts import Layout
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, CheckpointReport, Target
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import staged_folder
 from regraft.storage.header import read_header
@@ -105,6 +106,8 @@ def merge_adapter(
         for path in list(inner.iterdir()):
             shutil.move(str(path), str(staged / path.name))
         inner.rmdir()
+        if source.weights is not None:
+            narrow(staged, [source.weights])
     report.tensors_out = done.tensors_out
     return report, done
 

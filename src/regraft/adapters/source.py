@@ -10,6 +10,7 @@ from regraft.adapters.config_check import check_fields
 from regraft.adapters.factors import Array
 from regraft.adapters.remembered import Remembered, read_remembered
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.storage.beside import check_files
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import open_tensors, read_header
 
@@ -79,6 +80,8 @@ def find_adapters(src: Path) -> Found:
                     fix=f"put the {CONFIG} that belongs to it beside it",
                 )
             )
+        if strange := list(check_files(src.parent, (src, src.parent / CONFIG, src.parent / ASIDE))):
+            raise BadInputError(strange)
         return Found(src.parent, (src.parent,), src, ())
     if not src.is_dir():
         raise BadInputError(
@@ -98,13 +101,14 @@ def find_adapters(src: Path) -> Found:
             )
         )
     own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
-    others = tuple(
-        sorted(
-            path.relative_to(src)
-            for path in src.rglob("*")
-            if path.is_file() and path not in own and not _is_bookkeeping(path.relative_to(src))
-        )
-    )
+    entries = [
+        path
+        for path in sorted(src.rglob("*"))
+        if (path.is_symlink() or not path.is_dir()) and not _is_bookkeeping(path.relative_to(src))
+    ]
+    if strange := list(check_files(src, entries)):
+        raise BadInputError(strange)
+    others = tuple(path.relative_to(src) for path in entries if path.is_file() and path not in own)
     return Found(src, tuple(folders), None, others)
 
 

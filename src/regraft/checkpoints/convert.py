@@ -17,6 +17,7 @@ from regraft.checkpoints.units import Cutter
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport, show_size
+from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.safetensors import sync_path
 from regraft.storage.work import Work, cannot_write, open_work, write_file
@@ -101,32 +102,21 @@ def _carry_out(
         if progress is not None:
             progress(work.dst.name, done[0], ready.layout.size)
 
+    sources = [file.path for file in ready.source.files]
     try:
-        try:
-            work.check_place(overwrite)
-            work.begin(ready.job(), resume)
-            ready.report.resumed = work.resumed
-            _check_space(work, ready)
-            Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
-            for file in ready.source.files:
-                file.stamp().check()
-            if not work.file:
-                _write_others(work, ready)
-            work.place(overwrite)
-        except OSError as error:
-            raise cannot_write(work.dst, error) from error
-    except BaseException:
-        if not _worth_keeping(work):
-            work.clear()
-        raise
-
-
-def _worth_keeping(work: Work) -> bool:
-    """Whether ``--resume`` would find something that is done."""
-    try:
-        return (work.folder / "journal").stat().st_size > 1
-    except OSError:
-        return False
+        work.check_place(overwrite)
+        work.begin(ready.job(), resume)
+        ready.report.resumed = work.resumed
+        _check_space(work, ready)
+        Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
+        for file in ready.source.files:
+            file.stamp.check()
+        if not work.file:
+            _write_others(work, ready)
+        narrow(work.new, sources, kept=[*ready.source.others, Path(CONFIG)])
+        work.place(overwrite)
+    except OSError as error:
+        raise cannot_write(work.dst, error) from error
 
 
 def _count_jobs(jobs: int | None) -> int:

@@ -34,6 +34,7 @@ _REFUSED = {
 }
 _OPEN = 32
 """Source files that a worker keeps open."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _SYNC_BYTES, _SYNC_SECONDS = 1 << 29, 5.0
 """How much work may be lost when the power fails."""
 BUFFERS = 3 << 20
@@ -165,7 +166,7 @@ class Engine:
         number = self.waiting.pop()
         file = self.files[number]
         path = self.work.new / file.name
-        out = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        out = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             if os.fstat(out).st_size != file.size:
                 os.ftruncate(out, file.size)
@@ -332,5 +333,10 @@ def open_source(file: File) -> int:
 
     Raises ``BadInputError``.
     """
-    file.stamp().check()
-    return os.open(file.path, os.O_RDONLY)
+    opened = os.open(file.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        file.stamp.check(opened)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened

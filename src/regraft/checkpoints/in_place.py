@@ -16,6 +16,7 @@ from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport
+from regraft.storage.beside import check_files
 from regraft.storage.safetensors import sync_path
 from regraft.storage.work import cannot_write, try_lock, write_file
 
@@ -93,6 +94,8 @@ def _rewrite(folder: Path, ready: Prepared, changed: list[tuple[File, bytes]]) -
 def restore(folder: Path) -> None:
     """Put back what a run kept that did not come to its end."""
     kept = folder / UNFINISHED
+    if strange := [*check_files(folder, [kept]), *check_files(kept, kept.glob("*"))]:
+        raise BadInputError(strange)
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():
         if path.suffix == ".json":
             _replace(folder / path.name, path.read_bytes())
@@ -194,12 +197,17 @@ def _check_files(ready: Prepared) -> Iterator[Finding]:
 
 
 def _write_head(path: Path, head: bytes) -> None:
-    with path.open("r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), head, 0)
-        os.fsync(file.fileno())
+    file = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        os.pwrite(file, head, 0)
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _replace(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     write_file(partial, data)
+    if path.exists():
+        shutil.copymode(path, partial)
     partial.replace(path)

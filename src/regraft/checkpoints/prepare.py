@@ -67,7 +67,7 @@ class Prepared:
                 )
         for file in self.layout.files:
             digest.update(file.head)
-        files = [(str(f.path.resolve()), f.size, f.changed) for f in self.source.files]
+        files = [(str(f.path.resolve()), f.size, f.stamp.modified) for f in self.source.files]
         out = [(file.name, file.size) for file in self.layout.files]
         return json.dumps(
             [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1

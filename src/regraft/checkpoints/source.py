@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import numpy as np
 
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.names.keys import Ints
+from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
 from regraft.storage.header import TensorInfo, read_header
+from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
 
 CONFIG = "config.json"
@@ -46,17 +48,16 @@ class File:
 
     path: Path
     name: str
-    size: int
-    """In bytes."""
-    changed: int
-    """Its modification time, in nanoseconds."""
+    stamp: Stamp
+    """What it should still be."""
     metadata: Mapping[str, str]
     data_start: int
     """Where the data begins; 0 where there is no such place."""
 
-    def stamp(self) -> Stamp:
-        """What the file should still be."""
-        return Stamp(self.path, self.size, self.changed)
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stamp.size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +153,8 @@ def open_checkpoint(path: Path) -> Source:
         message = "a run that renamed its tensors in place did not come to its end"
         fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
         raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
-    findings = [*_check_links(root, [*found, *(root / other for other in others)])]
+    heads = [root / name for name in (CONFIG, INDEX, _BIN_INDEX)]
+    findings = [*check_files(root, [*found, *heads, *(root / other for other in others)])]
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
@@ -259,24 +261,10 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     return tuple(others), tuple(left_out)
 
 
-def _check_links(root: Path, paths: Iterable[Path]) -> Iterator[Finding]:
-    """Links that lead nowhere or out of the folder; those of a Hugging Face cache lead to its own ``blobs``."""
-    home = root.resolve()
-    allowed = (home, home.parent.parent / "blobs")
-    for path in paths:
-        if not path.is_symlink():
-            continue
-        to = path.resolve()
-        if not any(to.is_relative_to(place) for place in allowed):
-            message = f"it is a link that leads out of the folder, to {to}"
-            fix = "replace the link with the file, if it is what you expect"
-            yield Finding("link-outside", message, where=str(path), fix=fix)
-        elif not path.exists():
-            message = f"it is a link to {to}, which does not exist"
-            yield Finding("missing-file", message, where=str(path), fix="remove it, or mend it")
-
-
 def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
+    file, _ = open_regular(path)
+    with file:
+        stamp = Stamp.of(path, file.fileno())
     if path.suffix == ".bin":
         from regraft.checkpoints.torch_zip import read_zip
 
@@ -286,9 +274,8 @@ def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
     else:
         header = read_header(path)
         tensors, metadata, data_start = header.tensors, header.metadata, header.data_start
-    status = path.stat()
-    file = File(path, path.name, status.st_size, status.st_mtime_ns, metadata, data_start)
-    return file, tensors
+    stamp.check()
+    return File(path, path.name, stamp, metadata, data_start), tensors
 
 
 def _check_names(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.folder import load_json
-from regraft.storage.safetensors import open_tensors
+from regraft.storage.header import Header, read_header
+from regraft.storage.safetensors import read_tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_AGAIN = "download the index again"
 
 
 class Checkpoint:
@@ -22,7 +23,7 @@ class Checkpoint:
     def __init__(self, folder: Path, shards: dict[str, str]) -> None:
         self.folder = folder
         self._shards = shards
-        self._open: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        self._open: dict[str, Header] = {}
 
     @staticmethod
     def find(folder: Path) -> Checkpoint | None:
@@ -47,9 +48,9 @@ class Checkpoint:
         single = folder / SINGLE
         if not single.is_file():
             return None
-        tensors = open_tensors(single)
-        found = Checkpoint(folder, dict.fromkeys(tensors, SINGLE))
-        found._open[SINGLE] = tensors
+        header = read_header(single)
+        found = Checkpoint(folder, dict.fromkeys(header.tensors, SINGLE))
+        found._open[SINGLE] = header
         return found
 
     def names(self) -> list[str]:
@@ -60,8 +61,17 @@ class Checkpoint:
         return name in self._shards
 
     def read(self, name: str) -> npt.NDArray[np.generic]:
-        """One tensor, as a view on its file."""
+        """One tensor.
+
+        Raises ``BadInputError``.
+        """
         shard = self._shards[name]
         if shard not in self._open:
-            self._open[shard] = open_tensors(self.folder / shard)
-        return self._open[shard][name]
+            self._open[shard] = read_header(self.folder / shard)
+        header = self._open[shard]
+        if name not in header.tensors:
+            message = f"the index says that it is in {shard}, and it is not"
+            raise BadInputError(
+                Finding("index", message, where=str(self.folder / INDEX), key=name, fix=_AGAIN)
+            )
+        return read_tensor(self.folder / shard, header, name)

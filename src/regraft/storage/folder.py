@@ -14,9 +14,12 @@ from typing import Any
 from regraft.errors import BadInputError, Finding
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 from regraft.storage.safetensors import sync_path
+from regraft.storage.stamp import Stamp
 from regraft.storage.work import cannot_write, open_work
 
 _MAX_JSON_BYTES = 100_000_000
+_CHUNK = 1 << 20
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
@@ -51,11 +54,7 @@ def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -
             _sync_files(work.new)
             work.place(overwrite)
         except OSError as error:
-            work.clear()
             raise cannot_write(dst, error) from error
-        except BaseException:
-            work.clear()
-            raise
 
 
 def check_destination(
@@ -101,18 +100,25 @@ def check_destination(
 
 
 def copy_file(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Copy a file with its permissions and times.
+    """Copy a file with its permissions and times, to a place where nothing is yet.
 
-    A link to a regular file is followed, since the folders of a Hugging Face cache consist of them.
+    A link to a regular file is followed, since the folders of a Hugging Face cache consist of them; `check_files`
+    says which links may be.
 
     Raises:
-        BadInputError: ``src`` is not a regular file or a link to one, or it cannot be copied.
+        BadInputError: ``src`` is not a regular file or a link to one, it cannot be copied, or it changed meanwhile.
     """
     src = Path(src)
     file, _ = open_regular(src)
-    file.close()
     try:
-        shutil.copy2(src, dst)
+        with file:
+            stamp = Stamp.of(src, file.fileno())
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+            with os.fdopen(os.open(dst, _NEW, 0o600), "wb") as out:
+                shutil.copyfileobj(file, out, _CHUNK)
+            shutil.copystat(src, dst)
+            Path(dst).chmod(mode)
+            stamp.check(file.fileno())
     except OSError as error:
         message = f"the file cannot be copied to {os.fspath(dst)}: {error.strerror or error}"
         raise BadInputError(Finding("cannot-copy", message, where=str(src))) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from regraft.errors import BadInputError, Finding
+
+_READING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 PROBE_SIZE = 512
 """How many of a file's first bytes `recognize_content` wants to see."""
@@ -23,11 +26,16 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """
     where = str(path)
     try:
-        # A named pipe would block in open, so its kind is looked at first.
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise BadInputError(_describe_kind(where, status.st_mode))
-        return path.open("rb"), status.st_size
+        # A named pipe would block in open, and a device may act on it, so the kind is looked at first.
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise BadInputError(describe_kind(where, mode))
+        file = os.fdopen(os.open(path, os.O_RDONLY | _READING), "rb")
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):  # another file took its place
+            file.close()
+            raise BadInputError(describe_kind(where, status.st_mode))
+        return file, status.st_size
     except OSError as error:
         raise BadInputError(_describe_failure(path, error)) from error
     except ValueError as error:
@@ -67,7 +75,8 @@ def recognize_content(start: bytes, where: str) -> Finding | None:
     return None
 
 
-def _describe_kind(where: str, mode: int) -> Finding:
+def describe_kind(where: str, mode: int) -> Finding:
+    """The finding for what is no regular file."""
     kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
     return Finding("not-a-file", f"expected a file, and this is {kind}", where=where)
 

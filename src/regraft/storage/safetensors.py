@@ -6,7 +6,6 @@ is in `regraft.storage.header`.
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -22,21 +21,23 @@ from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import DTYPES, DType, count_cells, count_elements, match_dtype
 from regraft.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from regraft.storage.probe import open_regular
+from regraft.storage.stamp import Stamp, changed
 
 __all__ = ["Header", "TensorInfo", "open_tensors", "read_header", "write_tensors"]
 
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _SMALL = 1 << 16
 _BATCH = 1 << 23
+_READ = 1 << 26
 
 
 def open_tensors(
     path: str | os.PathLike[str], header: Header | None = None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Open the tensors of a safetensors file as read-only views on the mapped file.
+    """Read the tensors of a safetensors file, as read-only views on its data.
 
-    Nothing is copied, and a tensor's bytes are read from disk when they are first used. The file
-    must not be changed in place while the views are in use; replacing it is safe.
+    The data is read into memory rather than mapped: a mapped file that becomes shorter ends the process that looks
+    at it.
 
     Args:
         path: the file.
@@ -47,24 +48,12 @@ def open_tensors(
         type smaller than a byte comes packed, see `regraft.storage.dtypes`.
 
     Raises:
-        BadInputError: the file breaks a rule of the format, changed since its header was read, or
-            holds a packed tensor whose rows are not whole bytes.
+        BadInputError: the file breaks a rule of the format, changed since its header was read or while it was
+            read, does not fit into memory, or holds a packed tensor whose rows are not whole bytes.
     """
     path = Path(path)
     header = read_header(path) if header is None else header
-    file, size = open_regular(path)
-    with file:
-        if size != header.size:
-            raise BadInputError(
-                Finding(
-                    "file-changed",
-                    f"the file had {header.size} bytes when its header was read, and has {size}",
-                    where=str(path),
-                    fix="try again when nothing else writes to it",
-                )
-            )
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    base = header.data_start
+    data = _read_data(path, header)
     plain = {name: dtype.numpy for name, dtype in DTYPES.items() if dtype.per_cell == 1}
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, info in header.tensors.items():
@@ -74,8 +63,48 @@ def open_tensors(
             packed = DTYPES[info.dtype]
             dtype = packed.numpy
             shape = count_cells(packed, shape, where=str(path), key=name)
-        tensors[name] = np.ndarray(shape, dtype, mapped, base + info.start)
+        tensors[name] = np.ndarray(shape, dtype, data, info.start)
     return tensors
+
+
+def read_tensor(path: Path, header: Header, name: str) -> np.ndarray[Any, Any]:
+    """Read one tensor of a safetensors file whose header is known.
+
+    Raises ``BadInputError`` as `open_tensors` does.
+    """
+    info = header.tensors[name]
+    dtype = DTYPES[info.dtype]
+    shape = count_cells(dtype, info.shape, where=str(path), key=name)
+    return np.ndarray(shape, dtype.numpy, _read_data(path, header, info.start, info.end))
+
+
+def _read_data(path: Path, header: Header, start: int = 0, end: int | None = None) -> memoryview:
+    """A part of the file's data, or all of it; read-only."""
+    file, size = open_regular(path)
+    with file:
+        stamp = Stamp.of(path, file.fileno())
+        if size != header.size:
+            raise changed(path, f"it had {header.size} bytes and has {size}")
+        count = (size - header.data_start if end is None else end) - start
+        try:
+            data = np.empty(count, np.uint8)
+        except MemoryError as error:
+            message = f"{count} bytes are to be read, and they do not fit into memory"
+            raise BadInputError(Finding("file-too-large", message, where=str(path))) from error
+        view = data.data
+        file.seek(header.data_start + start)
+        at = 0
+        try:
+            while at < count:
+                read = file.readinto(view[at : at + _READ])  # type: ignore[attr-defined]
+                if not read:
+                    raise changed(path, "it ended early")
+                at += read
+        except OSError as error:
+            message = f"the file cannot be read: {error.strerror}"
+            raise BadInputError(Finding("unreadable-file", message, where=str(path))) from error
+        stamp.check(file.fileno())
+    return view.toreadonly()
 
 
 def write_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,29 +16,41 @@ class Stamp:
     path: Path
     size: int
     """In bytes."""
+    modified: int
+    """When its content was last written, in nanoseconds; a program may set it back."""
     changed: int
-    """Its modification time, in nanoseconds."""
+    """When anything about it was last changed, in nanoseconds; no program can set it."""
+    identity: tuple[int, int]
+    """Its device and its number there: another file under the same name has another."""
 
     @staticmethod
-    def of(path: Path) -> Stamp:
-        """What a file is now.
+    def of(path: Path, file: int | None = None) -> Stamp:
+        """What a file is now; ``file`` is its descriptor, where it is open.
 
         Raises ``OSError``.
         """
-        status = path.stat()
-        return Stamp(path, status.st_size, status.st_mtime_ns)
+        status = path.stat() if file is None else os.fstat(file)
+        return Stamp(
+            path,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            (status.st_dev, status.st_ino),
+        )
 
-    def check(self) -> None:
-        """Check that the file is what it was.
+    def check(self, file: int | None = None) -> None:
+        """Check that the file is what it was; ``file`` is its descriptor, where it is open.
 
         Raises ``BadInputError``.
         """
         try:
-            now = Stamp.of(self.path)
+            now = Stamp.of(self.path, file)
         except OSError as error:
             raise changed(self.path, error.strerror or "it is gone") from None
         if now.size != self.size:
             raise changed(self.path, f"it had {self.size} bytes and has {now.size}")
+        if now.identity != self.identity:
+            raise changed(self.path, "another file took its place")
         if now != self:
             raise changed(self.path, "it was written to")
 

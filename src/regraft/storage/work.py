@@ -16,6 +16,9 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +34,9 @@ except ImportError:  # Windows has no such locks
 
 
 _LONG = 240
+_OWN = {"lock", "job", "journal", "new", "old"}
+"""All that may be in such a folder."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _SPARE = 1 << 18
 """Bytes that folders, the journal and the like may take."""
 
@@ -56,7 +62,7 @@ class Work:
         same = False
         if resume:
             with suppress(OSError):
-                same = file.read_bytes() == job and self.new.is_dir()
+                same = file.read_bytes() == job and self.new.is_dir() and _is_plain(self.new)
         if same:
             with suppress(OSError):
                 self.done = _read_journal(journal.read_bytes())
@@ -65,7 +71,7 @@ class Work:
             write_file(journal, b"")
             write_file(file, job)
             sync_path(self.folder)
-        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND)
+        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | _NO_LINK)
         if same:
             # What a dead run wrote last may be half a line.
             os.write(self._journal, b"\n")
@@ -76,7 +82,7 @@ class Work:
             (self.folder / name).unlink(missing_ok=True)
         if self.new.exists():
             shutil.rmtree(self.new)
-        self.new.mkdir()
+        self.new.mkdir()  # nobody else gets into the folder above until it is in its place
 
     def check_space(self, size: int) -> None:
         """Check that there is room for so many bytes and what the file system keeps of them.
@@ -132,10 +138,11 @@ class Work:
                 raise
         else:
             self.new.rename(self.dst)
-        # It is in its place; that its name may not be on disk yet undoes nothing.
+        # It is in its place; that its name may not be on disk yet undoes nothing, nor does what cannot be removed.
         with suppress(OSError):
             sync_path(self.dst.parent)
-        self.clear()
+        with suppress(OSError):
+            self.clear()
 
     def restore(self) -> None:
         """Put back what was put aside; where the new one stands already, the old one goes."""
@@ -146,18 +153,29 @@ class Work:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the folder and all that is in it; the lock goes last."""
+        """Remove the folder and what regraft put there; the lock goes last.
+
+        What was put aside is never removed unless something is in its place. Raises ``OSError``.
+        """
         self.close()
         self.restore()
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name != "lock":
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+        for name in sorted(_OWN - {"lock", "old"}):
+            path = self.folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         (self.folder / "lock").unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether ``--resume`` would find something that is done."""
+        try:
+            return (self.folder / "journal").stat().st_size > 1
+        except OSError:
+            return False
 
 
 def work_folder(dst: Path) -> Path:
@@ -179,24 +197,96 @@ def open_work(dst: Path, file: bool = False) -> Iterator[Work]:
     """
     work = Work(dst, file)
     made: list[Path] = []
+    lock = -1
+    try:
+        # A signal that came between locking and noting it down would leave the lock behind.
+        with _signals_later():
+            lock = _take(work, made)
+        work.restore()
+        yield work
+    except BaseException:
+        if lock >= 0 and not work.worth_keeping:
+            with suppress(OSError):
+                work.clear()
+        raise
+    finally:
+        work.close()
+        if lock >= 0:
+            os.close(lock)
+        if not work.folder.exists():
+            _remove(made)
+
+
+def _take(work: Work, made: list[Path]) -> int:
+    """Make the work folder and lock it; folders that had to be made above it are noted in ``made``."""
+    dst = work.dst
     try:
         above = dst.parent
         while not above.exists():
             made.append(above)
             above = above.parent
         dst.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(work.folder, dst)
+        return _lock(work.folder, dst)
     except OSError as error:
-        _remove(made)
         raise cannot_write(dst, error) from error
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let requests to end the process wait for the end of the block.
+
+    Their handlers are replaced, since a blocked signal may be taken by another thread and is handled in this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    wanted = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not None]
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in wanted}
     try:
-        work.restore()
-        yield work
+        yield
     finally:
-        work.close()
-        os.close(lock)
-        if not work.folder.exists():
-            _remove(made)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def check_own(folder: Path) -> None:
+    """Check that a work folder that is there already is regraft's: a folder of this user's, with nothing else in it.
+
+    Raises ``BadInputError``, or ``OSError`` where it cannot be looked at.
+    """
+    status = folder.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        wrong = "it is a link"
+    elif not stat.S_ISDIR(status.st_mode):
+        wrong = "it is no folder"
+    elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        wrong = "it belongs to another user"
+    else:
+        strange = sorted(entry.name for entry in folder.iterdir() if not _is_own(entry))
+        if not strange:
+            return
+        wrong = f"it holds {', '.join(map(repr, strange[:3]))}"
+    raise BadInputError(
+        Finding(
+            "work-folder",
+            f"regraft works in a folder of this name, and this one is not regraft's: {wrong}",
+            where=str(folder),
+            fix="look at it, and remove it",
+        )
+    )
+
+
+def _is_own(entry: Path) -> bool:
+    return entry.name in _OWN and _is_plain(entry)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a path is a file or a folder and neither a link nor anything special."""
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _remove(folders: list[Path]) -> None:
@@ -221,9 +311,11 @@ def cannot_write(dst: Path, error: OSError) -> BadInputError:
 def _lock(folder: Path, dst: Path) -> int:
     path = folder / "lock"
     while True:
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            check_own(folder)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o600)
         except FileNotFoundError:
             continue
         try:
@@ -270,8 +362,12 @@ def try_lock(file: int) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and wait until it is on disk."""
-    with path.open("wb") as file:
+    """Write a small file and wait until it is on disk; a link in its place is not followed.
+
+    Raises ``OSError``.
+    """
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK, 0o666)
+    with os.fdopen(opened, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
