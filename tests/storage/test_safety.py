@@ -133,7 +133,7 @@ def test_files_that_a_dead_run_left_as_links_are_not_followed(tmp_path):
     with pytest.raises(BadInputError):
         convert(source, tmp_path / "out")
     assert victim.read_text() == "keep"
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         work.write_file(path / "lock", b"x")
     with pytest.raises(BadInputError):
         copy_file(victim, path / "lock")

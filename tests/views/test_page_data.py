@@ -14,6 +14,7 @@ import regraft
 from regraft.adapters.inspect import inspect
 from regraft.checkpoints.verify import verify
 from regraft.cli import main
+from regraft.errors import BadInputError
 from regraft.names.patterns import group_alike
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.data import page_of_inspection, page_of_report, page_of_verification
@@ -199,7 +200,7 @@ def test_html_where_none_can_be(where, tmp_path, capsys):
 
 def test_a_failed_write_leaves_nothing(converted, tmp_path):
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(BadInputError):
         write_page(page_of_report(converted), tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 

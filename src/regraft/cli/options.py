@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,10 @@ def _check_file(path: Path | None) -> Path | None:
         raise click.BadParameter(f"{path} is a folder, and a file's name was expected")
     if not path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {path.parent}")
+    if os.path.lexists(path):
+        from regraft.views.html import check_page_place
+
+        check_page_place(path)
     return path
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import html
 import json
 import os
+import secrets
+import stat
 from importlib import resources
 from pathlib import Path
 
 import msgspec
 
 import regraft
+from regraft.errors import BadInputError, Finding
+from regraft.storage.probe import open_regular
 from regraft.views.model import STATES, Page
 
+_MARK = b'<meta name="generator" content="regraft">'
+_HEAD = 1000
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -40,14 +46,46 @@ def render_page(page: Page) -> str:
 
 
 def write_page(page: Page, file: str | os.PathLike[str]) -> None:
-    """Write the page to a file, which appears whole."""
+    """Write the page to a file, which appears whole.
+
+    Raises ``BadInputError`` where something else than a page of regraft's is in its place.
+    """
     file = Path(file)
-    partial = file.with_name(f".{file.name}.part")
+    check_page_place(file)
+    text = render_page(page)
+    partial = file.with_name(f".{file.name[:100]}.{secrets.token_hex(4)}.part")
     try:
-        partial.write_text(render_page(page), encoding="utf-8", newline="\n", errors="replace")
+        # A new file, never one that lies there already: a link would lead elsewhere.
+        with partial.open("x", encoding="utf-8", newline="\n", errors="replace") as opened:
+            opened.write(text)
+        check_page_place(file)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_page_place(file: Path) -> None:
+    """Check that nothing is in a page's place, or an older page of regraft's.
+
+    Raises ``BadInputError``, also for links and for what cannot be read.
+    """
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(mode):
+        opened, _ = open_regular(file)
+        with opened:
+            if _MARK in opened.read(_HEAD):
+                return
+    raise BadInputError(
+        Finding(
+            "page-exists",
+            "there is something else than a page of regraft's, and it would be lost",
+            where=str(file),
+            fix="choose another name for the page, or move what is there",
+        )
+    )
 
 
 def _read(name: str) -> str:
