@@ -11,7 +11,7 @@ from making import plan_of, rule_book, same_bits
 from slicing import boxes, cut, gathered, meshes
 
 from regraft.arrays.apply import apply_plan
-from regraft.planning.slices import Slicer, cut_range
+from regraft.planning.slices import Slicer, cut_range, region_of, shape_of_region
 from regraft.planning.windows import window
 
 QKV = "q.{l} : (g n d) i, k.{l} : (g k d) i, v.{l} : (g v d) i"
@@ -76,7 +76,7 @@ def test_every_slice_is_that_of_the_whole(name):
         for box in boxes(target.shape, name):
             want = cut(target, box)
             assert same_bits(
-                gathered(slicer.strips(key, box), arrays, want.shape, target.dtype), want
+                gathered(slicer.strips(key, region_of(box)), arrays, want.shape, target.dtype), want
             )
 
 
@@ -92,11 +92,25 @@ def test_slices_and_windows_of_random_equations(made, reverse, seed):
             box = tuple(tuple(sorted(rng.integers(0, n + 1, 2).tolist())) for n in target.shape)
             want = cut(target, box)
             assert np.array_equal(
-                gathered(slicer.strips(key, box), arrays, want.shape, want.dtype), want
+                gathered(slicer.strips(key, region_of(box)), arrays, want.shape, want.dtype), want
             )
             start, stop = sorted(rng.integers(0, target.size + 1, 2).tolist())
             found = gathered(window(slicer, key, start, stop), arrays, stop - start, target.dtype)
             assert np.array_equal(found, target.reshape(-1)[start:stop])
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_region_is_its_ranges_side_by_side(name):
+    text, shapes = EQUATIONS[name]
+    tensors = filled(shapes)
+    plan = plan_of(rule_book(text), tensors)
+    arrays, slicer = list(tensors.values()), Slicer.of(plan)
+    for key, target in apply_plan(plan, arrays).items():
+        region = tuple(((0, n // 3), (n // 2, n), (1, 1)) for n in target.shape)
+        indices = [[i for low, high in ranges for i in range(low, high)] for ranges in region]
+        want = target[np.ix_(*indices)]
+        assert want.shape == shape_of_region(region)
+        assert same_bits(gathered(slicer.strips(key, region), arrays, want.shape, want.dtype), want)
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 6), (2, 3, 5), (1, 8)])
@@ -111,14 +125,14 @@ def test_each_element_is_in_one_ranks_slice(shape):
 def test_a_rank_with_nothing_reads_nothing():
     text, shapes = EQUATIONS["transpose"]
     slicer = Slicer.of(plan_of(rule_book(text), filled(shapes)))
-    assert slicer.strips("b.0", ((3, 3), (0, 5), (0, 4))) == []
+    assert slicer.strips("b.0", region_of(((3, 3), (0, 5), (0, 4)))) == []
 
 
 def test_layers_share_what_was_worked_out():
     shapes = {f"a.{layer}.{e}": (2, 3, 5) for layer in range(4) for e in range(3)}
     text, _ = EQUATIONS["stacked, interleaved"]
     slicer = Slicer.of(plan_of(rule_book(text), filled(shapes)))
-    box = ((1, 3), (2, 5), (0, 5))
+    box = region_of(((1, 3), (2, 5), (0, 5)))
     first, other = (slicer.strips(f"b.{layer}", box) for layer in (0, 3))
     assert first[0].source_at is other[0].source_at
     assert first[0].sources.tolist() != other[0].sources.tolist()

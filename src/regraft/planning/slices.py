@@ -8,7 +8,7 @@ digit. Nothing here knows of files, processes or models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -20,6 +20,36 @@ from regraft.planning.plan import Entry, Plan, index_grid
 
 Box = tuple[tuple[int, int], ...]
 """A range of indices for each dim: from, and up to but without."""
+Region = tuple[tuple[tuple[int, int], ...], ...]
+"""Ranges of indices for each dim, side by side in the slice: a rank's part of a fused tensor has one of each half."""
+
+
+def shape_of_region(region: Region) -> tuple[int, ...]:
+    """The shape of a slice.
+
+    >>> shape_of_region((((0, 2), (4, 6)), ((0, 3),)))
+    (4, 3)
+    """
+    return tuple(sum(high - low for low, high in ranges) for ranges in region)
+
+
+def region_of(box: Box) -> Region:
+    """A box as a region."""
+    return tuple((span,) for span in box)
+
+
+def _boxes_of(region: Region) -> Iterator[tuple[Box, tuple[int, ...]]]:
+    """The boxes of a region, and where each of them begins in the slice."""
+    dims = []
+    for ranges in region:
+        at, spans = 0, []
+        for low, high in ranges:
+            if low < high:
+                spans.append(((low, high), at))
+            at += high - low
+        dims.append(spans)
+    for choice in product(*dims):
+        yield tuple(span for span, _ in choice), tuple(at for _, at in choice)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,14 +79,16 @@ class Strips:
 
     def take(self, rows: Ints) -> Strips:
         """Some of the places."""
-        return Strips(
-            self.sizes,
-            self.source_strides,
-            self.target_strides,
-            self.sources[rows],
-            self.source_at[rows],
-            self.target_at[rows],
+        return replace(
+            self,
+            sources=self.sources[rows],
+            source_at=self.source_at[rows],
+            target_at=self.target_at[rows],
         )
+
+    def moved(self, by: int) -> Strips:
+        """The same further on in the slice."""
+        return replace(self, target_at=self.target_at + by)
 
     def runs(self) -> tuple[Ints, Ints, Ints, int]:
         """Every run by itself: sources, where it begins there and in the slice, and how long each of them is."""
@@ -97,7 +129,7 @@ class Slicer:
         """``shapes`` are those of the sources, by id."""
         self._shapes = shapes
         self._made: dict[str, Making | int] = {}
-        self._cut: dict[tuple[int, int, int, Box], list[tuple[int, Strips]]] = {}
+        self._cut: dict[tuple[int, int, int, Region], list[tuple[int, Strips]]] = {}
 
     @staticmethod
     def of(plan: Plan) -> Slicer:
@@ -140,86 +172,74 @@ class Slicer:
         copy = next(c for c in made.entry.copies if c.target == made.term)
         return int(made.entry.sources[copy.source][made.loop].reshape(-1)[0])
 
-    def strips(self, name: str, box: Box | None = None) -> list[Strips]:
-        """What fills a box of a target, or all of it; each element of the box is filled once."""
-        shape = self.shape(name)
-        box = tuple((0, size) for size in shape) if box is None else box
-        if any(low >= high for low, high in box):
-            return []
+    def strips(self, name: str, region: Region | None = None) -> list[Strips]:
+        """What fills a region of a target, or all of it; each element of the slice is filled once."""
+        if region is None:
+            region = region_of(tuple((0, size) for size in self.shape(name)))
         made = self._made[name]
         if isinstance(made, int):
-            return [_whole(made, shape, box)]
-        key = (id(made.entry), made.term, made.slot, box)
+            return list(_whole(made, self.shape(name), region))
+        key = (id(made.entry), made.term, made.slot, region)
         if key not in self._cut:
-            self._cut[key] = list(cut_entry(made.entry, made.term, made.slot, box))
+            self._cut[key] = list(cut_entry(made.entry, made.term, made.slot, region))
         result = []
         for source, strips in self._cut[key]:
             ids = made.entry.sources[source][made.loop].reshape(-1)[strips.sources]
-            result.append(
-                Strips(
-                    strips.sizes,
-                    strips.source_strides,
-                    strips.target_strides,
-                    ids,
-                    strips.source_at,
-                    strips.target_at,
-                )
-            )
+            result.append(replace(strips, sources=ids))
         return result
 
 
-def cut_entry(entry: Entry, term: int, slot: int, box: Box) -> Iterator[tuple[int, Strips]]:
-    """What fills a box of one target of an entry, as terms that are read and strips of their tensors.
+def cut_entry(entry: Entry, term: int, slot: int, region: Region) -> Iterator[tuple[int, Strips]]:
+    """What fills a region of one target of an entry, as terms that are read and strips of their tensors.
 
     In place of ids, the strips' sources are slots of the term that is read.
     """
-    written = entry.written[term]
-    into = strides_of([high - low for low, high in box])
+    into = strides_of(shape_of_region(region))
     for copy in entry.copies:
         if copy.target != term:
             continue
         copy = _without_rest(copy, entry.rest)
-        read = entry.read[copy.source]
-        out_of = strides_of(entry.shape(read))
-        keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-        for ranges in _boxes(copy, box):
-            loops = []
-            there = _dot(copy.source_start, out_of)
-            here = sum(
-                (at - low) * step
-                for at, (low, _), step in zip(copy.target_start, box, into, strict=True)
-            )
-            for axis in copy.axes:
-                if axis in keyed:
-                    continue
-                low, high = ranges[axis.name]
-                source = axis.source.step * out_of[axis.source.index]
-                target = axis.target.step * into[axis.target.index]
-                there += low * source
-                here += low * target
-                loops.append((high - low, source, target))
-            spans = [ranges.get(axis.name, (0, axis.size)) for axis in keyed]
-            grid = index_grid([high - low for low, high in spans])
-            grid = grid + np.array([low for low, _ in spans], dtype=np.int64).reshape(-1, 1)
-            sides = (
-                (copy.source_key_start, entry.stack(read), out_of, there, False),
-                (copy.target_key_start, entry.stack(written), into, here, True),
-            )
-            (from_slots, from_at), (to_slots, to_at) = (_stand(keyed, grid, *s) for s in sides)
-            rows = np.flatnonzero(to_slots == slot)
-            if len(rows):
-                sizes, source_strides, target_strides = merge_loops(loops)
-                yield (
-                    copy.source,
-                    Strips(
-                        sizes,
-                        source_strides,
-                        target_strides,
-                        from_slots[rows],
-                        from_at[rows],
-                        to_at[rows],
-                    ),
-                )
+        for box, corner in _boxes_of(region):
+            for ranges in _ranges(copy, box):
+                strips = _strips(entry, copy, slot, ranges, into)
+                if len(strips):
+                    start = [at - low for at, (low, _) in zip(corner, box, strict=True)]
+                    yield copy.source, strips.moved(_dot(start, into))
+
+
+def _strips(
+    entry: Entry,
+    copy: Copy,
+    slot: int,
+    ranges: Mapping[str, tuple[int, int]],
+    into: Sequence[int],
+) -> Strips:
+    """Some ranges of a copy's axes as strips; offsets in the slice count from the target's beginning."""
+    read, written = entry.read[copy.source], entry.written[copy.target]
+    out_of = strides_of(entry.shape(read))
+    keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
+    there, here = _dot(copy.source_start, out_of), _dot(copy.target_start, into)
+    loops = []
+    for axis in copy.axes:
+        if axis in keyed:
+            continue
+        low, high = ranges[axis.name]
+        source = axis.source.step * out_of[axis.source.index]
+        target = axis.target.step * into[axis.target.index]
+        there += low * source
+        here += low * target
+        loops.append((high - low, source, target))
+    spans = [ranges.get(axis.name, (0, axis.size)) for axis in keyed]
+    grid = index_grid([high - low for low, high in spans])
+    grid = grid + np.array([low for low, _ in spans], dtype=np.int64).reshape(-1, 1)
+    from_slots, from_at = _stand(
+        keyed, grid, copy.source_key_start, entry.stack(read), out_of, there, False
+    )
+    to_slots, to_at = _stand(
+        keyed, grid, copy.target_key_start, entry.stack(written), into, here, True
+    )
+    rows = np.flatnonzero(to_slots == slot)
+    return Strips(*merge_loops(loops), from_slots[rows], from_at[rows], to_at[rows])
 
 
 def _stand(
@@ -273,7 +293,7 @@ def _without_rest(copy: Copy, rest: Sequence[int]) -> Copy:
     )
 
 
-def _boxes(copy: Copy, box: Box) -> Iterator[dict[str, tuple[int, int]]]:
+def _ranges(copy: Copy, box: Box) -> Iterator[dict[str, tuple[int, int]]]:
     """The boxes of a copy's axes that fall into a box of the target, as a range for each axis in a dim of it."""
     dims: list[list[dict[str, tuple[int, int]]]] = []
     for dim, (low, high) in enumerate(box):
@@ -346,17 +366,18 @@ def merge_loops(
     return sizes, sources, targets
 
 
-def _whole(number: int, shape: tuple[int, ...], box: Box) -> Strips:
-    """A box of a source as it stands."""
-    strides = strides_of(shape)
-    into = strides_of([high - low for low, high in box])
-    loops = [
-        (high - low, source, target)
-        for (low, high), source, target in zip(box, strides, into, strict=True)
-    ]
-    at = sum(low * step for (low, _), step in zip(box, strides, strict=True))
+def _whole(number: int, shape: tuple[int, ...], region: Region) -> Iterator[Strips]:
+    """A region of a source as it stands."""
+    strides, into = strides_of(shape), strides_of(shape_of_region(region))
     one = np.array([number], dtype=np.int64)
-    return Strips(*merge_loops(loops), one, np.array([at], dtype=np.int64), np.zeros_like(one))
+    for box, corner in _boxes_of(region):
+        loops = [
+            (high - low, source, target)
+            for (low, high), source, target in zip(box, strides, into, strict=True)
+        ]
+        at = _dot([low for low, _ in box], strides)
+        here = _dot(corner, into)
+        yield Strips(*merge_loops(loops), one, np.full(1, at), np.full(1, here))
 
 
 def _dot(one: Sequence[int], other: Sequence[int]) -> int:

@@ -34,7 +34,7 @@ def _cut(strips: Strips, start: int, stop: int) -> Iterator[Strips]:
     first, last = strips.target_at, strips.target_at + reach
     inside = (first >= start) & (last < stop)
     if inside.any():
-        yield _moved(strips.take(np.flatnonzero(inside)), -start)
+        yield strips.take(np.flatnonzero(inside)).moved(-start)
     digits = list(zip(sizes, targets, strict=True))
     for row in np.flatnonzero(~inside & (last >= start) & (first < stop)).tolist():
         one = strips.take(np.array([row], dtype=np.int64))
@@ -53,14 +53,3 @@ def _cut(strips: Strips, start: int, stop: int) -> Iterator[Strips]:
                 one.source_at + there,
                 one.target_at + here - start,
             )
-
-
-def _moved(strips: Strips, by: int) -> Strips:
-    return Strips(
-        strips.sizes,
-        strips.source_strides,
-        strips.target_strides,
-        strips.sources,
-        strips.source_at,
-        strips.target_at + by,
-    )
