@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
+    from regraft.slicing import slices
 
 __version__ = "0.1.0.dev0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "load_book",
     "mapping",
     "only_books",
+    "slices",
     "uninstall",
 ]
 
@@ -65,6 +67,7 @@ _LAZY = {
     "explain": "regraft.explaining.explain",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
+    "slices": "regraft.slicing",
 }
 
 

@@ -273,6 +273,7 @@ def _add_single(
     rows = np.array([chosen[t] for t in targets.tolist()], dtype=np.int64)
     none = np.zeros(len(rows), dtype=np.int64)
     moves.runs.append(Runs(rows, none, at + targets, none, tensors.sizes[rows]))
+    moves.wholes.append((at, rows))
 
 
 def entry_keys(entry: Entry) -> list[Group]:

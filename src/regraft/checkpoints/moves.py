@@ -65,6 +65,10 @@ class Moves:
     """Whether every target is one source's bytes."""
     kept: dict[str, str] = field(default_factory=dict)
     """For every tensor that stays whole and is renamed, its new name."""
+    made: list[tuple[Entry, list[int]]] = field(default_factory=list)
+    """Entries that cut or join, with the first target of each of their terms."""
+    wholes: list[tuple[int, Ints]] = field(default_factory=list)
+    """Targets that are sources as they are: the number of the first, and the sources' rows."""
     aliases: dict[str, str | None] = field(default_factory=dict)
     """For every name that the metadata has for another tensor its new one; ``None`` where it is a tensor now."""
 
@@ -83,6 +87,7 @@ class Moves:
         none = np.zeros(len(ids), dtype=np.int64)
         targets = at + np.arange(len(ids), dtype=np.int64)
         self.runs.append(Runs(ids, none, targets, none, tensors.sizes[ids]))
+        self.wholes.append((at, ids))
         for i, name in zip(ids.tolist(), names, strict=True):
             if tensors.names[i] != name:
                 self.kept[tensors.names[i]] = name
@@ -142,13 +147,14 @@ def add_entry(
     tensors: Tensors,
 ) -> None:
     """Add what an entry makes; ``sizes`` and ``copies`` may be those of another grid than its own."""
-    entry = replace(entry, sizes=sizes, copies=tuple(copies))
+    entry = replace(entry, sizes=sizes, copies=tuple(copies), sources=tuple(sources))
     loops = np.arange(len(entry), dtype=np.int64)[:, None]
     moves.whole = False
     bases, slots = [], []
     for term, group in zip(entry.written, keys, strict=True):
         bases.append(moves.add(group.names(), entry.shape(term), len(group)))
         slots.append(len(group) // len(entry))
+    moves.made.append((entry, bases))
     for copy in entry.copies:
         shapes = (
             entry.flat_shape(entry.read[copy.source]),

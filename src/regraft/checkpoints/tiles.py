@@ -113,7 +113,7 @@ def has_gaps(sizes: Sequence[int], strides: Sequence[int], item: int) -> bool:
     return run * item < _SHORT and run < prod(sizes)
 
 
-def _parts(
+def parts_of(
     sizes: Sequence[int], tile: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The tiles of a nest: their sizes, and their first indices."""
@@ -191,7 +191,7 @@ class Mover:
         tile = tile_of(block.sizes, block.source_strides, block.target_strides, self.budget(block))
         gaps = block.has_gaps
         loose = has_gaps(block.sizes, block.source_strides, block.read.itemsize)
-        for part, start in _parts(block.sizes, tile):
+        for part, start in parts_of(block.sizes, tile):
             here = self.side(part, block.source_strides, loose)
             there = self.side(part, block.target_strides, gaps)
             at = block.source_at + read * _dot(start, block.source_strides)

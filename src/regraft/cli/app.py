@@ -49,6 +49,7 @@ _COMMANDS = {
     "check": "regraft.cli.check",
     "explain": "regraft.cli.explain",
     "diff": "regraft.cli.diff",
+    "slices": "regraft.cli.slices",
     "rules": "regraft.cli.rules",
     "schema": "regraft.cli.schema",
     "completion": "regraft.cli.completion",

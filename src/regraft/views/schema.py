@@ -20,6 +20,7 @@ from regraft.adapters.inspect import Inspected, Inspection, TargetPattern, Tenso
 from regraft.adapters.verify import AdapterVerification
 from regraft.checking.verdict import Check, Row, Verdict
 from regraft.checkpoints.inspect import CheckpointInspection
+from regraft.checkpoints.slices import SlicesReport
 from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding
 from regraft.explaining.explanation import Explanation
@@ -107,6 +108,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "check": (Check,),
     "explain": (Explanation,),
     "diff": (Diff,),
+    "slices": (SlicesReport,),
     "rules list": (list[BookSummary],),
     "rules show": (ShownBook,),
     "rules lint": (Linted,),

@@ -1,0 +1,348 @@
+"""Reading strips of files into memory: the bytes reader of slices.
+
+Long runs are read where they belong; those that follow one another in a file are read together, into as many places
+as there are. Strips without long runs (a transpose) are read in tiles and turned in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
+
+from regraft.arrays.transpose import copy_strided
+from regraft.checkpoints.source import File, Tensors
+from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_into, tile_of
+from regraft.names.keys import Ints
+from regraft.planning.slices import Strips
+from regraft.storage.stamp import changed
+
+Bytes = npt.NDArray[np.uint8]
+
+_GATHERED = 512
+"""Runs of fewer bytes are read together with what lies between them."""
+_READ = 1 << 24
+"""Bytes of one read, about: enough for the disk, and small enough to be shared among threads."""
+_PLACES = 512
+"""Places of one read; the system allows 1024."""
+_TILE = 1 << 20
+"""Bytes of a tile."""
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Files:
+    """The files of a checkpoint, open; each must be what it was when its header was read.
+
+    Any thread may ask. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, sources: Sequence[File]) -> None:
+        self.sources = sources
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> int:
+        """A file's descriptor.
+
+        Raises ``BadInputError`` where the file changed.
+        """
+        with self._lock:
+            if number not in self._open:
+                self.sources[number].stamp().check()
+                self._open[number] = os.open(self.sources[number].path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._open[number]
+
+    def check(self) -> None:
+        """Check that every file that was read is still the one at its path, and unchanged.
+
+        Raises ``BadInputError``.
+        """
+        for number, opened in self._open.items():
+            source = self.sources[number]
+            source.stamp().check()
+            if not os.path.samestat(os.fstat(opened), source.path.stat()):
+                raise changed(source.path, "another file took its place")
+
+    def close(self) -> None:
+        """Close all of them."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """A slice to fill: its bytes in memory, and the strips that it is made of."""
+
+    view: Bytes
+    strips: Sequence[Strips]
+    item: int
+    """Bytes of an element."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reads:
+    """Runs of bytes, one a row, in the order of the files."""
+
+    files: Ints
+    source_at: Ints
+    """From the file's start."""
+    fills: Ints
+    """The number of the slice."""
+    target_at: Ints
+    """From the slice's start."""
+    sizes: Ints
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def groups(self) -> Iterator[range]:
+        """Rows to be read at once: they follow one another in a file."""
+        if not len(self):
+            return
+        follows = (self.files[1:] == self.files[:-1]) & (
+            self.source_at[1:] == self.source_at[:-1] + self.sizes[:-1]
+        )
+        breaks = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(self)]
+        ends = np.cumsum(self.sizes)
+        for first, last in pairwise(breaks):
+            start = first
+            while start < last:
+                done = int(ends[start - 1]) if start else 0
+                stop = int(np.searchsorted(ends, done + _READ, side="right"))
+                stop = min(max(stop, start + 1), start + _PLACES, last)
+                yield range(start, stop)
+                start = stop
+
+
+def long_runs(strips: Strips, item: int) -> bool:
+    """Whether some strips are read run by run."""
+    return strips.run == int(np.prod(strips.sizes)) or strips.run * item >= _GATHERED
+
+
+def reads_of(fills: Sequence[Fill], tensors: Tensors) -> tuple[Reads, list[tuple[int, Strips]]]:
+    """The runs that fill some slices, and for those that have no long ones each place by itself."""
+    columns: list[tuple[Ints, Ints, Ints, Ints, Ints]] = []
+    tiled: list[tuple[int, Strips]] = []
+    for number, fill in enumerate(fills):
+        for strips in fill.strips:
+            if not long_runs(strips, fill.item):
+                rows = np.arange(len(strips))
+                tiled += [(number, strips.take(rows[i : i + 1])) for i in rows.tolist()]
+                continue
+            sources, source_at, target_at, run = strips.runs()
+            start = tensors.starts[sources] + source_at * fill.item
+            columns.append(
+                (
+                    tensors.files[sources],
+                    start,
+                    np.full(len(sources), number),
+                    target_at * fill.item,
+                    np.full(len(sources), run * fill.item),
+                )
+            )
+    none = np.zeros(0, dtype=np.int64)
+    joined = [np.concatenate([none, *parts]) for parts in zip(*columns, strict=True)]
+    reads = Reads(*joined) if joined else Reads(none, none, none, none, none)
+    return _ordered(_split(reads)), tiled
+
+
+def _split(reads: Reads) -> Reads:
+    """Long runs in parts, so that threads can share them."""
+    counts = np.maximum(1, -(-reads.sizes // _READ))
+    if not len(reads) or counts.max() == 1:
+        return reads
+    rows = np.repeat(np.arange(len(reads)), counts)
+    part = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * _READ
+    return Reads(
+        reads.files[rows],
+        reads.source_at[rows] + part,
+        reads.fills[rows],
+        reads.target_at[rows] + part,
+        np.minimum(_READ, reads.sizes[rows] - part),
+    )
+
+
+def _ordered(reads: Reads) -> Reads:
+    order = np.lexsort((reads.source_at, reads.files))
+    return Reads(
+        reads.files[order],
+        reads.source_at[order],
+        reads.fills[order],
+        reads.target_at[order],
+        reads.sizes[order],
+    )
+
+
+def fill_slices(
+    fills: Sequence[Fill],
+    tensors: Tensors,
+    files: Files,
+    jobs: int = 1,
+    stop: threading.Event | None = None,
+) -> int:
+    """Read everything that fills some slices; returns how many bytes were read.
+
+    Raises:
+        BadInputError: a file changed, or ended early. What is in the slices then has no meaning.
+    """
+    reads, tiled = reads_of(fills, tensors)
+    views = [fill.view.data for fill in fills]
+    tasks: list[Callable[[], int]] = [
+        _Scatter(reads, rows, views, files) for rows in reads.groups()
+    ]
+    tasks += [_Tiles(fills[number], strips, tensors, files) for number, strips in tiled]
+    stop = stop or threading.Event()
+
+    def run(task: Callable[[], int]) -> int:
+        if stop.is_set():
+            return 0
+        try:
+            return task()
+        except BaseException:
+            stop.set()
+            raise
+
+    if jobs == 1 or len(tasks) < 2:
+        return sum(run(task) for task in tasks)
+    with ThreadPoolExecutor(jobs, "regraft-read") as pool:
+        return sum(pool.map(run, tasks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scatter:
+    """One part of a file that goes to one place or several."""
+
+    reads: Reads
+    rows: range
+    views: Sequence[memoryview]
+    files: Files
+
+    def __call__(self) -> int:
+        reads, rows = self.reads, slice(self.rows.start, self.rows.stop)
+        places = []
+        columns = (reads.fills[rows], reads.target_at[rows], reads.sizes[rows])
+        for fill, at, size in zip(*(column.tolist() for column in columns), strict=True):
+            places.append(self.views[fill][at : at + size])
+        number, at = int(reads.files[rows.start]), int(reads.source_at[rows.start])
+        read_scattered(self.files, number, places, at)
+        return int(reads.sizes[rows].sum())
+
+
+def read_scattered(files: Files, number: int, places: list[memoryview], at: int) -> None:
+    """Fill some buffers from one part of a file.
+
+    Raises ``BadInputError`` where the file ends before they are full.
+    """
+    file = files[number]
+    while places:
+        count = os.preadv(file, places, at)
+        if not count:
+            raise changed(files.sources[number].path, "it ended early")
+        at += count
+        full = 0
+        while full < len(places) and count >= len(places[full]):
+            count -= len(places[full])
+            full += 1
+        places = places[full:]
+        if count:
+            places[0] = places[0][count:]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """A nest of short runs, at one place."""
+
+    fill: Fill
+    strips: Strips
+    tensors: Tensors
+    files: Files
+
+    def __call__(self) -> int:
+        strips, item = self.strips, self.fill.item
+        source = int(strips.sources[0])
+        number = int(self.tensors.files[source])
+        base = int(self.tensors.starts[source]) + int(strips.source_at[0]) * item
+        file = self.files[number]
+        try:
+            target = self.fill.view[int(strips.target_at[0]) * item :]
+            return gather_tiles(strips, item, file, base, target)
+        except EOFError:
+            raise changed(self.files.sources[number].path, "it ended early") from None
+
+
+def gather_tiles(strips: Strips, item: int, file: int, base: int, target: Bytes) -> int:
+    """Read one nest in tiles; its first element is at ``base`` in the file and at the target's beginning.
+
+    Returns how many bytes were read. Raises ``EOFError`` where the file ends early.
+    """
+    sizes, there, here = strips.sizes, strips.source_strides, strips.target_strides
+    loose = has_gaps(sizes, there, item)
+    word = np.dtype(_WORDS[item])
+    words = target[: len(target) // item * item].view(word)
+    count = 0
+    for part, start in parts_of(sizes, tile_of(sizes, there, here, _TILE // item)):
+        side = measure_side(part, there, loose)
+        at = base + item * sum(i * step for i, step in zip(start, there, strict=True))
+        data = np.empty(side.length * item, np.uint8)
+        length = side.span * item
+        for row, segment in enumerate(side.segments):
+            view = data.data[row * length : (row + 1) * length]
+            read_into(file, view, at + segment * item)
+        to = words[sum(i * step for i, step in zip(start, here, strict=True)) :]
+        copy_strided(
+            as_strided(to, part, [step * item for step in here]),
+            as_strided(data.view(word), part, [step * item for step in side.strides]),
+        )
+        count += len(data)
+    return count
+
+
+def byte_runs(strips: Sequence[Strips], tensors: Tensors, item: int) -> list[tuple[int, int, int]]:
+    """Which bytes of which files some strips read: file, from where, how many; in order, joined where they meet."""
+    columns: list[tuple[Ints, Ints, Ints]] = []
+    for one in strips:
+        dense = _by_source(one)
+        sources, source_at, _, run = dense.runs()
+        start = tensors.starts[sources] + source_at * item
+        columns.append((tensors.files[sources], start, start + run * item))
+    if not columns:
+        return []
+    files, starts, ends = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    order = np.lexsort((starts, files))
+    files, starts, ends = files[order], starts[order], ends[order]
+    fresh = np.ones(len(files), dtype=np.bool_)
+    fresh[1:] = (files[1:] != files[:-1]) | (starts[1:] != ends[:-1])
+    heads = np.flatnonzero(fresh)
+    last = np.append(heads[1:], len(files)) - 1
+    sizes = ends[last] - starts[heads]
+    return list(zip(files[heads].tolist(), starts[heads].tolist(), sizes.tolist(), strict=True))
+
+
+def _by_source(strips: Strips) -> Strips:
+    """The same elements in the order of the source, as if the target had that order, too."""
+    order = sorted(range(len(strips.sizes)), key=lambda i: -strips.source_strides[i])
+    sizes: list[int] = []
+    strides: list[int] = []
+    for i in order:
+        size, step = strips.sizes[i], strips.source_strides[i]
+        if sizes and strides[-1] == size * step:
+            sizes[-1], strides[-1] = sizes[-1] * size, step
+        else:
+            sizes.append(size)
+            strides.append(step)
+    same = tuple(strides)
+    return replace(strips, sizes=tuple(sizes), source_strides=same, target_strides=same)

@@ -1,0 +1,139 @@
+"""`regraft slices`: which bytes of a checkpoint each rank reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from regraft.checkpoints.prepare import Prepared
+    from regraft.checkpoints.ranks import ParallelPlan, Ranks
+    from regraft.checkpoints.slices import Slices
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "src",
+    "A checkpoint, of which the headers are enough: a folder or a weights file.",
+    metavar="SRC",
+    type=options.FILE,
+)
+@options.layout("--to", "The layout that the ranks want.", required=True)
+@click.option("--tp", metavar="N", default=1, help="How many ranks share each layer.")
+@click.option(
+    "--ep", metavar="N", default=1, help="How many groups of such ranks share the experts."
+)
+@click.option(
+    "--rank",
+    metavar="N",
+    type=int,
+    help="The rank whose bytes are listed, counted from 0; the ranks of one group follow one another. Without it, how "
+    "many bytes each rank reads.",
+)
+@click.option(
+    "--plan",
+    metavar="FILE",
+    type=options.FILE,
+    help='What is cut, and how, as JSON: {"tp": {PATTERN: STYLE}, "ep": {PATTERN: STYLE}}. Without it, the installed '
+    "transformers is asked.",
+)
+@options.model
+@options.source
+@options.json
+@options.quiet
+def slices(
+    src: Path,
+    to: str,
+    tp: int,
+    ep: int,
+    rank: int | None,
+    plan: Path | None,
+    model: Path | None,
+    source: str | None,
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Show which bytes of a checkpoint each rank of tensor and expert parallelism reads.
+
+    Only headers are read, so this tells how much each machine will read before any is rented.
+
+    Exit status: 0 done, 1 bad input, or sizes that do not divide, 2 usage, 3 not supported.
+    """
+    options.check_layouts((), to=to, from_=source)
+    if json and rank is None and tp * ep > 1:
+        raise click.BadParameter("--json lists the bytes of one rank; give it", param_hint="--rank")
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.checkpoints.prepare import model_of
+        from regraft.checkpoints.ranks import Ranks
+        from regraft.slicing import prepare_slices
+
+        first = Ranks(tp, ep, rank or 0)
+        ready = prepare_slices(src, to, model, source)
+        config = model_of(ready.source, model)
+        table = _plan_of(first, plan, ready, None if config is None else config.data)
+        ranks = range(first.world) if rank is None else [rank]
+        parts = [_cut(ready, Ranks(tp, ep, number), table) for number in ranks]
+        if json:
+            out.data(parts[0].to_dict())
+        elif not quiet:
+            _show(out, ready, list(ranks), parts)
+        return 0
+
+    return job
+
+
+def _plan_of(
+    ranks: Ranks, path: Path | None, ready: Prepared, config: Mapping[str, Any] | None
+) -> ParallelPlan:
+    from regraft.bridges.transformers.parallel import installed_plan
+    from regraft.checkpoints.ranks import ParallelPlan
+
+    if path is not None:
+        plan = ParallelPlan.read(path)
+        plan.check_patterns(ready.moves.names, str(path))
+    elif ranks.world == 1:
+        return ParallelPlan()
+    else:
+        classes = (config or {}).get("architectures") or []
+        names = [str(name) for name in classes] if isinstance(classes, list) else []
+        plan = installed_plan(config or {}, names, ready.source.where)
+    ranks.check_heads(plan, config, ready.moves.names)
+    return plan
+
+
+def _cut(ready: Prepared, ranks: Ranks, plan: ParallelPlan) -> Slices:
+    from regraft.checkpoints.ranks import boxes_of
+    from regraft.checkpoints.slices import cut
+
+    names, shapes = ready.moves.names, ready.moves.shapes
+    return cut(ready, box=boxes_of(ranks, plan, dict(zip(names, shapes, strict=True))))
+
+
+def _show(out: Output, ready: Prepared, ranks: list[int], parts: list[Slices]) -> None:
+    from rich.text import Text
+
+    from regraft.report import show_size
+
+    whole = int(ready.moves.sizes.sum())
+    for rank, part in zip(ranks, parts, strict=True):
+        share = part.bytes / whole if whole else 1.0
+        out.show(Text(f"rank {rank}: {show_size(part.bytes)} of {show_size(whole)} ({share:.1%})"))
+    if len(parts) > 1:
+        return
+    files: dict[str, tuple[int, int]] = {}
+    for run in parts[0].runs:
+        count, size = files.get(run.file, (0, 0))
+        files[run.file] = count + 1, size + run.size
+    for name, (count, size) in files.items():
+        out.show(Text(f"  {visible(name)}: {show_size(size)} in {count} run{'s' * (count != 1)}"))
