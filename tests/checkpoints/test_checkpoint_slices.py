@@ -1,7 +1,6 @@
 """Slices and windows of checkpoints, against the file that a conversion writes."""
 
 import json
-import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -111,15 +110,10 @@ def test_a_file_that_ends_early_or_changes_is_an_error(tmp_path):
     src = write_folder(tmp_path / "src", mixtral())
     found = regraft.slices(src, to=V5)
     file = src / "model.safetensors"
-    status = file.stat()
-    data = file.read_bytes()
-    file.write_bytes(data[:-100])
+    file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BadInputError) as caught:
         found.read()
     assert caught.value.findings[0].code == "file-changed"
-    file.write_bytes(data)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert found.read()
 
 
 def test_tensors_beside_weights_are_cut_with_them(tmp_path):

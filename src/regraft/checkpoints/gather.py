@@ -18,6 +18,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from regraft.arrays.transpose import copy_strided
+from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.source import File, Tensors
 from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_into, tile_of
 from regraft.names.keys import Ints
@@ -55,8 +56,7 @@ class Files:
         """
         with self._lock:
             if number not in self._open:
-                self.sources[number].stamp().check()
-                self._open[number] = os.open(self.sources[number].path, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[number] = open_source(self.sources[number])
             return self._open[number]
 
     def check(self) -> None:
@@ -65,10 +65,8 @@ class Files:
         Raises ``BadInputError``.
         """
         for number, opened in self._open.items():
-            source = self.sources[number]
-            source.stamp().check()
-            if not os.path.samestat(os.fstat(opened), source.path.stat()):
-                raise changed(source.path, "another file took its place")
+            self.sources[number].stamp.check(opened)
+            self.sources[number].stamp.check()
 
     def close(self) -> None:
         """Close all of them."""
