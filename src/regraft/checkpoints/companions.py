@@ -1,11 +1,11 @@
 """Tensors that belong to a quantised weight and move with it.
 
-* block scales (``weight_scale_inv`` of fp8 weights): one number for a block of the weight, so they
+* scales in a grid (``weight_scale_inv`` of fp8 weights): one number for a block of the weight, so they
   are cut and joined in a grid of their own, where the cuts fall between blocks;
 * single scales (0-d, or one number): copied where a weight is split, required equal where some are joined;
-* packed state (MXFP4's ``_blocks`` and ``_scales``, what bitsandbytes keeps): only with a weight that stays whole.
+* packed state (GPTQ's ``qweight``, MXFP4's ``_blocks``, what bitsandbytes keeps): only with a weight that stays whole.
 
-Source: what transformers 5.23 and bitsandbytes 0.49 save.
+A weight of which only packed state is there is planned as if it stood there with its true shape.
 """
 
 from __future__ import annotations
@@ -16,31 +16,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from regraft.checkpoints.aliases import find_aliases
+from regraft.checkpoints.config import V4, V5
 from regraft.checkpoints.moves import Moves, Runs, Strided, add_entry, is_whole
+from regraft.checkpoints.quantization import (
+    BESIDE,
+    BITSANDBYTES,
+    ONLY_QUANTISED,
+    PACKED,
+    SINGLES,
+    STACKED,
+    Quantization,
+    bits_of,
+    block_size,
+    name_of,
+    read_quantization,
+    suffix_of,
+)
 from regraft.checkpoints.source import Source, Tensors
 from regraft.equation.lower import lower
-from regraft.equation.notation import Axis, Expr, Sum, axes_of
+from regraft.equation.notation import Axis, Expr, Sum, Term, axes_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.plan import Entry, Headers, Plan
 
-_GRID = ("_scale_inv", "_scale")
-_SINGLE = ("_scale_2", "_input_scale")
-_MXFP4 = ("_blocks", "_scales")
-_BNB = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-)
-_INPUT = ".input_scale"
-_ANY = (*_GRID, *_SINGLE, *_MXFP4, *_BNB, _INPUT)
+_LEAVES = sorted(BESIDE, key=len, reverse=True)
+_OF_PARAMETERS = {
+    name_of("", suffix_of(leaf)): suffix_of(leaf)
+    for leaf in sorted(BESIDE, key=lambda leaf: (-len(leaf), leaf.startswith("weight")))
+    if "weight." not in leaf and leaf != "scale"
+}
+"""What the names of a stacked parameter's companions end in, the longest first, and the suffix that it is."""
+_ENDS = (*(f".{leaf}" for leaf in (*BESIDE, *PACKED)), *_OF_PARAMETERS, *STACKED)
 _FIX = "convert the model before it is quantised"
+_NARROW = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"})
+"""Types that quantised weights are stored in."""
+_NAMED_IN_METADATA = frozenset({"torchao"})
+"""Methods whose files name every tensor a second time, in the metadata."""
+_USUAL_BLOCK = 128
+_MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,38 +71,29 @@ class Companions:
     """The block size that the config gives."""
     aliases: Mapping[int, int]
     """Ids of names that only the metadata knows, and the rows of the tensors that they stand for."""
+    quantization: Quantization | None
+    """The method; ``None`` where nothing is quantised."""
+    packed: frozenset[int]
+    """Weights whose elements are packed, so that they cannot be cut or joined."""
 
     def rows(self) -> list[int]:
         """The companions' rows."""
         return [row for table in self.of.values() for row in table.values()]
 
+    def weights(self) -> Ints:
+        """The ids of the weights that have companions, in order."""
+        found = {owner for table in self.of.values() for owner in table}
+        return np.array(sorted(found), dtype=np.int64)
+
 
 def find_companions(source: Source, config: Mapping[str, Any] | None) -> Companions:
     """Tell companions from what rules speak of."""
     tensors = source.tensors
-    found: dict[str, dict[int, int]] = {}
-    shapes = list(tensors.shapes)
-    rows: dict[str, int] = {}
-    virtual: dict[str, int] = {}
-    for row, name in enumerate(tensors.names):
-        if not name.endswith(_ANY):
-            continue
-        rows = rows or {name: row for row, name in enumerate(tensors.names)}
-        suffix = next(s for s in (_INPUT, *reversed(_ANY)) if name.endswith(s))
-        base = name.removesuffix(suffix) + (".weight" if suffix == _INPUT else "")
-        owner = rows.get(base)
-        if suffix in _MXFP4 and owner is None and rows.keys() >= {base + s for s in _MXFP4}:
-            owner = virtual.get(base)
-            if owner is None:
-                owner = virtual[base] = len(shapes)
-                shapes.append(_mxfp4_shape(tensors.shapes[rows[base + "_blocks"]]))
-        if owner is None:
-            continue
-        suffix = "_input_scale" if suffix == _INPUT else suffix
-        found.setdefault(suffix, {})[owner] = row
-        if suffix.startswith(".quant_state"):
-            shapes[owner] = _bnb_shape(source, row) or shapes[owner]
-    taken = {row for table in found.values() for row in table.values()}
+    found = _Found(source, config)
+    if any(name.endswith(_ENDS) for name in tensors.names):
+        found.search()
+    taken = {row for table in found.of.values() for row in table.values()}
+    shapes, virtual = found.shapes, found.virtual
     named = find_aliases(source)
     first = len(shapes)
     owners = {first + at: row for at, row in enumerate(named.values()) if row not in taken}
@@ -100,7 +108,147 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
         groups = [Group(g.template, kept[g.ids], g.numbers) for g in groups]
     dtypes = [*tensors.dtypes, *("U8" for _ in virtual)]
     dtypes += [tensors.dtypes[row] for row in named.values()]
-    return Companions(found, Headers(groups, shapes, dtypes), _block_of(config), owners)
+    return Companions(
+        found.of,
+        Headers(groups, shapes, dtypes),
+        block_size(config),
+        owners,
+        found.quantization(),
+        frozenset(found.packed),
+    )
+
+
+class _Found:
+    """Companions while they are looked for."""
+
+    def __init__(self, source: Source, config: Mapping[str, Any] | None) -> None:
+        self.source, self.config, self.tensors = source, config, source.tensors
+        self.of: dict[str, dict[int, int]] = {}
+        self.shapes = list(source.tensors.shapes)
+        self.virtual: dict[str, int] = {}
+        self.packed: set[int] = set()
+        self.like_awq = False
+
+    def search(self) -> None:
+        """Sort the companions among the tensors, and add the weights of which only packed state is there."""
+        self.rows = {name: row for row, name in enumerate(self.tensors.names)}
+        modules = self._packed_modules()
+        for row, name in enumerate(self.tensors.names):
+            module = next((m for m in _parents(name) if m in modules), None) if modules else None
+            if module is not None:
+                leaf = name[len(module) + 1 :]
+                if leaf != "bias":
+                    self._add(modules[module], suffix_of(leaf), row)
+            elif name.endswith(_ENDS):
+                self._sort(name, row)
+
+    def quantization(self) -> Quantization | None:
+        """The method, as far as the config and the tensors tell."""
+        algorithm = None
+        try:
+            told = msgspec.json.decode((self.source.root / _MODELOPT).read_bytes())
+            algorithm = str(told["quantization"]["quant_algo"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return read_quantization(self.config, self.of.keys(), algorithm, self.like_awq)
+
+    def _packed_modules(self) -> dict[str, int]:
+        """The modules that keep packed state only, and the ids of their weights."""
+        modules: dict[str, int] = {}
+        for leaf in PACKED:
+            for name, row in self.rows.items():
+                if name.endswith("." + leaf):
+                    module = name.removesuffix("." + leaf)
+                    if f"{module}.weight" not in self.rows:
+                        shape = self._unpacked(module, leaf, row)
+                        modules[module] = self._new(f"{module}.weight", shape)
+        return modules
+
+    def _new(self, name: str, shape: tuple[int, ...]) -> int:
+        number = self.virtual[name] = len(self.shapes)
+        self.shapes.append(shape)
+        self.packed.add(number)
+        return number
+
+    def _add(self, owner: int, suffix: str, row: int) -> None:
+        self.of.setdefault(suffix, {})[owner] = row
+        if suffix.startswith(".quant_state"):
+            self.shapes[owner] = _shape_in_json(self.source, row) or self.shapes[owner]
+        if suffix in BITSANDBYTES:
+            self.packed.add(owner)
+
+    def _sort(self, name: str, row: int) -> None:
+        for leaf in _LEAVES:
+            if name.endswith("." + leaf):
+                owner = self.rows.get(name.removesuffix(leaf) + "weight")
+                if owner is not None and self._fits(suffix_of(leaf), owner):
+                    if leaf == "weight_scales":  # EETQ keeps the weight transposed
+                        self.shapes[owner] = self.tensors.shapes[owner][::-1]
+                        self.packed.add(owner)
+                    elif leaf == "weight_scale_2" and self.tensors.dtypes[owner] == "U8":
+                        *lead, last = self.tensors.shapes[owner]
+                        self.shapes[owner] = (*lead, 2 * last)
+                        self.packed.add(owner)
+                    self._add(owner, suffix_of(leaf), row)
+                    return
+        for suffix in STACKED:
+            base = name.removesuffix(suffix)
+            if base != name and base not in self.rows and self.rows.keys() >= _parts(base):
+                owner = self.virtual.get(base)
+                if owner is None:
+                    blocks = self.tensors.shapes[self.rows[base + "_blocks"]]
+                    owner = self._new(base, _mxfp4_shape(blocks))
+                self._add(owner, suffix, row)
+                return
+        for ending, suffix in _OF_PARAMETERS.items():
+            owner = self.rows.get(name.removesuffix(ending)) if name.endswith(ending) else None
+            if owner is not None and self._fits(suffix, owner):
+                self._add(owner, suffix, row)
+                return
+
+    def _fits(self, suffix: str, owner: int) -> bool:
+        return suffix not in ONLY_QUANTISED or self.tensors.dtypes[owner] in _NARROW
+
+    def _unpacked(self, module: str, leaf: str, row: int) -> tuple[int, ...]:
+        """The shape of the weight that packed state stands for."""
+        shape = self.tensors.shapes[row]
+        if leaf == "qweight" and len(shape) == 2:
+            scales = self._shape(f"{module}.scales")
+            zeros = self._shape(f"{module}.qzeros")
+            if len(zeros) == len(scales) == 2 and 0 not in zeros:
+                if zeros[1] == shape[1] != scales[1]:
+                    self.like_awq = True
+                    return scales[1], shape[0]
+                return shape[1], shape[0] * shape[1] // zeros[1]
+            bits = bits_of(self.config)
+            return (shape[1], shape[0] * 32 // bits) if bits else shape[::-1]
+        if leaf in ("weight_packed", "W_q"):
+            told = self.rows.get(
+                f"{module}.{'weight_shape' if leaf == 'weight_packed' else 'shape'}"
+            )
+            if told is not None:
+                return _numbers(self.source, told) or shape
+            if leaf == "weight_packed" and self.tensors.dtypes[row] == "U8":
+                return (*shape[:-1], 2 * shape[-1])
+        return shape
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        row = self.rows.get(name)
+        return () if row is None else self.tensors.shapes[row]
+
+
+def _parents(name: str) -> list[str]:
+    """What may be the module of a tensor: its name without the last one or two parts.
+
+    >>> _parents("a.b.weight._data")
+    ['a.b.weight', 'a.b']
+    """
+    first = name.rpartition(".")[0]
+    return [first, first.rpartition(".")[0]]
+
+
+def _parts(base: str) -> set[str]:
+    return {base + suffix for suffix in STACKED}
 
 
 def _mxfp4_shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,13 +258,22 @@ def _mxfp4_shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
     return (blocks[0], blocks[2] * blocks[3] * 2, blocks[1])
 
 
-def _bnb_shape(source: Source, row: int) -> tuple[int, ...] | None:
+def _shape_in_json(source: Source, row: int) -> tuple[int, ...] | None:
     data = _read(source, row, 10_000)
     try:
         shape = json.loads(data)["shape"]
         return tuple(int(size) for size in shape)
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _numbers(source: Source, row: int) -> tuple[int, ...] | None:
+    """A few whole numbers that a tensor holds."""
+    kinds = {"I64": "<i8", "I32": "<i4"}
+    kind = kinds.get(source.tensors.dtypes[row])
+    if kind is None or int(source.tensors.sizes[row]) > 64:
+        return None
+    return tuple(np.frombuffer(_read(source, row, 64), kind).tolist())
 
 
 def _read(source: Source, row: int, limit: int) -> bytes:
@@ -128,12 +285,61 @@ def _read(source: Source, row: int, limit: int) -> bytes:
         os.close(file)
 
 
-def _block_of(config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    quantization = (config or {}).get("quantization_config")
-    block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
-    if isinstance(block, list) and all(isinstance(n, int) and n > 0 for n in block):
-        return tuple(block)
-    return ()
+def check_quantised(plan: Plan, companions: Companions) -> None:
+    """Raises ``RefusedError`` where a quantised weight would be cut or joined, and no loader could read the result.
+
+    What only renames is exact for every method.
+    """
+    told = companions.quantization
+    if told is None:
+        return
+    weights = companions.weights()
+    findings = []
+    for entry in plan.entries:
+        used = np.concatenate([ids.reshape(-1) for ids in entry.sources])
+        used = used[np.isin(used, weights)]
+        if not len(used):
+            continue
+        packed = next((i for i in used.tolist() if i in companions.packed), None)
+        target = _unread(entry, plan)
+        if is_whole(entry):
+            if told.method in _NAMED_IN_METADATA and entry.read[0].key != entry.written[0].key:
+                why = "the file's metadata names its tensors, and they get other names"
+                findings.append(_refused(int(used[0]), "packed", why, entry, plan, told))
+        elif packed is not None:
+            why = "its numbers are packed, and it would be cut or joined"
+            findings.append(_refused(packed, "packed", why, entry, plan, told))
+        elif target is not None:
+            why = f"{plan.target_layout} reads no scales beside {target.key}"
+            findings.append(_refused(int(used[0]), "companion", why, entry, plan, told))
+    if findings:
+        raise RefusedError(findings)
+
+
+def _unread(entry: Entry, plan: Plan) -> Term | None:
+    """A target for which transformers reads no scales: it does for modules' weights alone."""
+    if plan.target_layout not in (V4, V5):
+        return None
+    return next((t for t in entry.written if not str(t.key).endswith(".weight")), None)
+
+
+def _refused(
+    number: int,
+    code: str,
+    why: str,
+    entry: Entry,
+    plan: Plan,
+    told: Quantization,
+) -> Finding:
+    if plan.target_layout == V5 and told.obstacle is not None:
+        why += f"; one by one they cannot stay either: {told.obstacle}"
+    return Finding(
+        code,
+        f"it is quantised with {told.title} ({told.evidence}); {why}",
+        key=plan.headers.name(number),
+        rule=str(entry.rule),
+        fix=_FIX,
+    )
 
 
 def add_companions(moves: Moves, plan: Plan, companions: Companions, source: Source) -> None:
@@ -157,17 +363,6 @@ def add_companions(moves: Moves, plan: Plan, companions: Companions, source: Sou
             _add_whole(moves, carried.group, carried.group.ids, suffix, table, source)
     if findings:
         raise RefusedError(findings)
-
-
-def name_of(base: str, suffix: str) -> str:
-    """The name of a weight's companion.
-
-    >>> name_of("a.weight", "_scale_inv"), name_of("a.weight", "_input_scale"), name_of("a.up", "_input_scale")
-    ('a.weight_scale_inv', 'a.input_scale', 'a.up_input_scale')
-    """
-    if suffix == "_input_scale" and base.endswith(".weight"):
-        return base.removesuffix(".weight") + _INPUT
-    return base + suffix
 
 
 def _add_whole(
@@ -201,20 +396,24 @@ def _add(
     tensors = source.tensors
     example = next(int(i) for ids in sources for i in ids.reshape(-1) if i >= 0)
 
+    told = companions.quantization
+    title = f"it is quantised with {told.title}" if told is not None else "it is quantised"
+
     def refuse(message: str, row: int = example) -> RefusedError:
+        message = f"{title}: {message}"
         return RefusedError(
             Finding("companion", message, key=tensors.names[row], rule=str(entry.rule), fix=_FIX)
         )
 
     if any((ids < 0).any() for ids in sources):
         raise refuse("some of the weights that move together have such a tensor, and some have not")
-    if suffix in (*_BNB, *_MXFP4):
+    if any(int(i) in companions.packed for ids in entry.sources for i in ids.reshape(-1)):
         raise refuse("it belongs to a packed weight, which would be cut or joined")
     rows = [int(i) for ids in sources for i in ids.reshape(-1)]
     shapes = {tensors.shapes[row] for row in rows}
     keys = [_renamed(entry.keys(term), suffix) for term in entry.written]
-    if all(shape in ((), (1,)) for shape in shapes):
-        if len(shapes) > 1:
+    if suffix in SINGLES or all(shape in ((), (1,)) for shape in shapes):
+        if len(shapes) > 1 or not shapes <= {(), (1,)}:
             raise refuse(f"these tensors have the shapes {shapes}")
         _add_single(moves, entry, keys, sources, source, refuse)
         return
@@ -293,7 +492,9 @@ def _grid(
         if term.ends_open or len(found) > 1 or len(next(iter(found))) != len(whole):
             raise refuse(f"its shape {found} is no grid over {list(whole)}")
         shape = next(iter(found))
-        told = (1,) * (len(whole) - len(block)) + block if block else (128,) * len(whole)
+        told: tuple[int | None, ...] = (None,) * len(whole)
+        if block and len(block) <= len(whole):
+            told = (1,) * (len(whole) - len(block)) + block
         for dim, size, cells, known in zip(term.dims, whole, shape, told, strict=True):
             step = _step(size, cells, known)
             if step is None:
@@ -318,11 +519,18 @@ def _grid(
     return sizes
 
 
-def _step(size: int, cells: int, known: int) -> int | None:
+def _step(size: int, cells: int, known: int | None) -> int | None:
+    """How many elements share a scale, from the number of scales and the block size that the config may give."""
     if cells == size:
         return 1
-    if -(-size // known) == cells:
+    if known is not None and -(-size // known) == cells:
         return known
+    if cells == 1:
+        return size
+    if known is not None:
+        return None
+    if -(-size // _USUAL_BLOCK) == cells:
+        return _USUAL_BLOCK
     return size // cells if cells and size % cells == 0 else None
 
 

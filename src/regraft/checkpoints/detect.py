@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from regraft.adapters.detect import covers, one_layout
+from regraft.checkpoints.companions import Companions
+from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
@@ -32,6 +34,8 @@ class Detected:
     """What the user should know besides."""
     architecture: str | None = None
     """The class that the model was taken for, where it matters."""
+    unstacked: Unstacked = field(default_factory=Unstacked)
+    """Quantised experts that stay one by one in every layout."""
 
 
 def detect(
@@ -41,11 +45,13 @@ def detect(
     source: str | None = None,
     foreign: Foreign | None = None,
     spelled: Sequence[str] = (),
+    companions: Companions | None = None,
 ) -> Detected:
     """The rule books for a checkpoint and the layout its names are of.
 
     Without a config, the names alone tell the book, where they do. ``foreign`` is asked for models that the
-    library does not know as a whole; ``spelled`` are names that the checkpoint once had.
+    library does not know as a whole; ``spelled`` are names that the checkpoint once had. ``companions`` say what
+    is quantised: experts that the loader wants one by one tell no layout.
 
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
     and differ, ``BadInputError`` where names of two layouts stand together.
@@ -84,12 +90,14 @@ def detect(
         book = _book_by_names(headers, where)
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
-    layout, evidence = _layout_of(books, scopes, headers, where, source)
+    unstacked = Unstacked()
+    if companions is not None:
+        unstacked = find_unstacked(books, scopes, companions, where)
+    layout, evidence = _layout_of(books, scopes, unstacked.without(headers), where, source)
+    found = Detected(books, scopes, layout, (told, evidence), unstacked=unstacked)
     if imported is None:
-        return Detected(books, scopes, layout, (told, evidence))
-    return Detected(
-        books, scopes, layout, (told, evidence), True, imported.notes, imported.architecture
-    )
+        return found
+    return replace(found, imported=True, notes=imported.notes, architecture=imported.architecture)
 
 
 def detect_by_books(
@@ -183,7 +191,9 @@ def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Pla
     if known.layout == target:
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
         return build_plan(headers, books, target_layout=target, where=where) if books else None
-    return build_plan(headers, known.books, target_layout=target, scopes=known.scopes, where=where)
+    rest = known.unstacked.without(headers)
+    plan = build_plan(rest, known.books, target_layout=target, scopes=known.scopes, where=where)
+    return known.unstacked.beside(plan, headers)
 
 
 def _evidence(book: Book, groups: Sequence[Group], scope: Scope) -> list[tuple[str, str]]:

@@ -122,7 +122,9 @@ def _find_layout(
 ) -> None:
     try:
         companions = find_companions(source, config.data if config is not None else None)
-        known = detect(companions.headers, config, source.where, None, foreign)
+        known = detect(
+            companions.headers, config, source.where, None, foreign, companions=companions
+        )
     except RegraftError as error:
         result.problems += error.findings
         return

@@ -14,7 +14,7 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.remembered import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
-from regraft.checkpoints.companions import add_companions, find_companions
+from regraft.checkpoints.companions import add_companions, check_quantised, find_companions
 from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
@@ -97,7 +97,7 @@ def prepare(
     companions = find_companions(source, config.data if config is not None else None)
     headers = companions.headers
     spelled = read_spelling((file.metadata for file in source.files), to)
-    known = detect(headers, config, source.where, source_layout, foreign, spelled)
+    known = detect(headers, config, source.where, source_layout, foreign, spelled, companions)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
     untied: list[str] = []
     if plan is None:
@@ -105,6 +105,7 @@ def prepare(
         kept = frozenset(tensors.names[row] for row in companions.rows())
         beside = [(name, name) for name in kept]
     else:
+        check_quantised(plan, companions)
         named, plan = plan, use_owners(plan, companions.aliases)
         moves = moves_of(plan, tensors)
         untied = add_aliases(moves, named, companions.aliases, tensors)
@@ -135,6 +136,10 @@ def prepare(
     text = _convert_config(source, known, to, casts, report) if to is not None else None
     report.notes += known.notes
     report.notes += [] if plan is None else _words(plan)
+    if plan is not None and len(known.unstacked):
+        report.notes.append(
+            f"{len(known.unstacked)} expert weights stay one by one: {known.unstacked.why}"
+        )
     if untied:
         report.notes.append(
             "these were other names of tensors and have bytes of their own now: "

@@ -71,11 +71,9 @@ def verify(
     told = Path(model) if model is not None else None
     other = open_checkpoint(Path(dst))
     config = model_of(other, told) or model_of(open_checkpoint(Path(src)), None)
+    companions = find_companions(other, config.data if config is not None else None)
     target = detect(
-        find_companions(other, config.data if config is not None else None).headers,
-        config,
-        other.where,
-        foreign=foreign,
+        companions.headers, config, other.where, foreign=foreign, companions=companions
     ).layout
     first = prepare(Path(src), target, model=told, foreign=foreign)
     layouts = first.report.source_layout, first.report.target_layout

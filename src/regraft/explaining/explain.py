@@ -102,6 +102,9 @@ class _Search:
         if self.explanation.source_layout == self.to:
             made = replace(self.explanation, fate="there")
             return replace(made, why=f"the file is in {self.to} already: nothing is moved")
+        stays = self.subject.unstacked.carry_of(base)
+        if stays is not None:
+            return self.unchanged(stays, stays.where, {}, group, ())
         claims = self.claims(group)
         if claims:
             return self.moved(claims, group)
@@ -193,9 +196,6 @@ class _Search:
         return plan, ()
 
     def carried(self, book: Book, carry: Carry, match: Match, group: Group) -> Explanation:
-        shape = self.shape(group)
-        base = group.name(0)
-        here = End((base,), 1, 0, shape, carry.kind, str(carry.term), True)
         problems: tuple[Finding, ...] = ()
         if self.subject.shapes_known and self.subject.plan is None:
             try:
@@ -209,13 +209,27 @@ class _Search:
                 )
             except RegraftError as error:
                 problems = error.findings
+        values = values_of(carry.term, match)
+        return self.unchanged(carry, book.name, values, group, problems)
+
+    def unchanged(
+        self,
+        carry: Carry,
+        book: str,
+        values: dict[str, int | str],
+        group: Group,
+        problems: tuple[Finding, ...],
+    ) -> Explanation:
+        """A key that stays what it is, and the line that says so."""
+        base = group.name(0)
+        here = End((base,), 1, 0, self.shape(group), carry.kind, str(carry.term), True)
         return replace(
             self.explanation,
             fate="carried",
-            rule=f"{book.name}: {carry.why}",
+            rule=f"{book}: {carry.why}",
             where=carry.where,
             equation=str(carry.term),
-            values=values_of(carry.term, match),
+            values=values,
             why=carry.why,
             sources=(here,),
             targets=(here,),

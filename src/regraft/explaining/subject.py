@@ -18,6 +18,7 @@ from regraft.adapters.source import find_adapters, open_adapter
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
+from regraft.checkpoints.per_expert import Unstacked
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -62,6 +63,8 @@ class Subject:
     """The whole plan of an adapter that can be converted."""
     problems: tuple[Finding, ...] = field(default=())
     """Why it cannot be planned as a whole."""
+    unstacked: Unstacked = field(default_factory=Unstacked)
+    """Quantised experts that stay one by one."""
     made: frozenset[str] = frozenset()
     """The names in the result of an adapter that can be converted."""
 
@@ -84,12 +87,20 @@ def open_subject(
 def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) -> Subject:
     opened = open_checkpoint(src)
     config = config if config is not None else model_of(opened, None)
-    headers = find_companions(opened, config.data if config is not None else None).headers
+    companions = find_companions(opened, config.data if config is not None else None)
+    headers = companions.headers
     names = {name: Name(name, name) for group in headers.groups for name in group.names()}
     for name in opened.tensors.names:
         names.setdefault(name, Name(name, name, "belongs to a quantised weight"))
     try:
-        known = detect(headers, config, opened.where, source, InstalledTransformers())
+        known = detect(
+            headers,
+            config,
+            opened.where,
+            source,
+            InstalledTransformers(),
+            companions=companions,
+        )
     except RegraftError as error:
         found = error.findings
         return Subject(
@@ -117,6 +128,7 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
         known.layout,
         known.evidence,
         config,
+        unstacked=known.unstacked,
     )
 
 
@@ -177,7 +189,7 @@ def _open_adapter(
         known.model if known is not None else config,
         plan,
         tuple(problems),
-        made,
+        made=made,
     )
 
 

@@ -1,0 +1,323 @@
+"""Quantised experts: kept one by one where the loader reads them so, else refused by the method's name."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints.models import MIXTRAL, mixtral, write_folder
+
+import regraft
+from regraft.checkpoints.verify import verify
+from regraft.errors import RefusedError
+from regraft.storage.safetensors import open_tensors
+
+V4, V5 = "transformers-v4", "transformers-v5"
+CONFIG = {**MIXTRAL, "hidden_size": 32, "intermediate_size": 16}
+F8, F32 = ml_dtypes.float8_e4m3fn, np.float32
+BYTES = np.random.default_rng(0)
+
+
+def bits(*shape, dtype=np.uint8):
+    info = np.iinfo(dtype)
+    return BYTES.integers(info.min, info.max, shape, dtype, endpoint=True)
+
+
+def fp8(out, into):
+    return {
+        "weight": bits(out, into, dtype=np.int8).astype(F8),
+        "weight_scale_inv": np.ones((-(-out // 16), -(-into // 16)), F32),
+    }
+
+
+def per_channel(out, into):
+    return {
+        "weight": bits(out, into, dtype=np.int8).astype(F8),
+        "weight_scale": np.ones((out, 1), F32),
+    }
+
+
+def gptq(out, into):
+    return {
+        "qweight": bits(into // 8, out, dtype=np.int32),
+        "qzeros": bits(into // 8, out // 8, dtype=np.int32),
+        "scales": np.ones((into // 8, out), np.float16),
+        "g_idx": np.arange(into, dtype=np.int32),
+    }
+
+
+def awq(out, into):
+    return {
+        "qweight": bits(into, out // 8, dtype=np.int32),
+        "qzeros": bits(into // 8, out // 8, dtype=np.int32),
+        "scales": np.ones((into // 8, out), np.float16),
+    }
+
+
+def packed(out, into):
+    return {
+        "weight_packed": bits(out, into // 8, dtype=np.int32),
+        "weight_scale": np.ones((out, into // 16), F32),
+        "weight_shape": np.array([out, into], np.int64),
+    }
+
+
+def asymmetric(out, into):
+    return {**packed(out, into), "weight_zero_point": bits(out // 8, into // 16, dtype=np.int32)}
+
+
+def nvfp4(out, into):
+    return {
+        "weight_packed": bits(out, into // 2),
+        "weight_scale": np.ones((out, into // 16), F8),
+        "weight_global_scale": np.ones(1, F32),
+        "input_global_scale": np.ones(1, F32),
+    }
+
+
+def modelopt(out, into):
+    return {
+        "weight": bits(out, into // 2),
+        "weight_scale": np.ones((out, into // 16), F8),
+        "weight_scale_2": np.ones((), F32),
+        "input_scale": np.ones((), F32),
+    }
+
+
+def int8(out, into):
+    return {
+        "weight": bits(out, into, dtype=np.int8),
+        "weight_scale": np.ones((out, 1), F32),
+    }
+
+
+def bnb4(out, into):
+    state = json.dumps({"quant_type": "nf4", "shape": [out, into]}).encode()
+    return {
+        "weight": bits(out * into // 2, 1),
+        "weight.absmax": np.ones(out * into // 64, F32),
+        "weight.quant_map": np.ones(16, F32),
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
+    }
+
+
+def bnb8(out, into):
+    return {
+        "weight": bits(out, into, dtype=np.int8),
+        "SCB": np.ones(out, F32),
+        "weight_format": np.zeros((), np.uint8),
+    }
+
+
+def torchao(out, into):
+    return {
+        "_weight_qdata": bits(out, into, dtype=np.int8),
+        "_weight_scale": np.ones((out, 1), F32),
+    }
+
+
+def hqq(out, into):
+    return {
+        "W_q": bits(out // 2, into),
+        "scale": np.ones((out, 1), np.float16),
+        "zero": np.ones((out, 1), np.float16),
+        "shape": np.array([out, into], np.int64),
+    }
+
+
+def eetq(out, into):
+    return {
+        "weight": bits(into, out, dtype=np.int8),
+        "weight_scales": np.ones(out, np.float16),
+    }
+
+
+def quanto(out, into):
+    return {
+        "weight._data": bits(out, into, dtype=np.int8),
+        "weight._scale": np.ones((out, 1), F32),
+        "input_scale": np.ones((), F32),
+        "output_scale": np.ones((), F32),
+    }
+
+
+def quantised(make, *, attention=False):
+    """A Mixtral whose experts, or whose attention, are quantised."""
+    tensors = {}
+    for name, tensor in mixtral(32, 16).items():
+        if tensor.ndim == 2 and ("self_attn" if attention else "experts") in name:
+            module = name.removesuffix("weight")
+            out, into = tensor.shape
+            tensors |= {module + leaf: part for leaf, part in make(out, into).items()}
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def method(name, **more):
+    return {**CONFIG, "quantization_config": {"quant_method": name, **more}}
+
+
+CT = "compressed-tensors"
+KEPT = [
+    (fp8, method("fp8", weight_block_size=[16, 16])),
+    (fp8, CONFIG),
+    (per_channel, method(CT, format="float-quantized")),
+    (packed, method(CT, format="pack-quantized")),
+    (packed, CONFIG),
+]
+REFUSED = [
+    (gptq, method("gptq", bits=4), "GPTQ"),
+    (gptq, CONFIG, "GPTQ"),
+    (awq, method("awq", bits=4), "AWQ"),
+    (awq, CONFIG, "AWQ"),
+    (asymmetric, method(CT, format="pack-quantized"), "zero points"),
+    (nvfp4, method(CT, format="nvfp4-pack-quantized"), "nvfp4-pack-quantized"),
+    (nvfp4, CONFIG, "nvfp4-pack-quantized"),
+    (int8, method(CT, format="int-quantized"), "int-quantized"),
+    (modelopt, method("modelopt", quant_algo="NVFP4"), "NVFP4"),
+    (modelopt, CONFIG, "NVFP4"),
+    (per_channel, method("fbgemm_fp8"), "FBGEMM FP8"),
+    (per_channel, CONFIG, "no quantization_config"),
+    (bnb4, method("bitsandbytes", load_in_4bit=True), "bitsandbytes, 4-bit"),
+    (bnb4, CONFIG, "bitsandbytes, 4-bit"),
+    (bnb8, method("bitsandbytes", load_in_8bit=True), "bitsandbytes, 8-bit"),
+    (bnb8, CONFIG, "bitsandbytes, 8-bit"),
+    (torchao, method("torchao"), "torchao"),
+    (torchao, CONFIG, "torchao"),
+    (hqq, method("hqq"), "HQQ"),
+    (hqq, CONFIG, "HQQ"),
+    (eetq, method("eetq"), "EETQ"),
+    (eetq, CONFIG, "EETQ"),
+    (quanto, method("quanto"), "quanto"),
+    (quanto, CONFIG, "quanto"),
+]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and one[k].tobytes() == other[k].tobytes() for k in one
+    )
+
+
+@pytest.mark.parametrize(("make", "config"), KEPT)
+def test_experts_stay_one_by_one_where_the_loader_collects_them(tmp_path, make, config):
+    tensors = quantised(make)
+    src = write_folder(tmp_path / "src", tensors, config)
+    report = regraft.convert(src, tmp_path / "out", to=V5)
+    out = open_tensors(tmp_path / "out" / "model.safetensors")
+    experts = {k: v for k, v in tensors.items() if "experts" in k}
+    assert same({k: v for k, v in out.items() if "experts" in k}, experts)
+    assert "model.layers.0.mlp.gate.weight" in out
+    assert any("18 expert weights stay one by one" in note for note in report.notes)
+    assert verify(src, tmp_path / "out").equal
+    regraft.convert(tmp_path / "out", tmp_path / "back", to=V4)
+    assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
+
+
+def test_explain_says_that_they_stay(tmp_path):
+    src = write_folder(tmp_path / "src", quantised(fp8), method("fp8"))
+    key = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    explained = regraft.explain(src, key, to=V5)
+    assert explained.fate == "carried"
+    assert "one by one" in explained.rule
+    assert regraft.explain(src, "lm_head.weight", to=V5).fate == "carried"
+    assert explained.targets[0].keys == (key,)
+
+
+def test_layers_that_are_not_quantised_are_stacked_beside_those_that_are(tmp_path):
+    tensors = quantised(fp8) | {k: v for k, v in mixtral(32, 16).items() if "layers.1." in k}
+    tensors = {k: v for k, v in tensors.items() if "layers.1." not in k or "scale" not in k}
+    src = write_folder(tmp_path / "src", tensors, method("fp8"))
+    regraft.convert(src, tmp_path / "out", to=V5)
+    out = open_tensors(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.gate_up_proj" in out
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight_scale_inv" in out
+    regraft.convert(tmp_path / "out", tmp_path / "back", to=V4)
+    assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
+
+
+def test_an_expert_that_is_missing_is_an_error_although_they_stay(tmp_path):
+    tensors = {
+        k: v for k, v in quantised(fp8).items() if "1.block_sparse_moe.experts.1.w3" not in k
+    }
+    src = write_folder(tmp_path / "src", tensors, method("fp8"))
+    with pytest.raises(regraft.BadInputError):
+        regraft.convert(src, tmp_path / "out", to=V5)
+
+
+@pytest.mark.parametrize(("make", "config", "title"), REFUSED)
+def test_experts_that_no_loader_reads_are_refused_by_the_method(tmp_path, make, config, title):
+    src = write_folder(tmp_path / "src", quantised(make), config)
+    with pytest.raises(RefusedError, match="quantised with") as caught:
+        regraft.convert(src, tmp_path / "out", to=V5)
+    assert all(title in finding.message for finding in caught.value.findings)
+    assert not (tmp_path / "out").exists()
+
+
+ALL = [(make, config) for make, config in KEPT] + [(make, config) for make, config, _ in REFUSED]
+
+
+@pytest.mark.parametrize(("make", "config"), ALL)
+def test_modules_that_only_stay_or_are_renamed_are_exact_for_every_method(tmp_path, make, config):
+    tensors = quantised(make, attention=True)
+    src = write_folder(tmp_path / "src", tensors, config)
+    regraft.convert(src, tmp_path / "out", to=V5)
+    assert verify(src, tmp_path / "out").equal
+    regraft.convert(tmp_path / "out", tmp_path / "back", to=V4)
+    assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
+
+
+@pytest.mark.parametrize("make", [gptq, awq, packed, hqq, fp8, quanto])
+def test_packed_state_follows_its_module(tmp_path, make):
+    tensors = mixtral(32, 16)
+    router = {f"model.layers.{at}.block_sparse_moe.gate.": make(8, 32) for at in range(2)}
+    tensors = {k: v for k, v in tensors.items() if "block_sparse_moe" not in k}
+    whole = mixtral(32, 16, experts=8)
+    tensors |= {k: v for k, v in whole.items() if "experts" in k}
+    tensors |= {at + leaf: part for at, parts in router.items() for leaf, part in parts.items()}
+    src = write_folder(tmp_path / "src", tensors, {**CONFIG, "num_local_experts": 8})
+    regraft.convert(src, tmp_path / "out", to=V5)
+    out = open_tensors(tmp_path / "out" / "model.safetensors")
+    for leaf, part in router["model.layers.1.block_sparse_moe.gate."].items():
+        assert np.array_equal(out[f"model.layers.1.mlp.gate.{leaf}"], part)
+    regraft.convert(tmp_path / "out", tmp_path / "back", to=V4)
+    assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
+
+
+def test_a_method_whose_metadata_names_tensors_is_not_renamed(tmp_path):
+    tensors = mixtral(32, 16)
+    for layer in range(2):
+        at = f"model.layers.{layer}.block_sparse_moe.gate."
+        del tensors[at + "weight"]
+        tensors |= {at + leaf: part for leaf, part in torchao(3, 32).items()}
+    src = write_folder(tmp_path / "src", tensors, method("torchao"))
+    with pytest.raises(RefusedError, match=r"torchao.*metadata"):
+        regraft.convert(src, tmp_path / "out", to=V5)
+
+
+def test_stacked_scales_are_refused_where_the_target_is_no_modules_weight(tmp_path):
+    """Version 4 keeps these experts stacked and turned, and its quantizer knows nothing of them."""
+    text = {
+        "model_type": "qwen3_vl_moe_text",
+        "hidden_size": 16,
+        "moe_intermediate_size": 16,
+        "num_experts": 2,
+        "num_hidden_layers": 1,
+    }
+    quantization = {"quant_method": "fp8"}
+    config = {
+        "model_type": "qwen3_vl_moe",
+        "text_config": text,
+        "quantization_config": quantization,
+    }
+    at = "model.language_model.layers.0.mlp.experts."
+    tensors = {
+        at + "gate_up_proj": bits(2, 16, 32, dtype=np.int8).astype(F8),
+        at + "gate_up_proj_scale_inv": np.ones((2, 1, 2), F32),
+        at + "down_proj": bits(2, 16, 16, dtype=np.int8).astype(F8),
+        at + "down_proj_scale_inv": np.ones((2, 1, 1), F32),
+    }
+    src = write_folder(tmp_path / "src", tensors, config)
+    with pytest.raises(RefusedError, match="quantised with FP8"):
+        regraft.convert(src, tmp_path / "out", to=V5, source=V4)
