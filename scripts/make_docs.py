@@ -1,4 +1,4 @@
-"""Makes the generated part of docs/: drawings, the page of JSON, a terminal session, and pictures of the report.
+"""Makes the generated part of docs/: drawings, pages of JSON and errors, a terminal session, pictures of the report.
 
 python scripts/make_docs.py [--no-pictures]
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from drawings import DRAWINGS
+from errors_page import PAGE, errors_page
 from json_page import json_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -18,6 +19,7 @@ def main() -> None:
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
     (DOCS / "json.md").write_text(json_page(), encoding="utf-8")
+    PAGE.write_text(errors_page(), encoding="utf-8")
     for name, draw in DRAWINGS.items():
         (images / name).write_text(draw(), encoding="utf-8")
     if "--no-pictures" not in sys.argv:

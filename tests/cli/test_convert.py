@@ -162,7 +162,7 @@ def test_refused_lists_every_finding(tmp_path: Path, capsys: Capture) -> None:
         assert f"experts.0.{projection}.weight" in messages
     assert "DoRA" in messages
     assert "rule: mixtral/experts down" in messages
-    assert "To mend it: " in messages
+    assert "Fix: " in messages
     assert main([*command, "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == "refused"

@@ -75,7 +75,7 @@ def test_lint_says_what_and_where(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{file}:13: error rules-overlap in 'two'"
     assert lines[-1] == "mine: 2 rules: 1 error"
-    assert any(line.startswith("  To mend it: ") for line in lines)
+    assert any(line.startswith("  Fix: ") for line in lines)
     assert main(["rules", "lint", str(file), "-q"]) == 4
     assert capsys.readouterr() == ("", "")
 

@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, old: Path) -> None:
 
 def test_exists(old: Path) -> None:
     with (
-        pytest.raises(BadInputError, match=r"exists already\. To mend it: pass --overwrite"),
+        pytest.raises(BadInputError, match=r"exists already\. Fix: pass --overwrite"),
         staged_folder(old, overwrite=False),
     ):
         pytest.fail("the block must not run")

@@ -9,20 +9,11 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line (``sys.argv`` by default) and return its exit status.
+    """Run a command line (``sys.argv`` by default) and return its exit status, a `regraft.errors.codes.Status`.
 
-    ===  ==============================================================================
-      0  done
-      1  bad input: files, keys or configs that are wrong, unexplained or ambiguous
-      2  usage: an unknown command, option or layout
-      3  refused: the input is sound, but what was asked for has no exact image
-          4  the answer is no: `verify` or `diff` found a difference, `rules lint` an error,
-         `explain` that a key does not arrive
-         70  a bug in regraft. Not 1, so that a script never takes a bug for bad input; it is
-         what sysexits.h calls EX_SOFTWARE
-    130  interrupted (143 by a request to terminate); nothing is left behind, save
-         the hidden work folder of a checkpoint, from which --resume continues
-    ===  ==============================================================================
+    A bug is not 1, so that a script never takes a bug for bad input; it is what sysexits.h calls EX_SOFTWARE.
+    An interrupted run leaves nothing behind, save the hidden work folder of a checkpoint, from which --resume
+    continues.
     """
     try:
         if args is None:

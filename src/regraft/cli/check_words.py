@@ -60,7 +60,7 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
             _line(out, "It warns", warning, FAINT)
     if verdict.remedy:
         tried = " (tried: its result loads rightly)" if verdict.remedy_tried else ""
-        out.show(Text.assemble((f"To mend it{tried}:", GOOD)))
+        out.show(Text.assemble((f"Fix{tried}:", GOOD)))
         out.show(*(Padding(Text(visible(line), NAME), (0, 0, 0, 2)) for line in verdict.remedy))
     elif verdict.no_remedy is not None:
         _line(out, "Nothing mends it", verdict.no_remedy, BAD)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.cli.kinds import kind_of
 from regraft.cli.output import Output, visible
 from regraft.errors import RegraftError
 from regraft.report import Report
@@ -73,5 +72,5 @@ def failure_page(file: Path | None, command: str, source: Path) -> Iterator[None
             from regraft.views.data import page_of_failure
             from regraft.views.html import write_page
 
-            write_page(page_of_failure(command, str(source), kind_of(error).name, error), file)
+            write_page(page_of_failure(command, str(source), error), file)
         raise

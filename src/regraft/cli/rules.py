@@ -200,7 +200,7 @@ def _show_fault(out: Output, fault: Fault) -> None:
     if fault.other:
         lines.append(Text(f"  the other: {visible(fault.other)}", _FAINT))
     if finding.fix:
-        lines.append(Text.assemble(("  To mend it: ", _GOOD), visible(finding.fix)))
+        lines.append(Text.assemble(("  Fix: ", _GOOD), visible(finding.fix)))
     out.show(*lines)
 
 

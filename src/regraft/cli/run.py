@@ -13,9 +13,9 @@ from types import FrameType
 import click
 
 from regraft.cli.app import app
-from regraft.cli.kinds import BAD_INPUT, BUG, DONE, INTERRUPTED, TERMINATED, USAGE, kind_of
 from regraft.cli.output import Output
-from regraft.errors import Finding, RegraftError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors.codes import CODES, Code, Status
 
 
 class _Terminated(BaseException):
@@ -31,31 +31,54 @@ def run(args: Sequence[str]) -> int:
             job = app.main(args=list(args), prog_name="regraft", standalone_mode=False)
             # Commands return what is to be done instead of doing it, so that click's own handling
             # of errors and interrupts ends with the parsing.
-            return int(job() if callable(job) else job or DONE)
+            return int(job() if callable(job) else job or Status.DONE)
     except RegraftError as error:
-        return _fail_known(out, error)
+        return _fail_known(out, error, _value_of(options, "--to"))
     except OSError as error:
         finding = Finding("system", error.strerror or str(error), where=_file_of(error))
-        return _fail(out, "bad-input", "bad input", [finding], BAD_INPUT)
+        return _fail_known(out, BadInputError(finding))
     except (KeyboardInterrupt, click.Abort):
-        return _fail(out, "interrupted", "interrupted", [], INTERRUPTED)
+        return _fail(out, "interrupted", "interrupted", [], Status.INTERRUPTED)
     except _Terminated:
-        return _fail(out, "interrupted", "terminated", [], TERMINATED)
+        return _fail(out, "interrupted", "terminated", [], Status.TERMINATED)
     except click.UsageError as error:
         return _fail_usage(out, error)
     except Exception as error:
         return _fail_bug(out, error)
 
 
-def _fail_known(out: Output, error: RegraftError) -> int:
-    kind = kind_of(error)
-    return _fail(out, kind.name, kind.title, error.findings, kind.status)
+def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:
+    return _fail(out, error.kind, headline(error, layout), error.findings, error.status)
+
+
+def headline(error: RegraftError, layout: str | None = None) -> str:
+    """The kind of an error in words; a refusal says what was refused if all findings agree on it.
+
+    >>> headline(RefusedError(Finding("no-image", "DoRA does not follow")), "transformers-v5")
+    'refused: no exact equivalent in transformers-v5'
+    """
+    codes = {finding.code for finding in error.findings}
+    if not isinstance(error, RefusedError) or len(codes) != 1:
+        return error.title
+    code = CODES[codes.pop()]
+    place = f" in {layout}" if layout is not None and code is Code.NO_IMAGE else ""
+    return f"{error.title}: {code.title}{place}"
+
+
+def _value_of(args: Sequence[str], option: str) -> str | None:
+    """What an option was given; the command has parsed it, so it is there or the default holds."""
+    for at, arg in enumerate(args):
+        if arg == option and at + 1 < len(args):
+            return args[at + 1]
+        if arg.startswith(option + "="):
+            return arg.removeprefix(option + "=")
+    return None
 
 
 def _fail_usage(out: Output, error: click.UsageError) -> int:
     command = "regraft" if error.ctx is None else error.ctx.command_path
     finding = Finding("usage", error.format_message().rstrip("."), fix=f"see '{command} --help'")
-    return _fail(out, "usage", "usage", [finding], USAGE)
+    return _fail(out, "usage", "usage", [finding], Status.USAGE)
 
 
 def _fail_bug(out: Output, error: Exception) -> int:
@@ -66,10 +89,10 @@ def _fail_bug(out: Output, error: Exception) -> int:
         f"{type(error).__name__}: {error}",
         fix="please report it, with the traceback that REGRAFT_DEBUG=1 shows",
     )
-    return _fail(out, "internal", "a bug in regraft", [finding], BUG)
+    return _fail_known(out, RegraftError(finding))
 
 
-def _fail(out: Output, kind: str, title: str, findings: Sequence[Finding], status: int) -> int:
+def _fail(out: Output, kind: str, title: str, findings: Sequence[Finding], status: Status) -> int:
     if out.json:
         out.data({"error": {"kind": kind, "findings": [f.to_dict() for f in findings]}})
     from regraft.cli.words import show_findings

@@ -252,7 +252,7 @@ def _finding(
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))
     if finding.fix is not None:
-        lines.append(Text.assemble(("To mend it: ", GOOD), visible(finding.fix)))
+        lines.append(Text.assemble(("Fix: ", GOOD), visible(finding.fix)))
     lead = "" if number is None else f"{number}. "
     lines[0] = Text.assemble(lead, lines[0])
     indent = len(lead)

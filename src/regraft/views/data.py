@@ -342,18 +342,18 @@ _OUTCOMES = {
 }
 _DIFFERENCES = {"missing": "missing", "extra": "extra"}
 _FAILED = {
-    "refused": ("Refused", "there is no exact image"),
-    "unmatched-keys": ("Not explained", "nothing explains some keys"),
+    "refused": ("Refused", "there is no exact equivalent, or no safe way"),
+    "unmatched-keys": ("Not matched", "no rule matches some keys"),
     "ambiguous": ("Ambiguous", "more than one reading fits"),
     "not-equal": ("Not equal", "what it adds is not what the source adds"),
     "bad-input": ("Bad input", "something is wrong with it"),
 }
 
 
-def page_of_failure(command: str, source: str, kind: str, error: RegraftError) -> Page:
+def page_of_failure(command: str, source: str, error: RegraftError) -> Page:
     """Why a command gave no result; what can be told of the source stands beside the findings."""
-    state = {"refused": "refused", "unmatched-keys": "unmatched"}.get(kind, "problem")
-    word, text = _FAILED.get(kind, ("Failed", "there is no result"))
+    state = {"refused": "refused", "unmatched-keys": "unmatched"}.get(error.kind, "problem")
+    word, text = _FAILED.get(error.kind, ("Failed", "there is no result"))
     rows = Rows()
     wrong = _keys_of(error.findings, state)
     for names, facts, group in _source_names(Path(source)):

@@ -489,7 +489,7 @@
       if (finding.key) parts.unshift(make("p", {}, make("code", { class: "bad" }, finding.key)));
       if (finding.where) parts.push(make("p", { class: "code" }, finding.where));
       if (finding.rule) parts.push(make("p", { class: "code" }, `rule: ${finding.rule}`));
-      if (finding.fix) parts.push(make("p", {}, make("b", { class: "good" }, "To mend it: "), finding.fix));
+      if (finding.fix) parts.push(make("p", {}, make("b", { class: "good" }, "Fix: "), finding.fix));
       return make("li", {}, ...parts);
     };
     list.replaceChildren(...page.findings.slice(0, first).map(item));

@@ -2,9 +2,9 @@
 
     RegraftError
     ├── BadInputError        the input breaks a rule of its own format, or contradicts its config or its base
-    ├── UnmatchedKeysError   keys that no rule and no carry-over explains
+    ├── UnmatchedKeysError   keys that no rule matches
     ├── AmbiguousError       more than one reading fits and they lead to different results
-    ├── RefusedError         the input is sound, but what was asked for has no exact image
+    ├── RefusedError         the input is sound, but there is no exact equivalent, or no safe way
     └── NotEqualError        the certificate of a result could not be given
 
 Every error carries its findings as data, all problems of one input together.
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from regraft.errors.codes import CODES, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,11 @@ class Finding:
     """One problem: what is wrong, where, and what to do.
 
     >>> print(Finding("missing-weights", "the adapter has no weights file", where="lora/", fix="save it again"))
-    lora/: the adapter has no weights file. To mend it: save it again
+    lora/: the adapter has no weights file. Fix: save it again
     """
 
     code: str
-    """A stable name in kebab case, for programs."""
+    """A stable name in kebab case, for programs: one of `regraft.errors.codes.Code`."""
     message: str
     """What is wrong and what was expected."""
     where: str | None = None
@@ -38,12 +40,16 @@ class Finding:
     fix: str | None = None
     """What to do about it."""
 
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"{self.code!r} is no code of a finding: add it to errors/codes.py")
+
     def __str__(self) -> str:
         place = ": ".join(part for part in (self.where, self.key) if part)
         text = f"{place}: {self.message}" if place else self.message
         if self.rule:
             text += f" [rule {self.rule}]"
-        return f"{text}. To mend it: {self.fix}" if self.fix else text
+        return f"{text}. Fix: {self.fix}" if self.fix else text
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain data; fields that say nothing are left out."""
@@ -52,6 +58,13 @@ class Finding:
 
 class RegraftError(Exception):
     """The root of regraft's own errors; ``findings`` holds every problem as data."""
+
+    kind: ClassVar[str] = "internal"
+    """The stable name of this kind of error, for programs."""
+    title: ClassVar[str] = "a bug in regraft"
+    """What people read."""
+    status: ClassVar[Status] = Status.BUG
+    """The exit status that the command ends with."""
 
     def __init__(self, findings: Finding | Iterable[Finding]) -> None:
         self.findings: tuple[Finding, ...] = (
@@ -66,21 +79,41 @@ class RegraftError(Exception):
 class BadInputError(RegraftError):
     """The input breaks a rule of its own format, or contradicts its config or its base."""
 
+    kind = "bad-input"
+    title = "bad input"
+    status = Status.BAD_INPUT
+
 
 class UnmatchedKeysError(RegraftError):
-    """Keys that no rule and no carry-over explains."""
+    """Keys that no rule matches."""
+
+    kind = "unmatched-keys"
+    title = "no rule matches these keys"
+    status = Status.BAD_INPUT
 
 
 class AmbiguousError(RegraftError):
     """More than one reading fits, and they lead to different results."""
 
+    kind = "ambiguous"
+    title = "more than one reading fits"
+    status = Status.BAD_INPUT
+
 
 class RefusedError(RegraftError):
-    """The input is sound, but what was asked for has no exact image."""
+    """The input is sound, but there is no exact equivalent of it, or no safe way to what was asked for."""
+
+    kind = "refused"
+    title = "refused"
+    status = Status.REFUSED
 
 
 class NotEqualError(RegraftError):
     """A result was checked against its source, and does not add the same to its base."""
+
+    kind = "not-equal"
+    title = "not equal"
+    status = Status.NO
 
 
 _SHOWN = 20
