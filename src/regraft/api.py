@@ -30,7 +30,7 @@ from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.layouts import LAYOUTS, Layout, parse_layout
-from regraft.planning.model import ModelConfig
+from regraft.planning.model import ModelConfig, taken_for
 from regraft.report import Report
 from regraft.rules.book import own_layouts
 from regraft.storage.beside import narrow
@@ -63,6 +63,7 @@ def convert(
     uniform_rank: bool = False,
     verify: bool = False,
     merge: bool = False,
+    architecture: str | None = None,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -98,6 +99,7 @@ def convert(
             written. The report has the largest relative error.
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
             weights, instead of an adapter.
+        architecture: the class of the model, where its ``config.json`` names none that transformers has.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -111,99 +113,111 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    asked = Options(via, compact, uniform_rank)
-    src_path, dst_path = Path(src), Path(dst)
-    layout = parse_layout(to, own_layouts())
-    source_layout = parse_layout(source, own_layouts()) if source is not None else None
-    if is_checkpoint(src_path):
-        told = Path(model) if model is not None else None
-        options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
-        options["foreign"] = InstalledTransformers()
-        options["source"] = source_layout.name if source_layout is not None else None
-        if in_place:
-            _check_options(
-                "they say how to write, and --in-place writes headers only",
-                shard_size=shard_size,
-                dtype=dtype,
-                jobs=jobs,
-                resume=resume,
-                overwrite=overwrite,
+    with taken_for(architecture):
+        asked = Options(via, compact, uniform_rank)
+        src_path, dst_path = Path(src), Path(dst)
+        layout = parse_layout(to, own_layouts())
+        source_layout = parse_layout(source, own_layouts()) if source is not None else None
+        if is_checkpoint(src_path):
+            told = Path(model) if model is not None else None
+            options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
+            options["foreign"] = InstalledTransformers()
+            options["source"] = source_layout.name if source_layout is not None else None
+            if in_place:
+                _check_options(
+                    "they say how to write, and --in-place writes headers only",
+                    shard_size=shard_size,
+                    dtype=dtype,
+                    jobs=jobs,
+                    resume=resume,
+                    overwrite=overwrite,
+                )
+                done = convert_in_place(src_path, dst_path, **options)
+            else:
+                done = convert_checkpoint(
+                    src_path,
+                    dst_path,
+                    shard_size=shard_size,
+                    dtype=dtype,
+                    jobs=jobs,
+                    resume=resume,
+                    overwrite=overwrite,
+                    tell=tell,
+                    progress=progress,
+                    **options,
+                )
+            report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
+            report.files = list(done.others)
+            return report
+        _check_options(
+            "only for checkpoints, and SRC is none",
+            shard_size=shard_size,
+            dtype=dtype,
+            jobs=jobs,
+            resume=resume,
+            in_place=in_place,
+        )
+        if layout.name not in LAYOUTS:
+            message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
+            raise BadInputError(
+                Finding("unknown-layout", message, fix="convert its base, a checkpoint")
             )
-            done = convert_in_place(src_path, dst_path, **options)
-        else:
-            done = convert_checkpoint(
+        found = find_adapters(src_path)
+        _check_kind(dst_path)
+        foreign = InstalledTransformers()
+        if merge:
+            return _merge(
+                found,
                 src_path,
                 dst_path,
-                shard_size=shard_size,
-                dtype=dtype,
-                jobs=jobs,
-                resume=resume,
-                overwrite=overwrite,
-                tell=tell,
-                progress=progress,
-                **options,
+                layout,
+                source_layout,
+                model,
+                overwrite,
+                progress,
+                foreign,
             )
-        report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
-        report.files = list(done.others)
-        return report
-    _check_options(
-        "only for checkpoints, and SRC is none",
-        shard_size=shard_size,
-        dtype=dtype,
-        jobs=jobs,
-        resume=resume,
-        in_place=in_place,
-    )
-    if layout.name not in LAYOUTS:
-        message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
-        raise BadInputError(
-            Finding("unknown-layout", message, fix="convert its base, a checkpoint")
-        )
-    found = find_adapters(src_path)
-    _check_kind(dst_path)
-    foreign = InstalledTransformers()
-    if merge:
-        return _merge(
-            found, src_path, dst_path, layout, source_layout, model, overwrite, progress, foreign
-        )
-    check_destination(src_path, dst_path, overwrite)
-    config = load_model(Path(model)) if model is not None else None
-    report = Report(str(src_path), str(dst_path), written=not dry_run)
-    report.files = [str(path) for path in found.others]
-    converted: list[tuple[Source, Converted]] = []
-    stamps: list[Stamp] = []
-    findings: list[Finding] = []
-    failed: list[RegraftError] = []
-    for number, folder in enumerate(found.folders):
+        check_destination(src_path, dst_path, overwrite)
+        config = load_model(Path(model)) if model is not None else None
+        report = Report(str(src_path), str(dst_path), written=not dry_run)
+        report.files = [str(path) for path in found.others]
+        converted: list[tuple[Source, Converted]] = []
+        stamps: list[Stamp] = []
+        findings: list[Finding] = []
+        failed: list[RegraftError] = []
+        for number, folder in enumerate(found.folders):
+            if progress is not None:
+                progress(folder.name, number, len(found.folders))
+            stamps += _stamp(folder, found.weights)
+            try:
+                opened = open_adapter(folder, found.root, found.weights)
+                result = convert_adapter(opened, layout, config, source_layout, asked, foreign)
+            except RegraftError as error:
+                failed.append(error)
+                findings += error.findings
+                continue
+            if not result.report.copied or not dry_run:
+                _note_values(opened, result)
+            if verify:
+                _certify(opened, result, config, via, foreign)
+            converted.append((opened, result))
+            report.adapters.append(result.report)
+        if failed:
+            kinds = {type(error) for error in failed}
+            raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+        _note_company(report, [result for _, result in converted])
+        if not dry_run:
+            _write(found, dst_path, converted, stamps, overwrite)
         if progress is not None:
-            progress(folder.name, number, len(found.folders))
-        stamps += _stamp(folder, found.weights)
-        try:
-            opened = open_adapter(folder, found.root, found.weights)
-            result = convert_adapter(opened, layout, config, source_layout, asked, foreign)
-        except RegraftError as error:
-            failed.append(error)
-            findings += error.findings
-            continue
-        if not result.report.copied or not dry_run:
-            _note_values(opened, result)
-        if verify:
-            _certify(opened, result, config, via, foreign)
-        converted.append((opened, result))
-        report.adapters.append(result.report)
-    if failed:
-        kinds = {type(error) for error in failed}
-        raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
-    _note_company(report, [result for _, result in converted])
-    if not dry_run:
-        _write(found, dst_path, converted, stamps, overwrite)
-    if progress is not None:
-        progress("", len(found.folders), len(found.folders))
-    return report
+            progress("", len(found.folders), len(found.folders))
+        return report
 
 
 def inspect(
-    src: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None
+    src: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
 ) -> Inspection:
     """Tell what an adapter is, or each adapter of a folder.
 
@@ -213,13 +227,15 @@ def inspect(
     Args:
         src: what `regraft.convert` takes.
         model: the base model's folder or its ``config.json``.
+        architecture: the class of the model, where its ``config.json`` names none that transformers has.
 
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
     from regraft.adapters.inspect import inspect as inspect_adapters
 
-    return inspect_adapters(src, model=model, foreign=InstalledTransformers())
+    with taken_for(architecture):
+        return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 
 def _merge(

@@ -14,7 +14,14 @@ from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, layout_of_packing
 from regraft.names.keys import Group
-from regraft.planning.model import Foreign, ModelConfig, Scope, Told, check_sizes
+from regraft.planning.model import (
+    Foreign,
+    ModelConfig,
+    Scope,
+    Told,
+    asked_architecture,
+    check_sizes,
+)
 from regraft.rules.book import Book, books_for, library, own_layouts
 from regraft.rules.templates import match_group
 from regraft.storage.folder import load_json
@@ -47,7 +54,7 @@ def load_model(path: Path | str) -> ModelConfig:
             )
         )
     check_sizes(data, str(file))
-    return ModelConfig(data, str(file))
+    return ModelConfig(data, str(file), architecture=asked_architecture())
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
-from regraft.adapters.detect import Known, find_books, load_model
+from regraft.adapters.detect import Known, base_names, find_books, load_model
 from regraft.adapters.factors import Array
 from regraft.adapters.inspect import inspect_adapter
 from regraft.adapters.kept import modules_of
 from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
 from regraft.adapters.saving import save_adapter
-from regraft.adapters.scan import scan_names
+from regraft.adapters.scan import Scan, scan_names
 from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.adapters.variants import reclaimed_names
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
@@ -37,7 +37,7 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import Finding, RegraftError
 from regraft.layouts import Layout, parse_layout
 from regraft.names.keys import group_names
-from regraft.planning.model import ModelConfig
+from regraft.planning.model import ModelConfig, taken_for
 from regraft.rules.templates import match_group
 
 
@@ -47,6 +47,7 @@ def check(
     model: str | os.PathLike[str] | None = None,
     to: str = "transformers-v5",
     peft: StockPeft | None = None,
+    architecture: str | None = None,
 ) -> Check:
     """Tell whether an adapter, each adapter of a folder, or a checkpoint loads as it is.
 
@@ -55,11 +56,22 @@ def check(
         model: the base model's folder or its ``config.json``; without it little can be told.
         to: the layout of the model that it is to be loaded into. What is installed is tried; of another layout
             only names, shapes and the config are judged.
+        architecture: the model's class, where its config names none that transformers has.
         peft: what to try with, the installed PEFT by default; checks that share it start one process only.
 
     Raises:
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
+    with taken_for(architecture):
+        return _check(src, model, to, peft)
+
+
+def _check(
+    src: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
+    to: str,
+    peft: StockPeft | None,
+) -> Check:
     path, layout = Path(src), parse_layout(to)
     told = Path(model) if model is not None else None
     result = Check(str(src), str(layout))
@@ -129,9 +141,13 @@ class _Checker:
         except RegraftError as error:
             return None, error
 
+    def scan(self, source: Source) -> tuple[Scan, list[Finding]]:
+        """What the adapter's names are."""
+        return scan_names(list(source.tensors), source.where, source.peft_type == "LORA")
+
     def known(self, source: Source) -> Known | None:
         """What is known of the base, if it is."""
-        scan, _ = scan_names(list(source.tensors), source.where, source.peft_type == "LORA")
+        scan, _ = self.scan(source)
         try:
             return find_books(scan, source.config, self.config, source.where, self.foreign)
         except RegraftError:
@@ -162,7 +178,10 @@ class _Checker:
             mapping = source.config.get("auto_mapping")
             named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
             try:
-                tried = self.peft.attempt(Trial(model, named, folder, wanted, remedies))
+                scan, _ = self.scan(source)
+                names, task = tuple(base_names(scan)), source.config.get("task_type")
+                trial = Trial(model, named, folder, wanted, remedies, names, task)
+                tried = self.peft.attempt(trial)
             except RegraftError as error:
                 self.judge(source, converted, verdict)
                 verdict.findings += error.findings
@@ -201,6 +220,8 @@ class _Checker:
         """Turn what came of a trial into a verdict."""
         verdict.tried = f"{tried.versions}, {tried.model_class}"
         verdict.error, verdict.warnings = tried.error, tried.warnings
+        if tried.guessed is not None:
+            verdict.notes.append(tried.guessed)
         landings = [self.called(landing, known) for landing in tried.landings]
         if tried.error is not None:
             verdict.causes = causes_of_error(tried.error)

@@ -62,6 +62,8 @@ def _try(question: Loading, verdict: Verdict) -> None:
         return
     verdict.tried = f"{loaded.versions}, {loaded.model_class}"
     verdict.error = loaded.error
+    if loaded.guessed is not None:
+        verdict.notes.append(loaded.guessed)
     bad = {
         "missing": loaded.missing,
         "unexpected": loaded.unexpected,

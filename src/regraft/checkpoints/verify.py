@@ -19,7 +19,7 @@ from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
-from regraft.planning.model import Foreign
+from regraft.planning.model import Foreign, taken_for
 from regraft.report import Trace
 from regraft.storage.stamp import changed
 
@@ -63,19 +63,34 @@ def verify(
     model: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     foreign: Foreign | None = None,
+    architecture: str | None = None,
 ) -> Verification:
     """Check that ``dst`` is ``src`` in its own layout: every element accounted for, and no bit changed.
 
+    ``architecture`` is the model's class, where its config names none that transformers has.
+
     Raises ``BadInputError`` and its kin where one of the two cannot be read or planned.
     """
-    told = Path(model) if model is not None else None
-    other = open_checkpoint(Path(dst))
-    config = model_of(other, told) or model_of(open_checkpoint(Path(src)), None)
+    with taken_for(architecture):
+        return _verify(
+            Path(src), Path(dst), Path(model) if model is not None else None, progress, foreign
+        )
+
+
+def _verify(
+    src: Path,
+    dst: Path,
+    told: Path | None,
+    progress: Callable[[str, int, int], None] | None,
+    foreign: Foreign | None,
+) -> Verification:
+    other = open_checkpoint(dst)
+    config = model_of(other, told) or model_of(open_checkpoint(src), None)
     companions = find_companions(other, config.data if config is not None else None)
     target = detect(
         companions.headers, config, other.where, foreign=foreign, companions=companions
     ).layout
-    first = prepare(Path(src), target, model=told, foreign=foreign)
+    first = prepare(src, target, model=told, foreign=foreign)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)

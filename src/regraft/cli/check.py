@@ -19,6 +19,7 @@ from regraft.cli.output import Output
     type=options.FILE,
 )
 @options.model
+@options.architecture
 @options.layout(
     "--for",
     "What it is to be loaded with: transformers-v5 or transformers-v4. What is installed is tried; for the other, "
@@ -30,7 +31,13 @@ from regraft.cli.output import Output
 @options.json
 @options.quiet
 def check(
-    src: Path, model: Path | None, to: str, html: Path | None, json: bool, quiet: bool
+    src: Path,
+    model: Path | None,
+    architecture: str | None,
+    to: str,
+    html: Path | None,
+    json: bool,
+    quiet: bool,
 ) -> Job:
     """Show whether SRC loads as it is; if not, how to fix it.
 
@@ -46,7 +53,11 @@ def check(
         from regraft.checking.check import check
         from regraft.cli.pages import failure_page, show_page
 
-        with failure_page(html, "check", src), out.waiting("checking", src):
+        with (
+            options.told((), architecture),
+            failure_page(html, "check", src),
+            out.waiting("checking", src),
+        ):
             result = check(src, model=model, to=to)
         if json:
             out.data(result.to_dict())

@@ -27,6 +27,7 @@ from regraft.cli.output import Output
 )
 @options.source
 @options.model
+@options.architecture
 @options.rules
 @click.option("--dry-run", is_flag=True, help="Run without writing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")

@@ -30,6 +30,7 @@ _SHOWN = 20
     help="Propose a rule book that leads from A to B, even where regraft has one, and write it to this file (.toml).",
 )
 @options.model
+@options.architecture
 @options.rules
 @options.html
 @options.json
@@ -39,6 +40,7 @@ def diff(
     b: Path,
     book: Path | None,
     model: Path | None,
+    architecture: str | None,
     rules: tuple[str, ...],
     html: Path | None,
     json: bool,
@@ -65,7 +67,7 @@ def diff(
             raise BadInputError(
                 Finding("destination-exists", message, where=str(book), fix="choose another")
             )
-        with options.own_books(rules), failure_page(html, "diff", a):
+        with options.told(rules, architecture), failure_page(html, "diff", a):
             found = diff(a, b, model=model, propose_book=book is not None)
         if book is not None and found.book is not None:
             book.write_text(found.book, encoding="utf-8")

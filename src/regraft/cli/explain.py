@@ -31,6 +31,7 @@ _PIECES = 8
 )
 @options.source
 @options.model
+@options.architecture
 @options.rules
 @options.html
 @options.json
@@ -41,6 +42,7 @@ def explain(
     to: str,
     source: str | None,
     model: Path | None,
+    architecture: str | None,
     rules: tuple[str, ...],
     html: Path | None,
     json: bool,
@@ -61,7 +63,7 @@ def explain(
         from regraft.cli.pages import failure_page, show_page
         from regraft.explaining.explain import explain
 
-        with options.own_books(rules), failure_page(html, "explain", src):
+        with options.told(rules, architecture), failure_page(html, "explain", src):
             found = explain(src, key, to=to, model=model, source=source)
         if json:
             out.data({**to_builtins(found), "arrives": found.arrives})

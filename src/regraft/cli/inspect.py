@@ -14,10 +14,18 @@ from regraft.cli.output import Output
 @click.command(cls=options.WithArguments)
 @options.src
 @options.model
+@options.architecture
 @options.html
 @options.json
 @options.quiet
-def inspect(src: Path, model: Path | None, html: Path | None, json: bool, quiet: bool) -> Job:
+def inspect(
+    src: Path,
+    model: Path | None,
+    architecture: str | None,
+    html: Path | None,
+    json: bool,
+    quiet: bool,
+) -> Job:
     """Show what an adapter or a checkpoint is.
 
     Shows its layout, with the evidence; of an adapter its ranks, scales and targets, of a checkpoint its model,
@@ -34,8 +42,9 @@ def inspect(src: Path, model: Path | None, html: Path | None, json: bool, quiet:
         from regraft.cli.words import show_findings, show_inspection
 
         if is_checkpoint(src):
-            return _inspect_checkpoint(out, src, model, html)
-        with failure_page(html, "inspect", src):
+            with options.told((), architecture):
+                return _inspect_checkpoint(out, src, model, html)
+        with options.told((), architecture), failure_page(html, "inspect", src):
             inspection = inspect(src, model=model)
         if json:
             out.data(inspection.to_dict())

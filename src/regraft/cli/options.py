@@ -60,6 +60,11 @@ model = click.option(
     help="The base model's folder or its config.json, of either version. Needed where the adapter itself doesn't "
     "say what it is for, or how many experts there are.",
 )
+architecture = click.option(
+    "--architecture",
+    metavar="CLASS",
+    help="The model's class in transformers, where its config.json names none that there is.",
+)
 rules = click.option(
     "--rules",
     metavar="BOOK",
@@ -129,6 +134,15 @@ def _check_file(path: Path | None) -> Path | None:
 
         check_page_place(path)
     return path
+
+
+@contextmanager
+def told(names: Sequence[str], architecture: str | None) -> Iterator[None]:
+    """Let --rules and --architecture apply."""
+    from regraft.planning.model import taken_for
+
+    with own_books(names), taken_for(architecture):
+        yield
 
 
 @contextmanager

@@ -124,6 +124,7 @@ def show(book: str, json: bool) -> Job:
     help="A checkpoint or an adapter whose names the rules must fit: shows what never fires and what is not explained.",
 )
 @options.model
+@options.architecture
 @options.html
 @options.json
 @options.quiet
@@ -131,6 +132,7 @@ def lint(
     book: str,
     keys: Path | None,
     model: Path | None,
+    architecture: str | None,
     html: Path | None,
     json: bool,
     quiet: bool,
@@ -150,7 +152,7 @@ def lint(
         from regraft.checking.rule_books import lint
         from regraft.cli.pages import failure_page, show_page
 
-        with failure_page(html, "rules lint", Path(book)):
+        with options.told((), architecture), failure_page(html, "rules lint", Path(book)):
             found = lint(book, keys, model)
         if json:
             out.data({**to_builtins(found), "sound": found.sound})

@@ -19,6 +19,7 @@ from regraft.cli.output import Output
     "dst", "The same in another layout, or in this one.", metavar="DST", type=options.FILE
 )
 @options.model
+@options.architecture
 @options.html
 @options.rules
 @click.option(
@@ -33,6 +34,7 @@ def verify(
     src: Path,
     dst: Path,
     model: Path | None,
+    architecture: str | None,
     html: Path | None,
     rules: tuple[str, ...],
     tolerance: float | None,
@@ -60,7 +62,7 @@ def verify(
 
             limit = TOLERANCE if tolerance is None else tolerance
             with (
-                options.own_books(rules),
+                options.told(rules, architecture),
                 failure_page(html, "verify", src),
                 out.waiting("comparing", src) as progress,
             ):
@@ -75,7 +77,7 @@ def verify(
         from regraft.cli.checkpoint_words import show_verification
 
         with (
-            options.own_books(rules),
+            options.told(rules, architecture),
             failure_page(html, "verify", src),
             out.waiting("comparing", src) as progress,
         ):

@@ -209,6 +209,21 @@ class Code(Enum):
         "name one of its layouts, or give another book",
         "it leads neither from nor to the layout that was asked for",
     )
+    WHICH_CLASS = (
+        "which-class",
+        Part.READING,
+        "the model's class is not known",
+        "name it with `--architecture CLASS` (`architecture=` in Python)",
+        "the config names no class that transformers has, and the names of the file fit several, with different "
+        "results, or none as they are",
+    )
+    UNKNOWN_CLASS = (
+        "unknown-class",
+        Part.READING,
+        "no such class",
+        "name one of those that the message lists",
+        "`--architecture` names a class that transformers does not have for this model type",
+    )
 
     NOT_FOUND = ("not-found", Part.ADAPTER, "no such file or folder", "check the path")
     NOT_AN_ADAPTER = (

@@ -23,7 +23,7 @@ from regraft.explaining.way import Claim, family_of, locate, unsized, values_of,
 from regraft.layouts import parse_layout
 from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan, check_layouts
-from regraft.planning.model import Scope
+from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Carry, Rule, own_layouts
 from regraft.rules.templates import Match, match_group, specificity
@@ -39,16 +39,19 @@ def explain(
     to: str,
     model: str | os.PathLike[str] | None = None,
     source: str | None = None,
+    architecture: str | None = None,
 ) -> Explanation:
     """Explain what becomes of one tensor on the way to a layout.
 
-    ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result.
+    ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result;
+    ``architecture`` is the model's class, where its config names none that transformers has.
 
     Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """
     layout = parse_layout(to, own_layouts()).name
     known = Path(model) if model is not None else None
-    subject = open_subject(Path(src), to, known, source)
+    with taken_for(architecture):
+        subject = open_subject(Path(src), to, known, source)
     check_layouts(subject.books, layout)
     return _Search(subject, key, layout).explain()
 

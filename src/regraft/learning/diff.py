@@ -19,6 +19,7 @@ from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
 from regraft.planning.build import build_plan
+from regraft.planning.model import taken_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +89,21 @@ def diff(
     *,
     model: str | os.PathLike[str] | None = None,
     propose_book: bool = False,
+    architecture: str | None = None,
 ) -> Diff:
     """Compare two checkpoints, or two adapters.
 
     Where rule books know both layouts, they say what should be equal; otherwise, and with ``propose_book``, a book is
-    proposed from the contents. Reads both files whole.
+    proposed from the contents. Reads both files whole. ``architecture`` is the model's class, where its config names
+    none that transformers has.
 
     Raises ``BadInputError`` where one of them cannot be read.
     """
     left, right = open_content(Path(a)), open_content(Path(b))
     known = Path(model) if model is not None else None
-    subjects = _subject(Path(a), known), _subject(Path(b), known)
-    return _Comparison(left, right, subjects, known).run(propose_book)
+    with taken_for(architecture):
+        subjects = _subject(Path(a), known), _subject(Path(b), known)
+        return _Comparison(left, right, subjects, known).run(propose_book)
 
 
 def _subject(path: Path, model: Path | None) -> Subject | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +29,24 @@ _MOST_THINGS = 100_000
 _LARGEST_SIZE = 2**31
 
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+_TAKEN_FOR: ContextVar[str | None] = ContextVar("taken for", default=None)
+
+
+@contextmanager
+def taken_for(architecture: str | None) -> Iterator[None]:
+    """Take every config that is read meanwhile, in this thread, for one of a class; of none for what it says."""
+    token = _TAKEN_FOR.set(architecture or _TAKEN_FOR.get())
+    try:
+        yield
+    finally:
+        _TAKEN_FOR.reset(token)
+
+
+def asked_architecture() -> str | None:
+    """The class that the user says the model is."""
+    return _TAKEN_FOR.get()
 
 
 class Weights(Protocol):
@@ -93,6 +113,8 @@ class ModelConfig:
     path: str
     weights: Weights | None = None
     """The model's tensors, where they are not in files beside its config."""
+    architecture: str | None = None
+    """The class that the user says it is."""
 
     @property
     def model_type(self) -> str | None:

@@ -37,6 +37,10 @@ class Trial:
     """The same in the layout that the installed transformers has; ``None`` where there is no such thing."""
     remedies: tuple[str, ...] = ()
     """Folders that may do instead; each is tried, if the adapter as it is will not do."""
+    names: tuple[str, ...] = ()
+    """The names of the base that it adapts, which tell the class where none is named."""
+    task: str | None = None
+    """The task that it was trained for, as PEFT calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Tried:
     versions: str
     """What it was tried with."""
     model_class: str
+    guessed: str | None = None
+    """How the class was guessed, where none is named that there is."""
     error: str | None = None
     """What PEFT raised."""
     landings: list[Landing] = field(default_factory=list)
@@ -145,8 +151,10 @@ def _attempt(trial: Trial) -> Tried:
 
     from regraft.bridges.peft.landed import compare_states
 
-    name, build = _choose(trial)
-    tried = Tried(f"transformers {transformers.__version__} with PEFT {peft.__version__}", name)
+    name, build, guessed = _choose(trial)
+    tried = Tried(
+        f"transformers {transformers.__version__} with PEFT {peft.__version__}", name, guessed
+    )
     state, tried.error, tried.warnings = _load_stock(build(), trial.folder)
     if trial.wanted is None:
         return tried
@@ -168,12 +176,14 @@ def _attempt(trial: Trial) -> Tried:
     return tried
 
 
-def _choose(trial: Trial) -> tuple[str, Callable[[], Any]]:
-    """The class that most of the adapter is for, and what builds it."""
+def _choose(trial: Trial) -> tuple[str, Callable[[], Any], str | None]:
+    """The class that most of the adapter is for, what builds it, and how it was guessed where none is named."""
     from regraft.bridges.peft.holders import strangers
     from regraft.bridges.transformers.blank import build_blank, classes_of
 
-    names = classes_of(trial.model, trial.named)
+    names, guessed = classes_of(
+        trial.model, trial.named, lambda: trial.names, adapter=True, task=trial.task
+    )
     if not names:
         raise BadInputError(
             Finding(
@@ -190,7 +200,7 @@ def _choose(trial: Trial) -> tuple[str, Callable[[], Any]]:
             odd = len(strangers(build_blank(trial.model, name), adapter))
             if least is None or odd < least:
                 best, least = name, odd
-    return best, lambda: build_blank(trial.model, best)
+    return best, lambda: build_blank(trial.model, best), guessed
 
 
 def _open(folder: str) -> Any:

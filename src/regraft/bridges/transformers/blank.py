@@ -7,6 +7,7 @@ zero, and small ones hold such numbers throughout, so that what was never filled
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from regraft.bridges.transformers.building import (
     make_config,
     model_class,
 )
+from regraft.bridges.transformers.choosing import check_architecture
+from regraft.bridges.transformers.files import class_by_names
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
@@ -26,13 +29,32 @@ _SMALL = 1 << 16
 _MARK = 0.4375
 
 
-def classes_of(model: ModelConfig, named: str | None) -> list[str]:
-    """The classes that a model may be, the likeliest first; ``named`` is the one that an adapter names."""
+def classes_of(
+    model: ModelConfig,
+    named: str | None,
+    keys: Callable[[], Sequence[str]],
+    *,
+    adapter: bool = False,
+    task: str | None = None,
+) -> tuple[list[str], str | None]:
+    """The classes that a model may be, the likeliest first, and how it was guessed where none is named.
+
+    ``named`` is the one that an adapter names; ``keys`` are asked for where no class of transformers is named.
+
+    Raises ``AmbiguousError`` where the names fit several, with different results.
+    """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+    check_architecture(model)
+    if model.architecture is not None:
+        return [model.architecture], None
+    known = known_classes(model, [named, *model.architectures()])
+    if not known:
+        guessed = class_by_names(model, keys(), adapter=adapter, task=task)
+        return ([guessed[0]], guessed[1]) if guessed is not None else ([], None)
     bare = MODEL_MAPPING_NAMES.get(model.model_type or "")
-    names = [named, *model.architectures(), *([bare] if isinstance(bare, str) else bare or ())]
-    return known_classes(model, names)
+    others = [bare] if isinstance(bare, str) else bare or ()
+    return list(dict.fromkeys([*known, *known_classes(model, others)])), None
 
 
 def build_blank(model: ModelConfig, name: str) -> Any:

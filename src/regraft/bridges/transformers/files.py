@@ -7,12 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.config import V5, convert_config
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig, Told
+
+if TYPE_CHECKING:
+    from regraft.bridges.transformers.choosing import Guessed
 
 
 class InstalledTransformers:
@@ -34,13 +37,14 @@ class InstalledTransformers:
     ) -> Told | None:
         """The rule book for a model by its config; ``None`` without transformers, or where that has no such model.
 
-        Of several classes the one is taken where most keys land.
+        Of several classes the one is taken where most keys land. Where none is named that there is, it is guessed.
 
-        Raises ``BadInputError`` where the model cannot be built from its config.
+        Raises ``BadInputError`` where the model cannot be built from its config, ``AmbiguousError`` where its class
+        has to be guessed and several lead to different results.
         """
         if find_spec("transformers") is None or find_spec("torch") is None:
             return None
-        question = _Question(model, list(keys), dict(shapes), list(classes), adapter)
+        question = _Question(model, list(keys), dict(shapes), list(classes), adapter, task)
         if "transformers" in sys.modules:
             return _HERE.answer(question)
         try:
@@ -58,6 +62,7 @@ class _Question:
     shapes: dict[str, tuple[int, ...]]
     classes: list[str]
     adapter: bool
+    task: str | None = None
 
 
 @dataclass(slots=True)
@@ -73,20 +78,42 @@ class _InProcess:
         config = self._config(question.model)
         if config is None:
             return None
+        chosen = self.choose(question, config)
+        if chosen is None:
+            return None
+        imported, guessed = chosen
+        told = f"transformers {transformers.__version__} has a registry for {imported.name}"
+        told += f", a class that was guessed: {guessed.why}" if guessed is not None else ""
+        book = imported.book(question.keys, question.shapes, adapter=question.adapter)
+        notes = [newer_than_tested(), guessed.note(question.model) if guessed is not None else None]
+        return Told(book, told, tuple(note for note in notes if note), imported.name)
+
+    def choose(self, question: _Question, config: Any) -> tuple[Any, Guessed | None] | None:
+        """The class of a model, and how it was guessed where none of transformers' is named."""
+        from regraft.bridges.transformers.building import known_classes
+        from regraft.bridges.transformers.choosing import check_architecture, guess
+
+        model = question.model
+        check_architecture(model)
+        asked = [model.architecture] if model.architecture is not None else question.classes
         imported, most = None, -1
-        for name in self._classes(question.model, config, question.classes):
-            candidate = self._imported(question.model, config, name)
+        for name in known_classes(model, asked):
+            candidate = self._imported(model, config, name)
             count = sum(candidate.lands(question.keys))
             if count > most:
                 imported, most = candidate, count
             if count == len(question.keys):
                 break
-        if imported is None:
-            return None
-        told = f"transformers {transformers.__version__} has a registry for {imported.name}"
-        book = imported.book(question.keys, question.shapes, adapter=question.adapter)
-        newer = newer_than_tested()
-        return Told(book, told, () if newer is None else (newer,), imported.name)
+        if imported is not None:
+            return imported, None
+        guessed = guess(
+            model,
+            question.keys,
+            lambda name: self._imported(model, config, name),
+            adapter=question.adapter,
+            task=question.task,
+        )
+        return (guessed.imported, guessed) if guessed is not None else None
 
     def _config(self, model: ModelConfig) -> Any:
         from transformers import CONFIG_MAPPING
@@ -101,21 +128,6 @@ class _InProcess:
         except Exception as error:
             raise _unusable(model, f"transformers does not take the config: {error}") from error
 
-    def _classes(self, model: ModelConfig, config: Any, classes: Sequence[str]) -> list[str]:
-        """Classes of the model that there are; where none is named, all that go with its model type, the base first."""
-        from transformers.models.auto import modeling_auto
-
-        from regraft.bridges.transformers.building import known_classes, model_class
-
-        names = known_classes(model, classes)
-        if names:
-            return names
-        tables = [n for n in vars(modeling_auto) if n.startswith("MODEL_") and n.endswith("_NAMES")]
-        for table in sorted(tables, key=lambda n: n != "MODEL_MAPPING_NAMES"):
-            found = getattr(modeling_auto, table).get(config.model_type) or ()
-            names += [found] if isinstance(found, str) else found
-        return [n for n in dict.fromkeys(names) if model_class(n) is not None]
-
     def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
         from regraft.bridges.transformers.building import build, model_class
         from regraft.bridges.transformers.imported import import_model
@@ -129,6 +141,23 @@ class _InProcess:
                 raise _unusable(model, f"{name} cannot be built from it: {error}") from error
             self._made[made] = import_model(skeleton_of(built))
         return self._made[made]
+
+
+def class_by_names(
+    model: ModelConfig, keys: Sequence[str], *, adapter: bool, task: str | None = None
+) -> tuple[str, str] | None:
+    """The class of a model whose config names none that there is, and how it was guessed, in this process.
+
+    Raises ``AmbiguousError`` where the names fit several, with different results.
+    """
+    config = _HERE._config(model)
+    if config is None:
+        return None
+    question = _Question(model, list(keys), {}, [], adapter, task)
+    chosen = _HERE.choose(question, config)
+    if chosen is None or chosen[1] is None:
+        return None
+    return chosen[0].name, chosen[1].note(model)
 
 
 def _unusable(model: ModelConfig, message: str) -> BadInputError:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.bridges.helper import Helper, HelperEndedError
+from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
@@ -36,6 +37,8 @@ class Loaded:
 
     versions: str
     model_class: str
+    guessed: str | None = None
+    """How the class was guessed, where the config names none that there is."""
     error: str | None = None
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -80,7 +83,8 @@ def attempt(question: Loading) -> Loaded:
     from regraft.bridges.transformers.blank import build_blank, classes_of
     from regraft.bridges.transformers.building import isolated, make_config, model_class
 
-    names = classes_of(question.model, None)
+    folder = Path(question.folder)
+    names, guessed = classes_of(question.model, None, lambda: open_checkpoint(folder).tensors.names)
     if not names:
         raise BadInputError(
             Finding(
@@ -90,7 +94,7 @@ def attempt(question: Loading) -> Loaded:
                 fix="install a transformers that has it",
             )
         )
-    loaded = Loaded(f"transformers {transformers.__version__}", names[0])
+    loaded = Loaded(f"transformers {transformers.__version__}", names[0], guessed)
     loaded.tensors = list(build_blank(question.model, names[0]).state_dict())
     config = make_config(str(question.model.model_type), question.model.data)
     with _quiet(), isolated(), tempfile.TemporaryDirectory(prefix="regraft-") as empty:
