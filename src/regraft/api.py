@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
+from regraft.adapters.stale import sort_files
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
@@ -206,8 +207,13 @@ def convert(
             kinds = {type(error) for error in failed}
             raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
         _note_company(report, [result for _, result in converted])
+        others = list(found.others)
+        if not all(result.report.copied for _, result in converted):
+            others, notes = sort_files(found.root, found.others)
+            report.files = [str(path) for path in others]
+            report.adapters[0].notes += notes
         if not dry_run:
-            _write(found, dst_path, converted, stamps, overwrite)
+            _write(found.root, others, dst_path, converted, stamps, overwrite)
         if progress is not None:
             progress("", len(found.folders), len(found.folders))
         return report
@@ -302,8 +308,8 @@ def _note_company(report: Report, results: list[Converted]) -> None:
     targets = {tuple(sorted(r.config.get("target_parameters") or ())) for r in results}
     if len(targets - {()}) > 1:
         report.adapters[0].notes.append(
-            "these adapters name different target_parameters: PEFT loads each of them alone, but not two on "
-            "one model"
+            "these adapters name different target_parameters: load each on a model of its own, because PEFT "
+            "does not hold two such adapters on one model"
         )
 
 
@@ -341,14 +347,14 @@ def _stamp(folder: Path, weights: Path | None) -> list[Stamp]:
 
 
 def _write(
-    found: Found,
+    root: Path,
+    others: Sequence[Path],
     dst: Path,
     converted: list[tuple[Source, Converted]],
     stamps: list[Stamp],
     overwrite: bool,
 ) -> None:
-    others = [found.root / path for path in found.others]
-    size = sum(path.stat().st_size for path in others)
+    size = sum((root / path).stat().st_size for path in others)
     for source, result in converted:
         if result.report.copied and source.weights is not None:
             size += source.weights.stat().st_size
@@ -357,9 +363,9 @@ def _write(
     with staged_folder(dst, overwrite, size) as staged:
         for source, result in converted:
             save_adapter(staged / source.name, source, result)
-        for path in found.others:
+        for path in others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(found.root / path, staged / path)
-        narrow(staged, [stamp.path for stamp in stamps], kept=found.others)
+            copy_file(root / path, staged / path)
+        narrow(staged, [stamp.path for stamp in stamps], kept=others)
         for stamp in stamps:
             stamp.check()

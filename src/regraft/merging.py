@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from regraft.adapters.base_weights import spellings
 from regraft.adapters.convert import source_layout
 from regraft.adapters.detect import load_model
-from regraft.adapters.factors import Array
+from regraft.adapters.factors import Array, cast_down
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.others import move_others
 from regraft.adapters.source import Source
@@ -135,14 +136,16 @@ def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) 
         if tensor is None:
             findings.append(_absent(key, before.source.where))
             continue
-        _add_to(tensor, kind, matrices)
+        with _located(key, before.source.where):
+            _add_to(tensor, kind, matrices)
         report.targets.append(Target(key, 0, 0, 1.0, rule, False, rung="merged"))
     for name, value in _saved(before, target, findings):
         tensor = written.find(name)
         if tensor is None or tensor.shape != value.shape:
             findings.append(_absent(name, before.source.where))
             continue
-        tensor[...] = value.astype(tensor.dtype)
+        with _located(name, before.source.where):
+            tensor[...] = cast_down(value, tensor.dtype)
         report.carried += 1
     if findings:
         raise RefusedError(findings)
@@ -159,6 +162,15 @@ def _absent(key: str, where: str) -> Finding:
     )
 
 
+@contextmanager
+def _located(key: str, where: str) -> Iterator[None]:
+    """Give a refusal the tensor and the adapter that it is about."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(replace(f, key=key, where=where) for f in error.findings) from error
+
+
 def _add_to(tensor: Array, kind: str, matrices: Iterator[Wide | None]) -> None:
     """Add deltas to a stored tensor, matrix by matrix."""
     roles = KINDS[kind].roles or (OUT, IN)
@@ -168,7 +180,7 @@ def _add_to(tensor: Array, kind: str, matrices: Iterator[Wide | None]) -> None:
             continue
         place = tensor[batch] if BATCH in roles else tensor
         change = (delta.T if turned else delta).reshape(place.shape)
-        place[...] = (place.astype(np.float64) + change).astype(tensor.dtype)
+        place[...] = cast_down(place.astype(np.float64) + change, tensor.dtype)
 
 
 def _saved(before: Deltas, target: str, findings: list[Finding]) -> Iterator[tuple[str, Array]]:

@@ -28,7 +28,9 @@ from regraft.adapters.kept import (
     digest_all,
     drop_stand_ins,
     fill_saved,
+    keep_changed,
     keep_uncalled,
+    put_back,
 )
 from regraft.adapters.others import Moved, move_others, rename_saved, rename_tokens, write_others
 from regraft.adapters.packing import packing_of_version
@@ -112,10 +114,15 @@ def convert_adapter(
     conversion = _Conversion(
         source, to, known, scan, [known.evidence], family, options or Options(), [*known.notes]
     )
-    conversion.choose_layout(layout)
-    if conversion.is_there_already():
-        return conversion.copy()
-    return conversion.convert()
+    try:
+        conversion.choose_layout(layout)
+        if conversion.is_there_already():
+            return conversion.copy()
+        return conversion.convert()
+    except RefusedError as error:
+        raise RefusedError(
+            replace(finding, where=finding.where or source.where) for finding in error.findings
+        ) from error
 
 
 def source_layout(
@@ -339,6 +346,7 @@ class _Conversion:
         record = Record()
         if self.comes_back:
             record = self.source.remembered().record(bool(self.config.get("use_rslora")))
+        came_as = self.source.tensors
         factors_back, written_back = self.take_back()
         here = Side(self.known.books, self.layout, self.known.scopes)
         there = self.there()
@@ -370,6 +378,17 @@ class _Conversion:
         add_factors(result, factors_back, written_back)
         config = self.write_config(result, saved)
         write_others(others, result)
+        lost = keep_changed(made, factors, self.source.tensors, kept)
+        if kept.tensors and any(lora and lora.changed for image in made for lora in image.loras):
+            kept.table.changed = digest_all(result.tensors)
+        if lost:
+            self.notes.append(
+                f"the way back will not give back every bit of {_count(lost, 'LoRA')}: their factors were rescaled, "
+                "or joined with factors of another dtype"
+            )
+        if self.comes_back:
+            remembered = self.source.remembered()
+            put_back(result.tensors, came_as, remembered.kept, self.source.aside)
         self.note_changes(config, made)
         report.carried = len(others)
         report.tensors_out = len(result.tensors)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.adapters.peft_config import Scale
+from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers
 
@@ -40,6 +41,8 @@ class Lora:
     scale: Scale
     exact: bool = True
     """Whether every number of the factors is one of the source's (or zero): nothing was rescaled."""
+    changed: tuple[int, ...] = ()
+    """The sources whose factors got other bits or another dtype, so that they alone do not give them back."""
 
 
 @dataclass(slots=True)
@@ -57,20 +60,76 @@ def rescale(b: Array, ratio: float) -> tuple[Array, bool]:
     A 16-bit factor keeps its dtype where the ratio is a power of two and nothing overflows or underflows;
     otherwise the result is float32 (float64 stays).
 
+    Raises ``RefusedError`` where a finite number would become infinite, or one that is not zero would lose digits
+    below the smallest normal number.
+
     >>> rescale(np.float16([1.5]), 2.0)
     (array([3.], dtype=float16), True)
     """
     if ratio == 1.0:
         return b, True
     mantissa, _ = np.frexp(ratio)
-    if abs(mantissa) == 0.5:
-        scaled = (b * b.dtype.type(ratio)).astype(b.dtype)
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        if abs(mantissa) == 0.5:
+            scaled = (b * b.dtype.type(ratio)).astype(b.dtype)
             back = (scaled / scaled.dtype.type(ratio)).astype(b.dtype)
-        if np.ascontiguousarray(back).tobytes() == np.ascontiguousarray(b).tobytes():
-            return scaled, True
-    wide = np.float64 if b.dtype == np.float64 else np.float32
-    return (b.astype(np.float64) * ratio).astype(wide), False
+            if np.ascontiguousarray(back).tobytes() == np.ascontiguousarray(b).tobytes():
+                return scaled, True
+        wide = np.dtype(np.float64 if b.dtype == np.float64 else np.float32)
+        product = b.astype(np.float64) * ratio
+        made = product.astype(wide)
+        lost = np.isfinite(b) & ~np.isfinite(made)
+        if ratio:
+            lost |= (b != 0) & (np.abs(made) < SMALLEST[wide])
+    if lost.any():
+        raise _not_representable(f"multiplied by {ratio:.3g}, a factor", wide)
+    return made, False
+
+
+SMALLEST = {
+    np.dtype(np.float32): float(np.finfo(np.float32).tiny),
+    np.dtype(np.float64): float(np.finfo(np.float64).tiny),
+}
+"""The smallest normal numbers: below them, digits are lost."""
+
+
+def _not_representable(what: str, dtype: np.dtype[Any]) -> RefusedError:
+    return RefusedError(
+        Finding(
+            "not-representable",
+            f"{what} would leave the range of {dtype}",
+            fix="check lora_alpha and alpha_pattern of adapter_config.json; merge the adapter into its base and "
+            "convert the base",
+        )
+    )
+
+
+def cast_down(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Values in a narrower dtype.
+
+    Raises ``RefusedError`` where a finite one would become infinite.
+    """
+    with np.errstate(all="ignore"):
+        made = values.astype(dtype)
+        overflows = not np.isfinite(np.add.reduce(made, axis=None, dtype=float)) and bool(
+            (np.isfinite(values) & ~np.isfinite(made)).any()
+        )
+    if overflows:
+        raise _not_representable("a number", dtype)
+    return made
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is of floating-point numbers, ml_dtypes' included."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+def is_finite(values: Array) -> bool:
+    """Whether there is no NaN and no infinity among values; a sum tells it faster than a look at each."""
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.add.reduce(values, axis=None, dtype=float)):
+            return True
+        return bool(np.isfinite(values).all())
 
 
 def common_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:

@@ -12,11 +12,12 @@ from math import prod
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors
+from regraft.adapters.factors import Array, Factors, is_finite, is_float
 from regraft.adapters.families.base import Family, NoImageError, Part, Wide, as_wide, narrowed
-from regraft.adapters.image import Block, blocks_of
+from regraft.adapters.image import Block, blocks_of, not_finite
 from regraft.adapters.peft_config import Scale
 from regraft.adapters.tuned import TunedModules
+from regraft.errors import RefusedError
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Entry, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
@@ -186,6 +187,11 @@ def _assemble(
         (piece,) = pieces
         part = _taken(piece, tuned, family)
         return _ordered(part, family, piece.rows_to, piece.columns_to)
+    for piece in pieces:
+        if piece.source >= 0 and not all(
+            map(_is_sound, tuned.parts[piece.source].tensors.values())
+        ):
+            raise RefusedError(not_finite(tuned.headers.name(piece.source)))
     by_columns: dict[bytes, list[_Piece]] = {}
     for piece in pieces:
         by_columns.setdefault(piece.columns_to.tobytes(), []).append(piece)
@@ -201,6 +207,11 @@ def _assemble(
     columns = [band[0].columns_to for band in by_columns.values()]
     joint = family.join_in(bands, [len(c) for c in columns])
     return _ordered(joint, family, None, np.concatenate(columns))
+
+
+def _is_sound(tensor: Array) -> bool:
+    """Whether a tensor holds no NaN and no infinity; indices and seeds hold none."""
+    return not is_float(tensor.dtype) or is_finite(tensor)
 
 
 def _band(band: Sequence[_Piece], tuned: TunedModules, family: Family) -> Part | None:

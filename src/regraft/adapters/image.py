@@ -12,13 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import prod
+from math import log2, prod
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors, Images, Lora, common_dtype, rescale
+from regraft.adapters.factors import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
 from regraft.adapters.peft_config import Scale
 from regraft.adapters.record import Part, Record
 from regraft.equation.lower import Copy, CopyAxis
@@ -264,17 +264,13 @@ def _image(
     if not any(c.a.shape[0] for c in flat):
         return None
     part = record.part(key)
-    scale = part.scale if part is not None else _common_scale(flat)
     stacks = [_stack(each) for each in given]
+    for stack in stacks:
+        _check_mixing(stack, out_size, in_size, key)
     rank = max(stack.rank for stack in stacks)
     if part is not None:
         rank = max(rank, part.scale.rank)
-    exact = True
-    scaled: dict[int, Array] = {}
-    for contribution in flat:
-        ratio = contribution.scale.ratio_to(scale)
-        scaled[id(contribution)], same = rescale(contribution.b, ratio)
-        exact &= same
+    scale, scaled, lossy = _share_scale(flat, rank, part, key)
     a_out = np.zeros((batch, rank, in_size), common_dtype({c.a.dtype for c in flat}))
     packed = np.zeros((out_size, rank, batch), common_dtype({s.dtype for s in scaled.values()}))
     for number, stack in enumerate(stacks):
@@ -298,7 +294,12 @@ def _image(
     b_out = packed.transpose(2, 0, 1)
     if BATCH not in roles:
         a_out, b_out = a_out[0], b_out[0]
-    return Lora(a_out, b_out, scale.at_rank(rank), exact)
+    changed = {
+        c.source
+        for c in flat
+        if (c.a.dtype, c.b.dtype) != (a_out.dtype, b_out.dtype) or c.source in lossy
+    }
+    return Lora(a_out, b_out, scale.at_rank(rank), not lossy, tuple(sorted(changed)))
 
 
 def _box(rows: Sequence[int] | Ints, columns: Sequence[int] | Ints) -> Any:
@@ -320,6 +321,8 @@ def _run(index: Sequence[int] | Ints) -> slice | None:
 def _without_effectless(contribution: _Contribution, part: Part | None) -> _Contribution:
     a, b = contribution.a, contribution.b
     alive = (a != 0).any(axis=1) & (b != 0).any(axis=0)
+    if not (is_finite(a) and is_finite(b)):  # zero times NaN has an effect
+        alive |= ~(np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=0))
     keep: Ints = np.flatnonzero(alive)
     if part is not None and all(place < len(alive) for place in part.places):
         told = np.array(part.places, dtype=np.int64)
@@ -330,19 +333,106 @@ def _without_effectless(contribution: _Contribution, part: Part | None) -> _Cont
     return replace(contribution, a=a[keep], b=b[:, keep])
 
 
-def _common_scale(contributions: list[_Contribution]) -> Scale:
-    """The scale of the largest number of components, so that as few as possible are rescaled.
+def _share_scale(
+    contributions: list[_Contribution], rank: int, part: Part | None, key: str
+) -> tuple[Scale, dict[int, Array], set[int]]:
+    """One scale for all components of a target, every contribution's B at that scale, and the sources that rounded.
 
-    A scale of zero is chosen only where there is no other: nothing could be folded back from it.
+    Raises ``RefusedError`` where there is no scale at which all numbers stay in the range of their dtype.
     """
+    refused: RefusedError | None = None
+    for scale in _common_scales(contributions, part):
+        try:
+            scale.at_rank(rank)
+            scaled: dict[int, Array] = {}
+            lossy = set()
+            for contribution in contributions:
+                ratio = contribution.scale.ratio_to(scale)
+                scaled[id(contribution)], same = rescale(contribution.b, ratio)
+                if not same:
+                    lossy.add(contribution.source)
+        except RefusedError as error:
+            refused = refused or error
+            continue
+        return scale, scaled, lossy
+    assert refused is not None
+    raise RefusedError(replace(finding, key=key) for finding in refused.findings) from refused
+
+
+def _common_scales(contributions: list[_Contribution], part: Part | None) -> Iterator[Scale]:
+    """Scales to try: the recorded one, those of the most components first, then one in between.
+
+    So as few components as possible are rescaled. A scale of zero is tried only where there is no other: nothing
+    could be folded back from it.
+    """
+    if part is not None:
+        yield part.scale
     if len(contributions) == 1:
-        return contributions[0].scale
-    counts: Counter[Fraction] = Counter()
-    alive = [c for c in contributions if c.scale.alpha] or contributions
-    for contribution in alive:
-        counts[contribution.scale.exact] += contribution.a.shape[0]
-    best = max(counts.values())
-    return next(c.scale for c in alive if counts[c.scale.exact] == best)
+        yield contributions[0].scale
+    else:
+        counts: Counter[Fraction] = Counter()
+        first: dict[Fraction, Scale] = {}
+        for c in [c for c in contributions if c.scale.alpha] or contributions:
+            counts[c.scale.exact] += c.a.shape[0]
+            first.setdefault(c.scale.exact, c.scale)
+        for exact, _ in counts.most_common():
+            yield first[exact]
+    between = _scale_between(contributions)
+    if between is not None:
+        yield between
+
+
+def _scale_between(contributions: list[_Contribution]) -> Scale | None:
+    """A power of two as the scale at which every contribution's B has normal numbers in float32; if there is one."""
+    lowest, highest = -125.0, 126.0
+    like = contributions[0].scale
+    for c in contributions:
+        sizes = np.abs(c.b[c.b != 0].astype(np.float64))
+        sizes = sizes[np.isfinite(sizes)]
+        if c.scale.alpha and len(sizes):
+            value = _log2(Fraction(c.scale.alpha)) - log2(c.scale.divisor)
+            lowest = max(lowest, value + log2(sizes.max()) - 127)
+            highest = min(highest, value + log2(sizes.min()) + 126)
+    if lowest > highest:
+        return None
+    exponent = round((lowest + highest) / 2)
+    return Scale(like.rank, like.divisor * 2.0**exponent, like.rslora)
+
+
+def _log2(value: Fraction) -> float:
+    return log2(abs(value.numerator)) - log2(value.denominator)
+
+
+def _check_mixing(stack: _Stack, out_size: int, in_size: int, key: str) -> None:
+    """Refuse NaN and infinity that would spread over numbers of the target that the source leaves finite.
+
+    A component adds its column of B times its row of A. Zeros fill both where its block does not reach, and zero
+    times NaN is NaN.
+    """
+    rows: dict[int, set[int]] = defaultdict(set)
+    columns: dict[int, set[int]] = defaultdict(set)
+    for c, places in stack.placed:
+        if is_finite(c.a) and is_finite(c.b):
+            continue
+        for number, place in enumerate(places):
+            if not np.isfinite(c.a[number]).all():
+                rows[place].update(c.block.rows_to[c.at].tolist())
+            if not np.isfinite(c.b[:, number]).all():
+                columns[place].update(c.block.columns_to[c.at].tolist())
+    if any(len(found) < out_size for found in rows.values()) or any(
+        len(found) < in_size for found in columns.values()
+    ):
+        raise RefusedError(not_finite(key))
+
+
+def not_finite(key: str | None = None) -> Finding:
+    """Why factors that hold NaN or infinities are not joined with others."""
+    return Finding(
+        "not-finite",
+        "one of the tensors that become this one holds NaN or infinite values, and they would spread to the others",
+        key=key,
+        fix="take the damaged module out of the adapter, or restore it from another checkpoint of the training",
+    )
 
 
 def _stack(contributions: list[_Contribution]) -> _Stack:
@@ -438,11 +528,13 @@ class _Whole:
                 scale = first
             if first.exact != scale.exact or scales.count(first) != len(scales):
                 return None
-            if a[0].ndim != 2:
+            if len({x.shape for x in a}) > 1 or len({x.shape for x in b}) > 1 or a[0].ndim != 2:
                 return None
             dtypes.update(map(_DTYPE, a), map(_DTYPE, b))
             parts.append((block, ids, a, b))
         if scale is None or len(dtypes) > 1:
+            return None
+        if len(parts) > 1 and not all(is_finite(x) for _, _, a, b in parts for x in (*a, *b)):
             return None
         rank = sum(a[0].shape[0] for _, _, a, _ in parts)
         dtype = dtypes.pop()

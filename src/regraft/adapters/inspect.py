@@ -16,6 +16,7 @@ from regraft.adapters.detect import (
     find_books,
     load_model,
 )
+from regraft.adapters.dialects import find_dialect
 from regraft.adapters.factors import Array
 from regraft.adapters.peft_config import LoraConfig, targets_parameter
 from regraft.adapters.reading import FactorReader, Side
@@ -163,7 +164,7 @@ def inspect(
     inspection = Inspection(str(src), files=[str(path) for path in found.others])
     for folder in found.folders:
         try:
-            source = open_adapter(folder, found.root, found.weights)
+            source = open_adapter(folder, found.root, found.weights, foreign=True)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
@@ -182,6 +183,9 @@ def inspect_adapter(
     lora = source.peft_type == "LORA"
     names, tensors = list(source.tensors), list(source.tensors.values())
     scan, problems = scan_names(names, source.where, lora)
+    dialect = find_dialect(config, source.tensors, Path(source.where))
+    if dialect is not None:
+        problems = [dialect]
     known, books, evidence = _find_model(scan, source, model, foreign)
     result = Inspected(
         name=source.name,

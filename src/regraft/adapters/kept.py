@@ -16,7 +16,7 @@ import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
-from regraft.adapters.factors import Array, Images, Lora, delta
+from regraft.adapters.factors import Array, Factors, Images, Lora, delta
 from regraft.adapters.others import Moved, owner_of
 from regraft.adapters.peft_config import Scale
 from regraft.adapters.remembered import KeptModule, KeptTable
@@ -219,6 +219,37 @@ def drop_stand_ins(
             scale = Scale(what.rank, what.alpha, what.rslora)
             written.append(Written(f"{module}.weight", module, None, scale))
     return drop, factors, written
+
+
+def keep_changed(
+    images: Iterable[Images], factors: Factors, tensors: Mapping[str, Array], kept: Kept
+) -> int:
+    """Keep aside factors that their image alone does not give back bit for bit; how many cannot be kept.
+
+    They were rounded to another scale, or joined with factors of another dtype.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    lost = 0
+    for image in images:
+        for lora in image.loras:
+            for source in lora.changed if lora is not None else ():
+                found = [names.get(id(x)) for x in (factors.a[source], factors.b[source])]
+                lost += None in found
+                kept.tensors.update((name, tensors[name]) for name in found if name is not None)
+    return lost
+
+
+def put_back(
+    tensors: dict[str, Array],
+    source: Mapping[str, Array],
+    table: KeptTable,
+    aside: Mapping[str, Array],
+) -> None:
+    """On a way back: factors that were kept aside because they had changed, where nothing was changed since."""
+    if table.changed and digest_all(source) == table.changed:
+        for name, tensor in aside.items():
+            if name in tensors and tensors[name].shape == tensor.shape:
+                tensors[name] = tensor
 
 
 def add_factors(result: Result, factors: Mapping[str, Array], written: Iterable[Written]) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import isclose, sqrt
+from math import inf, isclose, isfinite, sqrt
 from typing import Any
+
+from regraft.errors import Finding, RefusedError
 
 Number = int | float
 ALL_LINEAR = "all-linear"
@@ -52,7 +54,7 @@ class Scale:
         >>> Scale(4, 8).value, Scale(4, 8, rslora=True).value
         (2.0, 4.0)
         """
-        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / self.divisor
 
     @property
     def exact(self) -> Fraction:
@@ -61,31 +63,78 @@ class Scale:
         return alpha * alpha / self.rank if self.rslora else alpha / self.rank
 
     def ratio_to(self, other: Scale) -> float:
-        """What ``B`` must be multiplied by to move to another scale; 1.0 where they are the same."""
+        """What ``B`` must be multiplied by to move to another scale; 1.0 where they are the same.
+
+        Raises ``RefusedError`` where no float64 holds the ratio.
+
+        >>> Scale(4, 8).ratio_to(Scale(4, 2))
+        4.0
+        """
         if self == other:
             return 1.0
         if self.exact == other.exact and self.rslora == other.rslora:
             return 1.0
-        if other.alpha == 0:
+        if other.alpha == 0 or self.alpha == 0:
             return 0.0
-        ratio = self.value / other.value
+        ratio = _float(Fraction(self.alpha) / Fraction(other.alpha))
+        if self.rslora or other.rslora:
+            ratio *= other.divisor / self.divisor
+        else:
+            ratio = _float(self.exact / other.exact)
+        if ratio == 0 or not isfinite(ratio):
+            raise out_of_range(f"the ratio of the scales {self} and {other}")
         return 1.0 if isclose(ratio, 1.0, rel_tol=_SAME_SCALE) else ratio
 
     def at_rank(self, rank: int) -> Scale:
         """The same scale at another rank; alpha is whole where it can be.
+
+        Raises ``RefusedError`` where no float64 holds that alpha.
 
         >>> Scale(4, 8).at_rank(8)
         Scale(rank=8, alpha=16, rslora=False)
         """
         if rank == self.rank:
             return self
+        ratio = Fraction(rank, self.rank)
         if self.rslora:
-            ratio = Fraction(rank, self.rank)
             root = Fraction(_root(ratio.numerator), _root(ratio.denominator))
-            exact = Fraction(self.alpha) * root if root * root == ratio else None
-            alpha = _plain(exact) if exact is not None else self.alpha * sqrt(rank / self.rank)
-            return Scale(rank, alpha, True)
-        return Scale(rank, _plain(Fraction(self.alpha) * rank / self.rank), False)
+            if root * root != ratio:
+                alpha: Number = self.alpha * sqrt(rank / self.rank)
+                if not isfinite(alpha):
+                    raise out_of_range(f"{self} at rank {rank}")
+                return Scale(rank, alpha, True)
+            ratio = root
+        exact = Fraction(self.alpha) * ratio
+        alpha = _plain(exact)
+        if not isfinite(alpha) or (exact and abs(Fraction(alpha) / exact - 1) > _SAME_SCALE):
+            raise out_of_range(f"{self} at rank {rank}")
+        return Scale(rank, alpha, self.rslora)
+
+    @property
+    def divisor(self) -> float:
+        """What alpha is divided by."""
+        return sqrt(self.rank) if self.rslora else self.rank
+
+    def __str__(self) -> str:
+        return f"{self.alpha:g}/{'√' if self.rslora else ''}{self.rank}"
+
+
+def out_of_range(what: str) -> RefusedError:
+    """A scale that no float64 holds."""
+    return RefusedError(
+        Finding(
+            "not-representable",
+            f"{what} is not a number that float64 can hold",
+            fix="check lora_alpha, r, rank_pattern and alpha_pattern of adapter_config.json",
+        )
+    )
+
+
+def _float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
 
 
 def _root(number: int) -> int:
@@ -93,7 +142,8 @@ def _root(number: int) -> int:
 
 
 def _plain(value: Fraction) -> Number:
-    return int(value) if value.denominator == 1 else float(value)
+    number = _float(value)
+    return int(value) if value.denominator == 1 and isfinite(number) else number
 
 
 class Patterns:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Images, Lora
+from regraft.adapters.factors import Array, Images, Lora, is_finite
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RefusedError
 
 _VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|0?\.[0-9]*[1-9][0-9]*|[1-9](?:\.[0-9]+)?[eE]-[0-9]+)")
 
@@ -142,10 +142,31 @@ def cut(lora: Lora, how: str) -> float:
 
 
 def _split(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """The singular vectors and values of ``b @ a``, without making the product."""
+    """The singular vectors and values of ``b @ a``, without making the product.
+
+    Raises ``RefusedError`` where the factors, or their product, are not finite.
+    """
+    if not (is_finite(a) and is_finite(b)):
+        raise RefusedError(
+            Finding(
+                "not-finite",
+                "a factor holds NaN or infinite values, so its delta has no singular values",
+                fix="convert without --via svd and --compact",
+            )
+        )
     qb, rb = np.linalg.qr(b)
     qa, ra = np.linalg.qr(a.T)
-    u, s, v = np.linalg.svd(rb @ ra.T)
+    with np.errstate(all="ignore"):
+        middle = rb @ ra.T
+    if not is_finite(middle):
+        raise RefusedError(
+            Finding(
+                "not-representable",
+                "the product of the factors leaves the range of float64",
+                fix="convert without --via svd and --compact",
+            )
+        )
+    u, s, v = np.linalg.svd(middle)
     count = len(s)
     return qb @ u[:, :count], s, v[:count] @ qa.T
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors
+from regraft.adapters.factors import Array, Factors, is_float
 from regraft.adapters.packing import packing_of_version, swaps, unpack
 from regraft.adapters.peft_config import (
     LoraConfig,
@@ -62,6 +62,15 @@ class Side:
             key = found[1].key
             if key is not None and match_group(key, keys) is not None:
                 return found
+        return None
+
+    def carried_kind(self, keys: Group) -> str | None:
+        """The kind that a carry-over gives a key that stays as it is; ``None`` where none says it."""
+        for book in self.books:
+            for carry in book.carries:
+                key = carry.term.key
+                if carry.kind and key is not None and match_group(key, keys) is not None:
+                    return carry.kind
         return None
 
     def has_parameters_in(self, name: str) -> bool:
@@ -219,7 +228,8 @@ class FactorReader:
         unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
         kind = found[2] if found is not None else unruled
         scales = self._scales(pairs, keys)
-        stored = self._check_pairs(pairs, a, b, scales, kind)
+        flat = any(x.ndim > 2 for x in a) and self.side.carried_kind(keys)
+        stored = self._check_pairs(pairs, a, b, scales, flat or kind)
         self._check_targets(pairs, keys)
         factors.a += a
         factors.b += b
@@ -267,7 +277,7 @@ class FactorReader:
     def _check_dtypes(self, pairs: Pairs, a: list[Array], b: list[Array]) -> None:
         for ids, arrays in ((pairs.a, a), (pairs.b, b)):
             for dtype in set(map(_DTYPE, arrays)):
-                if not _is_float(dtype):
+                if not is_float(dtype):
                     odd = next(i for i, x in enumerate(arrays) if x.dtype == dtype)
                     self._report_dtype(dtype, self.names[int(ids[odd])])
 
@@ -381,7 +391,7 @@ class FactorReader:
             name = keys.name(row)
             scale = self.lora.scale(name)
             for x, number in ((a, i), (b, j)):
-                if not _is_float(x.dtype):
+                if not is_float(x.dtype):
                     self._report_dtype(x.dtype, self.names[number])
             if not KINDS[kind].name.startswith("experts"):
                 shape = _base_shape(a.shape, b.shape, scale.rank, kind)
@@ -482,15 +492,15 @@ def _stored(kind: str, experts: int, out_size: int, in_size: int) -> tuple[int, 
     return (experts, out_size, in_size) if kind == "experts" else (experts, in_size, out_size)
 
 
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
-
-
 def _base_shape(
     a: tuple[int, ...], b: tuple[int, ...], rank: int, kind: str
 ) -> tuple[int, ...] | str:
     if len(a) < 2 or len(b) < 2:
         return f"LoRA factors have two dims or more, these have {list(a)} and {list(b)}"
+    if len(a) != len(b) or any(size != 1 for size in b[2:]):
+        return f"lora_A {list(a)} and lora_B {list(b)} do not fit together: their dims differ"
+    if len(a) > 2 and kind not in ("any", "parameter"):
+        return f"LoRA factors of a {kind} weight have two dims, these have {list(a)} and {list(b)}"
     if a[0] != b[1] and len(a) == 2:
         return f"lora_A {list(a)} and lora_B {list(b)} do not fit together: their ranks differ"
     if a[0] != rank:

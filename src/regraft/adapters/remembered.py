@@ -38,12 +38,14 @@ class KeptModule(msgspec.Struct):
 class KeptTable(msgspec.Struct, omit_defaults=True):
     """What is kept aside by module, and digests of tensors that were filled in from the base.
 
-    ``whole`` is a digest of all tensors of the result, where all of the source's are kept aside.
+    ``whole`` is a digest of all tensors of the result, where all of the source's are kept aside; ``changed`` the same,
+    where only those are kept that the result alone does not give back bit for bit.
     """
 
     modules: dict[str, KeptModule] = {}
     filled: dict[str, str] = {}
     whole: str = ""
+    changed: str = ""
 
 
 class Remembered(msgspec.Struct, kw_only=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.config_check import check_fields
+from regraft.adapters.dialects import find_dialect
 from regraft.adapters.factors import Array
 from regraft.adapters.remembered import Remembered, read_remembered
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.storage.beside import check_files
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import open_tensors, read_header
@@ -117,10 +120,49 @@ def _is_bookkeeping(path: Path) -> bool:
     return any(part in (".git", ".cache", "blobs", "refs", ".no_exist") for part in path.parts[:-1])
 
 
-def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Source:
+_MOST_DIGITS = 15
+"""A number in a key with more digits is no layer's or expert's, and would not fit into 64 bits as a table's entry."""
+_NUMBER = re.compile(rf"(?:^|\.)[0-9]{{{_MOST_DIGITS + 1},}}(?=\.|$)", re.MULTILINE)
+
+
+def _check_names(tensors: Mapping[str, Array], where: str) -> list[Finding]:
+    """Names that are not text, or that hold a number which nothing can have."""
+    if not tensors:
+        return []
+    joined = "\n".join(tensors)
+    odd = []
+    if _NUMBER.search(joined) or not _is_text(joined):
+        odd = [name for name in tensors if _NUMBER.search(name) or not _is_text(name)]
+    return [
+        Finding(
+            "odd-key",
+            f"this is no name of a tensor: it holds a number of more than {_MOST_DIGITS} digits"
+            if _is_text(name)
+            else "this is no name of a tensor: it holds half of a surrogate pair, which is not text",
+            where=where,
+            key=name.encode("utf-8", "backslashreplace").decode()[:300],
+            fix="save the adapter again",
+        )
+        for name in odd
+    ]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def open_adapter(
+    folder: Path, root: Path, weights: Path | None = None, *, foreign: bool = False
+) -> Source:
     """Open one adapter; everything that is wrong with its two files is reported together.
 
-    Raises ``BadInputError``.
+    ``foreign`` allows another tool's form, which a caller then has to look for itself.
+
+    Raises ``BadInputError``; ``RefusedError`` where it is sound, but in another tool's form.
     """
     findings: list[Finding] = []
     config: dict[str, Any] = {}
@@ -166,7 +208,11 @@ def open_adapter(folder: Path, root: Path, weights: Path | None = None) -> Sourc
             aside = open_tensors(folder / ASIDE)
     except RegraftError as error:
         findings += error.findings
+    findings += _check_names(tensors, str(file))
     if findings:
         raise BadInputError(findings)
+    dialect = None if foreign else find_dialect(config, tensors, folder)
+    if dialect is not None:
+        raise RefusedError(dialect)
     name = str(folder.relative_to(root))
     return Source("" if name == "." else name, str(folder), config, tensors, metadata, file, aside)

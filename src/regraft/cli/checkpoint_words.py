@@ -10,7 +10,8 @@ from rich.text import Text
 
 from regraft.cli.output import Output, visible
 from regraft.cli.words import show_notes
-from regraft.report import CheckpointReport, Report, show_size
+from regraft.report import AdapterReport, CheckpointReport, Report, show_size
+from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.checkpoints.inspect import CheckpointInspection
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
 _SHOWN, _FILES = 50, 6
+
+
+def merged_in_words(adapter: AdapterReport, checkpoint: CheckpointReport) -> str:
+    """What merging an adapter changed in its base."""
+    added = len({target.key for target in adapter.targets})
+    words = f"merged: an adapter's delta was added to {count_in_words(added, 'tensor')}"
+    if adapter.carried:
+        words += f", and {count_in_words(adapter.carried, 'tensor')} replaced"
+    return words + f"; {checkpoint.tensors_out} in all"
 
 
 def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
@@ -45,7 +55,10 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     if checkpoint.casts:
         casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
         summary.append(f"cast: {casts}", _WARNING)
-    else:
+    merged = [adapter for adapter in report.adapters if adapter.targets or adapter.carried]
+    for adapter in merged:
+        summary.append(merged_in_words(adapter, checkpoint), _WARNING)
+    if not checkpoint.casts and not merged:
         summary.append("every number is the source's own, bit for bit", _GOOD)
     out.show(summary)
     for change in checkpoint.config:

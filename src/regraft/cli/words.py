@@ -182,9 +182,11 @@ def _last_line(report: Report) -> Text:
     if not report.written:
         return Text("Nothing was written: this was a dry run.", WARNING)
     calls = []
+    parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
+    apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
     for number, adapter in enumerate(report.adapters):
         folder = _quote(str(Path(report.destination) / adapter.name))
-        if number == 0:
+        if number == 0 or apart:
             calls.append(f"model = PeftModel.from_pretrained(model, {folder})")
         else:
             calls.append(f"model.load_adapter({folder}, {_quote(Path(adapter.name).name)})")

@@ -130,6 +130,28 @@ class Code(Enum):
         "give the base's folder with its weights as `--model`",
         "the result contains numbers that only the base has, and they are not at hand",
     )
+    DIALECT = (
+        "dialect",
+        Part.REFUSED,
+        "the format of another tool",
+        "export it with that tool, in PEFT's format",
+        "the adapter is in the form of Unsloth's or NeMo's packed experts, Tinker, torchtune, MLX, …, "
+        "which PEFT does not read or reads wrongly",
+    )
+    NOT_REPRESENTABLE = (
+        "not-representable",
+        Part.REFUSED,
+        "a number leaves the range of its dtype",
+        "check `lora_alpha` and `alpha_pattern`; merge the adapter into its base",
+        "parts of very unequal scale become one tensor, or an adapter is merged",
+    )
+    NOT_FINITE = (
+        "not-finite",
+        Part.REFUSED,
+        "NaN or infinite values would spread",
+        "take the damaged module out, or restore it from another checkpoint",
+        "a factor that holds some is joined with others, or has no singular value decomposition",
+    )
     NOTHING_LEFT = (
         "nothing-left",
         Part.REFUSED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from regraft.storage.work import cannot_write, open_work
 _MAX_JSON_BYTES = 100_000_000
 _CHUNK = 1 << 20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_MAX_JSON_DEPTH = 64
+"""Configs are nested a handful of levels; whatever walks or writes one recursively stays far below Python's limit."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -159,6 +163,12 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except RecursionError as error:
         message = "not JSON that can be read: it is nested too deep"
         raise BadInputError(Finding("not-json", message, where=where)) from error
+    if _depth_exceeds(value, text, _MAX_JSON_DEPTH):
+        message = f"not JSON that can be read: it is nested more than {_MAX_JSON_DEPTH} deep"
+        raise BadInputError(Finding("not-json", message, where=where, fix="correct the file"))
+    if _SURROGATE.search(text) and not _is_text(value):
+        message = "a string holds half of a surrogate pair (such as \\ud800), which is not text"
+        raise BadInputError(Finding("not-json", message, where=where, fix="correct the file"))
     if not isinstance(value, dict):
         message = f"expected a JSON object, and the file holds {_name_json(value)}"
         raise BadInputError(Finding("not-an-object", message, where=where))
@@ -174,6 +184,33 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             for name, count in duplicates.items()
         )
     return value
+
+
+def _depth_exceeds(value: object, text: str, most: int) -> bool:
+    """Whether JSON is nested deeper than ``most``; one with few brackets cannot be."""
+    if text.count("[") + text.count("{") <= most:
+        return False
+    level: list[Any] = [value]
+    for _ in range(most + 1):
+        level = [
+            item
+            for container in level
+            if isinstance(container, (dict, list))
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _is_text(value: object) -> bool:
+    """Whether all strings of a JSON value can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_text(path: Path) -> str:

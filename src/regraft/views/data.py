@@ -165,7 +165,16 @@ def page_of_inspection(inspection: Inspection) -> Page:
             _add_by_state(rows, other.keys, "saved", wrong, known, adapter.name)
         facts += _inspected_facts(adapter)
     problems = inspection.problems
-    verdict = Fact("Sound", "nothing is wrong with it", "good")
+    unknown = [a for a in inspection.adapters if not a.layouts and a.targets]
+    verdict = Fact(
+        "Readable",
+        "no problem was found in the file; 'regraft check' tells whether it loads",
+        "info",
+    )
+    if unknown:
+        verdict = Fact(
+            "Not known", "its layout is not known, so little could be checked", "warning"
+        )
     if problems:
         verdict = Fact("Not sound", count_in_words(len(problems), "problem"), "bad")
     return Page(

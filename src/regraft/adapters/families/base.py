@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from regraft.adapters.factors import Array, common_dtype
+from regraft.adapters.factors import Array, cast_down, common_dtype
 from regraft.adapters.peft_config import Anchored, Patterns
 from regraft.names.keys import Ints
 
@@ -263,9 +263,12 @@ def as_wide(*arrays: Array) -> tuple[Wide, ...]:
 
 
 def narrowed(array: Wide, *like: Array) -> Array:
-    """A computed array in float32, or float64 where one of its origins is."""
+    """A computed array in float32, or float64 where one of its origins is.
+
+    Raises ``RefusedError`` where a finite number would become infinite.
+    """
     wide = any(x.dtype == np.float64 for x in like)
-    return array if wide else array.astype(np.float32)
+    return array if wide else cast_down(array, np.dtype(np.float32))
 
 
 def block_diagonal(blocks: Sequence[Array]) -> Array:

@@ -25,6 +25,7 @@ from regraft.adapters.families.base import (
     Family,
     NoImageError,
     Part,
+    UnreadableError,
     Wide,
     as_wide,
     block_diagonal,
@@ -56,6 +57,8 @@ class LoraVariant(Family):
     batches = False
     fields = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     roles = {"A": (None, IN), "B": (OUT, None), "bias": (OUT,), "m": (OUT,), "diag": (None,)}
+    needed: ClassVar[tuple[str, ...]] = ("A", "B")
+    """Roles that every module has."""
     names: ClassVar[Mapping[str, str]] = {
         "A": "lora_A.weight",
         "B": "lora_B.weight",
@@ -76,8 +79,13 @@ class LoraVariant(Family):
     def sizes(
         self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
     ) -> tuple[int | None, int | None]:
-        a, b = tensors.get("A"), tensors.get("B")
-        if a is None or b is None or a.ndim < 3 or a.ndim != b.ndim:
+        missing = [self.names[role] for role in self.needed if role not in tensors]
+        if missing:
+            raise UnreadableError(f"{' and '.join(missing)} is missing")
+        a, b = tensors["A"], tensors["B"]
+        if a.ndim == b.ndim == 2 and a.shape[0] != b.shape[1]:
+            raise UnreadableError(f"its ranks differ: A {list(a.shape)}, B {list(b.shape)}")
+        if a.ndim < 3 or a.ndim != b.ndim:
             return super().sizes(tensors, settings)
         return b.shape[0], prod(a.shape[1:])  # a convolution: in has its kernel's dims, too
 
@@ -186,6 +194,8 @@ class Dora(LoraVariant):
 
 class LoraBias(LoraVariant):
     """A LoRA whose B has a bias, which adds to the module's own."""
+
+    needed = ("A", "B", "bias")
 
     title = "LoRA with lora_bias"
     formula = "W + scale · B A, and the bias + scale · b"

@@ -1,0 +1,363 @@
+"""Scales beyond a dtype, NaN and infinity, mixed dtypes, configs of wrong types, and other tools' forms."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import regraft
+from regraft.adapters.config_check import check_fields
+from regraft.adapters.factors import cast_down, rescale
+from regraft.cli.run import run
+from regraft.storage.safetensors import open_tensors, write_tensors
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+BASE = GOLDEN / "bases/mixtral"
+V4, V5 = "transformers-v4", "transformers-v5"
+EXPERT = "base_model.model.model.layers.0.block_sparse_moe.experts.{}.{}.lora_{}.weight"
+
+
+def adapter(folder, change=None, case="mixtral__gud_attn", **fields):
+    """A golden adapter with other fields in its config, and its tensors as ``change`` leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((GOLDEN / "cases" / case / "adapter_config.json").read_text()) | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = dict(open_tensors(GOLDEN / "cases" / case / "adapter_model.safetensors"))
+    tensors = {name: tensor.copy() for name, tensor in tensors.items()}
+    if change:
+        change(tensors)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return folder
+
+
+def read(folder):
+    return dict(open_tensors(folder / "adapter_model.safetensors"))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[n].dtype == other[n].dtype and one[n].tobytes() == other[n].tobytes() for n in one
+    )
+
+
+def there_and_back(src, tmp_path):
+    regraft.convert(src, tmp_path / "new", to=V5, model=BASE, verify=True)
+    regraft.convert(tmp_path / "new", tmp_path / "back", to=V4, model=BASE)
+    assert same(read(tmp_path / "back"), read(src))
+    before, after = (
+        json.loads((f / "adapter_config.json").read_text()) for f in (src, tmp_path / "back")
+    )
+    assert before == after
+
+
+# Scales
+
+
+def test_a_common_scale_between_is_found_where_none_of_the_parts_will_do(tmp_path):
+    src = adapter(tmp_path / "src", alpha_pattern={"w1": 1e-40})
+    there_and_back(src, tmp_path)
+    made = read(tmp_path / "new")
+    b = made["base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"]
+    assert np.isfinite(b).all()
+    assert (np.abs(b[b != 0]) > np.finfo(np.float32).tiny).all()
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e308, 1e-300])
+def test_scales_too_far_apart_are_refused(alpha, tmp_path):
+    src = adapter(tmp_path / "src", alpha_pattern={"w1": alpha})
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+    finding = caught.value.findings[0]
+    assert finding.code == "not-representable"
+    assert finding.key.endswith("gate_up_proj") and finding.where == str(src)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_alpha_that_cannot_be_doubled_is_folded_in(tmp_path):
+    src = adapter(tmp_path / "src", lora_alpha=1e308)
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+    assert caught.value.findings[0].code == "not-representable"
+
+
+@pytest.mark.parametrize("ratio", [3e38, 1e-44, 2.0**-140])
+def test_rescaling_refuses_what_float32_cannot_hold(ratio):
+    with pytest.raises(regraft.RefusedError):
+        rescale(np.float32([1.5, 1e3, 1e-3, 0]), ratio)
+
+
+def test_half_precision_is_widened_where_a_power_of_two_overflows_it():
+    made, exact = rescale(np.float16([60000.0]), 2.0)
+    assert made.dtype == np.float32 and made[0] == 120000 and not exact
+
+
+def test_narrowing_refuses_to_make_infinities():
+    assert np.isnan(cast_down(np.array([np.nan]), np.dtype(np.float16))).all()
+    with pytest.raises(regraft.RefusedError):
+        cast_down(np.array([1e6]), np.dtype(np.float16))
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_in_one_projection_is_not_given_to_its_sibling(value, tmp_path):
+    def spoil(tensors):
+        tensors[EXPERT.format(0, "w1", "A")][0, 0] = value
+
+    src = adapter(tmp_path / "src", spoil)
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+    assert [f.code for f in caught.value.findings] == ["not-finite"]
+
+
+@pytest.mark.parametrize("name", [("w2", "A"), ("w2", "B"), ("w1", "B")])
+def test_nan_that_stays_where_it_is_is_kept(name, tmp_path):
+    def spoil(tensors):
+        tensors[EXPERT.format(0, *name)][0, 0] = np.nan
+
+    src = adapter(tmp_path / "src", spoil)
+    regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+    regraft.convert(tmp_path / "new", tmp_path / "back", to=V4, model=BASE)
+    assert same(read(tmp_path / "back"), read(src))
+
+
+def test_singular_values_of_nan_are_refused(tmp_path):
+    def spoil(tensors):
+        tensors[EXPERT.format(0, "w2", "A")][0, 0] = np.nan
+
+    src = adapter(tmp_path / "src", spoil)
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5, model=BASE, via="svd:2")
+    assert caught.value.findings[0].code == "not-finite"
+
+
+# Mixed dtypes
+
+
+def test_dtypes_mixed_among_experts_come_back_bit_for_bit(tmp_path):
+    def mix(tensors):
+        for name in (EXPERT.format(0, "w1", "A"), EXPERT.format(1, "w3", "B")):
+            tensors[name] = tensors[name].astype(np.float16)
+
+    there_and_back(adapter(tmp_path / "src", mix), tmp_path)
+
+
+def test_a_ratio_that_rounds_comes_back_bit_for_bit(tmp_path):
+    def narrowed(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.astype(np.float16)
+
+    there_and_back(adapter(tmp_path / "src", narrowed, alpha_pattern={"w1": 7}), tmp_path)
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", True),
+        ("r", 2**31),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", "8"),
+        ("peft_type", ["LORA"]),
+        ("peft_type", {}),
+        ("rank_pattern", {"w1": 0}),
+        ("alpha_pattern", {"(": 1}),
+        ("alpha_pattern", {"w1": float("inf")}),
+        ("target_modules", [1]),
+        ("exclude_modules", {"a": 1}),
+        ("layers_to_transform", [-1]),
+        ("layer_replication", [[1]]),
+        ("trainable_token_indices", {"x": "y"}),
+        ("auto_mapping", "x"),
+        ("use_rslora", "yes"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_a_finding_in_every_command(field, value, tmp_path, capsys):
+    src = adapter(tmp_path / "src", **{field: value})
+    for command in (
+        ["inspect", str(src)],
+        ["convert", str(src), str(tmp_path / "new"), "--to", V5],
+        ["verify", str(src), str(src)],
+        ["diff", str(src), str(src)],
+        ["explain", str(src), "x", "--to", V5],
+    ):
+        assert run(command) == 1, command
+        assert field in capsys.readouterr().err
+
+
+def test_all_fields_are_reported_together():
+    config = {"peft_type": "HRA", "r": None, "apply_GS": 1, "target_modules": 5}
+    assert [f.key for f in check_fields(config, "a.json")] == ["r", "target_modules", "apply_GS"]
+
+
+def test_needed_fields_are_those_of_the_family():
+    assert [f.key for f in check_fields({"peft_type": "LOHA"}, "a.json")] == ["r", "alpha"]
+    assert check_fields({"peft_type": "OFT", "r": 0}, "a.json") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"peft_type": ' + "[" * 200 + "]" * 200 + "}", "nested"),
+        ('{"peft_type": "\\ud800"}', "surrogate"),
+        ('{"r": ' + "9" * 5000 + "}", "thousands of digits"),
+    ],
+)
+def test_json_that_cannot_be_handled_is_a_finding(text, told, tmp_path, capsys):
+    src = adapter(tmp_path / "src")
+    (src / "adapter_config.json").write_text(text)
+    assert run(["inspect", str(src)]) == 1
+    assert told in capsys.readouterr().err
+
+
+# Tensors
+
+
+def test_a_number_that_no_layer_has_is_a_finding(tmp_path):
+    def rename(tensors):
+        name = EXPERT.format(0, "w1", "A")
+        tensors[name.replace("layers.0", "layers." + "9" * 20)] = tensors.pop(name)
+
+    with pytest.raises(regraft.BadInputError, match="digits"):
+        regraft.convert(adapter(tmp_path / "src", rename), tmp_path / "new", to=V5, model=BASE)
+
+
+@pytest.mark.parametrize(
+    "module", ["layers.0.self_attn.o_proj", "layers.0.block_sparse_moe.experts.0.w1"]
+)
+@pytest.mark.parametrize("letters", ["A", "B", "AB"])
+def test_a_factor_of_three_dims_is_a_finding(module, letters, tmp_path):
+    def spoil(tensors):
+        for letter in letters:
+            name = f"base_model.model.model.{module}.lora_{letter}.weight"
+            tensors[name] = tensors[name][..., None]
+
+    with pytest.raises(regraft.BadInputError, match="dims"):
+        regraft.convert(adapter(tmp_path / "src", spoil), tmp_path / "new", to=V5, model=BASE)
+
+
+def test_a_missing_bias_is_a_finding(tmp_path):
+    def drop(tensors):
+        del tensors[next(name for name in tensors if name.endswith("lora_B.bias"))]
+
+    src = adapter(tmp_path / "src", drop, case="mixtral__lora_bias")
+    with pytest.raises(regraft.BadInputError, match=r"lora_B\.bias is missing"):
+        regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+
+
+# Other tools' forms
+
+PARAMS = "qwen3_vl_moe__params"
+RECORD = {
+    "lora_A_layout": "grouped_by_expert",
+    "lora_B_layout": "grouped_by_expert",
+    "parameters": {"gate_up_proj": {"lora_B_layout": "grouped_by_expert", "num_experts": 4}},
+}
+RANK_MAJOR = {"lora_A_layout": "grouped_by_expert", "lora_B_layout": "rank_major"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tool"),
+    [
+        ({"lora_B_layout": "grouped_by_expert"}, "Unsloth"),
+        ({"unsloth_fused_expert_lora": RECORD}, "Unsloth"),
+        ({"auto_mapping": {"unsloth_fused_expert_lora": RECORD}}, "Unsloth"),
+        ({"auto_mapping": {"unsloth_fixed": True}}, "Unsloth"),
+        ({"unsloth_fused_expert_lora": RECORD, "lora_B_layout": "rank_major"}, "Unsloth"),
+        ({"lora_B_layout": "mixed"}, "Unsloth"),
+        ({"paramwrapper_layout": "peft-0.18"}, "NeMo"),
+    ],
+)
+def test_packings_of_other_tools_are_refused_by_name(fields, tool, tmp_path, capsys):
+    src = adapter(tmp_path / "src", case=PARAMS, **fields)
+    for command in (
+        ["convert", str(src), str(tmp_path / "new"), "--to", V5],
+        ["verify", str(src), str(src)],
+        ["diff", str(src), str(src)],
+        ["explain", str(src), "x", "--to", V5],
+    ):
+        assert run(command) == 3, command
+        assert tool in capsys.readouterr().err
+    run(["inspect", str(src)])
+    shown = capsys.readouterr()
+    assert tool in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_B_layout": "rank_major"},
+        {"unsloth_fused_expert_lora": RANK_MAJOR},
+        {"unsloth_fused_expert_lora": RANK_MAJOR, "auto_mapping": {"unsloth_fixed": True}},
+    ],
+)
+def test_a_record_that_says_peft_s_order_is_no_obstacle(fields, tmp_path):
+    src = adapter(tmp_path / "src", case=PARAMS, **fields)
+    base = GOLDEN / "bases/qwen3_vl_moe"
+    assert regraft.convert(src, tmp_path / "new", to=V5, model=base).written
+
+
+def test_nemo_s_own_file_beside_packed_experts_is_read(tmp_path):
+    src = adapter(tmp_path / "src", case=PARAMS)
+    (src / "automodel_peft_config.json").write_text('{"paramwrapper_layout": "peft-0.19.1"}')
+    with pytest.raises(regraft.RefusedError, match="NeMo"):
+        regraft.convert(src, tmp_path / "new", to=V5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tool"),
+    [
+        ("base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight", (4, 2, 8), "Tinker"),
+        ("model.layers.0.mlp.experts.lora_gate_and_up_A", (4, 8, 2), "NeMo"),
+        ("model.layers.0.self_attn.q_proj.lora_a", (8, 2), "MLX"),
+        ("layers.0.attn.q_proj.lora_a.weight", (2, 8), "torchtune"),
+        ("layers.0.attention.wq.lora_a.weight", (2, 8), "torchtitan"),
+        ("transformer.h.0.attn.qkv.lora_A", (6, 8), "LitGPT"),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight", (2, 8), "Megatron"),
+    ],
+)
+def test_keys_of_other_tools_are_refused_by_name(name, shape, tool, tmp_path):
+    def only(tensors):
+        tensors.clear()
+        tensors[name] = np.ones(shape, np.float32)
+
+    with pytest.raises(regraft.RefusedError, match=tool):
+        regraft.convert(adapter(tmp_path / "src", only), tmp_path / "new", to=V5, model=BASE)
+
+
+# Files beside
+
+
+def test_weights_and_the_state_of_a_training_stay_behind(tmp_path):
+    src = adapter(tmp_path / "src")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"):
+        (src / name).write_bytes(b"x")
+    write_tensors(src / "model.safetensors", {"a": np.zeros(1, np.float32)}, {"format": "pt"})
+    shutil.copy(src / "model.safetensors", src / "vit.weights")
+    (src / "README.md").write_text("x")
+    (src / "training_args.bin").write_bytes(b"x")
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=BASE)
+    assert report.files == ["README.md", "training_args.bin"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "README.md",
+        "training_args.bin",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    notes = " ".join(report.notes)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"):
+        assert name in notes
+    assert "model.safetensors" in notes and "vit.weights" in notes and "regraft convert" in notes
+
+
+def test_a_copy_in_the_same_layout_keeps_everything(tmp_path):
+    src = adapter(tmp_path / "src")
+    (src / "optimizer.pt").write_bytes(b"x")
+    regraft.convert(src, tmp_path / "new", to=V4, model=BASE)
+    assert (tmp_path / "new" / "optimizer.pt").exists()
