@@ -65,6 +65,8 @@ def convert(
     verify: bool = False,
     merge: bool = False,
     architecture: str | None = None,
+    untie: bool = False,
+    drop: Sequence[str] = (),
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -101,6 +103,9 @@ def convert(
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
             weights, instead of an adapter.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
+        untie: checkpoints only: where tied weights have other values, keep both, and write
+            ``tie_word_embeddings: false`` into the result's config.
+        drop: checkpoints only: where tied weights have other values, the names of those to leave out.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -124,9 +129,11 @@ def convert(
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
             options["foreign"] = InstalledTransformers()
             options["source"] = source_layout.name if source_layout is not None else None
+            options["untie"] = untie
             if in_place:
                 _check_options(
                     "they say how to write, and --in-place writes headers only",
+                    drop=drop,
                     shard_size=shard_size,
                     dtype=dtype,
                     jobs=jobs,
@@ -143,6 +150,7 @@ def convert(
                     jobs=jobs,
                     resume=resume,
                     overwrite=overwrite,
+                    drop=drop,
                     tell=tell,
                     progress=progress,
                     **options,
@@ -157,6 +165,8 @@ def convert(
             jobs=jobs,
             resume=resume,
             in_place=in_place,
+            untie=untie,
+            drop=drop,
         )
         if layout.name not in LAYOUTS:
             message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"

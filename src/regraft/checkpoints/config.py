@@ -37,7 +37,18 @@ def convert_config(config: Mapping[str, Any], to: str) -> tuple[dict[str, Any], 
     result = _convert(config, to, "", changes)
     if to == V4:
         _agree_on_ties(result, changes)
+    elif to == V5 and str(config.get("transformers_version")).startswith("4."):
+        _tell_ties(result, changes)
     return result, changes
+
+
+def _tell_ties(config: dict[str, Any], changes: list[str]) -> None:
+    """Version 4 goes by the text model's field; where the whole model's says otherwise, version 5 would go by that."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    if isinstance(inner, bool) and config.get("tie_word_embeddings", inner) != inner:
+        config["tie_word_embeddings"] = inner
+        changes.append(f"tie_word_embeddings is now {inner}, as that of the text model")
 
 
 def _agree_on_ties(config: dict[str, Any], changes: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from regraft.checkpoints.casting import parse_casts
@@ -44,6 +44,8 @@ def convert_checkpoint(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    untie: bool = False,
+    drop: Sequence[str] = (),
     tell: Tell | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
@@ -69,6 +71,8 @@ def convert_checkpoint(
         shard_size=limit,
         casts=casts,
         name=name,
+        untie=untie,
+        drop=drop,
     )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report

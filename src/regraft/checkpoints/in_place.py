@@ -32,6 +32,7 @@ def convert_in_place(
     source: str | None = None,
     foreign: Foreign | None = None,
     dry_run: bool = False,
+    untie: bool = False,
 ) -> CheckpointReport:
     """Give the tensors of a checkpoint their new names, in the very files.
 
@@ -45,6 +46,7 @@ def convert_in_place(
         raise BadInputError(Finding("option", message, where=str(dst), fix=f"give {src} for both"))
     folder = src if src.is_dir() else src.parent
     options: dict[str, Any] = {"model": model, "source_layout": source, "foreign": foreign}
+    options["untie"] = untie
     if dry_run or not folder.is_dir():
         return _prepare(src, to, **options)[0].report
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,16 @@ from regraft.checkpoints.moves import (
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
+from regraft.checkpoints.ties import (
+    FIELD,
+    leave_out,
+    nothing_to_untie,
+    refuse,
+    unequal_ties,
+    without_ties,
+)
 from regraft.checkpoints.units import UNIT
+from regraft.errors import BadInputError
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
@@ -84,21 +93,32 @@ def prepare(
     casts: Sequence[Cast] = (),
     foreign: Foreign | None = None,
     name: str | None = None,
+    untie: bool = False,
+    drop: Sequence[str] = (),
 ) -> Prepared:
     """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
 
-    With a ``name`` the result is one file of that name, and nothing else.
+    With a ``name`` the result is one file of that name, and nothing else. Of tied weights with other values,
+    ``untie`` keeps both, and ``drop`` names those that are left out.
 
     Raises what opening, detecting and planning raise.
     """
     source = open_checkpoint(path)
     config = model_of(source, model)
+    ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
+    source, said = leave_out(source, ties, drop)
+    left = [tie for tie in ties if not {tie.kept, tie.other} & set(drop)]
     tensors = source.tensors
     companions = find_companions(source, config.data if config is not None else None)
     headers = companions.headers
     spelled = read_spelling((file.metadata for file in source.files), to)
     known = detect(headers, config, source.where, source_layout, foreign, spelled, companions)
     plan = make_plan(headers, known, to, source.where) if to is not None else None
+    if untie and not left:
+        raise BadInputError(nothing_to_untie(source))
+    if left and not untie and plan is not None:
+        refuse(source.where, left)
+    said += [f"untied: {t.other} and {t.kept} are both kept, with their own values" for t in left]
     untied: list[str] = []
     if plan is None:
         moves = identity(tensors)
@@ -133,8 +153,8 @@ def prepare(
     )
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
-    text = _convert_config(source, known, to, casts, report) if to is not None else None
-    report.notes += known.notes
+    text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
+    report.notes += [*known.notes, *said]
     report.notes += [] if plan is None else _words(plan)
     if plan is not None and len(known.unstacked):
         report.notes.append(
@@ -163,6 +183,13 @@ def prepare(
             + ", ".join(adapters)
         )
     return Prepared(source, known, plan, moves, dtypes, layout, text, report, note)
+
+
+def _read_there(config: ModelConfig | None, to: str | None) -> ModelConfig | None:
+    """The config as transformers 4 reads it, whether it is the source's or the result's."""
+    if config is None or to != V4:
+        return config
+    return replace(config, data=rename_fields(config.data, V4)[0])
 
 
 def _note(source: Source, known: Detected, plan: Plan | None, to: str | None) -> str | None:
@@ -210,7 +237,12 @@ def model_of(source: Source, model: Path | None) -> ModelConfig | None:
 
 
 def _convert_config(
-    source: Source, known: Detected, to: str, casts: Sequence[Cast], report: CheckpointReport
+    source: Source,
+    known: Detected,
+    to: str,
+    casts: Sequence[Cast],
+    report: CheckpointReport,
+    untie: bool,
 ) -> bytes | None:
     if source.config is None:
         return None
@@ -231,6 +263,9 @@ def _convert_config(
         if whole is not None and config.get(name) not in (None, TORCH[whole.dtype]):
             config[name] = TORCH[whole.dtype]
             changes.append(f"{name} is now {config[name]}")
+    if untie:
+        config = without_ties(config)
+        changes = [*changes, f"{FIELD} is now false"]
     report.config = changes
     if not changes:
         return source.config.read_bytes()

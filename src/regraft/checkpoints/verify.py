@@ -16,6 +16,7 @@ from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.prepare import Prepared, model_of, prepare
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
@@ -90,13 +91,27 @@ def _verify(
     target = detect(
         companions.headers, config, other.where, foreign=foreign, companions=companions
     ).layout
-    first = prepare(src, target, model=told, foreign=foreign)
+    untie, drop = _settled(src, other, told, foreign)
+    first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)
     result.trace = first.report.trace
     _Comparison(first, other, result, progress).run(same)
     return result
+
+
+def _settled(
+    src: Path, other: Source, told: Path | None, foreign: Foreign | None
+) -> tuple[bool, list[str]]:
+    """What was said, when the second was made, of tied weights that have other values in the first."""
+    source = open_checkpoint(src)
+    ties = unequal_ties(source, model_of(source, told), foreign)
+    names = set(other.tensors.names)
+    drop = [tie.other for tie in ties if tie.other not in names]
+    config = model_of(other, None)
+    kept = len(drop) < len(ties)
+    return kept and config is not None and config.data.get(FIELD) is False, drop
 
 
 def _compare_names(ready: Prepared, other: Source, result: Verification) -> dict[int, int]:

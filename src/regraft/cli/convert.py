@@ -57,6 +57,17 @@ from regraft.cli.output import Output
     is_flag=True,
     help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
 )
+@click.option(
+    "--untie",
+    is_flag=True,
+    help="Checkpoints: where tied weights have other values, keep both, and write tie_word_embeddings: false.",
+)
+@click.option(
+    "--drop",
+    metavar="KEY",
+    multiple=True,
+    help="Checkpoints: where tied weights have other values, leave this one out. May be given more than once.",
+)
 @options.html
 @click.option(
     "--verify",

@@ -242,3 +242,11 @@ class Foreign(Protocol):
         ``keys`` and ``shapes`` are those of the file at hand, ``classes`` what the model may be, the likeliest
         first; ``adapter`` tells that the names are those of modules, and ``task`` what PEFT calls its task.
         """
+
+    def tied(
+        self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
+    ) -> list[tuple[str, ...]] | None:
+        """Which of some names are one tensor in the model, the one that the others follow first.
+
+        ``None`` where it does not know the model.
+        """

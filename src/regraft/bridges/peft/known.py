@@ -146,6 +146,12 @@ class LiveTransformers:
         warn_of_release()
         return Told(imported.book(keys, shapes, adapter=adapter), told, architecture=imported.name)
 
+    def tied(
+        self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
+    ) -> list[tuple[str, ...]] | None:
+        """A live model's tied tensors are one; nobody asks."""
+        return None
+
 
 def live_layout() -> Layout:
     """The layout of models in the transformers that is installed, with experts packed as its PEFT packs them."""

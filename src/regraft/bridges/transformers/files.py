@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.config import V5, convert_config
-from regraft.errors import BadInputError, Finding
+from regraft.checkpoints.ties import FIELD
+from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.planning.model import ModelConfig, Told
 
 if TYPE_CHECKING:
@@ -42,17 +44,34 @@ class InstalledTransformers:
         Raises ``BadInputError`` where the model cannot be built from its config, ``AmbiguousError`` where its class
         has to be guessed and several lead to different results.
         """
-        if find_spec("transformers") is None or find_spec("torch") is None:
-            return None
         question = _Question(model, list(keys), dict(shapes), list(classes), adapter, task)
-        if "transformers" in sys.modules:
-            return _HERE.answer(question)
-        try:
-            found: Told | None = _THERE.ask(question)
-        except HelperEndedError as error:
-            message = f"the process that asks transformers failed: {error}"
-            raise _unusable(model, message) from error
+        found: Told | None = _ask(question)
         return found
+
+    def tied(
+        self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
+    ) -> list[tuple[str, ...]] | None:
+        """Which of some names are one tensor in the model; see `planning.model.Foreign`.
+
+        Raises ``BadInputError`` where the model cannot be built from its config.
+        """
+        found: list[tuple[str, ...]] | None = _ask(
+            _Question(model, list(keys), {}, list(classes), False, about_ties=True)
+        )
+        return found
+
+
+def _ask(question: _Question) -> Any:
+    """The answer of the installed transformers, here where it is imported; ``None`` where it is not installed."""
+    if find_spec("transformers") is None or find_spec("torch") is None:
+        return None
+    if "transformers" in sys.modules:
+        return answer(question)
+    try:
+        return _THERE.ask(question)
+    except HelperEndedError as error:
+        message = f"the process that asks transformers failed: {error}"
+        raise _unusable(question.model, message) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,8 @@ class _Question:
     classes: list[str]
     adapter: bool
     task: str | None = None
+    about_ties: bool = False
+    """Whether it is which of the names are tied."""
 
 
 @dataclass(slots=True)
@@ -87,6 +108,32 @@ class _InProcess:
         book = imported.book(question.keys, question.shapes, adapter=question.adapter)
         notes = [newer_than_tested(), guessed.note(question.model) if guessed is not None else None]
         return Told(book, told, tuple(note for note in notes if note), imported.name)
+
+    def tied(self, question: _Question) -> list[tuple[str, ...]] | None:
+        """Which of some names are tied, by the text model's config as transformers 4 reads it."""
+        from regraft.bridges.transformers.building import build, model_class
+
+        config = self._config(question.model)
+        chosen = None
+        with suppress(AmbiguousError):
+            chosen = self.choose(question, config) if config is not None else None
+        if chosen is None:
+            return None
+        text = config.get_text_config(decoder=True)
+        if not getattr(text, FIELD, False):
+            return []
+        imported = chosen[0]
+        for part in (config, text):
+            setattr(part, FIELD, True)
+        built = build(model_class(imported.name), config)
+        twins = built.get_expanded_tied_weights_keys(all_submodels=True)
+        groups: dict[str, list[str]] = {}
+        for key, own in zip(question.keys, imported.rename(question.keys), strict=True):
+            if own is not None:
+                first = own not in twins
+                group = groups.setdefault(twins.get(own, own), [])
+                group.insert(0 if first else len(group), key)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
 
     def choose(self, question: _Question, config: Any) -> tuple[Any, Guessed | None] | None:
         """The class of a model, and how it was guessed where none of transformers' is named."""
@@ -171,9 +218,9 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-def answer(question: _Question) -> Told | None:
+def answer(question: _Question) -> Told | list[tuple[str, ...]] | None:
     """What the installed transformers says, in this process."""
-    return _HERE.answer(question)
+    return _HERE.tied(question) if question.about_ties else _HERE.answer(question)
 
 
 _HERE, _THERE = _InProcess(), Helper(__name__, "answer")
