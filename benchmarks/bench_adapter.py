@@ -22,7 +22,7 @@ from peft.utils.transformers_weight_conversion import (  # noqa: E402
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
 from regraft.adapters.convert import convert_adapter  # noqa: E402
-from regraft.adapters.source import Source  # noqa: E402
+from regraft.dialects.peft.source import Source  # noqa: E402
 from regraft.layouts import parse_layout  # noqa: E402
 from regraft.planning.model import ModelConfig  # noqa: E402
 

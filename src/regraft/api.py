@@ -13,8 +13,12 @@ import numpy as np
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.ranks import Options
-from regraft.adapters.saving import save_adapter
-from regraft.adapters.source import (
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.checkpoints.convert import convert_checkpoint
+from regraft.checkpoints.in_place import convert_in_place
+from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.peft.saving import save_adapter
+from regraft.dialects.peft.source import (
     ASIDE,
     CONFIG,
     WEIGHTS,
@@ -24,11 +28,6 @@ from regraft.adapters.source import (
     find_adapters,
     open_adapter,
 )
-from regraft.adapters.stale import sort_files
-from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.checkpoints.convert import convert_checkpoint
-from regraft.checkpoints.in_place import convert_in_place
-from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.layouts import LAYOUTS, Layout, parse_layout
 from regraft.planning.model import ModelConfig, taken_for
@@ -36,10 +35,11 @@ from regraft.report import Report
 from regraft.rules.book import own_layouts
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_folder
+from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import Inspection
+    from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -248,7 +248,7 @@ def inspect(
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
-    from regraft.adapters.inspect import inspect as inspect_adapters
+    from regraft.dialects.peft.inspect import inspect as inspect_adapters
 
     with taken_for(architecture):
         return inspect_adapters(src, model=model, foreign=InstalledTransformers())

@@ -10,7 +10,7 @@ from regraft.errors import BadInputError, Finding
 BEFORE = "peft-0.18"
 SINCE = "peft-0.19"
 PACKINGS = (BEFORE, SINCE)
-"""How PEFT packed the factors of stacked experts before 0.19, and how it has since (``adapters.packing``)."""
+"""How PEFT packed the factors of stacked experts before 0.19, and how it has since (``dialects.peft.packing``)."""
 
 LAYOUTS = {
     "transformers-v4": "names and shapes of transformers 4 (4.57.6), experts packed as by PEFT 0.18",

@@ -18,12 +18,12 @@ import numpy as np
 from regraft.adapters.base_weights import spellings
 from regraft.adapters.convert import source_layout
 from regraft.adapters.detect import load_model
-from regraft.adapters.factors import Array, cast_down
 from regraft.adapters.families.base import NoImageError
-from regraft.adapters.others import move_others
-from regraft.adapters.source import Source
+from regraft.adapters.form import Array, cast_down
+from regraft.adapters.saved import move_others
 from regraft.adapters.verify import Deltas, Wide, moved_biases, moved_deltas
 from regraft.checkpoints.convert import convert_checkpoint
+from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError
 from regraft.layouts import Layout
 from regraft.planning.model import Foreign

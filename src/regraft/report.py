@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regraft.adapters.peft_config import Scale
+    from regraft.adapters.scale import Scale
     from regraft.planning.plan import Headers, Plan
 
 

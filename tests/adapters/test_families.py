@@ -11,14 +11,14 @@ import pytest
 from making import book_of, equation_of, headers_of
 
 from regraft.adapters import convert as conversion
-from regraft.adapters.config_check import PEFT_TYPES
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPERATIONS
 from regraft.adapters.families.table import FAMILIES
 from regraft.adapters.ranks import Options
-from regraft.adapters.source import Source
 from regraft.arrays.apply import apply_plan
+from regraft.dialects.peft.config_check import PEFT_TYPES
+from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError
 from regraft.layouts import parse_layout
 from regraft.planning.build import build_plan

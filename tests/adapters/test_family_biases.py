@@ -9,7 +9,7 @@ import regraft
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.ranks import Options
-from regraft.adapters.source import Source
+from regraft.dialects.peft.source import Source
 from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
 

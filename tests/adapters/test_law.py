@@ -7,12 +7,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from making import headers_of, plan_of, rule_book, same_bits
 
-from regraft.adapters.factors import Factors, delta
-from regraft.adapters.image import images
-from regraft.adapters.peft_config import Scale
-from regraft.adapters.record import Record
-from regraft.adapters.remembered import KEY, KeptTable, Origin, read_remembered, write_remembered
+from regraft.adapters.components import Record
+from regraft.adapters.form import Factors, delta
+from regraft.adapters.move import images
+from regraft.adapters.scale import Scale
 from regraft.arrays.apply import apply_plan
+from regraft.dialects.peft.provenance import (
+    KEY,
+    KeptTable,
+    Origin,
+    read_remembered,
+    write_remembered,
+)
 from regraft.errors import RefusedError
 
 

@@ -9,16 +9,16 @@ from making import book_of, equation_of
 from test_families import HEAD, SHAPES, Case, model_of
 
 from regraft.adapters import convert as conversion
-from regraft.adapters import unbound
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.families.frod import Adamss
 from regraft.adapters.families.lora_variants import variant_of
 from regraft.adapters.families.routed import Lily
 from regraft.adapters.families.svd_based import Osf
-from regraft.adapters.peft_config import VARIANTS
 from regraft.adapters.ranks import Options
-from regraft.adapters.source import Source
+from regraft.dialects.peft import unbound
+from regraft.dialects.peft.config import VARIANTS
+from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError, UnmatchedKeysError
 from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig

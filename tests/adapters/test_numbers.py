@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import regraft
-from regraft.adapters.config_check import check_fields
-from regraft.adapters.factors import cast_down, rescale
+from regraft.adapters.form import cast_down, rescale
 from regraft.cli.run import run
+from regraft.dialects.peft.config_check import check_fields
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"

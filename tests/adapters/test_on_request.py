@@ -10,9 +10,9 @@ from making import headers_of
 from test_golden import GOLDEN, INDEX, adapter_of, base_of, outputs, read
 
 import regraft
-from regraft.adapters.factors import Images, Lora, delta
-from regraft.adapters.peft_config import Scale
+from regraft.adapters.form import Images, Lora, delta
 from regraft.adapters.ranks import Options, compact, cut, make_uniform
+from regraft.adapters.scale import Scale
 from regraft.adapters.verify import verify_adapters
 from regraft.cli import main
 from regraft.storage.safetensors import open_tensors

@@ -7,13 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.adapters.peft_config import (
-    LoraConfig,
-    Patterns,
-    Scale,
-    targets_module,
-    targets_parameter,
-)
+from regraft.adapters.families.settings import Patterns
+from regraft.adapters.scale import Scale
+from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 
 ALPHAS = st.one_of(
     st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3)

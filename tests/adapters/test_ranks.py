@@ -3,10 +3,10 @@
 import numpy as np
 from making import headers_of, plan_of, rule_book, same_bits
 
-from regraft.adapters.factors import Factors, delta
-from regraft.adapters.image import images
-from regraft.adapters.peft_config import Scale
-from regraft.adapters.record import Record
+from regraft.adapters.components import Record
+from regraft.adapters.form import Factors, delta
+from regraft.adapters.move import images
+from regraft.adapters.scale import Scale
 
 RANDOM = np.random.default_rng(3)
 

@@ -11,7 +11,7 @@ from killing import run_killed
 
 import regraft
 from regraft import api
-from regraft.adapters import saving
+from regraft.dialects.peft import saving
 from regraft.errors import BadInputError
 from regraft.storage.work import open_work, work_folder
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import regraft
-from regraft.adapters.inspect import inspect
 from regraft.checkpoints.verify import verify
 from regraft.cli import main
+from regraft.dialects.peft.inspect import inspect
 from regraft.errors import BadInputError
 from regraft.names.patterns import group_alike
 from regraft.storage.safetensors import open_tensors, write_tensors

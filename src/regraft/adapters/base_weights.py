@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.adapters.detect import Known
-from regraft.adapters.factors import Array
+from regraft.adapters.form import Array
 from regraft.arrays.apply import apply_plan
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan

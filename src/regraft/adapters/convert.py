@@ -7,21 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.adapters.base_weights import BaseWeights
-from regraft.adapters.carry import (
-    Carried,
-    Carrier,
-    lora_config,
-    sources_of,
-    unmoved_images,
-    write_family_config,
-    write_parts,
-)
-from regraft.adapters.complete import check_complete, guess_count
+from regraft.adapters.components import Record
 from regraft.adapters.detect import Known, detect_layout, find_books
-from regraft.adapters.factors import Array, Factors, Images, Lora
 from regraft.adapters.families.base import Family
 from regraft.adapters.families.table import family_of
-from regraft.adapters.image import images
+from regraft.adapters.form import Array, Factors, Images, Lora
 from regraft.adapters.kept import (
     Kept,
     add_factors,
@@ -32,19 +22,29 @@ from regraft.adapters.kept import (
     keep_uncalled,
     put_back,
 )
-from regraft.adapters.others import Moved, move_others, rename_saved, rename_tokens, write_others
-from regraft.adapters.packing import packing_of_version
-from regraft.adapters.peft_config import targets_module, targets_parameter
+from regraft.adapters.ladder import (
+    Carried,
+    Carrier,
+    lora_config,
+    sources_of,
+    unmoved_images,
+    write_family_config,
+    write_parts,
+)
+from regraft.adapters.move import images
 from regraft.adapters.ranks import Options, compact, make_uniform, tighten
-from regraft.adapters.reading import FactorReader, Side
-from regraft.adapters.record import Record
-from regraft.adapters.remembered import KEY, Origin, write_remembered
-from regraft.adapters.scan import Scan, scan_names
-from regraft.adapters.source import Source
+from regraft.adapters.saved import Moved, move_others, rename_saved, rename_tokens, write_others
 from regraft.adapters.tuned import TunedModules
-from regraft.adapters.unbound import check_unbound
-from regraft.adapters.variants import claimed_names, reclaimed_names, refuse_attention
-from regraft.adapters.writing import (
+from regraft.dialects.peft.complete import check_complete, guess_count
+from regraft.dialects.peft.config import targets_module, targets_parameter
+from regraft.dialects.peft.packing import packing_of_version
+from regraft.dialects.peft.provenance import KEY, Origin, write_remembered
+from regraft.dialects.peft.reading import FactorReader
+from regraft.dialects.peft.scan import Scan, scan_names
+from regraft.dialects.peft.source import Source
+from regraft.dialects.peft.unbound import check_unbound
+from regraft.dialects.peft.variants import claimed_names, reclaimed_names, refuse_attention
+from regraft.dialects.peft.writing import (
     ConfigWriter,
     Result,
     Written,
@@ -64,6 +64,7 @@ from regraft.names.keys import group_names
 from regraft.planning.build import build_plan, check_layouts
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers, Plan
+from regraft.planning.side import Side
 from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.packing import packing_of_version
-from regraft.adapters.scan import Scan
-from regraft.adapters.source import Source
+from regraft.dialects.peft.packing import packing_of_version
+from regraft.dialects.peft.scan import Scan
+from regraft.dialects.peft.source import Source
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, layout_of_packing

@@ -12,10 +12,10 @@ from math import prod
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors, is_finite, is_float
 from regraft.adapters.families.base import Family, NoImageError, Part, Wide, as_wide, narrowed
-from regraft.adapters.image import Block, blocks_of, not_finite
-from regraft.adapters.peft_config import Scale
+from regraft.adapters.form import Array, Factors, is_finite, is_float
+from regraft.adapters.move import Block, blocks_of, not_finite
+from regraft.adapters.scale import Scale
 from regraft.adapters.tuned import TunedModules
 from regraft.errors import RefusedError
 from regraft.names.keys import Group, Ints

@@ -16,14 +16,14 @@ import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
-from regraft.adapters.factors import Array, Factors, Images, Lora, delta
-from regraft.adapters.others import Moved, owner_of
-from regraft.adapters.peft_config import Scale
-from regraft.adapters.remembered import KeptModule, KeptTable
-from regraft.adapters.scan import PREFIX
-from regraft.adapters.writing import Result, Written, tail_of
+from regraft.adapters.form import Array, Factors, Images, Lora, delta
+from regraft.adapters.saved import Moved, owner_of
+from regraft.adapters.scale import Scale
+from regraft.dialects.peft.provenance import KeptModule, KeptTable
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.writing import Result, Written
 from regraft.errors import Finding, RefusedError
-from regraft.names.keys import Group, group_names
+from regraft.names.keys import Group, group_names, tail_of
 from regraft.rules.book import Module
 from regraft.rules.templates import match_group
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Images, Lora, is_finite
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
+from regraft.adapters.form import Array, Images, Lora, is_finite
 from regraft.errors import BadInputError, Finding, RefusedError
 
 _VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|0?\.[0-9]*[1-9][0-9]*|[1-9](?:\.[0-9]+)?[eE]-[0-9]+)")

@@ -17,25 +17,26 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.adapters.base_weights import BaseWeights
-from regraft.adapters.carry import Carrier
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
-from regraft.adapters.factors import Array, Factors
 from regraft.adapters.families.base import Family, NoImageError, as_wide
 from regraft.adapters.families.table import family_of
-from regraft.adapters.image import Block, blocks_of
+from regraft.adapters.form import Array, Factors
 from regraft.adapters.kept import drop_stand_ins
-from regraft.adapters.others import move_others
-from regraft.adapters.reading import FactorReader, Side
-from regraft.adapters.scan import PREFIX, Scan, scan_names
-from regraft.adapters.source import Source, find_adapters, open_adapter
+from regraft.adapters.ladder import Carrier
+from regraft.adapters.move import Block, blocks_of
+from regraft.adapters.saved import move_others
 from regraft.adapters.tuned import TunedModules
 from regraft.arrays.apply import apply_plan
+from regraft.dialects.peft.reading import FactorReader
+from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.source import Source, find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Entry, Headers
+from regraft.planning.side import Side
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
 TOLERANCE = 1e-5

@@ -20,20 +20,20 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, base_names, find_books, load_model
-from regraft.adapters.factors import Array
-from regraft.adapters.inspect import inspect_adapter
+from regraft.adapters.form import Array
 from regraft.adapters.kept import modules_of
-from regraft.adapters.peft_config import LoraConfig, targets_module, targets_parameter
-from regraft.adapters.saving import save_adapter
-from regraft.adapters.scan import Scan, scan_names
-from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
-from regraft.adapters.variants import reclaimed_names
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
 from regraft.checking.checkpoint import check_checkpoint
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
+from regraft.dialects.peft.inspect import inspect_adapter
+from regraft.dialects.peft.saving import save_adapter
+from regraft.dialects.peft.scan import Scan, scan_names
+from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
+from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
 from regraft.layouts import Layout, parse_layout
 from regraft.names.keys import group_names

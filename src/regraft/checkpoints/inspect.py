@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.inspect import TensorPattern
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.dialects.peft.inspect import TensorPattern
 from regraft.errors import Finding, RegraftError
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import group_alike

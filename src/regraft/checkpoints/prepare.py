@@ -11,7 +11,6 @@ from typing import Any
 
 import regraft
 from regraft.adapters.detect import load_model
-from regraft.adapters.remembered import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, check_quantised, find_companions
@@ -39,6 +38,7 @@ from regraft.checkpoints.ties import (
     without_ties,
 )
 from regraft.checkpoints.units import UNIT
+from regraft.dialects.peft.provenance import KEY
 from regraft.errors import BadInputError
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.record import Record
-from regraft.adapters.remembered import (
+from regraft.adapters.components import Record
+from regraft.dialects.peft.provenance import (
     KEY,
     KeptTable,
     Origin,

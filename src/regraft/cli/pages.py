@@ -12,10 +12,10 @@ from regraft.errors import RegraftError
 from regraft.report import Report
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
+    from regraft.dialects.peft.inspect import Inspection
     from regraft.explaining.explanation import Explanation
     from regraft.learning.diff import Diff
     from regraft.rules.lint.book import Linted
@@ -37,9 +37,9 @@ def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
 
 
 def _page_of(result: Result | Answer) -> Page:
-    from regraft.adapters.inspect import Inspection
     from regraft.adapters.verify import AdapterVerification
     from regraft.checking.verdict import Check
+    from regraft.dialects.peft.inspect import Inspection
     from regraft.explaining.explanation import Explanation
     from regraft.learning.diff import Diff
     from regraft.rules.lint.book import Linted

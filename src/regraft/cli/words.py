@@ -20,8 +20,8 @@ from regraft.report import AdapterReport, Report, Target, show_size
 from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import Inspected, Inspection
     from regraft.adapters.verify import AdapterVerification
+    from regraft.dialects.peft.inspect import Inspected, Inspection
 
 GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"
 _ROWS = 40

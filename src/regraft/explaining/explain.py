@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.adapters.scan import PREFIX
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.dialects.peft.scan import PREFIX
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.explaining.explanation import End, Explanation, Near

@@ -11,16 +11,16 @@ from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known, detect_layout, find_books, load_model
 from regraft.adapters.families.base import Family
 from regraft.adapters.families.table import family_of
-from regraft.adapters.peft_config import targets_parameter
-from regraft.adapters.scan import PREFIX, Scan, scan_names
-from regraft.adapters.source import Source as Adapter
-from regraft.adapters.source import find_adapters, open_adapter
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.per_expert import Unstacked
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.dialects.peft.config import targets_parameter
+from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.source import Source as Adapter
+from regraft.dialects.peft.source import find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts import parse_layout
 from regraft.names.keys import Group, group_names

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.adapters.source import find_adapters, open_adapter
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.dialects.peft.source import find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import DTYPES, match_dtype
 

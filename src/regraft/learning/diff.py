@@ -10,8 +10,8 @@ from pathlib import Path
 
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
-from regraft.adapters.source import find_adapters, open_adapter
 from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.dialects.peft.source import find_adapters, open_adapter
 from regraft.errors import RegraftError
 from regraft.explaining.subject import Subject, open_subject
 from regraft.layouts import parse_layout

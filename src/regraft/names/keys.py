@@ -144,3 +144,23 @@ def _split_slowly(names: Sequence[str]) -> tuple[list[str], Ints]:
             )
         templates.append(_NUMBER.sub(mark, name))
     return templates, np.array(numbers, dtype=np.int64)
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """What sorts paths as a model lists its layers: by number where they have one.
+
+    >>> sorted(["l.10.q", "l.9.q"], key=in_order)
+    ['l.9.q', 'l.10.q']
+    """
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+def tail_of(path: str) -> str:
+    """What follows the last number of a path.
+
+    >>> tail_of("model.layers.0.mlp.experts.gate_up_proj")
+    'mlp.experts.gate_up_proj'
+    """
+    segments = path.split(".")
+    last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
+    return ".".join(segments[last + 1 :]) or path

@@ -15,10 +15,10 @@ from regraft.views.model import Fact, Flow, Page, Rows, Tone
 from regraft.views.wording import count_in_words, shape_in_words
 
 if TYPE_CHECKING:
-    from regraft.adapters.inspect import Inspected, Inspection
     from regraft.adapters.verify import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
+    from regraft.dialects.peft.inspect import Inspected, Inspection
 
 
 def page_of_report(report: Report) -> Page:
@@ -388,8 +388,8 @@ def page_of_failure(command: str, source: str, error: RegraftError) -> Page:
 
 def _source_names(source: Path) -> Iterable[tuple[Iterable[str], Facts, str]]:
     """Names of a source that could not be converted, as far as it can be read."""
-    from regraft.adapters.inspect import inspect
     from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+    from regraft.dialects.peft.inspect import inspect
 
     try:
         if is_checkpoint(source):

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from regraft.adapters.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.adapters.verify import AdapterVerification
 from regraft.checking.verdict import Check, Row, Verdict
 from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.slices import SlicesReport
 from regraft.checkpoints.verify import Verification
+from regraft.dialects.peft.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.errors import Finding
 from regraft.explaining.explanation import Explanation
 from regraft.learning.diff import Diff

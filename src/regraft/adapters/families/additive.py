@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
@@ -31,6 +30,7 @@ from regraft.adapters.families.base import (
     same_bits,
 )
 from regraft.adapters.families.seeded import random_order, random_uniform
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _ALIKE = "all parts are adapted, with the same other factor"

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from regraft.adapters.factors import Array, cast_down, common_dtype
-from regraft.adapters.peft_config import Anchored, Patterns
+from regraft.adapters.families.settings import Anchored, Patterns
+from regraft.adapters.form import Array, cast_down, common_dtype
 from regraft.names.keys import Ints
 
 FAMILY, LORA, BASE, DENSE, NONE = "family", "lora", "base", "dense", "none"

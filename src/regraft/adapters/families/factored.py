@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
@@ -31,6 +30,7 @@ from regraft.adapters.families.base import (
     narrowed,
     need,
 )
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 

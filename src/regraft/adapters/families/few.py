@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     FAMILY,
     IN,
@@ -29,6 +28,7 @@ from regraft.adapters.families.base import (
     narrowed,
 )
 from regraft.adapters.families.seeded import random_normal
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 

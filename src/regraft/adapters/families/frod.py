@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
@@ -24,6 +23,7 @@ from regraft.adapters.families.base import (
     cells,
     need,
 )
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 

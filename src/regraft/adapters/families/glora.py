@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
@@ -28,6 +27,7 @@ from regraft.adapters.families.base import (
     need,
     same_bits,
 )
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _BIAS = "it changes the bias, which would be added once for each piece"

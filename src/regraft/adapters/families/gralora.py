@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     FAMILY,
     LORA,
@@ -24,6 +23,7 @@ from regraft.adapters.families.base import (
     cells,
     narrowed,
 )
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _INSIDE = "blocks stay where they are"

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from regraft.adapters.factors import Array, rescale
 from regraft.adapters.families.base import (
     BASE,
     DENSE,
@@ -34,7 +33,9 @@ from regraft.adapters.families.base import (
     narrowed,
     need,
 )
-from regraft.adapters.peft_config import LoraConfig, Scale
+from regraft.adapters.form import Array, rescale
+from regraft.adapters.scale import Scale
+from regraft.dialects.peft.config import LoraConfig
 from regraft.names.keys import Ints
 
 _ROLES = {

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, common_dtype, rescale
 from regraft.adapters.families.base import (
     FAMILY,
     IN,
@@ -28,7 +27,8 @@ from regraft.adapters.families.base import (
     joined,
     narrowed,
 )
-from regraft.adapters.peft_config import Scale
+from regraft.adapters.form import Array, common_dtype, rescale
+from regraft.adapters.scale import Scale
 from regraft.names.keys import Ints
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     BASE,
     DENSE,
@@ -34,6 +33,7 @@ from regraft.adapters.families.base import (
     need,
     same_bits,
 )
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _SAME = "all parts are adapted, by the same {}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, rescale
 from regraft.adapters.families.base import (
     BASE,
     FAMILY,
@@ -31,6 +30,7 @@ from regraft.adapters.families.base import (
     need,
     same_bits,
 )
+from regraft.adapters.form import Array, rescale
 from regraft.names.keys import Ints
 
 _ALIKE = "all parts are adapted, with the same tensors"

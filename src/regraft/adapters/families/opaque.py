@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import Family, NoImageError, Part, cells
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 

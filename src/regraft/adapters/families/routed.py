@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     FAMILY,
     LORA,
@@ -27,8 +26,8 @@ from regraft.adapters.families.base import (
     narrowed,
     same_bits,
 )
-from regraft.adapters.peft_config import in_order
-from regraft.names.keys import Ints
+from regraft.adapters.form import Array
+from regraft.names.keys import Ints, in_order
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 

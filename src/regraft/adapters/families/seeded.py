@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import Wide
+from regraft.adapters.form import Array
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Ints
 

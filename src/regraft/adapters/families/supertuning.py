@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, rescale
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
@@ -25,6 +24,7 @@ from regraft.adapters.families.base import (
     cells,
     joined,
 )
+from regraft.adapters.form import Array, rescale
 from regraft.names.keys import Ints
 
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     BASE,
     IN,
@@ -28,6 +27,7 @@ from regraft.adapters.families.base import (
     need,
 )
 from regraft.adapters.families.seeded import svd_like_torch
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _WHOLE = "it stands on the singular vectors of the whole base weight"

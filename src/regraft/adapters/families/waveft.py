@@ -10,7 +10,6 @@ from math import sqrt
 
 import numpy as np
 
-from regraft.adapters.factors import Array
 from regraft.adapters.families.base import (
     LORA,
     Cell,
@@ -23,6 +22,7 @@ from regraft.adapters.families.base import (
     narrowed,
 )
 from regraft.adapters.families.seeded import random_order
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 _HAAR = ("db1", "haar")

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.source import ASIDE, CONFIG, WEIGHTS, WEIGHTS_BIN, Source, open_adapter
 from regraft.bridges.peft.known import open_one
+from regraft.dialects.peft.source import ASIDE, CONFIG, WEIGHTS, WEIGHTS_BIN, Source, open_adapter
 
 _OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 

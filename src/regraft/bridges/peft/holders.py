@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.scan import PREFIX
-from regraft.adapters.source import Source
 from regraft.bridges.peft.known import Adapter, below, convert_for
 from regraft.bridges.peft.slots import base_slots, inner_name
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.source import Source
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.names.live import walk_modules
 

@@ -19,7 +19,6 @@ import transformers
 from peft import PeftConfig, PeftModel
 from transformers.integrations.peft import PeftAdapterMixin
 
-from regraft.adapters.source import Source
 from regraft.bridges.peft.files import find_source
 from regraft.bridges.peft.handing import is_handing, peft_seams
 from regraft.bridges.peft.holders import Place, choose, find_models
@@ -27,6 +26,7 @@ from regraft.bridges.peft.hotswap import swap
 from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.load import check_name, inject, load_by_peft
 from regraft.bridges.peft.patches import Patch, Patches
+from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError, RegraftError
 
 Function = Callable[..., Any]

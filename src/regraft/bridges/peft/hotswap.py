@@ -10,11 +10,11 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from regraft.adapters.scan import PREFIX
 from regraft.bridges.peft.holders import Place
 from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.place import fill, pair
 from regraft.bridges.peft.slots import Slot, adapter_slots, walk
+from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding, RefusedError
 
 

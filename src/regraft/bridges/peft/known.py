@@ -17,14 +17,14 @@ import transformers
 from torch import nn
 
 from regraft.adapters.convert import convert_adapter
-from regraft.adapters.factors import Array
-from regraft.adapters.packing import packing_of_version
-from regraft.adapters.scan import PREFIX
-from regraft.adapters.source import CONFIG, Source, find_adapters, open_adapter
+from regraft.adapters.form import Array
 from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
 from regraft.bridges.transformers.registry import warn_of_release
+from regraft.dialects.peft.packing import packing_of_version
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding
 from regraft.layouts import Layout
 from regraft.names.live import skeleton_of

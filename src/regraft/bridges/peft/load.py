@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_ada
 from torch import nn
 from transformers import PreTrainedModel
 
-from regraft.adapters.source import Source
 from regraft.bridges.peft.handing import handing
 from regraft.bridges.peft.holders import Place, choose
 from regraft.bridges.peft.hotswap import swap
@@ -22,6 +21,7 @@ from regraft.bridges.peft.known import Adapter, open_one
 from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
 from regraft.bridges.peft.undo import undone_on_failure
+from regraft.dialects.peft.source import Source
 from regraft.errors import BadInputError, Finding, RefusedError
 
 

@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from regraft.adapters.scan import PREFIX
 from regraft.bridges.peft.slots import Slot, adapter_slots, base_slots
 from regraft.bridges.torch_tensors import place as spread
+from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
 
 

@@ -204,8 +204,8 @@ def _choose(trial: Trial) -> tuple[str, Callable[[], Any], str | None]:
 
 
 def _open(folder: str) -> Any:
-    from regraft.adapters.source import open_adapter
     from regraft.bridges.peft.known import Adapter, to_torch
+    from regraft.dialects.peft.source import open_adapter
     from regraft.report import AdapterReport
 
     source = open_adapter(Path(folder), Path(folder))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from regraft.adapters.convert import Converted
-from regraft.adapters.source import ASIDE, CONFIG, WEIGHTS, Source
+from regraft.dialects.peft.source import ASIDE, CONFIG, WEIGHTS, Source
 from regraft.storage.folder import copy_file
 from regraft.storage.safetensors import write_tensors
 

@@ -12,15 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.adapters.factors import Array, Images, Lora
-from regraft.adapters.packing import pack, swaps
-from regraft.adapters.peft_config import LoraConfig, Scale, in_order, targets_module
-from regraft.adapters.reading import Side
-from regraft.adapters.scan import PREFIX
+from regraft.adapters.form import Array, Images, Lora
+from regraft.adapters.scale import Scale
+from regraft.dialects.peft.config import LoraConfig, targets_module
+from regraft.dialects.peft.packing import pack, swaps
+from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import Finding, RefusedError
 from regraft.layouts import SINCE
-from regraft.names.keys import Group, fill_rows
+from regraft.names.keys import Group, fill_rows, in_order, tail_of
 from regraft.planning.model import ModelConfig
+from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
 
 PEFT_VERSION = {"peft-0.18": "0.18.1", SINCE: "0.19.0"}
@@ -304,17 +305,6 @@ def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[
         if scale.rank != w.scale.rank or scale.ratio_to(w.scale) != 1.0:
             wrong.append(w.path)
     return wrong
-
-
-def tail_of(path: str) -> str:
-    """What follows the last number of a path.
-
-    >>> tail_of("model.layers.0.mlp.experts.gate_up_proj")
-    'mlp.experts.gate_up_proj'
-    """
-    segments = path.split(".")
-    last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
-    return ".".join(segments[last + 1 :]) or path
 
 
 __all__ = ["ConfigWriter", "Result", "Written", "check_config", "write_factors"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array
+from regraft.adapters.form import Array
 from regraft.layouts import BEFORE, SINCE
 
 

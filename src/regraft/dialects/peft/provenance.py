@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from regraft.adapters.peft_config import Number
-from regraft.adapters.record import Noted, Record, read_record
+from regraft.adapters.components import Noted, Record, read_record
+from regraft.adapters.scale import Number
 
 KEY = "regraft"
 """The metadata key."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
-from regraft.adapters.peft_config import Scale
-from regraft.adapters.record import Part, Record
+from regraft.adapters.components import Part, Record
+from regraft.adapters.form import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
+from regraft.adapters.scale import Scale
 from regraft.equation.lower import Copy, CopyAxis
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints

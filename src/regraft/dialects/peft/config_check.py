@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from regraft.adapters.peft_config import ALL_LINEAR
+from regraft.dialects.peft.config import ALL_LINEAR
 from regraft.errors import Finding
 
 PEFT_TYPES = frozenset(

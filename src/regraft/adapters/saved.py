@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.detect import Known
-from regraft.adapters.factors import Array
-from regraft.adapters.reading import Side
-from regraft.adapters.scan import PREFIX, Others, Scan
-from regraft.adapters.source import Source
-from regraft.adapters.unbound import keeps
-from regraft.adapters.writing import Result, tail_of
+from regraft.adapters.form import Array
 from regraft.arrays.apply import apply_plan
+from regraft.dialects.peft.scan import PREFIX, Others, Scan
+from regraft.dialects.peft.source import Source
+from regraft.dialects.peft.unbound import keeps
+from regraft.dialects.peft.writing import Result
 from regraft.equation.notation import parse_key
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.names.keys import Group
+from regraft.names.keys import Group, tail_of
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
+from regraft.planning.side import Side
 from regraft.rules.templates import match_group
 
 TOKENS = ".token_adapter.trainable_tokens_delta"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.config_check import check_fields
-from regraft.adapters.dialects import find_dialect
-from regraft.adapters.factors import Array
-from regraft.adapters.remembered import Remembered, read_remembered
+from regraft.adapters.form import Array
+from regraft.dialects.peft.config_check import check_fields
+from regraft.dialects.peft.provenance import Remembered, read_remembered
+from regraft.dialects.unread import find_dialect
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.storage.beside import check_files
 from regraft.storage.folder import load_json

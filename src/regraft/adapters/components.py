@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.adapters.peft_config import Number, Scale
+from regraft.adapters.scale import Number, Scale
 from regraft.names.keys import MARK, fill
 from regraft.planning.plan import Headers
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from regraft.adapters.detect import Known
-from regraft.adapters.peft_config import LoraConfig
-from regraft.adapters.scan import Scan
+from regraft.dialects.peft.config import LoraConfig
+from regraft.dialects.peft.scan import Scan
 from regraft.errors import Finding, RefusedError
 
 

@@ -3,120 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from regraft.adapters.factors import Array, Factors, is_float
-from regraft.adapters.packing import packing_of_version, swaps, unpack
-from regraft.adapters.peft_config import (
-    LoraConfig,
-    Scale,
-    targets_module,
-    targets_parameter,
-)
-from regraft.adapters.scan import PREFIX, Pairs, Scan
-from regraft.equation.notation import ConfigPath, Hole, Segments, Term
+from regraft.adapters.form import Array, Factors, is_float
+from regraft.adapters.scale import Scale
+from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
+from regraft.dialects.peft.packing import packing_of_version, swaps, unpack
+from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
+from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.layouts import PACKINGS
-from regraft.names.keys import MARK, Group
+from regraft.names.keys import Group
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers
-from regraft.rules.book import Book, Rule
+from regraft.planning.side import Side
+from regraft.rules.book import Rule
 from regraft.rules.kinds import KINDS
-from regraft.rules.templates import match_group
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side of some rule books: the layout that is read, with each book's config."""
-
-    books: tuple[Book, ...]
-    layout: str
-    scopes: Mapping[str, Scope]
-
-    def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
-        """Every term of this side with its kind."""
-        return [
-            (rule, term, kind, self.scopes.get(book.name, Scope()))
-            for book in self.books
-            for rule in book.rules
-            for term, kind in zip(
-                rule.equation.sides(book.right == self.layout)[0],
-                rule.kinds(book.right == self.layout)[0],
-                strict=True,
-            )
-        ]
-
-    def find(self, keys: Group) -> tuple[Rule, Term, str, Scope] | None:
-        """The rule that speaks of a key on this side."""
-        for found in self.rules():
-            key = found[1].key
-            if key is not None and match_group(key, keys) is not None:
-                return found
-        return None
-
-    def carried_kind(self, keys: Group) -> str | None:
-        """The kind that a carry-over gives a key that stays as it is; ``None`` where none says it."""
-        for book in self.books:
-            for carry in book.carries:
-                key = carry.term.key
-                if carry.kind and key is not None and match_group(key, keys) is not None:
-                    return carry.kind
-        return None
-
-    def has_parameters_in(self, name: str) -> bool:
-        """Whether a module of this side that has parameters of its own ends in a name."""
-        here = {book.name: "right" if book.right == self.layout else "left" for book in self.books}
-        return any(
-            here[book.name] in table.sides and str(table.module).endswith(name)
-            for book in self.books
-            for table in book.parameters
-        )
-
-    def names_others(self, ending: str, modules: Iterable[str]) -> bool:
-        """Whether modules that are not in ``modules``, nor inside one of them, end in a name as well.
-
-        Only keys that books give from the model's root are known.
-        """
-        mine = {_NUMBER.sub(MARK, module) for module in modules}
-        for key in self._whole_keys():
-            segments = key.split(".")
-            paths = [".".join(segments[:end]) for end in range(1, len(segments))]
-            if any(path in mine for path in paths):
-                continue
-            if any(path == ending.removeprefix(".") or path.endswith(ending) for path in paths):
-                return True
-        return False
-
-    def _whole_keys(self) -> Iterator[str]:
-        """The templates of all keys of this side that have a whole path, with marks for numbers."""
-        for book in self.books:
-            terms = [carry.term for carry in book.carries]
-            for rule in book.rules:
-                terms += rule.equation.sides(book.right == self.layout)[0]
-            for term in terms:
-                parts = () if term.key is None else term.key.parts
-                if parts and not any(isinstance(part, Segments) for part in parts):
-                    text = "".join(MARK if isinstance(part, Hole) else str(part) for part in parts)
-                    yield _NUMBER.sub(MARK, text)
-
-    def parameters(self, modules: Group) -> tuple[str, ...] | None:
-        """The parameters of a module in registration order, where a book says that it has its own."""
-        for book in self.books:
-            here = "right" if book.right == self.layout else "left"
-            for table in book.parameters:
-                if here in table.sides and match_group(table.module, modules) is not None:
-                    return table.names
-        return None
 
 
 _AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"

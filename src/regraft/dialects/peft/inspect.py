@@ -16,16 +16,17 @@ from regraft.adapters.detect import (
     find_books,
     load_model,
 )
-from regraft.adapters.dialects import find_dialect
-from regraft.adapters.factors import Array
-from regraft.adapters.peft_config import LoraConfig, targets_parameter
-from regraft.adapters.reading import FactorReader, Side
-from regraft.adapters.scan import Scan, scan_names
-from regraft.adapters.source import Source, find_adapters, open_adapter
+from regraft.adapters.form import Array
+from regraft.dialects.peft.config import LoraConfig, targets_parameter
+from regraft.dialects.peft.reading import FactorReader
+from regraft.dialects.peft.scan import Scan, scan_names
+from regraft.dialects.peft.source import Source, find_adapters, open_adapter
+from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.side import Side
 from regraft.rules.book import Book
 
 

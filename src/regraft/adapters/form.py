@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.adapters.peft_config import Scale
+from regraft.adapters.scale import Scale
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.peft_config import targets_module
-from regraft.adapters.scan import PREFIX
+from regraft.dialects.peft.config import targets_module
+from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
 from regraft.planning.build import Guess
 from regraft.planning.plan import Plan

@@ -16,7 +16,6 @@ import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
-from regraft.adapters.factors import Array, Factors, Images, Lora
 from regraft.adapters.families.base import (
     BASE,
     DENSE,
@@ -29,17 +28,19 @@ from regraft.adapters.families.base import (
 )
 from regraft.adapters.families.lora_variants import LoraVariant
 from regraft.adapters.follow import Followed, as_loras, follow
+from regraft.adapters.form import Array, Factors, Images, Lora
 from regraft.adapters.kept import modules_of
-from regraft.adapters.peft_config import targets_module
-from regraft.adapters.reading import Side
-from regraft.adapters.scan import PREFIX, Scan
-from regraft.adapters.tuned import ModuleReader, TunedModules
-from regraft.adapters.variants import reclaimed_names
-from regraft.adapters.writing import ConfigWriter, Result
+from regraft.adapters.tuned import TunedModules
+from regraft.dialects.peft.config import targets_module
+from regraft.dialects.peft.modules import ModuleReader
+from regraft.dialects.peft.scan import PREFIX, Scan
+from regraft.dialects.peft.variants import reclaimed_names
+from regraft.dialects.peft.writing import ConfigWriter, Result
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import group_names
 from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Plan
+from regraft.planning.side import Side
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from regraft.adapters.detect import books_of
-from regraft.adapters.peft_config import ALL_LINEAR, targets_module
-from regraft.adapters.source import Source
+from regraft.dialects.peft.config import ALL_LINEAR, targets_module
+from regraft.dialects.peft.source import Source
 from regraft.equation.notation import Term
 from regraft.errors import Finding, RefusedError, UnmatchedKeysError
 from regraft.planning.model import ModelConfig

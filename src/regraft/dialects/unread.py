@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.factors import Array
+from regraft.adapters.form import Array
 from regraft.errors import Finding, RegraftError
 from regraft.storage.folder import load_json
 

@@ -1,0 +1,1 @@
+"""PEFT's files: what their keys and configs say, and how they are written."""

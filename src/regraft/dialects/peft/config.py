@@ -1,0 +1,83 @@
+"""How PEFT reads ``adapter_config.json``: which modules are adapted, with which rank, alpha and scale.
+
+Source: PEFT 0.18.1 and 0.21.2, ``peft/utils/other.py`` (``get_pattern_key``), ``peft/tuners/tuners_utils.py``
+(``check_target_module_exists``, ``inject_adapter``) and ``peft/tuners/lora/layer.py`` (scaling).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from regraft.adapters.families.settings import Patterns
+from regraft.adapters.scale import Scale
+
+ALL_LINEAR = "all-linear"
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of ``init_lora_weights`` (or their beginnings) that change the base weights when the adapter loads."""
+
+VARIANTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "use_bdlora": "BdLoRA",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+"""Config fields that make a LoRA something else than ``scale * B @ A``, and what that is called."""
+
+
+class LoraConfig:
+    """A LoRA's ``adapter_config.json`` as PEFT resolves it, module by module."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+        self.rslora = bool(data.get("use_rslora"))
+        self.ranks = Patterns(data.get("rank_pattern"))
+        self.alphas = Patterns(data.get("alpha_pattern"))
+
+    def scale(self, path: str) -> Scale:
+        """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
+        rank = self.ranks.find(path)
+        alpha = self.alphas.find(path)
+        return Scale(
+            self.data["r"] if rank is None else rank,
+            self.data["lora_alpha"] if alpha is None else alpha,
+            self.rslora,
+        )
+
+    def variants(self) -> list[str]:
+        """What makes this more than a plain LoRA, by the names people use."""
+        return [name for field, name in VARIANTS.items() if self.data.get(field)]
+
+    def changes_base(self) -> str | None:
+        """The initialisation, where it changes the base weights when the adapter loads."""
+        init = self.data.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+            return init
+        return None
+
+
+def targets_module(target_modules: str | Sequence[str] | None, path: str) -> bool:
+    """Whether ``target_modules`` names a module. ``None`` (PEFT's own default) counts as naming everything.
+
+    >>> targets_module(["q_proj"], "model.layers.0.self_attn.q_proj")
+    True
+    """
+    if target_modules is None:
+        return True
+    if isinstance(target_modules, str):
+        if target_modules.lower() == ALL_LINEAR:
+            return True
+        return re.fullmatch(target_modules, path) is not None
+    return any(path == target or path.endswith("." + target) for target in target_modules)
+
+
+def targets_parameter(target_parameters: Iterable[str] | None, name: str) -> bool:
+    """Whether ``target_parameters`` names a parameter (module path, dot, parameter name)."""
+    return any(name == entry or name.endswith("." + entry) for entry in target_parameters or ())

@@ -1,0 +1,239 @@
+"""The modules that a family other than plain LoRA adapts: their tensors, settings, and the size of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.families.base import Family, Part, UnreadableError
+from regraft.adapters.form import Array
+from regraft.adapters.tuned import TunedModules
+from regraft.dialects.peft.config import targets_module
+from regraft.dialects.peft.scan import PREFIX, Scan, Tuned
+from regraft.equation.notation import ConfigPath, Equation, Term
+from regraft.equation.sizes import known_dims
+from regraft.errors import BadInputError, Finding
+from regraft.names.keys import Group, Ints
+from regraft.planning.model import Scope
+from regraft.planning.plan import Headers
+from regraft.planning.side import Side
+from regraft.rules.kinds import IN, KINDS, OUT
+from regraft.rules.templates import match_group
+
+_AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+
+Sizes = tuple[int | None, int | None]
+
+
+class ModuleReader:
+    """Turns scanned modules into parts; all problems of the adapter are collected."""
+
+    def __init__(
+        self,
+        scan: Scan,
+        tensors: Sequence[Array],
+        family: Family,
+        side: Side,
+        where: str,
+        shape_of: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.scan, self.tensors, self.family, self.side = scan, tensors, family, side
+        self.where, self.shape_of = where, shape_of or {}
+        self.findings: list[Finding] = []
+
+    def read(self) -> TunedModules:
+        """The modules.
+
+        Raises ``BadInputError`` with everything that is wrong.
+        """
+        groups: list[Group] = []
+        shapes: list[tuple[int, ...]] = []
+        made = TunedModules(Headers((), [], []), [])
+        for tuned in self.scan.tuned:
+            for rows, kind, known in self._known(tuned.modules):
+                modules = tuned.modules.take(rows)
+                start = len(made.parts)
+                ids = np.arange(start, start + len(modules))
+                keys = Group(modules.template + ".weight", ids, modules.numbers)
+                part = Tuned(modules, {end: ids[rows] for end, ids in tuned.tensors.items()})
+                self._read_group(part, kind, known, made, shapes)
+                groups.append(keys)
+                made.kinds.append((keys, kind))
+        self._check_targets()
+        if self.findings:
+            raise BadInputError(self.findings)
+        made.headers = Headers(groups, shapes, ["float32"] * len(shapes))
+        return made
+
+    def _known(self, modules: Group) -> Iterator[tuple[Ints, str, list[int | None]]]:
+        """Some modules at a time: their rows, the kind of their weights, and the dims that the base's config says."""
+        left = np.arange(len(modules))
+        keys = Group(modules.template + ".weight", left, modules.numbers)
+        for rule, term, kind, scope in self.side.rules():
+            match = match_group(term.key, keys) if term.key is not None else None
+            rows = left if match is None else np.intersect1d(left, match.rows)
+            if match is not None and len(rows):
+                left = np.setdiff1d(left, rows)
+                yield rows, kind, _look_up(rule.equation, term, scope)
+        for book in self.side.books:
+            scope = self.side.scopes.get(book.name, Scope())
+            for carry in book.carries:
+                match = match_group(carry.term.key, keys) if carry.term.key is not None else None
+                rows = left if match is None else np.intersect1d(left, match.rows)
+                if match is not None and len(rows):
+                    left = np.setdiff1d(left, rows)
+                    yield rows, carry.kind or "any", _look_up(carry.equation, carry.term, scope)
+        if len(left):
+            yield left, "any", []
+
+    def _read_group(
+        self,
+        tuned: Tuned,
+        kind: str,
+        known: list[int | None],
+        made: TunedModules,
+        shapes: list[tuple[int, ...]],
+    ) -> None:
+        count = len(tuned.modules)
+        paths = tuned.modules.names()
+        columns = {suffix: ids.tolist() for suffix, ids in tuned.tensors.items()}
+        varies = self.family.varies()
+        settings = self.family.settings(paths[0])
+        told = _flat(settings)
+        cache: dict[object, Sizes | None] = {}
+        kind = "linear" if kind == "any" else kind
+        whole = all((ids >= 0).all() for ids in tuned.tensors.values())
+        ends, rows = list(columns), list(zip(*columns.values(), strict=True))
+        for row in range(count):
+            found = {e: self.tensors[i] for e, i in zip(ends, rows[row], strict=True) if i >= 0}
+            tensors = self.family.read(found)
+            if varies:
+                settings = self.family.settings(paths[row])
+                told = _flat(settings)
+            arrays = found.values()
+            form = (
+                None if whole else tuple(found),
+                told,
+                *map(_SHAPE, arrays),
+                *map(_DTYPE, arrays),
+            )
+            if form not in cache:
+                cache[form] = self._sizes(tensors, settings, paths[row])
+            sizes = cache[form]
+            if sizes is None:
+                sizes = 1, 1
+            if None in sizes or self.shape_of:
+                shape = self._shape(sizes, kind, known, paths[row], len(made.parts), made)
+            else:
+                shape = sizes if KINDS[kind].role(0) == OUT else sizes[::-1]  # type: ignore[assignment]
+            out, into = _matrix(shape, kind)
+            shapes.append(shape)
+            made.parts.append(Part(tensors, out, into, settings, kind))
+            made.forms.append((kind, form, shape))
+
+    def _sizes(
+        self, tensors: Mapping[str, Array], settings: Mapping[str, Any], path: str
+    ) -> Sizes | None:
+        try:
+            return self.family.sizes(tensors, settings)
+        except (UnreadableError, KeyError, StopIteration, ValueError, IndexError) as error:
+            what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            self.findings.append(
+                Finding(
+                    "shape",
+                    f"these are no tensors of {self.family.title}: {what or 'one is missing'}",
+                    where=self.where,
+                    key=PREFIX + path,
+                    fix=_AGAIN,
+                )
+            )
+            return None
+
+    def _shape(
+        self,
+        sizes: Sizes,
+        kind: str,
+        known: list[int | None],
+        path: str,
+        number: int,
+        made: TunedModules,
+    ) -> tuple[int, ...]:
+        """The shape of a base weight: what the tensors say, then the base's config, then its weights."""
+        given = self.shape_of.get(path + ".weight")
+        if given is not None and len(given) > 2:
+            return given
+        roles = KINDS[kind].roles or (OUT, IN)
+        if len(roles) != 2:
+            roles = (OUT, IN)
+        shape = []
+        for dim, role in enumerate(roles):
+            size = sizes[0 if role == OUT else 1]
+            if size is None and dim < len(known):
+                size = known[dim]
+            if size is None and given is not None:
+                size = given[dim]
+            if size is None:
+                made.unknown.add(number)
+            shape.append(1 if size is None else size)
+        return tuple(shape)
+
+    def _check_targets(self) -> None:
+        entries = self.family.config.get("target_modules")
+        if entries is None:
+            return
+        untargeted: list[Finding] = []
+        targeted = 0
+        for tuned in self.scan.tuned:
+            leaf = tuned.modules.template.rpartition(".")[2]
+            if isinstance(entries, list) and "\0" not in leaf and leaf in entries:
+                targeted += len(tuned.modules)
+                continue
+            missing = [p for p in tuned.modules.names() if not targets_module(entries, p)]
+            targeted += len(tuned.modules) - len(missing)
+            if missing:
+                untargeted.append(
+                    Finding(
+                        "not-targeted",
+                        "target_modules of adapter_config.json does not name this module, so PEFT would "
+                        "ignore its tensors",
+                        where=self.where,
+                        key=PREFIX + missing[0],
+                        fix="add it to target_modules, or remove its tensors from the weights file",
+                    )
+                )
+        if untargeted and not targeted:
+            self.findings.append(
+                Finding(
+                    "targets-nothing",
+                    f"target_modules = {entries!r} names nothing that is in the weights file "
+                    f"({untargeted[0].key}, …)",
+                    where=self.where,
+                    key="adapter_config.json",
+                    fix="use the config that was saved with these weights",
+                )
+            )
+        else:
+            self.findings += untargeted
+
+
+def _look_up(equation: Equation, term: Term, scope: Scope) -> list[int | None]:
+    return known_dims(
+        equation, term, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
+    )
+
+
+def _matrix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
+    """Out and in of a stored shape; whatever follows the second dim counts as in."""
+    if kind in ("conv1d", "embedding"):
+        return shape[1], shape[0]
+    return shape[0], prod(shape[1:])
+
+
+def _flat(settings: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple(v if isinstance(v, (int, float, str, bool)) else str(v) for v in settings.values())
