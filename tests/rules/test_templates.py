@@ -89,7 +89,7 @@ def test_a_literal_number_between_two_segments_is_refused():
 
 def test_numbers_spelled_out_make_a_template_closer_then_dims_then_letters():
     terms = ["{*p}.w : ...", "{*p}.long.w : ...", "{*p}.w : o i", "a.w1 : ...", "a.0.w1 : ..."]
-    ranks = [specificity(parse_equation(f"{t} == {t}").left[0]) for t in terms]
+    ranks = [specificity(e.left[0], e) for e in (parse_equation(f"{t} == {t}") for t in terms)]
     assert ranks == sorted(ranks)
     assert len(set(ranks)) == len(ranks)
 

@@ -114,8 +114,7 @@ def _carry(
             result.failed.update(dict.fromkeys(ids[ids >= 0].tolist(), failed))
         return
     blocks = blocks_of(entry, number)
-    roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
-    out, into = shape[roles.index(OUT)], shape[roles.index(IN)]
+    out, into = KINDS[kind].size(shape, OUT), KINDS[kind].size(shape, IN)
     for loop in range(len(entry)):
         for slot in range(slots):
             pieces = _pieces(entry, blocks, loop, slot)

@@ -21,11 +21,12 @@ import numpy as np
 from regraft.adapters.components import Part, Record
 from regraft.adapters.form import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
 from regraft.adapters.scale import Scale
-from regraft.equation.lower import Copy, CopyAxis
+from regraft.equation.lower import Copy, CopyAxis, Padding
+from regraft.equation.notation import Term
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, walk
-from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT
+from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT, Kind
 
 _DTYPE = attrgetter("dtype")
 _TILE = 32
@@ -63,9 +64,12 @@ def blocks_of(entry: Entry, target: int) -> list[Block]:
     return [_block(entry, copy) for copy in entry.copies if copy.target == target]
 
 
-def _role(axis: CopyAxis, source: bool, kind: str) -> str:
+def _role(axis: CopyAxis, source: bool, kinds: tuple[str, str]) -> str:
     place = axis.source if source else axis.target
-    return BATCH if place.in_key else KINDS[kind].role(place.index)
+    if not place.in_key and not place.step:
+        source = not source  # one element for all of them: out or in as on the other side
+        place = axis.target
+    return BATCH if place.in_key else KINDS[kinds[not source]].role(place.index)
 
 
 def _block(entry: Entry, copy: Copy) -> Block:
@@ -73,7 +77,7 @@ def _block(entry: Entry, copy: Copy) -> Block:
     kinds = entry.read_kinds[copy.source], entry.written_kinds[copy.target]
     iterated, straight, crossed = [], [], []
     for axis in copy.axes:
-        roles = _role(axis, True, kinds[0]), _role(axis, False, kinds[1])
+        roles = _role(axis, True, kinds), _role(axis, False, kinds)
         if axis.size == 1 and BATCH not in roles:
             continue
         if BATCH in roles:
@@ -93,15 +97,24 @@ def _block(entry: Entry, copy: Copy) -> Block:
     cross = bool(crossed)
     shapes = entry.flat_shape(read), entry.flat_shape(written)
     sides = [
-        _Walked.of(entry, copy, iterated, bool(target), kind, len(shape))
+        _Walked.of(entry, copy, iterated, bool(target), kind, shape)
         for target, (kind, shape) in enumerate(zip(kinds, shapes, strict=True))
     ]
     here, there = sides
     inner = straight or crossed
-    target_out = [a for a in inner if _role(a, False, kinds[1]) == OUT]
-    target_in = [a for a in inner if _role(a, False, kinds[1]) == IN]
-    rows_from = (here.in_at if cross else here.out_at)[:, None] + _offsets(target_out, True)
-    columns_from = (here.out_at if cross else here.in_at)[:, None] + _offsets(target_in, True)
+    target_out = [a for a in inner if _role(a, False, kinds) == OUT]
+    target_in = [a for a in inner if _role(a, False, kinds) == IN]
+    steps = [
+        {role: KINDS[kind].steps(shape, role) for role in (OUT, IN)}
+        for kind, shape in zip(kinds, shapes, strict=True)
+    ]
+    out_role, in_role = (IN, OUT) if cross else (OUT, IN)
+    rows_from = (here.in_at if cross else here.out_at)[:, None] + _offsets(
+        target_out, True, steps[0][out_role]
+    )
+    columns_from = (here.out_at if cross else here.in_at)[:, None] + _offsets(
+        target_in, True, steps[0][in_role]
+    )
     per_target = Counter(zip(here.slot.tolist(), there.slot.tolist(), strict=True))
     given = min(per_target.values()) * rows_from.shape[1] * columns_from.shape[1]
     return Block(
@@ -112,9 +125,9 @@ def _block(entry: Entry, copy: Copy) -> Block:
         there.slot,
         there.batch,
         rows_from,
-        there.out_at[:, None] + _offsets(target_out, False),
+        there.out_at[:, None] + _offsets(target_out, False, steps[1][OUT]),
         columns_from,
-        there.in_at[:, None] + _offsets(target_in, False),
+        there.in_at[:, None] + _offsets(target_in, False, steps[1][IN]),
         given < prod(shapes[0]),
     )
 
@@ -130,23 +143,29 @@ class _Walked:
 
     @staticmethod
     def of(
-        entry: Entry, copy: Copy, axes: list[CopyAxis], target: bool, kind: str, dims: int
+        entry: Entry,
+        copy: Copy,
+        axes: list[CopyAxis],
+        target: bool,
+        kind: str,
+        shape: tuple[int, ...],
     ) -> _Walked:
-        slot, moved = walk(entry, copy, axes, target)
+        slot, moved = walk(entry, copy, axes, entry.written if target else entry.read, target)
         start = np.array(copy.target_start if target else copy.source_start, dtype=np.int64)
         index = moved + start.reshape(-1, 1)
-        roles = [KINDS[kind].role(dim) for dim in range(dims)]
 
         def along(role: str) -> Ints:
-            return index[roles.index(role)] if role in roles else np.zeros_like(slot)
+            return np.array(KINDS[kind].steps(shape, role), dtype=np.int64) @ index
 
         return _Walked(slot, along(BATCH), along(OUT), along(IN))
 
 
-def _offsets(axes: Iterable[CopyAxis], source: bool) -> Ints:
+def _offsets(axes: Iterable[CopyAxis], source: bool, steps: Sequence[int]) -> Ints:
+    """Positions of a role at every point of some axes; ``steps`` are those of the dims."""
     offsets = np.zeros(1, dtype=np.int64)
     for axis in axes:
-        step = (axis.source if source else axis.target).step
+        place = axis.source if source else axis.target
+        step = place.step * steps[place.index] if place.step else 0
         offsets = (offsets[:, None] + np.arange(axis.size) * step).reshape(-1)
     return offsets
 
@@ -201,6 +220,7 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
         loras: list[Lora | None] = []
         if all((ids < 0).all() for ids in entry.sources):
             continue
+        _check_one_sided(entry, factors)
         if kind == "any" and entry.moves_nothing:
             yield Images(
                 keys, "linear", [_as_it_is(int(i), factors) for i in entry.sources[0].flat]
@@ -215,10 +235,92 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
                 lora = whole.image(loop, factors, record, keys.name(row)) if whole else None
                 if lora is None:
                     lora = _image(
-                        entry, factors, blocks, loop, slot, shape, kind, record, keys.name(row)
+                        entry, factors, blocks, loop, slot, term, kind, record, keys.name(row)
                     )
                 loras.append(lora)
         yield Images(keys, kind, loras)
+
+
+def _check_one_sided(entry: Entry, factors: Factors) -> None:
+    """What stands on the side that is read only must add the same everywhere (copies), and nothing to padding.
+
+    Raises ``RefusedError``.
+    """
+    for copy in entry.repeats:
+        for loop in range(len(entry)):
+            for one, other in zip(
+                *(_read_at(entry, factors, copy, loop, bool(end)) for end in range(2)), strict=True
+            ):
+                same = (one is None) == (other is None)
+                if same and one is not None and other is not None:
+                    same = one[2] == other[2] and all(map(np.array_equal, one[:2], other[:2]))
+                if not same:
+                    raise _no_image(
+                        entry,
+                        f"along {', '.join(entry.rule.equation.copies)} the base has one weight "
+                        "several times, and the adapter does not add the same to each",
+                    )
+    for padding in entry.paddings(written=False):
+        term, kind = entry.read[padding.term], KINDS[entry.read_kinds[padding.term]]
+        shape = entry.flat_shape(term)
+        cut = {role: _positions(padding, kind.steps(shape, role)) for role in (OUT, IN)}
+        for number in entry.sources[padding.term].reshape(-1).tolist():
+            if number < 0:
+                continue
+            a, b = factors.a[number], factors.b[number]
+            rows, columns = b[..., cut[OUT], :], a[..., cut[IN]]
+            if rows.any() and columns.any():
+                raise _no_image(entry, "it adds to padding, which the target does not have")
+
+
+def _positions(padding: Padding, steps: Sequence[int]) -> Ints:
+    """The positions of a role that padding takes."""
+    at = np.zeros(1, dtype=np.int64) + sum(
+        start * step for start, step in zip(padding.start, steps, strict=True)
+    )
+    for size, place in padding.axes:
+        step = 0 if place.in_key else place.step * steps[place.index]
+        if step:
+            at = (at[:, None] + np.arange(size) * step).reshape(-1)
+    return at
+
+
+def _read_at(
+    entry: Entry, factors: Factors, copy: Copy, loop: int, other: bool
+) -> list[tuple[Array, Array, Fraction] | None]:
+    """The factors at one end of a copy between tensors that are read, for each tensor on the way."""
+    number = copy.target if other else copy.source
+    kind = KINDS[entry.read_kinds[number]]
+    shape = entry.flat_shape(entry.read[number])
+    keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
+    slots, moved = walk(entry, copy, keyed, entry.read, other)
+    start = np.array(copy.target_start if other else copy.source_start).reshape(-1, 1) + moved
+    inner = [axis for axis in copy.axes if axis not in keyed]
+    result: list[tuple[Array, Array, Fraction] | None] = []
+    for slot, at in zip(slots.tolist(), start.T, strict=True):
+        source = int(entry.sources[number][loop].reshape(-1)[slot])
+        if source < 0:
+            result.append(None)
+            continue
+        a, b = factors.a[source], factors.b[source]
+        if kind.kernel:
+            a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        places = {
+            role: int(np.dot(kind.steps(shape, role), at))
+            + _offsets(
+                [x for x in inner if _plays(x, other, kind, role)],
+                not other,
+                kind.steps(shape, role),
+            )
+            for role in (OUT, IN)
+        }
+        result.append((a[..., places[IN]], b[..., places[OUT], :], factors.scales[source].exact))
+    return result
+
+
+def _plays(axis: CopyAxis, other: bool, kind: Kind, role: str) -> bool:
+    place = axis.target if other or not axis.source.step else axis.source
+    return kind.role(place.index) == role
 
 
 def _as_it_is(source: int, factors: Factors) -> Lora | None:
@@ -234,14 +336,15 @@ def _image(
     blocks: list[Block],
     loop: int,
     slot: int,
-    shape: tuple[int, ...],
+    term: Term,
     kind: str,
     record: Record,
     key: str,
 ) -> Lora | None:
+    shape = entry.flat_shape(term)
     roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
     batch = shape[roles.index(BATCH)] if BATCH in roles else 1
-    out_size, in_size = shape[roles.index(OUT)], shape[roles.index(IN)]
+    out_size, in_size = (KINDS[kind].size(shape, role) for role in (OUT, IN))
     given: list[list[_Contribution]] = [[] for _ in range(batch)]
     for block in blocks:
         for at in np.flatnonzero(block.target_slot == slot).tolist():
@@ -249,6 +352,8 @@ def _image(
             if source < 0:
                 continue
             a, b = factors.a[source], factors.b[source]
+            if KINDS[entry.read_kinds[block.term]].kernel:
+                a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
             if a.ndim == 3:
                 a, b = a[block.source_batch[at]], b[block.source_batch[at]]
             rows, columns = block.rows_from[at], block.columns_from[at]
@@ -294,6 +399,10 @@ def _image(
     b_out = packed.transpose(2, 0, 1)
     if BATCH not in roles:
         a_out, b_out = a_out[0], b_out[0]
+    if KINDS[kind].kernel:
+        whole = entry.shape(term)
+        a_out = a_out.reshape(rank, *whole[1:])
+        b_out = b_out.reshape(out_size, rank, *(1 for _ in whole[2:]))
     changed = {
         c.source
         for c in flat

@@ -525,7 +525,7 @@ class _Layout:
         shape = entry.flat_shape(term)
         roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
         self.batch = shape[roles.index(BATCH)] if BATCH in roles else 1
-        self.size = shape[roles.index(OUT)], shape[roles.index(IN)]
+        self.size = KINDS[kind].size(shape, OUT), KINDS[kind].size(shape, IN)
         self.slots = prod(entry.stack(term))
 
     def matrices(self, row: int) -> Iterator[Wide | None]:

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
-from regraft.arrays.move import move
-from regraft.equation.lower import check_equation, flat_shape, lower, nest_of
-from regraft.equation.notation import parse_equation
+from regraft.arrays.move import move, view_of
+from regraft.equation.lower import (
+    Padding,
+    check_equation,
+    flat_shape,
+    lower,
+    nest_of,
+    paddings,
+    repeats,
+)
+from regraft.equation.notation import Equation, Term, parse_equation
 from regraft.equation.sizes import shape_of, solve_sizes
 from regraft.errors import BadInputError, Finding
 
@@ -38,9 +47,46 @@ def rearrange(
         )
     shapes: Sequence[tuple[int, ...]] = [array.shape for array in arrays]
     solved, rest = solve_sizes(equation, zip(read, shapes, strict=True))
+    _check_read(equation, read, arrays, solved, reverse)
     results = [np.empty(shape_of(term, solved, rest), arrays[0].dtype) for term in written]
+    for padding in paddings(equation, solved, True, reverse):
+        view = _block(results[padding.term], padding)
+        view[...] = padding.value
     for copy in lower(equation, solved, reverse):
         source, target = read[copy.source], written[copy.target]
         nest = nest_of(copy, flat_shape(source, solved), flat_shape(target, solved))
         move(nest, arrays[copy.source], results[copy.target])
     return tuple(results)
+
+
+def _check_read(
+    equation: Equation,
+    read: Sequence[Term],
+    arrays: Sequence[npt.NDArray[np.generic]],
+    sizes: dict[str, int],
+    reverse: bool,
+) -> None:
+    """What lies along copies is equal, and padding holds its value."""
+    for copy in repeats(equation, sizes, reverse):
+        shapes = [flat_shape(read[n], sizes) for n in (copy.source, copy.target)]
+        nest = nest_of(copy, *shapes)
+        one = view_of(arrays[copy.source], nest.sizes, nest.source_strides, nest.source_offset)
+        other = view_of(arrays[copy.target], nest.sizes, nest.target_strides, nest.target_offset)
+        if not (one == other).all():
+            message = f"what lies along {', '.join(equation.copies)} is not the same each time"
+            raise BadInputError(Finding("copies-differ", message))
+    for padding in paddings(equation, sizes, False, reverse):
+        if not (_block(arrays[padding.term], padding) == padding.value).all():
+            message = f"what would be cut off is not padding: not all of it is {padding.value:g}"
+            raise BadInputError(Finding("padding", message))
+
+
+def _block(array: npt.NDArray[np.generic], padding: Padding) -> npt.NDArray[np.generic]:
+    strides = [stride // array.itemsize for stride in array.strides]
+    offset = sum(a * b for a, b in zip(padding.start, strides, strict=True))
+    sizes = tuple(size for size, _ in padding.axes)
+    return as_strided(
+        array.reshape(-1)[offset:],
+        sizes,
+        [place.step * strides[place.index] * array.itemsize for _, place in padding.axes],
+    )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from regraft.arrays.move import move
-from regraft.equation.lower import Copy, Nest, nest_of, strides_of
+from regraft.arrays.move import as_words, move, view_of
+from regraft.equation.lower import Copy, Nest, Padding, nest_of, strides_of
+from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding
-from regraft.planning.plan import Entry, Plan, walk
+from regraft.planning.plan import Entry, Plan, index_grid, walk
 
 
 def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def _apply_entry(
 ) -> None:
     keys = [entry.keys(term).names() for term in entry.written]
     slots = [len(names) // len(entry) for names in keys]
-    if len(entry.read) == len(entry.written) == 1 and entry.read[0].dims == entry.written[0].dims:
+    if entry.renames:
         ids = entry.sources[0].reshape(-1).tolist()
         result.update(zip(keys[0], (tensors[i] for i in ids), strict=True))
         return
@@ -51,6 +52,12 @@ def _apply_entry(
     ]
     for loop in range(len(entry)):
         used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
+        wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
+        if wrong is not None:
+            code, message, term, slot = wrong
+            key = plan.headers.name(used[term][slot])
+            findings.append(Finding(code, message, key=key, rule=str(entry.rule), fix=FIXES[code]))
+            continue
         dtypes = {str(tensors[i].dtype): i for ids in used for i in ids}
         if len(dtypes) > 1:
             findings.append(
@@ -68,6 +75,8 @@ def _apply_entry(
             [_empty(entry.shape(term), like) for _ in range(slots[number])]
             for number, term in enumerate(entry.written)
         ]
+        for padding in entry.paddings(written=True):
+            pad(entry, padding, made[padding.term])
         for source, target, nest, from_slots, to_slots, from_at, to_at in work:
             for i in range(len(from_slots)):
                 _move(
@@ -94,10 +103,106 @@ def _steps(entry: Entry, copy: Copy) -> tuple[list[int], list[int], list[int], l
     axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
     slots, offsets = [], []
     for target, shape in enumerate(_shapes(entry, copy)):
-        slot, dims = walk(entry, copy, axes, bool(target))
+        terms = entry.written if target else entry.read
+        slot, dims = walk(entry, copy, axes, terms, bool(target))
         slots.append(slot.tolist())
         offsets.append((np.array(strides_of(shape), dtype=np.int64) @ dims).tolist())
     return slots[0], slots[1], offsets[0], offsets[1]
+
+
+FIXES = {
+    "copies-differ": "make them equal, or give them to a layout that has each of them",
+    "padding": "correct the tensor, or the sizes in the rule: what is cut off must be padding",
+}
+
+Wrong = tuple[str, str, int, int]
+"""A code, a message, and the term and the slot of the tensor that is wrong."""
+
+
+def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
+    """What is wrong with the tensors of one loop value: copies that differ, padding that is something else.
+
+    ``tensors`` are those of every term of the side that is read, numpy's or torch's.
+    """
+    for copy in entry.repeats:
+        shapes = [entry.flat_shape(entry.read[n]) for n in (copy.source, copy.target)]
+        nest = nest_of(copy, *shapes)
+        axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
+        walked = [walk(entry, copy, axes, entry.read, bool(target)) for target in range(2)]
+        at = [
+            np.array(strides_of(s), dtype=np.int64) @ w[1]
+            for s, w in zip(shapes, walked, strict=True)
+        ]
+        for i in range(len(walked[0][0])):
+            slots = int(walked[0][0][i]), int(walked[1][0][i])
+            one = tensors[copy.source][slots[0]]
+            other = tensors[copy.target][slots[1]]
+            if one is other and nest.source_offset + at[0][i] == nest.target_offset + at[1][i]:
+                continue
+            offsets = nest.source_offset + int(at[0][i]), nest.target_offset + int(at[1][i])
+            views = (
+                _view(one, nest.sizes, nest.source_strides, offsets[0]),
+                _view(other, nest.sizes, nest.target_strides, offsets[1]),
+            )
+            if one.dtype != other.dtype or not bool((views[0] == views[1]).all()):
+                return (
+                    "copies-differ",
+                    "it is not equal to the others that become one tensor",
+                    copy.target,
+                    slots[1],
+                )
+    for padding in entry.paddings(written=False):
+        for slot, view in _padded(entry, entry.read, padding, tensors[padding.term]):
+            if not bool((view == _value_bits(padding.value, tensors[padding.term][slot])).all()):
+                message = (
+                    f"what would be cut off is not padding: not all of it is {padding.value:g}"
+                )
+                return "padding", message, padding.term, slot
+    return None
+
+
+def pad(entry: Entry, padding: Padding, tensors: Sequence[Any]) -> None:
+    """Put the value of padding where it belongs in tensors that are made."""
+    for slot, view in _padded(entry, entry.written, padding, tensors):
+        view[...] = _value_bits(padding.value, tensors[slot])
+
+
+def _padded(
+    entry: Entry, terms: Sequence[Term], padding: Padding, tensors: Sequence[Any]
+) -> Iterator[tuple[int, Any]]:
+    """Every block of padding: the slot of its tensor, and a view."""
+    term = terms[padding.term]
+    shape = entry.flat_shape(term)
+    strides = strides_of(shape)
+    stack = entry.stack(term)
+    keyed = [(size, place) for size, place in padding.axes if place.in_key]
+    inner = [(size, place) for size, place in padding.axes if not place.in_key]
+    start = sum(a * b for a, b in zip(padding.start, strides, strict=True))
+    for point in index_grid([size for size, _ in keyed]).T.tolist():
+        holes = list(padding.key_start)
+        for index, (_, place) in zip(point, keyed, strict=True):
+            holes[place.index] += index * place.step
+        slot = 0
+        for hole, size in zip(holes, stack, strict=True):
+            slot = slot * size + hole
+        sizes = tuple(size for size, _ in inner)
+        steps = tuple(place.step * strides[place.index] for _, place in inner)
+        yield slot, _view(tensors[slot], sizes, steps, start)
+
+
+def _view(tensor: Any, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
+    """Some elements of a contiguous tensor, as bits where it is numpy's."""
+    if isinstance(tensor, np.ndarray):
+        return view_of(tensor, sizes, strides, offset)
+    tensor = tensor.contiguous()
+    return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
+
+
+def _value_bits(value: float, like: Any) -> Any:
+    """A value as an element of a tensor; its bits where it is numpy's."""
+    if not isinstance(like, np.ndarray):
+        return value
+    return as_words(np.array([value]).astype(like.dtype))[0]
 
 
 def _empty(shape: tuple[int, ...], like: Any) -> Any:

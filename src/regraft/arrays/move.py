@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ def as_words(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     flat = np.ascontiguousarray(array).reshape(-1)
     word = _WORDS.get(flat.dtype.itemsize)
     return flat if word is None else flat.view(word)
+
+
+def view_of(
+    array: npt.NDArray[Any], sizes: Sequence[int], strides: Sequence[int], offset: int
+) -> npt.NDArray[Any]:
+    """The bits of some elements of an array; strides and offset count elements of its contiguous form."""
+    words = as_words(array)
+    return as_strided(words[offset:], sizes, [s * words.dtype.itemsize for s in strides])
 
 
 def move(

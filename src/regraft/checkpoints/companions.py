@@ -38,7 +38,7 @@ from regraft.checkpoints.quantization import (
 )
 from regraft.checkpoints.source import Source, Tensors
 from regraft.equation.lower import lower
-from regraft.equation.notation import Axis, Expr, Sum, Term, axes_of
+from regraft.equation.notation import Axis, Expr, Product, Sum, Term, axes_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.plan import Entry, Headers, Plan
@@ -540,4 +540,6 @@ def _innermost(expr: Expr) -> frozenset[str]:
         return frozenset({expr.name})
     if isinstance(expr, Sum):
         return frozenset().union(*(_innermost(term) for term in expr.terms))
-    return _innermost(expr.factors[-1])
+    return (
+        _innermost(expr.factors[-1]) if isinstance(expr, Product) and expr.factors else frozenset()
+    )

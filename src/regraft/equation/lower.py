@@ -3,18 +3,22 @@
 Each side expands into boxes. A sum picks a summand, what remains is a dense strided block. A box is named by its
 set of axes; the boxes of the two sides that have one name are a pair, and a pair is a copy. Because a name occurs
 once on each side, the pairing is a bijection of elements: copies neither overlap nor leave holes.
+
+Two kinds of axes stand on one side only and name no box. Along ``copies t`` the elements are the same each time:
+the first is read and the others are compared with it, and all are written. A box with ``fill p`` is padding.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 from regraft.equation.notation import (
+    Affine,
     Axis,
     Bound,
     Equation,
@@ -23,6 +27,8 @@ from regraft.equation.notation import (
     Term,
     Where,
     axes_of,
+    givens_of,
+    indices_of,
     loops_of,
     notation_error,
 )
@@ -37,7 +43,7 @@ class Place:
     index: int
     """The number of the dim, or of the hole."""
     step: int
-    """How far one step along the axis moves in that dim's (or hole's) index."""
+    """How far one step along the axis moves in that dim's (or hole's) index; 0 for copies of one element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,18 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Padding:
+    """A dense block of a term that holds one value."""
+
+    term: int
+    axes: tuple[tuple[int, Place], ...]
+    """Sizes, and where each axis stands."""
+    start: tuple[int, ...]
+    key_start: tuple[int, ...]
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
 class Nest:
     """A strided copy inside one pair of tensors: offsets and strides count elements."""
 
@@ -84,6 +102,8 @@ def expand(expr: Expr, sizes: Mapping[str, int] | None) -> Iterator[_Expanded]:
     """Every choice of summands in an expression: its axes with their steps, and its offset."""
     if isinstance(expr, Axis):
         yield ((expr.name, 1),), 0
+    elif isinstance(expr, Affine):
+        yield tuple((name, 1) for _, name in expr.terms if sizes is None or name in sizes), 0
     elif isinstance(expr, Sum):
         base = 0
         for term in expr.terms:
@@ -109,12 +129,27 @@ class _Box:
     start: tuple[int, ...]
     key_start: tuple[int, ...]
 
+    def name(self, equation: Equation) -> frozenset[str]:
+        """What the box on the other side has, too."""
+        return frozenset(self.places).difference(equation.copies)
+
+    def padding(self, equation: Equation) -> float | None:
+        """The value that a box of padding holds."""
+        values = [fill.value for fill in equation.fills if fill.axis in self.places]
+        return values[0] if values else None
+
+
+def is_stacked(equation: Equation, hole: Expr) -> bool:
+    """Whether a hole counts the tensors of a stack; else it is a loop, or one number."""
+    if not isinstance(hole, (Axis, Affine)):
+        return True
+    free = {*loops_of(equation), *givens_of(equation)}
+    return any(name not in free for name in axes_of(hole))
+
 
 def stacked_holes(equation: Equation, term: Term) -> tuple[Expr, ...]:
     """The holes of a term's key that are no loops, from left to right."""
-    loops = loops_of(equation)
-    holes = term.key.holes if term.key else ()
-    return tuple(h for h in holes if not (isinstance(h, Axis) and h.name in loops))
+    return tuple(h for h in (term.key.holes if term.key else ()) if is_stacked(equation, h))
 
 
 def _boxes(
@@ -145,20 +180,30 @@ def check_equation(equation: Equation) -> None:
 
     Raises ``BadInputError`` with the equation and a mark under the part that is wrong.
     """
+    _check_one_sided(equation)
     names: list[dict[frozenset[str], _Box]] = []
     loops = loops_of(equation)
     for side in (equation.left, equation.right):
         boxes: dict[frozenset[str], _Box] = {}
+        seen: set[frozenset[str]] = set()
         for box in _boxes(equation, side, None):
-            name = frozenset(box.places)
-            if name in boxes:
+            whole = frozenset(box.places)
+            name = box.name(equation)
+            copied = (
+                name in boxes
+                and whole not in seen
+                and (whole != name or frozenset(boxes[name].places) != name)
+            )
+            if whole in seen or (name in boxes and not copied):
                 raise notation_error(
                     equation.text,
                     side[box.term].start,
-                    f"two boxes of one side have the axes {{{', '.join(sorted(name))}}}; "
+                    f"two boxes of one side have the axes {{{', '.join(sorted(whole))}}}; "
                     "tell them apart with a unit axis (k = 1)",
                 )
-            boxes[name] = box
+            seen.add(whole)
+            if box.padding(equation) is None:
+                boxes.setdefault(name, box)
         names.append(boxes)
     for here, there, side in ((0, 1, equation.left), (1, 0, equation.right)):
         for name, box in names[here].items():
@@ -178,12 +223,14 @@ def check_equation(equation: Equation) -> None:
         term = next(t for t in terms if t.key and frozenset(t.key.rests) == odd)
         raise notation_error(equation.text, term.start, "every key holds the same {*...} parts")
     for term in terms:
-        bare = {h.name for h in (term.key.holes if term.key else ()) if isinstance(h, Axis)}
+        holes = term.key.holes if term.key else ()
+        bare = {name for h in holes if isinstance(h, (Axis, Affine)) for name in axes_of(h)}
         missing = [name for name in loops if name not in bare]
         if missing:
             raise notation_error(
                 equation.text, term.start, f"every key holds the loop {{{missing[0]}}}"
             )
+        _check_numbers(equation, term)
     known = {name for term in terms for d in term.dims for name in axes_of(d)} | {
         name for term in terms if term.key for h in term.key.holes for name in axes_of(h)
     }
@@ -196,12 +243,68 @@ def check_equation(equation: Equation) -> None:
             )
     clauses: tuple[Where | Bound, ...] = (*equation.where, *equation.bounds)
     for clause in clauses:
+        if (
+            isinstance(clause, Where)
+            and clause.one
+            and (clause.axes or clause.axis not in indices_of(equation))
+        ):
+            raise notation_error(
+                equation.text,
+                clause.start,
+                f"{clause.axis} is VALUE: an index that stands in keys only, and a value without axes",
+            )
         names_used = [v.name for _, v in clause.values if isinstance(v, Axis)]
         for axis in (clause.axis, *names_used):
             if axis not in known:
                 raise notation_error(
                     equation.text, clause.start, f"no key and no dim has an axis {axis}"
                 )
+
+
+def _check_one_sided(equation: Equation) -> None:
+    """Copies and padding: axes of one side."""
+    sides = [
+        {
+            n
+            for term in side
+            for e in (*term.dims, *(term.key.holes if term.key else ()))
+            for n in axes_of(e)
+        }
+        for side in (equation.left, equation.right)
+    ]
+    for axis, what in (
+        *((axis, "copies") for axis in equation.copies),
+        *((fill.axis, "fill") for fill in equation.fills),
+    ):
+        if sum(axis in side for side in sides) != 1:
+            message = f"{what} {axis}: exactly one side has the axis {axis}"
+            raise notation_error(
+                equation.text, max(equation.text.find(f"{what} {axis}"), 0), message
+            )
+
+
+def _check_numbers(equation: Equation, term: Term) -> None:
+    """Numbers computed from indices: the indices can be found from the number, in one way."""
+    holes = term.key.holes if term.key else ()
+    free = {*loops_of(equation), *givens_of(equation)}
+    known = {h.name for h in holes if isinstance(h, Axis)} | set(givens_of(equation))
+    for hole in sorted(
+        (h for h in holes if isinstance(h, Affine)),
+        key=lambda h: sum(name not in known for name in axes_of(h)),
+    ):
+        sized = [name for name in axes_of(hole) if name not in free]
+        if sized and (len(hole.terms) > 1 or hole.terms[0][0] < 0 or hole.constant < 0):
+            message = f"{sized[0]} counts in a shape, too, so only {{k {sized[0]} + n}} can be computed from it"
+            raise notation_error(equation.text, term.start, message)
+        open_ones = sorted((abs(f), f > 0) for f, name in hole.terms if name not in known)
+        steps = [factor for factor, _ in open_ones]
+        if len({up for _, up in open_ones}) > 1 or any(b % a or a == b for a, b in pairwise(steps)):
+            message = (
+                f"{{{hole}}} does not tell its indices: of each two factors one divides the other, "
+                "and all have one sign"
+            )
+            raise notation_error(equation.text, term.start, message)
+        known.update(axes_of(hole))
 
 
 def lower(equation: Equation, sizes: Mapping[str, int], reverse: bool = False) -> tuple[Copy, ...]:
@@ -213,26 +316,92 @@ def lower(equation: Equation, sizes: Mapping[str, int], reverse: bool = False) -
     """
     check_equation(equation)
     read, written = equation.sides(reverse)
-    partners = {frozenset(box.places): box for box in _boxes(equation, read, sizes)}
-    copies = []
-    for target in _boxes(equation, written, sizes):
-        source = partners[frozenset(target.places)]
-        axes = tuple(
-            CopyAxis(name, sizes[name], source.places[name], place)
-            for name, place in target.places.items()
+    partners: dict[frozenset[str], _Box] = {}
+    for box in _boxes(equation, read, sizes):
+        partners.setdefault(box.name(equation), box)
+    return tuple(
+        _copy(partners[target.name(equation)], target, sizes)
+        for target in _boxes(equation, written, sizes)
+        if target.padding(equation) is None
+    )
+
+
+def _copy(source: _Box, target: _Box, sizes: Mapping[str, int]) -> Copy:
+    axes = tuple(
+        CopyAxis(name, sizes[name], source.places.get(name, _STAYS), place)
+        for name, place in target.places.items()
+    )
+    return Copy(
+        source.term,
+        target.term,
+        axes,
+        source.start,
+        target.start,
+        source.key_start,
+        target.key_start,
+    )
+
+
+_STAYS = Place(in_key=False, index=0, step=0)
+
+
+def repeats(
+    equation: Equation, sizes: Mapping[str, int], reverse: bool = False
+) -> tuple[Copy, ...]:
+    """What must be equal on the side that is read: copies from its first terms to others of the same side.
+
+    >>> from regraft.equation.notation import parse_equation
+    >>> equation = parse_equation("i == (t i) where t = 2, copies t")
+    >>> [axis.source.step for axis in repeats(equation, {"t": 2, "i": 3}, reverse=True)[0].axes]
+    [0, 1]
+    """
+    if not equation.copies:
+        return ()
+    read, _ = equation.sides(reverse)
+    first: dict[frozenset[str], _Box] = {}
+    result = []
+    for box in _boxes(equation, read, sizes):
+        name = box.name(equation)
+        known = first.setdefault(name, box)
+        alone = frozenset(box.places) == name
+        if box is known and alone:
+            continue
+        places = {n: p for n, p in known.places.items() if n in name}
+        result.append(_copy(_Box(known.term, places, known.start, known.key_start), box, sizes))
+    return tuple(result)
+
+
+def paddings(
+    equation: Equation, sizes: Mapping[str, int], written: bool, reverse: bool = False
+) -> tuple[Padding, ...]:
+    """The padding of the side that is written, or of the one that is read."""
+    if not equation.fills:
+        return ()
+    side = equation.sides(reverse)[written]
+    result = []
+    for box in _boxes(equation, side, sizes):
+        value = box.padding(equation)
+        if value is not None:
+            axes = tuple((sizes[name], place) for name, place in box.places.items())
+            result.append(Padding(box.term, axes, box.start, box.key_start, value))
+    return tuple(result)
+
+
+def open_rest(equation: Equation, dims: int) -> Equation:
+    """The equation with ``...`` written out as so many dims, so that they can be cut one by one.
+
+    >>> from regraft.equation.notation import parse_equation
+    >>> str(open_rest(parse_equation("(a + b) ... == a ..., b ... where a = 2"), 2))
+    '(a + b) _0 _1 == a _0 _1, b _0 _1 where a = 2'
+    """
+    rest = tuple(Axis(f"_{n}") for n in range(dims))
+
+    def opened(side: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(
+            Term(t.key, (*t.dims[:-1], *rest), t.start) if t.ends_open else t for t in side
         )
-        copies.append(
-            Copy(
-                source.term,
-                target.term,
-                axes,
-                source.start,
-                target.start,
-                source.key_start,
-                target.key_start,
-            )
-        )
-    return tuple(copies)
+
+    return replace(equation, left=opened(equation.left), right=opened(equation.right))
 
 
 def flat_shape(term: Term, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -265,7 +434,7 @@ def nest_of(copy: Copy, source_shape: Sequence[int], target_shape: Sequence[int]
     loops = [
         (
             axis.size,
-            axis.source.step * strides[0][axis.source.index],
+            axis.source.step * strides[0][axis.source.index] if axis.source.step else 0,
             axis.target.step * strides[1][axis.target.index],
         )
         for axis in copy.axes
@@ -288,12 +457,17 @@ __all__ = [
     "Copy",
     "CopyAxis",
     "Nest",
+    "Padding",
     "Place",
     "check_equation",
     "expand",
     "flat_shape",
+    "is_stacked",
     "lower",
     "nest_of",
+    "open_rest",
+    "paddings",
+    "repeats",
     "stacked_holes",
     "strides_of",
 ]

@@ -6,15 +6,18 @@
     where a = b, e = config.num_experts
 
 A term is ``key : dims`` (or only the dims). Terms stand one to a line or separated by commas. ``( )`` is a
-product of axes, row major; ``+`` is a sum, pieces laid one after the other; ``...`` is the last dims of every
-tensor, as one axis. A hole ``{e}`` in a key is an index, ``{*p}`` any number of whole segments. ``where`` adds
-what the shapes of the side that is read do not say: ``a = b``, ``k = 1``, ``e = config.num_experts |
-config.n_experts``, ``d = config.hidden_size / h``, ``h = shape(SOME.key, 0)``, and ``l < config.num_layers``: an
-index beyond it is an error.
+product of axes, row major; ``+`` is a sum, pieces laid one after the other; ``1`` is a dim of one position;
+``...`` is the last dims of every tensor, as one axis. A hole ``{e}`` in a key is an index, ``{3 b + r + 1}`` a
+number computed from indices, ``{*p}`` any number of whole segments. ``where`` adds what the shapes of the side
+that is read do not say: ``a = b``, ``m = 4 q``, ``k = 1``, ``e = config.num_experts | config.n_experts``, ``d =
+config.hidden_size / h``, ``l is config.num_layers - 1 | last``, ``h = shape(SOME.key, 0)``; ``l <
+config.num_layers``: an index beyond it is an error; ``copies t``: what lies along ``t`` is the same each time;
+``fill p = 0``: padding along ``p``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +27,7 @@ from regraft.errors import BadInputError, Finding
 
 REST = "..."
 _KEY_ENDS = " \t\r\n:,()"
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Product:
     factors: tuple[Expr, ...]
 
     def __str__(self) -> str:
-        return "(" + " ".join(map(str, self.factors)) + ")"
+        return "(" + " ".join(map(str, self.factors)) + ")" if self.factors else "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,30 @@ class Sum:
         return "(" + " + ".join(inner) + ")"
 
 
-Expr = Axis | Product | Sum
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A number in a key, computed from indices: ``3 b + r + 1``. It stands in holes only."""
+
+    terms: tuple[tuple[int, str], ...]
+    """Factors and indices."""
+    constant: int
+
+    def __str__(self) -> str:
+        text = ""
+        for factor, name in self.terms:
+            shown = name if abs(factor) == 1 else f"{abs(factor)} {name}"
+            text += f" {'-' if factor < 0 else '+'} {shown}"
+        if self.constant > 0 and self.terms[0][0] < 0:
+            return f"{self.constant}{text}"
+        if self.constant:
+            text += f" {'-' if self.constant < 0 else '+'} {abs(self.constant)}"
+        return text.removeprefix(" + ").removeprefix(" ")
+
+
+Expr = Axis | Product | Sum | Affine
+"""``Product(())`` is a dim of one position, written ``1``."""
+
+UNIT = Product(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +175,26 @@ Value = int | Axis | ConfigPath | ShapeOf
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """``axis = value * value / value``."""
+    """``axis = value * value / value``, several of them added or subtracted."""
 
     axis: str
     values: tuple[tuple[str, Value], ...]
-    """Pairs of ``*`` or ``/`` and a value; the first is always ``*``."""
+    """Pairs of ``*``, ``/``, ``+`` or ``-`` and a value; the first is always ``*``."""
     start: int
+    one: bool = False
+    """``index is value``: the index of a key that has only this value."""
+    or_last: bool = False
+    """Whether that is the last index that there is where the values are not known."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes among the values."""
+        return tuple(value.name for _, value in self.values if isinstance(value, Axis))
 
     def __str__(self) -> str:
-        text = "".join(f" {op} {value}" for op, value in self.values)
-        return f"{self.axis} = {text[3:]}"
+        text = "".join(f" {op} {value}" for op, value in self.values)[3:]
+        last = ("last" if not text else " | last") if self.or_last else ""
+        return f"{self.axis} {'is' if self.one else '='} {text}{last}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +210,25 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """``copies t``: along an axis that only one side has, the elements are the same each time."""
+
+    axis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """``fill p = 0``: along an axis that only one side has there is padding, all of one value."""
+
+    axis: str
+    value: float
+    start: int
+
+    def __str__(self) -> str:
+        return f"fill {self.axis} = {self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Equation:
     """Two sides that hold the same elements. Its inverse is itself, read right to left."""
 
@@ -181,6 +237,9 @@ class Equation:
     right: tuple[Term, ...]
     where: tuple[Where, ...]
     bounds: tuple[Bound, ...] = ()
+    copies: tuple[str, ...] = ()
+    """Axes along which one side has the same elements several times."""
+    fills: tuple[Fill, ...] = ()
 
     def sides(self, reverse: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The side that is read and the side that is written."""
@@ -188,7 +247,10 @@ class Equation:
 
     def __str__(self) -> str:
         sides = " == ".join(", ".join(map(str, side)) for side in (self.left, self.right))
-        clauses = ", ".join(map(str, (*self.where, *self.bounds)))
+        copied = [f"copies {axis}" for axis in self.copies]
+        clauses = ", ".join(
+            [*map(str, (*self.where, *self.bounds)), *copied, *map(str, self.fills)]
+        )
         return sides + (f" where {clauses}" if clauses else "")
 
 
@@ -211,6 +273,8 @@ def axes_of(expr: Expr) -> Iterator[str]:
     """
     if isinstance(expr, Axis):
         yield expr.name
+    elif isinstance(expr, Affine):
+        yield from (name for _, name in expr.terms)
     else:
         for part in expr.factors if isinstance(expr, Product) else expr.terms:
             yield from axes_of(part)
@@ -218,18 +282,30 @@ def axes_of(expr: Expr) -> Iterator[str]:
 
 @lru_cache(maxsize=4096)
 def loops_of(equation: Equation) -> tuple[str, ...]:
-    """Axes that stand alone in holes and meet no shape: any values, gaps allowed."""
+    """Axes that stand in keys only, alone or in a number computed from them: any values, gaps allowed."""
+    given = givens_of(equation)
+    return tuple(name for name in indices_of(equation) if name not in given)
+
+
+@lru_cache(maxsize=4096)
+def givens_of(equation: Equation) -> dict[str, Where]:
+    """Indices that have one value (``l is config.num_layers - 1``): such a hole is one number."""
+    return {clause.axis: clause for clause in equation.where if clause.one}
+
+
+def indices_of(equation: Equation) -> dict[str, None]:
+    """What stands in holes only, alone or in a number computed from it."""
     bare: dict[str, None] = {}
-    sized: set[str] = set()
+    sized = set(equation.copies)
     for term in (*equation.left, *equation.right):
         for hole in term.key.holes if term.key else ():
-            if isinstance(hole, Axis):
-                bare[hole.name] = None
+            if isinstance(hole, (Axis, Affine)):
+                bare.update(dict.fromkeys(axes_of(hole)))
             else:
                 sized.update(axes_of(hole))
         for dim in term.dims:
             sized.update(axes_of(dim))
-    return tuple(name for name in bare if name not in sized)
+    return {name: None for name in bare if name not in sized}
 
 
 @lru_cache(maxsize=4096)
@@ -245,7 +321,7 @@ def parse_equation(text: str) -> Equation:
     left = scanner.side(("==",))
     scanner.expect("==", "an equation has two sides with == between them")
     right = scanner.side(("where", ""))
-    clauses: list[Where | Bound] = []
+    clauses: list[Where | Bound | Fill | Copies] = []
     if scanner.take_word("where"):
         clauses.append(scanner.clause())
         while scanner.take(","):
@@ -254,7 +330,10 @@ def parse_equation(text: str) -> Equation:
     if scanner.at < len(text):
         raise scanner.error("this was not expected here")
     where = tuple(c for c in clauses if isinstance(c, Where))
-    return Equation(text, left, right, where, tuple(c for c in clauses if isinstance(c, Bound)))
+    bounds = tuple(c for c in clauses if isinstance(c, Bound))
+    copies = tuple(c.axis for c in clauses if isinstance(c, Copies))
+    fills = tuple(c for c in clauses if isinstance(c, Fill))
+    return Equation(text, left, right, where, bounds, copies, fills)
 
 
 @lru_cache(maxsize=4096)
@@ -269,6 +348,10 @@ def parse_key(text: str) -> Key:
     if scanner.at < len(text):
         raise scanner.error("this was not expected in a key")
     return key
+
+
+def _is_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "_"
 
 
 class _Scanner:
@@ -398,7 +481,8 @@ class _Scanner:
             part: Hole | Segments = Segments(name)
         else:
             self.skip()
-            part = Hole(self.atom())
+            computed = self.text[self.at : self.at + 1] not in ("(", "}", ".")
+            part = Hole(self.affine() if computed else self.atom())
         self.skip()
         if not self.text.startswith("}", self.at):
             raise self.error(
@@ -406,6 +490,35 @@ class _Scanner:
             )
         self.at += 1
         return part
+
+    def affine(self) -> Expr:
+        """An index, or a number computed from indices: ``3 b + r + 1``."""
+        start = self.at
+        terms: list[tuple[int, str]] = []
+        constant = 0
+        sign = -1 if self.take("-") else 1
+        while True:
+            self.skip()
+            digits = self.at
+            while self.text[self.at : self.at + 1].isdigit():
+                self.at += 1
+            number = self.text[digits : self.at]
+            self.skip()
+            letter = self.text[self.at : self.at + 1]
+            if letter.isalpha() or letter == "_" or not number:
+                terms.append((sign * int(number or 1), self.name()))
+            else:
+                constant += sign * int(number)
+            if not self.take("+") and not self.text.startswith("-", self.at):
+                break
+            sign = -1 if self.take("-") else 1
+        if not terms:
+            raise self.error("a number in a key needs no {}", start)
+        if len({name for _, name in terms}) < len(terms) or not all(f for f, _ in terms):
+            raise self.error("each index stands once in a computed number, and not times 0", start)
+        if terms == [(1, terms[0][1])] and not constant:
+            return Axis(terms[0][1])
+        return Affine(tuple(terms), constant)
 
     def name(self, message: str = "the name of an axis was expected") -> str:
         start = self.at
@@ -423,6 +536,11 @@ class _Scanner:
         if self.text.startswith(REST, self.at):
             self.at += len(REST)
             return Axis(REST)
+        if self.text.startswith("1", self.at) and not _is_word(
+            self.text[self.at + 1 : self.at + 2]
+        ):
+            self.at += 1
+            return UNIT
         if not self.text.startswith("(", self.at):
             return Axis(self.name())
         opened = self.at
@@ -449,23 +567,63 @@ class _Scanner:
             raise self.error("an axis was expected here")
         return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
-    def clause(self) -> Where | Bound:
+    def clause(self) -> Where | Bound | Fill | Copies:
         self.skip()
         start = self.at
         axis = self.name()
+        if axis == "copies" and self._name_follows():
+            self.skip()
+            return Copies(self.name())
+        if axis == "fill" and self._name_follows():
+            self.skip()
+            axis = self.name()
+            self.expect("=", "padding reads: fill axis = number")
+            return Fill(axis, self.number(), start)
         bound = self.take("<")
-        if not bound:
-            self.expect("=", "a where clause reads: axis = value, or: loop < value")
+        one = not bound and self.take_word("is")
+        if one and self._last():
+            return Where(axis, (), start, one, or_last=True)
+        if not bound and not one:
+            self.expect("=", "a where clause reads: axis = value, index is value, or: loop < value")
         values: list[tuple[str, Value]] = [("*", self.value())]
         while True:
-            if self.take("*"):
+            if isinstance(values[-1][1], int) and self._name_follows():
                 values.append(("*", self.value()))
-            elif self.take("/"):
-                values.append(("/", self.value()))
+                continue
+            op = next((op for op in "*/+-" if self.take(op)), None)
+            if op is not None:
+                values.append((op, self.value()))
             elif bound:
                 return Bound(axis, tuple(values), start)
             else:
-                return Where(axis, tuple(values), start)
+                last = one and self.take("|") and self._last()
+                return Where(axis, tuple(values), start, one, or_last=last)
+
+    def _name_follows(self) -> bool:
+        """Whether a name stands behind blanks, on this line."""
+        at = self.at
+        while self.text[at : at + 1] in (" ", "\t"):
+            at += 1
+        letter = self.text[at : at + 1]
+        return at > self.at and (letter.isalpha() or letter == "_")
+
+    def _last(self) -> bool:
+        self.skip()
+        if self.text.startswith("last", self.at) and not _is_word(
+            self.text[self.at + 4 : self.at + 5]
+        ):
+            self.at += 4
+            return True
+        return False
+
+    def number(self) -> float:
+        """A number with a sign and a fraction."""
+        self.skip()
+        found = _NUMBER.match(self.text, self.at)
+        if found is None:
+            raise self.error("a number was expected here")
+        self.at = found.end()
+        return float(found[0])
 
     def value(self) -> Value:
         self.skip()
@@ -477,10 +635,17 @@ class _Scanner:
         start = self.at
         if self.text.startswith("config.", self.at):
             paths = [self._config_path()]
-            while self.take("|"):
+            while True:
+                before = self.at
+                if not self.take("|"):
+                    break
                 self.skip()
                 if not self.text.startswith("config.", self.at):
-                    raise self.error("another config field was expected after |")
+                    # `| last` belongs to the whole clause.
+                    self.at, after = before, self.at
+                    if not self.text.startswith("last", after):
+                        raise self.error("another config field was expected after |", after)
+                    break
                 paths.append(self._config_path())
             return ConfigPath(tuple(paths))
         if self.text.startswith("shape(", self.at):

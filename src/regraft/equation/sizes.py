@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from math import lcm, prod
 
 from regraft.equation.notation import (
     REST,
+    Affine,
     Axis,
     Bound,
     ConfigPath,
@@ -16,7 +18,9 @@ from regraft.equation.notation import (
     ShapeOf,
     Term,
     Value,
+    Where,
     axes_of,
+    givens_of,
     loops_of,
 )
 
@@ -51,6 +55,9 @@ def extent(expr: Expr, sizes: Mapping[str, int]) -> int:
         return sizes[expr.name]
     if isinstance(expr, Product):
         return prod(extent(factor, sizes) for factor in expr.factors)
+    if isinstance(expr, Affine):
+        # Of the indices in a number only one counts in a shape (`check_equation`).
+        return next(sizes[name] for _, name in expr.terms if name in sizes)
     return sum(extent(term, sizes) for term in expr.terms)
 
 
@@ -149,10 +156,12 @@ def undetermined(equation: Equation, reverse: bool = False) -> tuple[str, ...]:
     """
     source, _ = equation.sides(reverse)
     solver = _Solver(equation, lambda value: 1)
+    for name in _indices(equation):
+        solver.sizes[name] = 1
     for term in source:
         for hole in term.key.holes if term.key else ():
-            if isinstance(hole, Axis):
-                solver.sizes[hole.name] = 1
+            if isinstance(hole, (Axis, Affine)):
+                solver.sizes.update(dict.fromkeys(axes_of(hole), 1))
     if any(term.ends_open for term in source):
         solver.sizes[REST] = 1
     dims = [dim for term in source for dim in (*term.dims, *(term.key.holes if term.key else ()))]
@@ -164,11 +173,45 @@ def limit_of(bound: Bound, lookup: Lookup) -> int | None:
     return _evaluate(bound.values, {}, lookup)
 
 
+def evaluate(clause: Where, lookup: Lookup | None) -> int | None:
+    """The number that a clause without axes gives; ``None`` where nothing says it."""
+    return _evaluate(clause.values, {}, lookup)
+
+
 def _evaluate(
     values: tuple[tuple[str, Value], ...], sizes: Mapping[str, int], lookup: Lookup | None
 ) -> int | None:
-    result, divisor = 1, 1
+    """The sum of the products; ``None`` where a value is not known."""
+    if not values:
+        return None
+    total = 0
+    for part in _parts(values):
+        result = _ratio(part, sizes, lookup)
+        if result is None:
+            return None
+        if result.denominator != 1:
+            raise SizeError(f"{result.numerator} is not divisible by {result.denominator}")
+        total += int(result)
+    return total
+
+
+def _parts(values: tuple[tuple[str, Value], ...]) -> Iterator[list[tuple[str, Value]]]:
+    """The products of a sum; one that is subtracted is multiplied by -1."""
+    part: list[tuple[str, Value]] = []
     for op, value in values:
+        if op in "+-" and part:
+            yield part
+            part = [("*", -1)] if op == "-" else []
+            op = "*"
+        part.append((op, value))
+    yield part
+
+
+def _ratio(
+    part: Iterable[tuple[str, Value]], sizes: Mapping[str, int], lookup: Lookup | None
+) -> Fraction | None:
+    result = Fraction(1)
+    for op, value in part:
         if isinstance(value, int):
             number: int | None = value
         elif isinstance(value, Axis):
@@ -177,13 +220,15 @@ def _evaluate(
             number = lookup(value) if lookup else None
         if number is None:
             return None
-        if op == "*":
-            result *= number
-        else:
-            divisor *= number
-    if divisor == 0 or result % divisor:
-        raise SizeError(f"{result} is not divisible by {divisor}")
-    return result // divisor
+        if op == "/" and number == 0:
+            raise SizeError(f"{result} is not divisible by 0")
+        result = result * number if op == "*" else result / number
+    return result
+
+
+def _indices(equation: Equation) -> tuple[str, ...]:
+    """What stands in keys only and has no size: loops, and indices with one value."""
+    return (*loops_of(equation), *givens_of(equation))
 
 
 class _Solver:
@@ -199,38 +244,62 @@ class _Solver:
             for expr in (*term.dims, *(term.key.holes if term.key else ()))
             for name in axes_of(expr)
         )
-        self.same: dict[str, str] = {}
+        self.same: dict[str, tuple[str, Fraction]] = {}
         for clause in equation.where:
-            if len(clause.values) == 1 and isinstance(clause.values[0][1], Axis):
-                a, b = self.root(clause.axis), self.root(clause.values[0][1].name)
-                if a != b:
-                    self.same[a] = b
+            if not clause.one:
+                self.relate(clause)
 
-    def root(self, axis: str) -> str:
+    def relate(self, clause: Where) -> None:
+        """Note that an axis is so many times another: ``m = 4 q``."""
+        parts = list(_parts(clause.values)) if clause.values else []
+        if len(parts) != 1 or len(clause.axes) != 1:
+            return
+        (other,) = clause.axes
+        if ("/", Axis(other)) in parts[0]:
+            return
+        ratio = _ratio([p for p in parts[0] if p[1] != Axis(other)], {}, self.lookup)
+        if not ratio or ratio < 0:
+            return
+        (a, of_a), (b, of_b) = self.root(clause.axis), self.root(other)
+        if a != b:
+            self.same[a] = b, ratio * of_b / of_a
+
+    def root(self, axis: str) -> tuple[str, Fraction]:
+        """The axis that another is measured by, and how many times it that is."""
+        times = Fraction(1)
         while axis in self.same:
-            axis = self.same[axis]
-        return axis
+            axis, ratio = self.same[axis]
+            times *= ratio
+        return axis, times
 
     def why(self, axis: str) -> str:
         """An axis' size and the clause that says it."""
-        clause = self.told.get(self.root(axis))
+        clause = self.told.get(self.root(axis)[0])
         return f"{axis} = {self.sizes[axis]}" + (f" by {clause}" if clause else "")
 
     def put(self, axis: str, size: int, at: int | None, told: str = "") -> None:
         if size < 0:
             raise SizeError(f"{axis} would be {size}", at)
-        root = self.root(axis)
+        root, times = self.root(axis)
+        unit = size / times
         for name in self.axes:
-            if self.root(name) == root and self.sizes.setdefault(name, size) != size:
-                here = f" ({told})" if told else ""
-                raise SizeError(f"{self.why(name)} in one place and {size} in another{here}", at)
+            other, factor = self.root(name)
+            if other != root:
+                continue
+            here = f" ({told})" if told else ""
+            wanted = unit * factor
+            if wanted.denominator != 1:
+                raise SizeError(f"{axis} = {size}{here} leaves no whole number for {name}", at)
+            if self.sizes.setdefault(name, int(wanted)) != wanted:
+                message = f"{self.why(name)} in one place and {int(wanted)} in another{here}"
+                raise SizeError(message, at)
         if told:
             self.told.setdefault(root, told)
         if axis not in self.axes:
             self.sizes.setdefault(axis, size)
 
     def run(self, known: list[tuple[Expr, int, int]]) -> None:
-        loops = loops_of(self.equation)
+        loops = _indices(self.equation)
         while True:
             before = len(self.sizes)
             for clause in self.equation.where:
@@ -246,16 +315,23 @@ class _Solver:
             raise UnknownSizeError(open_axes)
 
     def unknowns(self, expr: Expr) -> set[str]:
-        return {self.root(name) for name in axes_of(expr) if name not in self.sizes}
+        return {self.root(name)[0] for name in axes_of(expr) if name not in self.sizes}
 
     def solve(self, dim: Expr, size: int, at: int) -> None:
         unknown = self.unknowns(dim)
         if len(unknown) != 1:
             return
-        (root,) = unknown
+        names = [n for n in axes_of(dim) if n not in self.sizes]
+        name = min(names, key=lambda n: self.root(n)[1])
+        times = {n: self.root(n)[1] / self.root(name)[1] for n in names}
+        step = lcm(*(factor.denominator for factor in times.values()))
 
         def at_value(value: int) -> int:
-            trial = {n: self.sizes.get(n, value) for n in axes_of(dim)}
+            """The extent where the axis has so many times the least size that gives whole numbers."""
+            trial = {
+                n: int(value * step * times[n]) if n in times else self.sizes[n]
+                for n in axes_of(dim)
+            }
             return extent(dim, trial)
 
         zero, one = at_value(0), at_value(1)
@@ -270,17 +346,13 @@ class _Solver:
             found = next((v for v in range(size + 1) if at_value(v) >= size), -1)
             if found < 0 or at_value(found) != size:
                 raise SizeError(f"a size of {size} does not divide into {dim}", at)
-        name = next(n for n in axes_of(dim) if self.root(n) == root)
-        self.put(name, found, at)
+        self.put(name, found * step, at)
 
     def settle_symbolically(self, dims: list[Expr]) -> tuple[str, ...]:
         while True:
             before = len(self.sizes)
             for clause in self.equation.where:
-                if all(
-                    not isinstance(value, Axis) or value.name in self.sizes
-                    for _, value in clause.values
-                ):
+                if all(name in self.sizes for name in clause.axes):
                     self._mark(clause.axis)
             for dim in dims:
                 if len(self.unknowns(dim)) == 1:
@@ -292,5 +364,6 @@ class _Solver:
                 return tuple(name for name in self.axes if name not in self.sizes)
 
     def _mark(self, axis: str) -> None:
-        for name in (axis, *(n for n in self.axes if self.root(n) == self.root(axis))):
+        root = self.root(axis)[0]
+        for name in (axis, *(n for n in self.axes if self.root(n)[0] == root)):
             self.sizes.setdefault(name, 1)

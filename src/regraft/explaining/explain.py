@@ -152,7 +152,9 @@ class _Search:
                     if match is None or not scope.admits(group.template):
                         continue
                     if shape is None or _fits(term, len(shape)):
-                        found.append(Claim(book, rule, term, match, specificity(term)))
+                        found.append(
+                            Claim(book, rule, term, match, specificity(term, rule.equation))
+                        )
         return sorted(found, key=lambda claim: claim.rank, reverse=True)
 
     def moved(self, claims: list[Claim], group: Group) -> Explanation:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from regraft.equation.lower import Copy
-from regraft.equation.notation import Axis, Term, loops_of
+from regraft.equation.notation import Equation, Term, loops_of
 from regraft.explaining.explanation import End, Explanation, Piece
 from regraft.names.keys import Group, Ints
 from regraft.names.patterns import patterns
 from regraft.planning.plan import Entry, Headers, Plan, walk
 from regraft.rules.book import Book, Rule
+from regraft.rules.indices import given_names, reading_of
 from regraft.rules.templates import Match, match_group
 
 
@@ -48,8 +49,8 @@ def values_of(term: Term, match: Match) -> dict[str, int | str]:
 
 def family_of(best: Claim, headers: Headers, read: Sequence[Term]) -> list[Group]:
     """The keys that a rule takes together with one: the same loops, any stacked index."""
-    loops = loops_of(best.rule.equation)
-    mine = _loop_values(best.term, best.match, loops)[0]
+    equation = best.rule.equation
+    mine = _loop_values(equation, best.term, best.match)[0]
     groups = []
     for group in headers.groups:
         rows: set[int] = set()
@@ -57,18 +58,18 @@ def family_of(best: Claim, headers: Headers, read: Sequence[Term]) -> list[Group
             match = match_group(term.key, group) if term.key is not None else None
             if match is None or match.rests != best.match.rests:
                 continue
-            values = _loop_values(term, match, loops)
+            values = _loop_values(equation, term, match)
             rows.update(match.rows[(values == mine).all(axis=1)].tolist())
         if rows:
             groups.append(group.take(np.array(sorted(rows))))
     return groups
 
 
-def _loop_values(term: Term, match: Match, loops: Sequence[str]) -> Ints:
+def _loop_values(equation: Equation, term: Term, match: Match) -> Ints:
     assert term.key is not None
-    names = [hole.name if isinstance(hole, Axis) else "" for hole in term.key.holes]
-    columns = [names.index(loop) for loop in loops]
-    return np.concatenate([match.rest_numbers, match.holes[:, columns]], axis=1)
+    given = dict.fromkeys(given_names(equation, term.key), 0)
+    found, _ = reading_of(equation, term.key).read(match.holes, given)
+    return np.concatenate([match.rest_numbers, found.loops], axis=1)
 
 
 def locate(plan: Plan, base: str | None) -> tuple[Entry, int] | None:
@@ -142,8 +143,8 @@ def with_entry(
 def _pieces(entry: Entry, copy: Copy, names: list[list[list[str]]]) -> Iterator[Piece]:
     """Every pair of tensors that a copy joins, and the block in each."""
     outer = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-    from_slots, from_dims = walk(entry, copy, outer, False)
-    to_slots, to_dims = walk(entry, copy, outer, True)
+    from_slots, from_dims = walk(entry, copy, outer, entry.read, False)
+    to_slots, to_dims = walk(entry, copy, outer, entry.written, True)
     read, written = entry.read[copy.source], entry.written[copy.target]
     for point in range(len(from_slots)):
         yield Piece(

@@ -8,14 +8,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from regraft.equation.notation import (
+    Affine,
     ConfigPath,
     Equation,
-    Key,
     Term,
+    axes_of,
+    givens_of,
+    loops_of,
 )
 from regraft.equation.sizes import (
     SizeError,
     UnknownSizeError,
+    evaluate,
     limit_of,
     solve_sizes,
 )
@@ -25,10 +29,10 @@ from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.indices import Givens, reading_of
 from regraft.rules.templates import (
     Match,
     Specificity,
-    hole_axes,
     match_group,
     specificity,
 )
@@ -97,6 +101,7 @@ class _Builder:
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
         self.owner = np.full(count, -1, dtype=np.int64)
         self.dropped: list[Dropped] = []
+        self.lasts: dict[tuple[Rule, str, tuple[str, ...]], int] = {}
 
     def build(self) -> Plan:
         entries: list[Entry] = []
@@ -134,7 +139,7 @@ class _Builder:
                     for group in self.headers.groups:
                         claim = self.claim(rule, number, term, group, scope)
                         if claim is not None:
-                            found.append((specificity(term), claim))
+                            found.append((specificity(term, rule.equation), claim))
         found.sort(key=lambda pair: pair[0], reverse=True)
         ranks = {rank: place for place, (rank, _) in enumerate(found)}
         digits = np.full(len(self.owner), -1)
@@ -164,10 +169,9 @@ class _Builder:
             scope = self.scopes.get(book.name, Scope())
             self.check_bounds(
                 claim.rule.equation,
-                claim.key,
                 scope,
                 claim.group.take(claim.match.rows),
-                claim.match.holes,
+                claim.indices.loops,
                 str(claim.rule),
             )
             self.owner[ids] = len(taken)
@@ -184,13 +188,69 @@ class _Builder:
         match = match_group(term.key, group)
         if match is None or not scope.admits(group.template):
             return None
-        claim = Claim(rule, number, term, group, match)
+        givens = self.givens(rule, term, group, match, scope)
+        if givens is None:
+            return None
+        indices, fits = reading_of(rule.equation, term.key).read(match.holes, givens)
+        claim = Claim(rule, number, term, group, match, indices, givens)
+        if not fits.all():
+            if not fits.any():
+                return None
+            claim = claim.keep(fits)
         fixed = len(term.dims) - term.ends_open
         dims = self.sources.dims[self.sources.shape_code[claim.ids()]]
         fits = dims >= fixed if term.ends_open else dims == fixed
         if fits.all():
             return claim
         return claim.keep(fits) if fits.any() else None
+
+    def givens(
+        self, rule: Rule, term: Term, group: Group, match: Match, scope: Scope
+    ) -> Givens | None:
+        """The values of a rule's indices that have one value each; ``None`` where one is not known."""
+        found: dict[str, int] = {}
+        for name, clause in givens_of(rule.equation).items():
+            value = evaluate(
+                clause, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
+            )
+            if value is None and clause.or_last and not self.sources.partial:
+                value = self.last(rule, name, match.rests, scope)
+            if value is None:
+                self.sources.report(
+                    "unknown-size",
+                    f"nothing says which index {name} is ({clause})",
+                    key=group.name(int(match.rows[0])),
+                    rule=str(rule),
+                    fix="give the base model with --model, with a config that says it",
+                )
+                return None
+            found[name] = value
+        return found
+
+    def last(self, rule: Rule, name: str, rests: tuple[str, ...], scope: Scope) -> int | None:
+        """The greatest index that keys of the file have in the place of a name, where ``{*p}`` holds the same."""
+        known = self.lasts.get((rule, name, rests))
+        if known is not None:
+            return known
+        book = next(b for b in self.books if rule in b.rules)
+        found: list[int] = []
+        for term in rule.equation.sides(self.reverse(book))[0]:
+            assert term.key is not None
+            for at, hole in enumerate(term.key.holes):
+                if tuple(axes_of(hole)) != (name,):
+                    continue
+                factor, constant = 1, 0
+                if isinstance(hole, Affine):
+                    ((factor, _),), constant = hole.terms, hole.constant
+                for group in self.headers.groups:
+                    match = match_group(term.key, group)
+                    if match is None or match.rests != rests or not scope.admits(group.template):
+                        continue
+                    numbers = (match.holes[:, at] - constant) // factor
+                    found.append(int(numbers.max()))
+        if found:
+            self.lasts[rule, name, rests] = max(found)
+        return max(found, default=None)
 
     def entries(self, rule: Rule, claims: list[Claim]) -> Iterable[Entry]:
         by_rests: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
@@ -244,7 +304,7 @@ class _Builder:
         return group
 
     def check_bounds(
-        self, equation: Equation, key: Key, scope: Scope, group: Group, holes: Ints, where: str
+        self, equation: Equation, scope: Scope, group: Group, loops: Ints, where: str
     ) -> None:
         for bound in equation.bounds:
             limit = limit_of(
@@ -252,7 +312,7 @@ class _Builder:
             )
             if limit is None:
                 continue
-            over = holes[:, hole_axes(key).index(bound.axis)] >= limit
+            over = loops[:, loops_of(equation).index(bound.axis)] >= limit
             if over.any():
                 self.sources.report(
                     "wrong-base",
@@ -267,7 +327,8 @@ class _Builder:
         scope = self.scopes.get(book.name, Scope())
         place = f"{book.name} ({carry.where})"
         assert carry.term.key is not None
-        self.check_bounds(carry.equation, carry.term.key, scope, group, match.holes, place)
+        found, _ = reading_of(carry.equation, carry.term.key).read(match.holes, {})
+        self.check_bounds(carry.equation, scope, group, found.loops, place)
         codes, first = np.unique(self.sources.shape_code[group.ids], return_index=True)
         for code, row in zip(codes.tolist(), first.tolist(), strict=True):
             shape = self.sources.shape_list[code]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from regraft.equation.lower import lower, stacked_holes
 from regraft.equation.notation import (
+    Affine,
     Axis,
     ConfigPath,
     Expr,
@@ -25,7 +26,8 @@ from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, keys_of
 from regraft.rules.book import Rule
-from regraft.rules.templates import Match, hole_axes, write_group
+from regraft.rules.indices import Givens, Indices, reading_of
+from regraft.rules.templates import Match, match_group, write_group
 
 Guess = Callable[[Rule, str, int], int | None]
 """How many values a stacked index has where nothing else says so: rule, axis, and how many were seen."""
@@ -40,6 +42,8 @@ class Claim:
     read: Term
     group: Group
     match: Match
+    indices: Indices
+    givens: Givens
 
     def ids(self) -> Ints:
         """The ids of the tensors."""
@@ -54,9 +58,12 @@ class Claim:
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> Claim:
         """Some of the tensors."""
-        m = self.match
-        kept = Match(m.rows[rows], m.rests, m.rest_numbers[rows], m.holes[rows])
-        return Claim(self.rule, self.term, self.read, self.group, kept)
+        m, n = self.match, self.indices
+        return replace(
+            self,
+            match=Match(m.rows[rows], m.rests, m.rest_numbers[rows], m.holes[rows]),
+            indices=Indices(n.loops[rows], n.stacked[rows]),
+        )
 
 
 class Sources:
@@ -91,22 +98,17 @@ class Family:
     ) -> None:
         self.sources, self.rule, self.rests = sources, rule, rests
         self.reverse, self.scope = reverse, scope
+        self.givens = claims[0].givens
         self.read, self.written = rule.equation.sides(self.reverse)
         self.loop_names = loops_of(rule.equation)
         self.holes = tuple(stacked_holes(rule.equation, term) for term in self.read)
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
         for claim in claims:
-            columns = {
-                name: i
-                for i, name in enumerate(hole_axes(claim.key))
-                if name is not None and name in self.loop_names
-            }
-            loop_columns = [columns[name] for name in self.loop_names]
-            stack_columns = [i for i in range(len(claim.key.holes)) if i not in columns.values()]
-            holes = claim.match.holes
-            loops = np.concatenate([claim.match.rest_numbers, holes[:, loop_columns]], axis=1)
-            rows[claim.term].append((loops, holes[:, stack_columns], claim.ids()))
+            found = claim.indices
+            loops = np.concatenate([claim.match.rest_numbers, found.loops], axis=1)
+            rows[claim.term].append((loops, found.stacked, claim.ids()))
         self.rows = [_join(parts) for parts in rows]
+        self.ids = claims[0].ids()
         self.most: dict[Expr, int] = {}
         """The most values that an index has for any loop values."""
 
@@ -219,6 +221,9 @@ class Family:
             sources.append(filled)
         if not whole:
             return None
+        sizes |= self.givens
+        if not self._check_numbers(loops[members], sizes):
+            return None
         copies = lower(self.rule.equation, sizes, self.reverse)
         return Entry(
             self.rule,
@@ -257,6 +262,32 @@ class Family:
             for hole, number in counts:
                 most_of[hole] = max(most_of.get(hole, 0), number)
             return solve_sizes(equation, shapes, most_of.items(), lookup=look_up)
+
+    def _check_numbers(self, loops: Ints, sizes: dict[str, int]) -> bool:
+        """Whether the keys that are written lead back to the indices that they were computed from."""
+        for term in self.written:
+            if term.key is None or not any(isinstance(h, Affine) for h in term.key.holes):
+                continue
+            stack = tuple(extent(h, sizes) for h in stacked_holes(self.rule.equation, term))
+            keys = keys_of(term, self.rule, self.rests, loops, stack, sizes)
+            match = match_group(term.key, keys)
+            marks = loops.shape[1] - len(self.loop_names)
+            wanted = np.repeat(loops[:, marks:], len(keys) // len(loops), axis=0)
+            if match is not None and len(match.rows) == len(keys):
+                found, fits = reading_of(self.rule.equation, term.key).read(
+                    match.holes, self.givens
+                )
+                if fits.all() and (found.loops == wanted).all():
+                    continue
+            self.sources.report(
+                "extra",
+                f"its indices have no place in {term.key}: from the number there they cannot be told",
+                key=self.sources.headers.name(int(self.ids[0])),
+                rule=str(self.rule),
+                fix="correct the factors in the rule's key",
+            )
+            return False
+        return True
 
     def _report_odd_shape(
         self, ids: Ints, at: Ints, shape: Ints, odd: npt.NDArray[np.bool_]
@@ -310,7 +341,7 @@ class Family:
         )
 
     def _report_missing(self, filled: Ints, term: int, stack: tuple[int, ...], loops: Ints) -> None:
-        keys = keys_of(self.read[term], self.rule, self.rests, loops, stack)
+        keys = keys_of(self.read[term], self.rule, self.rests, loops, stack, self.givens)
         rows = np.flatnonzero(filled.reshape(-1) < 0)
         shown = ", ".join(keys.name(int(row)) for row in rows[:3])
         self.sources.report(

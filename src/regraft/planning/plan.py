@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from regraft.equation.lower import Copy, CopyAxis, flat_shape, stacked_holes
-from regraft.equation.notation import Axis, Term, loops_of
+from regraft.equation.lower import (
+    Copy,
+    CopyAxis,
+    Padding,
+    flat_shape,
+    paddings,
+    repeats,
+    stacked_holes,
+)
+from regraft.equation.notation import Expr, Term, axes_of
 from regraft.equation.sizes import extent, shape_of
 from regraft.names.keys import MARK, Group, Ints
 from regraft.rules.book import Book, Carry, Drop, Rule
+from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
 
 
@@ -68,6 +77,7 @@ class Entry:
     loops: Ints
     """(loop values, numbers in ``{*p}`` and loops)."""
     sizes: dict[str, int]
+    """Of every axis its size, and of every index that has one value that."""
     rest: tuple[int, ...]
     """What ``...`` stands for."""
     sources: tuple[Ints, ...]
@@ -75,6 +85,26 @@ class Entry:
 
     def __len__(self) -> int:
         return len(self.loops)
+
+    @property
+    def repeats(self) -> tuple[Copy, ...]:
+        """What must be equal among the tensors that are read: both ends of each copy are on that side."""
+        return repeats(self.rule.equation, self.sizes, self.reverse)
+
+    def paddings(self, written: bool) -> tuple[Padding, ...]:
+        """The padding of the tensors that are written, or of those that are read."""
+        return paddings(self.rule.equation, self.sizes, written, self.reverse)
+
+    @property
+    def renames(self) -> bool:
+        """Whether every tensor that is written is one that is read, byte by byte."""
+        if len(self.read) != 1 or len(self.written) != 1 or self.rule.equation.copies:
+            return False
+        holes = (stacked_holes(self.rule.equation, t) for t in (self.read[0], self.written[0]))
+        return (
+            self.read[0].dims == self.written[0].dims
+            and len(set(map(tuple, map(_axes, holes)))) == 1
+        )
 
     @property
     def read(self) -> tuple[Term, ...]:
@@ -110,14 +140,18 @@ class Entry:
 
     def keys(self, term: Term) -> Group:
         """The keys of a term, loop values first, then stacked indices, row major."""
-        return keys_of(term, self.rule, self.rests, self.loops, self.stack(term))
+        return keys_of(term, self.rule, self.rests, self.loops, self.stack(term), self.sizes)
 
     @property
     def moves_nothing(self) -> bool:
         """Whether every tensor stays whole: one source, one target, the same bytes and the same kind."""
-        if len(self.read) != 1 or len(self.written) != 1 or self.read_kinds != self.written_kinds:
-            return False
-        return self.read[0].dims == self.written[0].dims and not self.stack(self.read[0])
+        return (
+            self.renames and self.read_kinds == self.written_kinds and not self.stack(self.read[0])
+        )
+
+
+def _axes(holes: Sequence[Expr]) -> Sequence[str]:
+    return [name for hole in holes for name in axes_of(hole)]
 
 
 def index_grid(sizes: Sequence[int]) -> Ints:
@@ -129,13 +163,15 @@ def index_grid(sizes: Sequence[int]) -> Ints:
     return np.indices(tuple(sizes), dtype=np.int64).reshape(len(sizes), prod(sizes))
 
 
-def walk(entry: Entry, copy: Copy, axes: Sequence[CopyAxis], target: bool) -> tuple[Ints, Ints]:
-    """Where each point of some axes of a copy stands on one side.
+def walk(
+    entry: Entry, copy: Copy, axes: Sequence[CopyAxis], terms: Sequence[Term], target: bool
+) -> tuple[Ints, Ints]:
+    """Where each point of some axes of a copy stands at one end, which is among ``terms``.
 
     Returns the stacked slot of the key at each point, and how far each dim moves there from the block's start
     (dims, points).
     """
-    term = entry.written[copy.target] if target else entry.read[copy.source]
+    term = terms[copy.target if target else copy.source]
     starts = copy.target_key_start if target else copy.source_key_start
     grid = index_grid([axis.size for axis in axes])
     stack = entry.stack(term)
@@ -144,7 +180,8 @@ def walk(entry: Entry, copy: Copy, axes: Sequence[CopyAxis], target: bool) -> tu
     dims = np.zeros((len(term.dims), grid.shape[1]), dtype=np.int64)
     for row, axis in zip(grid, axes, strict=True):
         place = axis.target if target else axis.source
-        (holes if place.in_key else dims)[place.index] += row * place.step
+        if place.step:
+            (holes if place.in_key else dims)[place.index] += row * place.step
     slots = np.zeros(grid.shape[1], dtype=np.int64)
     for hole, size in zip(holes, stack, strict=True):
         slots = slots * size + hole
@@ -152,22 +189,22 @@ def walk(entry: Entry, copy: Copy, axes: Sequence[CopyAxis], target: bool) -> tu
 
 
 def keys_of(
-    term: Term, rule: Rule, rests: Sequence[str], loops: Ints, stack: Sequence[int]
+    term: Term,
+    rule: Rule,
+    rests: Sequence[str],
+    loops: Ints,
+    stack: Sequence[int],
+    givens: Mapping[str, int],
 ) -> Group:
-    """The keys of a term for some loop values; see ``Entry.keys``."""
+    """The keys of a term for some loop values; see ``Entry.keys``. ``givens`` has the indices of one value."""
     assert term.key is not None
-    names = loops_of(rule.equation)
     marks = sum(text.count(MARK) for text in rests)
     per_loop = prod(stack)
-    grid = index_grid(stack)
-    holes = np.empty((len(loops) * per_loop, len(term.key.holes)), dtype=np.int64)
-    stacked = 0
-    for position, hole in enumerate(term.key.holes):
-        if isinstance(hole, Axis) and hole.name in names:
-            holes[:, position] = np.repeat(loops[:, marks + names.index(hole.name)], per_loop)
-        else:
-            holes[:, position] = np.tile(grid[stacked], len(loops))
-            stacked += 1
+    holes = reading_of(rule.equation, term.key).write(
+        np.repeat(loops[:, marks:], per_loop, axis=0),
+        np.tile(index_grid(stack), len(loops)).T,
+        givens,
+    )
     rest_numbers = np.repeat(loops[:, :marks], per_loop, axis=0)
     return write_group(term.key, rests, rest_numbers, holes)
 

@@ -10,8 +10,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from regraft.equation.notation import Axis, Hole, Key, Segments, Term
+from regraft.equation.notation import Equation, Hole, Key, Segments, Term
 from regraft.names.keys import MARK, Group, Ints
+from regraft.rules.indices import given_names
 
 _DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
 
@@ -75,14 +76,16 @@ def _compile(key: Key) -> _Compiled:
 Specificity = tuple[int, int, int]
 
 
-def specificity(term: Term) -> Specificity:
+def specificity(term: Term, equation: Equation) -> Specificity:
     """How closely a term describes a tensor; where two match, the closer one wins.
 
-    Numbers spelled out count most (not every digit is an index), then dims, then letters.
+    Numbers spelled out count most (not every digit is an index), and indices that have one value like them; then
+    dims, then letters.
     """
     assert term.key is not None
     texts = [part for part in term.key.parts if isinstance(part, str)]
     digits = sum(len(_DIGITS.findall(text)) for text in texts)
+    digits += len(given_names(equation, term.key))
     return digits, len(term.dims) - term.ends_open, sum(map(len, texts))
 
 
@@ -158,8 +161,3 @@ def write_group(
     for position, column in enumerate(columns):
         numbers[:, position] = column
     return Group("".join(template), np.arange(count) if ids is None else ids, numbers)
-
-
-def hole_axes(key: Key) -> tuple[str | None, ...]:
-    """The axis in each hole, ``None`` for a product or a sum."""
-    return tuple(hole.name if isinstance(hole, Axis) else None for hole in key.holes)

@@ -134,7 +134,10 @@ def _overlaps(book: Book) -> Iterator[Fault]:
             key = meet(one.key, other.key) if dims_meet(one.term, other.term) else None
             if key is None:
                 continue
-            first, second = specificity(one.term), specificity(other.term)
+            first, second = (
+                specificity(one.term, one.rule.equation),
+                specificity(other.term, other.rule.equation),
+            )
             if first == second:
                 message = (
                     f"{_named_end(other)} and {_named_end(one)} both speak of {key}: read {claimed} "

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from regraft.equation.lower import stacked_holes
-from regraft.equation.notation import Axis, Term, loops_of
+from regraft.equation.notation import Term
 from regraft.errors import Finding
 from regraft.names.keys import Group
 from regraft.rules.book import Book, Rule, Side
+from regraft.rules.indices import reading_of
 from regraft.rules.lint.book import Fault
 from regraft.rules.templates import match_group, specificity
 
@@ -92,7 +93,7 @@ def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
 def _claims(book: Book, side: Side, keys: Keys) -> dict[int, tuple[Rule, Term]]:
     """Who claims every key, as the plan does it: the closest term that it fits."""
     terms = [
-        (specificity(term), rule, term)
+        (specificity(term, rule.equation), rule, term)
         for rule in book.rules
         for term in (rule.equation.left if side == "left" else rule.equation.right)
     ]
@@ -151,8 +152,7 @@ def _indices(
 ) -> dict[Loop, set[tuple[int, ...]]]:
     """The stacked indices that are there, for each value of the loops."""
     assert term.key is not None
-    loops = loops_of(rule.equation)
-    bare = [isinstance(hole, Axis) and hole.name in loops for hole in term.key.holes]
+    bare = [not each for each in reading_of(rule.equation, term.key).stacked]
     found: dict[Loop, set[tuple[int, ...]]] = {}
     for group in keys.groups:
         match = match_group(term.key, group)
