@@ -19,7 +19,7 @@ def without_places(book):
         rules=tuple(replace(rule, where="") for rule in book.rules),
         carries=tuple(replace(carry, where="") for carry in book.carries),
         parameters=tuple(replace(table, where="") for table in book.parameters),
-        modules=tuple(replace(table, where="") for table in book.modules),
+        specials=tuple(replace(table, where="") for table in book.specials),
     )
 
 
@@ -47,7 +47,7 @@ awkward = st.text(st.sampled_from("ab '\"\\#=\n\t\r\u00e9[]"), min_size=1, max_s
 def test_awkward_text(title, why, types, called):
     body = (
         "\n[[carry]]\nkeys = ['{*p}.a', '{*p}.b : o i', '{*p}.c : o i']\nwhy = 'w'\nwhere = 'o = 3'\n"
-        "[[module]]\nside = 'left'\nmodule = '{*p}.m'\ntensors = ['w']\n"
+        "[[special]]\nside = 'left'\nmodule = '{*p}.m'\ntensors = ['w']\n"
     )
     book = book_of(body.replace("'{*p}.a', ", ""))
     book = replace(
@@ -55,7 +55,7 @@ def test_awkward_text(title, why, types, called):
         title=title,
         model_types=tuple(types),
         carries=tuple(replace(carry, why=why) for carry in book.carries),
-        modules=tuple(replace(module, called=called, why=why) for module in book.modules),
+        specials=tuple(replace(module, called=called, why=why) for module in book.specials),
     )
     assert without_places(written(book)) == without_places(book)
 

@@ -24,7 +24,7 @@ from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.writing import Result, Written
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, group_names, tail_of
-from regraft.rules.book import Module
+from regraft.rules.book import Special
 from regraft.rules.templates import match_group
 
 
@@ -53,12 +53,12 @@ def digest_all(tensors: Mapping[str, Array]) -> str:
     return whole.hexdigest()[:32]
 
 
-def modules_of(known: Known, layout: str) -> list[Module]:
+def modules_of(known: Known, layout: str) -> list[Special]:
     """The special modules of a layout."""
     return [
         module
         for book in known.books
-        for module in book.modules
+        for module in book.specials
         if ("right" if book.right == layout else "left") in module.sides
     ]
 

@@ -11,6 +11,7 @@ from regraft.checkpoints.casting import parse_casts
 from regraft.checkpoints.engine import Engine, buffer_size
 from regraft.checkpoints.memory import peak, resident
 from regraft.checkpoints.prepare import Prepared, prepare
+from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX
 from regraft.checkpoints.units import Cutter
@@ -85,6 +86,8 @@ def convert_checkpoint(
         )
     if dry_run:
         return report
+    if ready.plan is not None:
+        check_reads(ready.plan, ready.source)
     with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, jobs, resume, overwrite, progress)
     return report

@@ -26,6 +26,7 @@ from regraft.checkpoints.moves import (
     moves_of,
     pairs_from,
 )
+from regraft.checkpoints.reads import check_writable
 from regraft.checkpoints.sharding import Layout, lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
@@ -127,6 +128,7 @@ def prepare(
     else:
         check_quantised(plan, companions)
         named, plan = plan, use_owners(plan, companions.aliases)
+        check_writable(plan)
         moves = moves_of(plan, tensors)
         untied = add_aliases(moves, named, companions.aliases, tensors)
         count = len(moves.names)

@@ -181,6 +181,15 @@ def check_equation(equation: Equation) -> None:
     Raises ``BadInputError`` with the equation and a mark under the part that is wrong.
     """
     _check_one_sided(equation)
+    for clause in equation.where:
+        if clause.one and (clause.axes or clause.axis not in indices_of(equation)):
+            raise notation_error(
+                equation.text,
+                clause.start,
+                f"{clause.axis} is VALUE: an index that stands in keys only, and a value without axes",
+            )
+    for term in (*equation.left, *equation.right):
+        _check_numbers(equation, term)
     names: list[dict[frozenset[str], _Box]] = []
     loops = loops_of(equation)
     for side in (equation.left, equation.right):
@@ -230,7 +239,6 @@ def check_equation(equation: Equation) -> None:
             raise notation_error(
                 equation.text, term.start, f"every key holds the loop {{{missing[0]}}}"
             )
-        _check_numbers(equation, term)
     known = {name for term in terms for d in term.dims for name in axes_of(d)} | {
         name for term in terms if term.key for h in term.key.holes for name in axes_of(h)
     }
@@ -242,22 +250,12 @@ def check_equation(equation: Equation) -> None:
                 f"{bound.axis} is no loop, so it has a size and no bound",
             )
     clauses: tuple[Where | Bound, ...] = (*equation.where, *equation.bounds)
-    for clause in clauses:
-        if (
-            isinstance(clause, Where)
-            and clause.one
-            and (clause.axes or clause.axis not in indices_of(equation))
-        ):
-            raise notation_error(
-                equation.text,
-                clause.start,
-                f"{clause.axis} is VALUE: an index that stands in keys only, and a value without axes",
-            )
-        names_used = [v.name for _, v in clause.values if isinstance(v, Axis)]
-        for axis in (clause.axis, *names_used):
+    for each in clauses:
+        names_used = [v.name for _, v in each.values if isinstance(v, Axis)]
+        for axis in (each.axis, *names_used):
             if axis not in known:
                 raise notation_error(
-                    equation.text, clause.start, f"no key and no dim has an axis {axis}"
+                    equation.text, each.start, f"no key and no dim has an axis {axis}"
                 )
 
 

@@ -423,6 +423,22 @@ class Code(Enum):
         "and neither is closer",
     )
 
+    COPIES_DIFFER = (
+        "copies-differ",
+        Part.ADAPTER,
+        "copies that are not equal",
+        "make them equal, or keep the layout that has each of them",
+        "a rule calls tensors copies of one (`copies t`), and one of them would be lost",
+    )
+    PADDING = (
+        "padding",
+        Part.ADAPTER,
+        "padding that is something else",
+        "correct the tensor or the sizes",
+        "what a rule calls padding (`fill p = 0`) holds other values and would be cut off; or a checkpoint "
+        "would be padded with something else than zeros",
+    )
+
     NO_MODEL_TYPE = (
         "no-model-type",
         Part.BASE,

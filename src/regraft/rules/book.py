@@ -42,10 +42,18 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from regraft.equation.lower import check_equation
-from regraft.equation.notation import Equation, Key, Term, parse_equation, parse_key
+from regraft.equation.notation import (
+    Equation,
+    Expr,
+    Key,
+    Term,
+    axes_of,
+    parse_equation,
+    parse_key,
+)
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
-from regraft.rules.kinds import KINDS
+from regraft.rules.kinds import KINDS, OUT
 
 Side = Literal["left", "right"]
 
@@ -77,6 +85,17 @@ class _ParametersTable(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _ModuleTable(msgspec.Struct, forbid_unknown_fields=True):
+    left: str = ""
+    right: str = ""
+    text: str = ""
+    name: str = ""
+    kind: str = ""
+    left_kind: str | list[str] = ""
+    right_kind: str | list[str] = ""
+    where: str = ""
+
+
+class _SpecialTable(msgspec.Struct, forbid_unknown_fields=True):
     side: Literal["left", "right", "both"]
     module: str
     tensors: list[str]
@@ -90,6 +109,7 @@ class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     drop: list[Any] = []
     parameters: list[Any] = []
     module: list[Any] = []
+    special: list[Any] = []
 
 
 class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
@@ -119,6 +139,8 @@ class Rule:
     book: str
     where: str
     """``file:line``."""
+    module: str = ""
+    """The name of the module rule that it is a part of."""
 
     def kinds(self, reverse: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The kinds of the side that is read and of the side that is written."""
@@ -170,7 +192,22 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ModuleRule:
+    """A rule for whole modules: their weights, and the biases, move as the equation says.
+
+    The equation's keys are paths of modules, its dims those of their weights.
+    """
+
+    name: str
+    equation: Equation
+    left_kinds: tuple[str, ...]
+    right_kinds: tuple[str, ...]
+    where: str
+    """``file:line``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
     """A module that PEFT cannot treat like any other."""
 
     sides: tuple[Side, ...]
@@ -195,7 +232,7 @@ class Book:
     rules: tuple[Rule, ...]
     carries: tuple[Carry, ...]
     parameters: tuple[Parameters, ...]
-    modules: tuple[Module, ...]
+    specials: tuple[Special, ...]
     reclaimed: tuple[str, ...]
     """Leaf names that PEFT moves from ``target_modules`` to the experts' parameters, whatever they name."""
     reclaimed_model_types: tuple[str, ...]
@@ -207,6 +244,8 @@ class Book:
     """What could not be imported."""
     respelled: tuple[Rule, ...] = ()
     """From the left names as a file spells them to those that are usual, where these differ."""
+    module_rules: tuple[ModuleRule, ...] = ()
+    """Of which some of the rules are parts."""
 
     def usual_spelling(self) -> Book:
         """The book that leads from a file's own spelling of the left names to the usual one."""
@@ -226,6 +265,7 @@ class Book:
             carries=tuple(carries),
             drops=(),
             gaps=(),
+            module_rules=(),
             respelled=(),
         )
 
@@ -247,7 +287,8 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     carries: list[Carry] = []
     drops: list[Drop] = []
     parameters: list[Parameters] = []
-    modules: list[Module] = []
+    specials: list[Special] = []
+    module_rules: list[ModuleRule] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
     folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
     for name in table.include:
@@ -267,7 +308,13 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         parameters += filter(
             None, (loader.parameters(i, raw) for i, raw in enumerate(part_table.parameters))
         )
-        modules += filter(None, (loader.module(i, raw) for i, raw in enumerate(part_table.module)))
+        for i, raw in enumerate(part_table.module):
+            for module_rule, expanded in loader.module(i, raw):
+                module_rules.append(module_rule)
+                rules += expanded
+        specials += filter(
+            None, (loader.special(i, raw) for i, raw in enumerate(part_table.special))
+        )
         findings += loader.findings
     if table.left == table.right:
         findings.append(Finding("rule-book", "left and right are one layout", where=f"{shown}:1"))
@@ -287,12 +334,13 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         tuple(rules),
         tuple(carries),
         tuple(parameters),
-        tuple(modules),
+        tuple(specials),
         tuple(table.reclaimed),
         tuple(table.reclaimed_model_types),
         shown,
         table.source,
         tuple(drops),
+        module_rules=tuple(module_rules),
     )
 
 
@@ -350,7 +398,7 @@ class _Loader:
                 self.text.count("\n", 0, m.start()) + 1
                 for m in re.finditer(rf"^[ \t]*\[\[{name}\]\]", self.text, re.MULTILINE)
             ]
-            for name in ("equation", "carry", "drop", "parameters", "module")
+            for name in ("equation", "carry", "drop", "parameters", "module", "special")
         }
 
     def line(self, table: str, number: int) -> int:
@@ -388,31 +436,45 @@ class _Loader:
         if equation.left[0].key is None:
             self.report("rule-book", f"{table.name}: a rule's terms need keys", line)
             return None
+        self.check_sizes(table.name, equation, line)
+        kinds = self.kinds(table.name, equation, table.left_kind, table.right_kind, line)
+        return Rule(table.name, equation, *kinds, self.book, f"{self.path}:{line}")
+
+    def check_sizes(self, rule: str, equation: Equation, line: int) -> None:
+        """Report a rule whose sizes cannot be known in both directions."""
         for reverse, direction in ((False, "left to right"), (True, "right to left")):
             loose = undetermined(equation, reverse)
             if loose:
                 self.report(
                     "undetermined",
-                    f"{table.name}: read {direction}, nothing says how large {', '.join(loose)} is",
+                    f"{rule}: read {direction}, nothing says how large {', '.join(loose)} is",
                     line,
                 )
+
+    def kinds(
+        self,
+        rule: str,
+        equation: Equation,
+        left_kind: str | list[str],
+        right_kind: str | list[str],
+        line: int,
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kinds of both sides, one for each term; those that do not fit are reported."""
         kinds = []
-        for side, kind in ((equation.left, table.left_kind), (equation.right, table.right_kind)):
+        for side, kind in ((equation.left, left_kind), (equation.right, right_kind)):
             each = [kind] * len(side) if isinstance(kind, str) else kind
             if len(each) != len(side):
                 self.report(
-                    "kind", f"{table.name}: {len(each)} kinds for a side of {len(side)} terms", line
+                    "kind", f"{rule}: {len(each)} kinds for a side of {len(side)} terms", line
                 )
             for term, name in zip(side, each, strict=False):
                 if name not in KINDS:
                     known = ", ".join(KINDS)
-                    self.report("kind", f"{table.name}: no kind {name!r}; known: {known}", line)
+                    self.report("kind", f"{rule}: no kind {name!r}; known: {known}", line)
                 elif not KINDS[name].fits(term):
-                    self.report(
-                        "kind", f"{table.name}: {term} has not the dims of kind {name!r}", line
-                    )
+                    self.report("kind", f"{rule}: {term} has not the dims of kind {name!r}", line)
             kinds.append(tuple(each))
-        return Rule(table.name, equation, kinds[0], kinds[1], self.book, f"{self.path}:{line}")
+        return kinds[0], kinds[1]
 
     def carry(self, number: int, raw: Any) -> Iterable[Carry]:
         line = self.line("carry", number)
@@ -447,14 +509,53 @@ class _Loader:
             return None
         return Parameters(_sides(table.side), key, tuple(table.names), f"{self.path}:{line}")
 
-    def module(self, number: int, raw: Any) -> Module | None:
+    def module(self, number: int, raw: Any) -> Iterable[tuple[ModuleRule, list[Rule]]]:
+        """A rule for modules, and the equations for their tensors that it stands for."""
         line = self.line("module", number)
         table = self.convert("module", number, raw, _ModuleTable)
+        if table is None:
+            return
+        if bool(table.text) == bool(table.left and table.right):
+            message = "[[module]]: give either left and right, or text"
+            self.report("rule-book", message, line)
+            return
+        left_kind, right_kind = (
+            kind or table.kind or "linear" for kind in (table.left_kind, table.right_kind)
+        )
+        text = table.text
+        if not text:
+            try:
+                text = f"{table.left} : {PLAIN[left_kind]} == {table.right} : {PLAIN[right_kind]}"
+            except (KeyError, TypeError):
+                known = ", ".join(PLAIN)
+                self.report(
+                    "kind",
+                    f"[[module]]: no kind {left_kind!r} or {right_kind!r}; known: {known}",
+                    line,
+                )
+                return
+        if table.where:
+            text += f" where {table.where}"
+        equation = self.parse(text, line)
+        if equation is None:
+            return
+        name = table.name or _module_name(equation)
+        kinds = self.kinds(name, equation, left_kind, right_kind, line)
+        where = f"{self.path}:{line}"
+        module_rule = ModuleRule(name, equation, *kinds, where)
+        rules = expand_module(module_rule, self.book)
+        for rule in rules:
+            self.check_sizes(rule.name, rule.equation, line)
+        yield module_rule, rules
+
+    def special(self, number: int, raw: Any) -> Special | None:
+        line = self.line("special", number)
+        table = self.convert("special", number, raw, _SpecialTable)
         key = self.key(table.module, line) if table else None
         if key is None:
             return None
         tensors, where = tuple(table.tensors), f"{self.path}:{line}"
-        return Module(_sides(table.side), key, tensors, table.called, table.why, where)
+        return Special(_sides(table.side), key, tensors, table.called, table.why, where)
 
     def key(self, text: str, line: int) -> Key | None:
         try:
@@ -462,6 +563,101 @@ class _Loader:
         except BadInputError as error:
             self.report("notation", error.findings[0].message, line)
             return None
+
+
+PLAIN = {
+    "linear": "o i",
+    "conv": "o i ...",
+    "conv1d": "i o",
+    "embedding": "v d",
+    "vector": "d",
+    "any": "...",
+}
+"""The dims of a module's weight where it only gets another name."""
+
+
+def _module_name(equation: Equation) -> str:
+    """What a module rule is called that has no name: the last words of its first path."""
+    words = [w for w in str(equation.right[0].key).split(".") if not w.startswith("{")]
+    return " ".join(words[-3:]) or str(equation.right[0].key)
+
+
+def expand_module(module: ModuleRule, book: str) -> list[Rule]:
+    """The equations for the weights and the biases of a module rule.
+
+    A bias lies along the out dims of its weight. Where these are not whole on both sides (two matrices that are added
+    to one output, say), there is no rule for biases.
+    """
+    rules = [_part(module, book, "weight", module.equation, module.left_kinds, module.right_kinds)]
+    sides = []
+    for terms, kinds in (
+        (module.equation.left, module.left_kinds),
+        (module.equation.right, module.right_kinds),
+    ):
+        dims = [_bias_dims(term, kind) for term, kind in zip(terms, kinds, strict=True)]
+        sides.append(
+            tuple(
+                Term(t.key, d, t.start) for t, d in zip(terms, dims, strict=True) if d is not None
+            )
+        )
+        if None in dims:
+            return rules
+    left, right = sides
+    named = {
+        n
+        for t in (*left, *right)
+        for e in (*t.dims, *(t.key.holes if t.key else ()))
+        for n in axes_of(e)
+    }
+    where = tuple(
+        c for c in module.equation.where if c.axis in named and all(n in named for n in c.axes)
+    )
+    equation = replace(
+        module.equation,
+        left=left,
+        right=right,
+        where=where,
+        bounds=tuple(b for b in module.equation.bounds if b.axis in named),
+        copies=tuple(axis for axis in module.equation.copies if axis in named),
+        fills=tuple(fill for fill in module.equation.fills if fill.axis in named),
+    )
+    bias = _part(module, book, "bias", equation, *(tuple("any" for _ in side) for side in sides))
+    try:
+        check_equation(bias.equation)
+    except BadInputError:
+        return rules
+    return [*rules, bias]
+
+
+def _bias_dims(term: Term, kind: str) -> tuple[Expr, ...] | None:
+    """The dims of a module's bias; ``None`` where it has none."""
+    if kind in ("vector", "any"):
+        return term.dims
+    roles = KINDS[kind].roles if kind in KINDS else None
+    if roles is None or kind == "embedding" or OUT not in roles:
+        return None
+    return (term.dims[roles.index(OUT)],) if len(term.dims) > roles.index(OUT) else None
+
+
+def _part(
+    module: ModuleRule,
+    book: str,
+    leaf: str,
+    equation: Equation,
+    left_kinds: tuple[str, ...],
+    right_kinds: tuple[str, ...],
+) -> Rule:
+    def named(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(
+            Term(Key((*term.key.parts, f".{leaf}")) if term.key else None, term.dims, term.start)
+            for term in terms
+        )
+
+    equation = replace(equation, left=named(equation.left), right=named(equation.right))
+    equation = parse_equation(str(equation))
+    return Rule(
+        f"{module.name} {leaf}", equation, left_kinds, right_kinds, book, module.where, module.name
+    )
 
 
 def _sides(side: Literal["left", "right", "both"]) -> tuple[Side, ...]:

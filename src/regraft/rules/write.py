@@ -8,7 +8,17 @@ from itertools import groupby
 import tomlkit
 from tomlkit.items import AoT, Array, Item, Table
 
-from regraft.rules.book import Book, Carry, Module, Parameters, Rule, Side
+from regraft.rules.book import (
+    PLAIN,
+    Book,
+    Carry,
+    Drop,
+    ModuleRule,
+    Parameters,
+    Rule,
+    Side,
+    Special,
+)
 
 _OPEN = " : ..."
 
@@ -34,10 +44,12 @@ def write_book(book: Book, comment: str = "") -> str:
         document["reclaimed_model_types"] = _array(book.reclaimed_model_types)
     if book.source:
         document["source"] = book.source
-    _add(document, "equation", map(_equation, book.rules))
+    _add(document, "module", map(_module, book.module_rules))
+    _add(document, "equation", (_equation(rule) for rule in book.rules if not rule.module))
     _add(document, "carry", (_carry(list(same)) for _, same in groupby(book.carries, _alike)))
+    _add(document, "drop", map(_drop, book.drops))
     _add(document, "parameters", map(_parameters, book.parameters))
-    _add(document, "module", map(_module, book.modules))
+    _add(document, "special", map(_special, book.specials))
     return tomlkit.dumps(document)
 
 
@@ -79,6 +91,14 @@ def _carry(same: Sequence[Carry]) -> Table:
     return table
 
 
+def _drop(drop: Drop) -> Table:
+    table = tomlkit.table()
+    table["side"] = drop.sides[0]
+    table["keys"] = _array([str(drop.key)])
+    table["why"] = drop.why
+    return table
+
+
 def _parameters(parameters: Parameters) -> Table:
     table = tomlkit.table()
     table["side"] = _side(parameters.sides)
@@ -87,7 +107,29 @@ def _parameters(parameters: Parameters) -> Table:
     return table
 
 
-def _module(module: Module) -> Table:
+def _module(rule: ModuleRule) -> Table:
+    """As left and right where it only renames, else as an equation."""
+    table = tomlkit.table()
+    table["name"] = rule.name
+    left, right = rule.equation.left, rule.equation.right
+    kinds = rule.left_kinds, rule.right_kinds
+    plain = f"{left[0].key} : {PLAIN.get(kinds[0][0])} == {right[0].key} : {PLAIN.get(kinds[1][0])}"
+    sides, _, where = str(rule.equation).partition(" where ")
+    if len(left) == len(right) == 1 and sides == plain:
+        table["left"], table["right"] = str(left[0].key), str(right[0].key)
+        if where:
+            table["where"] = where
+    else:
+        text = rule.equation.text
+        table["text"] = _lines(text) if "\n" in text else text
+    if len({*kinds[0], *kinds[1]}) == 1:
+        table["kind"] = kinds[0][0]
+    else:
+        table["left_kind"], table["right_kind"] = map(_kinds, kinds)
+    return table
+
+
+def _special(module: Special) -> Table:
     table = tomlkit.table()
     table["side"] = _side(module.sides)
     table["module"] = str(module.module)

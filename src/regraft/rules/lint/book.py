@@ -359,7 +359,7 @@ def _named(book: Book) -> Iterator[Fault]:
             for name in table.names:
                 if not _spoken_of(book, side, parse_key(f"{table.module}.{name}")):
                     yield _nobody(book, side, f"{table.module}.{name}", table.where)
-    for module in book.modules:
+    for module in book.specials:
         for side in module.sides:
             for name in module.tensors:
                 if not _spoken_of(book, side, parse_key(f"{module.module}.{name}")):

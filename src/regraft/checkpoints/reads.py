@@ -1,0 +1,75 @@
+"""What a plan demands of the tensors that it reads: copies that are equal, and padding that is padding.
+
+Only rules with ``copies`` or ``fill`` demand anything; then the tensors that they speak of are read once more.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.arrays.apply import FIXES, check_read
+from regraft.checkpoints.source import Source
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.planning.plan import Entry, Plan
+from regraft.storage.dtypes import DTYPES
+
+
+def check_writable(plan: Plan) -> None:
+    """Refuse what the bytes reader cannot write: padding with something else than zeros.
+
+    Raises ``RefusedError``.
+    """
+    odd = [e for e in plan.entries if any(p.value for p in e.paddings(written=True))]
+    if odd:
+        raise RefusedError(
+            Finding(
+                "padding",
+                "a checkpoint's files are padded with zeros only",
+                key=entry.keys(entry.written[0]).name(0),
+                rule=str(entry.rule),
+                fix="convert the state dict in memory (regraft.convert_state_dict)",
+            )
+            for entry in odd
+        )
+
+
+def check_reads(plan: Plan, source: Source) -> None:
+    """Compare copies, and look at padding that would be cut off, before anything is written.
+
+    Raises ``BadInputError`` with every rule's first tensor that is wrong.
+    """
+    findings: list[Finding] = []
+    maps: dict[int, npt.NDArray[Any]] = {}
+    for entry in plan.entries:
+        if entry.repeats or entry.paddings(written=False):
+            findings += _wrong_of(entry, plan, source, maps)
+    if findings:
+        raise BadInputError(findings)
+
+
+def _wrong_of(
+    entry: Entry, plan: Plan, source: Source, maps: dict[int, npt.NDArray[Any]]
+) -> list[Finding]:
+    for loop in range(len(entry)):
+        ids = [each[loop].reshape(-1).tolist() for each in entry.sources]
+        wrong = check_read(entry, [[_tensor(source, i, maps) for i in some] for some in ids])
+        if wrong is not None:
+            code, message, term, slot = wrong
+            key = plan.headers.name(ids[term][slot])
+            rule = str(entry.rule)
+            return [Finding(code, message, source.where, key, rule, FIXES[code])]
+    return []
+
+
+def _tensor(source: Source, row: int, maps: dict[int, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    table = source.tensors
+    number, start = int(table.files[row]), int(table.starts[row])
+    if number not in maps:
+        maps[number] = np.memmap(source.files[number].path, np.uint8, "r")
+    dtype, shape = DTYPES[table.dtypes[row]].numpy, table.shapes[row]
+    data = maps[number][start : start + int(table.sizes[row])]
+    return np.frombuffer(data, dtype, prod(shape)).reshape(shape)
