@@ -328,3 +328,10 @@ def test_a_random_rule_with_stacked_indices_does_too_and_the_way_back_is_the_ide
     moved = made.moved(left)
     assert all(same_bits(moved[key], right[key]) for key in right)
     planned_both_ways(made.text, left, right)
+
+
+@pytest.mark.parametrize("lead", [" where ", "\nwhere ", "\n    where\n    ", "\twhere\t"])
+def test_sizes_join_a_where_on_a_line_of_its_own(lead):
+    x = np.arange(12)
+    (got,) = rearrange(f"(a b c) == a b c{lead}a = 2", x, b=3)
+    assert got.shape == (2, 3, 2)
