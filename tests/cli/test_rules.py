@@ -21,7 +21,7 @@ def test_list(capsys):
     words = capsys.readouterr().out
     assert all(f"\n{book.name} " in words for book in library())
     assert main(["rules", "list", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
+    listed = json.loads(capsys.readouterr().out)["books"]
     assert [book["name"] for book in listed] == [book.name for book in library()]
     assert listed[0]["rules"] == len(library()[0].rules)
 
