@@ -68,6 +68,7 @@ def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
 
 
+@pytest.mark.slow
 def test_as_a_module_and_plain_in_a_pipe() -> None:
     done = run("inspect", str(MIXTRAL), NO_COLOR="", FORCE_COLOR="", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -75,11 +76,13 @@ def test_as_a_module_and_plain_in_a_pipe() -> None:
     assert run("inspect", str(MIXTRAL / "nothing")).returncode == 1
 
 
+@pytest.mark.slow
 def test_colors_where_they_are_wanted() -> None:
     assert "\x1b[" in run("inspect", str(MIXTRAL), FORCE_COLOR="1", NO_COLOR="").stdout
     assert "\x1b" not in run("inspect", str(MIXTRAL), FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
 def test_a_reader_that_left_is_no_error() -> None:
     reading, writing = os.pipe()

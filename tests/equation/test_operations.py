@@ -314,6 +314,7 @@ def test_the_sources_are_left_as_they_are():
     assert all(same_bits(x, y) for x, y in zip(parts.values(), copies, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(equations(keyed=False))
 def test_a_random_equation_moves_every_element_where_the_explicit_loops_put_it(made):
@@ -321,6 +322,7 @@ def test_a_random_equation_moves_every_element_where_the_explicit_loops_put_it(m
     both_ways(made.bare_text, list(left.values()), list(right.values()), **made.sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(equations())
 def test_a_random_rule_with_stacked_indices_does_too_and_the_way_back_is_the_identity(made):

@@ -1,5 +1,6 @@
 """What two templates have in common agrees with matching itself."""
 
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def matches(key, name):
 
 
 # Random everywhere: the examples that were fixed did not have these two.
+@pytest.mark.slow
 @settings(max_examples=500, derandomize=False)
 @given(shapes, shapes)
 @example(["w1", "w{k}"], ["{*}", "w1", "{*}"])

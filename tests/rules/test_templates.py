@@ -101,6 +101,7 @@ REST = st.lists(SEGMENT, max_size=3).map(".".join)
 PIECE = st.sampled_from(["x", "y2", "{l}", "{e}", "n{k}", "{*p}", "{*q}", "4"])
 
 
+@pytest.mark.slow
 @given(st.lists(PIECE, min_size=1, max_size=5, unique=True), st.data())
 def test_a_key_that_a_template_writes_is_matched_and_written_again(pieces, data):
     # the number between two segments has a test of its own
