@@ -12,8 +12,9 @@ HEAD = """\
 
 Every command prints one JSON document to stdout with `--json`, and nothing else there; messages go to stderr.
 `regraft schema COMMAND` prints the [JSON Schema](https://json-schema.org) of it, and the tests hold the commands to
-it. Fields are never renamed or removed without a line in the changelog; new ones may come, so ignore what you do not
-know. This page is made by `make pictures`.
+it. New fields may come, so ignore what you do not know; `schema_version` grows when one is renamed, removed or means
+something else, and the changelog says so. Numbers that JSON does not have are text: `"NaN"`, `"Infinity"`,
+`"-Infinity"`. This page is made by `make pictures`.
 
 """
 

@@ -58,6 +58,7 @@ def commands(block):
         yield command, shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_examples(page, folder, capsys):
     """Python blocks and commands, in the order of the page, say what it shows; `...` stands for what is left out."""

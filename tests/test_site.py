@@ -38,6 +38,7 @@ def test_images_are_small_and_used_and_load_nothing():
             assert not re.search(r"(href|src|url\()\s*=?\s*[\"']?https?:", text), image
 
 
+@pytest.mark.slow
 def test_site(tmp_path, monkeypatch):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

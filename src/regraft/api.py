@@ -39,6 +39,7 @@ from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
+    from regraft.adapters.verify import Budget
     from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +64,7 @@ def convert(
     compact: bool = False,
     uniform_rank: bool = False,
     verify: bool = False,
+    verify_budget: float = 300.0,
     merge: bool = False,
     architecture: str | None = None,
     untie: bool = False,
@@ -100,6 +102,8 @@ def convert(
         uniform_rank: adapters only: give all targets one rank, with zeros, so that no ``rank_pattern`` is needed.
         verify: adapters only: compare what every target adds before and after, in float64, before anything is
             written. The report has the largest relative error.
+        verify_budget: seconds after which ``verify`` compares what is left by random vectors, and not entry by
+            entry; the report names what was compared so.
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
             weights, instead of an adapter.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
@@ -192,6 +196,7 @@ def convert(
         config = load_model(Path(model)) if model is not None else None
         report = Report(str(src_path), str(dst_path), written=not dry_run)
         report.files = [str(path) for path in found.others]
+        left = _budget(verify_budget) if verify else None
         converted: list[tuple[Source, Converted]] = []
         stamps: list[Stamp] = []
         findings: list[Finding] = []
@@ -209,8 +214,8 @@ def convert(
                 continue
             if not result.report.copied or not dry_run:
                 _note_values(opened, result)
-            if verify:
-                _certify(opened, result, config, via, foreign)
+            if left is not None:
+                _certify(opened, result, config, via, foreign, left)
             converted.append((opened, result))
             report.adapters.append(result.report)
         if failed:
@@ -287,12 +292,19 @@ def _merge(
     return report
 
 
+def _budget(seconds: float) -> Budget:
+    from regraft.adapters.verify import Budget
+
+    return Budget(seconds)
+
+
 def _certify(
     source: Source,
     result: Converted,
     model: ModelConfig | None,
     via: str | None,
     foreign: InstalledTransformers,
+    left: Budget,
 ) -> None:
     """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
     from regraft.adapters.verify import TOLERANCE, compare
@@ -306,9 +318,10 @@ def _certify(
         aside=result.aside,
     )
     tolerance = TOLERANCE if via is None or via == "dense" else math.inf
-    done = compare(source, made, model, tolerance, foreign)
+    done = compare(source, made, model, tolerance, foreign, left)
     result.report.error = done.error
     result.report.verified = len(done.targets) + done.others
+    result.report.sampled = done.sampled
     if not done.equal:
         raise NotEqualError(done.differences)
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, cast_down
 from regraft.adapters.saved import move_others
-from regraft.adapters.verify import Deltas, Wide, moved_biases, moved_deltas
+from regraft.adapters.verify import moved_biases, moved_pieces
+from regraft.arrays.pieces import Piece
 from regraft.checkpoints.convert import convert_checkpoint
+from regraft.dialects.peft.deltas import Deltas, read_deltas
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError
 from regraft.layouts import Layout
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, CheckpointReport, Target
-from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import staged_folder
@@ -81,7 +83,7 @@ def merge_adapter(
     base = model if model.is_dir() else model.parent
     config = load_model(model)
     here, known, evidence = source_layout(source, to, config, layout, foreign)
-    before = Deltas(source, known, here)
+    before = read_deltas(source, known, here)
     _check_biases(before)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
@@ -131,14 +133,20 @@ def _check_biases(before: Deltas) -> None:
 
 def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) -> None:
     findings: list[Finding] = []
-    for key, kind, rule, matrices in moved_deltas(before, target):
-        tensor = written.find(key)
-        if tensor is None:
-            findings.append(_absent(key, before.source.where))
+    seen: set[str] = set()
+    for piece in moved_pieces(before, target):
+        tensor = written.find(piece.key)
+        sound = tensor is not None and tensor.shape == piece.shape
+        if sound and tensor is not None:
+            with _located(piece.key, before.source.where):
+                _add_to(tensor, piece)
+        if piece.key in seen:
             continue
-        with _located(key, before.source.where):
-            _add_to(tensor, kind, matrices)
-        report.targets.append(Target(key, 0, 0, 1.0, rule, False, rung="merged"))
+        seen.add(piece.key)
+        if sound:
+            report.targets.append(Target(piece.key, 0, 0, 1.0, piece.rule, False, rung="merged"))
+        else:
+            findings.append(_absent(piece.key, before.source.where))
     for name, value in _saved(before, target, findings):
         tensor = written.find(name)
         if tensor is None or tensor.shape != value.shape:
@@ -171,16 +179,17 @@ def _located(key: str, where: str) -> Iterator[None]:
         raise RefusedError(replace(f, key=key, where=where) for f in error.findings) from error
 
 
-def _add_to(tensor: Array, kind: str, matrices: Iterator[Wide | None]) -> None:
-    """Add deltas to a stored tensor, matrix by matrix."""
-    roles = KINDS[kind].roles or (OUT, IN)
-    turned = roles.index(IN) < roles.index(OUT)
-    for batch, delta in enumerate(matrices):
-        if delta is None:
-            continue
-        place = tensor[batch] if BATCH in roles else tensor
-        change = (delta.T if turned else delta).reshape(place.shape)
-        place[...] = cast_down(place.astype(np.float64) + change, tensor.dtype)
+def _add_to(tensor: Array, piece: Piece) -> None:
+    """Add part of a delta to a stored tensor; where nothing is added, bits stay."""
+    shape = tensor.shape
+    takes = [
+        np.arange(size) if take is None else take
+        for size, take in zip_longest(shape, piece.takes[: len(shape)])
+    ]
+    where = np.ix_(*takes)
+    old = tensor[where]
+    new = cast_down(old.astype(np.float64) + piece.values, tensor.dtype)
+    tensor[where] = np.where(piece.values == 0, old, new)
 
 
 def _saved(before: Deltas, target: str, findings: list[Finding]) -> Iterator[tuple[str, Array]]:

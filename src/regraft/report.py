@@ -77,6 +77,8 @@ class AdapterReport:
     """How many targets and other tensors were compared with the source's."""
     error: float = 0.0
     """The largest relative error of a delta that was found."""
+    sampled: list[str] = field(default_factory=list)
+    """Targets that were compared by random vectors, because the time for comparing every entry was spent."""
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
 

@@ -119,6 +119,7 @@ def uneven(draw):
     return made, low, reverse
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(cases(equal_scales(3)))
 def test_the_law_holds_exactly_where_scales_are_equal(case):
@@ -128,6 +129,7 @@ def test_the_law_holds_exactly_where_scales_are_equal(case):
     check_law(made, low, loras, reverse, exact=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(uneven())
 def test_the_law_holds_to_rounding_where_scales_differ(case):
@@ -211,6 +213,7 @@ def test_the_fast_path_is_the_general_path_bit_for_bit(case):
     assert noted == same_noted
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(cases(equal_scales(1)))
 def test_there_and_back_without_a_record_gives_the_same_deltas(case):
@@ -228,6 +231,7 @@ def test_there_and_back_without_a_record_gives_the_same_deltas(case):
         assert (got == want).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.data())
 def test_with_the_record_the_way_back_gives_the_same_bits(data):

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from making import book_of, equation_of, headers_of, plan_of
+
+from regraft import RefusedError
+from regraft.adapters.components import Record
 from regraft.adapters.form import Factors
 from regraft.adapters.move import images
 from regraft.adapters.scale import Scale
-from regraft.adapters.components import Record
-
-from regraft import RefusedError
 from regraft.arrays.apply import apply_plan
 
 ONE = Scale(1, 1, False)

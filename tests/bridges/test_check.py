@@ -262,6 +262,7 @@ def test_for_the_old_transformers(name, tmp_path):
     assert bool(there.remedy) is moved
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own():
     """Where PEFT is hooked, or not imported, another process tries; it says the same."""
     name = "mixtral__gate_up"

@@ -289,6 +289,7 @@ def rename(config, tensors):
         tensors[key.replace("q_proj", "strange_proj")] = tensors.pop(key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [drop_layer, add_layer, widen, rename])
 @pytest.mark.parametrize(
     "held",

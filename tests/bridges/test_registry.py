@@ -14,6 +14,7 @@ from transformers import conversion_mapping as mapping  # noqa: E402
 from transformers.core_model_loading import (  # noqa: E402
     Chunk,
     Concatenate,
+    ConversionOps,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -383,6 +384,25 @@ def test_a_rename_with_methods_of_its_own_is_refused_and_not_read_as_identity(re
     assert "5.4 to 5.23" in finding.fix
     with pytest.raises(RefusedError):
         regraft.convert_state_dict(model.state_dict(), to=OLD, model=model)
+
+
+class Unpad(ConversionOps):
+    """An operation that nobody here knows: the names stay, and rows go."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **options):
+        return {target_patterns[0]: next(iter(input_dict.values()))[:4]}
+
+    @property
+    def reverse_op(self):
+        return Unpad()
+
+
+@pytest.mark.parametrize("to", [OLD, NEW])
+def test_an_unknown_operation_is_no_identity_where_nothing_else_changes(register, to):
+    register("small_of_mine", [WeightConverter("part.weight", "part.weight", [Unpad()])])
+    model = Small(SmallConfig(), {"part": nn.Linear(3, 4, bias=False)})
+    with pytest.raises(RegraftError, match="Unpad"):
+        regraft.convert_state_dict(model.state_dict(), to=to, model=model)
 
 
 def test_a_rename_of_a_subclass_that_changes_nothing_is_read_like_its_base(register):

@@ -95,6 +95,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("options", [[], ["--dtype", "float16"]], ids=["moved", "cast"])
 def test_memory_is_announced_and_kept(tmp_path, options):

@@ -1,16 +1,19 @@
 """The program as a whole: its start, its help, and how it behaves in a pipe."""
 
 import json
+import math
 import os
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import regraft
 from regraft.cli import main
-from regraft.cli.output import visible
+from regraft.cli.output import Output, visible
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = GOLDEN / "cases" / "mixtral__gud_attn"
@@ -65,6 +68,7 @@ def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
 
 
+@pytest.mark.slow
 def test_as_a_module_and_plain_in_a_pipe() -> None:
     done = run("inspect", str(MIXTRAL), NO_COLOR="", FORCE_COLOR="", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -72,11 +76,13 @@ def test_as_a_module_and_plain_in_a_pipe() -> None:
     assert run("inspect", str(MIXTRAL / "nothing")).returncode == 1
 
 
+@pytest.mark.slow
 def test_colors_where_they_are_wanted() -> None:
     assert "\x1b[" in run("inspect", str(MIXTRAL), FORCE_COLOR="1", NO_COLOR="").stdout
     assert "\x1b" not in run("inspect", str(MIXTRAL), FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pipes of another kind")
 def test_a_reader_that_left_is_no_error() -> None:
     reading, writing = os.pipe()
@@ -96,3 +102,30 @@ def test_a_reader_that_left_is_no_error() -> None:
 def test_visible() -> None:
     assert visible("a.b[0]") == "a.b[0]"
     assert visible("a\x1b\u202e\udc80\n") == "a\\x1b\\u202e\\udc80\\n"
+
+
+@pytest.mark.parametrize("args", [["inspect", str(MIXTRAL), "--json"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("stream", ["1", "2"])
+def test_a_closed_stream_is_no_error(args, stream):
+    command = shlex.join([sys.executable, "-m", "regraft", *args])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {stream}>&-"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_json_has_no_numbers_that_json_has_not(capsys):
+    Output(json=True).data({"error": [math.inf, -math.inf, math.nan, 1.5]})
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told == {"schema_version": 1, "error": ["Infinity", "-Infinity", "NaN", 1.5]}
+
+
+def test_warnings_of_libraries_are_not_shown(monkeypatch, capsys):
+    def warned():
+        warnings.warn("overflow encountered in cast", RuntimeWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("regraft.cli.run.app.main", lambda **_: warned)
+    assert main(["inspect"]) == 0
+    assert capsys.readouterr().err == ""

@@ -21,7 +21,7 @@ def test_list(capsys):
     words = capsys.readouterr().out
     assert all(f"\n{book.name} " in words for book in library())
     assert main(["rules", "list", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
+    listed = json.loads(capsys.readouterr().out)["books"]
     assert [book["name"] for book in listed] == [book.name for book in library()]
     assert listed[0]["rules"] == len(library()[0].rules)
 
@@ -116,6 +116,7 @@ def test_export_of_what_transformers_knows(tmp_path, capsys):
     assert {k: t.tobytes() for k, t in one.items()} == {k: t.tobytes() for k, t in other.items()}
 
 
+@pytest.mark.slow
 def test_the_registry_of_transformers(capsys):
     pytest.importorskip("transformers", minversion="5.4")
     status = main(["rules", "lint", "transformers", "--json"])
@@ -129,6 +130,7 @@ def test_the_registry_of_transformers(capsys):
     assert main(["rules", "lint", "transformers:no-such-model"]) == 1
 
 
+@pytest.mark.slow
 def test_every_finding_on_transformers_is_confirmed():
     """What lint says of a rename that eats, comes too late or is not idempotent happens to the key it shows."""
     pytest.importorskip("transformers", minversion="5.4")

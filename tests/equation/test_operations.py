@@ -314,6 +314,7 @@ def test_the_sources_are_left_as_they_are():
     assert all(same_bits(x, y) for x, y in zip(parts.values(), copies, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(equations(keyed=False))
 def test_a_random_equation_moves_every_element_where_the_explicit_loops_put_it(made):
@@ -321,6 +322,7 @@ def test_a_random_equation_moves_every_element_where_the_explicit_loops_put_it(m
     both_ways(made.bare_text, list(left.values()), list(right.values()), **made.sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(equations())
 def test_a_random_rule_with_stacked_indices_does_too_and_the_way_back_is_the_identity(made):
@@ -328,3 +330,10 @@ def test_a_random_rule_with_stacked_indices_does_too_and_the_way_back_is_the_ide
     moved = made.moved(left)
     assert all(same_bits(moved[key], right[key]) for key in right)
     planned_both_ways(made.text, left, right)
+
+
+@pytest.mark.parametrize("lead", [" where ", "\nwhere ", "\n    where\n    ", "\twhere\t"])
+def test_sizes_join_a_where_on_a_line_of_its_own(lead):
+    x = np.arange(12)
+    (got,) = rearrange(f"(a b c) == a b c{lead}a = 2", x, b=3)
+    assert got.shape == (2, 3, 2)

@@ -33,6 +33,7 @@ def cut(array, place):
     return array[tuple(slices)].reshape([n for n in array[tuple(slices)].shape if n != 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_pieces_are_where_they_are_said_to_be(name, tmp_path):
     base = GOLDEN / "bases" / name

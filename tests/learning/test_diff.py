@@ -135,6 +135,7 @@ def test_equal_tensors_are_told_apart_by_name():
     assert found.ambiguous == 8
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_random_moves(data):

@@ -38,6 +38,7 @@ def check(rank, store, saved):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_a_model_over_two_processes(tmp_path):
     saved = {}

@@ -116,6 +116,7 @@ def test_from_every_saver(family, saver):
             assert not told.unmatched
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=15)
 def test_wrappers_inside(data):

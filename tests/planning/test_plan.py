@@ -315,6 +315,7 @@ def test_a_config_inside_a_config_and_truth_values():
     assert scope.look_up(ConfigPath((("text",),))) is None
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(equations())
 def test_a_random_plan_names_every_source_and_every_target_once(made):

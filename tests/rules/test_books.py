@@ -202,3 +202,20 @@ def test_the_families_that_were_asked_for_have_a_book(model_type):
     (book,) = books_for([model_type])
     assert model_type in book.model_types
     assert book.rules
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("x = " + "[" * 5000 + "]" * 5000, "toml", "nested too deep"),
+        ("x = " + "9" * 5000, "toml", "digits"),
+        (f"x = {'{a = ' * 3000}1{'}' * 3000}", "toml", "nested too deep"),
+        (equation_of(f"x : {'(' * 3000}a{')' * 3000} == y : a"), "notation", "more than 40 deep"),
+        (equation_of(f"x.{{{'(' * 3000}a{')' * 3000}}} : b == y : a b"), "notation", "40 deep"),
+        (equation_of(f"x : a == y : a where a = {'9' * 5000}"), "notation", "18 digits"),
+    ],
+)
+def test_what_is_too_deep_or_too_large_is_a_finding(body, code, words):
+    (found,) = findings(body).items()
+    assert found[0][1] == code
+    assert words in found[1]

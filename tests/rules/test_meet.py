@@ -1,6 +1,7 @@
 """What two templates have in common agrees with matching itself."""
 
-from hypothesis import assume, given, settings
+import pytest
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from regraft.equation.notation import parse_key
@@ -26,8 +27,12 @@ def matches(key, name):
     return match_group(key, group_names([name])[0]) is not None
 
 
-@settings(max_examples=500)
+# Random everywhere: the examples that were fixed did not have these two.
+@pytest.mark.slow
+@settings(max_examples=500, derandomize=False)
 @given(shapes, shapes)
+@example(["w1", "w{k}"], ["{*}", "w1", "{*}"])
+@example(["{*}", "a"], ["{*}", "a", "a"])
 def test_a_key_that_both_match(one, other):
     a, b = key_of(one), key_of(other)
     assume(a is not None and b is not None)
@@ -38,6 +43,7 @@ def test_a_key_that_both_match(one, other):
     assert (key is None) == (meet(b, a) is None)
 
 
+@settings(derandomize=False)
 @given(shapes, shapes, names)
 def test_no_common_key_is_missed(one, other, name):
     a, b = key_of(one), key_of(other)
@@ -48,6 +54,7 @@ def test_no_common_key_is_missed(one, other, name):
         assert meet(a, b) is not None
 
 
+@settings(derandomize=False)
 @given(shapes, shapes, names)
 def test_covering(one, other, name):
     a, b = key_of(one), key_of(other)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.errors import BadInputError
-from regraft.names.keys import group_names
+from regraft.names.keys import MARK, group_names
 from regraft.rules.templates import match_group, specificity, write_group
 
 
@@ -101,6 +101,7 @@ REST = st.lists(SEGMENT, max_size=3).map(".".join)
 PIECE = st.sampled_from(["x", "y2", "{l}", "{e}", "n{k}", "{*p}", "{*q}", "4"])
 
 
+@pytest.mark.slow
 @given(st.lists(PIECE, min_size=1, max_size=5, unique=True), st.data())
 def test_a_key_that_a_template_writes_is_matched_and_written_again(pieces, data):
     # the number between two segments has a test of its own
@@ -132,3 +133,11 @@ def test_a_key_that_a_template_writes_is_matched_and_written_again(pieces, data)
         assert list(match.rests) == marked
         assert match.rest_numbers.tolist() == columns.tolist()
         assert match.holes.tolist() == holes.tolist()
+
+
+def test_numbers_decide_where_several_rests_stand():
+    (group,) = group_names(["w1.w0", "w1.w5", "w3.w0"])
+    match = match_group(parse_key("{*p}.w1.{*q}"), group)
+    assert match.rests == ("", f"w{MARK}")
+    assert match.rows.tolist() == [0, 1]
+    assert match.rest_numbers.ravel().tolist() == [0, 5]

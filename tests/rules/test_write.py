@@ -34,6 +34,7 @@ def test_library(book):
     assert write_book(again) == write_book(book)
 
 
+@pytest.mark.slow
 @given(equations())
 def test_random_equations(made):
     book = book_of(equation_of(made.text))
@@ -43,6 +44,7 @@ def test_random_equations(made):
 awkward = st.text(st.sampled_from("ab '\"\\#=\n\t\r\u00e9[]"), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(awkward, awkward, st.lists(awkward, max_size=3), st.booleans())
 def test_awkward_text(title, why, types, called):
     body = (

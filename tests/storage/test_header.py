@@ -345,12 +345,14 @@ def compare(path: Path, content: bytes) -> None:
     }
 
 
+@pytest.mark.slow
 @FUZZ
 @given(content=st.one_of(st.binary(max_size=64), st.binary(max_size=64).map(pack)))
 def test_fuzz_bytes(tmp_path: Path, content: bytes) -> None:
     compare(tmp_path / "f", content)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(sound=sound_headers(), ascii_only=st.booleans(), spaced=st.booleans())
 def test_fuzz_sound(
@@ -368,6 +370,7 @@ TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"-", b"-0", b"0", b"1", b"9
 TOKENS += [b"\xff", b"null", b'"dtype":"U8",', b'"a":{},', b'"__metadata__":{},', b"1.0", b"\0"]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(sound=sound_headers(), data=st.data())
 def test_fuzz_mutated(
@@ -390,6 +393,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(sound=sound_headers(), data=st.data())
 def test_fuzz_fields(

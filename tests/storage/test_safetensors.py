@@ -41,6 +41,7 @@ def test_round_trip(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     assert_same(open_tensors(tmp_path / "x")["a"], array)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     items=st.dictionaries(

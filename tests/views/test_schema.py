@@ -10,7 +10,7 @@ from regraft.cli import main
 from regraft.cli.app import app
 from regraft.cli.rules import rules
 from regraft.storage.safetensors import open_tensors, write_tensors
-from regraft.views.schema import DOCUMENTS, schema_of
+from regraft.views.schema import DOCUMENTS, SCHEMA_VERSION, schema_of
 
 jsonschema = pytest.importorskip("jsonschema")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,7 +45,8 @@ def test_every_command_that_prints_json_has_one():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_schemas_are_schemas(document, run):
     jsonschema.Draft202012Validator.check_schema(schema_of(document))
-    assert run("schema", document) == (0, schema_of(document))
+    version = {"schema_version": SCHEMA_VERSION}
+    assert run("schema", document) == (0, version | schema_of(document))
     assert run("schema")[1][document] == schema_of(document)
 
 

@@ -37,6 +37,7 @@ from regraft.adapters.saved import Moved, move_others, rename_saved, rename_toke
 from regraft.adapters.tuned import TunedModules
 from regraft.dialects.peft.complete import check_complete, guess_count
 from regraft.dialects.peft.config import targets_module, targets_parameter
+from regraft.dialects.peft.fitting import check_fit
 from regraft.dialects.peft.packing import packing_of_version
 from regraft.dialects.peft.provenance import KEY, Origin, write_remembered
 from regraft.dialects.peft.reading import FactorReader
@@ -117,7 +118,9 @@ def convert_adapter(
     )
     try:
         conversion.choose_layout(layout)
+        check_fit(scan, source, known, BaseWeights.of(known, conversion.layout))
         if conversion.is_there_already():
+            conversion.check_readable()
             return conversion.copy()
         return conversion.convert()
     except RefusedError as error:
@@ -302,6 +305,19 @@ class _Conversion:
             for pairs in self.scan.pairs
             for path in (pairs.modules.names() if names and not pairs.depth else ())
         )
+
+    def check_readable(self) -> None:
+        """Check an adapter that stays as it is like one that does not; how it is packed need not be known.
+
+        Raises ``BadInputError``.
+        """
+        try:
+            if self.family is not None:
+                self.carrier(self.layout, self.layout).read()
+            elif self.plain:
+                self.read_factors(Side(self.known.books, self.layout, self.known.scopes), True)
+        except AmbiguousError:
+            return
 
     def copy(self, why: str | None = None) -> Converted:
         report = self.new_report()

@@ -154,6 +154,15 @@ def rename_tokens(config: Mapping[str, Any], others: Iterable[Moved]) -> dict[st
     return None if result == entries else result
 
 
+def token_rows(config: Mapping[str, Any], name: str) -> Any:
+    """The rows that ``trainable_token_indices`` names for a tensor of token rows."""
+    entries = config.get("trainable_token_indices")
+    if not isinstance(entries, dict):
+        return entries
+    module = name.removesuffix(TOKENS)
+    return next((rows for entry, rows in entries.items() if module.endswith(entry)), None)
+
+
 def _apply(
     inside: list[Others], tensors: list[Array], source: Source, known: Known, target: str
 ) -> list[Moved]:

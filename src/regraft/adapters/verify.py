@@ -1,33 +1,39 @@
-"""The certificate: every target's delta before and after, compared in float64, one matrix at a time.
+"""The certificate: what two adapters add to their bases, compared entry by entry in float64.
 
-What the source adds to its base is laid out by the plan, block by block, and compared with what the result adds: for
-stacked experts one expert after the other, so that a wrong order is seen. No rank, scale or packing of the one is used
-for the other.
+What each adds is read from its files by PEFT's formulas (`peft_deltas`). The source's is laid out by the arrays
+reader, as a base tensor is, in slices; the converter's own geometry, ranks and packing have no part in it. Where time
+is short, 16 random vectors stand for an axis, and the result names the targets that were compared so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import inf, prod
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
-from regraft.adapters.families.base import Family, NoImageError, as_wide
+from regraft.adapters.families.base import NoImageError
 from regraft.adapters.families.table import family_of
-from regraft.adapters.form import Array, Factors
+from regraft.adapters.form import Array
 from regraft.adapters.kept import drop_stand_ins
-from regraft.adapters.ladder import Carrier
-from regraft.adapters.move import Block, blocks_of
-from regraft.adapters.saved import move_others
-from regraft.adapters.tuned import TunedModules
+from regraft.adapters.saved import TOKENS, Moved, move_others, owner_of, token_rows
 from regraft.arrays.apply import apply_plan
-from regraft.dialects.peft.reading import FactorReader
+from regraft.arrays.pieces import (
+    Make,
+    Piece,
+    Take,
+    Wide,
+    carry_pieces,
+    cut,
+    same_pieces,
+    take_part,
+)
+from regraft.dialects.peft.deltas import Deltas, read_deltas
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import Source, find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
@@ -35,14 +41,15 @@ from regraft.layouts import other_layout
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
-from regraft.planning.plan import Entry, Headers
-from regraft.planning.side import Side
-from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.planning.plan import Headers, Plan
+from regraft.rules.kinds import BATCH, KINDS
 
 TOLERANCE = 1e-5
-"""The relative error, in the Frobenius norm of one matrix, up to which two deltas count as equal."""
+"""The relative error of a matrix, in its Frobenius norm and in each entry (of the greatest one), up to which two
+deltas count as equal."""
 
-Wide = npt.NDArray[np.float64]
+BUDGET = 300.0
+"""Seconds after which random vectors stand for the rest."""
 
 
 @dataclass(slots=True)
@@ -68,6 +75,8 @@ class AdapterVerification:
     others: int = 0
     """How many other tensors were compared, bit for bit."""
     differences: list[Finding] = field(default_factory=list)
+    sampled: list[str] = field(default_factory=list)
+    """Targets that were compared by random vectors, because the time for comparing every entry was spent."""
 
     @property
     def equal(self) -> bool:
@@ -76,140 +85,33 @@ class AdapterVerification:
 
     @property
     def error(self) -> float:
-        """The largest relative error."""
-        return max((target.error for target in self.targets), default=0.0)
+        """The largest relative error; infinite where one cannot be told."""
+        errors = [target.error for target in self.targets]
+        return max((e if isfinite(e) else inf for e in errors), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data."""
+        """The result as plain data; an error that is no number is ``None``."""
         data = asdict(self)
-        data["equal"], data["error"] = self.equal, self.error
+        data["equal"], data["error"] = self.equal, _finite(self.error)
+        data["tolerance"] = _finite(self.tolerance)
+        data["targets"] = [{**asdict(t), "error": _finite(t.error)} for t in self.targets]
         data["differences"] = [finding.to_dict() for finding in self.differences]
         return data
 
 
-class Deltas:
-    """What one adapter adds to its base, by base tensor, in its own layout."""
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
-    def __init__(self, source: Source, known: Known, layout: str) -> None:
-        self.source, self.known, self.layout = source, known, layout
-        self.family = family_of(source.config)
-        plain = source.peft_type == "LORA" and self.family is None
-        prefix = self.family.prefix if self.family is not None else None
-        self.scan, findings = scan_names(list(source.tensors), source.where, plain, prefix)
-        if findings:
-            raise BadInputError(findings)
-        self.base = BaseWeights.of(known, layout)
-        self.side = Side(known.books, layout, known.scopes)
-        self.factors: Factors | None = None
-        self.tuned: TunedModules | None = None
-        self.tuner: Family | None = None
-        if self.family is not None:
-            carrier = Carrier(
-                self.family,
-                source.config,
-                source.tensors,
-                self.scan,
-                known,
-                layout,
-                layout,
-                source.where,
-            )
-            self.tuned, self.tuner = carrier.read(), carrier.family
-            self.headers = self.tuned.headers
-            groups = self.tuned.kinds
-        else:
-            config = source.config if plain else {"r": 1, "lora_alpha": 1}
-            reader = FactorReader(
-                self.scan,
-                list(source.tensors.values()),
-                list(source.tensors),
-                config,
-                self.side,
-                source.where,
-            )
-            self.factors = reader.read()
-            self.headers = self.factors.headers
-            groups = self.factors.kinds
-        self.ids: dict[str, int] = {}
-        self.kinds: dict[int, str] = {}
-        for keys, kind in groups:
-            ids = keys.ids.tolist()
-            self.ids.update(zip(keys.names(), ids, strict=True))
-            self.kinds.update(dict.fromkeys(ids, kind))
-        self._last: tuple[int, Wide] | None = None
 
-    def matrix(self, number: int, batch: int) -> Wide:
-        """What is added to a weight (or to one of its experts), (out, in)."""
-        if self.factors is not None:
-            a, b = self.factors.a[number], self.factors.b[number]
-            if a.ndim == 3:
-                a, b = a[batch], b[batch]
-            a = a.reshape(len(a), -1)
-            b = b.reshape(len(b), -1)
-            scale = self.factors.scales[number].value
-            return np.asarray(b.astype(np.float64) @ a.astype(np.float64) * scale)
-        if self._last is None or self._last[0] != number:
-            assert self.tuned is not None
-            assert self.tuner is not None
-            part = self.tuned.parts[number]
-            name = self.headers.name(number)
-            self._last = number, self.tuner.delta(part, lambda: self._weight(name, part.kind))
-        return self._last[1]
+class Budget:
+    """Time for comparing every entry; it begins to run when it is made."""
 
-    def batches(self, number: int) -> int:
-        """How many matrices a weight has."""
-        if self.factors is not None and self.factors.a[number].ndim == 3:
-            return len(self.factors.a[number])
-        return 1
+    def __init__(self, seconds: float = BUDGET) -> None:
+        self._end = time.monotonic() + seconds
 
-    def _weight(self, name: str, kind: str) -> Wide:
-        found = self.base.matrix(name, kind)
-        if found is None:
-            raise NoImageError("the base's weights are needed", needs_base=True)
-        return found
-
-    def biases(self) -> dict[str, Array]:
-        """The biases of modules whose family changes them, as they are to be."""
-        tuned, family = self.tuned, self.tuner
-        if tuned is None or family is None or not family.changes_bias:
-            return {}
-        made = {}
-        for number, part in enumerate(tuned.parts):
-            name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            bias = self.base.find(name)
-            if bias is not None:
-                made[name] = family.bias(part, bias.astype(np.float64)).astype(bias.dtype)
-        return made
-
-    def bare_biases(self) -> Iterator[str]:
-        """The names of biases that a family makes for modules that have none in the base.
-
-        Without the base's weights any module may have one, and there are none.
-        """
-        tuned, family = self.tuned, self.tuner
-        if tuned is None or family is None or not family.changes_bias or self.base.weights is None:
-            return
-        for number, part in enumerate(tuned.parts):
-            name = tuned.headers.name(number).removesuffix("weight") + "bias"
-            if self.base.find(name) is None and family.bias(part, np.zeros(part.out)).any():
-                yield name
-
-    def added_bias(self, number: int, batch: int = 0) -> Wide:
-        """What a module's bias of zeros becomes, (out, in): the same for each column of its weight."""
-        if self.tuned is None or self.tuner is None or not self.tuner.changes_bias:
-            return np.zeros((1, 1))
-        part = self.tuned.parts[number]
-        made = self.tuner.bias(part, np.zeros(part.out))
-        return np.broadcast_to(made[:, None], (part.out, part.into))
-
-    def others(self) -> dict[str, Array]:
-        """Tensors that are no part of a delta, by their base names."""
-        tensors = list(self.source.tensors.values())
-        return {
-            name: tensors[i]
-            for other in self.scan.others
-            for name, i in zip(other.keys.names(), other.keys.ids.tolist(), strict=True)
-        }
+    def spent(self) -> bool:
+        """Whether random vectors have to do from now on."""
+        return time.monotonic() >= self._end
 
 
 def verify_adapters(
@@ -219,11 +121,15 @@ def verify_adapters(
     tolerance: float = TOLERANCE,
     progress: Callable[[str, int, int], None] | None = None,
     foreign: Foreign | None = None,
+    budget: float = BUDGET,
 ) -> AdapterVerification:
     """Check that every adapter of ``dst`` adds to its base what that of ``src`` adds to its own.
 
+    Every entry is compared for ``budget`` seconds; random vectors stand for the rest.
+
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
+    left = Budget(budget)
     first, second = find_adapters(src), find_adapters(dst)
     config = load_model(model) if model is not None else None
     result: AdapterVerification | None = None
@@ -239,7 +145,7 @@ def verify_adapters(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
         done = compare(
-            one, open_adapter(other, second.root, second.weights), config, tolerance, foreign
+            one, open_adapter(other, second.root, second.weights), config, tolerance, foreign, left
         )
         if result is None:
             result = done
@@ -247,6 +153,7 @@ def verify_adapters(
             result.targets += done.targets
             result.differences += done.differences
             result.others += done.others
+            result.sampled += done.sampled
     assert result is not None
     result.source, result.destination = str(src), str(dst)
     result.differences += [
@@ -262,6 +169,7 @@ def compare(
     model: ModelConfig | None,
     tolerance: float = TOLERANCE,
     foreign: Foreign | None = None,
+    budget: Budget | None = None,
 ) -> AdapterVerification:
     """Compare two adapters of one base, each in its own layout.
 
@@ -270,11 +178,12 @@ def compare(
     known, layouts = _layouts(one, other, model, foreign)
     one, kept = _without_stand_ins(one, layouts)
     before, after = (
-        Deltas(source, known, layout) for source, layout in zip((one, other), layouts, strict=True)
+        read_deltas(source, known, layout)
+        for source, layout in zip((one, other), layouts, strict=True)
     )
     result = AdapterVerification(one.where, other.where, *layouts, tolerance)
     try:
-        _Comparison(before, after, result).run(kept)
+        _Comparison(before, after, result, budget or Budget()).run(kept)
     except NoImageError as error:
         raise BadInputError(
             Finding(
@@ -329,93 +238,203 @@ def _layouts(
     return known, (first, second)
 
 
+class _Tally:
+    """How far the matrices of one target are off, slice by slice."""
+
+    def __init__(self, matrices: int) -> None:
+        self.largest, self.off, self.norm, self.off_norm = np.zeros((4, matrices))
+
+    def add(self, want: Wide, got: Wide, matrices: Take) -> None:
+        """Compare a slice; ``matrices`` tells which of them its first dim is, where there are several."""
+        rows = len(self.largest) if matrices is None else len(matrices)
+        at = slice(None) if matrices is None else matrices
+        want, got = (np.ascontiguousarray(x).reshape(rows, -1) for x in (want, got))
+        with np.errstate(all="ignore"):
+            for values, most, norm in (
+                (want, self.largest, self.norm),
+                (want - got, self.off, self.off_norm),
+            ):
+                # A maximum hands on NaN, and so does everything that is compared with it.
+                largest = np.abs(np.maximum(values.max(axis=1), -values.min(axis=1)))
+                most[at] = np.maximum(most[at], largest)
+                norm[at] = np.hypot(norm[at], _norms(values, largest))
+
+    @property
+    def zero(self) -> bool:
+        """Whether nothing is wanted."""
+        return not self.largest.any()
+
+    def error(self) -> tuple[float, float]:
+        """The largest relative error of a matrix, and of an entry; infinite where something is no number."""
+        with np.errstate(all="ignore"):
+            errors = []
+            for off, whole in ((self.off_norm, self.norm), (self.off, self.largest)):
+                ratio = np.where((off == 0) & (whole == 0), 0.0, off / whole)
+                errors.append(np.where(np.isfinite(self.largest) & np.isfinite(off), ratio, inf))
+            # Norms of numbers near the limits of float64 are none; their entries still tell.
+            matrix = np.where(
+                np.isfinite(errors[0]) | ~np.isfinite(self.off_norm - self.norm),
+                errors[0],
+                errors[1],
+            )
+        found = [float(np.where(np.isnan(e), inf, e).max(initial=0.0)) for e in (matrix, errors[1])]
+        return found[0], found[1]
+
+
+def _norms(values: Wide, largest: Wide) -> Wide:
+    """The Frobenius norm of each row; those of very large and very small numbers do not overflow."""
+    squares = np.einsum("ij,ij->i", values, values)
+    odd = ~((squares > 1e-280) & (squares < 1e300)) & (largest > 0)
+    norms = np.sqrt(squares)
+    for row in np.flatnonzero(odd).tolist():
+        if isfinite(largest[row]):
+            norms[row] = largest[row] * np.linalg.norm(values[row] / largest[row])
+    return np.asarray(norms)
+
+
 class _Comparison:
-    def __init__(self, before: Deltas, after: Deltas, result: AdapterVerification) -> None:
-        self.before, self.after, self.result = before, after, result
+    def __init__(
+        self, before: Deltas, after: Deltas, result: AdapterVerification, budget: Budget
+    ) -> None:
+        self.before, self.after, self.result, self.budget = before, after, result, budget
         self.left = dict(after.ids)
         self.others = after.others()
+        self.tallies: dict[str, _Tally] = {}
+        self.saved: dict[str, Wide | None] = {}
+        self.sampled: dict[str, None] = {}
+        self.other_shape: set[str] = set()
 
     def run(self, kept: Mapping[str, Wide]) -> None:
         for key, delta in kept.items():
-            self._check(key, iter([delta]))
-        for key, _, _, matrices in moved_deltas(self.before, self.after.layout):
-            self._check(key, matrices)
+            for takes in cut(delta.shape, False):
+                self._add(Piece(key, "linear", "", delta.shape, takes, take_part(delta, takes)))
+        for piece in moved_pieces(self.before, self.after.layout, sample=self._sample):
+            self._add(piece)
         for key, number in self.left.items():
-            zero = all(
-                not self.after.matrix(number, e).any() for e in range(self.after.batches(number))
-            )
-            if not zero:
+            if key not in self.tallies and self._adds(number, key):
                 self._differs("extra", key, "nothing in the source leads to this delta")
+        self._judge()
+        self.result.sampled += list(self.sampled)
         self._compare_biases()
-        self._compare_others()
+        moved = self._moved_others()
+        self._compare_others(moved)
+        self._compare_switches(moved)
+
+    def _sample(self, keys: Sequence[str]) -> bool:
+        """Whether random vectors do for some targets: the time is spent, and factors are what is compared."""
+        return self.budget.spent() and all(key in self.left for key in keys)
+
+    def _add(self, piece: Piece) -> None:
+        """Compare a slice of what the source adds."""
+        tally = self.tallies.get(piece.key)
+        stacked = KINDS[piece.kind].roles is not None and KINDS[piece.kind].role(0) == BATCH
+        if tally is None:
+            tally = self.tallies[piece.key] = _Tally(piece.shape[0] if stacked else 1)
+        if piece.sampled:
+            self.sampled.setdefault(piece.key)
+        want, got = self._both(piece)
+        tally.add(want, got, piece.takes[0] if stacked else None)
+
+    def _both(self, piece: Piece) -> tuple[Wide, Wide]:
+        number = self.left.get(piece.key)
+        if number is None:
+            return self._with_saved(piece)
+        if self.after.shape(number) != piece.shape:
+            self.other_shape.add(piece.key)
+            return piece.values, np.full_like(piece.values, np.nan)
+        return piece.values, self.after.part(number, piece.takes)
+
+    def _with_saved(self, piece: Piece) -> tuple[Wide, Wide]:
+        """The same of a weight that is saved as a sum, which was rounded to the weight's dtype."""
+        if piece.key not in self.saved:
+            self.saved[piece.key] = self.after.base.matrix(piece.key, "linear")
+        base, saved = self.saved[piece.key], self.others.get(piece.key)
+        if base is None or saved is None or saved.shape != piece.shape:
+            return piece.values, np.zeros_like(piece.values)
+        weight, there = take_part(base, piece.takes), take_part(saved, piece.takes)
+        rounded = (weight + piece.values).astype(saved.dtype).astype(np.float64)
+        return rounded - weight, there - weight
+
+    def _adds(self, number: int, key: str) -> bool:
+        """Whether a target of the result that nothing leads to adds anything; what is no number does."""
+        shape = self.after.shape(number)
+        return any(
+            not (piece.values == 0).all()
+            for piece in same_pieces(
+                {key: number}, self.after.part, lambda _: shape, self.after.kind, self._sample
+            )
+        )
+
+    def _judge(self) -> None:
+        for key, tally in self.tallies.items():
+            if key not in self.left:
+                if tally.zero and not np.isnan(tally.largest).any():
+                    continue
+                if self.saved.get(key) is None or key not in self.others:
+                    self._differs("missing", key, "it is not adapted there")
+                    continue
+                del self.others[key]
+            error, entry = tally.error()
+            self.result.targets.append(Compared(key, error, len(tally.largest)))
+            if key in self.other_shape:
+                self._differs("differs", key, "its delta has another shape")
+            elif not np.isfinite(tally.largest).all() or not np.isfinite(tally.off).all():
+                self._differs("differs", key, "its delta has entries that are no finite numbers")
+            elif not error <= self.result.tolerance:
+                self._differs(
+                    "differs", key, f"its delta is another one (relative error {error:.3g})"
+                )
+            elif not entry <= self.result.tolerance:
+                self._differs(
+                    "differs",
+                    key,
+                    f"an entry of its delta is another one (off by {entry:.3g} of the greatest)",
+                )
 
     def _compare_biases(self) -> None:
-        if any(d.tuner is not None and d.tuner.changes_bias for d in (self.before, self.after)):
+        if self.before.changes_bias or self.after.changes_bias:
             self._compare_added_biases()
         mine = self.after.biases()
         for name, want in moved_biases(self.before, self.after.layout).items():
             got = mine.pop(name, None)
             if got is None:
                 got = self.after.base.find(name)
-            error = inf if got is None else relative(*as_wide(want, got))
+            error = inf if got is None else relative(want, got)
             if not error <= self.result.tolerance:
                 self._differs(
                     "differs", name, f"the bias is another one (relative error {error:.3g})"
                 )
         for name, bias in mine.items():
             base = self.after.base.find(name)
-            if base is not None and relative(*as_wide(base, bias)) > self.result.tolerance:
+            if base is not None and not relative(base, bias) <= self.result.tolerance:
                 self._differs("extra", name, "nothing in the source changes this bias")
 
     def _compare_added_biases(self) -> None:
         """What modules add to a bias, whether the base has one or not, and whether its weights are at hand or not."""
-        ids = dict(self.after.ids)
-        moved = moved_deltas(self.before, self.after.layout, self.before.added_bias)
-        wanted = {key: list(matrices) for key, _, _, matrices in moved}
-        for key in wanted | ids:
-            for batch, want in enumerate(wanted.get(key, [None])):
-                got = self.after.added_bias(ids[key], batch) if key in ids else None
-                one, other = (np.zeros(1) if m is None else m[:, 0] for m in (want, got))
-                error = relative(*np.broadcast_arrays(one, other))
-                if not error <= self.result.tolerance:
-                    message = f"what it adds to the bias is another (relative error {error:.3g})"
-                    self._differs("differs", key, message)
-                    break
-
-    def _check(self, key: str, expected: Iterator[Wide | None]) -> None:
-        number = self.left.pop(key, None)
-        worst, count = 0.0, 0
-        for batch, want in enumerate(expected):
-            count = batch + 1
-            if want is None:
-                want = np.zeros((1, 1))
-            if number is not None:
-                got: Wide = self.after.matrix(number, batch)
-            elif not want.any():
-                continue
-            else:
-                saved = self._saved(key)
-                if saved is None:
-                    self._differs("missing", key, "it is not adapted there")
-                    return
-                got = saved
-            worst = max(worst, relative(want, got))
-        self.result.targets.append(Compared(key, worst, count))
-        if not worst <= self.result.tolerance:
-            self._differs("differs", key, f"its delta is another one (relative error {worst:.3g})")
-
-    def _saved(self, key: str) -> Wide | None:
-        """The delta of a weight that is saved as a sum, rounded to the weight's dtype."""
-        saved = self.others.pop(key, None)
-        base = self.after.base.matrix(key, "linear")
-        if saved is None or base is None:
-            return None
-        return np.asarray(saved.astype(np.float64) - base)
-
-    def _compare_others(self) -> None:
         before, after = self.before, self.after
-        shared = set(before.family.shared) if before.family is not None else set()
-        moved = move_others(
+        tallies: dict[str, _Tally] = {}
+        moved = moved_pieces(before, after.layout, before.bias_part, before.bias_shape)
+        for piece in moved:
+            number = after.ids.get(piece.key)
+            got = np.zeros_like(piece.values)
+            if number is not None:
+                got = after.bias_part(number, piece.takes)
+            same = got.shape == piece.values.shape
+            tally = tallies.setdefault(piece.key, _Tally(1))
+            tally.add(piece.values, got if same else np.full_like(piece.values, np.nan), None)
+        ids = {key: number for key, number in after.ids.items() if key not in tallies}
+        for piece in same_pieces(ids, after.bias_part, after.bias_shape, after.kind):
+            zero = np.zeros_like(piece.values)
+            tallies.setdefault(piece.key, _Tally(1)).add(zero, piece.values, None)
+        for key, tally in tallies.items():
+            error = max(tally.error())
+            if not error <= self.result.tolerance:
+                message = f"what it adds to the bias is another (relative error {error:.3g})"
+                self._differs("differs", key, message)
+
+    def _moved_others(self) -> list[Moved]:
+        before, after = self.before, self.after
+        return move_others(
             before.scan,
             before.source,
             before.known,
@@ -423,6 +442,10 @@ class _Comparison:
             after.layout,
             in_place=before.layout == after.layout,
         )
+
+    def _compare_others(self, moved: Sequence[Moved]) -> None:
+        before, after = self.before, self.after
+        shared = set(before.family.shared) if before.family is not None else set()
         filled = set(after.source.remembered().kept.filled)
         for item in moved:
             if item.old in shared and item.new not in self.others:
@@ -435,6 +458,8 @@ class _Comparison:
             same = got.shape == item.tensor.shape and got.dtype == item.tensor.dtype
             if not same or got.tobytes() != np.ascontiguousarray(item.tensor).tobytes():
                 self._differs("differs", item.new, "it is another tensor")
+            elif got.dtype.kind not in "iub" and not np.isfinite(got.astype(np.float64)).all():
+                self._differs("differs", item.new, "it has entries that are no finite numbers")
         companions = {
             f"{name}.{leaf}"
             for name in after.source.remembered().kept.modules
@@ -443,24 +468,65 @@ class _Comparison:
         for name in self.others.keys() - filled - companions:
             self._differs("extra", name, "nothing in the source leads to it")
 
+    def _compare_switches(self, moved: Sequence[Moved]) -> None:
+        """Fields of the configs that change what PEFT does, and of which no tensor tells."""
+        before, after = self.before.source, self.after.source
+        for name in ("layer_replication", "token_indices"):
+            one, other = (s.config.get(name) or None for s in (before, after))
+            if one != other:
+                message = f"{name} is {other!r} there, and {one!r} in the source"
+                self._differs("differs", "adapter_config.json", message)
+        idle = _idle(before, self.before.others())
+        for entry in sorted(_idle(after, self.after.others()) - idle):
+            self._differs(
+                "extra",
+                "adapter_config.json",
+                f"it names {entry!r} as saved or as trained, and its file has no tensor for it",
+            )
+        for item in moved:
+            if not item.old.endswith(TOKENS):
+                continue
+            rows = [token_rows(before.config, item.old), token_rows(after.config, item.new)]
+            if rows[0] != rows[1]:
+                self._differs("differs", item.new, "trainable_token_indices names other rows")
+
     def _differs(self, code: str, key: str, message: str) -> None:
         self.result.differences.append(
             Finding(code, message, where=self.after.source.where, key=key)
         )
 
 
-def moved_deltas(
-    before: Deltas, target: str, matrix: Callable[[int, int], Wide] | None = None
-) -> Iterator[tuple[str, str, str, Iterator[Wide | None]]]:
-    """What an adapter adds to the tensors of a layout: key, kind, rule, and the delta matrix by matrix.
+def _idle(source: Source, others: Mapping[str, Array]) -> set[str]:
+    """Entries of ``modules_to_save`` and ``trainable_token_indices`` that no tensor of the file belongs to."""
+    saved = source.config.get("modules_to_save")
+    found = {
+        entry
+        for entry in (saved if isinstance(saved, list) else ())
+        if all(owner_of(name, entry) is None for name in others)
+    }
+    tokens = source.config.get("trainable_token_indices")
+    modules = [name.removesuffix(TOKENS) for name in others if name.endswith(TOKENS)]
+    if isinstance(tokens, list) and tokens and not modules:
+        found.add("trainable_token_indices")
+    if isinstance(tokens, dict):
+        found |= {e for e in tokens if not any(module.endswith(e) for module in modules)}
+    return found
 
-    ``None`` stands for a matrix that no source adapts. ``matrix`` gives something else of a weight, laid out like it.
+
+def moved_pieces(
+    before: Deltas,
+    target: str,
+    make: Make | None = None,
+    shape_of: Callable[[int], tuple[int, ...]] | None = None,
+    sample: Callable[[Sequence[str]], bool] = lambda keys: False,
+) -> Iterator[Piece]:
+    """What an adapter adds to the tensors of a layout, in slices.
+
+    ``make`` gives something else of a base tensor than what is added to it, laid out like it.
     """
-    matrix = matrix or before.matrix
+    make, shape_of = make or before.part, shape_of or before.shape
     if before.layout == target:
-        for key, number in before.ids.items():
-            matrices = (matrix(number, e) for e in range(before.batches(number)))
-            yield key, before.kinds[number], "carried over", matrices
+        yield from same_pieces(before.ids, make, shape_of, before.kind, sample)
         return
     known = before.known
     plan = build_plan(
@@ -473,25 +539,7 @@ def moved_deltas(
         where=before.source.where,
         unmatched_fix=known.unmatched_fix,
     )
-    for entry in plan.entries:
-        for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
-            if all((ids < 0).all() for ids in entry.sources):
-                continue
-            if kind == "any" and entry.moves_nothing:
-                for key, source in zip(
-                    entry.keys(term).names(), entry.sources[0].flat, strict=True
-                ):
-                    if source >= 0:
-                        yield key, kind, str(entry.rule), iter([matrix(int(source), 0)])
-                continue
-            layout = _Layout(entry, number, matrix)
-            for row, key in enumerate(entry.keys(term).names()):
-                yield key, kind, str(entry.rule), layout.matrices(row)
-    for carried in plan.carried:
-        for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
-            kind = before.kinds[number]
-            kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
-            yield key, kind, carried.carry.why, iter([matrix(number, 0)])
+    yield from carry_pieces(plan, make, shape_of, before.kind, sample)
 
 
 def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
@@ -504,7 +552,7 @@ def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
         group_names(list(biases)), [b.shape for b in values], [b.dtype.name for b in values]
     )
     known = before.known
-    plan = build_plan(
+    plan: Plan = build_plan(
         headers,
         known.books,
         target_layout=target,
@@ -515,49 +563,10 @@ def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
     return apply_plan(plan, values)
 
 
-class _Layout:
-    """One term of an entry: where the blocks of its matrices come from."""
-
-    def __init__(self, entry: Entry, number: int, matrix: Callable[[int, int], Wide]) -> None:
-        self.entry, self.matrix = entry, matrix
-        term, kind = entry.written[number], entry.written_kinds[number]
-        self.blocks: list[Block] = blocks_of(entry, number)
-        shape = entry.flat_shape(term)
-        roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
-        self.batch = shape[roles.index(BATCH)] if BATCH in roles else 1
-        self.size = KINDS[kind].size(shape, OUT), KINDS[kind].size(shape, IN)
-        self.slots = prod(entry.stack(term))
-
-    def matrices(self, row: int) -> Iterator[Wide | None]:
-        """The delta of one target, matrix by matrix; ``None`` where no source adapts it."""
-        loop, slot = divmod(row, self.slots)
-        for batch in range(self.batch):
-            made: Wide | None = None
-            for block in self.blocks:
-                ids = self.entry.sources[block.term][loop].reshape(-1)
-                here = (block.target_slot == slot) & (block.target_batch == batch)
-                for at in np.flatnonzero(here).tolist():
-                    source = int(ids[block.source_slot[at]])
-                    if source < 0:
-                        continue
-                    if made is None:
-                        made = np.zeros(self.size)
-                    delta = self.matrix(source, int(block.source_batch[at]))
-                    rows, columns = block.rows_from[at], block.columns_from[at]
-                    piece = (
-                        delta[np.ix_(columns, rows)].T
-                        if block.cross
-                        else delta[np.ix_(rows, columns)]
-                    )
-                    made[np.ix_(block.rows_to[at], block.columns_to[at])] = piece
-            yield made
-
-
-def relative(want: Wide, got: Wide) -> float:
-    """How far a matrix is off, relative to its Frobenius norm."""
-    whole, size = float(np.linalg.norm(want)), float(np.linalg.norm(got))
-    if not whole:
-        return inf if size else 0.0
+def relative(want: Array, got: Array) -> float:
+    """How far an array is off, relative to its norm or its greatest entry, whichever is worse."""
     if want.shape != got.shape:
         return inf
-    return float(np.linalg.norm(want - got)) / whole
+    tally = _Tally(1)
+    tally.add(want.astype(np.float64), got.astype(np.float64), None)
+    return max(tally.error())

@@ -33,10 +33,11 @@ def rearrange(
 
     Raises ``BadInputError`` for an equation that is no bijection, ``SizeError`` for shapes that do not fit.
     """
-    clauses = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
-    if clauses:
-        text += (", " if " where " in text else " where ") + clauses
     equation = parse_equation(text)
+    if sizes:
+        clauses = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
+        has_where = equation.where or equation.bounds
+        equation = parse_equation(f"{text}, {clauses}" if has_where else f"{text} where {clauses}")
     check_equation(equation)
     read, written = equation.sides(reverse)
     if len(arrays) != len(read):

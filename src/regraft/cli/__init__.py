@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ def main(args: Sequence[str] | None = None) -> int:
     An interrupted run leaves nothing behind, save the hidden work folder of a checkpoint, from which --resume
     continues.
     """
+    _open_streams()
     try:
         if args is None:
             from regraft.import_path import leave_current_folder
@@ -25,3 +27,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return run(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:
         return 130
+
+
+def _open_streams() -> None:
+    """Let what is written to a closed stdout or stderr go nowhere; Python has ``None`` in its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123

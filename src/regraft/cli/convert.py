@@ -74,6 +74,7 @@ from regraft.cli.output import Output
     is_flag=True,
     help="Adapters: compare what every target adds before and after, before anything is written.",
 )
+@options.verify_budget
 @click.option(
     "--compact", is_flag=True, help="Adapters: leave out components that add nothing, to rounding."
 )

@@ -80,6 +80,14 @@ html = click.option(
     callback=lambda ctx, param, value: _check_file(value),
     help="Write an HTML report: one file that needs no network. Also when the command fails.",
 )
+verify_budget = click.option(
+    "--verify-budget",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    help="Adapters: compare every entry for so long, then the targets that are left by 16 random vectors; the result "
+    "names them (300).",
+)
 quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 source = click.option(
     "--from",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,14 @@ class Output:
         """Write plain text to stderr."""
         _write(sys.stderr, text)
 
-    def data(self, data: Any) -> None:
-        """Write one JSON document to stdout."""
+    def data(self, data: Mapping[str, Any]) -> None:
+        """Write one JSON document to stdout, with the version of what it looks like."""
         import json
 
-        _write(sys.stdout, json.dumps(data, indent=2) + "\n")
+        from regraft.views.schema import SCHEMA_VERSION
+
+        document = {"schema_version": SCHEMA_VERSION, **finite(data)}
+        _write(sys.stdout, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
     def show(self, *parts: RenderableType, error: bool = False) -> None:
         """Write what Rich can render, one part below the other."""
@@ -111,6 +115,21 @@ class Output:
             bar.stop()
 
 
+def finite(data: Any) -> Any:
+    """Plain data with the numbers that JSON does not have as text.
+
+    >>> finite({"error": float("inf"), "ranks": [1, 0.5]})
+    {'error': 'Infinity', 'ranks': [1, 0.5]}
+    """
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    if isinstance(data, Mapping):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return data
+
+
 def visible(text: str) -> str:
     r"""Text with everything that doesn't print (control characters, say) escaped.
 
@@ -156,13 +175,13 @@ def _write(stream: TextIO, text: str) -> None:
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except BrokenPipeError:
-        _silence(stream)
+        silence(stream)
     except OSError:
-        _silence(stream)
+        silence(stream)
         raise
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
     """Drop what is still buffered; else Python complains about it when it exits."""
     with suppress(OSError, ValueError):
         sink = os.open(os.devnull, os.O_WRONLY)

@@ -40,7 +40,7 @@ def list_books(json: bool, quiet: bool) -> Job:
         from regraft.rules.book import library
 
         if json:
-            out.data([_summary(book) for book in library()])
+            out.data({"books": [_summary(book) for book in library()]})
         elif not quiet:
             _show_list(out, library())
         return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +15,7 @@ from types import FrameType
 import click
 
 from regraft.cli.app import app
-from regraft.cli.output import Output
+from regraft.cli.output import Output, silence
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.errors.codes import CODES, Code, Status
 
@@ -27,7 +29,7 @@ def run(args: Sequence[str]) -> int:
     options = args[: args.index("--")] if "--" in args else args
     out = Output(json="--json" in options)
     try:
-        with _termination():
+        with _termination(), _quiet_libraries():
             job = app.main(args=list(args), prog_name="regraft", standalone_mode=False)
             # Commands return what is to be done instead of doing it, so that click's own handling
             # of errors and interrupts ends with the parsing.
@@ -35,6 +37,8 @@ def run(args: Sequence[str]) -> int:
     except RegraftError as error:
         return _fail_known(out, error, _value_of(options, "--to"))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return Status.DONE
         finding = Finding("system", error.strerror or str(error), where=_file_of(error))
         return _fail_known(out, BadInputError(finding))
     except (KeyboardInterrupt, click.Abort):
@@ -101,8 +105,30 @@ def _fail(out: Output, kind: str, title: str, findings: Sequence[Finding], statu
     return status
 
 
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, which is no error of a command."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return True
+    return False
+
+
 def _file_of(error: OSError) -> str | None:
     return None if error.filename is None else os.fsdecode(error.filename)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep warnings and logs of libraries off stderr, where findings and notes stand, save when looking for a bug."""
+    if os.environ.get("REGRAFT_DEBUG", "0") not in ("", "0"):
+        yield
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from regraft.cli.output import Output
     type=click.FloatRange(min=0),
     help="Adapters: the relative error up to which two deltas are equal (1e-5).",
 )
+@options.verify_budget
 @options.json
 @options.quiet
 def verify(
@@ -38,13 +39,14 @@ def verify(
     html: Path | None,
     rules: tuple[str, ...],
     tolerance: float | None,
+    verify_budget: float,
     json: bool,
     quiet: bool,
 ) -> Job:
     """Check that two checkpoints or adapters are equivalent.
 
     Each may be in a layout of its own. Checkpoints are compared bit for bit. Of adapters, what every target adds to
-    its base is compared in float64, matrix by matrix.
+    its base is compared in float64, entry by entry.
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
@@ -66,7 +68,7 @@ def verify(
                 failure_page(html, "verify", src),
                 out.waiting("comparing", src) as progress,
             ):
-                done = verify_adapters(src, dst, model, limit, progress, foreign)
+                done = verify_adapters(src, dst, model, limit, progress, foreign, verify_budget)
             if json:
                 out.data(done.to_dict())
             elif not quiet:

@@ -175,7 +175,18 @@ def _summary(adapter: AdapterReport) -> Text:
         text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
     if adapter.verified:
         text.append(f"; verified, the largest relative error is {adapter.error:.2g}", GOOD)
+        if adapter.sampled:
+            text.append(f"; {_sampled(adapter.sampled)}", WARNING)
     return text
+
+
+def _sampled(keys: Sequence[str]) -> str:
+    """Which targets were not compared entry by entry."""
+    shown = ", ".join(map(visible, keys[:_FILES])) + (", …" if len(keys) > _FILES else "")
+    return (
+        f"{count_in_words(len(keys), 'target')} by 16 random vectors only, because the time was spent "
+        f"(--verify-budget): {shown}"
+    )
 
 
 def _last_line(report: Report) -> Text:
@@ -209,6 +220,8 @@ def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
         out.show(Text(f"… and {len(result.differences) - _FINDINGS} more; --json lists them all"))
     counted = f"{count_in_words(len(result.targets), 'target')}, {count_in_words(result.others, 'other tensor')}"
     error = f"the largest relative error is {result.error:.2g}"
+    if result.sampled:
+        error += f"; {_sampled(result.sampled)}"
     if result.equal:
         out.show(Text.assemble(("Equal", GOOD), f": {counted}; {error}"))
     else:

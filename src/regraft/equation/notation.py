@@ -350,6 +350,12 @@ def parse_key(text: str) -> Key:
     return key
 
 
+_DEEPEST = 40
+"""How deep brackets may be nested; everything that walks an equation recurses as deep."""
+_LONGEST = 18
+"""How many digits a number may have: sizes are 64-bit integers."""
+
+
 def _is_word(letter: str) -> bool:
     return letter.isalnum() or letter == "_"
 
@@ -358,6 +364,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self.depth = 0
 
     def error(self, message: str, at: int | None = None) -> BadInputError:
         return notation_error(self.text, self.at if at is None else at, message)
@@ -503,6 +510,8 @@ class _Scanner:
             while self.text[self.at : self.at + 1].isdigit():
                 self.at += 1
             number = self.text[digits : self.at]
+            if len(number) > _LONGEST:
+                raise self.error(f"a number has at most {_LONGEST} digits", digits)
             self.skip()
             letter = self.text[self.at : self.at + 1]
             if letter.isalpha() or letter == "_" or not number:
@@ -544,12 +553,16 @@ class _Scanner:
         if not self.text.startswith("(", self.at):
             return Axis(self.name())
         opened = self.at
+        if self.depth == _DEEPEST:
+            raise self.error(f"brackets are nested more than {_DEEPEST} deep")
+        self.depth += 1
         self.at += 1
         terms = [self.product(opened)]
         while self.take("+"):
             terms.append(self.product(opened))
         if not self.take(")"):
             raise self.error("this ( is not closed", opened)
+        self.depth -= 1
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
     def product(self, opened: int) -> Expr:
@@ -631,6 +644,8 @@ class _Scanner:
             start = self.at
             while self.at < len(self.text) and self.text[self.at].isdigit():
                 self.at += 1
+            if self.at - start > _LONGEST:
+                raise self.error(f"a number has at most {_LONGEST} digits", start)
             return int(self.text[start : self.at])
         start = self.at
         if self.text.startswith("config.", self.at):

@@ -338,7 +338,15 @@ class Code(Enum):
         Part.ADAPTER,
         "not targeted by the config",
         "add it, or remove the factors",
-        "the config names no such module or parameter, so PEFT would ignore the factors",
+        "the config names no such module or parameter, or one of its fields leaves it out, so PEFT would ignore the "
+        "factors",
+    )
+    VOCABULARY = (
+        "vocabulary",
+        Part.ADAPTER,
+        "other rows than the vocabulary",
+        "give the base whose embeddings were resized",
+        "an embedding, a head or their factors have another number of rows than the base has tokens",
     )
     TARGETS_NOTHING = (
         "targets-nothing",

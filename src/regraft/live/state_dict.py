@@ -363,7 +363,7 @@ def _convert(
     if layout == RIGHT:
         result = {key: tensor for key, tensor in named.items() if key in here}
         go = {key: tensor for key, tensor in named.items() if key not in here}
-    elif here & imported.changed:
+    elif here & imported.changed or _has_new_shapes(imported, named):
         go = named
     else:
         return dict(tensors)
@@ -395,6 +395,12 @@ def _check_layout(imported: Imported, layout: str) -> None:
     message = f"no rule book leads {imported.name} to {layout}"
     fix = "give the rule book that knows this model, too"
     raise BadInputError(Finding("other-layouts", message, fix=fix))
+
+
+def _has_new_shapes(imported: Imported, named: Tensors) -> bool:
+    """Whether tensors that are called as they always were, and are stored differently now, have the new shape."""
+    same = {name: named[name] for name in imported.turned & named.keys()}
+    return bool(same.keys() - _still_turned(imported, same))
 
 
 def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:

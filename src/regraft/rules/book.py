@@ -379,11 +379,21 @@ def _shipped() -> tuple[Book, ...]:
     return tuple(load_book(file, file.name) for file in files if not file.name.startswith("_"))
 
 
+def _toml(text: str, shown: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = f"not TOML: {error}"
+    except RecursionError:
+        message = "arrays or tables are nested too deep"
+    except ValueError as error:  # Python's limit on the digits of a number
+        message = f"not TOML: {str(error).partition(';')[0]}"
+    raise BadInputError(Finding("toml", message, where=shown, fix="correct the file"))
+
+
 def _convert(text: str, shown: str, kind: type[_T]) -> _T:
     try:
-        return msgspec.convert(tomllib.loads(text), kind)
-    except tomllib.TOMLDecodeError as error:
-        raise BadInputError(Finding("toml", f"not TOML: {error}", where=shown)) from None
+        return msgspec.convert(_toml(text, shown), kind)
     except msgspec.ValidationError as error:
         line = _line_of_field(text, str(error))
         raise BadInputError(Finding("rule-book", str(error), where=f"{shown}:{line}")) from None

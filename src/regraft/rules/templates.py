@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,8 @@ class _Compiled:
 
 
 @lru_cache(maxsize=4096)
-def _compile(key: Key) -> _Compiled:
+def _compile(key: Key, lengths: tuple[int, ...] = ()) -> _Compiled:
+    """The pattern of a key; ``lengths`` are the segments that its first rests hold, the others hold any number."""
     pieces: list[str] = []
     kinds: list[str] = []
     dot_taken = False
@@ -50,13 +52,15 @@ def _compile(key: Key) -> _Compiled:
             kinds.append("hole")
             leading = False
         elif isinstance(part, Segments):
+            number = kinds.count("rest")
+            held, often = _held(lengths[number]) if number < len(lengths) else (".+", "?")
             if not leading:
                 pieces[-1] = pieces[-1].removesuffix(r"\.")
-                pieces.append(r"(?:\.(.+))?")
+                pieces.append(rf"(?:\.({held})){often}")
             elif position == len(key.parts) - 1:
-                pieces.append("(.+)")
+                pieces.append(f"({held})")
             else:
-                pieces.append(r"(?:(.+)\.)?")
+                pieces.append(rf"(?:({held})\.){often}")
                 dot_taken = True
             kinds.append("rest")
         else:
@@ -71,6 +75,23 @@ def _compile(key: Key) -> _Compiled:
                 at = match.end()
             pieces.append(re.escape(text[at:]))
     return _Compiled(re.compile("".join(pieces), re.DOTALL), tuple(kinds))
+
+
+def _held(segments: int) -> tuple[str, str]:
+    """What a rest of so many segments holds, and how often it and its dot are there."""
+    return rf"(?:[^.]+\.){{{max(segments - 1, 0)}}}[^.]+", "{1}" if segments else "{0}"
+
+
+def _lengths(key: Key, template: str) -> Iterator[tuple[int, ...]]:
+    """The ways to share a name's segments among the rests of a key, but for the last one, which takes what is left.
+
+    A key with one rest has one way, which its pattern finds by itself.
+    """
+    yield ()
+    rests = sum(isinstance(part, Segments) for part in key.parts)
+    if rests > 1:
+        segments = range(template.count(".") + 1, -1, -1)
+        yield from product(segments, repeat=rests - 1)
 
 
 Specificity = tuple[int, int, int]
@@ -92,6 +113,9 @@ def specificity(term: Term, equation: Equation) -> Specificity:
 def match_group(key: Key, group: Group) -> Match | None:
     """Match a key template against a group; ``None`` where no row matches.
 
+    A key with several ``{*p}`` may match in several ways; the first one counts in which the numbers that it spells
+    out are those of any row.
+
     >>> from regraft.equation.notation import parse_key
     >>> from regraft.names.keys import table
     >>> (group,) = table("model.layers.0.w1", "model.layers.1.w1", "model.layers.1.w2")
@@ -99,7 +123,14 @@ def match_group(key: Key, group: Group) -> Match | None:
     >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
     (('model',), [0, 1], [0, 1])
     """
-    compiled = _compile(key)
+    for lengths in _lengths(key, group.template):
+        match = _match(_compile(key, lengths), group)
+        if match is not None:
+            return match
+    return None
+
+
+def _match(compiled: _Compiled, group: Group) -> Match | None:
     found = compiled.pattern.fullmatch(group.template)
     if found is None:
         return None

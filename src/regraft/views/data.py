@@ -292,10 +292,19 @@ def page_of_adapter_verification(result: AdapterVerification) -> Page:
             Fact("second", f"{result.destination}, {result.target_layout}"),
             Fact("tolerance", f"{result.tolerance:g}, relative to each matrix"),
             Fact("other tensors", f"{result.others}, compared bit for bit"),
+            *_sampled(result),
         ),
         left=rows.side("what they add to the base"),
         findings=tuple(result.differences),
     )
+
+
+def _sampled(result: AdapterVerification) -> tuple[Fact, ...]:
+    if not result.sampled:
+        return ()
+    counted = count_in_words(len(result.sampled), "target")
+    told = f"{counted}, by 16 random vectors: {', '.join(result.sampled)}"
+    return (Fact("not entry by entry", told, "warning"),)
 
 
 def page_of_check(result: Check) -> Page:

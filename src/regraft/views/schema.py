@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, Literal
 
 import msgspec
@@ -73,6 +74,13 @@ class BookSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class BookList:
+    """The rule books that come with regraft."""
+
+    books: list[BookSummary]
+
+
+@dataclass(frozen=True, slots=True)
 class ShownEquation:
     """A rule of a book."""
 
@@ -101,6 +109,9 @@ class ShownBook(BookSummary):
     carried: list[ShownCarry]
 
 
+SCHEMA_VERSION = 1
+"""Stands in every document; it grows when a field is renamed, removed or means something else."""
+
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
     "inspect": (Inspection, CheckpointInspection),
@@ -109,7 +120,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "explain": (Explanation,),
     "diff": (Diff,),
     "slices": (SlicesReport,),
-    "rules list": (list[BookSummary],),
+    "rules list": (BookList,),
     "rules show": (ShownBook,),
     "rules lint": (Linted,),
     "error": (Failure,),
@@ -143,9 +154,13 @@ def schema_of(document: str) -> dict[str, Any]:
 
     >>> schema_of("error")["$defs"]["Problem"]["required"]
     ['kind', 'findings']
+    >>> schema_of("error")["$defs"]["Failure"]["required"]
+    ['schema_version', 'error']
     """
     definitions: dict[str, Any] = {}
     roots = [_value(of, definitions) for of in DOCUMENTS[document]]
+    for of in DOCUMENTS[document]:
+        _add_version(definitions[of.__name__])
     root = roots[0] if len(roots) == 1 else {"anyOf": roots}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -153,6 +168,15 @@ def schema_of(document: str) -> dict[str, Any]:
         **root,
         "$defs": definitions,
     }
+
+
+def _add_version(root: dict[str, Any]) -> None:
+    version = {
+        "description": "The version of this schema; it grows when a field is renamed, removed or means another thing.",
+        "const": SCHEMA_VERSION,
+    }
+    root["properties"] = {"schema_version": version, **root["properties"]}
+    root["required"] = ["schema_version", *root["required"]]
 
 
 def _describe(of: type, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -199,8 +223,18 @@ def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     parts = [a for a in arguments if hasattr(a, "__dataclass_fields__")]
     if parts:
         return {"anyOf": [_describe(parts[0], definitions), {"type": "null"}]}
+    if float in arguments and origin in (UnionType, typing.Union):
+        return {"anyOf": [option for of in arguments for option in _options(of, definitions)]}
+    if hint is float:
+        return {"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
     schema: dict[str, Any] = msgspec.json.schema(hint)
     return schema
+
+
+def _options(hint: Any, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    schema = _value(hint, definitions)
+    options: list[dict[str, Any]] = schema.get("anyOf", [schema])
+    return options
 
 
 @cache

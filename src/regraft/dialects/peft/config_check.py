@@ -112,6 +112,14 @@ def _problems(config: Mapping[str, Any], peft_type: str) -> Iterator[tuple[str, 
         value = config.get(key)
         if (value is not None or key in needed) and not kind.accepts(value):
             yield key, kind.expected
+    if peft_type == "LORA":
+        # As PEFT's own checks of a LoRA's config.
+        expression = isinstance(config.get("target_modules"), str)
+        for key in ("layers_to_transform", "layers_pattern"):
+            if expression and config.get(key) not in (None, [], ""):
+                yield key, "nothing (target_modules is an expression)"
+        if config.get("layers_pattern") and not config.get("layers_to_transform"):
+            yield "layers_to_transform", "the layers that layers_pattern finds"
 
 
 def _shown(value: object) -> str:
@@ -208,7 +216,9 @@ _FIELDS: Mapping[str, _Type] = {
     "target_modules": _TARGETS,
     "exclude_modules": _EXPRESSIONS,
     "target_parameters": _NAMES,
-    "modules_to_save": _NAMES,
+    "modules_to_save": _Type(
+        lambda value: _is_names(value) and all(map(_is_expression, value)), "a list of names"
+    ),
     "layers_to_transform": _LAYERS,
     "layers_pattern": _EXPRESSIONS,
     "layer_replication": _Type(_is_replication, "a list of pairs of layer numbers"),

@@ -14,6 +14,7 @@ from regraft.adapters.form import Array
 from regraft.adapters.tuned import TunedModules
 from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.scan import PREFIX, Scan, Tuned
+from regraft.dialects.peft.targeting import Targeting, untargeted
 from regraft.equation.notation import ConfigPath, Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
@@ -187,9 +188,16 @@ class ModuleReader:
         entries = self.family.config.get("target_modules")
         if entries is None:
             return
-        untargeted: list[Finding] = []
+        missed: list[Finding] = []
         targeted = 0
+        targeting = Targeting(self.family.config)
         for tuned in self.scan.tuned:
+            if targeting.leaves_out:
+                found = untargeted(tuned.modules.names(), targeting, self.where, PREFIX + "{}")
+                if found is not None:
+                    self.findings.append(found)
+                    targeted += len(tuned.modules)
+                    continue
             leaf = tuned.modules.template.rpartition(".")[2]
             if isinstance(entries, list) and "\0" not in leaf and leaf in entries:
                 targeted += len(tuned.modules)
@@ -197,7 +205,7 @@ class ModuleReader:
             missing = [p for p in tuned.modules.names() if not targets_module(entries, p)]
             targeted += len(tuned.modules) - len(missing)
             if missing:
-                untargeted.append(
+                missed.append(
                     Finding(
                         "not-targeted",
                         "target_modules of adapter_config.json does not name this module, so PEFT would "
@@ -207,19 +215,19 @@ class ModuleReader:
                         fix="add it to target_modules, or remove its tensors from the weights file",
                     )
                 )
-        if untargeted and not targeted:
+        if missed and not targeted:
             self.findings.append(
                 Finding(
                     "targets-nothing",
                     f"target_modules = {entries!r} names nothing that is in the weights file "
-                    f"({untargeted[0].key}, …)",
+                    f"({missed[0].key}, …)",
                     where=self.where,
                     key="adapter_config.json",
                     fix="use the config that was saved with these weights",
                 )
             )
         else:
-            self.findings += untargeted
+            self.findings += missed
 
 
 def _look_up(equation: Equation, term: Term, scope: Scope) -> list[int | None]:

@@ -16,6 +16,7 @@ from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.packing import packing_of_version, swaps, unpack
 from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
+from regraft.dialects.peft.targeting import Targeting, untargeted
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
@@ -49,6 +50,7 @@ class FactorReader:
     ) -> None:
         self.scan, self.tensors, self.names, self.side = scan, tensors, names, side
         self.config, self.lora, self.where = config, LoraConfig(config), where
+        self.targeting = Targeting(config)
         self.findings: list[Finding] = []
         self.ambiguous: list[Finding] = []
         self.forced = packing
@@ -202,6 +204,17 @@ class FactorReader:
         )
 
     def _check_targets(self, pairs: Pairs, keys: Group) -> None:
+        if self.targeting.leaves_out:
+            named = self.config.get("target_parameters")
+            paths = [
+                p for p in pairs.modules.names() if not targets_parameter(named, p + ".weight")
+            ]
+            key = PREFIX + "{}." + ("lora_embedding_A" if pairs.embedding else "lora_A.weight")
+            found = untargeted(paths, self.targeting, self.where, key)
+            if found is not None:
+                self.targeted += len(keys)
+                self.findings.append(found)
+                return
         modules = self.config.get("target_modules")
         parameters = self.config.get("target_parameters")
         if modules is None and not parameters:

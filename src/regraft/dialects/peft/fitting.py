@@ -1,0 +1,100 @@
+"""Whether an adapter's tensors fit its base where no rule looks: rows of the vocabulary, and dims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.detect import Known
+from regraft.dialects.peft.scan import PREFIX, Scan
+from regraft.dialects.peft.source import Source
+from regraft.errors import BadInputError, Finding
+
+_OF_TOKENS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
+"""What models call the modules that have a row for every token."""
+
+_MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
+"""Model types whose embedding has rows beyond the vocabulary (transformers, ``modeling_mllama.py``)."""
+
+
+def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> None:
+    """Compare rows of the vocabulary, and dims, with the base's tensors and with its config.
+
+    Raises ``BadInputError``.
+    """
+    if known.model is None:
+        return
+    findings = [*_odd_rows(scan, source, known, base), *_odd_dims(scan, source, base)]
+    if findings:
+        raise BadInputError(findings)
+
+
+def _odd_dims(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]:
+    """Factors with more dims than the base weight that they adapt."""
+    tensors, names = list(source.tensors.values()), list(source.tensors)
+    for pairs in scan.pairs:
+        for row, number in enumerate(pairs.a.tolist()):
+            dims = tensors[number].ndim
+            weight = base.find(f"{pairs.modules.name(row)}.weight") if dims > 2 else None
+            if weight is not None and weight.ndim != dims:
+                yield Finding(
+                    "shape",
+                    f"it has {dims} dims, and the base weight that it adapts has {weight.ndim}",
+                    where=source.where,
+                    key=names[number],
+                    fix="save the adapter again, with factors of two dims",
+                )
+
+
+def _odd_rows(scan: Scan, source: Source, known: Known, base: BaseWeights) -> Iterator[Finding]:
+    """Tensors with another number of rows than the base has tokens, by its tensor or else by its config."""
+    assert known.model is not None
+    sizes = _sizes(known)
+    for key, module, rows in _rows(scan, source):
+        weight = base.find(f"{module}.weight")
+        wanted = sizes if weight is None or not weight.ndim else {weight.shape[0]}
+        if wanted and rows not in wanted:
+            yield Finding(
+                "vocabulary",
+                f"it has a row for each of {rows} tokens, and the base has "
+                f"{' or '.join(map(str, sorted(wanted)))} ({known.model.path})",
+                where=source.where,
+                key=key,
+                fix="give as --model the base that it was trained on, with its embeddings resized",
+            )
+
+
+def _sizes(known: Known) -> set[int]:
+    """The vocabularies that the base's config tells."""
+    assert known.model is not None
+    found: set[int] = set()
+    for _, part in known.model.parts():
+        more = _MORE_ROWS.get(str(part.get("model_type")), 0)
+        for name, value in part.items():
+            if "vocab" in name and isinstance(value, int) and not isinstance(value, bool):
+                found |= {value, value + more}
+    return found
+
+
+def _rows(scan: Scan, source: Source) -> Iterator[tuple[str, str, int]]:
+    """Key, module and rows of everything that has a row for each token."""
+    tensors, names = list(source.tensors.values()), list(source.tensors)
+    for other in scan.others:
+        module, _, leaf = other.keys.template.rpartition(".")
+        if not other.prefix or leaf not in ("weight", "bias") or not _is_of_tokens(module):
+            continue
+        for name, number in zip(other.keys.names(), other.keys.ids.tolist(), strict=True):
+            if tensors[number].ndim and (leaf == "weight" or module.endswith("lm_head")):
+                yield PREFIX + name, name.rpartition(".")[0], tensors[number].shape[0]
+    for pairs in scan.pairs:
+        if not _is_of_tokens(pairs.modules.template):
+            continue
+        ids = (pairs.a if pairs.embedding else pairs.b).tolist()
+        for module, number in zip(pairs.modules.names(), ids, strict=True):
+            shape = tensors[number].shape
+            if len(shape) == 2:
+                yield names[number], module, shape[1] if pairs.embedding else shape[0]
+
+
+def _is_of_tokens(module: str) -> bool:
+    return module.rpartition(".")[2] in _OF_TOKENS
