@@ -69,3 +69,19 @@ def test_a_bias_for_modules_that_have_none_is_refused(tmp_path):
     assert {finding.code for finding in caught.value.findings} == {"no-image"}
     assert any("experts.0.w1.bias" in finding.key for finding in caught.value.findings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_that_it_merged_and_how_much_changed(tmp_path, capsys):
+    adapter, base = adapter_of("mixtral__gud_attn", tmp_path), base_of("mixtral__gud_attn")
+    out = tmp_path / "out"
+    arguments = ["convert", str(adapter), str(out), "--to", V5, "--merge", "--model", str(base)]
+    assert main(arguments) == 0
+    words = capsys.readouterr().out
+    plain = tmp_path / "plain"
+    regraft.convert(base, plain, to=V5)
+    before, after = (dict(open_tensors(f / "model.safetensors")) for f in (plain, out))
+    changed = sum(before[name].tobytes() != after[name].tobytes() for name in before)
+    assert (
+        f"merged: an adapter's delta was added to {changed} tensors; {len(after)} in all" in words
+    )
+    assert "bit for bit" not in words
