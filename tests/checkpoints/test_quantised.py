@@ -288,7 +288,7 @@ def test_packed_state_follows_its_module(tmp_path, make):
 @pytest.mark.parametrize(("dtype", "bits_each"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
 def test_elements_smaller_than_a_byte_are_not_cut_or_joined(tmp_path, dtype, bits_each):
     tensors = mixtral(32, 16)
-    src = write_folder(tmp_path / "src", tensors)
+    src = write_folder(tmp_path / "src", tensors, CONFIG)
     header, data, at = {}, b"", 0
     for name, tensor in tensors.items():
         count = tensor.size * (bits_each if "experts" in name else 32) // 8
