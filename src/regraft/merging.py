@@ -24,7 +24,10 @@ from regraft.adapters.form import Array, cast_down
 from regraft.adapters.saved import move_others
 from regraft.adapters.verify import moved_biases, moved_pieces
 from regraft.arrays.pieces import Piece
+from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.convert import convert_checkpoint
+from regraft.checkpoints.prepare import model_of
+from regraft.checkpoints.source import open_checkpoint
 from regraft.dialects.peft.deltas import Deltas, read_deltas
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError
@@ -44,9 +47,16 @@ class _Written:
     """The tensors of a checkpoint that was just written, to be changed in place."""
 
     tensors: dict[str, Array]
+    quantised: frozenset[str] = frozenset()
+    """Weights whose numbers are others than those that stand there."""
+    method: str | None = None
+    """What quantised them."""
 
     @staticmethod
     def of(folder: Path) -> _Written:
+        source = open_checkpoint(folder)
+        config = model_of(source, None)
+        companions = find_companions(source, config.data if config is not None else None)
         found: dict[str, Array] = {}
         for file in sorted(folder.glob("*.safetensors")):
             header = read_header(file)
@@ -57,7 +67,26 @@ class _Written:
                 if dtype.per_cell == 1 and dtype.numpy is not None:
                     start = header.data_start + info.start
                     found[name] = np.ndarray(info.shape, dtype.numpy, mapped, start)
-        return _Written(found)
+        told = companions.quantization
+        if told is None:
+            return _Written(found)
+        names = (companions.headers.name(i) for i in companions.weights().tolist())
+        return _Written(found, frozenset(names), told.title)
+
+    def fault(self, name: str, where: str) -> Finding | None:
+        """Why nothing can be added to a tensor; ``None`` where it can."""
+        is_there = self.find(name) is not None
+        if is_there and not self.quantised.intersection(spellings(name)):
+            return None
+        if self.method is None:
+            return _absent(name, where)
+        return Finding(
+            "no-image",
+            f"the base is quantised with {self.method}, and nothing can be added to packed or scaled numbers",
+            where=where,
+            key=name,
+            fix="merge into the base as it was before it was quantised",
+        )
 
     def find(self, name: str) -> Array | None:
         for spelled in spellings(name):
@@ -135,8 +164,8 @@ def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) 
     findings: list[Finding] = []
     seen: set[str] = set()
     for piece in moved_pieces(before, target):
-        tensor = written.find(piece.key)
-        sound = tensor is not None and tensor.shape == piece.shape
+        tensor, fault = written.find(piece.key), written.fault(piece.key, before.source.where)
+        sound = fault is None and tensor is not None and tensor.shape == piece.shape
         if sound and tensor is not None:
             with _located(piece.key, before.source.where):
                 _add_to(tensor, piece)
@@ -146,11 +175,11 @@ def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) 
         if sound:
             report.targets.append(Target(piece.key, 0, 0, 1.0, piece.rule, False, rung="merged"))
         else:
-            findings.append(_absent(piece.key, before.source.where))
+            findings.append(fault or _absent(piece.key, before.source.where))
     for name, value in _saved(before, target, findings):
-        tensor = written.find(name)
-        if tensor is None or tensor.shape != value.shape:
-            findings.append(_absent(name, before.source.where))
+        tensor, fault = written.find(name), written.fault(name, before.source.where)
+        if fault is not None or tensor is None or tensor.shape != value.shape:
+            findings.append(fault or _absent(name, before.source.where))
             continue
         with _located(name, before.source.where):
             tensor[...] = cast_down(value, tensor.dtype)

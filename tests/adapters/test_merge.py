@@ -2,12 +2,14 @@
 
 import json
 
+import ml_dtypes
+import numpy as np
 import pytest
 from test_golden import GOLDEN, INDEX, adapter_of, base_of, outputs
 
 import regraft
 from regraft.cli import main
-from regraft.storage.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -69,3 +71,54 @@ def test_a_bias_for_modules_that_have_none_is_refused(tmp_path):
     assert {finding.code for finding in caught.value.findings} == {"no-image"}
     assert any("experts.0.w1.bias" in finding.key for finding in caught.value.findings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_that_it_merged_and_how_much_changed(tmp_path, capsys):
+    adapter, base = adapter_of("mixtral__gud_attn", tmp_path), base_of("mixtral__gud_attn")
+    out = tmp_path / "out"
+    arguments = ["convert", str(adapter), str(out), "--to", V5, "--merge", "--model", str(base)]
+    assert main(arguments) == 0
+    words = capsys.readouterr().out
+    plain = tmp_path / "plain"
+    regraft.convert(base, plain, to=V5)
+    before, after = (dict(open_tensors(f / "model.safetensors")) for f in (plain, out))
+    changed = sum(before[name].tobytes() != after[name].tobytes() for name in before)
+    assert (
+        f"merged: an adapter's delta was added to {changed} tensors; {len(after)} in all" in words
+    )
+    assert "bit for bit" not in words
+
+
+def quantised_base(folder, suffixes):
+    """The Mixtral that the adapters are for, with its matrices in float8."""
+    tensors = dict(open_tensors(base_of("mixtral__dora") / "model.safetensors"))
+    for name, tensor in list(tensors.items()):
+        if tensor.ndim == 2 and any(part in name for part in suffixes):
+            tensors[name] = tensor.astype(ml_dtypes.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = np.full((1, 1), 2, np.float32)
+    folder.mkdir()
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = json.loads((base_of("mixtral__dora") / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {**config, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("suffixes", [("self_attn",), ("experts",)])
+def test_nothing_is_merged_into_a_quantised_base(tmp_path, suffixes):
+    adapter = adapter_of("mixtral__gud_attn", tmp_path)
+    base = quantised_base(tmp_path / "base", suffixes)
+    with pytest.raises(regraft.RefusedError, match="quantised with FP8") as caught:
+        regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True)
+    assert {finding.code for finding in caught.value.findings} == {"no-image"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_base_tells_no_numbers(tmp_path):
+    adapter = adapter_of("mixtral__dora", tmp_path)
+    base = quantised_base(tmp_path / "base", ("self_attn",))
+    with pytest.raises(regraft.RegraftError, match="quantised") as caught:
+        regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True)
+    assert not (tmp_path / "out").exists()
+    assert caught.value.findings

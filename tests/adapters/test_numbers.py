@@ -9,8 +9,11 @@ import pytest
 
 import regraft
 from regraft.adapters.form import cast_down, rescale
+from regraft.cli.output import Output
 from regraft.cli.run import run
+from regraft.cli.words import show_findings
 from regraft.dialects.peft.config_check import check_fields
+from regraft.errors import Finding
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -361,3 +364,30 @@ def test_a_copy_in_the_same_layout_keeps_everything(tmp_path):
     (src / "optimizer.pt").write_bytes(b"x")
     regraft.convert(src, tmp_path / "new", to=V4, model=BASE)
     assert (tmp_path / "new" / "optimizer.pt").exists()
+
+
+# What is told
+
+
+def test_findings_are_counted_as_they_are_listed(capsys):
+    findings = [Finding("shape", "too long", key=key, fix="x") for key in "ab"]
+    findings += [Finding("shape", "too short", key="c", fix="x")]
+    show_findings(Output(), "bad input", findings)
+    told = capsys.readouterr().err
+    assert "3 problems of 2 kinds" in told and "2. c" in told and "3." not in told
+
+
+def test_keys_that_many_families_have_name_more_than_one(tmp_path):
+    report = regraft.convert(
+        GOLDEN / "cases/qwen3_moe__gud", tmp_path / "new", to=V5, model=GOLDEN / "bases/qwen3_moe"
+    )
+    assert "DeepSeek" not in " ".join(report.adapters[0].evidence)
+    src = adapter(tmp_path / "src", case="qwen3_moe__gud", auto_mapping=None)
+    told = " ".join(regraft.inspect(src).adapters[0].evidence)
+    assert "DeepSeek" not in told and "several families" in told and "qwen2_moe" in told
+
+
+def test_an_inspected_page_does_not_call_an_adapter_sound(tmp_path):
+    page = tmp_path / "page.html"
+    assert run(["inspect", str(adapter(tmp_path / "src")), "--html", str(page)]) == 0
+    assert ">Sound" not in page.read_text()

@@ -266,3 +266,14 @@ def test_the_safetensors_library_opens_the_result(tmp_path):
                 assert np.array_equal(opened.get_tensor(name), ours[name])
                 seen.add(name)
     assert seen == ours.keys()
+
+
+def test_the_bias_of_minimax_routers_follows(tmp_path):
+    tensors = mixtral()
+    for layer in range(2):
+        at = f"model.layers.{layer}.block_sparse_moe."
+        tensors[at + "e_score_correction_bias"] = np.arange(3, dtype=np.float32)
+    src = write_folder(tmp_path / "src", tensors, {**MIXTRAL, "model_type": "minimax_m2"})
+    regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    out = open_tensors(tmp_path / "out" / "model.safetensors")
+    assert out["model.layers.1.mlp.e_score_correction_bias"].tolist() == [0, 1, 2]

@@ -285,6 +285,27 @@ def test_packed_state_follows_its_module(tmp_path, make):
     assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
 
 
+@pytest.mark.parametrize(("dtype", "bits_each"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_elements_smaller_than_a_byte_are_not_cut_or_joined(tmp_path, dtype, bits_each):
+    tensors = mixtral(32, 16)
+    src = write_folder(tmp_path / "src", tensors, CONFIG)
+    header, data, at = {}, b"", 0
+    for name, tensor in tensors.items():
+        count = tensor.size * (bits_each if "experts" in name else 32) // 8
+        kind = dtype if "experts" in name else "F32"
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (at, at + count)}
+        data, at = data + tensor.tobytes()[:count], at + count
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file = src / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(RefusedError) as caught:
+        regraft.convert(src, tmp_path / "out", to=V5)
+    assert {finding.code for finding in caught.value.findings} == {"packed"}
+    assert dtype in caught.value.findings[0].message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_method_whose_metadata_names_tensors_is_not_renamed(tmp_path):
     tensors = mixtral(32, 16)
     for layer in range(2):

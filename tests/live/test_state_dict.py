@@ -7,6 +7,7 @@ import torch
 import transformers
 from holders import Holder, ValueHead, lora, mixtral, vit
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import regraft
 
@@ -214,11 +215,45 @@ def test_meta_models_and_other_types():
     assert {t.device.type for t in new.values()} == {"cpu"}
     assert {t.dtype for t in new.values()} == {torch.bfloat16}
     model.load_state_dict(new, strict=True, assign=True)
-    arrays = {key: tensor.float().numpy() for key, tensor in source.items()}
-    made = regraft.convert_state_dict(arrays, to=model)
-    assert all(isinstance(array, np.ndarray) for array in made.values())
     names = regraft.convert_state_dict(model.state_dict(), to="transformers-v4", model=model)
     assert names.keys() == source.keys()
+
+
+def unusable():
+    """Values of a state dict that are no plain tensors, and what is said of them."""
+    tensor = torch.ones(8, 8)
+    yield "numpy", np.ones((8, 8), np.float32), "numpy ndarray"
+    yield "quantised", torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised by torch"
+    yield "complex", tensor.to(torch.complex64), "complex"
+    yield "sparse", tensor.to_sparse(), "sparse"
+    yield "meta", tensor.to("meta"), "meta device"
+    yield "fp4", torch.zeros(8, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "packed"
+    yield "lazy", nn.parameter.UninitializedParameter(), "no shape yet"
+    yield "wrapped", TwoTensor(tensor, tensor), "other tensors"
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", "experts.1.w3.weight"])
+@pytest.mark.parametrize(("value", "said"), [pytest.param(v, s, id=n) for n, v, s in unusable()])
+@pytest.mark.parametrize("way", ["to a model", "of a model", "by name"])
+def test_what_is_no_plain_tensor_is_a_finding(key, value, said, way):
+    model = mixtral()
+    source = old(model)
+    key = next(name for name in source if name.endswith(key))
+    source[key] = value
+    options = {"to": model} if way == "to a model" else {"to": "transformers-v5"}
+    if way == "of a model":
+        options["model"] = model
+    with pytest.raises(regraft.BadInputError) as error:
+        regraft.convert_state_dict(source, **options)
+    assert [finding.key for finding in error.value.findings] == [key]
+    assert codes(error) == {"not-tensors"}
+    assert said in error.value.findings[0].message
+
+
+def test_a_state_dict_without_numbers_converts_as_a_whole():
+    source = {key: tensor.to("meta") for key, tensor in old(mixtral()).items()}
+    made = regraft.convert_state_dict(source, to="transformers-v5", model=mixtral())
+    assert {tensor.device.type for tensor in made.values()} == {"meta"}
 
 
 def test_key_mapping_comes_first():

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
 from regraft.arrays.apply import apply_plan
+from regraft.errors import Finding, RefusedError
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Weights
@@ -75,7 +76,24 @@ class BaseWeights:
         return name in self.names()
 
     def find(self, name: str) -> Array | None:
-        """A tensor by its name in the layout; ``None`` where the checkpoint has it not."""
+        """A tensor by its name in the layout; ``None`` where the checkpoint has it not.
+
+        Raises ``RefusedError`` where it is quantised: then its numbers are others than those that stand there.
+        """
+        found = self._find(name)
+        if found is not None and found.dtype.itemsize == 1 and found.dtype != np.bool_:
+            raise RefusedError(
+                Finding(
+                    "needs-base-weights",
+                    f"the base's weight is quantised ({found.dtype}), and its true numbers are needed",
+                    where=self.known.model.path if self.known.model is not None else None,
+                    key=name,
+                    fix="give with --model the base as it was before it was quantised",
+                )
+            )
+        return found
+
+    def _find(self, name: str) -> Array | None:
         if self.weights is None:
             return None
         if self._places is None:

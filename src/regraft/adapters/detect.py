@@ -164,7 +164,14 @@ def find_books(
             )
         )
     book = fitting[0]
-    return Known((book,), {}, None, None, f"the keys are those of {book.title.split(':')[0]}")
+    return Known((book,), {}, None, None, f"the keys are those of {_families_of(fitting)}")
+
+
+def _families_of(books: Sequence[Book]) -> str:
+    """The models that books are for; several families name their tensors alike, so keys cannot tell one."""
+    if len(books) > 1:
+        return f"several families with one layout change ({', '.join(book.name for book in books)})"
+    return " or ".join(books[0].model_types) or books[0].name
 
 
 def books_of(

@@ -236,17 +236,18 @@ def _quote(text: str) -> str:
 def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     """Every problem, with where it is and what to do, on stderr."""
     head = Text.assemble(("regraft: ", NAME), (title, BAD))
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings[:_FINDINGS]:
+        keys = alike.setdefault(replace(finding, key=None), [])
+        keys += [finding.key] if finding.key is not None else []
     if len(findings) > 1:
-        head.append(f", {len(findings)} problems")
+        kinds = f" of {count_in_words(len(alike), 'kind')}" if len(alike) < len(findings) else ""
+        head.append(f", {len(findings)} problems{kinds if len(findings) <= _FINDINGS else ''}")
     places = {finding.where for finding in findings}
     common = places.pop() if len(places) == 1 else None
     if common is not None:
         head.append(f" in {visible(common)}")
     parts: list[Text | Padding] = [head]
-    alike: dict[Finding, list[str]] = {}
-    for finding in findings[:_FINDINGS]:
-        keys = alike.setdefault(replace(finding, key=None), [])
-        keys += [finding.key] if finding.key is not None else []
     for number, (finding, keys) in enumerate(alike.items(), 1):
         parts += _finding(finding, keys, number if len(alike) > 1 else None, common)
     if len(findings) > _FINDINGS:

@@ -313,8 +313,8 @@ def _check(
     """Raise what is wrong with the keys, and with what they stand for."""
     findings = [target.unknown(key) for key in resolved.unmatched if key not in left_out]
     unmatched = bool(findings)
-    for part in resolved.parts:
-        findings += _no_tensors(state_dict, [*part.keys.values(), *part.doubles])
+    spoken = [k for part in resolved.parts for k in (*part.keys.values(), *part.doubles)]
+    findings += _no_tensors(state_dict, spoken)
     if not findings:
         findings = [
             _two_values(double, kept)
@@ -327,16 +327,32 @@ def _check(
 
 
 def _no_tensors(state_dict: Mapping[str, Any], keys: Iterable[str]) -> Iterator[Finding]:
+    """What is no tensor whose numbers could be moved; without numbers (on meta) all of them may be, or none."""
+    from regraft.bridges.torch_tensors import fault_of, is_empty
+
+    without: list[str] = []
+    count = 0
     for key in keys:
-        value = state_dict[key]
-        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-            message = f"a {type(value).__name__}, where a tensor should be"
-            yield Finding("not-tensors", message, key=key, fix="take it out")
+        fault = fault_of(state_dict[key])
+        if fault is not None:
+            message, fix = fault
+            yield Finding("not-tensors", message, key=key, fix=fix)
+            continue
+        count += 1
+        if is_empty(state_dict[key]):
+            without.append(key)
+    if len(without) < count:
+        for key in without:
+            message = "it is on the meta device and has no numbers, while others have"
+            fix = "load its numbers (an offloaded model keeps them elsewhere), or put all on meta"
+            yield Finding("not-tensors", message, key=key, fix=fix)
 
 
 def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
+    if getattr(one, "is_meta", False) or getattr(other, "is_meta", False):
+        return bool(one.shape == other.shape and one.dtype == other.dtype)
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
 
 

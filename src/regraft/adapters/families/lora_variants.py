@@ -188,9 +188,12 @@ class Dora(LoraVariant):
 
     def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
         base = need(weight)
-        added = base + super().delta(part, weight)
         (m,) = as_wide(part["m"].reshape(-1))
-        return np.asarray(added * (m / np.linalg.norm(added, axis=1))[:, None] - base)
+        with np.errstate(
+            all="ignore"
+        ):  # rows of zeros, and NaN in the factors, give NaN in PEFT as well
+            added = base + super().delta(part, weight)
+            return np.asarray(added * (m / np.linalg.norm(added, axis=1))[:, None] - base)
 
 
 class LoraBias(LoraVariant):
