@@ -36,7 +36,7 @@ def rearrange(
     equation = parse_equation(text)
     if sizes:
         clauses = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
-        has_where = equation.where or equation.bounds
+        has_where = " where " in str(equation)
         equation = parse_equation(f"{text}, {clauses}" if has_where else f"{text} where {clauses}")
     check_equation(equation)
     read, written = equation.sides(reverse)
