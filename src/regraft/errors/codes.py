@@ -70,6 +70,7 @@ class Part(Enum):
         "warning can be, a note is good to know. A faulty regular expression can stand in another library's "
         "renames only.",
     )
+    LEARN = ("Learning rule books",)
     USAGE = ("Usage", Status.USAGE)
 
 
@@ -429,6 +430,46 @@ class Code(Enum):
         "two rules match one key",
         "make one of them spell out what tells them apart",
         "and neither is closer",
+    )
+
+    NOT_EXPLAINED = (
+        "not-explained",
+        Part.LEARN,
+        "tensors that no equation explains",
+        "accept a book without them with `--partial` (`partial=True`), and write the rest by hand",
+        "the message has the reason: values that change, or an order that no equation says",
+    )
+    NOT_VERIFIED = (
+        "not-verified",
+        Part.LEARN,
+        "a learned book that fails its own test",
+        "give pairs of the same model, at two sizes",
+        "carried out, it does not lead from one file to the other and back, bit for bit",
+    )
+    NOT_A_NUMBER = (
+        "not-a-number",
+        Part.LEARN,
+        "values that are not numbers (NaN)",
+        "learn from a probe (`regraft probe`), or from whole weights",
+    )
+    CONVERTER = (
+        "converter",
+        Part.LEARN,
+        "the converter failed",
+        "try its command by hand; the message has its last lines",
+        "it ended with another status than 0, took longer than `--timeout`, or wrote nothing",
+    )
+    UNSTEADY = (
+        "unsteady",
+        Part.LEARN,
+        "two runs of the converter differ",
+        "look for randomness in it, such as weights that it initialises",
+    )
+    PROBE = (
+        "probe",
+        Part.LEARN,
+        "no probe can be made",
+        "give the config of a model that the installed transformers can build, or a checkpoint",
     )
 
     COPIES_DIFFER = (

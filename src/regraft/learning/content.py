@@ -33,6 +33,22 @@ class Tensor:
         """Whether every element has words of its own; types below a byte are packed."""
         return self.bits.shape == self.shape
 
+    @property
+    def typed(self) -> Bits:
+        """The elements in their own type; as bits where that has no elements of its own."""
+        return self.bits.view(DTYPES[self.dtype].numpy) if self.whole else self.bits
+
+    def has_nan(self) -> bool:
+        """Whether some of its numbers are none."""
+        typed = self.typed
+        if not self.whole or typed.dtype.kind not in "fV" or not typed.size:
+            return False
+        return bool(np.isnan(typed).any())
+
+    def value(self, bits: Any) -> float:
+        """The number that some bits are."""
+        return float(np.array([bits], self.bits.dtype).view(DTYPES[self.dtype].numpy)[0])
+
     @cached_property
     def digest(self) -> bytes:
         """A hash of the bits in order."""

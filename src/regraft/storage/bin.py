@@ -75,7 +75,7 @@ def open_bin(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
             )
             continue
         try:
-            tensors[key] = _to_numpy(torch, value, where, key)
+            tensors[key] = to_numpy(torch, value, where, key)
         except BadInputError as error:
             findings += error.findings
     if findings:
@@ -113,7 +113,11 @@ def _find_problem(torch: Any, key: object, value: Any, size: int) -> str | None:
     return None
 
 
-def _to_numpy(torch: Any, tensor: Any, where: str, key: str) -> np.ndarray[Any, Any]:
+def to_numpy(torch: Any, tensor: Any, where: str, key: str) -> np.ndarray[Any, Any]:
+    """A torch tensor on the CPU as an array, types that numpy has not among them.
+
+    Raises ``BadInputError`` for a type that safetensors has no name for.
+    """
     tensor = tensor.detach().resolve_conj().resolve_neg()
     name = str(tensor.dtype).removeprefix("torch.")
     if name in _CARRIED:

@@ -1,0 +1,195 @@
+"""What the shapes of a learned equation do not say: clauses from the config's fields, from other axes, or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+from regraft.equation.notation import parse_equation
+from regraft.equation.sizes import undetermined
+from regraft.learning.loops import Looped
+
+Config = Mapping[str, Any]
+
+_HINTS = (
+    "head_dim",
+    "num_key_value_heads",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+)
+"""Fields that are preferred where several have a size."""
+_SKIPPED = ("token", "_id", "version", "seed", "max_position", "window", "layers", "per_tok")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The sizes of an equation's axes in one pair of files, for each of its members, and the pair's config."""
+
+    sizes: tuple[Mapping[str, int], ...]
+    config: Config | None
+
+
+@dataclass(frozen=True, slots=True)
+class Clauses:
+    """The clauses of an equation, and what is not sure about them."""
+
+    where: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
+    """Clauses with which the equation can be read in both directions; ``None`` where members need different ones."""
+    first = looped.members[0]
+    where = [f"{tag} = 1" for tag in first.tags]
+    where += [f"copies {axis}" for axis in first.copies]
+    where += [f"fill {axis} = {value:g}" for axis, value in first.fills]
+    notes: list[str] = []
+    done = set(first.tags)
+    while True:
+        text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
+        equation = parse_equation(text)
+        loose = [
+            name
+            for reverse in (False, True)
+            for name in undetermined(equation, reverse)
+            if name not in done
+        ]
+        if not loose:
+            return Clauses(tuple(where), tuple(notes))
+        options = [
+            (axis, found) for axis in dict.fromkeys(loose) if (found := _clause(axis, loose, seen))
+        ]
+        if not options:
+            return None
+        axis, (_, clause, note) = min(options, key=lambda o: o[1][0])
+        where.append(clause)
+        done.add(axis)
+        if note:
+            notes.append(note)
+
+
+def _clause(axis: str, loose: Sequence[str], seen: Sequence[Seen]) -> tuple[int, str, str] | None:
+    """How good a clause for an axis is (less is better), the clause, and what is not sure."""
+    fields = sorted(_fields(axis, seen), key=_preference)
+    wanted = _wanted(axis, seen)
+    fixed = len(seen) > 1 and wanted is not None and len(set(wanted)) == 1
+    if fixed and wanted is not None and (not fields or _rank(fields[0]) == len(_HINTS)):
+        # The same at every size: a number, unless it is what a well-known field says.
+        return 2, f"{axis} = {wanted[0]}", ""
+    if fields:
+        rank = 0 if _rank(fields[0]) < len(_HINTS) else 1
+        return rank, f"{axis} = {fields[0]}", ""
+    tables = [table for each in seen for table in each.sizes]
+    names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
+    for other in names:
+        ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
+        if len(ratios) != 1 or not min(ratios):
+            continue
+        (ratio,) = ratios
+        if ratio == 1 and (other in loose):
+            return 2, f"{axis} = {other}", ""
+    composed = next(_composed(axis, seen), None)
+    if composed is not None:
+        return 3, f"{axis} = {composed}", ""
+    for other in names:
+        ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
+        if len(ratios) == 1 and len(seen) > 1:
+            (ratio,) = ratios
+            if ratio.denominator == 1 and 1 <= ratio.numerator <= 64:
+                times = other if ratio == 1 else f"{ratio.numerator} {other}"
+                return 4, f"{axis} = {times}", ""
+    sizes = {table[axis] for table in tables}
+    if len(sizes) == 1:
+        (size,) = sizes
+        note = "" if len(seen) > 1 else f"{axis} = {size} was seen at one size only"
+        return 5, f"{axis} = {size}", note
+    return None
+
+
+def _value(config: Config | None, path: str) -> int | None:
+    node: Any = config
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node if isinstance(node, int) and not isinstance(node, bool) else None
+
+
+def _paths(config: Config, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    for name, value in config.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            continue
+        if isinstance(value, bool) or any(word in name for word in _SKIPPED):
+            continue
+        if isinstance(value, int):
+            yield prefix + name
+        elif isinstance(value, Mapping) and depth < 2:
+            yield from _paths(value, f"{prefix}{name}.", depth + 1)
+
+
+def _numbers(seen: Sequence[Seen]) -> dict[str, list[int]]:
+    """The config's whole numbers that all pairs have, by field."""
+    configs = [each.config for each in seen]
+    if not configs or any(config is None for config in configs):
+        return {}
+    table: dict[str, list[int]] = {}
+    assert configs[0] is not None
+    for path in _paths(configs[0]):
+        values = [_value(config, path) for config in configs]
+        if None not in values:
+            table[path] = [v for v in values if v is not None]
+    return table
+
+
+def _wanted(axis: str, seen: Sequence[Seen]) -> list[int] | None:
+    """The axis' size in each pair; ``None`` where members differ."""
+    wanted = []
+    for each in seen:
+        sizes = {table[axis] for table in each.sizes if axis in table}
+        if len(sizes) != 1:
+            return None
+        wanted.append(sizes.pop())
+    return wanted
+
+
+def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
+    wanted = _wanted(axis, seen)
+    if wanted is None:
+        return []
+    if len(seen) == 1 and wanted[0] < 2:
+        return []
+    return [f"config.{path}" for path, values in _numbers(seen).items() if values == wanted]
+
+
+def _composed(axis: str, seen: Sequence[Seen]) -> Iterator[str]:
+    """Products and quotients of two fields, and multiples of one."""
+    wanted = _wanted(axis, seen)
+    table = _numbers(seen)
+    if wanted is None or not table or len(seen) < 2:
+        return
+    order = sorted(table, key=lambda path: _preference(f"config.{path}"))
+    for path in order:
+        for times in (2, 3, 4):
+            if [times * v for v in table[path]] == wanted:
+                yield f"{times} * config.{path}"
+    for one, other in combinations(order, 2):
+        if [a * b for a, b in zip(table[one], table[other], strict=True)] == wanted:
+            yield f"config.{one} * config.{other}"
+    for one in order:
+        for other in order:
+            pairs = list(zip(table[one], table[other], strict=True))
+            fits = one != other and all(b and not a % b for a, b in pairs)
+            if fits and [a // b for a, b in pairs] == wanted:
+                yield f"config.{one} / config.{other}"
+                return
+
+
+def _rank(field: str) -> int:
+    name = field.rpartition(".")[2]
+    return _HINTS.index(name) if name in _HINTS else len(_HINTS)
+
+
+def _preference(field: str) -> tuple[int, int, str]:
+    return _rank(field), field.count("."), field

@@ -1,0 +1,461 @@
+"""Where every element of some tensors came from, and that as dense boxes.
+
+The elements of the tensors before are looked up among those after, by value. Tensors that share elements belong
+together; those of one name but for a number are one array with a further dim. Of two such arrays the coordinates in
+the one are sums of functions of those in the other, dim by dim, and each function is taken apart into axes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from regraft.learning.content import Tensor
+from regraft.learning.relate import Names, isolated
+from regraft.names.keys import Ints
+
+NOWHERE, UNCLEAR = -1, -2
+"""In place of an element's origin: its value is nowhere before, or more than once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Tensors whose names differ in some numbers only, as one array: those numbers are its first dims."""
+
+    template: str
+    numbers: tuple[int, ...]
+    """Those of the first tensor."""
+    columns: tuple[int, ...]
+    """Which of the numbers count the tensors."""
+    starts: tuple[int, ...]
+    steps: tuple[int, ...]
+    names: tuple[str, ...]
+    """Row major."""
+    shape: tuple[int, ...]
+    """The counts, then the dims of each tensor."""
+
+    @property
+    def keyed(self) -> int:
+        """How many of the dims are in the names."""
+        return len(self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisRun:
+    """An axis of a box: its size, and the dim and the step on either side; no dim where a side has it not."""
+
+    size: int
+    before: tuple[int, int] | None
+    after: tuple[int, int] | None
+
+
+@dataclass(slots=True)
+class Box:
+    """A dense block that is in both: where it begins, and its axes."""
+
+    before: int
+    """The number of the stack; -1 for padding."""
+    after: int
+    start_before: tuple[int, ...]
+    start_after: tuple[int, ...]
+    axes: list[AxisRun]
+    value: float | None = None
+    """What padding holds."""
+    copied: list[int] = field(default_factory=list)
+    """Axes along which the elements are the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Tensors that share elements, and nothing with any others."""
+
+    before: tuple[Stack, ...]
+    after: tuple[Stack, ...]
+    boxes: tuple[Box, ...]
+
+
+class NotABoxError(ValueError):
+    """An index map that is no layout change, or none that can be written as one equation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """For every tensor after, the origin of each element: a number among all elements before."""
+
+    names: tuple[str, ...]
+    starts: Ints
+    of: Mapping[str, Ints]
+
+    def tensor(self, origin: Ints) -> Ints:
+        """Which tensor before has an element."""
+        return np.searchsorted(self.starts, origin, side="right") - 1
+
+
+def find_origins(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Origins:
+    """Look every element after up among those before; both have unsigned integers of one size."""
+    names = tuple(name for name, t in before.items() if t.whole)
+    sizes = [before[name].bits.size for name in names]
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1].astype(np.int64)
+    flat: npt.NDArray[Any] = (
+        np.concatenate([before[name].bits.reshape(-1) for name in names])
+        if names
+        else np.zeros(0, np.uint32)
+    )
+    order = np.argsort(flat, kind="stable")
+    values = flat[order]
+    unique = np.ones(len(values), dtype=bool)
+    if len(values) > 1:
+        same = values[1:] == values[:-1]
+        unique[1:] &= ~same
+        unique[:-1] &= ~same
+    found: dict[str, Ints] = {}
+    for name, tensor in after.items():
+        if not tensor.whole or not len(values):
+            found[name] = np.full(tensor.shape, NOWHERE, dtype=np.int64)
+            continue
+        bits = tensor.bits.reshape(-1)
+        at = np.minimum(np.searchsorted(values, bits), len(values) - 1)
+        hit = values[at] == bits
+        origin = np.where(hit, np.where(unique[at], order[at], UNCLEAR), NOWHERE)
+        found[name] = _cleared(origin.reshape(tensor.shape).astype(np.int64), tensor.bits, flat)
+    return Origins(names, starts, found)
+
+
+_TRIES = 24
+_SHARE = 0.2
+"""The share of values that may be in several places: what is around them tells which it is."""
+
+
+def _cleared(origin: Ints, bits: npt.NDArray[Any], flat: npt.NDArray[Any]) -> Ints:
+    """Origins of values that are in several places, told by those around them.
+
+    In a layout change the origin is a sum of functions of the dims, so three corners of a rectangle tell the fourth.
+    """
+    unclear = np.argwhere(origin == UNCLEAR)
+    if not len(unclear) or len(unclear) > _SHARE * origin.size or origin.ndim == 0:
+        return origin
+    random = np.random.default_rng(len(flat))
+    result = origin.copy()
+    for index in unclear:
+        for _ in range(_TRIES):
+            dim = int(random.integers(origin.ndim))
+            other, far = index.copy(), np.array([random.integers(n) for n in origin.shape])
+            other[dim] = far[dim]
+            corner = far.copy()
+            corner[dim] = index[dim]
+            if origin.ndim == 1:
+                # A vector has no rectangles: the step from one position to the next is the same nearby.
+                step = 1 if index[0] + 2 < origin.shape[0] else -1
+                other, corner, far = index + step, index + step, index + 2 * step
+                if not 0 <= far[0] < origin.shape[0]:
+                    break
+            three = [int(result[tuple(i)]) for i in (other, corner, far)]
+            if min(three) < 0:
+                continue
+            guess = three[0] + three[1] - three[2]
+            if 0 <= guess < len(flat) and flat[guess] == bits[tuple(index)]:
+                result[tuple(index)] = guess
+                break
+            if origin.ndim == 1:
+                break
+    return result
+
+
+def families(origins: Origins) -> Iterator[tuple[list[str], list[str]]]:
+    """The names before and after that share elements."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for name, origin in origins.of.items():
+        known = origin[origin >= 0]
+        for number in np.unique(origins.tensor(known)).tolist():
+            parent[root("<" + origins.names[number])] = root(">" + name)
+    groups: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for name in list(parent):
+        groups[root(name)][name[0] == ">"].append(name[1:])
+    yield from groups.values()
+
+
+def stacks_of(
+    members: Sequence[str], shapes: Mapping[str, tuple[int, ...]], names: Names
+) -> list[Stack]:
+    """Tensors of one component as few arrays."""
+    groups: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = defaultdict(list)
+    result: list[Stack] = []
+    by_template: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name in members:
+        by_template[names[name][0], shapes[name]].append(name)
+    for (template, shape), same in by_template.items():
+        rows = [names[name][1] for name in same]
+        fixed = [
+            column
+            for column, alone in enumerate(isolated(template))
+            if not alone and not _counts(sorted({row[column] for row in rows}))
+        ]
+        for name, row in zip(same, rows, strict=True):
+            groups[template, shape, tuple(row[c] for c in fixed)].append(name)
+    for (template, shape, _), same in groups.items():
+        table = sorted((names[name][1], name) for name in same)
+        stack = _stack(template, shape, table)
+        if stack is not None:
+            result.append(stack)
+        else:
+            result += [_alone(template, shape, numbers, name) for numbers, name in table]
+    return sorted(result, key=lambda s: s.names[0])
+
+
+def _counts(values: Sequence[int]) -> bool:
+    """Whether numbers inside a segment look like an index: 0, 1, 2 and so on."""
+    return len(values) > 2 and list(values) == list(range(len(values)))
+
+
+def _stack(
+    template: str, shape: tuple[int, ...], table: Sequence[tuple[tuple[int, ...], str]]
+) -> Stack | None:
+    numbers = [row for row, _ in table]
+    columns, starts, steps, counts = [], [], [], []
+    for column, values in enumerate(map(sorted, map(set, zip(*numbers, strict=True)))):
+        if len(values) == 1:
+            continue
+        step = values[1] - values[0]
+        if values != list(range(values[0], values[0] + step * len(values), step)):
+            return None
+        columns.append(column)
+        starts.append(values[0])
+        steps.append(step)
+        counts.append(len(values))
+    if prod(counts) != len(table):
+        return None
+    return Stack(
+        template,
+        numbers[0],
+        tuple(columns),
+        tuple(starts),
+        tuple(steps),
+        tuple(name for _, name in table),
+        (*counts, *shape),
+    )
+
+
+def _alone(template: str, shape: tuple[int, ...], numbers: tuple[int, ...], name: str) -> Stack:
+    return Stack(template, numbers, (), (), (), (name,), shape)
+
+
+def decompose(
+    before: Sequence[Stack],
+    after: Sequence[Stack],
+    origins: Origins,
+    tensors: Mapping[str, Tensor],
+) -> Component:
+    """The boxes of a component; ``tensors`` are those after.
+
+    Raises ``NotABoxError``.
+    """
+    number_of = {name: number for number, name in enumerate(origins.names)}
+    owner = np.full(len(origins.names) + 1, -1, dtype=np.int64)
+    offset = np.zeros(len(origins.names) + 1, dtype=np.int64)
+    for number, stack in enumerate(before):
+        size = prod(stack.shape[stack.keyed :])
+        for slot, name in enumerate(stack.names):
+            owner[number_of[name]] = number
+            offset[number_of[name]] = slot * size
+    boxes: list[Box] = []
+    for number, stack in enumerate(after):
+        origin = np.stack([origins.of[name] for name in stack.names]).reshape(stack.shape)
+        if (origin == UNCLEAR).any():
+            raise NotABoxError("some of its values are in more than one place before")
+        tensor = origins.tensor(origin)
+        whose = np.where(origin >= 0, owner[tensor], -1)
+        flat = np.where(origin >= 0, origin - origins.starts[tensor] + offset[tensor], 0)
+        for source in np.unique(whose).tolist():
+            mask = whose == source
+            if source < 0:
+                values = np.stack([tensors[name].bits for name in stack.names]).reshape(stack.shape)
+                boxes += _padding(mask, values, number, tensors[stack.names[0]])
+            else:
+                boxes += _boxes(mask, flat, source, number, before[source].shape)
+    return Component(tuple(before), tuple(after), tuple(boxes))
+
+
+def _product_set(mask: npt.NDArray[np.bool_]) -> list[Ints]:
+    """The indices in each dim whose product a mask is."""
+    dims = range(mask.ndim)
+    sides = [np.flatnonzero(mask.any(axis=tuple(d for d in dims if d != dim))) for dim in dims]
+    if prod(map(len, sides)) != int(mask.sum()):
+        raise NotABoxError("what comes from one tensor is no block")
+    return sides
+
+
+def _padding(
+    mask: npt.NDArray[np.bool_], values: npt.NDArray[Any], after: int, like: Tensor
+) -> Iterator[Box]:
+    held = np.unique(values[mask])
+    if len(held) != 1:
+        raise NotABoxError("some of its values are nowhere before")
+    sides = _product_set(mask)
+    each = [_axes_of(side, np.zeros((len(side), 0), dtype=np.int64)) for side in sides]
+    for choice in product(*each):
+        axes = [
+            AxisRun(size, None, (dim, step))
+            for dim, piece in enumerate(choice)
+            for size, step, _, _ in piece.axes
+        ]
+        start = tuple(piece.start for piece in choice)
+        yield Box(-1, after, (), start, axes, like.value(held[0]))
+
+
+def _boxes(
+    mask: npt.NDArray[np.bool_], flat: Ints, before: int, after: int, shape: tuple[int, ...]
+) -> Iterator[Box]:
+    sides = _product_set(mask)
+    part = flat[np.ix_(*sides)] if sides else flat
+    coordinates = (
+        np.stack(np.unravel_index(part, shape), axis=-1) if shape else part[..., None][..., :0]
+    )
+    first = coordinates[(0,) * part.ndim]
+    functions = []
+    total = np.broadcast_to(first, coordinates.shape).copy()
+    for dim in range(part.ndim):
+        at = [0] * part.ndim
+        line = coordinates[tuple(slice(None) if d == dim else at[d] for d in range(part.ndim))]
+        moved = line - first
+        functions.append(moved)
+        total += moved.reshape(*(len(moved) if d == dim else 1 for d in range(part.ndim)), -1)
+    if not np.array_equal(total, coordinates):
+        raise NotABoxError("its index map is no sum over dims")
+    each = [_axes_of(side, moved) for side, moved in zip(sides, functions, strict=True)]
+    for choice in product(*each):
+        axes: list[AxisRun] = []
+        copied: list[int] = []
+        start = first.copy()
+        for dim, piece in enumerate(choice):
+            start = start + piece.moved
+            for size, step, along, by in piece.axes:
+                if along < 0:
+                    copied.append(len(axes))
+                axes.append(AxisRun(size, None if along < 0 else (along, by), (dim, step)))
+        yield Box(
+            before,
+            after,
+            tuple(start.tolist()),
+            tuple(piece.start for piece in choice),
+            axes,
+            None,
+            copied,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Positions of one dim in arithmetic order: where they begin, and axes with steps on both sides."""
+
+    start: int
+    moved: Ints
+    """Where it begins on the other side."""
+    axes: tuple[tuple[int, int, int, int], ...]
+    """Size, step here, dim there (-1 for none), step there; the outermost first."""
+
+
+def _axes_of(positions: Ints, moved: Ints) -> list[_Piece]:
+    """A function of positions in one dim as few pieces, each a nest of axes."""
+    starts, values = positions.astype(np.int64), moved.astype(np.int64)
+    inner: list[tuple[int, int, int, int]] = []
+    while len(starts) > 1:
+        cuts = _runs(starts, values)
+        lengths = np.diff([*cuts, len(starts)])
+        run = int(lengths[0])
+        if run == 1 or (lengths != run).any():
+            return _periodic(starts, values, cuts, inner)
+        step = int(starts[1] - starts[0])
+        change = values[1] - values[0]
+        along, by = _along(change)
+        heads = np.array(cuts)
+        same = all(
+            (np.diff(starts[h : h + run]) == step).all()
+            and (np.diff(values[h : h + run], axis=0) == change).all()
+            for h in cuts
+        )
+        if not same:
+            return _periodic(starts, values, cuts, inner)
+        inner.insert(0, (run, step, along, by))
+        starts, values = starts[heads], values[heads]
+    return [_Piece(int(starts[0]), values[0], tuple(inner))]
+
+
+def _along(change: Ints) -> tuple[int, int]:
+    """The one dim in which something moves, and how far; -1 where it stays."""
+    dims = np.flatnonzero(change)
+    return (int(dims[0]), int(change[dims[0]])) if len(dims) else (-1, 0)
+
+
+def _runs(starts: Ints, values: Ints) -> list[int]:
+    """Where runs begin: positions whose steps here and there stay the same, and do not go back."""
+    cuts = [0]
+    at = 0
+    steps, changes = np.diff(starts), np.diff(values, axis=0)
+    fine = ((changes != 0).sum(axis=1) <= 1) & (changes >= 0).all(axis=1)
+    while at < len(steps):
+        if not fine[at]:
+            at += 1
+            cuts.append(at)
+            continue
+        same = (steps[at:] == steps[at]) & (changes[at:] == changes[at]).all(axis=1)
+        length = int(np.argmin(same)) if not same.all() else len(same)
+        at += length + 1
+        if at < len(starts):
+            cuts.append(at)
+    return cuts
+
+
+def _periodic(
+    starts: Ints, values: Ints, cuts: Sequence[int], inner: list[tuple[int, int, int, int]]
+) -> list[_Piece]:
+    """Runs that are not all alike: a period of them that repeats, or one piece each."""
+    lengths = np.diff([*cuts, len(starts)]).tolist()
+    for period in range(1, len(lengths) // 2 + 1):
+        if len(lengths) % period or lengths != lengths[:period] * (len(lengths) // period):
+            continue
+        heads = np.array(cuts)[::period]
+        if len(heads) > 1 and len(_runs(starts[heads], values[heads])) == 1:
+            width = int(heads[1])
+            step = int(starts[heads[1]] - starts[heads[0]])
+            change = values[heads[1]] - values[heads[0]]
+            regular = all(
+                (starts[h : h + width] - starts[h] == starts[:width] - starts[0]).all()
+                and (values[h : h + width] - values[h] == values[:width] - values[0]).all()
+                for h in heads.tolist()
+            )
+            if regular:
+                along, by = _along(change)
+                outer = (len(heads), step, along, by)
+                pieces = _separate(starts[:width], values[:width], cuts[:period], inner)
+                return [_Piece(p.start, p.moved, (outer, *p.axes)) for p in pieces]
+    return _separate(starts, values, cuts, inner)
+
+
+def _separate(
+    starts: Ints, values: Ints, cuts: Sequence[int], inner: list[tuple[int, int, int, int]]
+) -> list[_Piece]:
+    if len(cuts) > 64:
+        raise NotABoxError("its index map has no order that an equation could say")
+    pieces = []
+    for low, high in zip(cuts, [*cuts[1:], len(starts)], strict=True):
+        for piece in (
+            _axes_of(starts[low:high], values[low:high])
+            if high - low < len(starts)
+            else [_Piece(int(starts[low]), values[low], ())]
+        ):
+            pieces.append(_Piece(piece.start, piece.moved, (*piece.axes, *inner)))
+    return pieces

@@ -1,0 +1,182 @@
+"""What two files with the same weights say of the rule between them: equations, and what no equation explains."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from regraft.learning.assemble import Drafted, Written, draft
+from regraft.learning.blocks import _marks
+from regraft.learning.content import Tensor
+from regraft.learning.index_map import (
+    UNCLEAR,
+    NotABoxError,
+    Origins,
+    decompose,
+    families,
+    find_origins,
+    stacks_of,
+)
+from regraft.learning.propose import _pairs
+from regraft.learning.relate import Names, writable
+
+_FEW = 1 << 22
+"""Elements that are looked up one by one; of more, rows are."""
+_MANY = 1 << 25
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class Inferred:
+    """Equations between two files, and the rest."""
+
+    drafts: list[Drafted] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    """Names with the same content on both sides."""
+    odd: dict[str, str] = field(default_factory=dict)
+    """Names after that no equation makes, each with the reason."""
+    unused: list[str] = field(default_factory=list)
+    """Names before from which nothing is taken."""
+    by_name: int = 0
+    """How many tensors are equal to others, so that only their names told which is which."""
+
+
+def infer(before: Tensors, after: Tensors) -> Inferred:
+    """Equations that make the tensors after of those before."""
+    result = Inferred()
+    mine = {n: t for n, t in before.items() if writable(n)}
+    yours = {n: t for n, t in after.items() if writable(n)}
+    result.odd.update(
+        dict.fromkeys((n for n in after if n not in yours), "its name cannot be written in a rule")
+    )
+    same = [n for n, t in mine.items() if n in yours and t.look == yours[n].look]
+    result.kept = same
+    mine = {n: t for n, t in mine.items() if n not in same}
+    yours = {n: t for n, t in yours.items() if n not in same}
+    names = Names([*before, *after])
+    _equal(mine, yours, names, result)
+    _by_rows(mine, yours, names, result)
+    _by_elements(mine, yours, names, result)
+    result.unused = list(mine)
+    for name in yours:
+        result.odd.setdefault(name, "nothing of it is before")
+    return result
+
+
+def _equal(
+    mine: dict[str, Tensor], yours: dict[str, Tensor], names: Names, result: Inferred
+) -> None:
+    """Tensors that only get another name."""
+    looks = {t.look for t in yours.values()}
+    ours = {n: t for n, t in mine.items() if t.look in looks}
+    pairs, result.by_name = _pairs(ours, yours, names)
+    used: set[str] = set()
+    for one, other in pairs:
+        if mine[one].look != yours[other].look:
+            continue
+        left, right = (Written(*names[n], (), "...") for n in (one, other))
+        result.drafts.append(Drafted((left,), (right,), (), (), (), (), ((one,), (other,))))
+        used |= {"<" + one, ">" + other}
+    for name in [n for n in mine if "<" + n in used]:
+        del mine[name]
+    for name in [n for n in yours if ">" + n in used]:
+        del yours[name]
+
+
+def _by_rows(
+    mine: dict[str, Tensor], yours: dict[str, Tensor], names: Names, result: Inferred
+) -> None:
+    """Rows of the last dim as they are: most layout changes move whole rows."""
+    if sum(t.bits.size for t in mine.values()) <= _FEW:
+        return
+    widths = {t.shape[-1] for t in mine.values() if t.whole and len(t.shape) > 1}
+    for width in sorted(widths):
+        some = {
+            n: t for n, t in mine.items() if t.whole and len(t.shape) > 1 and t.shape[-1] == width
+        }
+        others = {
+            n: t for n, t in yours.items() if t.whole and len(t.shape) > 1 and t.shape[-1] == width
+        }
+        if not others:
+            continue
+        rows = [{n: _rows(t) for n, t in each.items()} for each in (some, others)]
+        drafts = _solve(rows[0], rows[1], names, {})
+        for each in drafts:
+            result.drafts.append(_wider(each, width))
+            for name in each.names[0]:
+                mine.pop(name, None)
+            for name in each.names[1]:
+                yours.pop(name, None)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor of one number for each row."""
+    shape = tensor.shape[:-1]
+    marks = _marks(tensor.bits.reshape(-1, tensor.shape[-1])).reshape(shape)
+    return Tensor(tensor.name, "uint64", shape, marks)
+
+
+def _wider(each: Drafted, width: int) -> Drafted:
+    """The same with the last dim."""
+
+    def wide(terms: tuple[Written, ...]) -> tuple[Written, ...]:
+        return tuple(replace(t, dims=f"{t.dims} z9".strip()) for t in terms)
+
+    return replace(
+        each, left=wide(each.left), right=wide(each.right), sizes=(*each.sizes, ("z9", width))
+    )
+
+
+def _by_elements(
+    mine: dict[str, Tensor], yours: dict[str, Tensor], names: Names, result: Inferred
+) -> None:
+    by_word: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = defaultdict(lambda: ({}, {}))
+    for side, tensors in enumerate((mine, yours)):
+        for name, tensor in tensors.items():
+            by_word[tensor.dtype][side][name] = tensor
+    for some, others in by_word.values():
+        if sum(t.bits.size for t in some.values()) > _MANY or not some:
+            continue
+        for each in _solve(some, others, names, result.odd):
+            result.drafts.append(each)
+            for name in each.names[0]:
+                mine.pop(name, None)
+            for name in each.names[1]:
+                yours.pop(name, None)
+
+
+def _solve(before: Tensors, after: Tensors, names: Names, odd: dict[str, str]) -> list[Drafted]:
+    """Equations by index maps; what is none is noted."""
+    origins = find_origins(before, after)
+    shapes = {n: t.shape for n, t in before.items()}, {n: t.shape for n, t in after.items()}
+    found = []
+    for sources, targets in families(_certain(origins, after)):
+        if not targets or not sources:
+            continue
+        try:
+            component = decompose(
+                stacks_of(sources, shapes[0], names),
+                stacks_of(targets, shapes[1], names),
+                origins,
+                after,
+            )
+            found.append(draft(component))
+        except NotABoxError as error:
+            odd.update(dict.fromkeys(targets, str(error)))
+    return found
+
+
+def _certain(origins: Origins, after: Tensors) -> Origins:
+    """Without tensors of which hardly anything was found: values that two tensors have by chance."""
+    kept = {}
+    for name, origin in origins.of.items():
+        known = origin >= 0
+        share = float(known.mean()) if origin.size else 0.0
+        kept[name] = (
+            origin if share >= 0.25 or (origin == UNCLEAR).any() else np.full_like(origin, -1)
+        )
+    return Origins(origins.names, origins.starts, kept)

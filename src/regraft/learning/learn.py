@@ -1,0 +1,551 @@
+"""Learning a rule book from files that hold the same weights in two layouts.
+
+Equations are inferred from the first pair, their sizes named by the config's fields of all pairs. Then the book is
+loaded as any other, and carried out on every pair, in both directions; what it makes is compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from regraft.equation.notation import Term, axes_of, parse_equation, parse_key
+from regraft.errors import BadInputError, Finding
+from regraft.learning.assemble import Drafted
+from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
+from regraft.learning.content import Content, Tensor, content_of, open_content
+from regraft.learning.infer import Inferred, infer
+from regraft.learning.loops import Looped, with_loops
+from regraft.learning.propose import _join_prefixes, check
+from regraft.learning.relate import Names, carried
+from regraft.names.keys import group_names
+from regraft.names.patterns import patterns
+from regraft.rules.book import PLAIN, Book, Carry, Drop, ModuleRule, Rule, load_book
+from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.rules.templates import match_group
+from regraft.rules.write import write_book
+
+State = Mapping[str, Any]
+Source = str | os.PathLike[str] | State
+KindOf = Callable[[str], str | None]
+"""The kind of a tensor by its name, where a live model says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same weights before and after, and the config that goes with them."""
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    config: Config | None
+    where: str
+
+    @staticmethod
+    def of(before: Source, after: Source, config: Config | None = None) -> Pair:
+        """A pair of files, or of state dicts in memory."""
+        one, other = _open(before, "before"), _open(after, "after")
+        if config is None and not isinstance(before, Mapping):
+            config = _config_beside(Path(before))
+        if config is None and not isinstance(after, Mapping):
+            config = _config_beside(Path(after))
+        return Pair(one.tensors, other.tensors, config, one.where)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How a pair of files confirms a book."""
+
+    where: str
+    learned_from: bool
+    """Whether equations or sizes were read off it."""
+    equal: bool
+    """Whether the book leads from the one to the other and back, bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A rule book and its evidence."""
+
+    book: Book
+    text: str
+    """As TOML."""
+    explained: int
+    """How many tensors after the book makes."""
+    total: int
+    odd: dict[str, str] = field(default_factory=dict)
+    """Tensors after that it does not make, each with the reason."""
+    unused: tuple[str, ...] = ()
+    """Tensors before from which nothing is taken."""
+    verified: tuple[Verified, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything is explained, and all pairs confirm it."""
+        return not self.odd and all(each.equal for each in self.verified)
+
+
+def learn(
+    before: Source,
+    after: Source,
+    *more: tuple[Source, Source],
+    layouts: tuple[str, str] = ("before", "after"),
+    name: str = "learned",
+    configs: Sequence[Config | None] = (),
+    model_types: Sequence[str] | None = None,
+    partial: bool = False,
+) -> Book:
+    """A rule book that leads from one file to another, learned from both.
+
+    ``more`` are pairs of other sizes: from them sizes are named by the config's fields, and the book is verified on
+    them. Each file is a checkpoint (a path) or a state dict; ``configs`` are those of the pairs, where they are not
+    beside the files. ``partial`` accepts a book that does not explain everything.
+
+    >>> import numpy as np
+    >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
+    >>> book = learn({"q": q, "k": k}, {"qk": np.concatenate([q, k])})
+    >>> str(book.rules[0].equation)
+    'k : a b, q : c b == qk : (c + a) b where a = 2'
+
+    Raises ``BadInputError`` where a file cannot be read, or something is not explained.
+    """
+    given = [(before, after), *more]
+    known = [*configs, *[None] * (len(given) - len(configs))]
+    pairs = [Pair.of(a, b, config) for (a, b), config in zip(given, known, strict=True)]
+    found = learn_pairs(pairs, layouts=layouts, name=name, model_types=model_types)
+    if not partial:
+        require_sound(found)
+    return found.book
+
+
+def require_sound(found: Learned) -> None:
+    """Raise what keeps a book from being whole.
+
+    Raises ``BadInputError``.
+    """
+    findings = [
+        Finding(
+            "not-explained",
+            f"{count} of the tensors after: {why}",
+            key=pattern,
+            fix="accept a book without them with --partial (partial=True)",
+        )
+        for why, same in _by_reason(found.odd).items()
+        for pattern, count in patterns(same)
+    ]
+    findings += [
+        Finding(
+            "not-verified",
+            "the learned rules do not lead from the one to the other and back, bit for bit",
+            where=each.where,
+            fix="give pairs of the same model at other sizes, or accept the book with --partial",
+        )
+        for each in found.verified
+        if not each.equal and not found.odd
+    ]
+    if findings:
+        raise BadInputError(findings)
+
+
+def _by_reason(odd: Mapping[str, str]) -> dict[str, list[str]]:
+    table: dict[str, list[str]] = defaultdict(list)
+    for name, why in odd.items():
+        table[why].append(name)
+    return table
+
+
+def learn_pairs(
+    pairs: Sequence[Pair],
+    *,
+    layouts: tuple[str, str],
+    name: str = "learned",
+    model_types: Sequence[str] | None = None,
+    kind_of: tuple[KindOf, KindOf] | None = None,
+    source: str = "regraft learn",
+    naming: int = 2,
+) -> Learned:
+    """A rule book from pairs of files; the first ``naming`` of them name its sizes, all of them verify it.
+
+    ``kind_of`` tells kinds of tensors before and after, where live models say them.
+    """
+    _check_pairs(pairs)
+    found = [infer(pair.before, pair.after) for pair in pairs[:naming]]
+    looped = [list(with_loops(each.drafts)) for each in found]
+    notes: list[str] = []
+    rules: list[tuple[str, Drafted]] = []
+    for one in looped[0]:
+        rules += _with_sizes(one, looped, pairs, notes)
+    kinds = kind_of or (lambda _: None, lambda _: None)
+    first = found[0]
+    _value_changes(first, pairs[0])
+    book = _book(rules, first, pairs[0], name, layouts, model_types, kinds, source)
+    text = write_book(book, _comment(pairs, found, notes, kind_of is not None))
+    loaded = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
+    verified = []
+    for number, pair in enumerate(pairs):
+        dropped = set(first.unused) if number == 0 else _dropped(loaded, pair)
+        made = set(pair.after) - (set(first.odd) if number == 0 else _odd_of(loaded, pair))
+        equal = check(
+            loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
+        )
+        verified.append(Verified(pair.where, number < naming, equal))
+    return Learned(
+        loaded,
+        text,
+        len(pairs[0].after) - len(first.odd),
+        len(pairs[0].after),
+        dict(first.odd),
+        tuple(first.unused),
+        tuple(verified),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+class _Text:
+    """A file that is only its text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def read_text(self, encoding: str) -> str:
+        return self.text
+
+
+def _check_pairs(pairs: Sequence[Pair]) -> None:
+    findings = []
+    for pair in pairs:
+        if not pair.before or not pair.after:
+            what = "before" if not pair.before else "after"
+            findings.append(Finding("empty", f"there are no tensors {what}", where=pair.where))
+            continue
+        for side, tensors in (("before", pair.before), ("after", pair.after)):
+            bad = [n for n, t in tensors.items() if t.has_nan()]
+            if bad:
+                message = f"{len(bad)} tensors {side} have values that are not numbers (NaN)"
+                findings.append(
+                    Finding(
+                        "not-a-number",
+                        message,
+                        where=pair.where,
+                        key=bad[0],
+                        fix="learn from a probe (regraft probe) or from whole weights",
+                    )
+                )
+    if findings:
+        raise BadInputError(findings)
+
+
+def _dropped(book: Book, pair: Pair) -> set[str]:
+    return _matching([d for d in book.drops if "left" in d.sides], pair.before)
+
+
+def _odd_of(book: Book, pair: Pair) -> set[str]:
+    return _matching([d for d in book.drops if "right" in d.sides], pair.after)
+
+
+def _matching(drops: Iterable[Drop], tensors: Mapping[str, Tensor]) -> set[str]:
+    names: set[str] = set()
+    for group in group_names(list(tensors)):
+        for drop in drops:
+            match = match_group(drop.key, group)
+            if match is not None:
+                names.update(group.take(match.rows).names())
+    return names
+
+
+def _with_sizes(
+    one: Looped, looped: Sequence[Sequence[Looped]], pairs: Sequence[Pair], notes: list[str]
+) -> list[tuple[str, Drafted]]:
+    """The equation with clauses; by itself for each of its members where their sizes differ."""
+    seen = [_seen(one, pairs[0])]
+    for others, pair in zip(looped[1:], pairs[1:], strict=False):
+        same = [each for each in others if each.sides == one.sides]
+        if same:
+            seen.append(_seen(same[0], pair))
+    found: Clauses | None = clauses_of(one, seen) or (
+        clauses_of(one, seen[:1]) if len(seen) > 1 else None
+    )
+    if found is None:
+        if len(one.members) == 1:
+            notes.append(f"nothing says the sizes of {one.sides}")
+            return []
+        parts: dict[object, list[Drafted]] = defaultdict(list)
+        for member in one.members:
+            parts[member.sizes].append(member)
+        if len(parts) == 1:
+            return []
+        return [
+            rule
+            for part in parts.values()
+            for again in with_loops(part)
+            for rule in _with_sizes(again, looped, pairs, notes)
+        ]
+    notes += found.notes
+    where = f"\nwhere {', '.join(found.where)}" if found.where else ""
+    return [(one.sides + where + "\n", one.members[0])]
+
+
+def _seen(looped: Looped, pair: Pair) -> Seen:
+    return Seen(tuple(dict(member.sizes) for member in looped.members), pair.config)
+
+
+def _value_changes(found: Inferred, pair: Pair) -> None:
+    """Say more of tensors that have a counterpart of their shape, with other values."""
+    for name in found.odd:
+        one, other = pair.before.get(name), pair.after[name]
+        if one is None or one.shape != other.shape:
+            continue
+        if one.dtype != other.dtype:
+            found.odd[name] = f"it was {one.dtype} and is {other.dtype}: a cast is no layout change"
+        else:
+            found.odd[name] = "its values change, so that is no layout change"
+
+
+def _book(
+    rules: Sequence[tuple[str, Drafted]],
+    found: Inferred,
+    pair: Pair,
+    name: str,
+    layouts: tuple[str, str],
+    model_types: Sequence[str] | None,
+    kinds: tuple[KindOf, KindOf],
+    source: str,
+) -> Book:
+    if model_types is None:
+        known = pair.config.get("model_type") if pair.config is not None else None
+        model_types = [known] if isinstance(known, str) else []
+    texts = [(text, 1) for text, _ in rules]
+    drafts = dict(rules)
+    joined = _join_prefixes([(t, n) for t, n in texts], (pair.before, pair.after))
+    made: list[Rule] = []
+    modules: list[ModuleRule] = []
+    titles: dict[str, int] = defaultdict(int)
+    plain = {text for text, _ in joined if text in drafts and drafts[text].left[0].dims == "..."}
+    for text, _ in joined:
+        equation = parse_equation(text)
+        target = str(equation.right[0].key)
+        words = [w for w in target.split(".") if not w.startswith("{") and w != "weight"]
+        title = " ".join(words[-2:]) or target
+        each = drafts.get(text)
+        if text in plain and each is not None:
+            module = _module(text, each, pair, kinds, plain)
+            if isinstance(module, str):
+                continue
+            if module is not None:
+                titles[title] += 1
+                title += f" {titles[title]}" if titles[title] > 1 else ""
+                left, right, kind, dims = module
+                whole = parse_equation(f"{left} : {dims} == {right} : {dims}")
+                modules.append(ModuleRule(title, whole, (kind,), (kind,), ""))
+                continue
+        titles[title] += 1
+        title += f" {titles[title]}" if titles[title] > 1 else ""
+        sides = _kinds(equation.left, equation.right, each, kinds)
+        made.append(Rule(title, equation, *sides, name, ""))
+    split = Names([*pair.before, *pair.after])
+    carries = tuple(_carry(key) for key in carried(found.kept, split))
+    drops = [
+        _drop("left", key, "nothing of it is in the other layout")
+        for key in carried(found.unused, split)
+    ]
+    drops += [
+        _drop("right", key, f"not made: {found.odd[n]}")
+        for n in found.odd
+        for key in carried([n], split)
+    ]
+    unique = tuple({(d.sides, str(d.key)): d for d in drops}.values())
+    return Book(
+        name,
+        f"Learned: from {layouts[0]} to {layouts[1]}",
+        *layouts,
+        tuple(model_types),
+        tuple(made),
+        carries,
+        (),
+        (),
+        (),
+        (),
+        "",
+        source,
+        unique,
+        module_rules=tuple(modules),
+    )
+
+
+def _module(
+    text: str, each: Drafted, pair: Pair, kinds: tuple[KindOf, KindOf], plain: set[str]
+) -> tuple[str, str, str, str] | str | None:
+    """A rename of a weight as a rule for its module; ``covered`` for the bias that such a rule has."""
+    equation = parse_equation(text)
+    left, right = str(equation.left[0].key), str(equation.right[0].key)
+    if left.endswith(".bias") and right.endswith(".bias"):
+        stem = left.removesuffix(".bias"), right.removesuffix(".bias")
+        weight = f"{stem[0]}.weight : ...\n    == {stem[1]}.weight : ...\n"
+        return "covered" if weight in plain else None
+    if not (left.endswith(".weight") and right.endswith(".weight")):
+        return None
+    kind = kinds[0](each.names[0][0]) or kinds[1](each.names[1][0])
+    shape = pair.before[each.names[0][0]].shape
+    kind = kind or _guess(each.names[1][0], len(shape))
+    if kind not in PLAIN or kind == "any":
+        return None
+    return left.removesuffix(".weight"), right.removesuffix(".weight"), kind, PLAIN[kind]
+
+
+def _guess(name: str, dims: int) -> str:
+    """The kind of a tensor by its name and how many dims it has."""
+    module, _, leaf = name.rpartition(".")
+    if dims == 1:
+        return "vector"
+    if leaf != "weight" and "expert" not in name:
+        return "any"
+    last = module.rpartition(".")[2]
+    if dims == 2:
+        words = ("embed", "wte", "wpe", "embd", "embedding")
+        return "embedding" if any(w in last for w in words) and "proj" not in last else "linear"
+    if dims == 3 and "expert" in name:
+        return "experts"
+    return "conv" if leaf == "weight" else "any"
+
+
+def _kinds(
+    left: Sequence[Term],
+    right: Sequence[Term],
+    each: Drafted | None,
+    known: tuple[KindOf, KindOf],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Kinds of all terms: from live models, else from names on the one side and from where the axes go on the other."""
+    sides: list[list[str | None]] = []
+    for number, terms in enumerate((left, right)):
+        names = each.names[number] if each is not None else ()
+        kinds: list[str | None] = []
+        for term in terms:
+            name = next((n for n in names if _is_of(n, term)), None)
+            kinds.append(known[number](name) if name is not None else None)
+        sides.append(kinds)
+    guessed = [[_guess(str(t.key), len(t.dims)) for t in terms] for terms in (left, right)]
+    roles: dict[str, str] = {}
+    # The side with more tensors is the one of single modules, whose names tell most.
+    first = 0 if len(left) >= len(right) else 1
+    for number in (first, 1 - first):
+        for term, kind, guess in zip(
+            (left, right)[number], sides[number], guessed[number], strict=True
+        ):
+            told = kind or (guess if number == first else None)
+            if told is not None and KINDS[told].roles and KINDS[told].fits(term):
+                _note_roles(term, told, roles)
+    result = []
+    for terms, kinds, guesses in zip((left, right), sides, guessed, strict=True):
+        result.append(
+            tuple(
+                _kind(term, kind, guess, roles)
+                for term, kind, guess in zip(terms, kinds, guesses, strict=True)
+            )
+        )
+    return result[0], result[1]
+
+
+def _kind(term: Term, told: str | None, guess: str, roles: Mapping[str, str]) -> str:
+    """The kind that a live model tells, that the axes tell, or that the name tells."""
+    if told is None and len(term.dims) > 1 and not term.ends_open:
+        told = _by_roles(term, roles)
+    kind = told or guess
+    return kind if kind in KINDS and KINDS[kind].fits(term) and not term.ends_open else "any"
+
+
+def _note_roles(term: Term, kind: str, roles: dict[str, str]) -> None:
+    for hole in term.key.holes if term.key is not None else ():
+        for axis in axes_of(hole):
+            roles.setdefault(axis, BATCH)
+    for dim, expr in enumerate(term.dims):
+        for axis in axes_of(expr):
+            roles.setdefault(axis, KINDS[kind].role(dim))
+
+
+def _by_roles(term: Term, roles: Mapping[str, str]) -> str | None:
+    dims = [{roles[a] for a in axes_of(d) if a in roles} for d in term.dims]
+    if any(len(found) != 1 for found in dims):
+        return None
+    order = tuple(found.pop() for found in dims)
+    kinds = ("linear", "conv1d", "experts", "experts-transposed")
+    known = next((k for k in kinds if KINDS[k].roles == order), None)
+    return known or ("conv" if order[:1] == (OUT,) and set(order[1:]) == {IN} else None)
+
+
+def _is_of(name: str, term: Term) -> bool:
+    return term.key is not None and match_group(term.key, group_names([name])[0]) is not None
+
+
+def _carry(key: str) -> Carry:
+    equation = parse_equation(f"{key} : ... == {key} : ...")
+    return Carry(equation.left[0], equation, "the same in both", "any", "")
+
+
+def _drop(side: str, key: str, why: str) -> Drop:
+    return Drop(("left",) if side == "left" else ("right",), parse_key(key), why, "")
+
+
+def _comment(
+    pairs: Sequence[Pair], found: Sequence[Inferred], notes: Sequence[str], live: bool
+) -> str:
+    lines = [
+        "Learned by regraft from what a converter made of weights.",
+        f"Seen at {len(pairs)} size{'s' if len(pairs) > 1 else ''}; "
+        f"{len(pairs[0].after) - len(found[0].odd)} of {len(pairs[0].after)} tensors explained.",
+    ]
+    if not live:
+        lines.append(
+            "Kinds are told from names and numbers of dims: check them before you convert adapters."
+        )
+    if len(pairs) == 1:
+        lines.append(
+            "Sizes that are numbers here hold for that size: learn from a second one to have them named."
+        )
+    if found[0].by_name:
+        lines.append(
+            f"{found[0].by_name} tensors are equal to others: only their names told which is which."
+        )
+    return "\n".join([*lines, *dict.fromkeys(notes)])
+
+
+def _open(source: Source, where: str) -> Content:
+    if isinstance(source, Mapping):
+        return Content("checkpoint", where, content_of(_arrays(source), where))
+    return open_content(Path(source))
+
+
+def _arrays(state: State) -> dict[str, Any]:
+    """A state dict as numpy's arrays; torch's tensors without a copy where that can be."""
+    arrays = {}
+    for key, value in state.items():
+        arrays[key] = _array(value, key) if hasattr(value, "detach") else np.asarray(value)
+    return arrays
+
+
+def _array(tensor: Any, key: str) -> Any:
+    """A torch tensor as an array, types that numpy has not among them."""
+    import torch
+
+    from regraft.storage.bin import to_numpy
+
+    return to_numpy(torch, tensor.detach().cpu().contiguous(), "a state dict", key)
+
+
+def _config_beside(path: Path) -> Config | None:
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        data = msgspec.json.decode(file.read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+__all__ = ["Learned", "Pair", "Verified", "learn", "learn_pairs", "require_sound"]

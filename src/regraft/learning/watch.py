@@ -1,0 +1,159 @@
+"""Learning from a converter that is a function on a state dict: it is called with labelled tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regraft.errors import BadInputError, Finding
+from regraft.learning.content import content_of
+from regraft.learning.learn import (
+    Config,
+    KindOf,
+    Learned,
+    Pair,
+    _arrays,
+    learn_pairs,
+    require_sound,
+)
+from regraft.learning.probe import Arrays, digits, join_digits, labels
+from regraft.rules.book import Book
+
+Convert = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+def learn_from(
+    convert: Convert,
+    headers: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    layouts: tuple[str, str] = ("before", "after"),
+    name: str = "learned",
+    configs: Sequence[Config | None] = (),
+    model_types: Sequence[str] | None = None,
+    partial: bool = False,
+    torch: bool | None = None,
+) -> Book:
+    """A rule book learned by calling a converter with labelled tensors.
+
+    ``headers`` are names and shapes (or tensors, of which only the shapes count), one mapping or one for each of
+    several sizes; ``convert`` gets and returns a state dict, of torch's tensors where torch is installed, unless
+    ``torch`` is false. Configs that belong to the sizes name them.
+
+    >>> def convert(state):
+    ...     return {"both": np.concatenate([state["a"], state["b"]])}
+    >>> shapes = [{"a": (4, 3), "b": (2, 3)}, {"a": (6, 5), "b": (3, 5)}]
+    >>> book = learn_from(convert, shapes, torch=False)
+    >>> str(book.rules[0].equation)
+    'a : a b, b : c b == both : (a + c) b where a = 2 * c'
+
+    Raises ``BadInputError`` where the converter fails, or something is not explained.
+    """
+    found = watch(
+        convert,
+        headers,
+        layouts=layouts,
+        name=name,
+        configs=configs,
+        model_types=model_types,
+        torch=torch,
+    )
+    if not partial:
+        require_sound(found)
+    return found.book
+
+
+def watch(
+    convert: Convert,
+    headers: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    layouts: tuple[str, str] = ("before", "after"),
+    name: str = "learned",
+    configs: Sequence[Config | None] = (),
+    model_types: Sequence[str] | None = None,
+    torch: bool | None = None,
+    kind_of: tuple[KindOf, KindOf] | None = None,
+    source: str = "regraft.learn_from",
+) -> Learned:
+    """What `learn_from` finds, with its evidence."""
+    many = [headers] if isinstance(headers, Mapping) else list(headers)
+    known = [*configs, *[None] * (len(many) - len(configs))]
+    with_torch = importlib.util.find_spec("torch") is not None if torch is None else torch
+    pairs = [
+        pair_of(convert, _shapes(each), config, with_torch, f"size {number}")
+        for number, (each, config) in enumerate(zip(many, known, strict=True), 1)
+    ]
+    return learn_pairs(
+        pairs,
+        layouts=layouts,
+        name=name,
+        model_types=model_types,
+        kind_of=kind_of,
+        source=source,
+    )
+
+
+def _shapes(headers: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(getattr(value, "shape", value)) for key, value in headers.items()}
+
+
+def pair_of(
+    convert: Convert,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Config | None,
+    with_torch: bool,
+    where: str,
+) -> Pair:
+    """The labels that a converter gets and those that it returns.
+
+    Raises ``BadInputError`` where it fails, or two runs differ.
+    """
+    before = labels(shapes)
+    after = _call(convert, before, with_torch, where)
+    again = _call(convert, before, with_torch, where)
+    unsteady = [k for k in after if k not in again or not _same(after[k], again[k])]
+    if unsteady or after.keys() != again.keys():
+        message = "the converter makes something else of the same tensors when it is called again"
+        raise BadInputError(
+            Finding("unsteady", message, where=where, key=next(iter(unsteady), None))
+        )
+    if any(array.dtype != np.float32 for array in after.values()):
+        parts = digits(shapes)
+        made = [_call(convert, part, with_torch, where) for part in parts]
+        cast = {k: v for k, v in after.items() if v.dtype != np.float32}
+        joined = join_digits([{k: m[k] for k in cast if k in m} for m in made])
+        if len(cast) == len(after):
+            return _pair(join_digits(parts), {**cast, **joined}, config, where)
+    return _pair(before, after, config, where)
+
+
+def _pair(before: Arrays, after: Arrays, config: Config | None, where: str) -> Pair:
+    return Pair(content_of(before, where), content_of(after, where), config, where)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(
+        one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    )
+
+
+def _call(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arrays:
+    state: dict[str, Any] = {key: array.copy() for key, array in arrays.items()}
+    if with_torch:
+        import torch
+
+        state = {key: torch.from_numpy(array) for key, array in state.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = convert(state)
+    except Exception as error:
+        message = f"it raised {type(error).__name__}: {str(error).strip()[:300]}"
+        raise BadInputError(Finding("converter", message, where=where)) from error
+    if not isinstance(made, Mapping):
+        message = f"it returned {type(made).__name__}, and a state dict is wanted"
+        raise BadInputError(Finding("converter", message, where=where))
+    return {key: np.ascontiguousarray(array) for key, array in _arrays(made).items()}
