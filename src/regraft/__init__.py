@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from regraft.bridges.peft.load import load_adapter
     from regraft.explaining.explain import explain
     from regraft.learning.diff import diff
+    from regraft.learning.learn import learn
+    from regraft.learning.watch import learn_from
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
@@ -44,6 +46,8 @@ __all__ = [
     "inspect",
     "install",
     "installed",
+    "learn",
+    "learn_from",
     "load_adapter",
     "load_book",
     "mapping",
@@ -64,6 +68,8 @@ _LAZY = {
     "convert_state_dict": "regraft.live.state_dict",
     "mapping": "regraft.live.mapping",
     "diff": "regraft.learning.diff",
+    "learn": "regraft.learning.learn",
+    "learn_from": "regraft.learning.watch",
     "explain": "regraft.explaining.explain",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",

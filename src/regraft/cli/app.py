@@ -29,6 +29,7 @@ Whole checkpoints:
 What goes where, and why:
   $ regraft explain model KEY --to transformers-v5       the way of one tensor
   $ regraft diff model other                             what two files have in common
+  $ regraft learn before after -o mine.toml              a rule book, learned from two files
   $ regraft rules lint mine.toml                         check a rule book of your own
 
 What helps with each of them:
@@ -49,6 +50,8 @@ _COMMANDS = {
     "check": "regraft.cli.check",
     "explain": "regraft.cli.explain",
     "diff": "regraft.cli.diff",
+    "learn": "regraft.cli.learn",
+    "probe": "regraft.cli.probe",
     "slices": "regraft.cli.slices",
     "rules": "regraft.cli.rules",
     "schema": "regraft.cli.schema",

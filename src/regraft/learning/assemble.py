@@ -57,6 +57,8 @@ class _Draft:
     boxes: list[Box]
     parent: dict[Ref, Ref] = field(default_factory=dict)
     tags: list[Ref] = field(default_factory=list)
+    placed: tuple[set[Ref], set[Ref]] = field(default_factory=lambda: (set(), set()))
+    """Tags that stand in a sum already, after and before."""
 
     def root(self, ref: Ref) -> Ref:
         while self.parent.get(ref, ref) != ref:
@@ -70,8 +72,8 @@ class _Draft:
                 self.parent[two] = one
 
 
-Tree = tuple[Any, Any]
-"""An axis (``Ref``), or ``*`` or ``+`` and a list of what it is made of."""
+Tree = tuple[Any, ...]
+"""An axis (``Ref``), or ``*`` or ``+`` and a list of what it is made of; of a sum also the boxes of each piece."""
 
 
 def draft(component: Component) -> Drafted:
@@ -228,7 +230,9 @@ def _tree(work: _Draft, pieces: list[_Piece], size: int, side: int, stack: int, 
         parts = inner[1] if isinstance(inner[0], str) and inner[0] == "*" else [inner]
         return ("*", [refs[0], *parts])
     terms: list[Tree] = []
+    boxes: list[set[int]] = []
     for start, end, cluster in _clusters(pieces, size):
+        boxes.append({number for piece in cluster for number in piece.boxes})
         for piece in cluster:
             piece.start -= start
         if len(cluster) == 1 and not any(a[0] > 1 for a in cluster[0].axes):
@@ -237,7 +241,7 @@ def _tree(work: _Draft, pieces: list[_Piece], size: int, side: int, stack: int, 
         if len(cluster) == len(pieces):
             raise NotABoxError("its parts lie in each other in no order that an equation could say")
         terms.append(_tree(work, cluster, end - start, side, stack, dim))
-    return ("+", terms)
+    return ("+", terms, boxes)
 
 
 def _split_outer(work: _Draft, piece: _Piece, least: int) -> None:
@@ -294,11 +298,20 @@ def _tag(work: _Draft, piece: _Piece, side: int) -> Tree:
     if piece.axes:
         work.join([ref for _, _, refs in piece.axes for ref in refs])
         return piece.axes[0][2][0]
-    made: list[Ref] = []
-    for number in piece.boxes:
-        made.append(_add_tag(work, number))
-    work.join(made)
-    return made[0]
+    made = [_free_tag(work, number, side) for number in piece.boxes]
+    if None in made or len({work.root(ref) for ref in made if ref is not None}) > 1:
+        made = [_add_tag(work, number) for number in piece.boxes]
+    refs = [ref for ref in made if ref is not None]
+    work.join(refs)
+    work.placed[side].update(refs)
+    return refs[0]
+
+
+def _free_tag(work: _Draft, number: int, side: int) -> Ref | None:
+    """An axis of size 1 that a box has for the other side."""
+    return next(
+        (ref for ref in work.tags if ref[0] == number and ref not in work.placed[side]), None
+    )
 
 
 def _add_tag(work: _Draft, number: int) -> Ref:
@@ -329,42 +342,46 @@ def _tell_apart(work: _Draft, trees: list[list[list[Tree]]]) -> None:
             if work.root(ref) in placed[side]:
                 continue
             stack = box.before if side else box.after
-            own = {work.root((ref[0], at)) for at in range(len(box.axes)) if at != ref[1]}
-            if not _insert(work, trees[side][stack], ref, own):
+            alike = {
+                number for number, at in work.tags if work.root((number, at)) == work.root(ref)
+            }
+            everyone = {
+                n for n, b in enumerate(work.boxes) if (b.before if side else b.after) == stack
+            }
+            dims = trees[side][stack]
+            if not dims:
                 raise NotABoxError("there is no dim for an axis that tells two blocks apart")
+            for dim in range(len(dims) - 1, -1, -1):
+                made = _beside(dims[dim], ref, alike)
+                if made is not None:
+                    dims[dim] = made
+                    break
+            else:
+                if not everyone <= alike:
+                    raise NotABoxError("there is no dim for an axis that tells two blocks apart")
+                dims[-1] = _times(dims[-1], ref)
             placed[side].add(work.root(ref))
 
 
-def _insert(work: _Draft, dims: list[Tree], ref: Ref, own: set[Ref]) -> bool:
-    """Put an axis of size 1 beside an axis of its box, in a dim that all elements of the box share."""
-    best: tuple[int, int] | None = None
-    for dim, tree in enumerate(dims):
-        inside = [r for r in _refs(tree) if work.root(r) in own]
-        if inside:
-            best = (dim, len(inside)) if best is None or dim > best[0] else best
-    if best is None:
-        if not dims:
-            return False
-        best = (len(dims) - 1, 0)
-    dim = best[0]
-    dims[dim] = _beside(work, dims[dim], ref, own)
-    return True
+def _beside(tree: Tree, ref: Ref, alike: set[int]) -> Tree | None:
+    """The tree with an axis of size 1 in the piece of a sum that only some boxes have; ``None`` where there is none."""
+    if tree[0] == "+":
+        for at, (part, boxes) in enumerate(zip(tree[1], tree[2], strict=True)):
+            if ref[0] in boxes:
+                made = _times(part, ref) if boxes <= alike else _beside(part, ref, alike)
+                if made is None:
+                    return None
+                return ("+", [*tree[1][:at], made, *tree[1][at + 1 :]], tree[2])
+    if tree[0] == "*":
+        for at in range(len(tree[1]) - 1, -1, -1):
+            made = _beside(tree[1][at], ref, alike)
+            if made is not None:
+                return ("*", [*tree[1][:at], made, *tree[1][at + 1 :]])
+    return None
 
 
-def _beside(work: _Draft, tree: Tree, ref: Ref, own: set[Ref]) -> Tree:
-    if isinstance(tree[0], str) and tree[0] == "+":
-        parts = tree[1]
-        assert isinstance(parts, list)
-        for at, part in enumerate(parts):
-            if any(work.root(r) in own for r in _refs(part)):
-                return ("+", [*parts[:at], _beside(work, part, ref, own), *parts[at + 1 :]])
-    if isinstance(tree[0], str) and tree[0] == "*":
-        parts = tree[1]
-        assert isinstance(parts, list)
-        if parts and isinstance(parts[-1][0], str):
-            return ("*", [*parts[:-1], _beside(work, parts[-1], ref, own)])
-        return ("*", [*parts, ref])
-    return ("*", [tree, ref])
+def _times(tree: Tree, ref: Ref) -> Tree:
+    return ("*", [*tree[1], ref]) if tree[0] == "*" else ("*", [tree, ref])
 
 
 def _refs(tree: Tree) -> Iterator[Ref]:

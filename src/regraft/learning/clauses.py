@@ -49,6 +49,7 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
     where += [f"fill {axis} = {value:g}" for axis, value in first.fills]
     notes: list[str] = []
     done = set(first.tags)
+    lonely = {*first.copies, *(axis for axis, _ in first.fills)}
     while True:
         text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
         equation = parse_equation(text)
@@ -61,7 +62,9 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
         if not loose:
             return Clauses(tuple(where), tuple(notes))
         options = [
-            (axis, found) for axis in dict.fromkeys(loose) if (found := _clause(axis, loose, seen))
+            (axis, found)
+            for axis in dict.fromkeys(loose)
+            if (found := _clause(axis, loose, lonely, seen))
         ]
         if not options:
             return None
@@ -72,7 +75,9 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
             notes.append(note)
 
 
-def _clause(axis: str, loose: Sequence[str], seen: Sequence[Seen]) -> tuple[int, str, str] | None:
+def _clause(
+    axis: str, loose: Sequence[str], lonely: set[str], seen: Sequence[Seen]
+) -> tuple[int, str, str] | None:
     """How good a clause for an axis is (less is better), the clause, and what is not sure."""
     fields = sorted(_fields(axis, seen), key=_preference)
     wanted = _wanted(axis, seen)
@@ -85,6 +90,8 @@ def _clause(axis: str, loose: Sequence[str], seen: Sequence[Seen]) -> tuple[int,
         return rank, f"{axis} = {fields[0]}", ""
     tables = [table for each in seen for table in each.sizes]
     names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
+    if axis in lonely:
+        names = []  # copies and padding are as many as they are, not as many as something else
     for other in names:
         ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
         if len(ratios) != 1 or not min(ratios):
@@ -140,6 +147,11 @@ def _numbers(seen: Sequence[Seen]) -> dict[str, list[int]]:
         values = [_value(config, path) for config in configs]
         if None not in values:
             table[path] = [v for v in values if v is not None]
+    if "head_dim" not in table:
+        # A scope knows it from these two where a config does not say it.
+        hidden, heads = table.get("hidden_size"), table.get("num_attention_heads")
+        if hidden and heads and all(b and a % b == 0 for a, b in zip(hidden, heads, strict=True)):
+            table["head_dim"] = [a // b for a, b in zip(hidden, heads, strict=True)]
     return table
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -324,17 +324,51 @@ def _boxes(
     coordinates = (
         np.stack(np.unravel_index(part, shape), axis=-1) if shape else part[..., None][..., :0]
     )
-    first = coordinates[(0,) * part.ndim]
+    yield from _sums(coordinates, sides, before, after)
+
+
+def _sums(coordinates: Ints, sides: Sequence[Ints], before: int, after: int) -> Iterator[Box]:
+    """The boxes of a region; where its map is no sum of functions of the dims, of parts of it where it is."""
+    dims = coordinates.ndim - 1
+    first = coordinates[(0,) * dims]
     functions = []
     total = np.broadcast_to(first, coordinates.shape).copy()
-    for dim in range(part.ndim):
-        at = [0] * part.ndim
-        line = coordinates[tuple(slice(None) if d == dim else at[d] for d in range(part.ndim))]
+    for dim in range(dims):
+        line = coordinates[tuple(slice(None) if d == dim else 0 for d in range(dims))]
         moved = line - first
         functions.append(moved)
-        total += moved.reshape(*(len(moved) if d == dim else 1 for d in range(part.ndim)), -1)
-    if not np.array_equal(total, coordinates):
+        total += moved.reshape(*(len(moved) if d == dim else 1 for d in range(dims)), -1)
+    if np.array_equal(total, coordinates):
+        yield from _nests(first, functions, sides, before, after)
+        return
+    cuts = {dim: found for dim in range(dims) if (found := _breaks(coordinates, dim))}
+    if not cuts:
         raise NotABoxError("its index map is no sum over dims")
+    dim = min(cuts, key=lambda d: len(cuts[d]))
+    edges = [0, *cuts[dim], coordinates.shape[dim]]
+    if len(edges) > _PARTS:
+        raise NotABoxError("its index map has no order that an equation could say")
+    for low, high in pairwise(edges):
+        some = tuple(slice(low, high) if d == dim else slice(None) for d in range(dims))
+        part = [side[low:high] if d == dim else side for d, side in enumerate(sides)]
+        yield from _sums(coordinates[some], part, before, after)
+
+
+_PARTS = 32
+
+
+def _breaks(coordinates: Ints, dim: int) -> list[int]:
+    """Where the step from one position of a dim to the next is not the same everywhere."""
+    if coordinates.shape[dim] < 2:
+        return []
+    steps = np.moveaxis(np.diff(coordinates, axis=dim), dim, 0)
+    flat = steps.reshape(len(steps), -1, steps.shape[-1])
+    return [int(n) + 1 for n in np.flatnonzero((flat != flat[:, :1]).any(axis=(1, 2)))]
+
+
+def _nests(
+    first: Ints, functions: Sequence[Ints], sides: Sequence[Ints], before: int, after: int
+) -> Iterator[Box]:
     each = [_axes_of(side, moved) for side, moved in zip(sides, functions, strict=True)]
     for choice in product(*each):
         axes: list[AxisRun] = []
@@ -450,12 +484,25 @@ def _separate(
 ) -> list[_Piece]:
     if len(cuts) > 64:
         raise NotABoxError("its index map has no order that an equation could say")
+    lengths = np.diff([*cuts, len(starts)]).tolist()
+    blocks: list[tuple[int, int, bool]] = []
+    at = 0
+    while at < len(cuts):
+        # Runs of one length that follow each other may be one nest.
+        end = at + 1
+        while end < len(cuts) and lengths[end] == lengths[at]:
+            end += 1
+        if end - at > 1 and end - at < len(cuts):
+            blocks.append((cuts[at], cuts[end] if end < len(cuts) else len(starts), True))
+        else:
+            blocks += [(cuts[n], cuts[n] + lengths[n], False) for n in range(at, end)]
+        at = end
     pieces = []
-    for low, high in zip(cuts, [*cuts[1:], len(starts)], strict=True):
-        for piece in (
-            _axes_of(starts[low:high], values[low:high])
-            if high - low < len(starts)
-            else [_Piece(int(starts[low]), values[low], ())]
-        ):
-            pieces.append(_Piece(piece.start, piece.moved, (*piece.axes, *inner)))
+    for low, high, several in blocks:
+        if high - low < len(starts):
+            parts = _axes_of(starts[low:high], values[low:high])
+        else:
+            assert not several
+            parts = [_Piece(int(starts[low]), values[low], ())]
+        pieces += [_Piece(p.start, p.moved, (*p.axes, *inner)) for p in parts]
     return pieces

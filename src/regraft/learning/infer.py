@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from regraft.equation.lower import check_equation
+from regraft.equation.notation import parse_equation
+from regraft.errors import BadInputError
 from regraft.learning.assemble import Drafted, Written, draft
 from regraft.learning.blocks import _marks
 from regraft.learning.content import Tensor
@@ -20,6 +23,7 @@ from regraft.learning.index_map import (
     find_origins,
     stacks_of,
 )
+from regraft.learning.loops import with_loops
 from regraft.learning.propose import _pairs
 from regraft.learning.relate import Names, writable
 
@@ -61,6 +65,7 @@ def infer(before: Tensors, after: Tensors) -> Inferred:
     _equal(mine, yours, names, result)
     _by_rows(mine, yours, names, result)
     _by_elements(mine, yours, names, result)
+    _again(before, after, mine, yours, names, result)
     result.unused = list(mine)
     for name in yours:
         result.odd.setdefault(name, "nothing of it is before")
@@ -149,6 +154,43 @@ def _by_elements(
                 yours.pop(name, None)
 
 
+def _again(
+    before: Tensors,
+    after: Tensors,
+    mine: dict[str, Tensor],
+    yours: dict[str, Tensor],
+    names: Names,
+    result: Inferred,
+) -> None:
+    """Tensors after that are made of ones which only seemed to be renamed: those have several targets."""
+    whole = {d.names[0][0]: d for d in result.drafts if d.left[0].dims == "..."}
+    sources = {n: before[n] for n in (*whole, *result.kept) if writable(n)}
+    looks = {t.look: n for n, t in sources.items()}
+    wanted = {looks[t.look] for t in yours.values() if t.look in looks}
+    if yours and sum(t.bits.size for t in sources.values()) <= _FEW:
+        for dtype in {t.dtype for t in yours.values()}:
+            some = {n: t for n, t in sources.items() if t.dtype == dtype}
+            others = {n: t for n, t in yours.items() if t.dtype == dtype}
+            if some:
+                origins = _certain(find_origins(some, others), others)
+                for found, _ in families(origins):
+                    wanted.update(found)
+    if not wanted:
+        return
+    for name in wanted:
+        mine[name] = before[name]
+        if name in whole:
+            result.drafts.remove(whole[name])
+            target = whole[name].names[1][0]
+        else:
+            result.kept.remove(name)
+            target = name
+        yours[target] = after[target]
+    for name in yours:
+        result.odd.pop(name, None)
+    _by_elements(mine, yours, names, result)
+
+
 def _solve(before: Tensors, after: Tensors, names: Names, odd: dict[str, str]) -> list[Drafted]:
     """Equations by index maps; what is none is noted."""
     origins = find_origins(before, after)
@@ -164,10 +206,28 @@ def _solve(before: Tensors, after: Tensors, names: Names, odd: dict[str, str]) -
                 origins,
                 after,
             )
-            found.append(draft(component))
+            drafted = draft(component)
+            _check(drafted)
+            found.append(drafted)
         except NotABoxError as error:
             odd.update(dict.fromkeys(targets, str(error)))
     return found
+
+
+def _check(drafted: Drafted) -> None:
+    """Whether the equation pairs all elements.
+
+    Raises ``NotABoxError``.
+    """
+    for each in with_loops([drafted]):
+        clauses = [f"copies {axis}" for axis in drafted.copies]
+        clauses += [f"fill {axis} = {value:g}" for axis, value in drafted.fills]
+        try:
+            check_equation(
+                parse_equation(each.sides + (f"\nwhere {', '.join(clauses)}" if clauses else ""))
+            )
+        except BadInputError as error:
+            raise NotABoxError("its blocks cannot be told apart in one equation") from error
 
 
 def _certain(origins: Origins, after: Tensors) -> Origins:

@@ -174,6 +174,9 @@ def learn_pairs(
 ) -> Learned:
     """A rule book from pairs of files; the first ``naming`` of them name its sizes, all of them verify it.
 
+    Where a pair that did not name sizes contradicts the book, it helps to name them: two fields of the config may have
+    been the same by chance.
+
     ``kind_of`` tells kinds of tensors before and after, where live models say them.
     """
     _check_pairs(pairs)
@@ -197,6 +200,16 @@ def learn_pairs(
             loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
         )
         verified.append(Verified(pair.where, number < naming, equal))
+    if naming < len(pairs) and verified[0].equal and not all(each.equal for each in verified):
+        return learn_pairs(
+            pairs,
+            layouts=layouts,
+            name=name,
+            model_types=model_types,
+            kind_of=kind_of,
+            source=source,
+            naming=len(pairs),
+        )
     return Learned(
         loaded,
         text,
@@ -394,7 +407,8 @@ def _module(
         return None
     kind = kinds[0](each.names[0][0]) or kinds[1](each.names[1][0])
     shape = pair.before[each.names[0][0]].shape
-    kind = kind or _guess(each.names[1][0], len(shape))
+    if kind in (None, "any"):
+        kind = _guess(each.names[1][0], len(shape))
     if kind not in PLAIN or kind == "any":
         return None
     return left.removesuffix(".weight"), right.removesuffix(".weight"), kind, PLAIN[kind]
@@ -442,6 +456,8 @@ def _kinds(
             told = kind or (guess if number == first else None)
             if told is not None and KINDS[told].roles and KINDS[told].fits(term):
                 _note_roles(term, told, roles)
+    for tag in each.tags if each is not None else ():
+        roles.pop(tag, None)
     result = []
     for terms, kinds, guesses in zip((left, right), sides, guessed, strict=True):
         result.append(
@@ -518,11 +534,11 @@ def _comment(
 
 def _open(source: Source, where: str) -> Content:
     if isinstance(source, Mapping):
-        return Content("checkpoint", where, content_of(_arrays(source), where))
+        return Content("checkpoint", where, content_of(arrays_of(source), where))
     return open_content(Path(source))
 
 
-def _arrays(state: State) -> dict[str, Any]:
+def arrays_of(state: State) -> dict[str, Any]:
     """A state dict as numpy's arrays; torch's tensors without a copy where that can be."""
     arrays = {}
     for key, value in state.items():
@@ -548,4 +564,14 @@ def _config_beside(path: Path) -> Config | None:
     return data if isinstance(data, dict) else None
 
 
-__all__ = ["Learned", "Pair", "Verified", "learn", "learn_pairs", "require_sound"]
+__all__ = [
+    "Config",
+    "KindOf",
+    "Learned",
+    "Pair",
+    "Verified",
+    "arrays_of",
+    "learn",
+    "learn_pairs",
+    "require_sound",
+]

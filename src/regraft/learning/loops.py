@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+from regraft.equation.notation import parse_equation
 from regraft.learning.assemble import Drafted, Written
 from regraft.learning.relate import fill_holes, isolated
-from regraft.names.keys import Ints
+from regraft.names.keys import Ints, group_names
+from regraft.rules.meet import dims_meet
+from regraft.rules.templates import match_group
 
 _LOOPS = ("l", "e", "r", "l1", "e1", "r1", "l2", "e2", "r2")
 _LARGEST = 16
@@ -45,8 +48,31 @@ def with_loops(drafts: Sequence[Drafted]) -> Iterator[Looped]:
             tuple((t.template, t.holes, t.dims) for t in side) for side in (each.left, each.right)
         )
         groups[sides, each.tags, each.copies, each.fills].append(each)
-    for same in groups.values():
-        yield from _loop(same)
+    found = [each for same in groups.values() for each in _loop(same)]
+    found.sort(key=lambda each: -len(each.members))
+    for number, one in enumerate(found):
+        if any(_collide(one, other) for other in found[:number]):
+            # A layer that differs from the others: its numbers are spelled out, which is closer.
+            yield from (Looped(_write(m, {}), (m,)) for m in one.members)
+        else:
+            yield one
+
+
+def _collide(one: Looped, other: Looped) -> bool:
+    """Whether a rule speaks of tensors of another, by names and numbers of dims that are alike."""
+    equations = parse_equation(one.sides), parse_equation(other.sides)
+    if "{" not in one.sides:
+        return False
+    for side in (0, 1):
+        names = {n for m in one.members for n in m.names[side]}
+        for term in equations[1].sides()[side]:
+            for mine in equations[0].sides()[side]:
+                if term.key is None or mine.key is None or not dims_meet(term, mine):
+                    continue
+                for group in group_names(list(names)):
+                    if match_group(term.key, group) is not None and match_group(mine.key, group):
+                        return True
+    return False
 
 
 def _loop(members: Sequence[Drafted]) -> Iterator[Looped]:
@@ -59,7 +85,11 @@ def _loop(members: Sequence[Drafted]) -> Iterator[Looped]:
         for part in parts.values():
             yield from _loop(part)
         return
-    first = members[0]
+    yield Looped(_write(members[0], texts), tuple(members))
+
+
+def _write(first: Drafted, texts: Mapping[_Column, str]) -> str:
+    """The two sides of an equation."""
     sides = []
     for side, terms in enumerate((first.left, first.right)):
         written = []
@@ -70,8 +100,7 @@ def _loop(members: Sequence[Drafted]) -> Iterator[Looped]:
                     holes[column.place] = text
             written.append(f"{_key(term, holes)} : {term.dims}".rstrip())
         sides.append(written)
-    text = "\n".join(sides[0]) + "\n    == " + "\n       ".join(sides[1])
-    yield Looped(text, tuple(members))
+    return "\n".join(sides[0]) + "\n    == " + "\n       ".join(sides[1])
 
 
 def _key(term: Written, holes: dict[int, str]) -> str:

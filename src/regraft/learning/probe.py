@@ -19,7 +19,7 @@ from regraft.errors import BadInputError, Finding
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, npt.NDArray[Any]]
 
-_MOST = 6_000_000
+MOST = 6_000_000
 """Elements that float32 labels tell apart safely."""
 DIGIT = 251
 """Values of one digit: whole numbers that bfloat16 and float16 have, too."""
@@ -35,8 +35,8 @@ def labels(shapes: Shapes, seed: int = 0) -> Arrays:
     Raises ``BadInputError`` for more elements than float32 can tell apart.
     """
     count = sum(prod(shape) for shape in shapes.values())
-    if count > _MOST:
-        message = f"{count} elements are more than float32 can tell apart ({_MOST})"
+    if count > MOST:
+        message = f"{count} elements are more than float32 can tell apart ({MOST})"
         raise BadInputError(
             Finding("probe", message, fix="make the model smaller: fewer layers, smaller sizes")
         )

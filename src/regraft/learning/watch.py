@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.learning.content import content_of
 from regraft.learning.learn import (
     Config,
     KindOf,
     Learned,
     Pair,
-    _arrays,
+    arrays_of,
     learn_pairs,
     require_sound,
 )
@@ -150,10 +150,13 @@ def _call(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = convert(state)
+    except RegraftError:
+        raise
     except Exception as error:
         message = f"it raised {type(error).__name__}: {str(error).strip()[:300]}"
         raise BadInputError(Finding("converter", message, where=where)) from error
-    if not isinstance(made, Mapping):
-        message = f"it returned {type(made).__name__}, and a state dict is wanted"
+    state = dict(made) if hasattr(made, "items") else {}
+    if not state:
+        message = f"it returned {type(made).__name__} without tensors, and a state dict is wanted"
         raise BadInputError(Finding("converter", message, where=where))
-    return {key: np.ascontiguousarray(array) for key, array in _arrays(made).items()}
+    return {key: np.ascontiguousarray(array) for key, array in arrays_of(state).items()}

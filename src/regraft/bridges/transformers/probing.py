@@ -1,0 +1,99 @@
+"""Small models for probes: names, shapes and kinds of a model's tensors, in either layout, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.bridges.transformers.building import build, known_classes, make_config, model_class
+from regraft.bridges.transformers.imported import import_model
+from regraft.errors import BadInputError, Finding
+from regraft.names.keys import group_names
+from regraft.names.live import skeleton_of
+from regraft.planning.build import build_plan
+from regraft.planning.model import ModelConfig, Scope
+from regraft.planning.plan import Headers
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model without weights."""
+
+    shapes: dict[str, tuple[int, ...]]
+    kinds: dict[str, str]
+    """Of the tensors that PEFT can adapt."""
+    config: dict[str, Any]
+
+
+def default_config(name: str) -> dict[str, Any]:
+    """The config of a class of transformers, as it is by default.
+
+    Raises ``BadInputError`` where transformers has no such class.
+    """
+    cls = model_class(name)
+    if cls is None:
+        raise BadInputError(
+            Finding(
+                "probe",
+                f"transformers has no class {name}, and there is no file of that name",
+                fix="give a config.json, a checkpoint, or a class such as LlamaForCausalLM",
+            )
+        )
+    data: dict[str, Any] = cls.config_class().to_dict()
+    return {**data, "architectures": [name]}
+
+
+def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outline:
+    """The tensors of the model that a config describes, named as a layout names them; as files are usually by default.
+
+    Raises ``BadInputError`` where transformers cannot build it.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    model = ModelConfig(data, where)
+    names = known_classes(model, model.architectures())
+    kind = model.model_type or ""
+    for table in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES):
+        found = table.get(kind)
+        names += [found] if isinstance(found, str) else list(found or ())
+    if not names:
+        message = f"the installed transformers has no model of type {kind!r}"
+        raise BadInputError(
+            Finding(
+                "probe", message, where=where, fix="give a checkpoint, whose headers are enough"
+            )
+        )
+    try:
+        built = build(model_class(names[0]), make_config(kind, dict(data)))
+        skeleton = skeleton_of(built)
+    except BadInputError:
+        raise
+    except Exception as error:
+        message = f"{names[0]} cannot be built this small: {str(error)[:300]}"
+        fix = "set the fields that must fit together with --set"
+        raise BadInputError(Finding("probe", message, where=where, fix=fix)) from error
+    config = {**data, "architectures": [names[0]]}
+    shapes, kinds = dict(skeleton.tensors), dict(skeleton.kinds)
+    if layout == "transformers-v5":
+        return Outline(shapes, kinds, config)
+    book = import_model(skeleton).book()
+    headers = Headers(group_names(list(shapes)), list(shapes.values()), ["F32"] * len(shapes))
+    plan = build_plan(
+        headers, [book], target_layout=book.left, scopes={book.name: Scope(data)}, where=where
+    )
+    old_shapes: dict[str, tuple[int, ...]] = {}
+    old_kinds: dict[str, str] = {}
+    for entry in plan.entries:
+        for term, role in zip(entry.written, entry.written_kinds, strict=True):
+            for key in entry.keys(term).names():
+                old_shapes[key] = entry.shape(term)
+                old_kinds[key] = role
+    for carried in plan.carried:
+        for key in carried.group.names():
+            old_shapes[key] = shapes[key]
+            old_kinds[key] = kinds.get(key, "any")
+    return Outline(old_shapes, old_kinds, config)

@@ -1,0 +1,193 @@
+"""`regraft learn`: a rule book from what a converter makes of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output, visible
+from regraft.cli.probe import fixed_fields, set_option
+
+if TYPE_CHECKING:
+    from regraft.learning.learn import Learned
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "files",
+    "BEFORE and AFTER: checkpoints with the same weights in two layouts. More pairs are the same at other sizes: they "
+    "name the sizes and test the book.",
+    metavar="[BEFORE AFTER]...",
+    nargs=-1,
+    type=options.FILE,
+)
+@click.option(
+    "--book",
+    "-o",
+    metavar="FILE",
+    type=options.FILE,
+    required=True,
+    help="The rule book to write (.toml).",
+)
+@click.option(
+    "--layouts",
+    metavar="OLD NEW",
+    nargs=2,
+    default=("before", "after"),
+    help="The names of the two layouts (before after).",
+)
+@click.option("--name", metavar="NAME", help="The book's name; that of FILE if omitted.")
+@click.option(
+    "--config",
+    metavar="MODEL",
+    help="In place of files: a config.json, a folder, or a class of transformers to make probes for.",
+)
+@click.option(
+    "--with",
+    "command",
+    metavar="COMMAND",
+    help="With --config: the converter, such as 'python convert.py {src} {dst}'. Runs without a shell, more than once.",
+)
+@click.option("--layout", metavar="LAYOUT", help="With --config: the layout of the probe's names.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0.1),
+    default=300.0,
+    help="How long the converter may take, each time (300).",
+)
+@set_option
+@click.option(
+    "--partial", is_flag=True, help="Write a book even if it does not explain everything."
+)
+@options.json
+@options.quiet
+def learn(
+    files: tuple[Path, ...],
+    book: Path,
+    layouts: tuple[str, str],
+    name: str | None,
+    config: str | None,
+    command: str | None,
+    layout: str | None,
+    timeout: float,
+    settings: tuple[str, ...],
+    partial: bool,
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Learn a rule book from checkpoints before and after a conversion, or by running a converter on probes.
+
+    The book is verified on all pairs, in both directions. It converts at once:
+    regraft convert SRC DST --to NEW --rules FILE.
+
+    Exit status: 0 done, 1 something is not explained (no book is written), 2 usage.
+    """
+    if (config is None) != (command is None):
+        raise click.UsageError("--config and --with belong together")
+    if config is None and (not files or len(files) % 2):
+        raise click.UsageError("give pairs of files, BEFORE and AFTER, or --config and --with")
+    if config is not None and files:
+        raise click.UsageError("give files, or --config and --with")
+    fields = fixed_fields(settings)
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.errors import BadInputError, Finding
+        from regraft.learning.learn import Pair, learn_pairs, require_sound
+
+        if book.exists():
+            fix = "choose another"
+            finding = Finding(
+                "destination-exists", "the file exists already", where=str(book), fix=fix
+            )
+            raise BadInputError(finding)
+        title = name or book.stem
+        if config is not None and command is not None:
+            found = _watched(config, command, layout, timeout, fields, layouts, title)
+        else:
+            pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
+            found = learn_pairs(pairs, layouts=layouts, name=title)
+        if not partial:
+            require_sound(found)
+        book.write_text(found.text, encoding="utf-8")
+        if json:
+            out.data(_data(found, book))
+        elif not quiet:
+            _show(out, found, book)
+        return 0
+
+    return job
+
+
+def _watched(
+    config: str,
+    command: str,
+    layout: str | None,
+    timeout: float,
+    fields: dict[str, object],
+    layouts: tuple[str, str],
+    name: str,
+) -> Learned:
+    from regraft.learning.command import CommandConverter
+    from regraft.learning.learn import learn_pairs
+    from regraft.learning.outlines import outlines
+    from regraft.learning.watch import pair_of
+
+    known = outlines(config, 3, layout, fields)
+    CommandConverter(command, None, timeout).words()
+    pairs = [
+        pair_of(
+            CommandConverter(command, each.config, timeout),
+            each.shapes,
+            each.config,
+            False,
+            f"size {n}",
+        )
+        for n, each in enumerate(known, 1)
+    ]
+    kinds = known[0].kinds
+    tell = (kinds.get, lambda _: None) if kinds else None
+    return learn_pairs(
+        pairs, layouts=layouts, name=name, kind_of=tell, source=f"regraft learn --with {command!r}"
+    )
+
+
+def _data(found: Learned, book: Path) -> dict[str, object]:
+    return {
+        "book": str(book),
+        "explained": found.explained,
+        "total": found.total,
+        "not_explained": found.odd,
+        "unused": list(found.unused),
+        "verified": [
+            {"where": v.where, "learned_from": v.learned_from, "equal": v.equal}
+            for v in found.verified
+        ],
+        "notes": list(found.notes),
+    }
+
+
+def _show(out: Output, found: Learned, book: Path) -> None:
+    rules = len(found.book.module_rules) + sum(not rule.module for rule in found.book.rules)
+    out.text(
+        f"{visible(str(book))}: {rules} rules, {found.explained} of {found.total} tensors explained\n"
+    )
+    for each in found.verified:
+        word = "equal, bit for bit, both ways" if each.equal else "NOT equal"
+        seen = "learned from it" if each.learned_from else "not seen before"
+        out.text(f"  {visible(each.where)}: {word} ({seen})\n")
+    for name, why in list(found.odd.items())[:20]:
+        out.text(f"  not explained: {visible(name)}: {why}\n")
+    if found.unused:
+        out.text(
+            f"  dropped: {len(found.unused)} tensors before, such as {visible(found.unused[0])}\n"
+        )
+    for note in found.notes:
+        out.text(f"  note: {visible(note)}\n")
+    old, new = found.book.left, found.book.right
+    out.text(f"Use it with: regraft convert SRC DST --to {new} --rules {book}  (or --to {old})\n")

@@ -1,0 +1,102 @@
+"""`regraft probe`: small checkpoints whose elements are all different, for a converter to be watched on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output, visible
+
+
+def fixed_fields(settings: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of a config from ``NAME=VALUE``; a value is JSON, or text."""
+    import msgspec
+
+    fields: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
+        try:
+            fields[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            fields[name] = value
+    return fields
+
+
+set_option = click.option(
+    "--set",
+    "settings",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    help="A field of the config that keeps this value at every size. May be given more than once.",
+)
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "model",
+    "A config.json, a model's folder, or a class of transformers (LlamaForCausalLM).",
+    metavar="MODEL",
+)
+@options.argument(
+    "out", "The folder to write: one folder for each size.", metavar="OUT", type=options.FILE
+)
+@click.option(
+    "--layout",
+    metavar="LAYOUT",
+    help="The layout of the names: transformers-v4 or transformers-v5. As files usually are if omitted.",
+)
+@click.option(
+    "--sizes", metavar="N", type=click.IntRange(1, 3), default=2, help="How many sizes (2)."
+)
+@set_option
+@options.json
+@options.quiet
+def probe(
+    model: str,
+    out: Path,
+    layout: str | None,
+    sizes: int,
+    settings: tuple[str, ...],
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Write small checkpoints with the names of a model, every element different from all others.
+
+    Run a converter on each of them, and 'regraft learn' reads the rule off what it makes.
+
+    Exit status: 0 done, 1 bad input, 2 usage.
+    """
+    fields = fixed_fields(settings)
+    screen = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.errors import BadInputError, Finding
+        from regraft.learning.command import write_probe
+        from regraft.learning.outlines import outlines
+        from regraft.learning.probe import labels
+
+        if out.exists():
+            fix = "choose another"
+            finding = Finding(
+                "destination-exists", "the folder exists already", where=str(out), fix=fix
+            )
+            raise BadInputError(finding)
+        made = []
+        for number, outline in enumerate(outlines(model, sizes, layout, fields), 1):
+            folder = out / f"size-{number}"
+            write_probe(folder, labels(outline.shapes, number), outline.config)
+            made.append({"folder": str(folder), "tensors": len(outline.shapes)})
+        if json:
+            screen.data({"probes": made})
+        elif not quiet:
+            for each in made:
+                screen.text(f"{visible(str(each['folder']))}: {each['tensors']} tensors\n")
+        return 0
+
+    return job

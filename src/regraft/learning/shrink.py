@@ -1,0 +1,100 @@
+"""Making a model's config small: sizes that tell axes apart, by what fields are called.
+
+No two sizes of a probe are alike where the model does not ask for it, and at another size all are others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SIZES = 3
+"""How many different sizes there are."""
+
+_HEADS = (6, 10, 12)
+_TABLE: tuple[tuple[str, tuple[int, ...]], ...] = (
+    (r"\w*per_tok\w*|\w*top_?k\w*|moe_k", (2, 2, 2)),
+    (r"n_group|topk_group|num_expert_group", (1, 1, 1)),
+    (r"\w*(num_key_value_heads|n_head_kv|num_kv_heads|n_kv_heads|kv_heads)", (3, 2, 4)),
+    (r"\w*(attention_heads|num_heads|n_heads?|n_head)", _HEADS),
+    (r"\w*(qk_nope_head_dim)", (12, 20, 14)),
+    (r"\w*(qk_rope_head_dim)", (6, 10, 4)),
+    (r"\w*(v_head_dim)", (11, 13, 17)),
+    (r"\w*(head_dim|head_size|kv_channels|d_kv)", (14, 22, 18)),
+    (r"\w*(moe|expert|shared)\w*intermediate_size", (26, 34, 38)),
+    (
+        r"\w*(intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|feedforward|mlp_dim|d_inner)\w*",
+        (58, 74, 82),
+    ),
+    (r"\w*vocab_size\w*", (101, 131, 113)),
+    (r"\w*lora_rank\w*", (19, 23, 29)),
+    (r"\w*(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts)", (5, 7, 9)),
+    (
+        r"\w*(num_hidden_layers|num_layers|n_layers?|n_layer|depth|num_blocks|encoder_layers|decoder_layers)",
+        (2, 3, 4),
+    ),
+    (r"\w*(image_size|img_size)", (32, 64, 96)),
+    (
+        r"\w*(max_position_embeddings|max_source_positions|n_positions|n_ctx|max_seq_len)",
+        (61, 67, 71),
+    ),
+    (r"\w*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|projection_dim)", (48, 120, 72)),
+)
+_RULES = tuple((re.compile(pattern), sizes) for pattern, sizes in _TABLE)
+_KEPT = re.compile(r"\w*(token|_)(id|index|ids)|vocab_size_per_layer_input")
+
+
+def shrink(
+    config: Mapping[str, Any], size: int, fixed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config of a small model; ``size`` counts from 0, ``fixed`` fields stay what they are told to be.
+
+    >>> shrink({"hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-6}, 0)
+    {'hidden_size': 48, 'num_attention_heads': 6, 'rms_norm_eps': 1e-06}
+    """
+    small: dict[str, Any] = {}
+    layers = _layers(config, size)
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            small[name] = shrink(value, size)
+        elif isinstance(value, list) and name.endswith("layer_types") and layers is not None:
+            small[name] = _some(value, layers)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            small[name] = _size(name, value, size, config)
+        else:
+            small[name] = value
+    small.update(fixed or {})
+    return small
+
+
+def _layers(config: Mapping[str, Any], size: int) -> int | None:
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        value = config.get(name)
+        if isinstance(value, int):
+            return _size(name, value, size, config)
+    return None
+
+
+def _some(values: list[Any], count: int) -> list[Any]:
+    """The first and, where they differ, the last kinds of layers."""
+    kinds = list(dict.fromkeys(map(str, values)))
+    firsts = [next(v for v in values if str(v) == kind) for kind in kinds]
+    chosen = (firsts + values)[:count] if len(firsts) <= count else values[:count]
+    return chosen + [values[-1]] * (count - len(chosen))
+
+
+def _size(name: str, value: int, size: int, config: Mapping[str, Any]) -> int:
+    if value <= 1 or _KEPT.fullmatch(name):
+        return value if not _KEPT.fullmatch(name) or value < 100 else value % 50 + 40
+    for pattern, sizes in _RULES:
+        if pattern.fullmatch(name):
+            if "key_value" in name or "kv" in name:
+                heads = next(
+                    (v for k, v in config.items() if k in ("num_attention_heads", "n_head")), None
+                )
+                # As many as there are heads: so it is in the small model.
+                if heads == value and name.endswith("heads"):
+                    return _HEADS[size]
+            return min(value, sizes[size]) if value < sizes[0] else sizes[size]
+    return value
