@@ -266,9 +266,9 @@ def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
     with file:
         stamp = Stamp.of(path, file.fileno())
     if path.suffix == ".bin":
-        from regraft.checkpoints.torch_zip import read_zip
+        from regraft.storage.torch_file import read_torch
 
-        tensors: Mapping[str, TensorInfo] = read_zip(path)
+        tensors: Mapping[str, TensorInfo] = read_torch(path)
         metadata: Mapping[str, str] = {"format": "pt"}
         data_start = 0
     else:

@@ -188,9 +188,9 @@ def open_adapter(
                 )
             )
         elif file.suffix == ".bin":
-            from regraft.storage.bin import open_bin
+            from regraft.storage.torch_file import open_torch
 
-            tensors = open_bin(file)
+            tensors = open_torch(file)
         else:
             header = read_header(file)
             metadata = dict(header.metadata)
