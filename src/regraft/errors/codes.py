@@ -283,6 +283,13 @@ class Code(Enum):
         "correct it",
         "a field of `adapter_config.json`",
     )
+    SLOW_PATTERN = (
+        "slow-pattern",
+        Part.ADAPTER,
+        "a regular expression takes too long",
+        "name the modules one by one, or write it without a repetition inside another",
+        "more than 2 seconds, for all of one config",
+    )
     PEFT_TYPE = (
         "peft-type",
         Part.ADAPTER,
@@ -738,14 +745,14 @@ class Code(Enum):
         Part.FILES,
         "torch is not installed",
         "`pip install 'regraft[torch]'`",
-        "reading an `adapter_model.bin` needs it",
+        "the matrices of this family are drawn by it",
     )
     BAD_TORCH_FILE = (
         "bad-torch-file",
         Part.FILES,
-        "torch cannot load the file",
+        "torch did not write the file",
         "save it again as safetensors",
-        "as weights only",
+        "or it is cut off",
     )
     NOT_TENSORS = (
         "not-tensors",

@@ -54,6 +54,7 @@ from regraft.equation.notation import (
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
 from regraft.rules.kinds import KINDS, OUT
+from regraft.storage.probe import open_regular
 
 Side = Literal["left", "right"]
 
@@ -270,6 +271,33 @@ class Book:
         )
 
 
+def read_book(path: Path | Traversable) -> str:
+    """The text of a rule book.
+
+    Raises ``BadInputError`` for what is no regular file of a moderate size, or no text.
+    """
+    if not isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    file, size = open_regular(path)
+    with file:
+        if size > _MOST_BYTES:
+            message = (
+                f"the file has {size} bytes, and at most {_MOST_BYTES} are read as a rule book"
+            )
+            raise BadInputError(Finding("file-too-large", message, where=str(path)))
+        data = file.read(_MOST_BYTES)
+    try:
+        return data.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInputError(
+            Finding("not-utf8", f"not UTF-8 text (line {line})", where=f"{path}:{line}")
+        ) from None
+
+
+_MOST_BYTES = 10_000_000
+
+
 def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     """Read and check a rule book; everything that is wrong with it is reported together, with file and line.
 
@@ -280,7 +308,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     Raises ``BadInputError``.
     """
     shown = str(path) if shown is None else shown
-    text = path.read_text(encoding="utf-8")
+    text = read_book(path)
     table = _convert(text, shown, _BookTable)
     findings: list[Finding] = []
     rules: list[Rule] = []
@@ -298,7 +326,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
             message = f"include: there is no file {name} beside it"
             findings.append(Finding("rule-book", message, where=f"{shown}:{line}"))
             continue
-        included = part.read_text(encoding="utf-8")
+        included = read_book(part)
         parts.append((name, included, _convert(included, name, _PartTable)))
     for where, source, part_table in parts:
         loader = _Loader(where, source, table.name)

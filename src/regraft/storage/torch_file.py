@@ -312,7 +312,9 @@ def _locate(
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)
         elif not key.isascii() and key.encode(errors="replace").decode() != key:
             message = "the name holds half of a surrogate pair"
-            problem = Finding("bad-name", message, where=where, key=ascii(key)[1:301], fix=_FIX)
+            problem = Finding(
+                "bad-name", message, where=where, key=ascii(key)[1:-1][:300], fix=_FIX
+            )
         elif not isinstance(value, _Tensor):
             message = f"expected a tensor, and it is {_describe(value)}"
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)

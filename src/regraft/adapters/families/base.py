@@ -116,7 +116,7 @@ class Family:
         self.config, self.common = config, shared
         reader = Anchored if self.anchored else Patterns
         self._patterns = {
-            field: reader(config.get(pattern))
+            field: reader(config.get(pattern), pattern)
             for field, pattern in self.fields.items()
             if pattern is not None
         }

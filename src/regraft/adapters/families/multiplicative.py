@@ -5,7 +5,6 @@ Source: PEFT 0.21.2, ``peft/tuners/{ia3,oft,boft,hra,road}/layer.py``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
@@ -35,6 +34,7 @@ from regraft.adapters.families.base import (
 )
 from regraft.adapters.form import Array
 from regraft.names.keys import Ints
+from regraft.storage.expressions import expression
 
 _SAME = "all parts are adapted, by the same {}"
 
@@ -65,7 +65,9 @@ class Ia3(Family):
     def settings(self, path: str) -> dict[str, Any]:
         named = self.config.get("feedforward_modules") or ()
         if isinstance(named, str):
-            return {"feedforward": re.fullmatch(named, path) is not None}
+            return {
+                "feedforward": expression(named, "feedforward_modules").fullmatch(path) is not None
+            }
         return {"feedforward": any(path.endswith(name) for name in named)}
 
     def sizes(

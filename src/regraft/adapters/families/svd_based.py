@@ -5,7 +5,6 @@ Source: PEFT 0.21.2, ``peft/tuners/{psoft,osf}/{layer,model,utils}.py``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +28,7 @@ from regraft.adapters.families.base import (
 from regraft.adapters.families.seeded import svd_like_torch
 from regraft.adapters.form import Array
 from regraft.names.keys import Ints
+from regraft.storage.expressions import expression
 
 _WHOLE = "it stands on the singular vectors of the whole base weight"
 
@@ -121,8 +121,8 @@ class Osf(Family):
         return bool(self.config.get("rank_pattern"))
 
     def settings(self, path: str) -> dict[str, Any]:
-        for expression, rank in (self.config.get("rank_pattern") or {}).items():
-            if re.search(expression, path):
+        for pattern, rank in (self.config.get("rank_pattern") or {}).items():
+            if expression(pattern, "rank_pattern").search(path):
                 return {"effective_rank": rank}
         return {"effective_rank": self.config.get("effective_rank")}
 

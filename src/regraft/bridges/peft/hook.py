@@ -25,6 +25,7 @@ from regraft.bridges.peft.holders import Place, choose, find_models
 from regraft.bridges.peft.hotswap import swap
 from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.load import check_name, inject, load_by_peft
+from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.patches import Patch, Patches
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError, RegraftError
@@ -178,23 +179,35 @@ def _load_adapter(original: Function) -> Function:
     def load_adapter(
         self: Any, model_id: Any, adapter_name: str, *args: Any, **options: Any
     ) -> Any:
-        found = None
-        if options.get("key_mapping") is None:
-            found = _converted(self, model_id, options)
-        if found is None:
-            return original(self, model_id, adapter_name, *args, **options)
-        place, adapter, source = found
-        check_name(adapter_name, source)
-        rest = {key: value for key, value in options.items() if key != "subfolder"}
-        return load_by_peft(
-            self,
-            self.get_base_model(),
-            place,
-            adapter,
-            lambda folder: original(self, folder, adapter_name, *args, **rest),
-        )
+        with alone_with(self), alone_with(self.get_base_model()):
+            return _load_there(original, self, model_id, adapter_name, args, options)
 
     return load_adapter
+
+
+def _load_there(
+    original: Function,
+    self: Any,
+    model_id: Any,
+    adapter_name: str,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Any:
+    found = None
+    if options.get("key_mapping") is None:
+        found = _converted(self, model_id, options)
+    if found is None:
+        return original(self, model_id, adapter_name, *args, **options)
+    place, adapter, source = found
+    check_name(adapter_name, source)
+    rest = {key: value for key, value in options.items() if key != "subfolder"}
+    return load_by_peft(
+        self,
+        self.get_base_model(),
+        place,
+        adapter,
+        lambda folder: original(self, folder, adapter_name, *args, **rest),
+    )
 
 
 def _load_into_model(original: Function) -> Function:
@@ -223,7 +236,8 @@ def _load_into_model(original: Function) -> Function:
         if found is None:
             return original(self, peft_model_id, adapter_name, *args, **options)
         name = adapter_name or "default"
-        _put(self, found, name, given)
+        with alone_with(self):
+            _put(self, found, name, given)
         return _loading_info()
 
     return load_adapter
