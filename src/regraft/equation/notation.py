@@ -268,7 +268,7 @@ def count_pieces(expr: Expr) -> int:
         return 1
     if isinstance(expr, Sum):
         return sum(map(count_pieces, expr.terms))
-    return prod(map(count_pieces, expr.factors))
+    return prod(map(count_pieces, expr.factors)) if isinstance(expr, Product) else 1
 
 
 def notation_error(
