@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regraft.bridges.peft.load import load_adapter
     from regraft.explaining.explain import explain
     from regraft.learning.diff import diff
+    from regraft.live.load import from_pretrained, load_checkpoint
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
@@ -41,11 +42,13 @@ __all__ = [
     "convert_state_dict",
     "diff",
     "explain",
+    "from_pretrained",
     "inspect",
     "install",
     "installed",
     "load_adapter",
     "load_book",
+    "load_checkpoint",
     "mapping",
     "only_books",
     "slices",
@@ -62,6 +65,8 @@ _LAZY = {
     "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
     "convert_state_dict": "regraft.live.state_dict",
+    "from_pretrained": "regraft.live.load",
+    "load_checkpoint": "regraft.live.load",
     "mapping": "regraft.live.mapping",
     "diff": "regraft.learning.diff",
     "explain": "regraft.explaining.explain",

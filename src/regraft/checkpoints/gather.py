@@ -56,7 +56,11 @@ class Files:
         """
         with self._lock:
             if number not in self._open:
-                self._open[number] = open_source(self.sources[number])
+                source = self.sources[number]
+                try:
+                    self._open[number] = open_source(source)
+                except OSError as error:
+                    raise changed(source.path, error.strerror or "it is gone") from None
             return self._open[number]
 
     def check(self) -> None:

@@ -56,7 +56,7 @@ class CudaDevice:
 
     def stream(self) -> torch.cuda.Stream:
         """A stream that begins after what allocated the tensors."""
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return stream
 
@@ -67,7 +67,7 @@ class CudaDevice:
         flat = target.detach().reshape(-1).view(torch.uint8)
         with torch.cuda.stream(stream):
             flat[at : at + size].copy_(buffer[:size], non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
         return event
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -146,13 +148,19 @@ def _map_parts(
     return made
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without the garbage collector, which would look through everything time and again while many names are made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def bytes_of(tensor: torch.Tensor) -> Bytes:
     """A tensor's memory as numpy's; it must be contiguous and on the CPU."""
     flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return flat
-
-
-def place_of(tensor: Any) -> torch.device:
-    """The device of a tensor, of a DTensor the one of its local part."""
-    device: torch.device = tensor.device
-    return device

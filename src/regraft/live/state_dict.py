@@ -208,7 +208,7 @@ def _models(
         tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
         imported = mapping.imported[part.model]
         try:
-            new = _convert(imported, tensors, layout or imported.layout, report)
+            new = convert_model(imported, tensors, layout or imported.layout, report)
         except RegraftError as error:
             findings += error.findings
             kept = imported.skeleton.tensors.keys() - imported.changed
@@ -356,7 +356,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
 
 
-def _convert(
+def convert_model(
     imported: Imported | Ruled, tensors: Tensors, layout: str, report: StateDictReport
 ) -> Tensors:
     """One model's tensors in a layout: those that are there already stay, the others are planned.

@@ -27,11 +27,15 @@ from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.load import check_name, inject, load_by_peft
 from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.patches import Patch, Patches
+from regraft.bridges.transformers.loading import loading_patch
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError, RegraftError
+from regraft.live.memory import Way
 
 Function = Callable[..., Any]
 
+_ways: list[Way] = []
+"""How models are loaded, for each time that this was installed."""
 _TAKEN = {
     "from_pretrained": ("model", "model_id", "adapter_name", "is_trainable", "config"),
     "load_adapter": ("model_id", "adapter_name", "is_trainable"),
@@ -41,18 +45,28 @@ _TAKEN = {
 """The parameters that the replacements rely on."""
 
 
-def install() -> None:
-    """Let PEFT and transformers load adapter files through regraft, in the whole process.
+def install(load: Way = "map") -> None:
+    """Let PEFT and transformers load files through regraft, in the whole process: adapters, and models.
 
     ``PeftModel.from_pretrained``, ``PeftModel.load_adapter``, ``load_adapter`` of transformers models and
     ``peft.utils.hotswap.hotswap_adapter`` then take files of either layout. Only files are: a state dict that is
     passed in, a ``key_mapping`` of the caller's, and models that are not of transformers go the usual way. Installing
     twice takes uninstalling twice.
 
-    Raises ``RefusedError`` for a PEFT or transformers that has not the functions that this needs.
+    ``from_pretrained`` of models of transformers, called by whatever library, then reads the bytes of a checkpoint
+    through regraft: ``load`` is ``"map"``, ``"copy"`` or ``"off"``, as ``from_pretrained`` of regraft takes it; of
+    several, the one that was given last. ``model.regraft_load`` says what was done.
+
+    Raises:
+        RefusedError: a PEFT or transformers that does not have the functions that this needs.
+        BadInputError: there is no such way of loading.
     """
+    from regraft.live.load import check_way
+
+    check_way(load)
     peft_seams()
     _hooks().add_user()
+    _ways.append(load)
 
 
 def uninstall() -> None:
@@ -61,12 +75,14 @@ def uninstall() -> None:
     Raises ``RefusedError`` where another library has replaced one of the functions since.
     """
     _hooks().drop_user()
+    if _ways:
+        _ways.pop()
 
 
 @contextmanager
-def installed() -> Iterator[None]:
+def installed(load: Way = "map") -> Iterator[None]:
     """``install`` for the length of a ``with`` block."""
-    install()
+    install(load)
     try:
         yield
     finally:
@@ -105,7 +121,8 @@ def _hooks() -> Patches:
             )
             for patch in odd
         )
-    return Patches([patch for patch, _ in patches])
+    loading = loading_patch(lambda: _ways[-1] if _ways else "off")
+    return Patches([*(patch for patch, _ in patches), *filter(None, [loading])])
 
 
 def _takes(function: Any, wanted: tuple[str, ...]) -> bool:
