@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Ints
-from regraft.planning.plan import Plan
+from regraft.planning.plan import Entry, Plan
 from regraft.planning.slices import Region, Slicer, Strips, cut_whole
+from regraft.storage.dtypes import DTYPES
 
 Read = Callable[["Lazy"], bytes]
 
@@ -53,6 +55,11 @@ class Lazy:
             return np.array([self.row], dtype=np.int64)
         return np.unique(np.concatenate([strips.sources for strips in self.cut()]))
 
+    def array(self) -> npt.NDArray[Any]:
+        """The tensor, read whole."""
+        assert self._read is not None
+        return np.frombuffer(self._read(self), DTYPES[self.dtype].numpy).reshape(self.shape)
+
     def made_by(self, slicer: Slicer, name: str, rows: Ints) -> Lazy:
         """What a plan makes of this one and others of its type."""
         return Lazy(slicer.shape(name), self.dtype, -1, (slicer, name, rows), self._read)
@@ -77,13 +84,14 @@ def apply_lazily(plan: Plan, tensors: Sequence[Lazy]) -> dict[str, Lazy]:
     rows = np.array([tensor.row for tensor in tensors], dtype=np.int64)
     result: dict[str, Lazy] = {}
     findings: list[Finding] = []
+    for entry in plan.entries:
+        findings += _check(entry, plan, tensors)
     for name, made in slicer.made.items():
         if isinstance(made, int):
             result[name] = tensors[made]
             continue
         entry = made.entry
-        read, written = entry.read, entry.written
-        if len(read) == len(written) == 1 and read[0].dims == written[0].dims:
+        if entry.renames:
             result[name] = tensors[int(entry.sources[0][made.loop].reshape(-1)[made.slot])]
             continue
         ids = np.concatenate([part[made.loop].reshape(-1) for part in entry.sources]).tolist()
@@ -104,3 +112,24 @@ def apply_lazily(plan: Plan, tensors: Sequence[Lazy]) -> dict[str, Lazy]:
     if findings:
         raise BadInputError(findings)
     return result
+
+
+def _check(entry: Entry, plan: Plan, tensors: Sequence[Lazy]) -> Iterator[Finding]:
+    """What an entry demands of what it reads, and what cannot be made of bytes alone."""
+    from regraft.arrays.apply import FIXES, check_read
+
+    rule = str(entry.rule)
+    if any(padding.value for padding in entry.paddings(written=True)):
+        message = "what is read from files is padded with zeros only"
+        fix = "read the file and convert the state dict in memory (regraft.convert_state_dict)"
+        key = entry.keys(entry.written[0]).name(0)
+        yield Finding("padding", message, key=key, rule=rule, fix=fix)
+    if not entry.repeats and not entry.paddings(written=False):
+        return
+    for loop in range(len(entry)):
+        ids = [part[loop].reshape(-1).tolist() for part in entry.sources]
+        wrong = check_read(entry, [[tensors[i].array() for i in some] for some in ids])
+        if wrong is not None:
+            code, message, term, slot = wrong
+            key = plan.headers.name(ids[term][slot])
+            yield Finding(code, message, key=key, rule=rule, fix=FIXES[code])

@@ -27,6 +27,8 @@ def fault_of(value: Any) -> tuple[str, str] | None:
     A tensor is plain if its elements lie in memory one by one, and are real numbers: bits are moved, and a packed,
     sparse or quantised tensor has others, or more than it shows.
     """
+    if isinstance(value, Lazy):
+        return None
     name = type(value).__name__
     torch = sys.modules.get("torch")
     if type(value).__module__.partition(".")[0] in ("numpy", "ml_dtypes"):

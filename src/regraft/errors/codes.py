@@ -977,6 +977,19 @@ class Code(Enum):
         "give a writable array of the slice's shape and type",
         "a slice cannot be read into the memory that was given: too small, read-only, with gaps",
     )
+    HALF_LOADED = (
+        "half-loaded",
+        Part.LIVE,
+        "tensors of the model were being written",
+        "load the model again before it is used",
+        "loading failed while bytes went straight into memory that the model had: a GPU's, or a shard's",
+    )
+    PLACEMENT = (
+        "placement",
+        Part.LIVE,
+        "a tensor is spread in an unknown way",
+        "spread it with `Shard` and `Replicate`, in parts that divide where two mesh dims cut one dim",
+    )
     PARALLEL_PLAN = (
         "parallel-plan",
         Part.CHECKPOINTS,

@@ -127,7 +127,7 @@ def _map_parts(
         if part.into is not None or part.device.type != "cpu":
             continue
         pieces = pieces_of(part.strips, part.dtype.itemsize, tensors.starts, tensors.files)
-        if pieces is not None:
+        if pieces is not None and pieces.size == part.bytes:
             found.append((part, pieces))
     prefetch(files, [pieces for _, pieces in found])
     budget = Budget.now()

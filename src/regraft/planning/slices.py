@@ -177,7 +177,7 @@ class Slicer:
         return int(made.entry.sources[copy.source][made.loop].reshape(-1)[0])
 
     def strips(self, name: str, region: Region | None = None) -> list[Strips]:
-        """What fills a region of a target, or all of it; each element of the slice is filled once."""
+        """What fills a region of a target, or all of it: each element of the slice once, and none that is padding."""
         if region is None:
             region = region_of(tuple((0, size) for size in self.shape(name)))
         made = self._made[name]
@@ -228,7 +228,7 @@ def _strips(
         if axis in keyed:
             continue
         low, high = ranges[axis.name]
-        source = axis.source.step * out_of[axis.source.index]
+        source = axis.source.step and axis.source.step * out_of[axis.source.index]
         target = axis.target.step * into[axis.target.index]
         there += low * source
         here += low * target
@@ -263,7 +263,7 @@ def _stand(
         place = axis.target if target else axis.source
         if place.in_key:
             holes[place.index] += row * place.step
-        else:
+        elif place.step:
             at += row * (place.step * strides[place.index])
     slots = np.zeros(grid.shape[1], dtype=np.int64)
     for hole, size in zip(holes, stack, strict=True):
