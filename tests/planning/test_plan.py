@@ -173,6 +173,23 @@ def test_a_carry_over_whose_shape_the_config_contradicts_is_the_wrong_base():
     assert (finding.code, finding.key) == ("wrong-base", "m.q")
 
 
+def test_a_carry_over_speaks_of_its_books_part_of_the_model_only():
+    """The norms of the vision tower are no business of the language model's book."""
+    scope = Scope(below="language_model")
+    names = {"m.language_model.norm.weight": (3,), "m.vision_tower.norm.weight": (3,)}
+    with pytest.raises(UnmatchedKeysError) as caught:
+        build_plan(headers_of(names), [book_of(CARRY)], target_layout="new", scopes={"test": scope})
+    assert [f.key for f in caught.value.findings] == ["m.vision_tower.norm.weight"]
+    for to in ("new", "old"):
+        plan = build_plan(
+            headers_of(dict(list(names.items())[:1])),
+            [book_of(CARRY)],
+            target_layout=to,
+            scopes={"test": scope},
+        )
+        assert [g.names() for g in plan.targets()] == [["m.language_model.norm.weight"]]
+
+
 def test_unexplained_keys_are_errors_of_their_own_kind():
     book = book_of(equation_of(STACK) + CARRY)
     found = fails(book, {**experts(2), "m.odd.weight": (3,), "z": (1,)}, UnmatchedKeysError)
