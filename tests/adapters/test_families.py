@@ -21,6 +21,7 @@ from regraft.dialects.peft.config_check import PEFT_TYPES
 from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError
 from regraft.layouts import parse_layout
+from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.planning.model import ModelConfig
 from regraft.storage.safetensors import write_tensors
@@ -381,7 +382,7 @@ class Case:
         self.monkeypatch = monkeypatch
 
     def moved(self, tensors):
-        plan = build_plan(headers_of(tensors), [self.book], target_layout="transformers-v5")
+        plan = build_plan(headers_of(tensors), edges_to([self.book], "transformers-v5"))
         return apply_plan(plan, list(tensors.values()))
 
     def convert(self, via=None, weights=False, back=None):

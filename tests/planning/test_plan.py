@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from making import HEAD, book_of, equation_of, headers_of, plan_of, rule_book
 
 from regraft.errors import BadInputError, UnmatchedKeysError
+from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 
@@ -310,8 +311,7 @@ def test_several_books_work_side_by_side():
     )
     plan = build_plan(
         headers_of({"x.0": (2,), "v.0": (3,)}),
-        [one, other],
-        target_layout="new",
+        edges_to([one, other], "new"),
         scopes={"test": Scope({"n": 9}), "second": Scope({"n": 3})},
     )
     assert sorted(n for g in plan.targets() for n in g.names()) == ["w.0", "y.0"]
@@ -354,7 +354,7 @@ def test_a_random_plan_names_every_source_and_every_target_once(made):
 def test_a_book_that_leads_elsewhere_is_refused_by_name(to):
     book = book_of(equation_of(STACK, "stack") + CARRY)
     with pytest.raises(BadInputError) as caught:
-        build_plan(headers_of(experts(3)), [book], target_layout=to)
+        build_plan(headers_of(experts(3)), edges_to([book], to))
     (finding,) = caught.value.findings
     assert finding.code == "other-layouts"
     assert finding.where == book.path

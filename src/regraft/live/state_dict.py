@@ -12,6 +12,7 @@ from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, parse_layout
+from regraft.layouts.graph import Edge
 from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
@@ -387,7 +388,7 @@ def convert_model(
         return result
     shapes = {key: tuple(tensor.shape) for key, tensor in go.items()}
     book = imported.book(list(go), shapes)
-    plan = build_plan(_headers(go), [book], target_layout=layout, where="the state dict")
+    plan = build_plan(_headers(go), [Edge.to(book, layout)], where="the state dict")
     _note_rules(plan, report)
     made = apply_plan(plan, list(go.values()))
     twice = [key for key in made if key in result]

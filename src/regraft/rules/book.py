@@ -53,10 +53,9 @@ from regraft.equation.notation import (
 )
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
+from regraft.rules.direction import Direction, Side
 from regraft.rules.kinds import KINDS, OUT
 from regraft.storage.probe import open_regular
-
-Side = Literal["left", "right"]
 
 
 class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -143,10 +142,14 @@ class Rule:
     module: str = ""
     """The name of the module rule that it is a part of."""
 
-    def kinds(self, reverse: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def sides(self, direction: Direction) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+        """The terms of the side that is read and of the side that is written."""
+        return self.equation.sides(direction.backward)
+
+    def kinds(self, direction: Direction) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The kinds of the side that is read and of the side that is written."""
         kinds = (self.left_kinds, self.right_kinds)
-        return kinds[::-1] if reverse else kinds
+        return kinds[::-1] if direction.backward else kinds
 
     def __str__(self) -> str:
         return f"{self.book}/{self.name} ({self.where})"
@@ -247,6 +250,10 @@ class Book:
     """From the left names as a file spells them to those that are usual, where these differ."""
     module_rules: tuple[ModuleRule, ...] = ()
     """Of which some of the rules are parts."""
+
+    def layout(self, side: Side) -> str:
+        """The layout that a side speaks of."""
+        return self.left if side == "left" else self.right
 
     def usual_spelling(self) -> Book:
         """The book that leads from a file's own spelling of the left names to the usual one."""
@@ -480,12 +487,12 @@ class _Loader:
 
     def check_sizes(self, rule: str, equation: Equation, line: int) -> None:
         """Report a rule whose sizes cannot be known in both directions."""
-        for reverse, direction in ((False, "left to right"), (True, "right to left")):
-            loose = undetermined(equation, reverse)
+        for direction in Direction:
+            loose = undetermined(equation, direction.backward)
             if loose:
                 self.report(
                     "undetermined",
-                    f"{rule}: read {direction}, nothing says how large {', '.join(loose)} is",
+                    f"{rule}: read {direction.value}, nothing says how large {', '.join(loose)} is",
                     line,
                 )
 

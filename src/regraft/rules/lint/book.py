@@ -18,7 +18,8 @@ from typing import Literal
 from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import Axis, Equation, Key, Term, axes_of, parse_key
 from regraft.errors import BadInputError, Finding
-from regraft.rules.book import Book, Rule, Side, load_book, read_book
+from regraft.rules.book import Book, Rule, load_book, read_book
+from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.meet import covers, dims_meet, meet, segments_of, write_segment
 from regraft.rules.templates import specificity
