@@ -6,7 +6,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints.models import mixtral, write_folder
-from checkpoints.test_quantised import CONFIG, asymmetric, bits, fp8, gptq, method, quantised
+from checkpoints.quantised_samples import (
+    CONFIG,
+    GPT_OSS,
+    asymmetric,
+    bits,
+    fp8,
+    gpt_oss,
+    gptq,
+    method,
+    quantised,
+)
 
 import regraft
 from regraft.cli import main
@@ -116,31 +126,6 @@ def test_nvfp4_has_two_scales(tmp_path, writer):
     assert out.keys() == mixtral().keys()
     wanted = nvfp4_by_hand(packed, scales, second, writer != "modelopt")
     assert out[key + "weight"].tobytes() == wanted.tobytes()
-
-
-GPT_OSS = {
-    "model_type": "gpt_oss",
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_local_experts": 2,
-    "num_hidden_layers": 1,
-    "quantization_config": {"quant_method": "mxfp4"},
-}
-
-
-def gpt_oss():
-    at = "model.layers.0.mlp.experts."
-    return at, {
-        "model.embed_tokens.weight": np.zeros((4, 64), np.float32),
-        at + "gate_up_proj_blocks": bits(2, 64, 2, 16),
-        at + "gate_up_proj_scales": np.random.default_rng(3).integers(
-            90, 160, (2, 64, 2), np.uint8
-        ),
-        at + "gate_up_proj_bias": np.zeros((2, 64), np.float32),
-        at + "down_proj_blocks": bits(2, 64, 1, 16),
-        at + "down_proj_scales": np.random.default_rng(4).integers(90, 160, (2, 64, 1), np.uint8),
-        at + "down_proj_bias": np.zeros((2, 64), np.float32),
-    }
 
 
 def test_mxfp4_gives_what_transformers_gives(tmp_path):
