@@ -5,7 +5,9 @@ PYTHON ?= python3
 PIP = -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast lint format demo docs pictures golden bench parity clean python
+SECONDS = 60
+
+.PHONY: fuzz help setup test test-fast lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +68,9 @@ RELEASES = 5.4.0,5.12.0,5.16.0,5.23.0
 
 parity: .venv/.done ## compare with transformers, for every class that it converts, in several releases
 	@.venv/bin/python scripts/parity.py --releases $(RELEASES) --out docs/parity.md
+
+fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs and wrong results (SECONDS=600)
+	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
 
 clean: ## remove the environments, caches and builds
 	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

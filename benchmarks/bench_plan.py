@@ -27,6 +27,7 @@ from transformers.core_model_loading import (  # noqa: E402
     rename_source_key,
 )
 
+from regraft.layouts.graph import edges_to  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.planning.build import build_plan  # noqa: E402
 from regraft.planning.model import ModelConfig  # noqa: E402
@@ -120,8 +121,7 @@ def plan_with_regraft(parsed: ParsedHeaders, model: ModelConfig) -> Plan:
     books = [book for book in library() if book.name == "deepseek_v3"]
     return build_plan(
         Headers(group_names(parsed.names), parsed.shapes, parsed.dtypes),
-        books,
-        target_layout="transformers-v5",
+        edges_to(books, "transformers-v5"),
         scopes={book.name: model.scope_of(book.model_types) for book in books},
     )
 

@@ -34,6 +34,58 @@ GRANITE = {
     "num_local_experts": 16,
 }
 
+SMALL_MIXTRAL = {
+    **MIXTRAL,
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "max_position_embeddings": 512,
+    "num_key_value_heads": 4,
+    "vocab_size": 8000,
+}
+"""A layer of it has 182 MB, so that 1.1 GB are six of them."""
+QWEN = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "dtype": "bfloat16",
+    "head_dim": 32,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "vocab_size": 8000,
+}
+"""As many tensors as Qwen3-30B-A3B has, and each of them tiny."""
+
+
+def qwen_shapes(config, layers):
+    hidden, inner, width = (config[k] for k in ("hidden_size", "moe_intermediate_size", "head_dim"))
+    queries, values = (config[f"num_{k}_heads"] * width for k in ("attention", "key_value"))
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        for name, rows in (("q", queries), ("k", values), ("v", values)):
+            yield f"{at}self_attn.{name}_proj.weight", (rows, hidden)
+        yield f"{at}self_attn.o_proj.weight", (hidden, queries)
+        for name in ("q", "k"):
+            yield f"{at}self_attn.{name}_norm.weight", (width,)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}{name}.weight", (hidden,)
+        yield at + "mlp.gate.weight", (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            inside = f"{at}mlp.experts.{expert}."
+            yield inside + "gate_proj.weight", (inner, hidden)
+            yield inside + "up_proj.weight", (inner, hidden)
+            yield inside + "down_proj.weight", (hidden, inner)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (config["vocab_size"], hidden)
+
 
 def shapes_of(config, layers):
     hidden, inner, experts = (
@@ -63,15 +115,21 @@ def shapes_of(config, layers):
 
 
 def make(folder, config, gigabytes, holes=False):
-    """A checkpoint of random numbers in shards, one tensor in memory at a time; or of holes."""
-    folder.mkdir(parents=True)
+    """A checkpoint of about a size; see `write`."""
     per_layer = sum(2 * int(np.prod(s)) for n, s in shapes_of(config, 1) if ".layers." in n)
     layers = max(1, round(gigabytes * 1e9 / per_layer))
+    write(folder, config, layers, holes)
+
+
+def write(folder, config, layers, holes=False):
+    """A checkpoint of random numbers in shards, one tensor in memory at a time; or of holes."""
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps({**config, "num_hidden_layers": layers}, indent=2)
     )
+    shapes = (qwen_shapes if config["model_type"] == "qwen3_moe" else shapes_of)(config, layers)
     shards, size = [[]], 0
-    for name, shape in shapes_of(config, layers):
+    for name, shape in shapes:
         if size > SHARD:
             shards.append([])
             size = 0
@@ -140,7 +198,7 @@ def make_huge(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["mixtral", "granite", "huge"])
+    parser.add_argument("kind", choices=["mixtral", "granite", "huge", "small-mixtral", "qwen"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gb", type=float, default=2.2)
     parser.add_argument(
@@ -149,6 +207,10 @@ def main():
     options = parser.parse_args()
     if options.kind == "huge":
         make_huge(options.folder)
+        return
+    if options.kind in ("small-mixtral", "qwen"):
+        config, layers = (QWEN, 48) if options.kind == "qwen" else (SMALL_MIXTRAL, 6)
+        write(options.folder, config, layers, options.holes)
         return
     config = MIXTRAL if options.kind == "mixtral" else GRANITE
     make(options.folder, config, options.gb, options.holes)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPERATIONS, Cell
-from regraft.adapters.families.table import FAMILIES
+from regraft.adapters.families.table import all_families
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 
@@ -49,7 +49,7 @@ def page() -> str:
         f"|---|{'---|' * len(OPERATIONS)}",
     ]
     conditions: list[str] = []
-    for family in FAMILIES:
+    for family in all_families():
         signs = " | ".join(sign(family.cell(operation)) for operation in OPERATIONS)
         lines.append(f"| {family.title} | {signs} |")
         by_condition: dict[str, list[str]] = {}
@@ -61,7 +61,7 @@ def page() -> str:
         if told:
             conditions.append(f"- **{family.title}** {told}")
     formulas = ["| family | `peft_type` | makes of W | rank of the delta |", "|---|---|---|---|"]
-    for family in FAMILIES:
+    for family in all_families():
         kind = ", ".join(f"`{name}`" for name in family.types)
         formulas.append(f"| {family.title} | {kind} | {family.formula} | {family.rank or 'full'} |")
     return "\n".join(

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
@@ -54,7 +55,7 @@ def headers_of(tensors):
 
 def plan_of(book, tensors, to="new", config=None, shapes=None, **options):
     scopes = {book.name: Scope(config, shapes or {})}
-    return build_plan(headers_of(tensors), [book], target_layout=to, scopes=scopes, **options)
+    return build_plan(headers_of(tensors), edges_to([book], to), scopes=scopes, **options)
 
 
 def same_bits(one, other):

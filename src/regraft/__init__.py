@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from regraft.learning.diff import diff
     from regraft.learning.learn import learn
     from regraft.learning.watch import learn_from
+    from regraft.live.load import from_pretrained, load_checkpoint
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
     from regraft.report import Report
@@ -43,6 +44,7 @@ __all__ = [
     "convert_state_dict",
     "diff",
     "explain",
+    "from_pretrained",
     "inspect",
     "install",
     "installed",
@@ -50,6 +52,7 @@ __all__ = [
     "learn_from",
     "load_adapter",
     "load_book",
+    "load_checkpoint",
     "mapping",
     "only_books",
     "slices",
@@ -66,6 +69,8 @@ _LAZY = {
     "uninstall": "regraft.bridges.peft.hook",
     "Report": "regraft.report",
     "convert_state_dict": "regraft.live.state_dict",
+    "from_pretrained": "regraft.live.load",
+    "load_checkpoint": "regraft.live.load",
     "mapping": "regraft.live.mapping",
     "diff": "regraft.learning.diff",
     "learn": "regraft.learning.learn",

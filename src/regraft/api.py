@@ -15,6 +15,7 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
+from regraft.checkpoints.dequantize import dequantize_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.peft.saving import save_adapter
@@ -69,6 +70,7 @@ def convert(
     architecture: str | None = None,
     untie: bool = False,
     drop: Sequence[str] = (),
+    dequantize: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -110,6 +112,8 @@ def convert(
         untie: checkpoints only: where tied weights have other values, keep both, and write
             ``tie_word_embeddings: false`` into the result's config.
         drop: checkpoints only: where tied weights have other values, the names of those to leave out.
+        dequantize: checkpoints only: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. It changes numbers, and
+            the report says so.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -143,8 +147,24 @@ def convert(
                     jobs=jobs,
                     resume=resume,
                     overwrite=overwrite,
+                    dequantize=dequantize,
                 )
                 done = convert_in_place(src_path, dst_path, **options)
+            elif dequantize:
+                _check_options("they do not go with --dequantize", dry_run=dry_run, resume=resume)
+                del options["dry_run"]
+                done = dequantize_checkpoint(
+                    src_path,
+                    dst_path,
+                    shard_size=shard_size,
+                    dtype=dtype,
+                    jobs=jobs,
+                    overwrite=overwrite,
+                    drop=drop,
+                    tell=tell,
+                    progress=progress,
+                    **options,
+                )
             else:
                 done = convert_checkpoint(
                     src_path,
@@ -171,6 +191,7 @@ def convert(
             in_place=in_place,
             untie=untie,
             drop=drop,
+            dequantize=dequantize,
         )
         if layout.name not in LAYOUTS:
             message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"

@@ -14,13 +14,14 @@ from regraft.adapters import convert as conversion
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPERATIONS
-from regraft.adapters.families.table import FAMILIES
+from regraft.adapters.families.table import all_families
 from regraft.adapters.ranks import Options
 from regraft.arrays.apply import apply_plan
 from regraft.dialects.peft.config_check import PEFT_TYPES
 from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError
 from regraft.layouts import parse_layout
+from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.planning.model import ModelConfig
 from regraft.storage.safetensors import write_tensors
@@ -381,7 +382,7 @@ class Case:
         self.monkeypatch = monkeypatch
 
     def moved(self, tensors):
-        plan = build_plan(headers_of(tensors), [self.book], target_layout="transformers-v5")
+        plan = build_plan(headers_of(tensors), edges_to([self.book], "transformers-v5"))
         return apply_plan(plan, list(tensors.values()))
 
     def convert(self, via=None, weights=False, back=None):
@@ -436,7 +437,7 @@ def quiet():
         yield
 
 
-TITLES = {family.title: family for family in FAMILIES}
+TITLES = {family.title: family for family in all_families()}
 
 
 @pytest.mark.usefixtures("quiet")
@@ -464,7 +465,7 @@ def test_the_law_for_every_family_and_operation(title, operation, tmp_path, monk
 def test_every_family_that_can_do_more_than_follow_a_name_is_tested():
     able = {
         family.title
-        for family in FAMILIES
+        for family in all_families()
         if any(family.cell(op).rung != NONE or family.cell(op).better for op in OPERATIONS[1:])
     }
     assert able == {*MAKERS, "QA-LoRA"}  # PEFT makes a QA-LoRA on a quantised base only
@@ -490,6 +491,6 @@ def test_every_peft_type_has_a_family_or_is_bound_to_no_weight():
         "SHADOW",
         "XLORA",
     }
-    known = {name for family in FAMILIES for name in family.types}
+    known = {name for family in all_families() for name in family.types}
     assert known | unbound == PEFT_TYPES
     assert not known & unbound

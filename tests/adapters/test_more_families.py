@@ -11,10 +11,10 @@ from test_families import HEAD, SHAPES, Case, model_of
 from regraft.adapters import convert as conversion
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
-from regraft.adapters.families.frod import Adamss
-from regraft.adapters.families.lora_variants import variant_of
-from regraft.adapters.families.routed import Lily
-from regraft.adapters.families.svd_based import Osf
+from regraft.adapters.families.adamss import Adamss
+from regraft.adapters.families.lily import Lily
+from regraft.adapters.families.osf import Osf
+from regraft.adapters.families.table import family_of
 from regraft.adapters.ranks import Options
 from regraft.dialects.peft import unbound
 from regraft.dialects.peft.config import VARIANTS
@@ -408,7 +408,7 @@ def test_every_variant_of_lora_that_peft_has_is_known():
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica", "eva"])
 def test_what_only_starts_otherwise_is_a_plain_lora(init):
-    assert variant_of({"peft_type": "LORA", "init_lora_weights": init}) is None
+    assert family_of({"peft_type": "LORA", "init_lora_weights": init}) is None
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "pissa_niter_4"])

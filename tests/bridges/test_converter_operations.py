@@ -20,6 +20,7 @@ from regraft.bridges.transformers.operations import (  # noqa: E402
 )
 from regraft.equation.lower import check_equation  # noqa: E402
 from regraft.equation.notation import parse_equation  # noqa: E402
+from regraft.layouts.graph import edges_to  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.planning.build import build_plan  # noqa: E402
 from regraft.planning.model import Scope  # noqa: E402
@@ -58,7 +59,7 @@ def book_of(chain, sources, targets):
 def moved(book, state, to):
     names, tensors = list(state), [t.numpy() for t in state.values()]
     headers = Headers(group_names(names), [t.shape for t in tensors], ["I64"] * len(names))
-    plan = build_plan(headers, [book], target_layout=to, scopes={"one": Scope()})
+    plan = build_plan(headers, edges_to([book], to), scopes={"one": Scope()})
     return {key: torch.tensor(array) for key, array in apply_plan(plan, tensors).items()}
 
 

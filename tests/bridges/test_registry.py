@@ -25,6 +25,7 @@ from regraft.arrays.apply import apply_plan  # noqa: E402
 from regraft.bridges.transformers import registry  # noqa: E402
 from regraft.bridges.transformers.imported import import_model  # noqa: E402
 from regraft.errors import BadInputError, RefusedError, RegraftError, UnmatchedKeysError  # noqa: E402
+from regraft.layouts.graph import edges_to  # noqa: E402
 from regraft.names.keys import group_names  # noqa: E402
 from regraft.names.live import skeleton_of  # noqa: E402
 from regraft.planning.build import build_plan  # noqa: E402
@@ -94,7 +95,7 @@ def converted(model, state, to, key_mapping=None):
     names = list(state)
     shapes = [tuple(v.shape) for v in state.values()]
     headers = Headers(group_names(names), shapes, ["F64"] * len(names))
-    plan = build_plan(headers, [book], target_layout=to, scopes={book.name: Scope()})
+    plan = build_plan(headers, edges_to([book], to), scopes={book.name: Scope()})
     return apply_plan(plan, list(state.values()))
 
 
@@ -260,16 +261,16 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
     buffer = "encoder.layers.0.blocks.0.attention.self.relative_position_index"
     book = imported.book([buffer])
     headers = Headers(group_names([buffer]), [(4, 4)], ["I64"])
-    plan = build_plan(headers, [book], target_layout=NEW, scopes={book.name: Scope()})
+    plan = build_plan(headers, edges_to([book], NEW), scopes={book.name: Scope()})
     assert [(d.group.names(), d.drop.why) for d in plan.dropped] == [
         ([buffer], "the model computes it itself")
     ]
     assert "dropped" in str(plan)
-    back = build_plan(Headers([], [], []), [book], target_layout=OLD, scopes={book.name: Scope()})
+    back = build_plan(Headers([], [], []), edges_to([book], OLD), scopes={book.name: Scope()})
     assert len(back.lacking()) == 1
     with pytest.raises(UnmatchedKeysError):
         other = Headers(group_names(["encoder.mystery"]), [(4,)], ["F32"])
-        build_plan(other, [book], target_layout=NEW, scopes={book.name: Scope()})
+        build_plan(other, edges_to([book], NEW), scopes={book.name: Scope()})
 
 
 def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
+from making import book_of, equation_of
 
 import regraft
 from regraft.arrays.apply import apply_plan
@@ -16,6 +17,7 @@ from regraft.checkpoints.source import open_checkpoint
 from regraft.checkpoints.verify import verify
 from regraft.errors import AmbiguousError, BadInputError, RefusedError, UnmatchedKeysError
 from regraft.report import Report
+from regraft.rules.book import only_books
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
@@ -192,6 +194,67 @@ def test_two_types_in_one_target_are_refused(tmp_path):
     with pytest.raises(RefusedError, match=r"F16|F32"):
         convert(src, tmp_path / "out")
     assert beside(src) == ["src"]
+
+
+@pytest.mark.parametrize(("dtype", "row"), [("F4", 4), ("F6_E2M3", 6)])
+def test_elements_below_a_byte_are_not_cut_or_joined(tmp_path, dtype, row):
+    """Counted in whole bytes they would have the size zero, and zeros would be written in their place."""
+    tensors = mixtral(inner=8)
+    experts = [name for name in tensors if ".experts." in name]
+    tensors |= {name: np.arange(8 * row, dtype=np.uint8).reshape(8, row) for name in experts}
+    src = write_folder(tmp_path / "src", tensors, {**MIXTRAL, "intermediate_size": 8})
+    file = src / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:end])
+    for name in experts:
+        head[name] |= {"dtype": dtype, "shape": [8, 8]}
+    text = json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(RefusedError) as caught:
+        convert(src, tmp_path / "out")
+    assert {f.code for f in caught.value.findings} == {"packed"}
+    assert beside(src) == ["src"]
+    assert convert(src, tmp_path / "same", V4).written
+    same = (tmp_path / "same" / "model.safetensors").read_bytes()
+    assert same.endswith(data[end:])
+
+
+@pytest.mark.parametrize("empty", ["hidden", "inner"])
+def test_tensors_without_elements_are_moved_like_others(tmp_path, empty):
+    tensors = mixtral(**{empty: 0})
+    field = {"hidden": "hidden_size", "inner": "intermediate_size"}[empty]
+    src = write_folder(tmp_path / "src", tensors, {**MIXTRAL, field: 0})
+    convert(src, tmp_path / "out")
+    new = tensors_of(tmp_path / "out")
+    inner, hidden = (0, 8) if empty == "inner" else (6, 0)
+    assert new["model.layers.1.mlp.experts.gate_up_proj"].shape == (3, 2 * inner, hidden)
+    assert new["model.layers.1.mlp.experts.down_proj"].shape == (3, hidden, inner)
+    convert(tmp_path / "out", tmp_path / "back", V4)
+    back = tensors_of(tmp_path / "back")
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in tensors.items()}
+    assert all(np.array_equal(back[n], t) for n, t in tensors.items())
+
+
+def test_rows_that_are_long_and_none_at_all(tmp_path):
+    """Long runs are cut by rows, of which there are none here."""
+    book = book_of(
+        equation_of(
+            "x.{l}.w : o (a + b) == y.{l}.w : o a, z.{l}.w : o b where a = config.half", "halves"
+        )
+    )
+    tensors = {"x.0.w": np.zeros((0, 1 << 16), np.float32), "x.1.w": np.ones((2, 1 << 16), "f4")}
+    src = write_folder(tmp_path / "src", tensors, {"model_type": "test", "half": 1 << 15})
+    with only_books([book]):
+        convert(src, tmp_path / "out", "new")
+    new = tensors_of(tmp_path / "out")
+    assert {n: t.shape[0] for n, t in new.items()} == {
+        "y.0.w": 0,
+        "z.0.w": 0,
+        "y.1.w": 2,
+        "z.1.w": 2,
+    }
+    assert new["z.1.w"].all()
 
 
 def test_unaligned_sources_are_laid_out_aligned(tmp_path):

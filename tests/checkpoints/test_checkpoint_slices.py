@@ -130,9 +130,9 @@ def test_tensors_beside_weights_are_cut_with_them(tmp_path):
     whole = converted(src, tmp_path / "out")
     scales = [name for name in whole if "scale" in name]
     assert scales
-    found = regraft.slices(src, to=V5, names=scales, box=lambda _, shape: [(1, 3), (0, 1)])
+    found = regraft.slices(src, to=V5, names=scales, box=lambda _, shape: [(0, 1), (0, 1)])
     for name, array in found.read().items():
-        assert bits(array) == bits(whole[name][1:3, 0:1])
+        assert bits(array) == bits(whole[name][0:1, 0:1])
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -1,11 +1,39 @@
 """Quantised experts: kept one by one where the loader reads them so, else refused by the method's name."""
 
 import json
+import sys
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints.models import MIXTRAL, mixtral, write_folder
+from checkpoints.models import mixtral, write_folder
+from checkpoints.quantised_samples import (
+    CONFIG,
+    CT,
+    F8,
+    F32,
+    asymmetric,
+    awq,
+    bits,
+    bnb4,
+    bnb8,
+    eetq,
+    fp8,
+    gptq,
+    hqq,
+    int8,
+    method,
+    modelopt,
+    nvfp4,
+    packed,
+    per_channel,
+    quantised,
+    quanto,
+    torchao,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import quantised_page
 
 import regraft
 from regraft.checkpoints.verify import verify
@@ -13,152 +41,6 @@ from regraft.errors import RefusedError
 from regraft.storage.safetensors import open_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
-CONFIG = {**MIXTRAL, "hidden_size": 32, "intermediate_size": 16}
-F8, F32 = ml_dtypes.float8_e4m3fn, np.float32
-BYTES = np.random.default_rng(0)
-
-
-def bits(*shape, dtype=np.uint8):
-    info = np.iinfo(dtype)
-    return BYTES.integers(info.min, info.max, shape, dtype, endpoint=True)
-
-
-def fp8(out, into):
-    return {
-        "weight": bits(out, into, dtype=np.int8).astype(F8),
-        "weight_scale_inv": np.ones((-(-out // 16), -(-into // 16)), F32),
-    }
-
-
-def per_channel(out, into):
-    return {
-        "weight": bits(out, into, dtype=np.int8).astype(F8),
-        "weight_scale": np.ones((out, 1), F32),
-    }
-
-
-def gptq(out, into):
-    return {
-        "qweight": bits(into // 8, out, dtype=np.int32),
-        "qzeros": bits(into // 8, out // 8, dtype=np.int32),
-        "scales": np.ones((into // 8, out), np.float16),
-        "g_idx": np.arange(into, dtype=np.int32),
-    }
-
-
-def awq(out, into):
-    return {
-        "qweight": bits(into, out // 8, dtype=np.int32),
-        "qzeros": bits(into // 8, out // 8, dtype=np.int32),
-        "scales": np.ones((into // 8, out), np.float16),
-    }
-
-
-def packed(out, into):
-    return {
-        "weight_packed": bits(out, into // 8, dtype=np.int32),
-        "weight_scale": np.ones((out, into // 16), F32),
-        "weight_shape": np.array([out, into], np.int64),
-    }
-
-
-def asymmetric(out, into):
-    return {**packed(out, into), "weight_zero_point": bits(out // 8, into // 16, dtype=np.int32)}
-
-
-def nvfp4(out, into):
-    return {
-        "weight_packed": bits(out, into // 2),
-        "weight_scale": np.ones((out, into // 16), F8),
-        "weight_global_scale": np.ones(1, F32),
-        "input_global_scale": np.ones(1, F32),
-    }
-
-
-def modelopt(out, into):
-    return {
-        "weight": bits(out, into // 2),
-        "weight_scale": np.ones((out, into // 16), F8),
-        "weight_scale_2": np.ones((), F32),
-        "input_scale": np.ones((), F32),
-    }
-
-
-def int8(out, into):
-    return {
-        "weight": bits(out, into, dtype=np.int8),
-        "weight_scale": np.ones((out, 1), F32),
-    }
-
-
-def bnb4(out, into):
-    state = json.dumps({"quant_type": "nf4", "shape": [out, into]}).encode()
-    return {
-        "weight": bits(out * into // 2, 1),
-        "weight.absmax": np.ones(out * into // 64, F32),
-        "weight.quant_map": np.ones(16, F32),
-        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
-    }
-
-
-def bnb8(out, into):
-    return {
-        "weight": bits(out, into, dtype=np.int8),
-        "SCB": np.ones(out, F32),
-        "weight_format": np.zeros((), np.uint8),
-    }
-
-
-def torchao(out, into):
-    return {
-        "_weight_qdata": bits(out, into, dtype=np.int8),
-        "_weight_scale": np.ones((out, 1), F32),
-    }
-
-
-def hqq(out, into):
-    return {
-        "W_q": bits(out // 2, into),
-        "scale": np.ones((out, 1), np.float16),
-        "zero": np.ones((out, 1), np.float16),
-        "shape": np.array([out, into], np.int64),
-    }
-
-
-def eetq(out, into):
-    return {
-        "weight": bits(into, out, dtype=np.int8),
-        "weight_scales": np.ones(out, np.float16),
-    }
-
-
-def quanto(out, into):
-    return {
-        "weight._data": bits(out, into, dtype=np.int8),
-        "weight._scale": np.ones((out, 1), F32),
-        "input_scale": np.ones((), F32),
-        "output_scale": np.ones((), F32),
-    }
-
-
-def quantised(make, *, attention=False):
-    """A Mixtral whose experts, or whose attention, are quantised."""
-    tensors = {}
-    for name, tensor in mixtral(32, 16).items():
-        if tensor.ndim == 2 and ("self_attn" if attention else "experts") in name:
-            module = name.removesuffix("weight")
-            out, into = tensor.shape
-            tensors |= {module + leaf: part for leaf, part in make(out, into).items()}
-        else:
-            tensors[name] = tensor
-    return tensors
-
-
-def method(name, **more):
-    return {**CONFIG, "quantization_config": {"quant_method": name, **more}}
-
-
-CT = "compressed-tensors"
 KEPT = [
     (fp8, method("fp8", weight_block_size=[16, 16])),
     (fp8, CONFIG),
@@ -173,7 +55,7 @@ REFUSED = [
     (awq, CONFIG, "AWQ"),
     (asymmetric, method(CT, format="pack-quantized"), "zero points"),
     (nvfp4, method(CT, format="nvfp4-pack-quantized"), "nvfp4-pack-quantized"),
-    (nvfp4, CONFIG, "nvfp4-pack-quantized"),
+    (nvfp4, CONFIG, "second scale"),
     (int8, method(CT, format="int-quantized"), "int-quantized"),
     (modelopt, method("modelopt", quant_algo="NVFP4"), "NVFP4"),
     (modelopt, CONFIG, "NVFP4"),
@@ -342,3 +224,10 @@ def test_stacked_scales_are_refused_where_the_target_is_no_modules_weight(tmp_pa
     src = write_folder(tmp_path / "src", tensors, config)
     with pytest.raises(RefusedError, match="quantised with FP8"):
         regraft.convert(src, tmp_path / "out", to=V5, source=V4)
+
+
+@pytest.mark.slow
+def test_the_page_says_what_happens():
+    assert quantised_page.PAGE.read_text(encoding="utf-8") == quantised_page.page(), (
+        "run scripts/quantised_page.py"
+    )

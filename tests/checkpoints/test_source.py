@@ -10,10 +10,10 @@ from checkpoints.models import mixtral, write_folder
 
 import regraft
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
-from regraft.checkpoints.torch_zip import read_zip
 from regraft.checkpoints.verify import verify
 from regraft.errors import BadInputError
 from regraft.storage.safetensors import open_tensors, write_tensors
+from regraft.storage.torch_file import read_torch
 
 INDEX = "model.safetensors.index.json"
 
@@ -158,7 +158,7 @@ class TestTorch:
             "f": torch.zeros(0, 3),
         }
         self.save(tmp_path / "x.bin", state)
-        infos = read_zip(tmp_path / "x.bin")
+        infos = read_torch(tmp_path / "x.bin")
         data = (tmp_path / "x.bin").read_bytes()
         for name, tensor in state.items():
             info = infos[name]
@@ -171,7 +171,7 @@ class TestTorch:
         torch = pytest.importorskip("torch")
         self.save(tmp_path / "x.bin", {"a": torch.ones(3, 4).t()})
         with pytest.raises(BadInputError, match="do not lie in a row"):
-            read_zip(tmp_path / "x.bin")
+            read_torch(tmp_path / "x.bin")
 
     @pytest.mark.parametrize("what", [print, zipfile.ZipFile, np.dtype])
     def test_code_is_never_run(self, tmp_path, what):
@@ -182,7 +182,7 @@ class TestTorch:
         with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"a": Evil()}))
         with pytest.raises(BadInputError, match="only plain tensors"):
-            read_zip(tmp_path / "x.bin")
+            read_torch(tmp_path / "x.bin")
 
     def test_storages_that_lie(self, tmp_path):
         self.save(tmp_path / "x.bin", self.state())
@@ -190,4 +190,4 @@ class TestTorch:
         for cut in (100, len(data) // 2, len(data) - 10):
             (tmp_path / "cut.bin").write_bytes(data[:cut])
             with pytest.raises(BadInputError):
-                read_zip(tmp_path / "cut.bin")
+                read_torch(tmp_path / "cut.bin")

@@ -42,6 +42,12 @@ BAD = [
     ("x : a i, b i == (a + b) i", "this term has no key", None),
     ("{*p}.x : a == x : a", r"same {\*", None),
     ("x.{l} : a, y : b == z.{l} : (a + b)", "holds the loop", "y : b"),
+    ("x.{l} : a == y.{l} : a where a < 3", "a is no loop, so it has a size", "a < 3"),
+    (
+        "x.{e} : a == y : e a where e < config.experts",
+        "e is no loop, so it has a size",
+        "e < config",
+    ),
 ]
 
 

@@ -273,3 +273,13 @@ def test_nothing_lands():
         solve(walk(nn.Linear(2, 2)), ["weight"])
     told = solve(walk(Holder(net=vit(), head=nn.Linear(2, 2))), ["head.weight"])
     assert told.carried == {"head.weight": "head.weight"} and not told.parts
+
+
+def test_a_model_saved_twice_in_one_file_is_read_once_under_each_wrapper():
+    """Two names of one tensor do not make the bare reading the one that most keys support."""
+    first = [f"module.{key}" for key in VIT]
+    second = [f"_orig_mod.{key}" for key in VIT[:5]]
+    told = solve(walk(vit()), [*first, *second])
+    parts = [(part.prefix, len(part.keys), len(part.doubles)) for part in told.parts]
+    assert parts == [("module.", len(VIT), 0), ("_orig_mod.", 5, 0)]
+    assert not told.unmatched and not told.carried

@@ -13,6 +13,7 @@ from transformers import conversion_mapping, core_model_loading
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import import_model
 from regraft.errors import RegraftError
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
 from regraft.names.live import skeleton_of
 from regraft.planning.build import build_plan
@@ -90,7 +91,7 @@ def convert(state, books, to):
         [str(t.dtype) for t in state.values()],
     )
     scopes = {book.name: Scope() for book in books}
-    plan = build_plan(headers, books, target_layout=to, scopes=scopes)
+    plan = build_plan(headers, edges_to(books, to), scopes=scopes)
     return plan, apply_plan(plan, list(state.values()))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from making import HEAD, book_of, equation_of, headers_of, plan_of, rule_book
 
 from regraft.errors import BadInputError, UnmatchedKeysError
+from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 
@@ -173,6 +174,23 @@ def test_a_carry_over_whose_shape_the_config_contradicts_is_the_wrong_base():
     assert (finding.code, finding.key) == ("wrong-base", "m.q")
 
 
+def test_a_carry_over_speaks_of_its_books_part_of_the_model_only():
+    """The norms of the vision tower are no business of the language model's book."""
+    scope = Scope(below="language_model")
+    names = {"m.language_model.norm.weight": (3,), "m.vision_tower.norm.weight": (3,)}
+    with pytest.raises(UnmatchedKeysError) as caught:
+        build_plan(headers_of(names), [book_of(CARRY)], target_layout="new", scopes={"test": scope})
+    assert [f.key for f in caught.value.findings] == ["m.vision_tower.norm.weight"]
+    for to in ("new", "old"):
+        plan = build_plan(
+            headers_of(dict(list(names.items())[:1])),
+            [book_of(CARRY)],
+            target_layout=to,
+            scopes={"test": scope},
+        )
+        assert [g.names() for g in plan.targets()] == [["m.language_model.norm.weight"]]
+
+
 def test_unexplained_keys_are_errors_of_their_own_kind():
     book = book_of(equation_of(STACK) + CARRY)
     found = fails(book, {**experts(2), "m.odd.weight": (3,), "z": (1,)}, UnmatchedKeysError)
@@ -293,8 +311,7 @@ def test_several_books_work_side_by_side():
     )
     plan = build_plan(
         headers_of({"x.0": (2,), "v.0": (3,)}),
-        [one, other],
-        target_layout="new",
+        edges_to([one, other], "new"),
         scopes={"test": Scope({"n": 9}), "second": Scope({"n": 3})},
     )
     assert sorted(n for g in plan.targets() for n in g.names()) == ["w.0", "y.0"]
@@ -337,7 +354,7 @@ def test_a_random_plan_names_every_source_and_every_target_once(made):
 def test_a_book_that_leads_elsewhere_is_refused_by_name(to):
     book = book_of(equation_of(STACK, "stack") + CARRY)
     with pytest.raises(BadInputError) as caught:
-        build_plan(headers_of(experts(3)), [book], target_layout=to)
+        build_plan(headers_of(experts(3)), edges_to([book], to))
     (finding,) = caught.value.findings
     assert finding.code == "other-layouts"
     assert finding.where == book.path

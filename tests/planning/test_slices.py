@@ -45,6 +45,13 @@ EQUATIONS = {
         "q.{l} : q ..., k.{l} : k ... == a.{l} : (q + k) ... where q = 3, k = 2",
         {"q.0": (3, 4, 2, 3), "k.0": (2, 4, 2, 3)},
     ),
+    "written to all": ("a.{l} : v i == b.{l}.{t} : v i where t = 3, copies t", {"a.0": (4, 5)}),
+    "written to all, in one": ("a.{l} : (h d) i == b.{l} : (h t d) i where h = 2, t = 3, copies t", {"a.0": (8, 5)}),
+    "read from the first": (
+        "b.{l}.{t} : v i == a.{l} : v i where t = 3, copies t",
+        {f"b.0.{t}": (4, 5) for t in range(3)}),
+    "padded": ("a.{l} : v i == b.{l} : (v + p) i where v = 5, p = 3, fill p = 0", {"a.0": (5, 4)}),
+    "padding cut off": ("b.{l} : (v + p) i == a.{l} : v i where v = 5, p = 3, fill p = 0", {"b.0": (8, 4)}),
     "an open shape that is none": (
         "q.{l} : q ..., k.{l} : k ... == a.{l} : (q + k) ... where q = 3, k = 2",
         {"q.0": (3,), "k.0": (2,)},
@@ -53,7 +60,14 @@ EQUATIONS = {
 
 
 def filled(shapes, dtype=np.uint16):
-    """Arrays of shapes whose elements all differ, in the dtype's range."""
+    """Arrays of shapes whose elements all differ, in the dtype's range; copies are equal, and padding is zero."""
+    if "b.0.0" in shapes and "b.0.2" in shapes and len({*shapes.values()}) == 1:
+        one = filled({"b.0.0": shapes["b.0.0"]}, dtype)["b.0.0"]
+        return dict.fromkeys(shapes, one)
+    if "b.0" in shapes:
+        array = np.zeros(shapes["b.0"], dtype)
+        array[:5] = filled({"a": (5, *shapes["b.0"][1:])}, dtype)["a"]
+        return {"b.0": array}
     at = 0
     arrays = {}
     for name, shape in shapes.items():
@@ -76,7 +90,14 @@ def test_every_slice_is_that_of_the_whole(name):
         for box in boxes(target.shape, name):
             want = cut(target, box)
             assert same_bits(
-                gathered(slicer.strips(key, region_of(box)), arrays, want.shape, target.dtype), want
+                gathered(
+                    slicer.strips(key, region_of(box)),
+                    arrays,
+                    want.shape,
+                    target.dtype,
+                    name == "padded",
+                ),
+                want,
             )
 
 
@@ -110,7 +131,10 @@ def test_a_region_is_its_ranges_side_by_side(name):
         indices = [[i for low, high in ranges for i in range(low, high)] for ranges in region]
         want = target[np.ix_(*indices)]
         assert want.shape == shape_of_region(region)
-        assert same_bits(gathered(slicer.strips(key, region), arrays, want.shape, want.dtype), want)
+        assert same_bits(
+            gathered(slicer.strips(key, region), arrays, want.shape, want.dtype, name == "padded"),
+            want,
+        )
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 6), (2, 3, 5), (1, 8)])

@@ -7,6 +7,7 @@ from making import HEAD, book_of, equation_of
 from regraft.equation import check_equation, undetermined
 from regraft.errors import BadInputError
 from regraft.rules.book import books_for, library, load_book
+from regraft.rules.direction import Direction
 from regraft.rules.kinds import KINDS
 
 
@@ -28,8 +29,8 @@ def test_a_book_holds_rules_with_their_lines_and_kinds():
     book = book_of(body)
     (rule,) = book.rules
     assert str(rule) == f"test/fuse (test.toml:{line_of(HEAD + body, '[[equation]]')})"
-    assert rule.kinds() == (("linear", "linear"), ("linear",))
-    assert rule.kinds(reverse=True) == (("linear",), ("linear", "linear"))
+    assert rule.kinds(Direction.FORWARD) == (("linear", "linear"), ("linear",))
+    assert rule.kinds(Direction.BACKWARD) == (("linear",), ("linear", "linear"))
 
 
 def test_all_that_is_wrong_comes_together_with_file_and_line():

@@ -14,6 +14,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
 from regraft.arrays.apply import apply_plan
 from regraft.errors import Finding, RefusedError
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Weights
@@ -41,6 +42,7 @@ class BaseWeights:
 
     def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
         self.known, self.layout, self.weights = known, layout, weights
+        self._edges = edges_to(known.books, layout)
         self._moved: Plan | None = None
         self._places: dict[str, tuple[int, int]] | None = None
         self._last: tuple[tuple[int, int], dict[str, Any]] | None = None
@@ -151,9 +153,8 @@ class BaseWeights:
         headers = Headers(groups, shapes, [arrays[i].dtype.name for i in range(len(names))])
         self._moved = build_plan(
             headers,
-            self.known.books,
-            target_layout=self.layout,
-            scopes=dict(self.known.scopes),
+            self._edges,
+            scopes=self.known.scopes,
             where=self.known.model.path if self.known.model is not None else None,
         )
         self._arrays = arrays
@@ -170,10 +171,9 @@ class BaseWeights:
     def _is_other(self, groups: Iterable[Any]) -> bool:
         """Whether the checkpoint has names that only the other layout has."""
         groups = list(groups)
-        for book in self.known.books:
-            here = book.right == self.layout
-            for rule in book.rules:
-                read, written = rule.equation.sides(not here)
+        for edge in self._edges:
+            for rule in edge.book.rules:
+                read, written = edge.sides(rule)
                 mine = {str(t.key) for t in written}
                 for term in read:
                     if term.key is None or str(term.key) in mine:

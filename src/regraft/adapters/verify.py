@@ -38,6 +38,7 @@ from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import Source, find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
@@ -531,9 +532,8 @@ def moved_pieces(
     known = before.known
     plan = build_plan(
         before.headers,
-        known.books,
-        target_layout=target,
-        scopes=dict(known.scopes),
+        edges_to(known.books, target),
+        scopes=known.scopes,
         partial=True,
         guess=lambda rule, axis, seen: seen,
         where=before.source.where,
@@ -554,9 +554,8 @@ def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
     known = before.known
     plan: Plan = build_plan(
         headers,
-        known.books,
-        target_layout=target,
-        scopes=dict(known.scopes),
+        edges_to(known.books, target),
+        scopes=known.scopes,
         where=before.source.where,
         unmatched_fix=known.unmatched_fix,
     )

@@ -1,4 +1,4 @@
-"""The arrays reader: carry out a plan on tensors in memory, numpy's or torch's."""
+"""The arrays reader: carry out a plan on tensors, numpy's or torch's, or such as are not read yet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from regraft.arrays.lazy import Lazy, apply_lazily
 from regraft.arrays.move import as_words, move, view_of
 from regraft.equation.lower import Copy, Nest, Padding, nest_of, strides_of
 from regraft.equation.notation import Term
@@ -21,6 +22,8 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
 
     Raises ``BadInputError`` where tensors of different dtypes would become one.
     """
+    if tensors and isinstance(tensors[0], Lazy):
+        return apply_lazily(plan, tensors)
     result: dict[str, Any] = {}
     findings: list[Finding] = []
     for entry in plan.entries:

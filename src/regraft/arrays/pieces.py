@@ -223,7 +223,7 @@ def _copies(
     """The copies of an entry whose axes have other sizes; ``lowered`` keeps those of one entry."""
     key = tuple(sizes.values())
     if key not in lowered:
-        lowered[key] = lower(entry.rule.equation, sizes, entry.reverse)
+        lowered[key] = lower(entry.rule.equation, sizes, entry.direction.backward)
     return lowered[key]
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from regraft.arrays.lazy import Lazy
 from regraft.names.live import walk_modules
 
 
@@ -26,6 +27,8 @@ def fault_of(value: Any) -> tuple[str, str] | None:
     A tensor is plain if its elements lie in memory one by one, and are real numbers: bits are moved, and a packed,
     sparse or quantised tensor has others, or more than it shows.
     """
+    if isinstance(value, Lazy):
+        return None
     name = type(value).__name__
     torch = sys.modules.get("torch")
     if type(value).__module__.partition(".")[0] in ("numpy", "ml_dtypes"):
@@ -69,9 +72,9 @@ def _sub_byte(torch: Any) -> frozenset[Any]:
 
 
 def place(tensor: Any, like: Any) -> Any:
-    """A tensor as sharded as another one."""
+    """A tensor as sharded as another one; what is not read yet is read in parts later."""
     mesh = getattr(like, "device_mesh", None)
-    if mesh is None or getattr(tensor, "device_mesh", None) is not None:
+    if mesh is None or isinstance(tensor, Lazy) or getattr(tensor, "device_mesh", None) is not None:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -51,7 +51,9 @@ _OF_PARAMETERS = {
 }
 """What the names of a stacked parameter's companions end in, the longest first, and the suffix that it is."""
 _ENDS = (*(f".{leaf}" for leaf in (*BESIDE, *PACKED)), *_OF_PARAMETERS, *STACKED)
-_FIX = "convert the model before it is quantised"
+_FIX = (
+    "convert the model as it was before it was quantised, or with --dequantize (FP8, MXFP4, NVFP4)"
+)
 _NARROW = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"})
 """Types that quantised weights are stored in."""
 _NAMED_IN_METADATA = frozenset({"torchao"})
@@ -418,7 +420,7 @@ def _add(
         _add_single(moves, entry, keys, sources, source, refuse)
         return
     sizes = _grid(entry, sources, tensors, companions.block, refuse)
-    copies = lower(entry.rule.equation, sizes, entry.reverse)
+    copies = lower(entry.rule.equation, sizes, entry.direction.backward)
     add_entry(moves, entry, keys, copies, sizes, sources, tensors)
 
 

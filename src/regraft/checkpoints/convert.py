@@ -28,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 _TORCH = (".bin", ".pt", ".pth")
 _SLACK = 2 << 20
+_MOST_JOBS = 256
 """What the threads' stacks, the units in flight and the report take."""
 
 
@@ -131,6 +132,9 @@ def _count_jobs(jobs: int | None) -> int:
         return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
     if jobs < 1:
         raise BadInputError(Finding("bad-jobs", f"at least one worker is needed, not {jobs}"))
+    if jobs > _MOST_JOBS:
+        message = f"at most {_MOST_JOBS} workers can be had, not {jobs}"
+        raise BadInputError(Finding("bad-jobs", message, fix="leave --jobs out, or give fewer"))
     return jobs
 
 

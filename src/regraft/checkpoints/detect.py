@@ -11,8 +11,9 @@ from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
+from regraft.layouts.graph import Edge, edges_to
 from regraft.names.keys import Group
-from regraft.planning.build import build_plan, check_layouts
+from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
@@ -121,7 +122,8 @@ def _layout_of(
 ) -> tuple[str | None, str]:
     """The layout, ``None`` where the names are the same in every one; and what told it."""
     if given is not None:
-        check_layouts(books, given)
+        for book in books:
+            Edge.out_of(book, given)
         return given, "its layout was given"
     seen = one_layout(
         (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
@@ -187,12 +189,12 @@ def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Pla
 
     Raises what `build_plan` raises.
     """
-    check_layouts(known.books, target)
+    edges = edges_to(known.books, target)
     if known.layout == target:
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
-        return build_plan(headers, books, target_layout=target, where=where) if books else None
+        return build_plan(headers, edges_to(books, target), where=where) if books else None
     rest = known.unstacked.without(headers)
-    plan = build_plan(rest, known.books, target_layout=target, scopes=known.scopes, where=where)
+    plan = build_plan(rest, edges, scopes=known.scopes, where=where)
     return known.unstacked.beside(plan, headers)
 
 
@@ -218,9 +220,8 @@ def _book_by_names(headers: Headers, where: str) -> Book:
         if not evidence:
             continue
         layout = evidence[0][0]
-        target = book.right if layout == book.left else book.left
         try:
-            plan = build_plan(headers, [book], target_layout=target, where=where)
+            plan = build_plan(headers, [Edge.out_of(book, layout)], where=where)
         except RegraftError:
             continue
         outcomes.setdefault(frozenset(g.template for g in plan.targets()), book)

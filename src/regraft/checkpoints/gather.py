@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,11 @@ class Files:
         """
         with self._lock:
             if number not in self._open:
-                self._open[number] = open_source(self.sources[number])
+                source = self.sources[number]
+                try:
+                    self._open[number] = open_source(source)
+                except OSError as error:
+                    raise changed(source.path, error.strerror or "it is gone") from None
             return self._open[number]
 
     def check(self) -> None:
@@ -89,6 +94,16 @@ class Fill:
     strips: Sequence[Strips]
     item: int
     """Bytes of an element."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the strips leave elements out, which are zero then."""
+        return covered(self.strips) * self.item < self.view.nbytes
+
+
+def covered(strips: Sequence[Strips]) -> int:
+    """How many elements some strips fill."""
+    return sum(len(one) * prod(one.sizes) for one in strips)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +143,7 @@ class Reads:
 
 def long_runs(strips: Strips, item: int) -> bool:
     """Whether some strips are read run by run."""
-    return strips.run == int(np.prod(strips.sizes)) or strips.run * item >= _GATHERED
+    return strips.run == prod(strips.sizes) or strips.run * item >= _GATHERED
 
 
 def reads_of(fills: Sequence[Fill], tensors: Tensors) -> tuple[Reads, list[tuple[int, Strips]]]:
@@ -197,6 +212,9 @@ def fill_slices(
     Raises:
         BadInputError: a file changed, or ended early. What is in the slices then has no meaning.
     """
+    for fill in fills:
+        if fill.is_padded:
+            fill.view[...] = 0
     reads, tiled = reads_of(fills, tensors)
     views = [fill.view.data for fill in fills]
     tasks: list[Callable[[], int]] = [
@@ -320,8 +338,7 @@ def byte_runs(strips: Sequence[Strips], tensors: Tensors, item: int) -> list[tup
     if not columns:
         return []
     files, starts, ends = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    order = np.lexsort((starts, files))
-    files, starts, ends = files[order], starts[order], ends[order]
+    files, starts, ends = np.unique(np.stack([files, starts, ends]), axis=1)
     fresh = np.ones(len(files), dtype=np.bool_)
     fresh[1:] = (files[1:] != files[:-1]) | (starts[1:] != ends[:-1])
     heads = np.flatnonzero(fresh)
@@ -331,8 +348,9 @@ def byte_runs(strips: Sequence[Strips], tensors: Tensors, item: int) -> list[tup
 
 
 def _by_source(strips: Strips) -> Strips:
-    """The same elements in the order of the source, as if the target had that order, too."""
-    order = sorted(range(len(strips.sizes)), key=lambda i: -strips.source_strides[i])
+    """The same elements in the order of the source, as if the target had that order, too; copies of one once."""
+    loops = (i for i, step in enumerate(strips.source_strides) if step)
+    order = sorted(loops, key=lambda i: -strips.source_strides[i])
     sizes: list[int] = []
     strides: list[int] = []
     for i in order:

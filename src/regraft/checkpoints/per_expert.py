@@ -18,11 +18,13 @@ from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.quantization import Quantization
 from regraft.equation.notation import parse_equation
 from regraft.errors import Finding, RefusedError
+from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.direction import Direction
 from regraft.rules.templates import match_group
 
 Flags = npt.NDArray[np.bool_]
@@ -84,7 +86,7 @@ def find_unstacked(
             continue
         part = Headers(groups, companions.headers.shapes, companions.headers.dtypes)
         alone = replace(book, rules=rules, carries=(), drops=(), gaps=())
-        plan = build_plan(part, [alone], target_layout=book.right, scopes=dict(scopes), where=where)
+        plan = build_plan(part, [Edge(alone, Direction.FORWARD)], scopes=scopes, where=where)
         rows = [_quantised_rows(entry, weights) for entry in plan.entries]
         _check_complete(plan.entries, rows, companions, told)
         ids = [np.zeros(0, dtype=np.int64)]

@@ -19,8 +19,10 @@ import numpy as np
 from regraft.checkpoints.gather import Bytes, Files, Fill, byte_runs, fill_slices
 from regraft.checkpoints.moves import Moves, size_of
 from regraft.checkpoints.prepare import Prepared
+from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.source import Source, Tensors
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.planning.plan import Plan
 from regraft.planning.slices import Region, Slicer, Strips, shape_of_region
 from regraft.storage.dtypes import DTYPES
 
@@ -114,8 +116,10 @@ class SlicesReport:
 class Slices(Sequence[Slice]):
     """Slices of one checkpoint, in the order of the result's tensors."""
 
-    def __init__(self, source: Source, layout: str, items: Iterable[Slice]) -> None:
-        self.source, self.layout = source, layout
+    def __init__(
+        self, source: Source, layout: str, items: Iterable[Slice], plan: Plan | None = None
+    ) -> None:
+        self.source, self.layout, self.plan = source, layout, plan
         self._items = tuple(items)
 
     def __len__(self) -> int:
@@ -156,7 +160,8 @@ class Slices(Sequence[Slice]):
             jobs: how many threads read; as many as there are cores where it is not given.
 
         Raises:
-            BadInputError: a file changed since its header was read; a buffer does not fit.
+            BadInputError: a file changed since its header was read; a buffer does not fit; copies that would become one
+                tensor differ.
         """
         out = out or {}
         targets = [item.target for item in self._items]
@@ -172,6 +177,8 @@ class Slices(Sequence[Slice]):
             fills.append(Fill(view, item.strips, max(1, DTYPES[item.dtype].bits // 8)))
         if findings:
             raise BadInputError(findings)
+        if self.plan is not None:
+            check_reads(self.plan, self.source)
         with Files(self.source.files) as files:
             fill_slices(fills, self.source.tensors, files, jobs or os.cpu_count() or 1)
             files.check()
@@ -251,7 +258,7 @@ def cut(
         items.append(Slice(name, shape, dtype, region, tuple(strips), ready.source))
     if findings:
         raise BadInputError(findings)
-    return Slices(ready.source, ready.report.target_layout, items)
+    return Slices(ready.source, ready.report.target_layout, items, ready.plan)
 
 
 def slicer_of(moves: Moves, tensors: Tensors) -> Slicer:

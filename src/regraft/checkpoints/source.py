@@ -175,6 +175,29 @@ def open_checkpoint(path: Path) -> Source:
     )
 
 
+def open_weights(paths: Iterable[Path]) -> Source:
+    """The weights files that somebody else has found, as one checkpoint without a config; see `open_checkpoint`.
+
+    Raises ``BadInputError``.
+    """
+    files: list[File] = []
+    parts: list[tuple[Mapping[str, TensorInfo], int]] = []
+    findings: list[Finding] = []
+    for path in paths:
+        try:
+            opened, tensors = _open_file(path)
+        except RegraftError as error:
+            findings += error.findings
+            continue
+        files.append(opened)
+        parts.append((tensors, opened.data_start))
+    root = files[0].path.parent if files else Path()
+    findings = findings or _check_names(root, files, [part for part, _ in parts], None)
+    if findings:
+        raise BadInputError(findings)
+    return Source(str(root), root, tuple(files), _columns(parts), None, None, ())
+
+
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
     metadata: dict[str, Any] = {}
@@ -266,9 +289,9 @@ def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
     with file:
         stamp = Stamp.of(path, file.fileno())
     if path.suffix == ".bin":
-        from regraft.checkpoints.torch_zip import read_zip
+        from regraft.storage.torch_file import read_torch
 
-        tensors: Mapping[str, TensorInfo] = read_zip(path)
+        tensors: Mapping[str, TensorInfo] = read_torch(path)
         metadata: Mapping[str, str] = {"format": "pt"}
         data_start = 0
     else:

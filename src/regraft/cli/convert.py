@@ -68,6 +68,11 @@ from regraft.cli.output import Output
     multiple=True,
     help="Checkpoints: where tied weights have other values, leave this one out. May be given more than once.",
 )
+@click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Checkpoints: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. This changes numbers.",
+)
 @options.html
 @click.option(
     "--verify",

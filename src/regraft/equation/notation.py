@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 
 from regraft.errors import BadInputError, Finding
 
@@ -254,6 +255,22 @@ class Equation:
         return sides + (f" where {clauses}" if clauses else "")
 
 
+_LONGEST_EQUATION, _MOST_PIECES = 20_000, 4096
+
+
+def count_pieces(expr: Expr) -> int:
+    """Into how many pieces the sums of an expression cut what it stands for.
+
+    >>> count_pieces(parse_equation("((a + b) (c + d + e)) == x").left[0].dims[0])
+    6
+    """
+    if isinstance(expr, Axis):
+        return 1
+    if isinstance(expr, Sum):
+        return sum(map(count_pieces, expr.terms))
+    return prod(map(count_pieces, expr.factors)) if isinstance(expr, Product) else 1
+
+
 def notation_error(
     text: str, at: int, message: str, *, where: str | None = None, code: str = "notation"
 ) -> BadInputError:
@@ -317,6 +334,11 @@ def parse_equation(text: str) -> Equation:
 
     Raises ``BadInputError`` with the equation and a mark under the part that is wrong.
     """
+    if len(text) > _LONGEST_EQUATION:
+        message = (
+            f"an equation has at most {_LONGEST_EQUATION} characters, and this one {len(text)}"
+        )
+        raise notation_error(text[:100], 0, message)
     scanner = _Scanner(text)
     left = scanner.side(("==",))
     scanner.expect("==", "an equation has two sides with == between them")
@@ -329,6 +351,14 @@ def parse_equation(text: str) -> Equation:
     scanner.skip()
     if scanner.at < len(text):
         raise scanner.error("this was not expected here")
+    for term in (*left, *right):
+        holes = term.key.holes if term.key is not None else ()
+        pieces = prod(count_pieces(expr) for expr in (*holes, *term.dims))
+        if pieces > _MOST_PIECES:
+            message = (
+                f"its sums cut {term} into {pieces} pieces, and at most {_MOST_PIECES} are moved"
+            )
+            raise notation_error(text[:1000], 0, message)
     where = tuple(c for c in clauses if isinstance(c, Where))
     bounds = tuple(c for c in clauses if isinstance(c, Bound))
     copies = tuple(c.axis for c in clauses if isinstance(c, Copies))

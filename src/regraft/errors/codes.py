@@ -284,6 +284,13 @@ class Code(Enum):
         "correct it",
         "a field of `adapter_config.json`",
     )
+    SLOW_PATTERN = (
+        "slow-pattern",
+        Part.ADAPTER,
+        "a regular expression takes too long",
+        "name the modules one by one, or write it without a repetition inside another",
+        "more than 2 seconds, for all of one config",
+    )
     PEFT_TYPE = (
         "peft-type",
         Part.ADAPTER,
@@ -779,14 +786,14 @@ class Code(Enum):
         Part.FILES,
         "torch is not installed",
         "`pip install 'regraft[torch]'`",
-        "reading an `adapter_model.bin` needs it",
+        "the matrices of this family are drawn by it",
     )
     BAD_TORCH_FILE = (
         "bad-torch-file",
         Part.FILES,
-        "torch cannot load the file",
+        "torch did not write the file",
         "save it again as safetensors",
-        "as weights only",
+        "or it is cut off",
     )
     NOT_TENSORS = (
         "not-tensors",
@@ -1010,6 +1017,19 @@ class Code(Enum):
         "the memory does not fit",
         "give a writable array of the slice's shape and type",
         "a slice cannot be read into the memory that was given: too small, read-only, with gaps",
+    )
+    HALF_LOADED = (
+        "half-loaded",
+        Part.LIVE,
+        "tensors of the model were being written",
+        "load the model again before it is used",
+        "loading failed while bytes went straight into memory that the model had: a GPU's, or a shard's",
+    )
+    PLACEMENT = (
+        "placement",
+        Part.LIVE,
+        "a tensor is spread in an unknown way",
+        "spread it with `Shard` and `Replicate`, in parts that divide where two mesh dims cut one dim",
     )
     PARALLEL_PLAN = (
         "parallel-plan",

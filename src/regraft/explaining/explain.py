@@ -21,11 +21,12 @@ from regraft.explaining.near import closest, part_ways
 from regraft.explaining.subject import SHARED, Name, Subject, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
 from regraft.layouts import parse_layout
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import Group, group_names
-from regraft.planning.build import build_plan, check_layouts
+from regraft.planning.build import build_plan
 from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
-from regraft.rules.book import Book, Carry, Rule, own_layouts
+from regraft.rules.book import Book, Carry, own_layouts
 from regraft.rules.templates import Match, match_group, specificity
 
 _NEAR = 3
@@ -52,18 +53,18 @@ def explain(
     known = Path(model) if model is not None else None
     with taken_for(architecture):
         subject = open_subject(Path(src), to, known, source)
-    check_layouts(subject.books, layout)
     return _Search(subject, key, layout).explain()
 
 
 class _Search:
     def __init__(self, subject: Subject, key: str, to: str) -> None:
         self.subject, self.key, self.to = subject, key, to
+        self.edges = edges_to(subject.books, to)
         found = _find(subject, key)
         self.name = found
         source = subject.layout
-        if source is None and subject.books:
-            source = next((_other(book, to) for book in subject.books), None)
+        if source is None and self.edges:
+            source = self.edges[0].source
         self.explanation = Explanation(
             subject.where,
             key,
@@ -137,23 +138,20 @@ class _Search:
             return None
         return tuple(self.subject.headers.shapes[number])
 
-    def read(self, book: Book, rule: Rule) -> tuple[Term, ...]:
-        return rule.equation.sides(book.left == self.to)[0]
-
     def claims(self, group: Group) -> list[Claim]:
         """The terms that match a key, the closest first."""
         shape = self.shape(group)
         found = []
-        for book in self.subject.books:
-            scope = self.subject.scopes.get(book.name, Scope())
-            for rule in book.rules:
-                for term in self.read(book, rule):
+        for edge in self.edges:
+            scope = self.subject.scopes.get(edge.book.name, Scope())
+            for rule in edge.book.rules:
+                for term in edge.sides(rule)[0]:
                     match = match_group(term.key, group) if term.key is not None else None
                     if match is None or not scope.admits(group.template):
                         continue
                     if shape is None or _fits(term, len(shape)):
                         found.append(
-                            Claim(book, rule, term, match, specificity(term, rule.equation))
+                            Claim(edge, rule, term, match, specificity(term, rule.equation))
                         )
         return sorted(found, key=lambda claim: claim.rank, reverse=True)
 
@@ -162,7 +160,7 @@ class _Search:
         made = replace(
             self.explanation,
             fate="moved",
-            rule=f"{best.book.name}/{best.rule.name}",
+            rule=f"{best.rule.book}/{best.rule.name}",
             where=best.rule.where,
             equation=best.rule.equation.text.strip(),
             values=values_of(best.term, best.match),
@@ -174,8 +172,8 @@ class _Search:
             return replace(
                 made,
                 problems=problems,
-                sources=tuple(unsized(best, True, best.book.left == self.to)),
-                targets=tuple(unsized(best, False, best.book.left == self.to)),
+                sources=tuple(unsized(best, True)),
+                targets=tuple(unsized(best, False)),
             )
         entry, row = found
         return with_entry(made, plan, entry, row, self.explanation.base)
@@ -186,14 +184,13 @@ class _Search:
         if subject.plan is not None or not subject.shapes_known:
             return subject.plan, subject.problems
         headers = subject.headers
-        family = family_of(best, headers, self.read(best.book, best.rule))
+        family = family_of(best, headers, best.edge.sides(best.rule)[0])
         part = Headers(family, headers.shapes, headers.dtypes)
         try:
             plan = build_plan(
                 part,
-                [best.book],
-                target_layout=self.to,
-                scopes=dict(subject.scopes),
+                [best.edge],
+                scopes=subject.scopes,
                 where=subject.where,
             )
         except RegraftError as error:
@@ -207,9 +204,8 @@ class _Search:
                 headers = self.subject.headers
                 build_plan(
                     Headers((group,), headers.shapes, headers.dtypes),
-                    [book],
-                    target_layout=self.to,
-                    scopes=dict(self.subject.scopes),
+                    edges_to([book], self.to),
+                    scopes=self.subject.scopes,
                     where=self.subject.where,
                 )
             except RegraftError as error:
@@ -292,16 +288,16 @@ class _Search:
         """The rules that come closest, each with the place where they part."""
         shape = self.shape(group)
         found: list[tuple[float, Near]] = []
-        for book in self.subject.books:
+        for edge in self.edges:
+            book = edge.book
             scope = self.subject.scopes.get(book.name, Scope())
-            read_layout = _other(book, self.to)
             for rule in book.rules:
                 name = f"{book.name}/{rule.name}"
-                read, written = rule.equation.sides(book.left == self.to)
+                read, written = edge.sides(rule)
                 for term in (*read, *written):
                     if term.key is None:
                         continue
-                    layout = read_layout if term in read else self.to
+                    layout = edge.source if term in read else self.to
                     if match_group(term.key, group) is not None:
                         why, cost = self.whole_match(term, scope, group, shape, layout), 0.1
                         found.append((cost, Near(name, rule.where, str(term), why)))
@@ -368,9 +364,9 @@ class _Search:
     def claims_by_name(self, group: Group) -> bool:
         return any(
             term.key is not None and match_group(term.key, group) is not None
-            for book in self.subject.books
-            for rule in book.rules
-            for term in self.read(book, rule)
+            for edge in self.edges
+            for rule in edge.book.rules
+            for term in edge.sides(rule)[0]
         )
 
     def whole_plan(self) -> Plan | None:
@@ -380,9 +376,8 @@ class _Search:
         try:
             return build_plan(
                 subject.headers,
-                subject.books,
-                target_layout=self.to,
-                scopes=dict(subject.scopes),
+                self.edges,
+                scopes=subject.scopes,
                 where=subject.where,
             )
         except RegraftError:
@@ -399,10 +394,6 @@ def _find(subject: Subject, key: str) -> Name | None:
             if name.base == wanted:
                 return name
     return None
-
-
-def _other(book: Book, layout: str) -> str:
-    return book.left if book.right == layout else book.right
 
 
 def _fits(term: Term, dims: int) -> bool:

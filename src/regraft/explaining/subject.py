@@ -246,9 +246,10 @@ def _adapter_names(
 def _parameters(
     books: Sequence[Book], layout: str | None, modules: Group
 ) -> tuple[str, ...] | None:
-    for book in books:
-        side = "right" if book.right == layout else "left"
-        for table in book.parameters:
-            if side in table.sides and match_group(table.module, modules) is not None:
-                return table.names
-    return None
+    tables = (
+        table
+        for book in books
+        for table in book.parameters
+        if any(book.layout(side) == layout for side in table.sides)
+    )
+    return next((t.names for t in tables if match_group(t.module, modules) is not None), None)

@@ -10,10 +10,11 @@ import numpy as np
 from regraft.equation.lower import Copy
 from regraft.equation.notation import Equation, Term, loops_of
 from regraft.explaining.explanation import End, Explanation, Piece
+from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
 from regraft.names.patterns import patterns
 from regraft.planning.plan import Entry, Headers, Plan, walk
-from regraft.rules.book import Book, Rule
+from regraft.rules.book import Rule
 from regraft.rules.indices import given_names, reading_of
 from regraft.rules.templates import Match, match_group
 
@@ -22,7 +23,7 @@ from regraft.rules.templates import Match, match_group
 class Claim:
     """A term of a rule that a key matches, and how closely."""
 
-    book: Book
+    edge: Edge
     rule: Rule
     term: Term
     match: Match
@@ -82,11 +83,11 @@ def locate(plan: Plan, base: str | None) -> tuple[Entry, int] | None:
     return None
 
 
-def unsized(best: Claim, reading: bool, reverse: bool) -> Iterator[End]:
+def unsized(best: Claim, reading: bool) -> Iterator[End]:
     """The terms of a rule where sizes are not known: holes stay holes, except those that are."""
     values = values_of(best.term, best.match)
     loops = loops_of(best.rule.equation)
-    sides, kinds = best.rule.equation.sides(reverse), best.rule.kinds(reverse)
+    sides, kinds = best.edge.sides(best.rule), best.rule.kinds(best.edge.direction)
     for term, kind in zip(sides[not reading], kinds[not reading], strict=True):
         key = str(term.key)
         for name, value in values.items():

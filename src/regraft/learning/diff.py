@@ -15,6 +15,7 @@ from regraft.dialects.peft.source import find_adapters, open_adapter
 from regraft.errors import RegraftError
 from regraft.explaining.subject import Subject, open_subject
 from regraft.layouts import parse_layout
+from regraft.layouts.graph import edges_to
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
@@ -174,9 +175,8 @@ class _Comparison:
         try:
             plan = build_plan(
                 one.headers,
-                one.books,
-                target_layout=other.layout,
-                scopes=dict(one.scopes),
+                edges_to(one.books, other.layout),
+                scopes=one.scopes,
                 where=one.where,
             )
         except RegraftError as error:

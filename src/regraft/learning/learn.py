@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -542,17 +543,20 @@ def arrays_of(state: State) -> dict[str, Any]:
     """A state dict as numpy's arrays; torch's tensors without a copy where that can be."""
     arrays = {}
     for key, value in state.items():
-        arrays[key] = _array(value, key) if hasattr(value, "detach") else np.asarray(value)
+        arrays[key] = _array(value) if hasattr(value, "detach") else np.asarray(value)
     return arrays
 
 
-def _array(tensor: Any, key: str) -> Any:
+def _array(tensor: Any) -> Any:
     """A torch tensor as an array, types that numpy has not among them."""
     import torch
 
-    from regraft.storage.bin import to_numpy
-
-    return to_numpy(torch, tensor.detach().cpu().contiguous(), "a state dict", key)
+    name = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.detach().cpu().contiguous()
+    if not name.startswith(("bfloat16", "float8")):
+        return plain.numpy()
+    word = torch.int16 if name == "bfloat16" else torch.uint8
+    return plain.view(word).numpy().view(getattr(ml_dtypes, name))
 
 
 def _config_beside(path: Path) -> Config | None:

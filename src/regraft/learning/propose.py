@@ -20,6 +20,7 @@ import numpy as np
 from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_equation
 from regraft.errors import RegraftError
+from regraft.layouts.graph import Edge
 from regraft.learning.blocks import Finder, natural
 from regraft.learning.content import Bits, Tensor, digest
 from regraft.learning.relate import (
@@ -366,7 +367,7 @@ def plan_names(
     shapes = [tensors[n].shape for n in wanted]
     headers = Headers(group_names(wanted), shapes, [tensors[n].dtype for n in wanted])
     try:
-        return build_plan(headers, [book], target_layout=layout, scopes={book.name: Scope(config)})
+        return build_plan(headers, [Edge.to(book, layout)], scopes={book.name: Scope(config)})
     except RegraftError:
         return None  # the caller says that the book is not verified
 

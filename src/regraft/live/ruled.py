@@ -13,10 +13,11 @@ from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.making import RIGHT
 from regraft.checkpoints.detect import detect_by_books, make_plan
 from regraft.errors import AmbiguousError
+from regraft.layouts.graph import Edge, edges_to
 from regraft.names.keys import group_names
 from regraft.names.live import LiveModel
 from regraft.names.skeleton import Skeleton
-from regraft.planning.build import build_plan, check_layouts
+from regraft.planning.build import build_plan
 from regraft.planning.model import ModelConfig, Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, books_for
@@ -55,7 +56,7 @@ class Ruled:
             found = None
         sides = (self.books[0].left, self.books[0].right)
         layout = found or (RIGHT if RIGHT in sides else self.books[0].right)
-        check_layouts(self.books, layout)
+        edges_to(self.books, layout)
         return layout
 
     @cached_property
@@ -79,12 +80,9 @@ class Ruled:
 
         Raises ``UnmatchedKeysError`` where the books do not explain all of the model's tensors.
         """
-        book = self.books[0]
-        other = book.left if book.right == self.layout else book.right
         return build_plan(
             _headers(self._own_shapes()),
-            self.books,
-            target_layout=other,
+            [Edge.out_of(book, self.layout) for book in self.books],
             scopes=self.scopes,
             where=self.name,
         )

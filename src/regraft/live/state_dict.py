@@ -12,6 +12,7 @@ from regraft.bridges.transformers.imported import Imported
 from regraft.bridges.transformers.making import RIGHT
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts import LAYOUTS, parse_layout
+from regraft.layouts.graph import Edge
 from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
@@ -208,7 +209,7 @@ def _models(
         tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
         imported = mapping.imported[part.model]
         try:
-            new = _convert(imported, tensors, layout or imported.layout, report)
+            new = convert_model(imported, tensors, layout or imported.layout, report)
         except RegraftError as error:
             findings += error.findings
             kept = imported.skeleton.tensors.keys() - imported.changed
@@ -356,7 +357,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one.shape == other.shape and one.dtype == other.dtype and (one == other).all())
 
 
-def _convert(
+def convert_model(
     imported: Imported | Ruled, tensors: Tensors, layout: str, report: StateDictReport
 ) -> Tensors:
     """One model's tensors in a layout: those that are there already stay, the others are planned.
@@ -387,7 +388,7 @@ def _convert(
         return result
     shapes = {key: tuple(tensor.shape) for key, tensor in go.items()}
     book = imported.book(list(go), shapes)
-    plan = build_plan(_headers(go), [book], target_layout=layout, where="the state dict")
+    plan = build_plan(_headers(go), [Edge.to(book, layout)], where="the state dict")
     _note_rules(plan, report)
     made = apply_plan(plan, list(go.values()))
     twice = [key for key in made if key in result]

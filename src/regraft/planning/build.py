@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from regraft.equation.sizes import (
     solve_sizes,
 )
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.layouts.graph import Edge, edges_to
 from regraft.names.keys import Group, Ints
 from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
@@ -40,61 +41,49 @@ from regraft.rules.templates import (
 
 def build_plan(
     headers: Headers,
-    books: Sequence[Book],
+    edges: Sequence[Edge] | Sequence[Book],
     *,
-    target_layout: str,
-    scopes: dict[str, Scope] | None = None,
+    target_layout: str | None = None,
+    scopes: Mapping[str, Scope] | None = None,
     partial: bool = False,
     guess: Guess | None = None,
     where: str | None = None,
     unmatched_fix: str = "check the prefix and the model, or add the key to a rule book",
 ) -> Plan:
-    """Plan the conversion of some tensors to a layout.
+    """Plan the conversion of some tensors along some edges, which all lead to one layout.
 
     ``scopes`` gives each book's config; ``partial`` allows tensors to be absent (an adapter need not adapt
     everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
     in messages, ``unmatched_fix`` what to do about keys that nothing explains.
 
-    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``: above all for a
-    book that does not lead to the layout.
+    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
     """
-    check_layouts(books, target_layout)
-    builder = _Builder(
-        headers, books, target_layout, scopes or {}, partial, guess, where, unmatched_fix
+    edges = tuple(
+        each if isinstance(each, Edge) else Edge.to(each, target_layout or "") for each in edges
     )
+    builder = _Builder(headers, edges, scopes or {}, partial, guess, where, unmatched_fix)
     return builder.build()
 
 
 def check_layouts(books: Iterable[Book], layout: str) -> None:
     """Raises ``BadInputError`` for books that do not know a layout: they lead from and to others."""
-    findings = [
-        Finding(
-            "other-layouts",
-            f"rule book {book.name} leads between {book.left} and {book.right}, and {layout} is neither",
-            where=book.path,
-            fix=f"say --to {book.left} or --to {book.right}, or give a rule book that knows {layout}",
-        )
-        for book in books
-        if layout not in (book.left, book.right)
-    ]
-    if findings:
-        raise BadInputError(findings)
+    edges_to(books, layout)
 
 
 class _Builder:
     def __init__(
         self,
         headers: Headers,
-        books: Sequence[Book],
-        target_layout: str,
-        scopes: dict[str, Scope],
+        edges: tuple[Edge, ...],
+        scopes: Mapping[str, Scope],
         partial: bool,
         guess: Guess | None,
         where: str | None,
         unmatched_fix: str,
     ) -> None:
         self.unmatched_fix = unmatched_fix
-        self.headers, self.books, self.target = headers, tuple(books), target_layout
+        self.headers, self.edges = headers, edges
+        self.books = tuple(edge.book for edge in edges)
         self.scopes, self.where = scopes, where
         self.sources = Sources(headers, partial, guess, where)
         self.unmatched: list[Finding] = []
@@ -114,28 +103,14 @@ class _Builder:
                 BadInputError if self.sources.findings else UnmatchedKeysError
             )
             raise kind([*self.sources.findings, *self.unmatched])
-        source = next(
-            (b.left if b.right == self.target else b.right for b in self.books), self.target
-        )
-        return Plan(
-            source,
-            self.target,
-            self.books,
-            self.headers,
-            tuple(entries),
-            tuple(carried),
-            tuple(self.dropped),
-        )
-
-    def reverse(self, book: Book) -> bool:
-        return book.left == self.target
+        return Plan(self.edges, self.headers, tuple(entries), tuple(carried), tuple(self.dropped))
 
     def claims(self) -> dict[Rule, list[Claim]]:
         found: list[tuple[Specificity, Claim]] = []
-        for book in self.books:
-            scope = self.scopes.get(book.name, Scope())
-            for rule in book.rules:
-                for number, term in enumerate(rule.equation.sides(self.reverse(book))[0]):
+        for edge in self.edges:
+            scope = self.scopes.get(edge.book.name, Scope())
+            for rule in edge.book.rules:
+                for number, term in enumerate(edge.sides(rule)[0]):
                     for group in self.headers.groups:
                         claim = self.claim(rule, number, term, group, scope)
                         if claim is not None:
@@ -232,9 +207,9 @@ class _Builder:
         known = self.lasts.get((rule, name, rests))
         if known is not None:
             return known
-        book = next(b for b in self.books if rule in b.rules)
+        edge = next(e for e in self.edges if rule in e.book.rules)
         found: list[int] = []
-        for term in rule.equation.sides(self.reverse(book))[0]:
+        for term in edge.sides(rule)[0]:
             assert term.key is not None
             for at, hole in enumerate(term.key.holes):
                 if tuple(axes_of(hole)) != (name,):
@@ -256,10 +231,10 @@ class _Builder:
         by_rests: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
         for claim in claims:
             by_rests[claim.match.rests].append(claim)
-        book = next(b for b in self.books if rule in b.rules)
-        reverse, scope = self.reverse(book), self.scopes.get(book.name, Scope())
+        edge = next(e for e in self.edges if rule in e.book.rules)
+        scope = self.scopes.get(edge.book.name, Scope())
         for rests, same in by_rests.items():
-            yield from Family(self.sources, rule, reverse, scope, rests, same).entries()
+            yield from Family(self.sources, rule, edge.direction, scope, rests, same).entries()
 
     def carry(self) -> list[Carried]:
         carried: list[Carried] = []
@@ -289,10 +264,9 @@ class _Builder:
 
     def drop(self, group: Group) -> Group:
         """Note down what the target layout has no use for; what is left."""
-        for book in self.books:
-            side = "right" if self.reverse(book) else "left"
-            for drop in book.drops:
-                if side not in drop.sides or not len(group):
+        for edge in self.edges:
+            for drop in edge.book.drops:
+                if edge.reads not in drop.sides or not len(group):
                     continue
                 match = match_group(drop.key, group)
                 if match is None:
@@ -350,13 +324,13 @@ class _Builder:
                 )
 
     def report_unmatched(self, group: Group) -> None:
-        for book in self.books:
-            for rule in book.rules:
-                for term in rule.equation.sides(self.reverse(book))[1]:
+        for edge in self.edges:
+            for rule in edge.book.rules:
+                for term in edge.sides(rule)[1]:
                     if term.key is not None and match_group(term.key, group) is not None:
                         self.sources.report(
                             "mixed-layouts",
-                            f"this key is already in the layout {self.target}, beside keys that are not"
+                            f"this key is already in the layout {edge.target}, beside keys that are not"
                             f"{_others(group)}",
                             key=group.name(0),
                             rule=str(rule),

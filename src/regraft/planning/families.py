@@ -26,6 +26,7 @@ from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, keys_of
 from regraft.rules.book import Rule
+from regraft.rules.direction import Direction
 from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import Match, match_group, write_group
 
@@ -91,15 +92,15 @@ class Family:
         self,
         sources: Sources,
         rule: Rule,
-        reverse: bool,
+        direction: Direction,
         scope: Scope,
         rests: tuple[str, ...],
         claims: list[Claim],
     ) -> None:
         self.sources, self.rule, self.rests = sources, rule, rests
-        self.reverse, self.scope = reverse, scope
+        self.direction, self.scope = direction, scope
         self.givens = claims[0].givens
-        self.read, self.written = rule.equation.sides(self.reverse)
+        self.read, self.written = rule.sides(direction)
         self.loop_names = loops_of(rule.equation)
         self.holes = tuple(stacked_holes(rule.equation, term) for term in self.read)
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
@@ -224,10 +225,10 @@ class Family:
         sizes |= self.givens
         if not self._check_numbers(loops[members], sizes):
             return None
-        copies = lower(self.rule.equation, sizes, self.reverse)
+        copies = lower(self.rule.equation, sizes, self.direction.backward)
         return Entry(
             self.rule,
-            self.reverse,
+            self.direction,
             self.rests,
             loops[members],
             sizes,

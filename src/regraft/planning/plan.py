@@ -21,8 +21,10 @@ from regraft.equation.lower import (
 )
 from regraft.equation.notation import Expr, Term, axes_of
 from regraft.equation.sizes import extent, shape_of
+from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
 from regraft.rules.book import Book, Carry, Drop, Rule
+from regraft.rules.direction import Direction
 from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
 
@@ -72,7 +74,7 @@ class Entry:
     """
 
     rule: Rule
-    reverse: bool
+    direction: Direction
     rests: tuple[str, ...]
     loops: Ints
     """(loop values, numbers in ``{*p}`` and loops)."""
@@ -89,11 +91,11 @@ class Entry:
     @property
     def repeats(self) -> tuple[Copy, ...]:
         """What must be equal among the tensors that are read: both ends of each copy are on that side."""
-        return repeats(self.rule.equation, self.sizes, self.reverse)
+        return repeats(self.rule.equation, self.sizes, self.direction.backward)
 
     def paddings(self, written: bool) -> tuple[Padding, ...]:
         """The padding of the tensors that are written, or of those that are read."""
-        return paddings(self.rule.equation, self.sizes, written, self.reverse)
+        return paddings(self.rule.equation, self.sizes, written, self.direction.backward)
 
     @property
     def renames(self) -> bool:
@@ -109,22 +111,22 @@ class Entry:
     @property
     def read(self) -> tuple[Term, ...]:
         """The terms of the side that is read."""
-        return self.rule.equation.sides(self.reverse)[0]
+        return self.rule.sides(self.direction)[0]
 
     @property
     def written(self) -> tuple[Term, ...]:
         """The terms of the side that is written."""
-        return self.rule.equation.sides(self.reverse)[1]
+        return self.rule.sides(self.direction)[1]
 
     @property
     def read_kinds(self) -> tuple[str, ...]:
         """The kinds of the side that is read."""
-        return self.rule.kinds(self.reverse)[0]
+        return self.rule.kinds(self.direction)[0]
 
     @property
     def written_kinds(self) -> tuple[str, ...]:
         """The kinds of the side that is written."""
-        return self.rule.kinds(self.reverse)[1]
+        return self.rule.kinds(self.direction)[1]
 
     def shape(self, term: Term) -> tuple[int, ...]:
         """The shape of a term's tensors."""
@@ -229,21 +231,32 @@ class Dropped:
 class Plan:
     """Where everything goes. Frozen, printable, and splittable: entries do not depend on each other."""
 
-    source_layout: str
-    target_layout: str
-    books: tuple[Book, ...]
+    edges: tuple[Edge, ...]
+    """The books that were read, each with its direction."""
     headers: Headers
     entries: tuple[Entry, ...]
     carried: tuple[Carried, ...]
     dropped: tuple[Dropped, ...] = ()
 
+    @property
+    def source_layout(self) -> str:
+        """The layout that is read; empty where no book speaks of anything."""
+        return self.edges[0].source if self.edges else ""
+
+    @property
+    def target_layout(self) -> str:
+        """The layout that is written; empty where no book speaks of anything."""
+        return self.edges[-1].target if self.edges else ""
+
+    @property
+    def books(self) -> tuple[Book, ...]:
+        """The books that were read."""
+        return tuple(edge.book for edge in self.edges)
+
     def lacking(self) -> list[Drop]:
         """What the layout that is written has besides, and the one that is read has not."""
         return [
-            drop
-            for book in self.books
-            for drop in book.drops
-            if ("left" if book.left == self.target_layout else "right") in drop.sides
+            drop for edge in self.edges for drop in edge.book.drops if edge.writes in drop.sides
         ]
 
     def fired(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from regraft.equation.notation import Hole, Segments, Term
+from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group
 from regraft.planning.model import Scope
 from regraft.rules.book import Book, Rule
@@ -23,17 +24,21 @@ class Side:
     layout: str
     scopes: Mapping[str, Scope]
 
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """The edges that lead out of the layout, one for each book.
+
+        Raises ``BadInputError`` where a book does not know the layout.
+        """
+        return tuple(Edge.out_of(book, self.layout) for book in self.books)
+
     def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
         """Every term of this side with its kind."""
         return [
-            (rule, term, kind, self.scopes.get(book.name, Scope()))
-            for book in self.books
-            for rule in book.rules
-            for term, kind in zip(
-                rule.equation.sides(book.right == self.layout)[0],
-                rule.kinds(book.right == self.layout)[0],
-                strict=True,
-            )
+            (rule, term, kind, self.scopes.get(edge.book.name, Scope()))
+            for edge in self.edges
+            for rule in edge.book.rules
+            for term, kind in zip(edge.sides(rule)[0], rule.kinds(edge.direction)[0], strict=True)
         ]
 
     def find(self, keys: Group) -> tuple[Rule, Term, str, Scope] | None:
@@ -55,11 +60,10 @@ class Side:
 
     def has_parameters_in(self, name: str) -> bool:
         """Whether a module of this side that has parameters of its own ends in a name."""
-        here = {book.name: "right" if book.right == self.layout else "left" for book in self.books}
         return any(
-            here[book.name] in table.sides and str(table.module).endswith(name)
-            for book in self.books
-            for table in book.parameters
+            edge.reads in table.sides and str(table.module).endswith(name)
+            for edge in self.edges
+            for table in edge.book.parameters
         )
 
     def names_others(self, ending: str, modules: Iterable[str]) -> bool:
@@ -79,10 +83,10 @@ class Side:
 
     def _whole_keys(self) -> Iterator[str]:
         """The templates of all keys of this side that have a whole path, with marks for numbers."""
-        for book in self.books:
-            terms = [carry.term for carry in book.carries]
-            for rule in book.rules:
-                terms += rule.equation.sides(book.right == self.layout)[0]
+        for edge in self.edges:
+            terms = [carry.term for carry in edge.book.carries]
+            for rule in edge.book.rules:
+                terms += edge.sides(rule)[0]
             for term in terms:
                 parts = () if term.key is None else term.key.parts
                 if parts and not any(isinstance(part, Segments) for part in parts):
@@ -91,9 +95,8 @@ class Side:
 
     def parameters(self, modules: Group) -> tuple[str, ...] | None:
         """The parameters of a module in registration order, where a book says that it has its own."""
-        for book in self.books:
-            here = "right" if book.right == self.layout else "left"
-            for table in book.parameters:
-                if here in table.sides and match_group(table.module, modules) is not None:
+        for edge in self.edges:
+            for table in edge.book.parameters:
+                if edge.reads in table.sides and match_group(table.module, modules) is not None:
                     return table.names
         return None

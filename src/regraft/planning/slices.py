@@ -86,6 +86,10 @@ class Strips:
             target_at=self.target_at[rows],
         )
 
+    def with_sources(self, sources: Ints) -> Strips:
+        """The same out of other sources, one for each place."""
+        return replace(self, sources=sources)
+
     def moved(self, by: int) -> Strips:
         """The same further on in the slice."""
         return replace(self, target_at=self.target_at + by)
@@ -173,19 +177,19 @@ class Slicer:
         return int(made.entry.sources[copy.source][made.loop].reshape(-1)[0])
 
     def strips(self, name: str, region: Region | None = None) -> list[Strips]:
-        """What fills a region of a target, or all of it; each element of the slice is filled once."""
+        """What fills a region of a target, or all of it: each element of the slice once, and none that is padding."""
         if region is None:
             region = region_of(tuple((0, size) for size in self.shape(name)))
         made = self._made[name]
         if isinstance(made, int):
-            return list(_whole(made, self.shape(name), region))
+            return cut_whole(made, self.shape(name), region)
         key = (id(made.entry), made.term, made.slot, region)
         if key not in self._cut:
             self._cut[key] = list(cut_entry(made.entry, made.term, made.slot, region))
         result = []
         for source, strips in self._cut[key]:
             ids = made.entry.sources[source][made.loop].reshape(-1)[strips.sources]
-            result.append(replace(strips, sources=ids))
+            result.append(strips.with_sources(ids))
         return result
 
 
@@ -224,7 +228,7 @@ def _strips(
         if axis in keyed:
             continue
         low, high = ranges[axis.name]
-        source = axis.source.step * out_of[axis.source.index]
+        source = axis.source.step and axis.source.step * out_of[axis.source.index]
         target = axis.target.step * into[axis.target.index]
         there += low * source
         here += low * target
@@ -259,7 +263,7 @@ def _stand(
         place = axis.target if target else axis.source
         if place.in_key:
             holes[place.index] += row * place.step
-        else:
+        elif place.step:
             at += row * (place.step * strides[place.index])
     slots = np.zeros(grid.shape[1], dtype=np.int64)
     for hole, size in zip(holes, stack, strict=True):
@@ -366,10 +370,13 @@ def merge_loops(
     return sizes, sources, targets
 
 
-def _whole(number: int, shape: tuple[int, ...], region: Region) -> Iterator[Strips]:
-    """A region of a source as it stands."""
+def cut_whole(number: int, shape: tuple[int, ...], region: Region | None = None) -> list[Strips]:
+    """What fills a region of a source as it stands, or all of it."""
+    if region is None:
+        region = region_of(tuple((0, size) for size in shape))
     strides, into = strides_of(shape), strides_of(shape_of_region(region))
     one = np.array([number], dtype=np.int64)
+    found = []
     for box, corner in _boxes_of(region):
         loops = [
             (high - low, source, target)
@@ -377,7 +384,8 @@ def _whole(number: int, shape: tuple[int, ...], region: Region) -> Iterator[Stri
         ]
         at = _dot([low for low, _ in box], strides)
         here = _dot(corner, into)
-        yield Strips(*merge_loops(loops), one, np.full(1, at), np.full(1, here))
+        found.append(Strips(*merge_loops(loops), one, np.full(1, at), np.full(1, here)))
+    return found
 
 
 def _dot(one: Sequence[int], other: Sequence[int]) -> int:

@@ -53,9 +53,9 @@ from regraft.equation.notation import (
 )
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
+from regraft.rules.direction import Direction, Side
 from regraft.rules.kinds import KINDS, OUT
-
-Side = Literal["left", "right"]
+from regraft.storage.probe import open_regular
 
 
 class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -142,10 +142,14 @@ class Rule:
     module: str = ""
     """The name of the module rule that it is a part of."""
 
-    def kinds(self, reverse: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def sides(self, direction: Direction) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+        """The terms of the side that is read and of the side that is written."""
+        return self.equation.sides(direction.backward)
+
+    def kinds(self, direction: Direction) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The kinds of the side that is read and of the side that is written."""
         kinds = (self.left_kinds, self.right_kinds)
-        return kinds[::-1] if reverse else kinds
+        return kinds[::-1] if direction.backward else kinds
 
     def __str__(self) -> str:
         return f"{self.book}/{self.name} ({self.where})"
@@ -247,6 +251,10 @@ class Book:
     module_rules: tuple[ModuleRule, ...] = ()
     """Of which some of the rules are parts."""
 
+    def layout(self, side: Side) -> str:
+        """The layout that a side speaks of."""
+        return self.left if side == "left" else self.right
+
     def usual_spelling(self) -> Book:
         """The book that leads from a file's own spelling of the left names to the usual one."""
         odd = {str(rule.equation.left[0].key) for rule in self.respelled}
@@ -270,6 +278,33 @@ class Book:
         )
 
 
+def read_book(path: Path | Traversable) -> str:
+    """The text of a rule book.
+
+    Raises ``BadInputError`` for what is no regular file of a moderate size, or no text.
+    """
+    if not isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    file, size = open_regular(path)
+    with file:
+        if size > _MOST_BYTES:
+            message = (
+                f"the file has {size} bytes, and at most {_MOST_BYTES} are read as a rule book"
+            )
+            raise BadInputError(Finding("file-too-large", message, where=str(path)))
+        data = file.read(_MOST_BYTES)
+    try:
+        return data.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInputError(
+            Finding("not-utf8", f"not UTF-8 text (line {line})", where=f"{path}:{line}")
+        ) from None
+
+
+_MOST_BYTES = 10_000_000
+
+
 def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     """Read and check a rule book; everything that is wrong with it is reported together, with file and line.
 
@@ -280,7 +315,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     Raises ``BadInputError``.
     """
     shown = str(path) if shown is None else shown
-    text = path.read_text(encoding="utf-8")
+    text = read_book(path)
     table = _convert(text, shown, _BookTable)
     findings: list[Finding] = []
     rules: list[Rule] = []
@@ -298,7 +333,7 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
             message = f"include: there is no file {name} beside it"
             findings.append(Finding("rule-book", message, where=f"{shown}:{line}"))
             continue
-        included = part.read_text(encoding="utf-8")
+        included = read_book(part)
         parts.append((name, included, _convert(included, name, _PartTable)))
     for where, source, part_table in parts:
         loader = _Loader(where, source, table.name)
@@ -452,12 +487,12 @@ class _Loader:
 
     def check_sizes(self, rule: str, equation: Equation, line: int) -> None:
         """Report a rule whose sizes cannot be known in both directions."""
-        for reverse, direction in ((False, "left to right"), (True, "right to left")):
-            loose = undetermined(equation, reverse)
+        for direction in Direction:
+            loose = undetermined(equation, direction.backward)
             if loose:
                 self.report(
                     "undetermined",
-                    f"{rule}: read {direction}, nothing says how large {', '.join(loose)} is",
+                    f"{rule}: read {direction.value}, nothing says how large {', '.join(loose)} is",
                     line,
                 )
 

@@ -16,9 +16,9 @@ from regraft.rules.book import (
     ModuleRule,
     Parameters,
     Rule,
-    Side,
     Special,
 )
+from regraft.rules.direction import Side
 
 _OPEN = " : ..."
 

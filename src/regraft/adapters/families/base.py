@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,26 @@ OPERATIONS = (
 )
 """What a layout change does to a matrix."""
 
-OUT, IN = "out", "in"
+OUT, IN, RANK = "out", "in", "rank"
+"""What a dim of a family's tensor can run along."""
+
+Dims = tuple[str | None, ...]
+"""What the dims of a tensor run along, ``None`` for what no layout changes."""
+
+_One = TypeVar("_One")
+_Other = TypeVar("_Other")
 
 Wide = npt.NDArray[np.float64]
+
+
+Weight = Callable[[], Wide] | None
+"""What gives the base weight (out, in), where it is at hand."""
+
+Pair = tuple[Array, Array]
+"""A LoRA of scale 1: A (rank, in) and B (out, rank)."""
+
+Sizes = tuple[int | None, int | None]
+"""Out and in of a weight, as far as they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +86,11 @@ class Part:
         """The same settings with other tensors."""
         return replace(self, tensors=tensors, out=out, into=into)
 
+    def grown(self, along: str, size: int, **tensors: Array) -> Part:
+        """The same with other tensors, for a weight that has another size along out or in."""
+        into = along == IN
+        return self.with_tensors(self.out if into else size, size if into else self.into, **tensors)
+
 
 class NoImageError(Exception):
     """A family has no exact image; ``needs_base`` where the base's weights would give one."""
@@ -90,8 +112,9 @@ class Family:
     title: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
     """What the first segment after a module's path begins with."""
-    roles: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
-    """Tensors by the end of their key, and which of their dims run along out and in."""
+    roles: ClassVar[Mapping[str, Dims]] = {}
+    """Tensors by the end of their key, and what their dims run along; a role that ends in a dot stands for all that
+    begin so."""
     fields: ClassVar[Mapping[str, str | None]] = {}
     """Config fields that hold for a module, and the fields that override them by patterns."""
     shared: ClassVar[tuple[str, ...]] = ()
@@ -110,13 +133,18 @@ class Family:
     """Whether ``lora`` takes many modules at once, their tensors stacked."""
     anchored: ClassVar[bool] = False
     """Whether PEFT wants a dot before what its patterns match, and takes a whole path as it is."""
+    fixed: ClassVar[str] = ""
+    """Why it follows a weight's new name and nothing else; empty where it can do more."""
+    base_helps: ClassVar[bool] = False
+    """Whether the base's weights give an exact image where the family itself has none."""
     table: ClassVar[Mapping[str, Cell]] = {}
+    """What it can do under each operation."""
 
     def __init__(self, config: Mapping[str, Any], shared: Mapping[str, Array]) -> None:
         self.config, self.common = config, shared
         reader = Anchored if self.anchored else Patterns
         self._patterns = {
-            field: reader(config.get(pattern))
+            field: reader(config.get(pattern), pattern)
             for field, pattern in self.fields.items()
             if pattern is not None
         }
@@ -166,14 +194,12 @@ class Family:
         """A module's tensors by the ends of their keys."""
         return dict(part.tensors)
 
-    def sizes(
-        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
-    ) -> tuple[int | None, int | None]:
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         """How large out and in are, as far as a module's tensors say it."""
         found: dict[str, int] = {}
-        for role, dims in self.roles.items():
-            tensor = tensors.get(role)
-            if tensor is None:
+        for role, tensor in tensors.items():
+            dims = self.dims(role, tensor)
+            if dims is None:
                 continue
             if tensor.ndim != len(dims):
                 raise UnreadableError(
@@ -190,34 +216,82 @@ class Family:
         """The adapter of the same weight under another name; the paths of its module before and after."""
         return part
 
+    @classmethod
+    def dims(cls, role: str, tensor: Array) -> Dims | None:
+        """What the dims of a tensor run along; ``None`` where the family does not know it."""
+        found = cls.roles.get(role)
+        if found is None:
+            found = next(
+                (d for r, d in cls.roles.items() if r.endswith(".") and role.startswith(r)), None
+            )
+        return found
+
+    def along(self, role: str, tensor: Array) -> Dims:
+        """What the dims of a tensor run along.
+
+        Raises ``NoImageError`` where the family does not know it.
+        """
+        found = self.dims(role, tensor)
+        if found is None:
+            raise self.refusal(f"no rule says what {role} stands on")
+        return found
+
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
         """The adapter of some rows and columns of the weight, in some order; ``None`` stands for all as they are."""
         self.may_take(part, rows, columns)
+        index = {OUT: rows, IN: columns}
         tensors = {}
         for role, tensor in part.tensors.items():
-            for dim, along in enumerate(self.roles[role]):
-                index = rows if along == OUT else columns if along == IN else None
-                if index is not None:
-                    tensor = tensor.take(index, axis=dim)
+            for dim, name in enumerate(self.along(role, tensor)):
+                wanted = index.get(name or "")
+                if wanted is not None:
+                    tensor = tensor.take(wanted, axis=dim)
             tensors[role] = tensor
         out = part.out if rows is None else len(rows)
         into = part.into if columns is None else len(columns)
-        return replace(part, tensors=tensors, out=out, into=into)
+        return part.with_tensors(out, into, **tensors)
 
     def may_take(self, part: Part, rows: Ints | None, columns: Ints | None) -> None:
-        """Raise ``NoImageError`` where rows and columns cannot be taken."""
+        """Raise ``NoImageError`` where rows and columns cannot be taken, or, with ``None``, nothing can be done."""
+        if self.fixed:
+            raise self.refusal(self.fixed)
 
     def turn(self, part: Part) -> Part:
         """The adapter of the transposed weight."""
-        raise NoImageError("it cannot follow a transposed weight")
+        raise self.refusal(self.fixed or "it cannot follow a transposed weight")
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
         """The adapter of weights one below the other; ``None`` where one is not adapted."""
-        raise NoImageError("it cannot follow weights that are joined along out")
+        raise self.refusal(self.fixed or "it cannot follow weights that are joined along out")
 
     def join_in(self, parts: Sequence[Part | None], intos: Sequence[int]) -> Part:
         """The adapter of weights side by side."""
-        raise NoImageError("it cannot follow weights that are joined along in")
+        raise self.refusal(self.fixed or "it cannot follow weights that are joined along in")
+
+    def join_alike(
+        self, parts: Sequence[Part | None], sizes: Sequence[int], along: str, why: str
+    ) -> Part:
+        """Weights joined along out or in, whose adapters agree in everything that does not run along the joint.
+
+        Raises ``NoImageError`` with ``why`` where one is not adapted, or they do not agree.
+        """
+        there = present(parts)
+        tensors = {}
+        for role, tensor in there[0].tensors.items():
+            own, dims = [part[role] for part in there], self.along(role, tensor)
+            if along in dims:
+                tensors[role] = joined(own, axis=dims.index(along))
+            elif same_bits(own):
+                tensors[role] = own[0]
+            else:
+                raise self.refusal(why)
+        if len(there) < len(parts):
+            raise self.refusal(why)
+        return there[0].grown(along, sum(sizes), **tensors)
+
+    def refusal(self, why: str) -> NoImageError:
+        """That there is no exact image, to be raised."""
+        return NoImageError(why, needs_base=self.base_helps)
 
     def settle(self, parts: dict[str, Part]) -> tuple[dict[str, Part], dict[str, Any]]:
         """Make parts agree on what the config has only once; the parts, and the config fields that change."""
@@ -228,14 +302,14 @@ class Family:
 
     # -- leaving the family
 
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+    def lora(self, part: Part, weight: Weight) -> Pair:
         """The delta as ``B @ A``, (rank, in) and (out, rank); leading dims are batches.
 
         ``weight`` gives the base weight (out, in), where it is at hand.
         """
         raise NoImageError("its delta is no LoRA of lower rank")
 
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
+    def delta(self, part: Part, weight: Weight) -> Wide:
         """The delta in float64; multiplicative families need the weight."""
         a, b = self.lora(part, weight)
         return np.asarray(b.astype(np.float64) @ a.astype(np.float64))
@@ -245,7 +319,26 @@ class Family:
         return bias
 
 
-def need(weight: Callable[[], Wide] | None, why: str = "it multiplies the base weight") -> Wide:
+def present(parts: Sequence[Part | None]) -> list[Part]:
+    """The parts that are adapted."""
+    return [part for part in parts if part is not None]
+
+
+def each(function: Callable[[_One], _Other], parts: Sequence[_One | None]) -> list[_Other | None]:
+    """What a function makes of every part; ``None`` stays.
+
+    >>> each(len, ["ab", None])
+    [2, None]
+    """
+    return [None if part is None else function(part) for part in parts]
+
+
+def tensors_of(parts: Sequence[Part | None], role: str) -> list[Array | None]:
+    """One tensor of every part."""
+    return each(lambda part: part[role], parts)
+
+
+def need(weight: Weight, why: str = "it multiplies the base weight") -> Wide:
     """The base weight, or a refusal that says that it is needed."""
     if weight is None:
         raise NoImageError(why, needs_base=True)
@@ -255,6 +348,19 @@ def need(weight: Callable[[], Wide] | None, why: str = "it multiplies the base w
 def is_order(index: Ints | None, size: int) -> bool:
     """Whether an index takes everything once, in whatever order."""
     return index is None or (len(index) == size and bool((np.sort(index) == np.arange(size)).all()))
+
+
+def whole_groups(index: Ints, size: int) -> Ints | None:
+    """Which groups of ``size`` neighbours an index takes, each whole and in order; ``None`` where it does not.
+
+    >>> whole_groups(np.array([4, 5, 0, 1]), 2).tolist()
+    [2, 0]
+    """
+    starts = index[::size]
+    whole = len(index) % size == 0 and not (starts % size).any()
+    if whole and np.array_equal(index, (starts[:, None] + np.arange(size)).reshape(-1)):
+        return np.asarray(starts // size)
+    return None
 
 
 def as_wide(*arrays: Array) -> tuple[Wide, ...]:
@@ -303,10 +409,17 @@ def same_bits(arrays: Sequence[Array]) -> bool:
     )
 
 
-def cells(**given: Cell) -> dict[str, Cell]:
-    """A table: ``rename`` is always in the family, ``rest`` stands for operations that are not named."""
-    rest = given.pop("rest", Cell(NONE))
-    named = {name.replace("_", " "): cell for name, cell in given.items()}
-    unknown = set(named) - set(OPERATIONS)
+def cells(**given: Cell | str) -> dict[str, Cell]:
+    """A table: ``rename`` is always in the family, ``rest`` stands for operations that are not named.
+
+    >>> cells(stack=LORA, rest=FAMILY)["split in"].rung
+    'family'
+    """
+    told = {
+        name.replace("_", " "): cell if isinstance(cell, Cell) else Cell(cell)
+        for name, cell in {"rename": FAMILY, "rest": NONE, **given}.items()
+    }
+    rest = told.pop("rest")
+    unknown = set(told) - set(OPERATIONS)
     assert not unknown, unknown
-    return {op: named.get(op, Cell(FAMILY) if op == "rename" else rest) for op in OPERATIONS}
+    return {operation: told.get(operation, rest) for operation in OPERATIONS}

@@ -1,12 +1,12 @@
-"""Families that stand on a decomposition of many base weights at once: FRoD and AdaMSS.
+"""FRoD.
 
-Source: PEFT 0.21.2, ``peft/tuners/{frod,adamss}/{layer,model}.py``.
+Source: PEFT 0.21.2, ``peft/tuners/frod/{layer,model}.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,16 @@ from regraft.adapters.families.base import (
     Cell,
     Family,
     NoImageError,
+    Pair,
     Part,
+    Sizes,
+    Weight,
     Wide,
     as_wide,
     cells,
     need,
 )
 from regraft.adapters.form import Array
-from regraft.names.keys import Ints
 
 
 class Frod(Family):
@@ -37,9 +39,10 @@ class Frod(Family):
     formula = "U (S + diag(l)) Vᵀ, U and V of all base weights of one name"
     adds = False
     batches = False
+    fixed = "it stands on a decomposition of all weights of its name"
     table = cells(
         rename=Cell(DENSE, FAMILY, "the last two names of its module's path stay the same"),
-        rest=Cell(DENSE),
+        rest=DENSE,
     )
 
     def varies(self) -> bool:
@@ -48,9 +51,7 @@ class Frod(Family):
     def settings(self, path: str) -> dict[str, Any]:
         return {"category": _category(path)}
 
-    def sizes(
-        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
-    ) -> tuple[int | None, int | None]:
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         return None, tensors["frod_lambda_l"].size
 
     def rename(self, part: Part, old: str, new: str) -> Part:
@@ -58,13 +59,10 @@ class Frod(Family):
             raise NoImageError("what its modules share goes by their names")
         return part
 
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        raise NoImageError("it stands on a decomposition of all weights of its name")
-
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+    def lora(self, part: Part, weight: Weight) -> Pair:
         raise NoImageError("it replaces the weight, which leaves no delta of lower rank")
 
-    def delta(self, part: Part, weight: Callable[[], Wide] | None) -> Wide:
+    def delta(self, part: Part, weight: Weight) -> Wide:
         base = need(weight, "it replaces the base weight")
         category = part.settings["category"]
         v, places = (self.common.get(f"{name}{category}") for name in self.shared[:2])
@@ -102,32 +100,3 @@ def _layer(path: str) -> str | None:
         r"(?:^|\.)(\d+)(?:\.|$)", path
     )
     return found[1] if found else None
-
-
-class Adamss(Family):
-    """Rows of the weight in clusters that scikit-learn finds, each with a LoRA of its own."""
-
-    types = ("ADAMSS",)
-    title = "AdaMSS"
-    prefix = "adamss_"
-    formula = "W + rows in clusters, each Bᵢ Aᵢ of the base's first components"
-    adds = False
-    table = cells()
-
-    def sizes(
-        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
-    ) -> tuple[int | None, int | None]:
-        rows = sum(t.shape[0] for end, t in tensors.items() if end.startswith("adamss_B"))
-        return rows, None
-
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        raise NoImageError(_CLUSTERS)
-
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
-        raise NoImageError(_CLUSTERS)
-
-
-_CLUSTERS = (
-    "which rows form a cluster is not in the file: PEFT finds the clusters of the whole base weight again when it "
-    "loads the adapter"
-)

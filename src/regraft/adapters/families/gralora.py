@@ -5,7 +5,7 @@ Source: PEFT 0.21.2, ``peft/tuners/gralora/layer.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from regraft.adapters.families.base import (
     Cell,
     Family,
     NoImageError,
+    Pair,
     Part,
+    Sizes,
     UnreadableError,
-    Wide,
+    Weight,
     as_wide,
     cells,
     narrowed,
@@ -41,15 +43,13 @@ class GraLora(Family):
     formula = "W + alpha/(r + hybrid_r) · (k × k blocks Bₚ A_q + B A)"
     rank = "k r + hybrid_r"
     table = cells(
-        transpose=Cell(FAMILY),
+        transpose=FAMILY,
         reorder_out=Cell(LORA, FAMILY, _INSIDE),
         reorder_in=Cell(LORA, FAMILY, _INSIDE),
-        rest=Cell(LORA),
+        rest=LORA,
     )
 
-    def sizes(
-        self, tensors: Mapping[str, Array], settings: Mapping[str, Any]
-    ) -> tuple[int | None, int | None]:
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         a, b = tensors["gralora_A"], tensors["gralora_B"]
         if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
             raise UnreadableError(
@@ -82,7 +82,7 @@ class GraLora(Family):
             tensors["gralora_B_general.weight"] = part["gralora_A_general.weight"].T
         return part.with_tensors(part.into, part.out, **tensors)
 
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+    def lora(self, part: Part, weight: Weight) -> Pair:
         (wide_a, wide_b) = as_wide(part["gralora_A"], part["gralora_B"])
         count, inner, rank = wide_a.shape[-3:]
         outer, each = wide_b.shape[-1], wide_a.shape[-1] // count

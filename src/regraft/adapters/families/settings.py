@@ -5,10 +5,10 @@ Source: PEFT 0.18.1 and 0.21.2, ``peft/utils/other.py`` (``get_pattern_key``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
+
+from regraft.storage.expressions import expression
 
 
 class Patterns:
@@ -17,9 +17,15 @@ class Patterns:
     The order is that of the sorted keys, because PEFT sorts them when it saves a config.
     """
 
-    def __init__(self, patterns: Mapping[str, Any] | None) -> None:
+    def __init__(self, patterns: Mapping[str, Any] | None, field: str) -> None:
         self.entries = sorted((patterns or {}).items())
-        self._compiled = [(_ending(key), value) for key, value in self.entries]
+        self._compiled = [
+            (expression(self._whole(key), field), value) for key, value in self.entries
+        ]
+
+    @staticmethod
+    def _whole(key: str) -> str:
+        return whole_path(key)
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -27,7 +33,7 @@ class Patterns:
     def find(self, path: str) -> Any | None:
         """The value for a module's path, ``None`` where no entry fits.
 
-        >>> Patterns({"layers.0.*q_proj": 4}).find("model.layers.0.self_attn.q_proj")
+        >>> Patterns({"layers.0.*q_proj": 4}, "rank_pattern").find("model.layers.0.self_attn.q_proj")
         4
         """
         for pattern, value in self._compiled:
@@ -39,14 +45,16 @@ class Patterns:
 class Anchored(Patterns):
     """Patterns of FourierFT and C3A: what they match stands behind a dot, or an entry is a module's whole path."""
 
+    @staticmethod
+    def _whole(key: str) -> str:
+        return rf".*\.{key}$"
+
     def find(self, path: str) -> Any | None:
         """The value for a module's path, ``None`` where no entry fits."""
-        for key, value in self.entries:
-            if re.match(rf".*\.{key}$", path):
-                return value
-        return dict(self.entries).get(path)
+        found = super().find(path)
+        return dict(self.entries).get(path) if found is None else found
 
 
-@lru_cache(maxsize=65536)
-def _ending(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def whole_path(key: str) -> str:
+    """The expression for a module's path, from one for its end."""
+    return rf"(.*\.)?({key})$"

@@ -1,80 +1,61 @@
-"""Which family an adapter is of."""
+"""Which family an adapter is of.
+
+A family is found by its file: that of ``peft_type`` ``VERA`` is ``vera.py``, and what LoRA's config can ask for is in
+``lora/``. Nothing but the file of the family in question is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any
 
-from regraft.adapters.families.additive import (
-    C3a,
-    FourierFt,
-    Miss,
-    PVera,
-    RandLora,
-    Shira,
-    VbLora,
-    Vera,
-)
+from regraft.adapters import families
 from regraft.adapters.families.base import Family
-from regraft.adapters.families.factored import AdaLora, Delora, Hira
-from regraft.adapters.families.few import TinyLora, UniLora
-from regraft.adapters.families.frod import Adamss, Frod
-from regraft.adapters.families.glora import Beft, GLora
-from regraft.adapters.families.gralora import GraLora
-from regraft.adapters.families.lora_variants import VARIANTS, variant_of
-from regraft.adapters.families.lycoris import LoHa, LoKr
-from regraft.adapters.families.multiplicative import Boft, Hra, Ia3, Oft, Road
-from regraft.adapters.families.of_the_base import Deft, Peanut
-from regraft.adapters.families.opaque import OPAQUE
-from regraft.adapters.families.routed import Lily, Poly, PolyOfOneTask
-from regraft.adapters.families.supertuning import SuperTuning
-from regraft.adapters.families.svd_based import Osf, Psoft
-from regraft.adapters.families.waveft import WaveFt
-
-FAMILIES: tuple[type[Family], ...] = (
-    *VARIANTS,
-    AdaLora,
-    LoHa,
-    LoKr,
-    Miss,
-    Vera,
-    PVera,
-    VbLora,
-    FourierFt,
-    RandLora,
-    Shira,
-    C3a,
-    Hira,
-    Delora,
-    Ia3,
-    Oft,
-    Boft,
-    Hra,
-    Road,
-    GraLora,
-    WaveFt,
-    TinyLora,
-    UniLora,
-    SuperTuning,
-    Psoft,
-    Osf,
-    Deft,
-    Peanut,
-    Frod,
-    Adamss,
-    GLora,
-    Beft,
-    PolyOfOneTask,
-    Poly,
-    Lily,
-    *OPAQUE,
-)
-"""All families whose tensors belong to modules of the base; plain LoRA has a path of its own."""
+from regraft.adapters.families.lora_variants import Mixed
 
 
 def family_of(config: Mapping[str, Any]) -> type[Family] | None:
-    """The family of an adapter; ``None`` for plain LoRA, and for what is bound to no module."""
-    peft_type = config.get("peft_type")
-    if peft_type == "LORA":
-        return variant_of(config)
-    return next((family for family in FAMILIES if family.covers(config)), None)
+    """The family of an adapter; ``None`` for plain LoRA, and for what is bound to no module.
+
+    >>> family_of({"peft_type": "VERA"}).title
+    'VeRA'
+    >>> family_of({"peft_type": "LORA", "use_dora": True}).title
+    'DoRA'
+    >>> family_of({"peft_type": "LORA", "use_dora": False}) is None
+    True
+    """
+    named = families_in(str(config.get("peft_type")).lower())
+    found = [family for family in named if family.covers(config)]
+    return found[0] if len(found) == 1 else Mixed if found else None
+
+
+def all_families() -> tuple[type[Family], ...]:
+    """All families whose tensors belong to modules of the base, by name; plain LoRA has a path of its own."""
+    names = sorted(module.name for module in iter_modules(families.__path__))
+    found = [family for name in names for family in families_in(name)]
+    return tuple(sorted(found, key=lambda family: family.title.lower()))
+
+
+@lru_cache(maxsize=256)
+def families_in(name: str) -> tuple[type[Family], ...]:
+    """The families that a module of this room defines, or the modules of a package of it; none where there is none."""
+    path = f"{families.__name__}.{name}"
+    if not name.isidentifier() or find_spec(path) is None:
+        return ()
+    modules = [import_module(path)]
+    below = iter_modules(getattr(modules[0], "__path__", ()))
+    modules += [import_module(f"{path}.{name}") for name in sorted(m.name for m in below)]
+    return tuple(
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Family)
+        and value.__module__ == module.__name__
+        and value.types
+        and value.title
+    )

@@ -5,17 +5,17 @@ Source: PEFT 0.21.2, ``peft/tuners/waveft/layer.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
 
 from regraft.adapters.families.base import (
     LORA,
-    Cell,
     Family,
     NoImageError,
+    Pair,
     Part,
+    Weight,
     Wide,
     as_wide,
     cells,
@@ -37,12 +37,10 @@ class WaveFt(Family):
     fields = {"n_frequency": "n_frequency_pattern"}
     formula = "W + scaling · idwt2(spectrum)"
     rank = "n"
-    table = cells(rest=Cell(LORA))
+    fixed = "its coefficients are those of the whole weight"
+    table = cells(rest=LORA)
 
-    def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
-        raise NoImageError("its coefficients are those of the whole weight")
-
-    def lora(self, part: Part, weight: Callable[[], Wide] | None) -> tuple[Array, Array]:
+    def lora(self, part: Part, weight: Weight) -> Pair:
         (spectrum,) = as_wide(part["waveft_spectrum"])
         count = spectrum.shape[-1]
         places = random_order(part.out * part.into, int(self.config["random_loc_seed"]))[:count]

@@ -25,12 +25,17 @@ from regraft.bridges.peft.holders import Place, choose, find_models
 from regraft.bridges.peft.hotswap import swap
 from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.load import check_name, inject, load_by_peft
+from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.patches import Patch, Patches
+from regraft.bridges.transformers.loading import loading_patch
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError, RegraftError
+from regraft.live.memory import Way
 
 Function = Callable[..., Any]
 
+_ways: list[Way] = []
+"""How models are loaded, for each time that this was installed."""
 _TAKEN = {
     "from_pretrained": ("model", "model_id", "adapter_name", "is_trainable", "config"),
     "load_adapter": ("model_id", "adapter_name", "is_trainable"),
@@ -40,18 +45,28 @@ _TAKEN = {
 """The parameters that the replacements rely on."""
 
 
-def install() -> None:
-    """Let PEFT and transformers load adapter files through regraft, in the whole process.
+def install(load: Way = "map") -> None:
+    """Let PEFT and transformers load files through regraft, in the whole process: adapters, and models.
 
     ``PeftModel.from_pretrained``, ``PeftModel.load_adapter``, ``load_adapter`` of transformers models and
     ``peft.utils.hotswap.hotswap_adapter`` then take files of either layout. Only files are: a state dict that is
     passed in, a ``key_mapping`` of the caller's, and models that are not of transformers go the usual way. Installing
     twice takes uninstalling twice.
 
-    Raises ``RefusedError`` for a PEFT or transformers that has not the functions that this needs.
+    ``from_pretrained`` of models of transformers, called by whatever library, then reads the bytes of a checkpoint
+    through regraft: ``load`` is ``"map"``, ``"copy"`` or ``"off"``, as ``from_pretrained`` of regraft takes it; of
+    several, the one that was given last. ``model.regraft_load`` says what was done.
+
+    Raises:
+        RefusedError: a PEFT or transformers that does not have the functions that this needs.
+        BadInputError: there is no such way of loading.
     """
+    from regraft.live.load import check_way
+
+    check_way(load)
     peft_seams()
     _hooks().add_user()
+    _ways.append(load)
 
 
 def uninstall() -> None:
@@ -60,12 +75,14 @@ def uninstall() -> None:
     Raises ``RefusedError`` where another library has replaced one of the functions since.
     """
     _hooks().drop_user()
+    if _ways:
+        _ways.pop()
 
 
 @contextmanager
-def installed() -> Iterator[None]:
+def installed(load: Way = "map") -> Iterator[None]:
     """``install`` for the length of a ``with`` block."""
-    install()
+    install(load)
     try:
         yield
     finally:
@@ -104,7 +121,8 @@ def _hooks() -> Patches:
             )
             for patch in odd
         )
-    return Patches([patch for patch, _ in patches])
+    loading = loading_patch(lambda: _ways[-1] if _ways else "off")
+    return Patches([*(patch for patch, _ in patches), *filter(None, [loading])])
 
 
 def _takes(function: Any, wanted: tuple[str, ...]) -> bool:
@@ -178,23 +196,35 @@ def _load_adapter(original: Function) -> Function:
     def load_adapter(
         self: Any, model_id: Any, adapter_name: str, *args: Any, **options: Any
     ) -> Any:
-        found = None
-        if options.get("key_mapping") is None:
-            found = _converted(self, model_id, options)
-        if found is None:
-            return original(self, model_id, adapter_name, *args, **options)
-        place, adapter, source = found
-        check_name(adapter_name, source)
-        rest = {key: value for key, value in options.items() if key != "subfolder"}
-        return load_by_peft(
-            self,
-            self.get_base_model(),
-            place,
-            adapter,
-            lambda folder: original(self, folder, adapter_name, *args, **rest),
-        )
+        with alone_with(self), alone_with(self.get_base_model()):
+            return _load_there(original, self, model_id, adapter_name, args, options)
 
     return load_adapter
+
+
+def _load_there(
+    original: Function,
+    self: Any,
+    model_id: Any,
+    adapter_name: str,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Any:
+    found = None
+    if options.get("key_mapping") is None:
+        found = _converted(self, model_id, options)
+    if found is None:
+        return original(self, model_id, adapter_name, *args, **options)
+    place, adapter, source = found
+    check_name(adapter_name, source)
+    rest = {key: value for key, value in options.items() if key != "subfolder"}
+    return load_by_peft(
+        self,
+        self.get_base_model(),
+        place,
+        adapter,
+        lambda folder: original(self, folder, adapter_name, *args, **rest),
+    )
 
 
 def _load_into_model(original: Function) -> Function:
@@ -223,7 +253,8 @@ def _load_into_model(original: Function) -> Function:
         if found is None:
             return original(self, peft_model_id, adapter_name, *args, **options)
         name = adapter_name or "default"
-        _put(self, found, name, given)
+        with alone_with(self):
+            _put(self, found, name, given)
         return _loading_info()
 
     return load_adapter

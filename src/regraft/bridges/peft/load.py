@@ -18,6 +18,7 @@ from regraft.bridges.peft.handing import handing
 from regraft.bridges.peft.holders import Place, choose
 from regraft.bridges.peft.hotswap import swap
 from regraft.bridges.peft.known import Adapter, open_one
+from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
 from regraft.bridges.peft.undo import undone_on_failure
@@ -57,7 +58,21 @@ def load_adapter(
         RefusedError: it has no exact image in this layout.
     """
     source = open_one(Path(path))
-    place, adapter = choose(model, source)
+    with alone_with(model):
+        place, adapter = choose(model, source)
+        with alone_with(place.base):
+            return _load(model, place, adapter, source, adapter_name, hotswap, is_trainable)
+
+
+def _load(
+    model: Any,
+    place: Place,
+    adapter: Adapter,
+    source: Source,
+    adapter_name: str,
+    hotswap: bool,
+    is_trainable: bool,
+) -> Any:
     check_name(adapter_name, source)
     if hotswap:
         swap(place, adapter, adapter_name)

@@ -28,7 +28,8 @@ from regraft.bridges.transformers.symbolic import (
 from regraft.equation.lower import check_equation
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.errors import BadInputError
-from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Side, library
+from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, library
+from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 
 LEFT, RIGHT = "transformers-v4", "transformers-v5"

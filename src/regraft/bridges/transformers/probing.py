@@ -9,6 +9,7 @@ from typing import Any
 from regraft.bridges.transformers.building import build, known_classes, make_config, model_class
 from regraft.bridges.transformers.imported import import_model
 from regraft.errors import BadInputError, Finding
+from regraft.layouts.graph import Edge
 from regraft.names.keys import group_names
 from regraft.names.live import skeleton_of
 from regraft.planning.build import build_plan
@@ -83,7 +84,7 @@ def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outli
     book = import_model(skeleton).book()
     headers = Headers(group_names(list(shapes)), list(shapes.values()), ["F32"] * len(shapes))
     plan = build_plan(
-        headers, [book], target_layout=book.left, scopes={book.name: Scope(data)}, where=where
+        headers, [Edge.to(book, book.left)], scopes={book.name: Scope(data)}, where=where
     )
     old_shapes: dict[str, tuple[int, ...]] = {}
     old_kinds: dict[str, str] = {}

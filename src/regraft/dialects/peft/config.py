@@ -6,12 +6,12 @@ Source: PEFT 0.18.1 and 0.21.2, ``peft/utils/other.py`` (``get_pattern_key``), `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from regraft.adapters.families.settings import Patterns
 from regraft.adapters.scale import Scale
+from regraft.storage.expressions import expression
 
 ALL_LINEAR = "all-linear"
 
@@ -38,8 +38,8 @@ class LoraConfig:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
         self.rslora = bool(data.get("use_rslora"))
-        self.ranks = Patterns(data.get("rank_pattern"))
-        self.alphas = Patterns(data.get("alpha_pattern"))
+        self.ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
+        self.alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
 
     def scale(self, path: str) -> Scale:
         """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
@@ -74,7 +74,7 @@ def targets_module(target_modules: str | Sequence[str] | None, path: str) -> boo
     if isinstance(target_modules, str):
         if target_modules.lower() == ALL_LINEAR:
             return True
-        return re.fullmatch(target_modules, path) is not None
+        return expression(target_modules, "target_modules").fullmatch(path) is not None
     return any(path == target or path.endswith("." + target) for target in target_modules)
 
 

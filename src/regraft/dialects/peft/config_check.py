@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from regraft.adapters.families.settings import whole_path
 from regraft.dialects.peft.config import ALL_LINEAR
 from regraft.errors import Finding
+from regraft.storage.expressions import is_expression
 
 PEFT_TYPES = frozenset(
     [
@@ -152,17 +153,9 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
 
-def _is_expression(value: object) -> bool:
-    try:
-        re.compile(str(value))
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return isinstance(value, str)
-
-
 def _is_targets(value: object) -> bool:
     if isinstance(value, str):
-        return value.lower() == ALL_LINEAR or _is_expression(value)
+        return value.lower() == ALL_LINEAR or is_expression(value)
     return _is_names(value)
 
 
@@ -183,7 +176,8 @@ def _is_replication(value: object) -> bool:
 def _pattern_of(accepts: Callable[[Any], bool], what: str) -> _Type:
     def fits(value: object) -> bool:
         return isinstance(value, dict) and all(
-            _is_expression(key) and accepts(item) for key, item in value.items()
+            is_expression(key) and is_expression(whole_path(key)) and accepts(item)
+            for key, item in value.items()
         )
 
     return _Type(fits, f"a table of regular expressions and {what}")
@@ -198,7 +192,7 @@ _OBJECT = _Type(lambda value: isinstance(value, dict), "an object")
 _NAMES = _Type(_is_names, "a list of names")
 _TARGETS = _Type(_is_targets, "a list of names, a regular expression or 'all-linear'")
 _EXPRESSIONS = _Type(
-    lambda value: _is_names(value) or _is_expression(value),
+    lambda value: _is_names(value) or is_expression(value),
     "a list of names, or a regular expression",
 )
 _WORD = _Type(lambda value: isinstance(value, (str, bool)), "a word, true or false")
@@ -217,7 +211,7 @@ _FIELDS: Mapping[str, _Type] = {
     "exclude_modules": _EXPRESSIONS,
     "target_parameters": _NAMES,
     "modules_to_save": _Type(
-        lambda value: _is_names(value) and all(map(_is_expression, value)), "a list of names"
+        lambda value: _is_names(value) and all(map(is_expression, value)), "a list of names"
     ),
     "layers_to_transform": _LAYERS,
     "layers_pattern": _EXPRESSIONS,

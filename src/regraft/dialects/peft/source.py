@@ -14,6 +14,7 @@ from regraft.dialects.peft.provenance import Remembered, read_remembered
 from regraft.dialects.unread import find_dialect
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.storage.beside import check_files
+from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import open_tensors, read_header
 
@@ -164,6 +165,7 @@ def open_adapter(
 
     Raises ``BadInputError``; ``RefusedError`` where it is sound, but in another tool's form.
     """
+    start_file(str(folder / CONFIG))
     findings: list[Finding] = []
     config: dict[str, Any] = {}
     try:
@@ -188,9 +190,9 @@ def open_adapter(
                 )
             )
         elif file.suffix == ".bin":
-            from regraft.storage.bin import open_bin
+            from regraft.storage.torch_file import open_torch
 
-            tensors = open_bin(file)
+            tensors = open_torch(file)
         else:
             header = read_header(file)
             metadata = dict(header.metadata)

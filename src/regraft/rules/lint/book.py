@@ -18,7 +18,8 @@ from typing import Literal
 from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import Axis, Equation, Key, Term, axes_of, parse_key
 from regraft.errors import BadInputError, Finding
-from regraft.rules.book import Book, Rule, Side, load_book
+from regraft.rules.book import Book, Rule, load_book, read_book
+from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.meet import covers, dims_meet, meet, segments_of, write_segment
 from regraft.rules.templates import specificity
@@ -64,12 +65,7 @@ def lint_file(path: Path) -> Linted | Book:
 
     Raises ``BadInputError`` for a file that cannot be read as text.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        finding = Finding("rule-book", f"it cannot be read: {reason}", where=str(path))
-        raise BadInputError(finding) from None
+    text = read_book(path)
     try:
         return load_book(path)
     except BadInputError as error:

@@ -10,7 +10,8 @@ from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import Term
 from regraft.errors import Finding
 from regraft.names.keys import Group
-from regraft.rules.book import Book, Rule, Side
+from regraft.rules.book import Book, Rule
+from regraft.rules.direction import Side
 from regraft.rules.indices import reading_of
 from regraft.rules.lint.book import Fault
 from regraft.rules.templates import match_group, specificity

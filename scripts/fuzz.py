@@ -1,0 +1,389 @@
+"""Changes sound inputs at random and looks for internal errors, hangs, memory and wrong results.
+
+python scripts/fuzz.py [--seconds 60] [--seed N] [--target NAME] [--keep FOLDER]
+
+Each input goes through regraft in a process of its own that is forked from one with everything imported, with 10
+seconds of its own and 600 MB. Wanted is a result, or one of regraft's errors; a bare exception, a hang or a death is a
+find, and the input is kept. A converted adapter is compared with what its factors say, in float64 and by numpy alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import regraft
+from regraft.errors import RegraftError
+from regraft.rules.lint.book import lint_file
+from regraft.storage.safetensors import open_tensors
+from regraft.storage.torch_file import open_torch
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+SECONDS, MEMORY = 10, 600 << 20
+ODD = [
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    "\ud800",
+    "a" * 5000,
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "(a|a)*$",
+    ".*",
+    "(",
+    "all-linear",
+    [1],
+    ["q_proj"],
+    {"q_proj": 2},
+]
+
+
+def change_bytes(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes lost, doubled or other ones."""
+    made = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5, 20))):
+        if not made:
+            break
+        at = rng.randrange(len(made))
+        how = rng.randrange(5)
+        if how == 0:
+            made[at] = rng.randrange(256)
+        elif how == 1:
+            made[at] ^= 1 << rng.randrange(8)
+        elif how == 2:
+            del made[at : at + rng.choice((1, 4, 50))]
+        elif how == 3:
+            made[at:at] = made[at : at + rng.choice((1, 8, 100))]
+        else:
+            made[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**63, 2**64 - 1)))
+    return bytes(made)
+
+
+def change_json(value: Any, rng: random.Random, depth: int = 0) -> Any:
+    """One value of a JSON document replaced, removed or nested."""
+    if isinstance(value, dict) and value and (depth == 0 or rng.random() < 0.5):
+        key = rng.choice(list(value))
+        how = rng.random()
+        if how < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        if how < 0.25:
+            return {**value, str(rng.choice(ODD)): value[key]}
+        return {**value, key: change_json(value[key], rng, depth + 1)}
+    if isinstance(value, list) and value and rng.random() < 0.5:
+        at = rng.randrange(len(value))
+        return [*value[:at], change_json(value[at], rng, depth + 1), *value[at + 1 :]]
+    return rng.choice(ODD)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def change_file(path: Path, rng: random.Random) -> None:
+    """A text or binary file, changed as what it is, or byte by byte."""
+    if path.suffix == ".json" and rng.random() < 0.8:
+        value = json.loads(path.read_text())
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            value = change_json(value, rng)
+            if not isinstance(value, dict):
+                break
+        write_json(path, value)
+    elif path.suffix == ".safetensors" and rng.random() < 0.6:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+        name = rng.choice([n for n in header if n != "__metadata__"])
+        if rng.random() < 0.3:
+            header[name + rng.choice(("", ".x", "0", "\ud800"))] = header.pop(name)
+        elif rng.random() < 0.3:
+            header[name]["shape"] = header[name]["shape"][::-1]
+        else:
+            header[name] = change_json(header[name], rng)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    else:
+        path.write_bytes(change_bytes(path.read_bytes(), rng))
+
+
+def deltas(folder: Path) -> dict[str, Any]:
+    """``scale * B @ A`` of every module of a plain LoRA, by the names in its file, in float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = open_tensors(folder / "adapter_model.safetensors")
+    rank = {"r": config["r"], "alpha": config["lora_alpha"]}
+    scale = rank["alpha"] / (rank["r"] ** 0.5 if config.get("use_rslora") else rank["r"])
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            b = tensors[name.replace(".lora_A.", ".lora_B.")]
+            with np.errstate(all="ignore"):
+                found[name] = scale * (b.astype(np.float64) @ a.astype(np.float64))
+    return found
+
+
+def compare(before: Path, after: Path) -> None:
+    """Whether the sum of squares of what is added, over all modules, is the same: it does not depend on the layout."""
+    config = json.loads((before / "adapter_config.json").read_text())
+    plain = config.get("peft_type") == "LORA" and not any(
+        config.get(name)
+        for name in (
+            "rank_pattern",
+            "alpha_pattern",
+            "use_dora",
+            "modules_to_save",
+            "lora_bias",
+            "target_parameters",
+            "layer_replication",
+        )
+    )
+    if not plain:
+        return
+    old = deltas(before)
+    if any(not np.isfinite(delta).all() for delta in old.values()):
+        return
+    again = after.with_name("back")
+    regraft.convert(after, again, to="transformers-v4", model=GOLDEN / "bases" / "mixtral")
+    new = deltas(again)
+    assert old.keys() == new.keys(), "the way back has other modules"
+    for name, delta in old.items():
+        error = np.abs(new[name] - delta).max(initial=0)
+        assert error <= 1e-6 * max(np.abs(delta).max(initial=0), 1e-30), (
+            f"{name} differs by {error}"
+        )
+
+
+def fuzz_adapter(folder: Path, rng: random.Random) -> None:
+    case = rng.choice(ADAPTERS)
+    shutil.copytree(case, folder / "in")
+    change_file(rng.choice([p for p in sorted((folder / "in").iterdir()) if p.is_file()]), rng)
+    try_adapter(folder)
+
+
+def fuzz_base(folder: Path, rng: random.Random) -> None:
+    shutil.copytree(rng.choice(ADAPTERS), folder / "in")
+    shutil.copytree(GOLDEN / "bases" / "mixtral", folder / "base")
+    change_file(folder / "base" / "config.json", rng)
+    try_adapter(folder, folder / "base")
+
+
+def try_adapter(folder: Path, base: Path = GOLDEN / "bases" / "mixtral") -> None:
+    regraft.inspect(folder / "in", model=base)
+    regraft.convert(folder / "in", folder / "out", to="transformers-v5", model=base)
+    if (folder / "in" / "adapter_model.safetensors").exists():
+        compare(folder / "in", folder / "out")
+
+
+def fuzz_checkpoint(folder: Path, rng: random.Random) -> None:
+    shutil.copytree(GOLDEN / "bases" / "mixtral", folder / "in")
+    weights = next(iter(sorted((folder / "in").glob("*.safetensors"))))
+    if rng.random() < 0.5:
+        names = open_tensors(weights)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, weights.name)}
+        write_json(folder / "in" / "model.safetensors.index.json", change_json(index, rng))
+    else:
+        change_file(weights, rng)
+    regraft.convert(folder / "in", folder / "out", to="transformers-v5")
+
+
+def fuzz_bin(folder: Path, rng: random.Random) -> None:
+    path = folder / "adapter_model.bin"
+    if rng.random() < 0.5:
+        parts = [
+            b"K\x01",
+            b"q\x00",
+            b"h\x00",
+            b"\x85",
+            b"\x86",
+            b"\x87",
+            b"(",
+            b"t",
+            b"]",
+            b"}",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"Q",
+            b"R",
+            b"b",
+            b"0",
+            b"N",
+            b"\x88",
+            b"X\x01\x00\x00\x00a",
+            b"r\x00\x00\x00\x10",
+            b"ctorch\nFloatStorage\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ccollections\nOrderedDict\n",
+            pickle.dumps({"a": 1}, 2)[2:-1],
+            b"\x8a\x08" + b"\xff" * 8,
+        ]
+        data = b"\x80\x02" + b"".join(rng.choices(parts, k=rng.choice((5, 30, 3000)))) + b"."
+        with zipfile.ZipFile(
+            path, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        ) as out:
+            out.writestr("a/data.pkl", data)
+            out.writestr("a/data/a", b"\0" * 100)
+    else:
+        path.write_bytes(change_bytes(rng.choice(BINS), rng))
+    open_torch(path)
+
+
+def fuzz_book(folder: Path, rng: random.Random) -> None:
+    text = rng.choice(BOOKS)
+    words = [
+        "(",
+        ")",
+        "+",
+        "==",
+        ",",
+        "where",
+        "{*p}",
+        "{l}",
+        "...",
+        "a",
+        "2",
+        "[",
+        "]",
+        '"',
+        "\n",
+        "9" * 500,
+        "(" * 500,
+    ]
+    for _ in range(rng.choice((1, 2, 5, 30))):
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice(words) + text[at + rng.choice((0, 1, 5)) :]
+    (folder / "book.toml").write_text(text)
+    lint_file(folder / "book.toml")
+    with regraft.only_books([regraft.load_book(folder / "book.toml")]):
+        regraft.convert(ADAPTERS[0], folder / "out", to="transformers-v5")
+
+
+TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
+    "adapter": fuzz_adapter,
+    "base": fuzz_base,
+    "checkpoint": fuzz_checkpoint,
+    "bin": fuzz_bin,
+    "book": fuzz_book,
+}
+ADAPTERS = sorted(
+    p.parent
+    for p in GOLDEN.rglob("adapter_config.json")
+    if "mixtral" in str(p) and "v5" not in str(p)
+)
+BOOKS = [p.read_text() for p in sorted(Path(regraft.__file__).parent.glob("rules/library/*.toml"))]
+BINS: list[bytes] = []
+
+
+def make_bins() -> None:
+    """Files that torch wrote, in both forms; none where torch is not installed."""
+    try:
+        import peft  # noqa: F401 - so that no process has to
+        import torch
+        import transformers  # noqa: F401
+    except ImportError:
+        return
+    state = {"a": torch.randn(4, 3), "b": torch.arange(5), "c": torch.ones(2, 2).t()}
+    for zipped in (True, False):
+        with tempfile.NamedTemporaryFile() as file:
+            torch.save(state, file.name, _use_new_zipfile_serialization=zipped)
+            BINS.append(Path(file.name).read_bytes())
+
+
+def attempt(target: str, seed: int, folder: Path) -> str | None:
+    """Try one input in a process of its own; what is wrong, if anything."""
+    report = folder / "report"
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, 1)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(10 * SECONDS)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            try:
+                TARGETS[target](folder, random.Random(seed))
+            except RegraftError:
+                code = 3
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            if peak * 1024 > MEMORY and peak > before:
+                report.write_text(f"{peak >> 10} MB")
+                code = 2
+        except BaseException:
+            report.write_text(traceback.format_exc())
+            code = 2
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
+        return f"no end after {SECONDS} s" if late else f"signal {os.WTERMSIG(status)}"
+    outcome = os.WEXITSTATUS(status)
+    counts["converted" if outcome == 0 else "refused"] += outcome in (0, 3)
+    return report.read_text() if report.exists() else None
+
+
+counts: Counter[str] = Counter()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**9))
+    parser.add_argument("--target", choices=sorted(TARGETS))
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-finds"), help="where finds are put")
+    options = parser.parse_args()
+    make_bins()
+    end, tried, seen = time.monotonic() + options.seconds, 0, Counter[str]()
+    names = [options.target] if options.target else sorted(TARGETS)
+    while time.monotonic() < end:
+        seed = options.seed + tried
+        target = names[tried % len(names)]
+        with tempfile.TemporaryDirectory(prefix="regraft-fuzz-") as temporary:
+            folder = Path(temporary)
+            wrong = attempt(target, seed, folder)
+            if wrong is not None:
+                lines = [line.strip() for line in wrong.strip().splitlines()]
+                place = next((x for x in reversed(lines) if x.startswith("File ")), "")
+                what = f"{target}: {lines[-1][:200]} {place}"
+                seen[what] += 1
+                if seen[what] == 1:
+                    kept = options.keep / f"{target}-{seed}"
+                    shutil.copytree(folder, kept, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                    print(f"{kept}: {what}", flush=True)
+        tried += 1
+    print(f"{tried} inputs from seed {options.seed}: {dict(counts)}, {len(seen)} kinds of finds")
+    return 1 if seen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""LoKr.
+
+Source: PEFT 0.21.2, ``peft/tuners/lokr/layer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.families.base import (
+    FAMILY,
+    LORA,
+    Family,
+    Pair,
+    Part,
+    Sizes,
+    Weight,
+    Wide,
+    as_wide,
+    cells,
+    narrowed,
+)
+from regraft.adapters.form import Array
+from regraft.adapters.scale import Scale
+
+
+class LoKr(Family):
+    """``scale * kron(w1, w2)``, where each may be a product of two."""
+
+    types = ("LOKR",)
+    title = "LoKr"
+    prefix = "lokr_"
+    fields = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    formula = "W + alpha/r kron(w1, w2)"
+    rank = "rank w1 · rank w2"
+    fixed = "how its factors are cut depends on the whole matrix"
+    table = cells(transpose=FAMILY, rest=LORA)
+
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
+        if "lokr_t2" in tensors or any(t.ndim != 2 for t in tensors.values()):
+            return None, None
+        (b1, a1), (b2, a2) = (_ends(tensors, name) for name in ("lokr_w1", "lokr_w2"))
+        return b1 * b2, a1 * a2
+
+    def turn(self, part: Part) -> Part:
+        self._check_linear(part)
+        swap = {"a": "b", "b": "a"}
+        tensors = {
+            name[:-1] + swap[name[-1]] if name[-2] == "_" else name: tensor.T
+            for name, tensor in part.tensors.items()
+        }
+        return part.with_tensors(part.into, part.out, **tensors)
+
+    def lora(self, part: Part, weight: Weight) -> Pair:
+        self._check_linear(part)
+        b1, a1 = _factors(part.tensors, "lokr_w1")
+        b2, a2 = _factors(part.tensors, "lokr_w2")
+        b = _kron(b1, b2) * Scale(part.settings["r"], part.settings["alpha"]).value
+        like = next(iter(part.tensors.values()))
+        return narrowed(_kron(a1, a2), like), narrowed(b, like)
+
+    def _check_linear(self, part: Part) -> None:
+        if "lokr_t2" in part.tensors:
+            raise self.refusal(
+                "a convolution's kernel has a factor of its own here (use_effective_conv2d)"
+            )
+
+
+def _ends(tensors: Mapping[str, Array], name: str) -> tuple[int, int]:
+    if name in tensors:
+        return tensors[name].shape[0], tensors[name].shape[1]
+    return tensors[name + "_a"].shape[0], tensors[name + "_b"].shape[1]
+
+
+def _factors(tensors: Mapping[str, Array], name: str) -> tuple[Wide, Wide]:
+    """A factor as a product: itself beside the identity where it is whole."""
+    if name not in tensors:
+        b, a = as_wide(tensors[name + "_a"], tensors[name + "_b"])
+        return b, a
+    (whole,) = as_wide(tensors[name])
+    rows, columns = whole.shape[-2:]
+    if rows <= columns:
+        return np.broadcast_to(np.eye(rows), (*whole.shape[:-2], rows, rows)), whole
+    return whole, np.broadcast_to(np.eye(columns), (*whole.shape[:-2], columns, columns))
+
+
+def _kron(first: Wide, second: Wide) -> Wide:
+    product = first[..., :, None, :, None] * second[..., None, :, None, :]
+    head = product.shape[:-4]
+    rows = first.shape[-2] * second.shape[-2]
+    return np.asarray(product.reshape(*head, rows, first.shape[-1] * second.shape[-1]))

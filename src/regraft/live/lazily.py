@@ -1,0 +1,46 @@
+"""A checkpoint's files as a state dict that is not read yet."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from regraft.arrays.lazy import Lazy
+from regraft.checkpoints.gather import Files, Fill, fill_slices
+from regraft.checkpoints.slices import strips_of
+from regraft.checkpoints.source import Source
+from regraft.planning.slices import Slicer
+from regraft.storage.dtypes import DTYPES
+
+
+class LazyFiles:
+    """Every tensor of some files by name, with its shape and type; what is read of them is read by strips."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.files = source, Files(source.files)
+
+    def state_dict(self) -> dict[str, Lazy]:
+        """The tensors."""
+        tensors = self.source.tensors
+        return {
+            name: Lazy(shape, dtype, row, read=self._read)
+            for row, (name, shape, dtype) in enumerate(
+                zip(tensors.names, tensors.shapes, tensors.dtypes, strict=True)
+            )
+        }
+
+    def _read(self, tensor: Lazy) -> bytes:
+        """All bytes of a tensor."""
+        item = max(1, DTYPES[tensor.dtype].bits // 8)
+        strips = tensor.cut(None)
+        if DTYPES[tensor.dtype].bits % 8:
+            slicer = Slicer([tensor.shape])
+            slicer.add_whole(["it"], np.zeros(1, dtype=np.int64))
+            region = tuple(((0, size),) for size in tensor.shape)
+            strips = [
+                one.with_sources(np.full(1, tensor.row))
+                for one in strips_of(slicer, "it", tensor.shape, tensor.dtype, region)
+            ]
+        size = sum(len(one) * int(np.prod(one.sizes)) for one in strips) * item
+        view = np.empty(size, np.uint8)
+        fill_slices([Fill(view, strips, item)], self.source.tensors, self.files)
+        return view.tobytes()

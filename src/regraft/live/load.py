@@ -1,0 +1,344 @@
+"""Loading a checkpoint of any layout straight into the memory of a live model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.arrays.lazy import Lazy
+from regraft.bridges.torch_tensors import parameters_of
+from regraft.checkpoints.source import open_checkpoint
+from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.live.lazily import LazyFiles
+from regraft.live.loaded import Loaded
+from regraft.live.memory import TORCH, Part, Way, collector_paused, make_parts
+from regraft.live.ranks import is_sharded, local_region
+from regraft.live.state_dict import ConvertedStateDict, convert_state_dict
+from regraft.names.live import walk_modules
+from regraft.names.patterns import patterns
+from regraft.planning.slices import Region, shape_of_region
+
+WAYS = ("map", "copy", "off")
+
+
+def load_checkpoint(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    load: Way = "map",
+    adapter: str | os.PathLike[str] | None = None,
+    key_mapping: dict[str, str] | None = None,
+) -> Loaded:
+    """Load a checkpoint of any layout that is known into a live model, each process its own part of it.
+
+    Args:
+        model: a transformers model, or anything that holds one: on the CPU, on GPUs, on the meta device, spread with
+            FSDP2 or tensor parallelism (DTensors). Made on the meta device it takes no memory before it is loaded.
+        path: the checkpoint's folder, or its one file.
+        load: ``"map"`` lets tensors on the CPU be pages of the files, privately: what is written to them stays in this
+            process. ``"copy"`` reads everything, for files that may be rewritten in place while the model lives.
+        adapter: an adapter to load on top.
+        key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
+
+    Returns:
+        What was done; ``model.regraft_load`` has it, too.
+
+    Raises:
+        BadInputError: the file and the model do not fit: every weight must be in the file, and every tensor of the
+            file in the model, with its shape; or a file changed while it was read. All problems come together. Nothing
+            is loaded then; where bytes go straight into memory that the model had (a GPU's, a shard's), the error
+            says so.
+        UnmatchedKeysError, AmbiguousError: as ``convert_state_dict``.
+    """
+    check_way(load)
+    lazy = LazyFiles(open_checkpoint(Path(path)))
+    state = _tensors_of(model)
+    with lazy.files, collector_paused():
+        wanted = _wanted(lazy.state_dict(), model, key_mapping)
+    parts, casts, findings = _parts(wanted, state)
+    findings = [*(_missing(key) for key in wanted.report.missing), *findings]
+    if findings:
+        raise BadInputError(findings)
+    done = Loaded(load)
+    filled = [part.name for part in parts if part.into is not None]
+    with lazy.files:
+        try:
+            made, amounts = make_parts(parts, lazy.source.tensors, lazy.files, load)
+        except RegraftError as error:
+            raise _with_half_loaded(error, filled) from None
+    _place(model, wanted, state, made, casts)
+    done.add(amounts)
+    done.tensors, done.bytes = len(parts), sum(part.bytes for part in parts)
+    if casts:
+        done.notes.append(f"{len(casts)} tensors were cast to the model's dtypes")
+    for root in _roots(model):
+        root.regraft_load = done
+    if adapter is not None:
+        from regraft.bridges.peft.load import load_adapter
+
+        load_adapter(model, adapter)
+    return done
+
+
+def from_pretrained(
+    cls: Any,
+    path: str | os.PathLike[str],
+    *args: Any,
+    load: Way = "map",
+    adapter: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """``cls.from_pretrained(path, ...)`` with the bytes moved by regraft: a checkpoint of transformers 4 in seconds.
+
+    Names, dtypes, devices, ties, missing and unexpected keys, reports and quantisers stay transformers'. Where regraft
+    cannot take part (a quantiser, offload to disk), transformers loads the model, and a warning says why.
+
+    Args:
+        cls: a class of transformers with ``from_pretrained``: ``AutoModelForCausalLM``, a model's own class.
+        path: as ``from_pretrained`` takes it.
+        *args: for ``from_pretrained``.
+        load: ``"map"``, ``"copy"`` or ``"off"``; see ``load_checkpoint``.
+        adapter: an adapter of either layout to load on top; the result is a ``PeftModel`` then.
+        **options: for ``from_pretrained``.
+
+    Returns:
+        The model; ``model.regraft_load`` says what was done.
+
+    Raises:
+        BadInputError: a file changed while it was read. No model is made then.
+    """
+    from regraft.bridges.peft.hook import installed
+    from regraft.bridges.peft.load import load_adapter
+
+    check_way(load)
+    with installed(load=load):
+        result = cls.from_pretrained(path, *args, **options)
+    model = result[0] if isinstance(result, tuple) else result
+    done = getattr(model, "regraft_load", None)
+    if load != "off" and (done is None or done.way == "off"):
+        why = (
+            done.why
+            if done is not None
+            else f"{cls.__name__} does not load as models of transformers do"
+        )
+        warnings.warn(f"transformers loaded the model by itself: {why}", stacklevel=2)
+    if adapter is not None:
+        adapted = load_adapter(model, adapter)
+        return (adapted, *result[1:]) if isinstance(result, tuple) else adapted
+    return result
+
+
+def check_way(load: str) -> None:
+    """Raises ``BadInputError`` for a way of loading that there is not."""
+    if load not in WAYS:
+        fix = f"give one of {', '.join(WAYS)}"
+        raise BadInputError(Finding("option", f"load is {load!r}", key="load", fix=fix))
+
+
+def _wanted(
+    tensors: dict[str, Lazy], model: Any, key_mapping: dict[str, str] | None
+) -> ConvertedStateDict:
+    """The model's state dict, as what is to be read; what is missing is left to the caller.
+
+    Raises ``UnmatchedKeysError`` with what else is wrong, too.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found = convert_state_dict(tensors, to=model, key_mapping=key_mapping)
+        except UnmatchedKeysError as error:
+            lost = {finding.key for finding in error.findings if finding.code == "unmatched"}
+            rest = {name: tensor for name, tensor in tensors.items() if name not in lost}
+            if not lost or not rest:
+                raise
+            more: tuple[Finding, ...] = ()
+            try:
+                found = convert_state_dict(rest, to=model, key_mapping=key_mapping)
+                more = tuple(map(_missing, found.report.missing))
+            except RegraftError as other:
+                more = other.findings
+            raise UnmatchedKeysError([*error.findings, *more]) from None
+    if not found.report.missing:
+        for warning in told:
+            warnings.warn(str(warning.message), stacklevel=4)
+    return found
+
+
+def _missing(key: str) -> Finding:
+    fix = "give the checkpoint of this model, or load it with convert_state_dict, which keeps the model's values"
+    return Finding(
+        "missing", "the checkpoint has no values for this weight of the model", key=key, fix=fix
+    )
+
+
+def part_of(key: str, made: Lazy, target: Any) -> tuple[Part | None, list[Finding]]:
+    """What a tensor of the model is made of in this process; what does not fit."""
+    if made.dtype not in TORCH:
+        message = f"torch has no type for {made.dtype}"
+        return None, [Finding("dtype", message, key=key, fix="save it with another dtype")]
+    dtype = TORCH[made.dtype]
+    if tuple(made.shape) != tuple(target.shape):
+        message = f"it has the shape {list(made.shape)}, the model wants {list(target.shape)}"
+        return None, [Finding("shape", message, key=key, fix="give the checkpoint of this model")]
+    region: Region | None = None
+    shape = tuple(made.shape)
+    if is_sharded(target):
+        try:
+            region = local_region(target, key)
+        except BadInputError as error:
+            return None, list(error.findings)
+        shape = shape_of_region(region)
+    if dtype != target.dtype and not (
+        dtype.is_floating_point and target.dtype.is_floating_point and target.dtype.itemsize > 1
+    ):
+        message = f"it is {dtype}, and the model wants {target.dtype}"
+        return None, [Finding("dtype", message, key=key, fix="make the model with that dtype")]
+    return Part(key, made.cut(region), shape, dtype, target.device), []
+
+
+def _parts(
+    wanted: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[list[Part], set[str], list[Finding]]:
+    """The tensors to make, those of them that are cast, and what does not fit; tied ones are made once."""
+    parts: list[Part] = []
+    casts: set[str] = set()
+    findings: list[Finding] = []
+    seen: set[int] = set()
+    for key, made in wanted.items():
+        if not isinstance(made, Lazy) or id(made) in seen:
+            continue
+        seen.add(id(made))
+        target = state.get(key)
+        if target is None:
+            continue
+        part, more = part_of(key, made, target)
+        findings += more
+        if part is None:
+            continue
+        if part.dtype != target.dtype:
+            casts.add(key)
+        parts.append(part if part.dtype != target.dtype else _into(part, target))
+    return parts, casts, findings
+
+
+def _into(part: Part, target: Any) -> Part:
+    """The part, filled into the memory that the model has, where that is not replaced.
+
+    Tensors on the CPU that are no shards get new memory, so that a failure leaves the model as it was.
+    """
+    local = target.to_local() if is_sharded(target) else target
+    if local.device.type == "meta":
+        device = torch.device("cpu")
+        if is_sharded(target) and target.device_mesh.device_type != "cpu":
+            device = torch.device(target.device_mesh.device_type, torch.cuda.current_device())
+        return Part(part.name, part.strips, part.shape, part.dtype, device)
+    if (local.device.type != "cpu" or is_sharded(target)) and local.is_contiguous():
+        return Part(part.name, part.strips, part.shape, part.dtype, local.device, local.detach())
+    return part
+
+
+def _with_half_loaded(error: RegraftError, filled: list[str]) -> RegraftError:
+    """The error, and what may hold parts of two checkpoints now."""
+    if not filled:
+        return error
+    message = "these tensors were being written, and hold the old values in part: " + ", ".join(
+        f"{pattern} ({count})" for pattern, count in patterns(filled)
+    )
+    fix = "load the model again before it is used"
+    return type(error)([*error.findings, Finding("half-loaded", message, fix=fix)])
+
+
+def _place(
+    model: Any,
+    wanted: Mapping[str, Any],
+    state: Mapping[str, Any],
+    made: dict[str, torch.Tensor],
+    casts: set[str],
+) -> None:
+    """Give the model its tensors; parameters stay the objects that they are, unless they had no memory."""
+    of_lazy = {id(wanted[key]): key for key in made}
+    fresh: dict[str, torch.Tensor] = {}
+    weights = parameters_of(model)
+    given: set[int] = set()
+    for key, lazy in wanted.items():
+        first = of_lazy.get(id(lazy)) if isinstance(lazy, Lazy) else None
+        target = state.get(key)
+        if first is None or target is None:
+            continue
+        tensor = made[first]
+        if first in casts:
+            tensor = tensor.to(target.dtype)
+        if target.device.type == "meta":
+            fresh[key] = _like(tensor, target)
+        elif weights.get(key) not in given or key not in weights:
+            _put(tensor, target)
+        given.add(weights.get(key, 0))
+    if fresh:
+        _assign(model, fresh, weights)
+
+
+def _like(tensor: torch.Tensor, target: Any) -> Any:
+    """A local part as a DTensor, where the model has one."""
+    if not is_sharded(target):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        tensor,
+        target.device_mesh,
+        target.placements,
+        run_check=False,
+        shape=target.shape,
+        stride=target.stride(),
+    )
+
+
+@torch.no_grad()
+def _put(tensor: torch.Tensor, target: Any) -> None:
+    local = target.to_local() if is_sharded(target) else target
+    if local.data_ptr() == tensor.data_ptr() and local.shape == tensor.shape:
+        return
+    if is_sharded(target) or local.device.type != "cpu":
+        local.copy_(tensor)
+    else:
+        target.data = tensor
+
+
+def _assign(model: Any, fresh: Mapping[str, torch.Tensor], weights: Mapping[str, int]) -> None:
+    """Put tensors in the place of those on the meta device; what was tied is tied again."""
+    for prefix, module in walk_modules(model):
+        mine = {k.removeprefix(prefix): t for k, t in fresh.items() if k.startswith(prefix)}
+        tied: dict[int, list[str]] = {}
+        for key in mine:
+            if prefix + key in weights:
+                tied.setdefault(weights[prefix + key], []).append(key)
+        module.load_state_dict(mine, strict=False, assign=True)
+        for first, *others in tied.values():
+            owner, _, leaf = first.rpartition(".")
+            one = getattr(module.get_submodule(owner), leaf)
+            for key in others:
+                path, _, name = key.rpartition(".")
+                setattr(module.get_submodule(path), name, one)
+
+
+def _tensors_of(model: Any) -> dict[str, Any]:
+    """The tensors of a model or holder by key: parameters and buffers themselves."""
+    return {
+        prefix + key: tensor
+        for prefix, module in walk_modules(model)
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+def _roots(model: Any) -> Iterator[Any]:
+    """What bears the report: the model itself, or each module of an object that is none."""
+    if isinstance(model, torch.nn.Module):
+        yield model
+        return
+    for _, module in walk_modules(model):
+        yield module

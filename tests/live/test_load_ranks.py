@@ -1,0 +1,231 @@
+"""Each process loads its own part: FSDP2, tensor and expert parallelism over gloo, compared with the whole."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+import torch.multiprocessing
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import regraft
+from regraft.errors import BadInputError
+from regraft.live.ranks import cut_ranges
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small Mixtral, as transformers 4 wrote it."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    old = regraft.convert_state_dict(model.state_dict(), to="transformers-v4", model=model)
+    folder = tmp_path_factory.mktemp("saved")
+    config.save_pretrained(folder)
+    save_file(
+        {k: t.contiguous() for k, t in old.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def begin(rank, world, store):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+
+
+def empty(folder, device="meta"):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def compare(model, folder, done):
+    """The spread model against the whole one; each rank has read its part."""
+    whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    local = 0
+    for key, tensor in model.state_dict().items():
+        mine = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        assert torch.equal(full, whole[key]), key
+        local += mine.numel() * mine.element_size()
+    # Runs of fewer than 512 bytes are read together with what lies between them, and none here is longer.
+    assert done.bytes == local <= done.copied <= 4 * local
+    return local / sum(t.numel() * t.element_size() for t in whole.values())
+
+
+def two_ranks(rank, store, folder):
+    """Everything that two processes can show, so that torch is imported once in each."""
+    begin(rank, 2, store)
+    for device in ("meta", "cpu"):
+        fsdp(folder, device)
+    faults(rank, folder)
+    by_transformers(rank, folder)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks(saved, tmp_path):
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"), str(saved)), nprocs=2)
+
+
+def fsdp(folder, device):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = empty(folder, device)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    done = regraft.load_checkpoint(model, folder)
+    assert 0.49 < compare(model, folder, done) < 0.51
+    assert done.copied == done.bytes
+    if device == "meta":
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    ids = torch.arange(6)[None]
+    want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(model(ids).logits, want, atol=1e-5)
+
+
+def spread(model, mesh, placements):
+    """Each parameter as a DTensor, by the placements of the first pattern that is in its name."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    for name, parameter in list(model.named_parameters()):
+        found = next((p for part, p in placements.items() if part in name), None)
+        made = distribute_tensor(parameter.data, mesh, found or [Replicate()] * mesh.ndim)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(made))
+
+
+def meshes(rank, store, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    begin(rank, 4, store)
+    whole = [Replicate(), Replicate()]
+    cases = {
+        "tensor and data parallel": {
+            "q_proj": [Shard(0), Shard(0)],
+            "o_proj": [Shard(0), Shard(1)],
+            "lm_head": [_StridedShard(0, split_factor=2), Shard(0)],
+            "experts.gate_up_proj": [Shard(0), _StridedShard(1, split_factor=2)],
+            "experts.down_proj": [Shard(0), Shard(2)],
+            "norm": whole,
+        },
+        "expert and tensor parallel": {
+            "experts": [Shard(0), Shard(1)],
+            "k_proj": [Replicate(), Shard(0)],
+            "embed": [Shard(1), Replicate()],
+        },
+        "HSDP": {"": [Replicate(), Shard(0)]},
+        "uneven": {"k_proj": [Shard(1), Shard(1)], "gate.weight": [Replicate(), Shard(0)]},
+    }
+    mesh = init_device_mesh("cpu", (2, 2))
+    for name, placements in cases.items():
+        for device in ("cpu", "meta"):
+            model = empty(folder, device)
+            spread(model, mesh, placements)
+            before = {key: p.placements for key, p in model.named_parameters()}
+            done = regraft.load_checkpoint(model, folder)
+            for key, p in model.named_parameters():
+                assert p.placements == before[key], (name, key)
+            compare(model, folder, done)
+    partial(folder)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_meshes_of_two_dims(saved, tmp_path):
+    torch.multiprocessing.spawn(meshes, (str(tmp_path / "store"), str(saved)), nprocs=4)
+
+
+def faults(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from regraft.live import memory
+
+    model = fully_shard(empty(folder, "cpu"), mesh=init_device_mesh("cpu", (2,)))
+    before = {key: t.to_local().clone() for key, t in model.state_dict().items()}
+    real = memory.fill_slices
+
+    def dying(fills, *args):
+        result = real(fills[:3], *args)
+        if rank == 1:
+            raise BadInputError(regraft.Finding("file-changed", "the disk died"))
+        return result + real(fills[3:], *args)
+
+    memory.fill_slices = dying
+    if rank == 1:
+        with pytest.raises(BadInputError) as caught:
+            regraft.load_checkpoint(model, folder)
+        codes = [f.code for f in caught.value.findings]
+        assert codes == ["file-changed", "half-loaded"]
+        assert "model.embed_tokens.weight" in str(caught.value)
+        assert not hasattr(model, "regraft_load")
+    else:
+        # No rank waits for another, so that one that dies leaves none hanging.
+        done = regraft.load_checkpoint(model, folder)
+        assert done.copied == done.bytes
+        assert any(
+            not torch.equal(t.to_local(), before[key]) for key, t in model.state_dict().items()
+        )
+    memory.fill_slices = real
+
+
+def partial(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    model = empty(folder, "cpu")
+    mesh = init_device_mesh("cpu", (4,))
+    head = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(
+        DTensor.from_local(head.data, mesh, [Partial()], run_check=False)
+    )
+    with pytest.raises(BadInputError) as caught:
+        regraft.load_checkpoint(model, folder)
+    assert [(f.code, f.key) for f in caught.value.findings] == [("placement", "lm_head.weight")]
+
+
+def by_transformers(rank, folder):
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    config = DistributedConfig(tp_size=2)
+    stock = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    model = regraft.from_pretrained(AutoModelForCausalLM, folder, distributed_config=config)
+    assert model.regraft_load.way != "off", model.regraft_load
+    sharded = 0
+    mine = model.state_dict()
+    for key, tensor in stock.state_dict().items():
+        one, other = (t.to_local() if hasattr(t, "to_local") else t for t in (tensor, mine[key]))
+        assert torch.equal(one, other), key
+        sharded += one.shape != tensor.shape
+    assert sharded
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "groups"), [*product((0, 1, 7, 8, 12), (1, 2, 3, 4), (1, 2))]
+)
+def test_ranks_share_a_dim_without_gaps(size, world, groups):
+    found = sorted(
+        i
+        for rank in range(world)
+        for low, high in cut_ranges(((0, size),), rank, world, groups)
+        for i in range(low, high)
+    )
+    assert found == list(range(size))
