@@ -167,6 +167,13 @@ class Code(Enum):
         "give `--model`, or say which: `--from transformers-v5/peft-0.19`",
         "as before PEFT 0.19 or as since; there is no `peft_version`, and the shapes fit both",
     )
+    WHICH_DIALECT = (
+        "which-dialect",
+        Part.READING,
+        "several dialects fit",
+        "say which with `--from`",
+        "two formats of adapters claim the file",
+    )
     WHICH_MODEL = (
         "which-model",
         Part.READING,
