@@ -18,13 +18,13 @@ from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.dequantize import dequantize_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.base import Found
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import (
     ASIDE,
     CONFIG,
     WEIGHTS,
     WEIGHTS_BIN,
-    Found,
     Source,
     find_adapters,
     open_adapter,

@@ -21,7 +21,6 @@ from regraft.adapters.convert import source_layout
 from regraft.adapters.detect import load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, cast_down
-from regraft.adapters.saved import move_others
 from regraft.adapters.verify import moved_biases, moved_pieces
 from regraft.arrays.pieces import Piece
 from regraft.checkpoints.companions import find_companions
@@ -224,10 +223,7 @@ def _add_to(tensor: Array, piece: Piece) -> None:
 def _saved(before: Deltas, target: str, findings: list[Finding]) -> Iterator[tuple[str, Array]]:
     """Tensors of the base that the adapter has as they are to be, and biases that it changes."""
     shared = set(before.family.shared) if before.family is not None else set()
-    in_place = before.layout == target
-    for item in move_others(
-        before.scan, before.source, before.known, before.side, target, in_place=in_place
-    ):
+    for item in before.moved_others(target):
         if item.old not in shared:
-            yield item.new, item.tensor
+            yield before.source.shown(item)[1], item.tensor
     yield from moved_biases(before, target).items()

@@ -18,7 +18,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.verify import compare, verify_adapters
 from regraft.arrays import pieces
 from regraft.cli import main
-from regraft.dialects.peft import writing
+from regraft.dialects.peft import writer, writing
 from regraft.dialects.peft.source import Source
 from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
@@ -76,15 +76,15 @@ def another_scale(patch):
         return rank, alpha, ranks, {**alphas, "q_proj": 2 * alpha}
 
     patch.setattr(writing.ConfigWriter, "patterns", wrong)
-    patch.setattr(conversion, "check_config", lambda *_: [])
+    patch.setattr(writer, "check_config", lambda *_: [])
 
 
 def others_turned(patch):
-    real = conversion.write_others
+    real = writer.write_saved
     patch.setattr(
-        conversion,
-        "write_others",
-        lambda others, result: real([replace(o, tensor=o.tensor[::-1]) for o in others], result),
+        writer,
+        "write_saved",
+        lambda items, wrappers: real([replace(o, tensor=o.tensor[::-1]) for o in items], wrappers),
     )
 
 

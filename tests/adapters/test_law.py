@@ -10,15 +10,15 @@ from making import headers_of, plan_of, rule_book, same_bits
 from regraft.adapters.components import Record
 from regraft.adapters.form import Factors, delta
 from regraft.adapters.move import images
-from regraft.adapters.scale import Scale
-from regraft.arrays.apply import apply_plan
-from regraft.dialects.peft.provenance import (
+from regraft.adapters.provenance import (
     KEY,
     KeptTable,
     Origin,
     read_remembered,
     write_remembered,
 )
+from regraft.adapters.scale import Scale
+from regraft.arrays.apply import apply_plan
 from regraft.errors import RefusedError
 
 

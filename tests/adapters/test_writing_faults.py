@@ -112,7 +112,7 @@ def test_a_disk_that_is_really_full(lora, wanted, tmp_path):
 
 
 def test_the_room_is_checked_with_all_that_is_written(lora, out, monkeypatch):
-    (lora / "notes.bin").write_bytes(bytes(3_000_000))
+    (lora / "notes.txt").write_bytes(bytes(3_000_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e6, 0, 2e6))
     with pytest.raises(BadInputError, match=r"3\.\d+ MB more are needed, and 2 MB are free"):
         regraft.convert(lora, out, to=V5)

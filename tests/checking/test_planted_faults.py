@@ -268,7 +268,9 @@ def test_a_wrapper_in_the_keys(tmp_path, capsys):
 
 
 def test_the_genuine_ones_have_no_faults(capsys):
-    assert lint(capsys, "mixtral", "--keys", BASE) == (0, [])
+    status, faults = lint(capsys, "mixtral", "--keys", BASE)
+    # Only MiniMax-M2, which the book is for as well, has a bias.
+    assert (status, [fault["finding"]["rule"] for fault in faults]) == (0, ["router bias"])
     for name in open_tensors(ADAPTER / "adapter_model.safetensors"):
         status, found = explain(capsys, ADAPTER, name)
         assert status == 0, found

@@ -41,8 +41,11 @@ def test_every_error_has_a_status_of_its_own_kind():
         (RefusedError(Finding("no-image", "x")), "refused: no exact equivalent in transformers-v5"),
         (RefusedError(Finding("packed", "x")), "refused: packed bytes cannot be split or joined"),
         (RefusedError(Finding("not-in-place", "x")), "refused: not possible in place"),
-        (RefusedError(Finding("dtype", "x")), "refused: dtypes do not fit"),
-        (RefusedError([Finding("packed", "x"), Finding("dtype", "x")]), "refused"),
+        (
+            RefusedError(Finding("mixed-dtypes", "x")),
+            "refused: tensors of several dtypes would become one",
+        ),
+        (RefusedError([Finding("packed", "x"), Finding("mixed-dtypes", "x")]), "refused"),
         (BadInputError(Finding("dtype", "x")), "bad input"),
     ],
 )

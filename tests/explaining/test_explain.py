@@ -199,6 +199,7 @@ def test_tensors_of_no_module_stay(kind, tmp_path):
             module + "vera_lambda_d": ones[:, 0],
         }
     config = {"peft_type": kind, "r": 4, "target_modules": ["q_proj"], "save_projection": True}
+    config["projection_prng_key"] = 0
     if kind != "VERA":
         config = {"peft_type": kind, "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
     write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"format": "pt"})

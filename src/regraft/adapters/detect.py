@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from regraft.dialects.peft.packing import packing_of_version
-from regraft.dialects.peft.scan import Scan
-from regraft.dialects.peft.source import Source
+from regraft.adapters.protocol import Hints, Names
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
-from regraft.layouts import LAYOUTS, layout_of_packing
+from regraft.layouts import LAYOUTS
 from regraft.names.keys import Group
 from regraft.planning.model import (
     Foreign,
@@ -88,31 +86,29 @@ class Known:
 
 
 def find_books(
-    scan: Scan,
-    config: Mapping[str, Any],
+    names: Names,
+    hints: Hints,
     model: ModelConfig | None,
     where: str,
     foreign: Foreign | None = None,
-    spelled: Sequence[str] = (),
 ) -> Known:
     """The rule books for an adapter: by its base's config, by what its own config says, or by its keys.
 
-    ``foreign`` is asked for models that the library does not know as a whole; ``spelled`` are names that the
-    adapter once had.
+    ``foreign`` is asked for models that the library does not know as a whole.
 
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    if not scan.modules() and not any(other.prefix for other in scan.others):
+    if not names.bound:
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
-        model = _model_beside(config)
+        model = _model_beside(hints)
     if model is not None:
         books = tuple(books_for(model.model_types()))
         if foreign is not None and not covers(books, model):
-            imported = _ask(foreign, scan, config, model, spelled)
+            imported = _ask(foreign, names, hints, model)
             if imported is not None:
-                _check_family(config, model, where)
+                _check_family(hints, model, where)
                 told = f"{imported.evidence} ({model.path})"
                 return Known(
                     (imported.book,),
@@ -126,21 +122,21 @@ def find_books(
                 )
         if not books:
             raise _unknown_model(model.model_types(), model.path, True)
-        _check_family(config, model, where)
-        model = _replicate_layers(model, config.get("layer_replication"))
+        _check_family(hints, model, where)
+        model = _replicate_layers(model, hints.replicated)
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(dict.fromkeys(model.model_types()))
         return Known(
             books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})"
         )
-    named = _named_model_type(config)
+    named = hints.model_type
     if named is not None:
         books = tuple(books_for([named]))
         if not books:
-            raise _unknown_model([named], f"{where}/adapter_config.json", False)
-        _check_explained(books, scan, named, where)
-        return Known(books, {}, None, named, f"adapter_config.json says that the base is {named}")
-    fitting = books_by_keys(scan)
+            raise _unknown_model([named], f"{where}/{hints.source}", False)
+        _check_explained(books, names, hints, where)
+        return Known(books, {}, None, named, f"{hints.source} says that the base is {named}")
+    fitting = books_by_keys(names)
     if not fitting:
         raise UnmatchedKeysError(
             Finding(
@@ -152,13 +148,13 @@ def find_books(
         )
     outcomes: dict[object, list[Book]] = {}
     for book in fitting:
-        outcomes.setdefault(_outcome(book, scan), []).append(book)
+        outcomes.setdefault(_outcome(book, names), []).append(book)
     if len(outcomes) > 1:
-        names = "; ".join(" or ".join(b.name for b in same) for same in outcomes.values())
+        fits = "; ".join(" or ".join(b.name for b in same) for same in outcomes.values())
         raise AmbiguousError(
             Finding(
                 "which-model",
-                f"the keys fit models whose layouts differ: {names}",
+                f"the keys fit models whose layouts differ: {fits}",
                 where=where,
                 fix="give the base model with --model (its folder or its config.json)",
             )
@@ -174,25 +170,23 @@ def _families_of(books: Sequence[Book]) -> str:
     return " or ".join(books[0].model_types) or books[0].name
 
 
-def books_of(
-    config: Mapping[str, Any], model: ModelConfig | None, where: str
-) -> tuple[Book, ...] | None:
+def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book, ...] | None:
     """The rule books of an adapter's base, where something besides its keys tells it.
 
     Raises ``UnmatchedKeysError`` where the library does not know all of the model.
     """
-    model = model or _model_beside(config)
+    model = model or _model_beside(hints)
     if model is not None:
         books = tuple(books_for(model.model_types()))
         if not books or not covers(books, model):
             raise _unknown_model(model.model_types(), model.path, True)
         return books
-    named = _named_model_type(config)
+    named = hints.model_type
     if named is None:
         return None
     books = tuple(books_for([named]))
     if not books:
-        raise _unknown_model([named], f"{where}/adapter_config.json", False)
+        raise _unknown_model([named], f"{where}/{hints.source}", False)
     return books
 
 
@@ -204,35 +198,22 @@ def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     return all(name in known for name in model.model_types())
 
 
-def base_names(scan: Scan) -> list[str]:
+def base_names(names: Names) -> list[str]:
     """Names that tensors of the base may have, judging by an adapter's keys; others are no name of the base."""
-    keys: list[str] = []
-    for pairs in scan.pairs:
-        keys += (f"{name}.weight" for name in pairs.modules.names())
-    for other in scan.others:
-        for name in other.keys.names():
+    keys = [f"{name}.weight" for group in names.modules for name in group.names()]
+    for group in names.tensors:
+        for name in group.names():
             keys.append(name)
             parts = name.split(".")
             keys += (".".join(parts[:n]) + ".weight" for n in range(1, len(parts)))
     return keys
 
 
-def _ask(
-    foreign: Foreign,
-    scan: Scan,
-    config: Mapping[str, Any],
-    model: ModelConfig,
-    spelled: Sequence[str],
-) -> Told | None:
+def _ask(foreign: Foreign, names: Names, hints: Hints, model: ModelConfig) -> Told | None:
     """What the installed transformers knows of an adapter's base."""
-    keys = [*spelled, *base_names(scan)]
-    mapping = config.get("auto_mapping")
-    named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    classes = [*([named] if isinstance(named, str) else []), *model.architectures()]
-    task = config.get("task_type")
-    return foreign.book(
-        model, keys, {}, classes, adapter=True, task=task if isinstance(task, str) else None
-    )
+    keys = [*hints.spelled, *base_names(names)]
+    classes = [*hints.classes, *model.architectures()]
+    return foreign.book(model, keys, {}, classes, adapter=True, task=hints.task)
 
 
 def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
@@ -243,24 +224,15 @@ def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
     return replace(model, data={**model.data, "num_hidden_layers": layers})
 
 
-def _model_beside(config: Mapping[str, Any]) -> ModelConfig | None:
-    name = config.get("base_model_name_or_path")
-    if isinstance(name, str) and name and (Path(name) / "config.json").is_file():
-        return load_model(name)
+def _model_beside(hints: Hints) -> ModelConfig | None:
+    if hints.base and (Path(hints.base) / "config.json").is_file():
+        return load_model(hints.base)
     return None
 
 
-def _named_model_type(config: Mapping[str, Any]) -> str | None:
-    mapping = config.get("auto_mapping")
-    library_name = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
-    if isinstance(library_name, str) and library_name.startswith("transformers.models."):
-        return library_name.split(".")[2]
-    return None
-
-
-def _check_family(config: Mapping[str, Any], model: ModelConfig, where: str) -> None:
+def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
     """The base that the adapter names must be the one that is given, where both are known."""
-    named = _named_model_type(config)
+    named = hints.model_type
     types = model.model_types()
     if named is not None and books_for([named]) and named not in types:
         raise BadInputError(
@@ -268,13 +240,13 @@ def _check_family(config: Mapping[str, Any], model: ModelConfig, where: str) -> 
                 "wrong-base",
                 f"its base is {named}, but {model.path} is of {', '.join(dict.fromkeys(types))}",
                 where=where,
-                key="adapter_config.json: auto_mapping",
+                key=f"{hints.source}: auto_mapping",
                 fix="give the base model that it was trained on",
             )
         )
 
 
-def _check_explained(books: Sequence[Book], scan: Scan, named: str, where: str) -> None:
+def _check_explained(books: Sequence[Book], names: Names, hints: Hints, where: str) -> None:
     """Without a config the parts of a composite model are not known; then its keys are not explained."""
     keys = [
         term.key
@@ -284,7 +256,7 @@ def _check_explained(books: Sequence[Book], scan: Scan, named: str, where: str) 
     ]
     keys += [carry.term.key for book in books for carry in book.carries]
     modules = [table.module for book in books for table in book.parameters]
-    for module in _modules(scan):
+    for module in names.modules:
         group = Group(module.template + ".weight", module.ids, module.numbers)
         if any(key is not None and match_group(key, group) for key in keys) or any(
             match_group(key, module) for key in modules
@@ -293,7 +265,7 @@ def _check_explained(books: Sequence[Book], scan: Scan, named: str, where: str) 
         raise UnmatchedKeysError(
             Finding(
                 "model-needed",
-                f"adapter_config.json says that the base is {named}, which does not explain this key; it may "
+                f"{hints.source} says that the base is {hints.model_type}, which does not explain this key; it may "
                 "belong to a part of it that only its config names",
                 where=where,
                 key=group.name(0),
@@ -318,36 +290,32 @@ def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> Unmat
     )
 
 
-def _candidates(scan: Scan) -> list[Group]:
-    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in scan.modules()]
-    return groups + [other.keys for other in scan.others]
+def _candidates(names: Names) -> list[Group]:
+    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in names.modules]
+    return [*groups, *names.tensors]
 
 
-def _modules(scan: Scan) -> list[Group]:
-    return scan.modules()
-
-
-def books_by_keys(scan: Scan) -> list[Book]:
+def books_by_keys(names: Names) -> list[Book]:
     """The books that have a rule for one of the keys."""
-    return [book for book in library() if _speaks_of(book, scan)]
+    return [book for book in library() if _speaks_of(book, names)]
 
 
-def _speaks_of(book: Book, scan: Scan) -> bool:
+def _speaks_of(book: Book, names: Names) -> bool:
     keys = [
         term.key
         for rule in book.rules
         for term in (*rule.equation.left, *rule.equation.right)
         if term.key is not None
     ]
-    if any(match_group(key, group) for key in keys for group in _candidates(scan)):
+    if any(match_group(key, group) for key in keys for group in _candidates(names)):
         return True
-    return any(match_group(p.module, group) for p in book.parameters for group in _modules(scan))
+    return any(match_group(p.module, group) for p in book.parameters for group in names.modules)
 
 
-def _outcome(book: Book, scan: Scan) -> object:
+def _outcome(book: Book, names: Names) -> object:
     """What a book makes of an adapter's keys, to compare books by."""
     result: list[object] = []
-    for group in _candidates(scan):
+    for group in _candidates(names):
         hits = [
             (
                 tuple(str(t) for t in rule.equation.left),
@@ -364,7 +332,7 @@ def _outcome(book: Book, scan: Scan) -> object:
             for carry in book.carries
         )
         result.append((group.template, tuple(hits), carried or bool(hits)))
-    for group in _modules(scan):
+    for group in names.modules:
         for table in book.parameters:
             if match_group(table.module, group) is not None:
                 kinds = tuple(_parameter_kinds(book, f"{table.module}.{n}") for n in table.names)
@@ -418,29 +386,26 @@ def one_layout(evidence: Iterable[tuple[str, str]], where: str) -> dict[str, str
     return seen
 
 
-def detect_layout(scan: Scan, source: Source, books: Sequence[Book]) -> Detected:
+def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str) -> Detected:
     """The layout that the names tell; where they are the same in all, what else makes one likely.
 
     Raises ``BadInputError`` where some names are of one layout and some of another.
     """
-    seen = one_layout((e for book in books for e in _evidence(book, scan)), source.where)
+    seen = one_layout((e for book in books for e in _evidence(book, names)), where)
     for layout, key in seen.items():
         return Detected(layout, [f"{key} is a name of {layout}"], by_names=True)
-    written = source.remembered().layout
-    if written in LAYOUTS:
-        return Detected(written, [f"regraft wrote it as {written}"])
+    if hints.layout in LAYOUTS:
+        return Detected(hints.layout, [f"regraft wrote it as {hints.layout}"])
     same = "all its names are the same in every layout"
-    version = source.config.get("peft_version")
-    packing = packing_of_version(version) if source.config.get("target_parameters") else None
-    if packing is None:
+    if hints.likely is None:
         return Detected(None, [same])
-    likely = layout_of_packing(packing)
-    return Detected(likely, [same, f"it was saved by PEFT {version}, which goes with {likely}"])
+    likely, why = hints.likely
+    return Detected(likely, [same, why])
 
 
-def _evidence(book: Book, scan: Scan) -> list[tuple[str, str]]:
+def _evidence(book: Book, names: Names) -> list[tuple[str, str]]:
     result = []
-    names = {"left": book.left, "right": book.right}
+    layouts = {"left": book.left, "right": book.right}
     keys: dict[str, list[Key]] = {
         "left": [t.key for r in book.rules for t in r.equation.left if t.key is not None],
         "right": [t.key for r in book.rules for t in r.equation.right if t.key is not None],
@@ -448,12 +413,12 @@ def _evidence(book: Book, scan: Scan) -> list[tuple[str, str]]:
     modules = {
         side: [p.module for p in book.parameters if side in p.sides] for side in ("left", "right")
     }
-    for group in _candidates(scan):
+    for group in _candidates(names):
         sides = [s for s, each in keys.items() if any(match_group(k, group) for k in each)]
         if len(sides) == 1:
-            result.append((names[sides[0]], group.name(0).removesuffix(".weight")))
-    for group in _modules(scan):
+            result.append((layouts[sides[0]], group.name(0).removesuffix(".weight")))
+    for group in names.modules:
         sides = [s for s, each in modules.items() if any(match_group(k, group) for k in each)]
         if len(sides) == 1:
-            result.append((names[sides[0]], group.name(0)))
+            result.append((layouts[sides[0]], group.name(0)))
     return result

@@ -7,7 +7,7 @@ base weight is ``scale * B @ A`` in (out, in) orientation, whatever way the base
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,10 @@ from regraft.adapters.scale import Scale
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers
+
+if TYPE_CHECKING:
+    from regraft.adapters.families.base import Family
+    from regraft.adapters.tuned import TunedModules
 
 Array = npt.NDArray[Any]
 
@@ -147,3 +151,76 @@ def delta(lora: Lora) -> npt.NDArray[np.float64]:
     """The delta in float64, (out, in) or (E, out, in)."""
     product = lora.b.astype(np.float64) @ lora.a.astype(np.float64)
     return np.asarray(product * lora.scale.value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedGroup:
+    """Saved tensors whose keys share a template: they take the place of tensors of the base, or of some rows of one."""
+
+    keys: Group
+    """The base tensors that they stand for; ids are numbers in the file."""
+    rows: bool = False
+    """Whether each holds some rows of its base tensor only (trained tokens of an embedding)."""
+    style: object = None
+    """How the dialect spells them; nobody else reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One saved tensor: the base tensor that it stands for, before and after a move."""
+
+    old: str
+    new: str
+    tensor: Array
+    rows: bool = False
+    style: object = None
+    bound: bool = True
+    """Whether it belongs to a module of the base at all; a prompt does not."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What an adapter adds to its base, free of any file's form.
+
+    A plain LoRA is ``factors``; every other family is ``modules``, which ``family`` understands. Ids in both are
+    those of the base tensors in ``headers``.
+    """
+
+    factors: Factors | None = None
+    modules: TunedModules | None = None
+    family: Family | None = None
+
+    @property
+    def headers(self) -> Headers:
+        """The base tensors that it adapts: names, shapes, dtypes."""
+        adapted = self.factors if self.factors is not None else self.modules
+        assert adapted is not None
+        return adapted.headers
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One delta of a result: the base tensor's key, where the dialect put it, and its scale."""
+
+    key: str
+    module: str
+    parameter: str | None
+    """The parameter's name where the dialect adapts parameters apart from modules."""
+    scale: Scale
+
+    @property
+    def path(self) -> str:
+        """The module, or the parameter by its module's path."""
+        return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blob:
+    """An adapter as a dialect writes it: a config, tensors by their names in the file, and the file's metadata."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Array]
+    metadata: dict[str, str] = field(default_factory=dict)
+    sidecar: dict[str, Array] = field(default_factory=dict)
+    """Factors that the layout cannot hold, for a file beside the result."""
+    written: tuple[Written, ...] = ()

@@ -7,7 +7,6 @@ name, a delta of full rank. One adapter is of one family, so the lowest rung tha
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,19 +27,12 @@ from regraft.adapters.families.base import (
 )
 from regraft.adapters.families.lora_variants import LoraVariant
 from regraft.adapters.follow import Followed, as_loras, follow
-from regraft.adapters.form import Array, Factors, Images, Lora
-from regraft.adapters.kept import modules_of
+from regraft.adapters.form import Factors, Images, Lora
 from regraft.adapters.tuned import TunedModules
-from regraft.dialects.peft.config import targets_module
-from regraft.dialects.peft.modules import ModuleReader
-from regraft.dialects.peft.scan import PREFIX, Scan
-from regraft.dialects.peft.variants import reclaimed_names
-from regraft.dialects.peft.writing import ConfigWriter, Result
+from regraft.adapters.uncalled import modules_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import group_names
-from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Plan
-from regraft.planning.side import Side
 from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"
@@ -71,43 +63,22 @@ class Carried:
     """Whether tensors changed and not only names."""
 
 
-class Carrier:
-    """One adapter of a family on its way from a layout to another."""
+class Ladder:
+    """One adapter of a family on its way to another layout."""
 
     def __init__(
         self,
-        family: type[Family],
-        config: Mapping[str, Any],
-        tensors: Mapping[str, Array],
-        scan: Scan,
+        family: Family,
         known: Known,
-        layout: str,
         target: str,
         where: str,
+        base: BaseWeights,
+        claimed: Sequence[str] = (),
     ) -> None:
-        shared = {name: tensor for name, tensor in tensors.items() if family.shares(name)}
-        self.family = family(config, shared)
-        self.config, self.tensors, self.scan = config, list(tensors.values()), scan
-        self.known, self.where = known, where
-        self.layout, self.target = layout, target
-        self.base = BaseWeights.of(known, layout)
-
-    def read(self) -> TunedModules:
-        """The modules; sizes that neither tensors nor config tell come from the base's weights."""
-        side = Side(self.known.books, self.layout, self.known.scopes)
-        reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where)
-        tuned = reader.read()
-        if tuned.unknown and self.base.weights is not None:
-            shapes = self.base.shapes()
-            reader = ModuleReader(self.scan, self.tensors, self.family, side, self.where, shapes)
-            tuned = reader.read()
-        self.family.survey(
-            {
-                tuned.headers.name(number).removesuffix(".weight"): part
-                for number, part in enumerate(tuned.parts)
-            }
-        )
-        return tuned
+        self.family, self.known, self.target, self.where = family, known, target, where
+        self.base = base
+        self.claimed = tuple(claimed) if isinstance(family, LoraVariant) else ()
+        """Last segments of modules that the reader of the result would take for something else."""
 
     def carry(self, plan: Plan | None, tuned: TunedModules, via: str | None) -> Carried:
         """The best rung that is exact, full rank where there is none and it is allowed, or what was asked for.
@@ -153,13 +124,10 @@ class Carrier:
             return Followed(dict(zip(names, tuned.parts, strict=True)))
         followed = follow(plan, tuned, self.family)
         special = [m for m in modules_of(self.known, self.target) if not m.called]
-        claimed: tuple[str, ...] = ()
-        if isinstance(self.family, LoraVariant):
-            claimed = reclaimed_names(self.config, self.known, self.target)
-        ids = sources_of(plan) if special or claimed else {}
+        ids = sources_of(plan) if special or self.claimed else {}
         for name, number in ids.items():
             module = name.removesuffix(".weight")
-            if module.rpartition(".")[2] in claimed:
+            if module.rpartition(".")[2] in self.claimed:
                 followed.failed[number] = NoImageError(_CLAIMED), ""
             (group,) = group_names([module])
             for table in special:
@@ -289,148 +257,6 @@ def sources_of(plan: Plan) -> dict[str, int]:
     for carried in plan.carried:
         found.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
     return found
-
-
-def write_parts(parts: Mapping[str, Part], family: Family) -> Result:
-    """The tensors of a family's modules under PEFT's names."""
-    result = Result()
-    for key, part in parts.items():
-        module = key.removesuffix(".weight")
-        for end, tensor in family.write(part).items():
-            result.tensors[f"{PREFIX}{module}.{end}"] = tensor
-        result.wrappers[module] = 1
-    return result
-
-
-def write_family_config(
-    config: Mapping[str, Any],
-    family: Family,
-    parts: Mapping[str, Part],
-    changes: Mapping[str, Any],
-    model: ModelConfig | None,
-    renamed: Mapping[str, str],
-    there: Side,
-) -> dict[str, Any]:
-    """The config of a family after its modules have moved; ``renamed`` maps old modules to new ones."""
-    made = dict(config)
-    writer = ConfigWriter(config, Result(), model, there)
-    modules = {key.removesuffix(".weight"): part for key, part in parts.items()}
-    if "target_modules" in config:
-        made["target_modules"] = writer.target_modules(list(modules))
-    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
-        if config.get(name) is not None:
-            made[name] = None
-    made.update(changes)
-    for name, pattern in family.fields.items():
-        if pattern is None:
-            continue
-        values = {path: part.settings[name] for path, part in modules.items()}
-        made[name], patterns = one_for_most(values, config.get(name), writer, family.anchored)
-        if patterns or config.get(pattern):
-            made[pattern] = family.spell(patterns)
-    if "feedforward_modules" in config:
-        _write_feedforward(made, modules, writer)
-    if config.get("peft_type") == "ADALORA" and config.get("rank_pattern"):
-        made["rank_pattern"] = _renamed_budget(config["rank_pattern"], renamed)
-    return made
-
-
-def one_for_most(
-    values: Mapping[str, Any], old: Any, writer: ConfigWriter, anchored: bool
-) -> tuple[Any, dict[str, Any]]:
-    """One value for most modules, and patterns that exclude each other for the rest."""
-    counts = Counter(values.values())
-    best = max(counts.values())
-    common = old if counts.get(old) == best else next(v for v in counts if counts[v] == best)
-    return common, writer.exceptions(values, common, anchored)
-
-
-def _write_feedforward(
-    made: dict[str, Any], modules: Mapping[str, Part], writer: ConfigWriter
-) -> None:
-    """``feedforward_modules``: PEFT compares ends of paths, and wants every entry in ``target_modules``, too."""
-    forward = {path for path, part in modules.items() if part.settings["feedforward"]}
-    entries = made["feedforward_modules"] or []
-
-    def right(names: Sequence[str]) -> bool:
-        return all(any(p.endswith(n) for n in names) == (p in forward) for p in modules)
-
-    if not isinstance(entries, list) or not right(entries):
-        entries = writer.shorten(sorted(forward))
-        if not right(entries):
-            entries = sorted(forward)
-    kept = [e for e in entries if any(targets_module([e], p) for p in forward)]
-    made["feedforward_modules"] = kept
-    missing = [entry for entry in kept if entry not in made["target_modules"]]
-    made["target_modules"] = [*made["target_modules"], *missing]
-
-
-def _renamed_budget(patterns: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """AdaLoRA's ``rank_pattern``, which names the tensors of modules."""
-    result = {}
-    for key, value in patterns.items():
-        module, _, leaf = key.rpartition(".lora_E")
-        path = module.removeprefix(PREFIX)
-        new = next(
-            (
-                renamed[p]
-                for p in (path, f"model.{path}", path.removeprefix("model."))
-                if p in renamed
-            ),
-            path,
-        )
-        result[f"{module.removesuffix(path)}{new}.lora_E{leaf}"] = value
-    return result
-
-
-_VARIANT_FIELDS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_bdlora",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
-_COMMON_FIELDS = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "auto_mapping",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "peft_version",
-)
-
-
-def lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a plain LoRA that adapts what another family adapted."""
-    if config.get("peft_type") == "LORA":
-        made = {k: v for k, v in config.items() if k not in _VARIANT_FIELDS}
-        made["init_lora_weights"] = True
-        made["use_rslora"] = False
-        return made
-    made = {name: config[name] for name in _COMMON_FIELDS if name in config}
-    bias = config.get("bias", "none")
-    made.update(
-        peft_type="LORA",
-        r=1,
-        lora_alpha=1,
-        lora_dropout=0.0,
-        fan_in_fan_out=False,
-        bias=bias if bias in ("none", "all") else "lora_only",
-        use_rslora=False,
-        init_lora_weights=True,
-        rank_pattern={},
-        alpha_pattern={},
-    )
-    return made
 
 
 def unmoved_images(factors: Factors) -> list[Images]:

@@ -18,10 +18,8 @@ import numpy as np
 
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.families.base import NoImageError
-from regraft.adapters.families.table import family_of
-from regraft.adapters.form import Array
-from regraft.adapters.kept import drop_stand_ins
-from regraft.adapters.saved import TOKENS, Moved, move_others, owner_of, token_rows
+from regraft.adapters.form import Array, Saved
+from regraft.adapters.roundtrip import comes_back, take_back
 from regraft.arrays.apply import apply_plan
 from regraft.arrays.pieces import (
     Make,
@@ -34,7 +32,7 @@ from regraft.arrays.pieces import (
     take_part,
 )
 from regraft.dialects.peft.deltas import Deltas, read_deltas
-from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source, find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
 from regraft.layouts import other_layout
@@ -199,37 +197,30 @@ def compare(
 
 def _without_stand_ins(source: Source, layouts: tuple[str, str]) -> tuple[Source, dict[str, Wide]]:
     """A source without what only stands in for something in the other layout, and the deltas that it stands for."""
-    remembered = source.remembered()
-    if layouts[0] == layouts[1] or remembered.source.layout != layouts[1]:
+    if layouts[0] == layouts[1] or not comes_back(source, layouts[1]):
         return source, {}
-    drop, factors, written = drop_stand_ins(source.tensors, remembered.kept, source.aside)
-    deltas = {}
-    for item in written:
-        a, b = (factors[f"{PREFIX}{item.module}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+    without, returned = take_back(source)
+    deltas: dict[str, Wide] = {}
+    factors: set[str] = set()
+    for item in returned.written:
+        names = source.spelling.factor_names(item.module)
+        a, b = (returned.tensors[name].astype(np.float64) for name in names)
         deltas[item.key] = np.asarray(b @ a * item.scale.value)
-    tensors = {name: x for name, x in source.tensors.items() if name not in drop}
-    factor = tuple(f".lora_{x}.weight" for x in "AB")
-    tensors.update((name, x) for name, x in factors.items() if not name.endswith(factor))
-    return replace(source, tensors=tensors), deltas
+        factors.update(names)
+    more = {name: x for name, x in returned.tensors.items() if name not in factors}
+    return replace(without, tensors={**without.tensors, **more}), deltas
 
 
 def _layouts(
     one: Source, other: Source, model: ModelConfig | None, foreign: Foreign | None
 ) -> tuple[Known, tuple[str, str]]:
-    scans: list[Scan] = []
-    for source in (one, other):
-        family = family_of(source.config)
-        plain = source.peft_type == "LORA" and family is None
-        prefix = family.prefix if family is not None else None
-        scan, findings = scan_names(list(source.tensors), source.where, plain, prefix)
-        if findings:
-            raise BadInputError(findings)
-        scans.append(scan)
-    spelled = [*base_names(scans[1]), *one.remembered().names, *other.remembered().names]
-    known = find_books(scans[0], one.config, model, one.where, foreign, spelled)
+    names = [source.names() for source in (one, other)]
+    hints = one.hints()
+    spelled = (*base_names(names[1]), *hints.spelled, *other.hints().spelled)
+    known = find_books(names[0], replace(hints, spelled=spelled), model, one.where, foreign)
     found = [
-        detect_layout(scan, source, known.books).layout
-        for scan, source in zip(scans, (one, other), strict=True)
+        detect_layout(each, source.hints(), known.books, source.where).layout
+        for each, source in zip(names, (one, other), strict=True)
     ]
     first, second = found
     if second is None:
@@ -317,7 +308,7 @@ class _Comparison:
         self._judge()
         self.result.sampled += list(self.sampled)
         self._compare_biases()
-        moved = self._moved_others()
+        moved = self.before.moved_others(self.after.layout)
         self._compare_others(moved)
         self._compare_switches(moved)
 
@@ -433,21 +424,10 @@ class _Comparison:
                 message = f"what it adds to the bias is another (relative error {error:.3g})"
                 self._differs("differs", key, message)
 
-    def _moved_others(self) -> list[Moved]:
-        before, after = self.before, self.after
-        return move_others(
-            before.scan,
-            before.source,
-            before.known,
-            before.side,
-            after.layout,
-            in_place=before.layout == after.layout,
-        )
-
-    def _compare_others(self, moved: Sequence[Moved]) -> None:
+    def _compare_others(self, moved: Sequence[Saved]) -> None:
         before, after = self.before, self.after
         shared = set(before.family.shared) if before.family is not None else set()
-        filled = set(after.source.remembered().kept.filled)
+        filled = set(after.source.provenance().kept.filled)
         for item in moved:
             if item.old in shared and item.new not in self.others:
                 continue
@@ -463,13 +443,13 @@ class _Comparison:
                 self._differs("differs", item.new, "it has entries that are no finite numbers")
         companions = {
             f"{name}.{leaf}"
-            for name in after.source.remembered().kept.modules
+            for name in after.source.provenance().kept.modules
             for leaf in ("bias", "weight")
         }
         for name in self.others.keys() - filled - companions:
             self._differs("extra", name, "nothing in the source leads to it")
 
-    def _compare_switches(self, moved: Sequence[Moved]) -> None:
+    def _compare_switches(self, moved: Sequence[Saved]) -> None:
         """Fields of the configs that change what PEFT does, and of which no tensor tells."""
         before, after = self.before.source, self.after.source
         for name in ("layer_replication", "token_indices"):
@@ -485,7 +465,7 @@ class _Comparison:
                 f"it names {entry!r} as saved or as trained, and its file has no tensor for it",
             )
         for item in moved:
-            if not item.old.endswith(TOKENS):
+            if not item.rows:
                 continue
             rows = [token_rows(before.config, item.old), token_rows(after.config, item.new)]
             if rows[0] != rows[1]:
@@ -506,7 +486,11 @@ def _idle(source: Source, others: Mapping[str, Array]) -> set[str]:
         if all(owner_of(name, entry) is None for name in others)
     }
     tokens = source.config.get("trainable_token_indices")
-    modules = [name.removesuffix(TOKENS) for name in others if name.endswith(TOKENS)]
+    modules = [
+        name.removesuffix(".weight")
+        for group in source.saved()
+        for name in (group.keys.names() if group.rows else ())
+    ]
     if isinstance(tokens, list) and tokens and not modules:
         found.add("trainable_token_indices")
     if isinstance(tokens, dict):

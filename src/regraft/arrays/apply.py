@@ -11,7 +11,7 @@ from regraft.arrays.lazy import Lazy, apply_lazily
 from regraft.arrays.move import as_words, move, view_of
 from regraft.equation.lower import Copy, Nest, Padding, nest_of, strides_of
 from regraft.equation.notation import Term
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.plan import Entry, Plan, index_grid, walk
 
 
@@ -20,7 +20,8 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
 
     ``tensors[i]`` has the id ``i`` of the plan's headers. Bits are moved, values are never read, so any dtype goes.
 
-    Raises ``BadInputError`` where tensors of different dtypes would become one.
+    Raises ``RefusedError`` where tensors of different dtypes would become one; ``BadInputError`` where copies differ or
+    padding would be cut off that is none.
     """
     if tensors and isinstance(tensors[0], Lazy):
         return apply_lazily(plan, tensors)
@@ -32,7 +33,8 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
         names = carried.group.names()
         result.update(zip(names, (tensors[i] for i in carried.group.ids.tolist()), strict=True))
     if findings:
-        raise BadInputError(findings)
+        sound = all(finding.code == "mixed-dtypes" for finding in findings)
+        raise (RefusedError if sound else BadInputError)(findings)
     return result
 
 
@@ -65,7 +67,7 @@ def _apply_entry(
         if len(dtypes) > 1:
             findings.append(
                 Finding(
-                    "dtype",
+                    "mixed-dtypes",
                     f"tensors of {', '.join(dtypes)} would become one tensor",
                     key=plan.headers.name(next(iter(dtypes.values()))),
                     rule=str(entry.rule),

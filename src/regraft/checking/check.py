@@ -21,7 +21,7 @@ import numpy as np
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, base_names, find_books, load_model
 from regraft.adapters.form import Array
-from regraft.adapters.kept import modules_of
+from regraft.adapters.uncalled import modules_of
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
@@ -32,7 +32,7 @@ from regraft.dialects.peft.config import LoraConfig, targets_module, targets_par
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.scan import Scan, scan_names
-from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
+from regraft.dialects.peft.source import CONFIG, Source, find_adapters, names_of_scan, open_adapter
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
 from regraft.layouts import Layout, parse_layout
@@ -149,7 +149,9 @@ class _Checker:
         """What is known of the base, if it is."""
         scan, _ = self.scan(source)
         try:
-            return find_books(scan, source.config, self.config, source.where, self.foreign)
+            return find_books(
+                names_of_scan(scan), source.hints(), self.config, source.where, self.foreign
+            )
         except RegraftError:
             return None
 
@@ -179,7 +181,7 @@ class _Checker:
             named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
             try:
                 scan, _ = self.scan(source)
-                names, task = tuple(base_names(scan)), source.config.get("task_type")
+                names, task = tuple(base_names(names_of_scan(scan))), source.config.get("task_type")
                 trial = Trial(model, named, folder, wanted, remedies, names, task)
                 tried = self.peft.attempt(trial)
             except RegraftError as error:

@@ -239,7 +239,7 @@ def finish(moves: Moves, tensors: Tensors) -> Moves:
     if len(mixed):
         raise RefusedError(
             Finding(
-                "dtype",
+                "mixed-dtypes",
                 f"tensors of {names[int(low[i])]} and {names[int(high[i])]} would become this one",
                 key=moves.names[int(i)],
                 fix="cast them to one dtype first",

@@ -11,6 +11,7 @@ from typing import Any
 
 import regraft
 from regraft.adapters.detect import load_model
+from regraft.adapters.provenance import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import add_companions, check_quantised, find_companions
@@ -39,7 +40,6 @@ from regraft.checkpoints.ties import (
     without_ties,
 )
 from regraft.checkpoints.units import UNIT
-from regraft.dialects.peft.provenance import KEY
 from regraft.errors import BadInputError
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig

@@ -27,7 +27,7 @@ def check_writable(plan: Plan) -> None:
     if odd:
         raise RefusedError(
             Finding(
-                "padding",
+                "no-image",
                 "a checkpoint's files are padded with zeros only",
                 key=entry.keys(entry.written[0]).name(0),
                 rule=str(entry.rule),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.components import Record
-from regraft.dialects.peft.provenance import (
+from regraft.adapters.provenance import (
     KEY,
     KeptTable,
     Origin,

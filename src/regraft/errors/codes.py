@@ -168,6 +168,13 @@ class Code(Enum):
         "give `--model`, or say which: `--from transformers-v5/peft-0.19`",
         "as before PEFT 0.19 or as since; there is no `peft_version`, and the shapes fit both",
     )
+    WHICH_DIALECT = (
+        "which-dialect",
+        Part.READING,
+        "several dialects fit",
+        "say which with `--from`",
+        "two formats of adapters claim the file",
+    )
     WHICH_MODEL = (
         "which-model",
         Part.READING,
@@ -224,6 +231,7 @@ class Code(Enum):
         "an unknown kind of change",
         "use a release that regraft was tested with, or write a rule book for the model",
         "the installed transformers changes this model by a kind of rule that regraft does not know",
+        Status.REFUSED,
     )
     OTHER_LAYOUTS = (
         "other-layouts",
@@ -388,8 +396,8 @@ class Code(Enum):
         "dtype",
         Part.ADAPTER,
         "dtypes do not fit",
-        "save unquantised; cast to one dtype",
-        "a factor is not a floating-point tensor, or tensors of several dtypes would become one",
+        "save unquantised",
+        "a factor is not a floating-point tensor",
     )
     LAYOUT = (
         "layout",
@@ -970,6 +978,14 @@ class Code(Enum):
         "several values share a byte, and the rule would separate them",
         Status.REFUSED,
     )
+    MIXED_DTYPES = (
+        "mixed-dtypes",
+        Part.CHECKPOINTS,
+        "tensors of several dtypes would become one",
+        "cast them to one dtype first",
+        "",
+        Status.REFUSED,
+    )
     NO_SPACE = (
         "no-space",
         Part.CHECKPOINTS,
@@ -1212,6 +1228,7 @@ class Code(Enum):
         "no such layout",
         "choose one",
         "the message lists those there are",
+        Status.BAD_INPUT,
     )
     INTERNAL = (
         "internal",

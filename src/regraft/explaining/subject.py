@@ -20,7 +20,7 @@ from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.dialects.peft.config import targets_parameter
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import Source as Adapter
-from regraft.dialects.peft.source import find_adapters, open_adapter
+from regraft.dialects.peft.source import find_adapters, names_of_scan, open_adapter
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts import parse_layout
 from regraft.names.keys import Group, group_names
@@ -143,7 +143,7 @@ def _open_adapter(
     opened = open_adapter(found.folders[0], found.root, found.weights)
     problems: list[Finding] = []
     known: Known | None = None
-    foreign, spelled = InstalledTransformers(), opened.remembered().names
+    foreign = InstalledTransformers()
     layout, evidence = source, ["its layout was given"] if source else []
     family = family_of(opened.config)
     plain = opened.peft_type == "LORA" and family is None
@@ -151,10 +151,10 @@ def _open_adapter(
     scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
     problems += scanned
     try:
-        known = find_books(scan, opened.config, config, opened.where, foreign, spelled)
+        known = find_books(names_of_scan(scan), opened.hints(), config, opened.where, foreign)
         evidence.insert(0, known.evidence)
         if source is None:
-            detected = detect_layout(scan, opened, known.books)
+            detected = detect_layout(names_of_scan(scan), opened.hints(), known.books, opened.where)
             layout = detected.layout
             evidence += detected.evidence
     except RegraftError as error:

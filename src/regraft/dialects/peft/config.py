@@ -15,9 +15,6 @@ from regraft.storage.expressions import expression
 
 ALL_LINEAR = "all-linear"
 
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of ``init_lora_weights`` (or their beginnings) that change the base weights when the adapter loads."""
-
 VARIANTS = {
     "use_dora": "DoRA",
     "lora_bias": "lora_bias",
@@ -54,13 +51,6 @@ class LoraConfig:
     def variants(self) -> list[str]:
         """What makes this more than a plain LoRA, by the names people use."""
         return [name for field, name in VARIANTS.items() if self.data.get(field)]
-
-    def changes_base(self) -> str | None:
-        """The initialisation, where it changes the base weights when the adapter loads."""
-        init = self.data.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            return init
-        return None
 
 
 def targets_module(target_modules: str | Sequence[str] | None, path: str) -> bool:

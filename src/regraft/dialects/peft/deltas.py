@@ -17,23 +17,16 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.convert import Identity, move_rest, read
 from regraft.adapters.detect import Known
-from regraft.adapters.families.base import Family, NoImageError
-from regraft.adapters.families.table import family_of
-from regraft.adapters.form import Array
-from regraft.adapters.ladder import Carrier
-from regraft.adapters.tuned import TunedModules
+from regraft.adapters.families.base import NoImageError
+from regraft.adapters.form import Array, Saved
 from regraft.arrays.pieces import Take, Wide, take_along, take_part
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.fitting import check_fit
-from regraft.dialects.peft.reading import FactorReader
-from regraft.dialects.peft.scan import scan_names
 from regraft.dialects.peft.source import Source
-from regraft.errors import BadInputError
 from regraft.layouts import BEFORE
 from regraft.names.keys import group_names
-from regraft.planning.plan import Headers
-from regraft.planning.side import Side
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 
 
@@ -73,53 +66,26 @@ class Deltas:
         self, source: Source, known: Known, layout: str, packing: str | None = None
     ) -> None:
         self.source, self.known, self.layout = source, known, layout
-        self.family = family_of(source.config)
-        plain = source.peft_type == "LORA" and self.family is None
-        prefix = self.family.prefix if self.family is not None else None
-        self.scan, findings = scan_names(list(source.tensors), source.where, plain, prefix)
-        if findings:
-            raise BadInputError(findings)
+        self.family = source.family
+        self.scan = source.scan()
         self.base = BaseWeights.of(known, layout)
-        self.side = Side(known.books, layout, known.scopes)
-        self.tuned: TunedModules | None = None
-        self.tuner: Family | None = None
+        identity = Identity(known, layout, packing, ())
+        self.side = identity.side()
+        reading = read(source, identity, self.base)
+        self.tuned, self.tuner = reading.adapter.modules, reading.adapter.family
         self._factors: list[_Factors] = []
-        self.headers: Headers
-        if self.family is not None:
-            carrier = Carrier(
-                self.family,
-                source.config,
-                source.tensors,
-                self.scan,
-                known,
-                layout,
-                layout,
-                source.where,
-            )
-            self.tuned, self.tuner = carrier.read(), carrier.family
-            self.headers = self.tuned.headers
-            groups = self.tuned.kinds
-        else:
-            config = source.config if plain else {"r": 1, "lora_alpha": 1}
-            reader = FactorReader(
-                self.scan,
-                list(source.tensors.values()),
-                list(source.tensors),
-                config,
-                self.side,
-                source.where,
-                packing,
-            )
-            checked = reader.read()
-            self.headers, groups = checked.headers, checked.kinds
+        self.headers = reading.adapter.headers
+        checked = reading.adapter.factors or reading.adapter.modules
+        assert checked is not None
         self.ids: dict[str, int] = {}
         self._kinds: dict[int, str] = {}
-        for keys, kind in groups:
+        for keys, kind in checked.kinds:
             ids = keys.ids.tolist()
             self.ids.update(zip(keys.names(), ids, strict=True))
             self._kinds.update(dict.fromkeys(ids, kind))
         if self.family is None:
-            self._factors = list(self._read_lora(config, reader.packing))
+            config = source.config if source.plain else {"r": 1, "lora_alpha": 1}
+            self._factors = list(self._read_lora(config, reading.packing))
         check_fit(self.scan, source, known, self.base)
         self._last: tuple[int, Wide] | None = None
         self._unpacked: dict[int, tuple[Array, Array]] = {}
@@ -289,13 +255,19 @@ class Deltas:
         return take_part(self._stored(number, whole), takes)
 
     def others(self) -> dict[str, Array]:
-        """Tensors that are no part of a delta, by their base names."""
+        """Tensors that are no part of a delta, by the base tensors that they stand for."""
         tensors = list(self.source.tensors.values())
-        return {
-            name: tensors[i]
-            for other in self.scan.others
-            for name, i in zip(other.keys.names(), other.keys.ids.tolist(), strict=True)
-        }
+        found = dict(self.source.unbound())
+        for group in self.source.saved():
+            ids = group.keys.ids.tolist()
+            names = group.keys.names()
+            found.update((name, tensors[i]) for name, i in zip(names, ids, strict=True))
+        return found
+
+    def moved_others(self, target: str) -> list[Saved]:
+        """The same in a layout."""
+        identity = Identity(self.known, self.layout, None, ())
+        return move_rest(self.source, identity, None if target == self.layout else target)
 
 
 _KEPT = 3

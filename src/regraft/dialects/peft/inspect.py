@@ -16,11 +16,12 @@ from regraft.adapters.detect import (
     find_books,
     load_model,
 )
+from regraft.adapters.families.lora_variants import changes_base
 from regraft.adapters.form import Array
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.scan import Scan, scan_names
-from regraft.dialects.peft.source import Source, find_adapters, open_adapter
+from regraft.dialects.peft.source import Source, find_adapters, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, Finding, RegraftError
 from regraft.layouts import LAYOUTS
@@ -210,8 +211,8 @@ def inspect_adapter(
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
         _note_idle(scan, tensors, result)
-    if source.remembered().layout:
-        result.notes.append(f"regraft wrote it, from {source.remembered().source.layout}")
+    if source.provenance().layout:
+        result.notes.append(f"regraft wrote it, from {source.provenance().source.layout}")
     return result
 
 
@@ -220,14 +221,14 @@ def _find_model(
 ) -> tuple[Known | None, Sequence[Book], list[str]]:
     """What is known of the base, the books that tell the layout all the same, and why."""
     try:
-        known = find_books(scan, source.config, model, source.where, foreign)
+        known = find_books(names_of_scan(scan), source.hints(), model, source.where, foreign)
     except RegraftError as error:
         finding = error.findings[0]
         fix = f" ({finding.fix})" if finding.fix else ""
         unnamed = finding.code == "model-needed" or (
             finding.code == "unknown-model" and model is None
         )
-        books = books_by_keys(scan) if unnamed else ()
+        books = books_by_keys(names_of_scan(scan)) if unnamed else ()
         return None, books, [f"the base model is not known: {finding.message}{fix}"]
     return known, known.books, [known.evidence]
 
@@ -236,7 +237,7 @@ def _find_layouts(
     scan: Scan, source: Source, books: Sequence[Book], result: Inspected
 ) -> list[str]:
     try:
-        detected = detect_layout(scan, source, books)
+        detected = detect_layout(names_of_scan(scan), source.hints(), books, source.where)
     except RegraftError as error:
         result.problems += error.findings
         return []
@@ -334,7 +335,7 @@ def _has_values(tensor: Array) -> bool:
 
 def _variants(config: dict[str, Any]) -> list[str]:
     lora = LoraConfig(config)
-    init = lora.changes_base()
+    init = changes_base(config)
     return lora.variants() + ([f"the initialisation {init}"] if init is not None else [])
 
 

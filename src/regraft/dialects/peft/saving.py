@@ -11,10 +11,10 @@ from regraft.storage.folder import copy_file
 from regraft.storage.safetensors import write_tensors
 
 
-def save_adapter(folder: Path, source: Source, result: Converted) -> None:
+def save_adapter(folder: Path, source: Source | None, result: Converted) -> None:
     """Write what a conversion of ``source`` gave; what needed none is copied."""
     folder.mkdir(parents=True, exist_ok=True)
-    if result.report.copied and source.weights is not None:
+    if result.report.copied and source is not None and source.weights is not None:
         copy_file(source.weights, folder / source.weights.name)
         copy_file(Path(source.where) / CONFIG, folder / CONFIG)
         if source.aside:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from regraft.adapters.form import Array
+from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.detect import Known
+from regraft.adapters.families.base import Family
+from regraft.adapters.families.table import family_of
+from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
+from regraft.adapters.protocol import Hints, Names, Reading
+from regraft.adapters.provenance import Remembered, read_remembered
+from regraft.dialects.base import Found
+from regraft.dialects.peft.complete import check_complete, guess_count
+from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.config_check import check_fields
-from regraft.dialects.peft.provenance import Remembered, read_remembered
+from regraft.dialects.peft.family_config import lora_config
+from regraft.dialects.peft.modules import ModuleReader
+from regraft.dialects.peft.packing import packing_of_version
+from regraft.dialects.peft.reading import FactorReader
+from regraft.dialects.peft.saved import Style, names_of, saved_groups
+from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.variants import claimed_names, refuse_attention
 from regraft.dialects.unread import find_dialect
-from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
+from regraft.layouts import BEFORE, LAYOUTS, SINCE, Layout, layout_of_packing, other_layout
+from regraft.planning.families import Guess
+from regraft.planning.model import ModelConfig
+from regraft.planning.plan import Plan
+from regraft.planning.side import Side
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import open_tensors, read_header
+
+if TYPE_CHECKING:
+    from regraft.dialects.peft.writer import PeftWriter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,9 +48,27 @@ ASIDE = "regraft_kept.safetensors"
 """A file beside the weights: factors that their layout cannot hold, for the way back."""
 
 
+class PeftNames:
+    """How PEFT names tensors in its files."""
+
+    def spell(self, key: str) -> str:
+        """A tensor of the base, or a module."""
+        return PREFIX + key
+
+    def saved_name(self, item: Saved) -> str:
+        """A saved tensor, where it stood."""
+        module, _, leaf = item.new.rpartition(".")
+        wrapped = isinstance(item.style, Style) and item.style.wrapped
+        return f"{PREFIX}{module}{'.base_layer' * wrapped}.{leaf}"
+
+    def factor_names(self, module: str) -> tuple[str, str]:
+        """A module's A and B."""
+        return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
 @dataclass(slots=True)
 class Source:
-    """An adapter as it is on disk. The tensors are views; nothing has been read yet."""
+    """An adapter as PEFT has it on disk. The tensors are views; nothing has been read yet."""
 
     name: str
     """The sub-folder it came from, or an empty string."""
@@ -38,26 +79,253 @@ class Source:
     weights: Path | None = None
     aside: dict[str, Array] = field(default_factory=dict)
     """Factors that regraft kept in a file beside the weights."""
+    _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
         """``LORA``, ``IA3``, ..."""
         return str(self.config["peft_type"])
 
-    def remembered(self) -> Remembered:
+    @property
+    def kind(self) -> str:
+        """The tuner's name."""
+        return self.peft_type
+
+    @property
+    def sidecar(self) -> dict[str, Array]:
+        """Factors that regraft kept in a file beside the weights."""
+        return self.aside
+
+    @property
+    def spelling(self) -> PeftNames:
+        """How its tensors are named."""
+        return PeftNames()
+
+    @property
+    def family(self) -> type[Family] | None:
+        """The family; ``None`` for plain LoRA, and for what is bound to no module."""
+        return family_of(self.config)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a LoRA and nothing more."""
+        return self.peft_type == "LORA" and self.family is None
+
+    def provenance(self) -> Remembered:
         """What regraft wrote into the metadata when it made this file; empty where it did not."""
         return read_remembered(self.metadata)
 
+    def scan(self) -> Scan:
+        """Its keys, sorted. Raises ``BadInputError`` with everything that is wrong with them."""
+        if self._scanned is None:
+            family = self.family
+            prefix = family.prefix if family is not None else None
+            found, findings = scan_names(list(self.tensors), self.where, self.plain, prefix)
+            if findings:
+                raise BadInputError(findings)
+            self._scanned = found
+        return self._scanned
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The adapters of a source, by folder, and the files to carry over (relative to ``root``)."""
+    def names(self) -> Names:
+        """What its keys say of the base. Raises ``BadInputError``."""
+        return names_of_scan(self.scan())
 
-    root: Path
-    folders: tuple[Path, ...]
-    weights: Path | None
-    """The weights file itself, where that is what was given."""
-    others: tuple[Path, ...]
+    def hints(self) -> Hints:
+        """What its config and metadata say of the base."""
+        return hints_of(self.config, self.provenance())
+
+    def stands_alone(self, model: ModelConfig | None) -> bool:
+        """Whether it means the same in every layout. Raises ``RefusedError``, ``UnmatchedKeysError``."""
+        from regraft.dialects.peft.unbound import check_unbound
+
+        return check_unbound(self, model)
+
+    def check_convertible(self) -> None:
+        """Raise ``RefusedError`` for what can be read but not converted."""
+        refuse_attention(self.scan(), self.where)
+
+    def check_fit(self, known: Known, base: BaseWeights) -> None:
+        """Raise ``BadInputError`` where rows of the vocabulary or dims do not fit the base."""
+        from regraft.dialects.peft.fitting import check_fit
+
+        check_fit(self.scan(), self, known, base)
+
+    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+        """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
+
+        It makes no difference to the tensors, unless a saved weight is transposed; but PEFT treats some configs
+        differently in transformers 5, so on the way there it is taken for an old one. Back, only a config that names
+        modules by an expression could match more there than it did.
+        """
+        if transposed:
+            return self._layout_of_version()
+        expression = isinstance(self.config.get("target_modules"), str)
+        stays = to == layout_of_packing(BEFORE) and not expression
+        return (to if stays else other_layout(to)), None
+
+    def _layout_of_version(self) -> tuple[str, str]:
+        version = self.config.get("peft_version")
+        packing = packing_of_version(version)
+        if packing is None:
+            raise AmbiguousError(
+                Finding(
+                    "which-layout",
+                    f"its names and shapes fit both layouts, and {CONFIG} has no peft_version",
+                    where=self.where,
+                    fix=f"say which it is with --from ({' or '.join(LAYOUTS)})",
+                )
+            )
+        layout = layout_of_packing(packing)
+        return layout, f"it was saved by PEFT {version}, which goes with {layout}"
+
+    def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
+        """Whether PEFT would load it rightly in its layout, with experts packed as they are to be."""
+        if self.plain and self._is_claimed(to.name, known):
+            return False
+        if not self.plain or not self.config.get("target_parameters"):
+            return True
+        have = packing or packing_of_version(self.config.get("peft_version"))
+        return have == to.usual_packing
+
+    def _is_claimed(self, layout: str, known: Known) -> bool:
+        """Whether it names modules in a way that makes PEFT adapt the experts in their place."""
+        names = claimed_names(self.config, known, layout)
+        targets = self.config.get("target_modules")
+        return any(
+            path.rpartition(".")[2] in names and targets_module(targets, path)
+            for pairs in self.scan().pairs
+            for path in (pairs.modules.names() if names and not pairs.depth else ())
+        )
+
+    def read(
+        self,
+        side: Side,
+        packing: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reading:
+        """The internal form. Raises ``BadInputError``, ``AmbiguousError``."""
+        family = self.family
+        if family is not None:
+            shared = {name: x for name, x in self.tensors.items() if family.shares(name)}
+            own = family(self.config, shared)
+            modules = ModuleReader(
+                self.scan(), list(self.tensors.values()), own, side, self.where, shapes
+            ).read()
+            return Reading(Adapter(modules=modules, family=own))
+        reader = FactorReader(
+            self.scan(),
+            list(self.tensors.values()),
+            list(self.tensors),
+            self.config if self.plain else {"r": 1, "lora_alpha": 1},
+            side,
+            self.where,
+            packing,
+        )
+        factors = reader.read()
+        if reader.packing is None:
+            return Reading(Adapter(factors))
+        version = self.config.get("peft_version")
+        shown = f"peft_version {version}" if version else "the shapes"
+        evidence = f"experts are packed as by {reader.packing} ({shown})"
+        return Reading(Adapter(factors), reader.packing, (evidence,))
+
+    def saved(self) -> tuple[SavedGroup, ...]:
+        """Tensors that stand for tensors of the base. Raises ``BadInputError``."""
+        outside = [o for o in self.scan().others if not o.prefix]
+        if outside and self.peft_type == "LORA":
+            raise BadInputError(
+                Finding(
+                    "prefix",
+                    f"keys of a PEFT adapter begin with {PREFIX!r}",
+                    where=self.where,
+                    key=o.keys.name(0),
+                    fix=f"put {PREFIX!r} before every key, or save the adapter with save_pretrained",
+                )
+                for o in outside
+            )
+        return saved_groups(self.scan().others)
+
+    def unbound(self) -> list[tuple[str, Array]]:
+        """Tensors that belong to no module of the base, by their names."""
+        tensors = list(self.tensors.values())
+        return [
+            (name, tensors[i])
+            for o in self.scan().others
+            if not o.prefix
+            for name, i in zip(o.keys.names(), o.keys.ids.tolist(), strict=True)
+        ]
+
+    def guess(self) -> Guess:
+        """Sizes that only absent tensors would tell, where ``target_modules`` makes them sure."""
+        return guess_count(self.config)
+
+    def check_complete(self, plan: Plan) -> None:
+        """Raise ``BadInputError`` where ``target_modules`` promises what the file does not have."""
+        check_complete(plan, self.config, self.where)
+
+    def shown(self, item: Saved) -> tuple[str, str]:
+        """The names of a saved tensor before and after, for reports."""
+        return names_of(item)
+
+    def warnings(self, to: str) -> list[str]:
+        """What the user should know of this kind of adapter in a layout."""
+        if self.peft_type == "BONE" and to == layout_of_packing(SINCE):
+            return [
+                "PEFT has no Bone since 0.19, so no PEFT that goes with transformers 5 loads this adapter"
+            ]
+        return []
+
+    def without(self, names: Iterable[str]) -> Self:
+        """The same with fewer tensors."""
+        gone = set(names)
+        return replace(
+            self, tensors={name: x for name, x in self.tensors.items() if name not in gone}
+        )
+
+    def as_lora(self) -> Self:
+        """The same with the config of a plain LoRA on the same modules."""
+        return replace(self, config=lora_config(self.config))
+
+    def writer(self, known: Known, to: Layout) -> PeftWriter:
+        """What writes the result; what need not change of the config stays."""
+        from regraft.dialects.peft.writer import PeftWriter
+
+        return PeftWriter(self, known, to)
+
+
+def names_of_scan(scan: Scan) -> Names:
+    """What sorted keys say of the base."""
+    return Names(
+        tuple(scan.modules()),
+        tuple(o.keys for o in scan.others),
+        bool(scan.modules()) or any(o.prefix for o in scan.others),
+    )
+
+
+def hints_of(config: Mapping[str, Any], remembered: Remembered) -> Hints:
+    """What ``adapter_config.json`` and regraft's own record say of the base."""
+    mapping = config.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, Mapping) else {}
+    library, named = mapping.get("parent_library"), mapping.get("base_model_class")
+    from_library = isinstance(library, str) and library.startswith("transformers.models.")
+    version = config.get("peft_version")
+    packing = packing_of_version(version) if config.get("target_parameters") else None
+    likely = None
+    if packing is not None:
+        layout = layout_of_packing(packing)
+        likely = layout, f"it was saved by PEFT {version}, which goes with {layout}"
+    task, base = config.get("task_type"), config.get("base_model_name_or_path")
+    return Hints(
+        source=CONFIG,
+        model_type=str(library).split(".")[2] if from_library else None,
+        classes=(named,) if isinstance(named, str) else (),
+        task=task if isinstance(task, str) else None,
+        base=base if isinstance(base, str) else None,
+        replicated=config.get("layer_replication"),
+        spelled=tuple(remembered.names),
+        layout=remembered.layout or None,
+        likely=likely,
+    )
 
 
 def find_adapters(src: Path) -> Found:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from regraft.adapters.detect import books_of
+from regraft.adapters.saved import changes_nothing
 from regraft.dialects.peft.config import ALL_LINEAR, targets_module
 from regraft.dialects.peft.source import Source
 from regraft.equation.notation import Term
@@ -28,7 +29,7 @@ def check_unbound(source: Source, model: ModelConfig | None) -> bool:
     Raises ``RefusedError`` where the base's new layout changes what it means, ``UnmatchedKeysError`` where nothing
     tells whether it does.
     """
-    kind = source.peft_type
+    kind = source.kind
     if kind in _PREFIXES:
         _refuse(
             source,
@@ -68,13 +69,13 @@ _UNILORA_FIX = "load it with PEFT in its layout, set save_indices and save it ag
 def _likely(source: Source, model: ModelConfig | None) -> Sequence[Book]:
     """The base's books; where nothing tells which model it is, all of the library."""
     try:
-        return books_of(source.config, model, source.where) or library()
+        return books_of(source.hints(), model, source.where) or library()
     except UnmatchedKeysError:
         return library()
 
 
 def _known(source: Source, model: ModelConfig | None) -> Sequence[Book]:
-    books = books_of(source.config, model, source.where)
+    books = books_of(source.hints(), model, source.where)
     if books is None:
         raise UnmatchedKeysError(
             Finding(
@@ -97,18 +98,7 @@ def _refuse(source: Source, rules: Sequence[Rule], why: str, fix: str) -> None:
 
 def _changing(books: Iterable[Book]) -> list[Rule]:
     """The rules that do not leave everything as it is."""
-    return [rule for book in books for rule in book.rules if not keeps(rule)]
-
-
-def keeps(rule: Rule) -> bool:
-    """Whether a rule leaves name, shape and kind as they are."""
-    left, right = rule.equation.left, rule.equation.right
-    return (
-        len(left) == len(right) == 1
-        and left[0].key == right[0].key
-        and left[0].dims == right[0].dims
-        and rule.left_kinds == rule.right_kinds
-    )
+    return [rule for book in books for rule in book.rules if not changes_nothing(rule)]
 
 
 def _reorders(rule: Rule) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regraft.adapters.detect import Known
+from regraft.adapters.families.lora_variants import changes_base
 from regraft.dialects.peft.config import LoraConfig
 from regraft.dialects.peft.scan import Scan
 from regraft.errors import Finding, RefusedError
@@ -14,7 +15,7 @@ from regraft.errors import Finding, RefusedError
 def names_of(config: Mapping[str, Any]) -> list[str]:
     """What makes a LoRA more than ``scale * B @ A``, in words."""
     lora = LoraConfig(config)
-    init = lora.changes_base()
+    init = changes_base(config)
     more = (
         []
         if init is None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.adapters.form import Array, Images, Lora
+from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module
 from regraft.dialects.peft.packing import pack, swaps
@@ -26,23 +26,6 @@ from regraft.rules.kinds import KINDS
 
 PEFT_VERSION = {"peft-0.18": "0.18.1", SINCE: "0.19.0"}
 """The ``peft_version`` that tells a packing to whoever reads the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One LoRA in the result."""
-
-    key: str
-    """The base tensor's key."""
-    module: str
-    parameter: str | None
-    """The parameter's name where the LoRA goes through ``target_parameters``."""
-    scale: Scale
-
-    @property
-    def path(self) -> str:
-        """What PEFT matches ``rank_pattern`` and ``alpha_pattern`` against."""
-        return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
 
 
 @dataclass(slots=True)

@@ -6,12 +6,15 @@ checked against the tensors and the config that are there.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from regraft.adapters.components import Noted, Record, read_record
+from regraft.adapters.form import Array
 from regraft.adapters.scale import Number
 
 KEY = "regraft"
@@ -117,3 +120,18 @@ def write_remembered(
         names=list(names),
     )
     return msgspec.json.encode(entry).decode()
+
+
+def digest(array: Array) -> str:
+    """A digest of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
+
+
+def digest_all(tensors: Mapping[str, Array]) -> str:
+    """A digest of all tensors with their names, dtypes and shapes."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        whole.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()[:32]

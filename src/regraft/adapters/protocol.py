@@ -1,0 +1,271 @@
+"""What a conversion asks of a dialect: an opened adapter to read from, and a writer for the result.
+
+The room ``dialects`` has those that there are. Nothing here knows how any of them spells a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from regraft.names.keys import Group
+
+if TYPE_CHECKING:
+    from regraft.adapters.base_weights import BaseWeights
+    from regraft.adapters.detect import Known
+    from regraft.adapters.families.base import Family
+    from regraft.adapters.form import Adapter, Array, Blob, Images, Saved, SavedGroup
+    from regraft.adapters.ladder import Carried
+    from regraft.adapters.provenance import Remembered
+    from regraft.adapters.tuned import TunedModules
+    from regraft.layouts import Layout
+    from regraft.planning.families import Guess
+    from regraft.planning.model import ModelConfig
+    from regraft.planning.plan import Plan
+    from regraft.planning.side import Side
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Names:
+    """What an adapter's keys say of its base, without any file's spelling."""
+
+    modules: tuple[Group, ...]
+    """Modules that are adapted."""
+    tensors: tuple[Group, ...]
+    """Tensors that stand for tensors of the base, or belong to no module of it."""
+    bound: bool
+    """Whether anything in it belongs to a module of the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What an adapter's config and metadata say of its base."""
+
+    source: str
+    """Where it is said, for messages: the config's name."""
+    model_type: str | None = None
+    classes: tuple[str, ...] = ()
+    """The class that was adapted, where it is named."""
+    task: str | None = None
+    base: str | None = None
+    """A path or an id of the base."""
+    replicated: object = None
+    """Ranges of layers that the base was built of, one after the other."""
+    spelled: tuple[str, ...] = ()
+    """Names of base tensors as the adapter once had them."""
+    layout: str | None = None
+    """The layout that regraft wrote it in."""
+    likely: tuple[str, str] | None = None
+    """A layout that something else makes likely, and what."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """An adapter in the internal form, and what reading it told."""
+
+    adapter: Adapter
+    packing: str | None = None
+    """How stacked experts are packed, as far as it is known."""
+    evidence: tuple[str, ...] = ()
+
+
+class Spelling(Protocol):
+    """How a dialect names tensors in its files."""
+
+    def spell(self, key: str) -> str:
+        """The name in the file of a tensor of the base."""
+        ...
+
+    def saved_name(self, item: Saved) -> str:
+        """The name in the file of a saved tensor, where it stood."""
+        ...
+
+    def factor_names(self, module: str) -> tuple[str, str]:
+        """The names in the file of a module's A and B."""
+        ...
+
+
+class Opened(Protocol):
+    """One adapter, opened by its dialect; nothing has been converted."""
+
+    @property
+    def name(self) -> str:
+        """The subfolder it came from, or an empty string."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """The file or folder, for messages."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The tuner's name, as the config has it."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config, as it is in the file."""
+        ...
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Tensors by their names in the file."""
+        ...
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the weights file."""
+        ...
+
+    @property
+    def sidecar(self) -> dict[str, Array]:
+        """Factors that regraft kept in a file beside the weights."""
+        ...
+
+    @property
+    def spelling(self) -> Spelling:
+        """How its tensors are named."""
+        ...
+
+    @property
+    def family(self) -> type[Family] | None:
+        """The family; ``None`` for plain LoRA, and for what is bound to no module."""
+        ...
+
+    def provenance(self) -> Remembered:
+        """What regraft wrote into the metadata when it made this file; empty where it did not."""
+        ...
+
+    def names(self) -> Names:
+        """What its keys say. Raises ``BadInputError`` with everything that is wrong with them."""
+        ...
+
+    def hints(self) -> Hints:
+        """What its config and metadata say of the base."""
+        ...
+
+    def stands_alone(self, model: ModelConfig | None) -> bool:
+        """Whether it means the same in every layout. Raises ``RefusedError`` where a layout changes its meaning."""
+        ...
+
+    def check_convertible(self) -> None:
+        """Raise ``RefusedError`` for what can be read but not converted."""
+        ...
+
+    def check_fit(self, known: Known, base: BaseWeights) -> None:
+        """Raise ``BadInputError`` where tensors do not fit the base, wherever no rule looks."""
+        ...
+
+    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+        """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
+
+        ``transposed`` says that a saved weight is stored differently under the same name.
+        """
+        ...
+
+    def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
+        """Whether it is what a conversion to ``to`` would write, when it is in this layout already."""
+        ...
+
+    def read(
+        self,
+        side: Side,
+        packing: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reading:
+        """The internal form; ``shapes`` are those of base weights, where sizes are told by nothing else.
+
+        Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where a packing cannot be told.
+        """
+        ...
+
+    def saved(self) -> tuple[SavedGroup, ...]:
+        """Tensors that stand for tensors of the base. Raises ``BadInputError``."""
+        ...
+
+    def unbound(self) -> list[tuple[str, Array]]:
+        """Tensors that belong to no module of the base, by their names."""
+        ...
+
+    def guess(self) -> Guess:
+        """Sizes that only absent tensors would tell, where the config makes them sure."""
+        ...
+
+    def check_complete(self, plan: Plan) -> None:
+        """Raise ``BadInputError`` where the config promises what the file does not have."""
+        ...
+
+    def shown(self, item: Saved) -> tuple[str, str]:
+        """The names of a saved tensor before and after, for reports."""
+        ...
+
+    def warnings(self, to: str) -> list[str]:
+        """What the user should know of this kind of adapter in a layout."""
+        ...
+
+    def without(self, names: Iterable[str]) -> Self:
+        """The same with fewer tensors."""
+        ...
+
+    def as_lora(self) -> Self:
+        """The same with the config of a plain LoRA on the same modules."""
+        ...
+
+    def writer(self, known: Known, to: Layout) -> Writer:
+        """What writes the result in the dialect that ``to`` asks for; what need not change of the config stays."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes adapters of one base in one layout."""
+
+    @property
+    def claimed(self) -> tuple[str, ...]:
+        """Last segments of modules that the dialect's reader would take for something else."""
+        ...
+
+    @property
+    def spelling(self) -> Spelling:
+        """How tensors are named."""
+        ...
+
+    def entries(self, saved: Sequence[Saved]) -> Sequence[str]:
+        """What the config must say of saved modules."""
+        ...
+
+    def owner(self, key: str, entry: str) -> str | None:
+        """The module that an entry saves and a tensor belongs to."""
+        ...
+
+    def entry_for(self, module: str) -> str:
+        """An entry that saves one module more, and no other."""
+        ...
+
+    def write_lora(
+        self,
+        made: Sequence[Images],
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+        returned: Mapping[str, Array],
+        written: Sequence[Any],
+    ) -> Blob:
+        """A plain LoRA; ``returned`` are factors that come back under the names they had."""
+        ...
+
+    def write_family(
+        self,
+        carried: Carried,
+        plan: Plan | None,
+        modules: TunedModules,
+        family: Family,
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+    ) -> tuple[Blob, bool]:
+        """A family's modules; whether the config is one that was checked before."""
+        ...
+
+    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
+        """What the user should know of changes to the config."""
+        ...

@@ -1,0 +1,519 @@
+"""What a dialect is: it opens the files of a tool, and writes them; and the registry of those that there are.
+
+A dialect is one object with the methods of `Dialect`. Most formats of plain LoRA need little more than two tables:
+`PlainFile` is an opened adapter whose factors are known by base tensor, and `PlainWriter` gets factors by base tensor
+and says what they are called. `regraft.testing.check_dialect` tries one out.
+
+Built-in dialects stand in `_BUILT_IN`; others come from installed packages through the entry point
+``regraft.dialects`` (a name, and an object or a function without arguments that makes one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from regraft.adapters.families.base import Family
+from regraft.adapters.form import (
+    Adapter,
+    Array,
+    Blob,
+    Factors,
+    Images,
+    Lora,
+    Saved,
+    Written,
+    rescale,
+)
+from regraft.adapters.form import SavedGroup as SavedGroup
+from regraft.adapters.protocol import Hints, Names, Opened, Reading, Spelling, Writer
+from regraft.adapters.provenance import Remembered, read_remembered
+from regraft.adapters.ranks import make_uniform
+from regraft.adapters.scale import Scale
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.names.keys import Group, group_names
+from regraft.planning.plan import Headers, Plan
+
+if TYPE_CHECKING:
+    from regraft.adapters.base_weights import BaseWeights
+    from regraft.adapters.convert import Converted
+    from regraft.adapters.detect import Known
+    from regraft.adapters.ladder import Carried
+    from regraft.adapters.tuned import TunedModules
+    from regraft.layouts import Layout
+    from regraft.planning.families import Guess
+    from regraft.planning.model import ModelConfig
+    from regraft.planning.side import Side
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Why a file is taken for one of a dialect."""
+
+    certain: bool
+    """Whether nothing else can be meant; otherwise it gives way to a dialect that is certain."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a dialect can hold; the rest is adjusted where that is exact, and refused by name otherwise."""
+
+    families: frozenset[str] = frozenset()
+    """Values of ``peft_type`` beside plain LoRA."""
+    scales: bool = True
+    """Whether every target may have a scale of its own; otherwise ratios are folded into B."""
+    ranks: bool = True
+    """Whether every target may have a rank of its own; otherwise smaller ones get components of zeros."""
+    embeddings: bool = True
+    """Whether an embedding's LoRA can be written."""
+    experts: bool = True
+    """Whether the LoRA of stacked experts can be written as it is."""
+    saved: bool = True
+    """Whether whole tensors of the base can be written beside the deltas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The adapters of a source, by folder, and the files to copy as they are (relative to ``root``)."""
+
+    root: Path
+    folders: tuple[Path, ...]
+    weights: Path | None
+    """The weights file itself, where that is what was given."""
+    others: tuple[Path, ...] = ()
+
+
+class Dialect(Protocol):
+    """How one tool, in some of its releases, writes adapters."""
+
+    @property
+    def name(self) -> str:
+        """What users call it (``--to``, ``--from``)."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """One line that says what it is."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can hold."""
+        ...
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """Whether a path is one of its adapters; it reads headers only. ``None`` where it is not."""
+        ...
+
+    def find(self, src: Path) -> Found:
+        """The adapters of a path. Raises ``BadInputError``."""
+        ...
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> Opened:
+        """Open one of them. Raises ``BadInputError`` with everything that is wrong with its files."""
+        ...
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
+        """What writes an adapter in this dialect, whatever dialect it was opened by."""
+        ...
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """Write the files of a result into a folder that is not visible yet."""
+        ...
+
+
+# -- the registry
+
+_BUILT_IN = {"peft": "regraft.dialects.peft.dialect:PEFT"}
+
+
+@lru_cache(maxsize=1)
+def dialects() -> Mapping[str, Dialect]:
+    """All dialects by name: the built-in ones, then those of installed packages."""
+    made: dict[str, Dialect] = {}
+    for name, place in _BUILT_IN.items():
+        module, _, attribute = place.partition(":")
+        made[name] = getattr(import_module(module), attribute)
+    for entry in entry_points(group="regraft.dialects"):
+        if entry.name in made:
+            raise BadInputError(
+                Finding(
+                    "option",
+                    f"the installed package {entry.value!r} brings a dialect {entry.name!r}, and there is one already",
+                    fix="uninstall one of them",
+                )
+            )
+        found = entry.load()
+        made[entry.name] = found() if isinstance(found, type) else found
+    return made
+
+
+def dialect_of(src: Path) -> Dialect:
+    """The dialect that a path is written in; PEFT's where none recognises it, so that its errors are seen.
+
+    Raises ``AmbiguousError`` where more than one is certain.
+    """
+    from regraft.errors import AmbiguousError
+
+    found = {name: told for name, d in dialects().items() if (told := d.sniff(src)) is not None}
+    certain = [name for name, told in found.items() if told.certain]
+    if len(certain) > 1:
+        raise AmbiguousError(
+            Finding(
+                "which-dialect",
+                "; ".join(f"{name}: {found[name].why}" for name in certain),
+                where=str(src),
+                fix=f"say which it is with --from ({' or '.join(certain)})",
+            )
+        )
+    chosen = certain or list(found) or ["peft"]
+    return dialects()[chosen[0]]
+
+
+# -- what most dialects of plain LoRA have in common
+
+
+@dataclass(frozen=True, slots=True)
+class PlainNames:
+    """Names in a file for base tensors: a prefix, and what follows a module for its A and B."""
+
+    prefix: str = ""
+    a: str = "lora_A.weight"
+    b: str = "lora_B.weight"
+
+    def spell(self, key: str) -> str:
+        """A tensor of the base, or a module."""
+        return self.prefix + key
+
+    def saved_name(self, item: Saved) -> str:
+        """A saved tensor."""
+        return self.prefix + item.new
+
+    def factor_names(self, module: str) -> tuple[str, str]:
+        """A module's A and B."""
+        return f"{self.prefix}{module}.{self.a}", f"{self.prefix}{module}.{self.b}"
+
+
+@dataclass(slots=True)
+class PlainFile:
+    """An opened adapter of plain LoRAs whose factors are known by base tensor.
+
+    A is (rank, in) and B is (out, rank); for stacked experts (E, rank, in) and (E, out, rank).
+    """
+
+    name: str
+    where: str
+    config: dict[str, Any]
+    tensors: dict[str, Array]
+    loras: dict[str, Lora]
+    """By the key of the base tensor."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of base tensors whose shape is not (out, in)."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Of base tensors that are not ``linear``."""
+    replaced: dict[str, Array] = field(default_factory=dict)
+    """Tensors that take the place of the base's, by their key there."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    sidecar: dict[str, Array] = field(default_factory=dict)
+    said: Hints = field(default_factory=lambda: Hints("the file"))
+    spelling: Spelling = field(default_factory=PlainNames)
+    kind: str = "LORA"
+
+    @property
+    def family(self) -> type[Family] | None:
+        """Plain LoRA."""
+        return None
+
+    def provenance(self) -> Remembered:
+        """What regraft wrote into the metadata."""
+        return read_remembered(self.metadata)
+
+    def names(self) -> Names:
+        """The modules and tensors that it is about."""
+        modules = group_names([key.removesuffix(".weight") for key in self.loras])
+        tensors = group_names(list(self.replaced))
+        return Names(tuple(modules), tuple(tensors), bool(self.loras or self.replaced))
+
+    def hints(self) -> Hints:
+        """What the file says of the base."""
+        remembered = self.provenance()
+        return replace(
+            self.said,
+            layout=self.said.layout or remembered.layout or None,
+            spelled=tuple(remembered.names),
+        )
+
+    def stands_alone(self, model: ModelConfig | None) -> bool:
+        """Every layout may change it."""
+        return False
+
+    def check_convertible(self) -> None:
+        """There is nothing that can only be read."""
+
+    def check_fit(self, known: Known, base: BaseWeights) -> None:
+        """Sizes are compared by the rules."""
+
+    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+        """Where all names are the same, it is in the layout that is asked for."""
+        return to, None
+
+    def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
+        """There is one way to write it."""
+        return True
+
+    def read(
+        self,
+        side: Side,
+        packing: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reading:
+        """The factors by base tensor, with the kinds that the books give."""
+        keys = list(self.loras)
+        groups = group_names(keys)
+        kinds: list[tuple[Group, str]] = []
+        stored: list[tuple[int, ...]] = [()] * len(keys)
+        for group in groups:
+            found = side.find(group)
+            for row, number in enumerate(group.ids.tolist()):
+                key, lora = keys[number], self.loras[keys[number]]
+                kind = found[2] if found is not None else self.kinds.get(key, "any")
+                stored[number] = self.shapes.get(key) or _stored(lora, kind)
+                if not row:
+                    kinds.append((group, kind))
+        loras = list(self.loras.values())
+        headers = Headers(groups, stored, [lora.a.dtype.name for lora in loras])
+        factors = Factors(
+            headers,
+            [lora.a for lora in loras],
+            [lora.b for lora in loras],
+            [lora.scale for lora in loras],
+            kinds,
+        )
+        return Reading(Adapter(factors))
+
+    def saved(self) -> tuple[SavedGroup, ...]:
+        """Tensors that take the place of the base's."""
+        place = {name: number for number, name in enumerate(self.tensors)}
+        names = list(self.replaced)
+        ids = [place[self.spelling.spell(name)] for name in names]
+        return tuple(
+            SavedGroup(Group(g.template, np.array([ids[i] for i in g.ids.tolist()]), g.numbers))
+            for g in group_names(names)
+        )
+
+    def unbound(self) -> list[tuple[str, Array]]:
+        """Nothing."""
+        return []
+
+    def guess(self) -> Guess:
+        """No size is sure that the file does not show."""
+        return lambda rule, axis, seen: None
+
+    def check_complete(self, plan: Plan) -> None:
+        """Nothing is promised."""
+
+    def shown(self, item: Saved) -> tuple[str, str]:
+        """A saved tensor before and after."""
+        return item.old, item.new
+
+    def warnings(self, to: str) -> list[str]:
+        """Nothing."""
+        return []
+
+    def without(self, names: Iterable[str]) -> Self:
+        """The same with fewer tensors."""
+        gone = set(names)
+        return replace(
+            self,
+            tensors={name: x for name, x in self.tensors.items() if name not in gone},
+            replaced={
+                key: x for key, x in self.replaced.items() if self.spelling.spell(key) not in gone
+            },
+        )
+
+    def as_lora(self) -> Self:
+        """It is one."""
+        return self
+
+    def writer(self, known: Known, to: Layout) -> Writer:
+        """The writer of the dialect that made it."""
+        return dialects()[to_dialect(to) or self.dialect].writer(self, known, to)
+
+    @property
+    def dialect(self) -> str:
+        """The dialect's name, for the way back to its own writer."""
+        return str(self.config.get("dialect", "peft"))
+
+
+def to_dialect(to: Layout) -> str | None:
+    """The dialect that a target asks for; ``None`` where it stays what it is."""
+    return getattr(to, "dialect", None)
+
+
+def _stored(lora: Lora, kind: str) -> tuple[int, ...]:
+    """The shape of a base tensor, out and in as its kind stores them."""
+    from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+
+    roles = KINDS[kind].roles or ((BATCH, OUT, IN) if lora.a.ndim == 3 else (OUT, IN))
+    sizes = {OUT: lora.b.shape[-2], IN: lora.a.shape[-1]}
+    if lora.a.ndim == 3:
+        sizes[BATCH] = lora.a.shape[0]
+    return tuple(sizes[role] for role in roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One LoRA as a writer gets it, adjusted to what its dialect can hold."""
+
+    key: str
+    """The key of the base tensor."""
+    kind: str
+    """Which of its dims are experts, out and in (`regraft.rules.kinds`)."""
+    lora: Lora
+
+
+class PlainWriter:
+    """Writes plain LoRAs; a subclass says what a file has (`blob`) and what it can hold.
+
+    Ranks are padded with zeros and scales folded into B where the dialect has one for all; what cannot be held is
+    refused by name.
+    """
+
+    capabilities = Capabilities()
+    title = "this format"
+    claimed: tuple[str, ...] = ()
+
+    def __init__(self, opened: Opened, known: Known, to: Layout, spelling: Spelling) -> None:
+        self.opened, self.known, self.to, self.spelling = opened, known, to, spelling
+
+    def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
+        """The file: its config, its tensors by name, its metadata."""
+        raise NotImplementedError
+
+    def entries(self, saved: Sequence[Saved]) -> Sequence[str]:
+        """Saved tensors are named one by one."""
+        return []
+
+    def owner(self, key: str, entry: str) -> str | None:
+        """No module is saved as a whole."""
+        return None
+
+    def entry_for(self, module: str) -> str:
+        """The module itself."""
+        return module
+
+    def write_lora(
+        self,
+        made: Sequence[Images],
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+        returned: Mapping[str, Array],
+        written: Sequence[Written],
+    ) -> Blob:
+        """Adjust, then write."""
+        adjust(made, self.capabilities)
+        deltas = list(_deltas(made))
+        self._check(deltas, saved)
+        blob = self.blob(deltas, saved)
+        tensors = {**blob.tensors, **returned}
+        done = [Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas]
+        return replace(blob, tensors=tensors, written=(*done, *written))
+
+    def write_family(
+        self,
+        carried: Carried,
+        plan: Plan | None,
+        modules: TunedModules,
+        family: Family,
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+    ) -> tuple[Blob, bool]:
+        """A family that the dialect does not have."""
+        raise RefusedError(
+            Finding(
+                "no-image",
+                f"{self.title} has plain LoRA only, and this is {family.title}",
+                where=self.opened.where,
+                fix="ask for deltas of full rank (--via dense), or for an approximation (--via svd:RANK)",
+            )
+        )
+
+    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
+        """What the user should know of the written file."""
+        return []
+
+    def _check(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> None:
+        can = self.capabilities
+        findings = [
+            Finding(
+                "no-image",
+                f"{self.title} cannot hold {what}",
+                where=self.opened.where,
+                key=key,
+                fix="merge the adapter into its base and convert the base",
+            )
+            for key, what in (
+                *((d.key, "a LoRA of an embedding") for d in deltas if d.kind == "embedding"),
+                *((d.key, "a LoRA of stacked experts") for d in deltas if d.lora.a.ndim == 3),
+                *((item.new, "whole weights of the base") for item in saved),
+            )
+            if not (
+                can.embeddings
+                if what.endswith("embedding")
+                else can.experts
+                if what.endswith("experts")
+                else can.saved
+            )
+        ]
+        if findings:
+            raise RefusedError(findings)
+
+
+def adjust(made: Sequence[Images], can: Capabilities) -> None:
+    """Give all LoRAs one rank or one scale where a format has one for all, in place.
+
+    Ranks are padded with components of zeros, which add nothing. The ratio of a scale to the common one goes into B;
+    it is exact where it is a power of two.
+    """
+    loras = [lora for image in made for lora in image.loras if lora is not None]
+    if not can.ranks:
+        make_uniform(made)
+    if can.scales or not loras:
+        return
+    common = max(loras, key=lambda lora: lora.a.size).scale
+    for lora in loras:
+        target = Scale(common.rank, common.alpha, common.rslora)
+        ratio = lora.scale.ratio_to(target)
+        lora.b, exact = rescale(lora.b, ratio)
+        lora.exact = lora.exact and exact
+        lora.scale = target.at_rank(lora.a.shape[-2])
+
+
+def _deltas(made: Iterable[Images]) -> Iterator[Delta]:
+    for image in made:
+        for row, lora in enumerate(image.loras):
+            if lora is not None:
+                yield Delta(image.keys.name(row), image.kind, lora)
+
+
+__all__ = [
+    "Capabilities",
+    "Delta",
+    "Dialect",
+    "Evidence",
+    "Found",
+    "PlainFile",
+    "PlainNames",
+    "PlainWriter",
+    "adjust",
+    "dialect_of",
+    "dialects",
+]

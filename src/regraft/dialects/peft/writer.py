@@ -1,0 +1,215 @@
+"""Writing an adapter as PEFT has it: tensors under their names, and the config that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regraft.adapters.detect import Known
+from regraft.adapters.families.base import Family
+from regraft.adapters.form import Array, Blob, Images, Saved, Written
+from regraft.adapters.ladder import Carried, sources_of
+from regraft.adapters.tuned import TunedModules
+from regraft.dialects.peft.config import targets_module, targets_parameter
+from regraft.dialects.peft.family_config import write_family_config, write_parts
+from regraft.dialects.peft.saved import owner_of, rename_saved, rename_tokens, write_saved
+from regraft.dialects.peft.variants import reclaimed_names
+from regraft.dialects.peft.writing import (
+    ConfigWriter,
+    Result,
+    check_config,
+    plain_entries,
+    write_factors,
+)
+from regraft.errors import Finding, RegraftError
+from regraft.layouts import Layout
+from regraft.names.keys import tail_of
+from regraft.planning.plan import Plan
+from regraft.planning.side import Side
+
+if TYPE_CHECKING:
+    from regraft.dialects.peft.source import PeftNames, Source
+
+
+@dataclass(frozen=True, slots=True)
+class PeftWriter:
+    """Writes one adapter for one base in one layout; what need not change of its config stays."""
+
+    source: Source
+    known: Known
+    to: Layout
+
+    @property
+    def side(self) -> Side:
+        """What the books say of the layout."""
+        return Side(self.known.books, self.to.name, self.known.scopes)
+
+    @property
+    def packing(self) -> str:
+        """How stacked experts are to be packed: as asked for, as they came, or as is usual."""
+        if self.to.packing is None and self._comes_back:
+            return self.source.provenance().source.packing or self.to.usual_packing
+        return self.to.usual_packing
+
+    @property
+    def _comes_back(self) -> bool:
+        return self.source.provenance().source.layout == self.to.name
+
+    @property
+    def claimed(self) -> tuple[str, ...]:
+        """Last segments of modules that PEFT would move to the experts."""
+        return reclaimed_names(self.source.config, self.known, self.to.name)
+
+    @property
+    def spelling(self) -> PeftNames:
+        """How tensors are named."""
+        return self.source.spelling
+
+    def entries(self, saved: Sequence[Saved]) -> Sequence[str]:
+        """``modules_to_save`` with the names that modules have now."""
+        renamed = rename_saved(self.source.config, saved, self.side)
+        return self._own_entries if renamed is None else renamed
+
+    @property
+    def _own_entries(self) -> list[str]:
+        return self.source.config.get("modules_to_save") or []
+
+    def owner(self, key: str, entry: str) -> str | None:
+        """The module that an entry of ``modules_to_save`` saves and a tensor belongs to."""
+        return owner_of(key, entry)
+
+    def entry_for(self, module: str) -> str:
+        """An entry of ``modules_to_save`` for one module more, as short as ``target_modules`` has proved safe."""
+        tail = tail_of(module)
+        return tail if tail.endswith(tuple(plain_entries(self.source.config))) else module
+
+    def write_lora(
+        self,
+        made: Sequence[Images],
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+        returned: Mapping[str, Array],
+        written: Sequence[Written],
+    ) -> Blob:
+        """A plain LoRA; ``returned`` are factors that come back under the names they had."""
+        result = write_factors(made, self.side, self.packing, self.claimed)
+        result.tensors.update(returned)
+        for item in written:
+            result.written.append(item)
+            result.wrappers[item.module] = 1
+        config = self._lora_config(result, saved, entries)
+        result.tensors.update(write_saved(saved, result.wrappers))
+        return Blob(config, result.tensors, written=tuple(result.written))
+
+    def _lora_config(
+        self, result: Result, saved: Sequence[Saved], entries: Sequence[str]
+    ) -> dict[str, Any]:
+        source = self.source
+        config = dict(source.config)
+        if source.plain and result.written:
+            writer = ConfigWriter(config, result, self.known.model, self.side)
+            config = writer.write(self.packing)
+        self._write_entries(config, saved, entries)
+        before = self._lora_config_before(result)
+        if before is not None:
+            return before
+        wrong = check_config(config, result.written)
+        if wrong:
+            raise RegraftError(
+                Finding(
+                    "internal",
+                    "the config that was made does not give this target its scale; please report this",
+                    key=wrong[0],
+                )
+            )
+        return config
+
+    def _write_entries(
+        self, config: dict[str, Any], saved: Sequence[Saved], entries: Sequence[str]
+    ) -> None:
+        """``modules_to_save`` and ``trainable_token_indices``, where they change."""
+        if list(entries) != self._own_entries:
+            config["modules_to_save"] = list(entries)
+        tokens = rename_tokens(self.source.config, saved)
+        if tokens is not None:
+            config["trainable_token_indices"] = tokens
+
+    def _lora_config_before(self, result: Result) -> dict[str, Any] | None:
+        """The config that this adapter had in the target layout, where it says the truth of the result."""
+        remembered = self.source.provenance()
+        if not self._comes_back or remembered.source.packing not in (None, self.packing):
+            return None
+        before = remembered.config_before(self.source.config)
+        if before is None or check_config(before, result.written):
+            return None
+        for w in result.written:
+            name = f"{w.module}.{w.parameter or 'weight'}"
+            if not targets_module(before.get("target_modules") or [], w.module) and (
+                not targets_parameter(before.get("target_parameters"), name)
+            ):
+                return None
+        return before
+
+    def write_family(
+        self,
+        carried: Carried,
+        plan: Plan | None,
+        modules: TunedModules,
+        family: Family,
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+    ) -> tuple[Blob, bool]:
+        """A family's modules; whether the config is the one that it had before."""
+        result = write_parts(carried.parts, family)
+        config = dict(self.source.config)
+        if plan is not None and carried.parts:
+            renamed = {
+                modules.headers.name(i).removesuffix(".weight"): new.removesuffix(".weight")
+                for new, i in sources_of(plan).items()
+            }
+            config = write_family_config(
+                config,
+                family,
+                carried.parts,
+                carried.changes,
+                self.known.model,
+                renamed,
+                self.side,
+            )
+        self._write_entries(config, saved, entries)
+        before = self._family_config_before(carried, family)
+        result.tensors.update(write_saved(saved, result.wrappers))
+        blob = Blob(config if before is None else before, result.tensors)
+        return blob, before is not None
+
+    def _family_config_before(self, carried: Carried, family: Family) -> dict[str, Any] | None:
+        remembered = self.source.provenance()
+        before = remembered.config_before(self.source.config) if self._comes_back else None
+        if before is None or carried.moved:
+            return None
+        was = type(family)(before, {})
+        parts = {key.removesuffix(".weight"): part for key, part in carried.parts.items()}
+        if all(
+            targets_module(before.get("target_modules"), path)
+            and was.settings(path) == part.settings
+            for path, part in parts.items()
+        ):
+            return before
+        return None
+
+    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
+        """What the user should know of changes to the config."""
+        before, after = self.source.config, blob.config
+        notes = []
+        if before.get("lora_dropout") and not after.get("lora_dropout"):
+            notes.append(
+                f"lora_dropout {before['lora_dropout']} became 0: PEFT takes no dropout on target_parameters "
+                "(outputs are the same; further training differs)"
+            )
+        if before.get("peft_version") != after.get("peft_version"):
+            notes.append(
+                f"peft_version says {after.get('peft_version')} now, because it tells readers how "
+                "experts are packed"
+            )
+        return notes
