@@ -1,19 +1,18 @@
-"""Bone, which PEFT 0.19 made a part of MiSS; newer versions do not read it.
+"""Bone, which PEFT 0.19 replaced by MiSS; newer versions do not read it.
 
 Source: PEFT 0.18.1, ``peft/tuners/bone/layer.py``.
 """
 
 from __future__ import annotations
 
-from regraft.adapters.families.base import Family, cells
+from regraft.adapters.families.miss import Miss
 
 
-class Bone(Family):
-    """Blocks that are added to the weight, or multiplied with it."""
+class Bone(Miss):
+    """MiSS under its old name."""
 
     types = ("BONE",)
     title = "Bone"
     prefix = "bone_"
-    formula = "depends on its base weight, or on the input"
-    fixed = "no rule says how it follows a weight that is laid out otherwise"
-    table = cells()
+    formula = "W + bone_blockᵀ (1 1 … 1)"
+    block = "bone_block"

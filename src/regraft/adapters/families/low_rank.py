@@ -68,13 +68,11 @@ class LowRank(Family):
         partners = mirrored(self.roles)
         tensors = {}
         for role, tensor in part.tensors.items():
-            side = next((name for name in self.along(role, tensor) if name in _OTHER), None)
-            if side is not None and role not in partners:
+            partner = partners.get(role)
+            if partner is None:
+                side = OUT if OUT in self.along(role, tensor) else IN
                 raise self.refusal(f"what stands on {side} would have to stand on {_OTHER[side]}")
-            if side is not None:
-                partner = partners[role]
-                tensor = turned(part[partner], self.roles[partner])
-            tensors[role] = tensor
+            tensors[role] = turned(part[partner], self.roles[partner])
         return part.with_tensors(part.into, part.out, **tensors)
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:

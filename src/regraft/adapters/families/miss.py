@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Miss(Family):
     prefix = "miss_"
     formula = "W + miss_blockᵀ (1 1 … 1)"
     rank = "r"
+    block: ClassVar[str] = "miss_block"
+    """Its only role."""
     table = cells(
         join_out=FAMILY,
         split_out=FAMILY,
@@ -52,7 +54,7 @@ class Miss(Family):
     )
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
-        block = tensors["miss_block"]
+        block = tensors[self.block]
         if block.ndim == 3:
             return block.shape[0] * block.shape[1], None
         return (None if self._mini else block.shape[1]), None
@@ -63,7 +65,7 @@ class Miss(Family):
 
     def _block(self, part: Part) -> Array:
         """(r, out)."""
-        block = part["miss_block"]
+        block = part[self.block]
         if block.ndim == 3:
             raise NoImageError("what it adds depends on the base weight (init_weights is 'bat')")
         return np.tile(block, (1, part.out // block.shape[1])) if self._mini else block
@@ -79,14 +81,14 @@ class Miss(Family):
             if ((columns - np.arange(into) - shift) % len(block)).any():
                 raise NoImageError("its columns repeat, and they would not any more")
             block = np.roll(block, -(shift % len(block)), axis=0)
-        return part.with_tensors(block.shape[1], into, miss_block=block)
+        return part.with_tensors(block.shape[1], into, **{self.block: block})
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
         there = present(parts)
         rank = lcm(*(len(self._block(p)) for p in there))
         blocks = each(lambda p: self._at_rank(p, rank), parts)
         joint = laid_out(blocks, (None, OUT), OUT, outs)
-        return there[0].grown(OUT, sum(outs), miss_block=joint)
+        return there[0].grown(OUT, sum(outs), **{self.block: joint})
 
     def _at_rank(self, part: Part, rank: int) -> Array:
         """(rank, out), for a multiple of the part's rank: the block again and again."""
@@ -98,13 +100,13 @@ class Miss(Family):
         if any(rank > p.into for p in parts.values()):
             raise self.refusal("its modules would need different ranks, and it has one for all")
         made = {
-            key: p.with_tensors(p.out, p.into, miss_block=self._at_rank(p, rank))
+            key: p.with_tensors(p.out, p.into, **{self.block: self._at_rank(p, rank)})
             for key, p in parts.items()
         }
         return made, {"r": rank, **({"init_weights": True} if self._mini else {})}
 
     def lora(self, part: Part, weight: Weight) -> Pair:
-        block = part["miss_block"]
+        block = part[self.block]
         if self.config.get("init_weights") == "bat":
             raise NoImageError("what it adds depends on the base weight, and has full rank")
         if self._mini:
@@ -116,7 +118,7 @@ class Miss(Family):
     def delta(self, part: Part, weight: Weight) -> Wide:
         if self.config.get("init_weights") != "bat":
             return super().delta(part, weight)
-        (block,) = as_wide(part["miss_block"])
+        (block,) = as_wide(part[self.block])
         base = need(weight)
         side = block.shape[-1]
         tiles = base.reshape(len(base) // side, side, base.shape[1] // side, side)
