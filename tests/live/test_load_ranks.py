@@ -1,13 +1,14 @@
 """Each process loads its own part: FSDP2, tensor and expert parallelism over gloo, compared with the whole."""
 
 import os
+import weakref
 from itertools import product
 
 import pytest
 import torch
 import torch.multiprocessing
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import regraft
@@ -69,6 +70,7 @@ def two_ranks(rank, store, folder):
     begin(rank, 2, store)
     for device in ("meta", "cpu"):
         fsdp(folder, device)
+    gathered(folder)
     faults(rank, folder)
     by_transformers(rank, folder)
     torch.distributed.destroy_process_group()
@@ -150,6 +152,42 @@ def meshes(rank, store, folder):
 @pytest.mark.slow
 def test_meshes_of_two_dims(saved, tmp_path):
     torch.multiprocessing.spawn(meshes, (str(tmp_path / "store"), str(saved)), nprocs=4)
+
+
+def gathered(folder):
+    """A spread state dict is converted one target after another: never are more tensors whole than that takes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from regraft.live import spread as module
+
+    mesh = init_device_mesh("cpu", (2,))
+    old = {
+        name: distribute_tensor(tensor, mesh, [Shard(0)])
+        for name, tensor in load_file(f"{folder}/model.safetensors").items()
+    }
+    model = empty(folder, "cpu")
+    spread(model, mesh, {"": [Shard(0)]})
+    whole, alive, most = module.whole, [], 0
+
+    def counting(tensor):
+        nonlocal most
+        made = whole(tensor)
+        alive.append(weakref.ref(made))
+        most = max(most, sum(t.nbytes for t in (ref() for ref in alive) if t is not None))
+        return made
+
+    module.whole = counting
+    made = regraft.convert_state_dict(old, to=model)
+    module.whole = whole
+    stock = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert {type(t).__name__ for t in made.values()} == {"DTensor"}
+    for name, tensor in made.items():
+        assert torch.equal(tensor.full_tensor(), stock[name]), name
+    assert most <= max(t.nbytes for t in stock.values())
+    model.load_state_dict(made)
+    back = regraft.convert_state_dict(made, to="transformers-v4", model=model)
+    assert all(torch.equal(back[name], t.full_tensor()) for name, t in old.items())
 
 
 def faults(rank, folder):

@@ -16,7 +16,7 @@ from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.live.lazily import LazyFiles
 from regraft.live.loaded import Loaded
-from regraft.live.memory import TORCH, Part, Way, collector_paused, make_parts
+from regraft.live.memory import TORCH, Part, Way, collector_paused, make_parts, possible
 from regraft.live.ranks import is_sharded, local_region
 from regraft.live.state_dict import ConvertedStateDict, convert_state_dict
 from regraft.names.live import walk_modules
@@ -56,6 +56,7 @@ def load_checkpoint(
         UnmatchedKeysError, AmbiguousError: as ``convert_state_dict``.
     """
     check_way(load)
+    load = possible(load)
     lazy = LazyFiles(open_checkpoint(Path(path)))
     state = _tensors_of(model)
     with lazy.files, collector_paused():

@@ -45,6 +45,8 @@ TORCH: Mapping[str, torch.dtype] = {
     if hasattr(torch, own)
 }
 """torch's types for the format's."""
+FORMAT = {own: name for name, own in TORCH.items()}
+"""The format's types for torch's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +96,7 @@ def make_parts(
     amounts = Amounts()
     jobs = jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or 1
     made: dict[str, torch.Tensor] = {}
-    if way == "map" and can_map():
+    if way == "map":
         made = _map_parts(parts, tensors, files, amounts)
     fills: list[Fill] = []
     sent: list[tuple[torch.Tensor, Part]] = []
@@ -146,6 +148,11 @@ def _map_parts(
         amounts.copied += stitched.copied
     amounts.not_mapped = budget.short
     return made
+
+
+def possible(way: Way) -> Way:
+    """The way that is taken here: where files cannot be mapped, they are copied."""
+    return "copy" if way == "map" and not can_map() else way
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
@@ -23,6 +23,9 @@ from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import own_layouts
+
+if TYPE_CHECKING:
+    from regraft.live.spread import Spread
 
 Tensors = dict[str, Any]
 
@@ -104,6 +107,12 @@ def convert_state_dict(
     <All keys matched successfully>
     """
     _check_source(state_dict)
+    spread = _spread(state_dict)
+    if spread is not None:
+        lazy = spread.state_dict()
+        result = convert_state_dict(lazy, to=to, model=model, key_mapping=key_mapping)
+        spread.finish(result, {} if isinstance(to, str) else _state_of(to))
+        return result
     if not isinstance(to, str):
         if model is not None:
             message = "model is for a layout's name in `to`"
@@ -116,6 +125,21 @@ def convert_state_dict(
         message = "key_mapping is for a live model"
         raise BadInputError(Finding("option", message, fix="give the model, too: model=..."))
     return _without_model(state_dict, layout)
+
+
+def _spread(state_dict: Mapping[str, Any]) -> Spread | None:
+    """A state dict of which this process holds parts; ``None`` for others, which need no torch here."""
+    if not any(hasattr(tensor, "device_mesh") for tensor in state_dict.values()):
+        return None
+    from regraft.live.spread import Spread, is_spread
+
+    return Spread(state_dict) if is_spread(state_dict) else None
+
+
+def _state_of(root: Any) -> Mapping[str, Any]:
+    from regraft.bridges.torch_tensors import state_of
+
+    return state_of(root)
 
 
 def _check_source(state_dict: Any) -> None:

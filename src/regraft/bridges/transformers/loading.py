@@ -25,7 +25,7 @@ from regraft.live.lazily import LazyFiles
 from regraft.live.load import part_of
 from regraft.live.loaded import Loaded
 from regraft.live.mapping import mapping
-from regraft.live.memory import Part, Way, collector_paused, make_parts
+from regraft.live.memory import Part, Way, collector_paused, make_parts, possible
 from regraft.live.ranks import is_sharded
 from regraft.live.state_dict import StateDictReport, convert_model
 
@@ -68,7 +68,7 @@ def _load_model(original: Any, way: Callable[[], Way]) -> Any:
         **options: Any,
     ) -> Any:
         usual = (model, state_dict, checkpoint_files, load_config, *args)
-        how = way()
+        how = possible(way())
         if how == "off":
             return function(*usual, **options)
         try:
@@ -138,9 +138,8 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
         names = _Names(model, config, state)
         names.check(lazy.source.tensors.names, made, unmatched)
         parts, casts = _parts(made, state, config)
-        tensors, amounts = make_parts(
-            parts, lazy.source.tensors, lazy.files, "copy" if config.disable_mmap else way
-        )
+        way = "copy" if config.disable_mmap else way
+        tensors, amounts = make_parts(parts, lazy.source.tensors, lazy.files, way)
     info = LoadStateDictInfo(
         missing_keys=set(state),
         unexpected_keys=names.unexpected(unmatched),
