@@ -6,6 +6,7 @@ import numpy as np
 from errors.lab import provokes
 from making import book_of, equation_of, headers_of, plan_of, rule_book
 
+import regraft
 from regraft.arrays.anonymous import rearrange
 from regraft.equation.notation import parse_key
 from regraft.planning.build import build_plan
@@ -187,3 +188,38 @@ def _(lab):
 
     lab.patch.setattr("regraft.api.find_adapters", fail)
     return lab.run("convert", lab.adapter(), lab.out, "--to", "transformers-v5")
+
+
+# Learning
+
+
+@provokes("not-explained")
+def _(lab):
+    regraft.learn_from(lambda state: {"b": state["a"] + 1}, {"a": (3, 4)}, torch=False)
+
+
+@provokes("not-verified")
+def _(lab):
+    one, two = np.random.default_rng(1).random((2, 4, 3)).astype(np.float32)
+    regraft.learn({"a": one}, {"b": one.T}, ({"a": two}, {"b": two}))
+
+
+@provokes("not-a-number")
+def _(lab):
+    regraft.learn({"a": np.array([np.nan])}, {"b": np.array([1.0])})
+
+
+@provokes("converter")
+def _(lab):
+    regraft.learn_from(lambda state: state["missing"], {"a": (3,)}, torch=False)
+
+
+@provokes("unsteady")
+def _(lab):
+    random = np.random.default_rng(1)
+    regraft.learn_from(lambda state: {"b": random.random(3)}, {"a": (3,)}, torch=False)
+
+
+@provokes("probe")
+def _(lab):
+    regraft.learn_from(lambda state: state, {"a": (4000, 4000)}, torch=False)
