@@ -115,8 +115,9 @@ class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
     def outline(self, name: str) -> np.ndarray[Any, Any]:
         """An array of a tensor's dtype and shape that takes no memory; whatever is computed with it is no number."""
         dtype, shape = self._form(name)
-        blank = np.nan if dtype.kind in "fV" else 0
-        return np.broadcast_to(np.full((), blank, dtype), shape)
+        with np.errstate(invalid="ignore"):  # not every small type has a NaN
+            blank = np.full((), np.nan if dtype.kind in "fV" else 0, dtype)
+        return np.broadcast_to(blank, shape)
 
     def _form(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         info = self.header.tensors[name]
