@@ -153,7 +153,9 @@ def take_along(array: npt.NDArray[np.generic], take: Take, dim: int) -> npt.NDAr
         return array
     if take.dtype.kind == "f":
         along = np.moveaxis(array, dim, -1)
-        made = multiply(along.reshape(-1, along.shape[-1]).astype(np.float64), take.T)
+        made = multiply(
+            along.reshape(-1, along.shape[-1]).astype(np.float64), np.asarray(take, np.float64).T
+        )
         return np.moveaxis(made.reshape(*along.shape[:-1], len(take)), -1, dim)
     count = len(take)
     if count and int(take[-1]) - int(take[0]) == count - 1 and (np.diff(take) == 1).all():
