@@ -1,10 +1,14 @@
 """The certificate goes another way than the converter: what the converter does wrong, it notices by itself."""
 
 import json
+import os
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from making import book_of, equation_of
 from test_golden import adapter_of, base_of, read
 from test_verify import converted, spoilt
@@ -22,6 +26,7 @@ from regraft.dialects.peft import writer, writing
 from regraft.dialects.peft.source import Source
 from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
+from regraft.storage import safetensors
 from regraft.storage.safetensors import write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
@@ -232,7 +237,64 @@ def test_a_product_that_overflows_is_not_equal():
     assert not compare(low(b, a), low(b, a), MIXTRAL).equal
 
 
-# -- the time for it
+# -- memory and time
+
+
+def test_factors_are_read_when_they_are_compared_and_not_kept(tmp_path, monkeypatch):
+    alive, most = set(), [0]
+    real = safetensors.TensorFile.__getitem__
+
+    class Watched(np.ndarray):
+        pass
+
+    def counted(self, name):
+        array = real(self, name).view(Watched)
+        alive.add(id(array))
+        weakref.finalize(array, alive.discard, id(array))
+        most[0] = max(most[0], len(alive))
+        return array
+
+    name = "mixtral__gud_attn"
+    adapter, out = converted(name, tmp_path)
+    count = len(read(adapter)[0])
+    monkeypatch.setattr(safetensors.TensorFile, "__getitem__", counted)
+    assert verify_adapters(adapter, out, base_of(name)).equal
+    assert 0 < most[0] < 20 < count
+
+
+def test_a_file_that_is_cut_during_the_comparison_is_noticed(tmp_path, monkeypatch):
+    name = "mixtral__gud_attn"
+    adapter, out = converted(name, tmp_path)
+    real = verify.moved_pieces
+
+    def cut(*given, **options):
+        file = out / "adapter_model.safetensors"
+        os.truncate(file, file.stat().st_size - 1000)
+        yield from real(*given, **options)
+
+    monkeypatch.setattr(verify, "moved_pieces", cut)
+    with pytest.raises(regraft.BadInputError) as caught:
+        verify_adapters(adapter, out, base_of(name))
+    assert [f.code for f in caught.value.findings] == ["file-changed"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(0, 70),
+    st.integers(1, 50),
+    st.sampled_from([(), (3,)]),
+    st.integers(4, 12),
+)
+def test_products_in_parts_are_products(height, rank, width, lead, alone):
+    random = np.random.default_rng(rank)
+    one = random.standard_normal((*lead, height, rank))
+    other = random.standard_normal((*lead, rank, width))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_ALONE", 1 << alone)
+        patch.setattr(pieces, "_ROWS", 2)
+        patch.setattr(pieces, "_RANK", (1 << alone) // 4)
+        assert np.allclose(pieces.multiply(one, other), one @ other)
 
 
 def test_past_the_budget_random_vectors_are_enough_and_the_report_names_the_targets(

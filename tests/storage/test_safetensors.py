@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from regraft.errors import BadInputError
 from regraft.storage import safetensors as module
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.safetensors import open_tensors, read_header, write_tensors
+from regraft.storage.safetensors import TensorFile, open_tensors, read_header, write_tensors
 
 Array = np.ndarray[Any, Any]
 
@@ -108,6 +108,49 @@ def test_packed_values_are_no_numbers(tmp_path: Path) -> None:
     assert read_header(tmp_path / "x").tensors["a"].shape == (2, 20)
     with pytest.raises(TypeError):
         open_tensors(tmp_path / "x")["a"] + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_are_read_one_by_one(tmp_path: Path, dtype: str) -> None:
+    write_tensors(tmp_path / "x", {"a": fill(dtype, (3, 4)), "b": fill("F32", ())}, {"k": "v"})
+    file, whole = TensorFile(tmp_path / "x"), open_tensors(tmp_path / "x")
+    assert list(file) == list(whole)
+    assert len(file) == 2
+    assert "a" in file
+    assert "c" not in file
+    assert file.header.metadata == {"k": "v"}
+    for name, array in whole.items():
+        assert_same(file[name], array)
+        outline = file.outline(name)
+        assert (outline.dtype, outline.shape) == (array.dtype, array.shape)
+        assert not any(outline.strides)
+    with pytest.raises(KeyError):
+        file["c"]
+
+
+def test_an_outline_is_no_number(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {"a": fill("BF16", (3, 4))}, {})
+    assert np.isnan(TensorFile(tmp_path / "x").outline("a").astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("how", ["cut", "written", "touched"])
+def test_a_file_that_changes_while_it_is_open_is_noticed(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "x"
+    write_tensors(path, {"a": fill("F32", (300, 400)), "b": fill("F32", (300, 400))}, {})
+    file = TensorFile(path)
+    assert file["a"].shape == (300, 400)
+    if how == "cut":
+        os.truncate(path, path.stat().st_size - 100_000)
+    elif how == "written":
+        with path.open("r+b") as other:
+            other.seek(-8, os.SEEK_END)
+            other.write(b"12345678")
+    else:
+        os.utime(path, ns=(0, 0))
+    for name in "ab":
+        with pytest.raises(BadInputError) as caught:
+            file[name]
+        assert [f.code for f in caught.value.findings] == ["file-changed"]
 
 
 def test_the_package_reads_ours(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Opened(Protocol):
         ...
 
     @property
-    def tensors(self) -> dict[str, Array]:
+    def tensors(self) -> Mapping[str, Array]:
         """Tensors by their names in the file."""
         ...
 

@@ -137,15 +137,14 @@ def verify_adapters(
         if progress is not None:
             progress(folder.name, number, len(first.folders))
         name = str(folder.relative_to(first.root))
-        one = open_adapter(folder, first.root, first.weights)
+        one = open_adapter(folder, first.root, first.weights, by_tensor=True)
         other = there.pop(name, None)
         if other is None:
             raise BadInputError(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
-        done = compare(
-            one, open_adapter(other, second.root, second.weights), config, tolerance, foreign, left
-        )
+        two = open_adapter(other, second.root, second.weights, by_tensor=True)
+        done = compare(one, two, config, tolerance, foreign, left)
         if result is None:
             result = done
         else:
@@ -200,6 +199,8 @@ def _without_stand_ins(source: Source, layouts: tuple[str, str]) -> tuple[Source
     if layouts[0] == layouts[1] or not comes_back(source, layouts[1]):
         return source, {}
     without, returned = take_back(source)
+    if not returned.tensors:
+        return without, {}
     deltas: dict[str, Wide] = {}
     factors: set[str] = set()
     for item in returned.written:

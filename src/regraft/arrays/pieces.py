@@ -152,13 +152,54 @@ def take_along(array: npt.NDArray[np.generic], take: Take, dim: int) -> npt.NDAr
     if take is None:
         return array
     if take.dtype.kind == "f":
-        made = np.tensordot(take, array.astype(np.float64), (1, dim))
-        return np.asarray(np.moveaxis(made, 0, dim))
+        along = np.moveaxis(array, dim, -1)
+        made = multiply(
+            along.reshape(-1, along.shape[-1]).astype(np.float64), np.asarray(take, np.float64).T
+        )
+        return np.moveaxis(made.reshape(*along.shape[:-1], len(take)), -1, dim)
     count = len(take)
     if count and int(take[-1]) - int(take[0]) == count - 1 and (np.diff(take) == 1).all():
         first = int(take[0])
         return array[(slice(None),) * dim + (slice(first, first + count),)]
     return array.take(take.astype(np.int64), axis=dim)
+
+
+def multiply(one: Wide, other: Wide) -> Wide:
+    """The product of matrices, or of stacks of matrices, in parts that BLAS computes without helpers.
+
+    For factors of low rank the helpers of OpenBLAS save nothing, and on a busy machine they are waited for.
+
+    >>> multiply(np.ones((2, 1)), np.ones((1, 3))).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    rank, width, height = one.shape[-1], other.shape[-1], one.shape[-2]
+    if not 0 < rank <= _RANK or not width:
+        return np.asarray(one @ other)
+    made = np.empty((*one.shape[:-1], width))
+    columns = min(width, _ALONE // (rank * _ROWS))
+    for first in range(0, width, columns):
+        part = other[..., first : first + columns]
+        result = made[..., first : first + columns]
+        rows = _ALONE // (rank * part.shape[-1])
+        whole = height // rows * rows
+        if whole:
+            tiles = (whole // rows, rows)
+            np.matmul(
+                one[..., :whole, :].reshape(*one.shape[:-2], *tiles, rank),
+                part[..., None, :, :],
+                out=result[..., :whole, :].reshape(*result.shape[:-2], *tiles, part.shape[-1]),
+            )
+        if whole < height:
+            np.matmul(one[..., whole:, :], part, out=result[..., whole:, :])
+    return made
+
+
+_ALONE = 1 << 18
+"""Multiplications up to which OpenBLAS works alone (``SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD``)."""
+_ROWS = 16
+"""Rows of a part, at least."""
+_RANK = _ALONE // _ROWS // _ROWS
+"""The greatest rank for which such parts are large enough to be worth it."""
 
 
 def _carry_one(

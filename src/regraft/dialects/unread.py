@@ -138,8 +138,8 @@ def _nemo(config: Mapping[str, Any], folder: Path) -> _Mark | None:
 
 
 def _by_keys(tensors: Mapping[str, Array]) -> _Mark | None:
-    for name, tensor in tensors.items():
+    for name in tensors:
         for pattern, dims, tool in _KEYS:
-            if pattern.search(name) and (dims is None or tensor.ndim == dims):
+            if pattern.search(name) and (dims is None or tensors[name].ndim == dims):
                 return tool, name, "only it names tensors so"
     return None

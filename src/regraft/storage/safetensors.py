@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from weakref import finalize
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ from regraft.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, read_he
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp, changed
 
-__all__ = ["Header", "TensorInfo", "open_tensors", "read_header", "write_tensors"]
+__all__ = ["Header", "TensorFile", "TensorInfo", "open_tensors", "read_header", "write_tensors"]
 
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 _SMALL = 1 << 16
@@ -78,6 +79,52 @@ def read_tensor(path: Path, header: Header, name: str) -> np.ndarray[Any, Any]:
     return np.ndarray(shape, dtype.numpy, _read_data(path, header, info.start, info.end))
 
 
+class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
+    """The tensors of an open safetensors file by name: each is read when it is asked for, and not kept.
+
+    The file is never mapped. One that changes while it is open is an error with the next tensor that is read.
+
+    Raises ``BadInputError`` as `read_header` and `open_tensors` do, when it is made and for each tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._file, _ = open_regular(self._path)
+        finalize(self, self._file.close)
+        self._stamp = Stamp.of(self._path, self._file.fileno())
+        self.header = read_header(self._path)
+        self._stamp.check()
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        info = self.header.tensors[name]
+        dtype, shape = self._form(name)
+        start = self.header.data_start + info.start
+        data = _read_at(self._file, self._path, start, info.end - info.start)
+        self._stamp.check(self._file.fileno())
+        return np.ndarray(shape, dtype, data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self.header.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.header.tensors
+
+    def outline(self, name: str) -> np.ndarray[Any, Any]:
+        """An array of a tensor's dtype and shape that takes no memory; whatever is computed with it is no number."""
+        dtype, shape = self._form(name)
+        with np.errstate(invalid="ignore"):  # not every small type has a NaN
+            blank = np.full((), np.nan if dtype.kind in "fV" else 0, dtype)
+        return np.broadcast_to(blank, shape)
+
+    def _form(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        info = self.header.tensors[name]
+        dtype = DTYPES[info.dtype]
+        return dtype.numpy, count_cells(dtype, info.shape, where=str(self._path), key=name)
+
+
 def _read_data(path: Path, header: Header, start: int = 0, end: int | None = None) -> memoryview:
     """A part of the file's data, or all of it; read-only."""
     file, size = open_regular(path)
@@ -86,24 +133,30 @@ def _read_data(path: Path, header: Header, start: int = 0, end: int | None = Non
         if size != header.size:
             raise changed(path, f"it had {header.size} bytes and has {size}")
         count = (size - header.data_start if end is None else end) - start
-        try:
-            data = np.empty(count, np.uint8)
-        except MemoryError as error:
-            message = f"{count} bytes are to be read, and they do not fit into memory"
-            raise BadInputError(Finding("file-too-large", message, where=str(path))) from error
-        view = data.data
-        file.seek(header.data_start + start)
-        at = 0
-        try:
-            while at < count:
-                read = file.readinto(view[at : at + _READ])  # type: ignore[attr-defined]
-                if not read:
-                    raise changed(path, "it ended early")
-                at += read
-        except OSError as error:
-            message = f"the file cannot be read: {error.strerror}"
-            raise BadInputError(Finding("unreadable-file", message, where=str(path))) from error
+        data = _read_at(file, path, header.data_start + start, count)
         stamp.check(file.fileno())
+    return data
+
+
+def _read_at(file: BinaryIO, path: Path, start: int, count: int) -> memoryview:
+    """Some bytes of an open file; read-only."""
+    try:
+        data = np.empty(count, np.uint8)
+    except MemoryError as error:
+        message = f"{count} bytes are to be read, and they do not fit into memory"
+        raise BadInputError(Finding("file-too-large", message, where=str(path))) from error
+    view = data.data
+    at = 0
+    try:
+        file.seek(start)
+        while at < count:
+            read = file.readinto(view[at : at + _READ])  # type: ignore[attr-defined]
+            if not read:
+                raise changed(path, "it ended early")
+            at += read
+    except OSError as error:
+        message = f"the file cannot be read: {error.strerror}"
+        raise BadInputError(Finding("unreadable-file", message, where=str(path))) from error
     return view.toreadonly()
 
 

@@ -9,7 +9,6 @@ Source: PEFT 0.18.1 and 0.21.2, ``get_delta_weight`` of ``Linear``, ``Embedding`
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +20,15 @@ from regraft.adapters.convert import Identity, move_rest, read
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, Saved
-from regraft.arrays.pieces import Take, Wide, take_along, take_part
+from regraft.arrays.pieces import Take, Wide, multiply, take_along, take_part
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.fitting import check_fit
+from regraft.dialects.peft.scan import Scan
 from regraft.dialects.peft.source import Source
 from regraft.layouts import BEFORE
 from regraft.names.keys import group_names
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.storage.safetensors import TensorFile
 
 
 def read_deltas(source: Source, known: Known, layout: str, packing: str | None = None) -> Deltas:
@@ -44,6 +45,8 @@ class _Factors:
 
     a: Array
     b: Array
+    """Shapes and dtypes; what they hold may stand only in the file."""
+    names: tuple[str, str]
     scale: float
     experts: int = 0
     """How many experts the factors are packed for; 0 where the tensor is one matrix."""
@@ -68,6 +71,8 @@ class Deltas:
         self.source, self.known, self.layout = source, known, layout
         self.family = source.family
         self.scan = source.scan()
+        self.stored = source.tensors
+        self.source = source = _outlined(source, self.scan)
         self.base = BaseWeights.of(known, layout)
         identity = Identity(known, layout, packing, ())
         self.side = identity.side()
@@ -89,16 +94,15 @@ class Deltas:
         check_fit(self.scan, source, known, self.base)
         self._last: tuple[int, Wide] | None = None
         self._unpacked: dict[int, tuple[Array, Array]] = {}
-        self._read = 0
 
     def _read_lora(self, config: Mapping[str, Any], packing: str | None) -> Iterator[_Factors]:
         """The factors of every base tensor, found by PEFT's names, with PEFT's scale."""
-        tensors, lora = list(self.source.tensors.values()), LoraConfig(config)
-        found: dict[str, dict[int, tuple[Array, Array]]] = {}
+        names, lora = list(self.source.tensors), LoraConfig(config)
+        found: dict[str, dict[int, tuple[str, str]]] = {}
         for pairs in self.scan.pairs:
             rows = zip(pairs.modules.names(), pairs.a.tolist(), pairs.b.tolist(), strict=True)
             for path, a, b in rows:
-                found.setdefault(path, {})[pairs.depth] = tensors[a], tensors[b]
+                found.setdefault(path, {})[pairs.depth] = names[a], names[b]
         nested: dict[str, list[str]] = {}
         for key in self.ids:
             path, _, parameter = key.rpartition(".")
@@ -117,7 +121,12 @@ class Deltas:
             assert pair is not None
             scale = lora.scale(self._called(key, config)).value if varies else common
             kind, shape = self._kinds[number], self.headers.shapes[number]
-            yield _factors(*pair, scale, kind, shape, packing)
+            a, b = (self.source.tensors[name] for name in pair)
+            yield _factors(_Factors(a, b, pair, scale), kind, shape, packing)
+
+    def _values(self, factors: _Factors) -> tuple[Array, Array]:
+        a, b = (self.stored[name] for name in factors.names)
+        return a, b
 
     def _called(self, key: str, config: Mapping[str, Any]) -> str:
         """What PEFT matches ``rank_pattern`` and ``alpha_pattern`` against: a module, or a parameter of one."""
@@ -143,13 +152,12 @@ class Deltas:
         factors = self._factors[number]
         if factors.experts:
             return self._part_of_stack(number, factors, takes)
-        self._note(factors.a.nbytes + factors.b.nbytes)
-        rest = factors.a.shape[1:]
+        a, b = self._values(factors)
+        rest = a.shape[1:]
         along = [*takes, *[None] * (1 + len(rest) - len(takes))]
         if factors.crossed:
             along = [along[-1], *along[:-1]]
-        b = take_along(factors.b.reshape(len(factors.b), -1), along[0], 0)
-        a = factors.a
+        b = take_along(b.reshape(len(b), -1), along[0], 0)
         for dim, take in enumerate(along[1:], 1):
             a = take_along(a, take, dim)
         made = _product(b, a.reshape(len(a), -1), factors.scale)
@@ -158,15 +166,13 @@ class Deltas:
     def _part_of_stack(self, number: int, factors: _Factors, takes: Sequence[Take]) -> Wide:
         experts, first, second = (*takes, None, None, None)[:3]
         if number not in self._unpacked:
-            self._note(factors.a.nbytes + factors.b.nbytes)
+            a, b = self._values(factors)
             count = factors.experts
             if len(self._unpacked) >= _KEPT:
                 self._unpacked.clear()
             self._unpacked[number] = (
-                factors.a.reshape(count, -1, factors.a.shape[1]),
-                np.ascontiguousarray(
-                    factors.b.reshape(len(factors.b), -1, count).transpose(2, 0, 1)
-                ),
+                a.reshape(count, -1, a.shape[1]),
+                np.ascontiguousarray(b.reshape(len(b), -1, count).transpose(2, 0, 1)),
             )
         a, b = (take_along(x, experts, 0) for x in self._unpacked[number])
         one, other = (second, first) if factors.crossed else (first, second)
@@ -197,15 +203,6 @@ class Deltas:
         if found is None:
             raise NoImageError("the base's weights are needed", needs_base=True)
         return found
-
-    def _note(self, count: int) -> None:
-        """Let go of the mapped pages of the weights file, now and then."""
-        self._read += count
-        if self._read < _MAPPED:
-            return
-        self._read = 0
-        for mapped in {id(m): m for m in map(_map_of, self.source.tensors.values()) if m}.values():
-            mapped.madvise(mmap.MADV_DONTNEED)
 
     def biases(self) -> dict[str, Array]:
         """The biases of modules whose family changes them, as they are to be."""
@@ -272,38 +269,34 @@ class Deltas:
 
 _KEPT = 3
 """Stacks of factors that stay unpacked."""
-_MAPPED = 64 << 20
-"""Bytes that are read from a mapped file before its pages are let go."""
 
 
-def _map_of(array: Array) -> mmap.mmap | None:
-    """The mapped file that an array is a view of."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    return base if isinstance(base, mmap.mmap) else None
+def _outlined(source: Source, scan: Scan) -> Source:
+    """A source of a file: its factors are shapes and dtypes, for what looks at them all at once."""
+    stored = source.tensors
+    if not isinstance(stored, TensorFile):
+        return source
+    names = list(stored)
+    factors = {names[i] for p in scan.pairs for i in (*p.a.tolist(), *p.b.tolist())}
+    tensors = {n: stored.outline(n) if n in factors else stored[n] for n in names}
+    return replace(source, tensors=tensors)
 
 
 def _product(b: Array, a: Array, scale: float) -> Wide:
     with np.errstate(all="ignore"):
-        made = b.astype(np.float64) @ a.astype(np.float64)
-        made *= scale
-    return np.asarray(made)
+        return multiply(b.astype(np.float64) * scale, a.astype(np.float64))
 
 
-def _factors(
-    a: Array, b: Array, scale: float, kind: str, shape: Sequence[int], packing: str | None
-) -> _Factors:
+def _factors(pair: _Factors, kind: str, shape: Sequence[int], packing: str | None) -> _Factors:
     """The factors of a tensor of some kind and shape, as ``ParamWrapper`` reads them for stacked experts."""
     if not kind.startswith("experts"):
-        return _Factors(a, b, scale, crossed=kind in ("embedding", "conv1d"))
+        return replace(pair, crossed=kind in ("embedding", "conv1d"))
     if shape[0] == 1:
-        return _Factors(a, b, scale, 1)
+        return replace(pair, experts=1)
     # Dim 1 is in and dim 2 is out for PEFT 0.18, whatever they are. Since 0.19 it exchanges the two, except on
     # modules that say that they store (in, out).
-    made = _Factors(a, b, scale, shape[0], packing == BEFORE or kind == "experts-transposed")
+    crossed = packing == BEFORE or kind == "experts-transposed"
+    made = replace(pair, experts=shape[0], crossed=crossed)
     other = replace(made, crossed=not made.crossed)
     return other if made.shape() != tuple(shape) == other.shape() else made
 

@@ -36,7 +36,7 @@ from regraft.planning.side import Side
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
-from regraft.storage.safetensors import open_tensors, read_header
+from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 
 if TYPE_CHECKING:
     from regraft.dialects.peft.writer import PeftWriter
@@ -74,7 +74,7 @@ class Source:
     """The sub-folder it came from, or an empty string."""
     where: str
     config: dict[str, Any]
-    tensors: dict[str, Array]
+    tensors: Mapping[str, Array]
     metadata: dict[str, str] = field(default_factory=dict)
     weights: Path | None = None
     aside: dict[str, Array] = field(default_factory=dict)
@@ -425,11 +425,17 @@ def _is_text(name: str) -> bool:
 
 
 def open_adapter(
-    folder: Path, root: Path, weights: Path | None = None, *, foreign: bool = False
+    folder: Path,
+    root: Path,
+    weights: Path | None = None,
+    *,
+    foreign: bool = False,
+    by_tensor: bool = False,
 ) -> Source:
     """Open one adapter; everything that is wrong with its two files is reported together.
 
-    ``foreign`` allows another tool's form, which a caller then has to look for itself.
+    ``foreign`` allows another tool's form, which a caller then has to look for itself. With ``by_tensor`` each tensor
+    is read when it is asked for, and not kept.
 
     Raises ``BadInputError``; ``RefusedError`` where it is sound, but in another tool's form.
     """
@@ -441,7 +447,7 @@ def open_adapter(
         findings += check_fields(config, str(folder / CONFIG))
     except RegraftError as error:
         findings += error.findings
-    tensors: dict[str, Array] = {}
+    tensors: Mapping[str, Array] = {}
     aside: dict[str, Array] = {}
     metadata: dict[str, str] = {}
     file = weights
@@ -461,6 +467,9 @@ def open_adapter(
             from regraft.storage.torch_file import open_torch
 
             tensors = open_torch(file)
+        elif by_tensor:
+            tensors = TensorFile(file)
+            metadata = dict(tensors.header.metadata)
         else:
             header = read_header(file)
             metadata = dict(header.metadata)
