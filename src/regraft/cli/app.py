@@ -50,6 +50,7 @@ _COMMANDS = {
     "explain": "regraft.cli.explain",
     "diff": "regraft.cli.diff",
     "slices": "regraft.cli.slices",
+    "layouts": "regraft.cli.layouts",
     "rules": "regraft.cli.rules",
     "schema": "regraft.cli.schema",
     "completion": "regraft.cli.completion",
