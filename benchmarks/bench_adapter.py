@@ -22,8 +22,8 @@ from peft.utils.transformers_weight_conversion import (  # noqa: E402
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
 from regraft.adapters.convert import convert_adapter  # noqa: E402
+from regraft.dialects.names import layout_named  # noqa: E402
 from regraft.dialects.peft.source import Source  # noqa: E402
-from regraft.layouts import parse_layout  # noqa: E402
 from regraft.planning.model import ModelConfig  # noqa: E402
 
 LAYERS, EXPERTS = 48, 128
@@ -88,7 +88,7 @@ def make_model_config() -> Qwen3MoeConfig:
 def convert_with_regraft(arrays: Arrays, model: ModelConfig) -> Arrays:
     """The whole conversion: names, plan, deltas, config."""
     source = Source("", "memory", dict(ADAPTER_CONFIG), arrays)
-    return convert_adapter(source, parse_layout("transformers-v5"), model).tensors
+    return convert_adapter(source, layout_named("transformers-v5"), model).tensors
 
 
 def convert_torch_with_regraft(tensors: Tensors, model: ModelConfig) -> Tensors:

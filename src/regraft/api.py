@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from regraft.checkpoints.dequantize import dequantize_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.base import Found
+from regraft.dialects.names import layout_named, source_named
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import (
     ASIDE,
@@ -30,10 +32,10 @@ from regraft.dialects.peft.source import (
     open_adapter,
 )
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
-from regraft.layouts import LAYOUTS, Layout, parse_layout
+from regraft.layouts.names import Layout
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.report import Report
-from regraft.rules.book import own_layouts
+from regraft.rules.book import Rules, only_books, only_family
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_folder
 from regraft.storage.stale import sort_files
@@ -68,6 +70,7 @@ def convert(
     verify_budget: float = 300.0,
     merge: bool = False,
     architecture: str | None = None,
+    rules: Rules = (),
     untie: bool = False,
     drop: Sequence[str] = (),
     dequantize: bool = False,
@@ -82,11 +85,12 @@ def convert(
             checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
         dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
             name that ends in ``.safetensors`` is the file to write.
-        to: the layout to convert to: ``"transformers-v5"`` or ``"transformers-v4"``; for checkpoints also one that
-            a rule book of your own leads to (``with regraft.only_books(...)``).
+        to: the layout to convert to, such as ``"transformers-v5"``: one that a rule book leads to, of an adapter also
+            with the release of PEFT that it is for (``"transformers-v4/peft-0.18"``). ``regraft layouts`` lists them.
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
             does not tell what it is for, or how many experts there are.
-        source: the layout of ``src``; found out, with evidence, where it is not given.
+        source: the layout of ``src``, or the family of its model (``"mixtral"``); found out, with evidence, where it
+            is not given.
         overwrite: replace ``dst`` if it exists.
         dry_run: do everything but write.
         shard_size: checkpoints only: the size of a weights file, such as ``"5GB"`` or a number of bytes; as the
@@ -109,6 +113,9 @@ def convert(
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
             weights, instead of an adapter.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
+        rules: rule books to use in place of regraft's: files, names of regraft's own, or books that
+            `regraft.load_book` read. ``"built-in"`` stands for all of regraft's, so ``["mine.toml", "built-in"]`` adds
+            one to them.
         untie: checkpoints only: where tied weights have other values, keep both, and write
             ``tie_word_embeddings: false`` into the result's config.
         drop: checkpoints only: where tied weights have other values, the names of those to leave out.
@@ -127,12 +134,16 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    with taken_for(architecture):
+    with ExitStack() as stack:
+        stack.enter_context(only_books(rules))
+        stack.enter_context(taken_for(architecture))
         asked = Options(via, compact, uniform_rank)
         src_path, dst_path = Path(src), Path(dst)
-        layout = parse_layout(to, own_layouts())
-        source_layout = parse_layout(source, own_layouts()) if source is not None else None
-        if is_checkpoint(src_path):
+        adapter = not is_checkpoint(src_path)
+        layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
+        source_layout = given.layout
+        stack.enter_context(only_family(given.family))
+        if not adapter:
             told = Path(model) if model is not None else None
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
             options["foreign"] = InstalledTransformers()
@@ -193,11 +204,6 @@ def convert(
             drop=drop,
             dequantize=dequantize,
         )
-        if layout.name not in LAYOUTS:
-            message = f"{layout} is a layout of a rule book, and adapters are packed in {' or '.join(LAYOUTS)} only"
-            raise BadInputError(
-                Finding("unknown-layout", message, fix="convert its base, a checkpoint")
-            )
         found = find_adapters(src_path)
         _check_kind(dst_path)
         foreign = InstalledTransformers()
@@ -260,6 +266,7 @@ def inspect(
     *,
     model: str | os.PathLike[str] | None = None,
     architecture: str | None = None,
+    rules: Rules = (),
 ) -> Inspection:
     """Tell what an adapter is, or each adapter of a folder.
 
@@ -270,13 +277,14 @@ def inspect(
         src: what `regraft.convert` takes.
         model: the base model's folder or its ``config.json``.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
     from regraft.dialects.peft.inspect import inspect as inspect_adapters
 
-    with taken_for(architecture):
+    with only_books(rules), taken_for(architecture):
         return inspect_adapters(src, model=model, foreign=InstalledTransformers())
 
 

@@ -30,7 +30,7 @@ from regraft.checkpoints.source import open_checkpoint
 from regraft.dialects.peft.deltas import Deltas, read_deltas
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, CheckpointReport, Target
 from regraft.storage.beside import narrow

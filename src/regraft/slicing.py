@@ -8,7 +8,8 @@ from pathlib import Path
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.slices import Boxes, Slices, cut
-from regraft.layouts import parse_layout
+from regraft.dialects.names import layout_named, source_named
+from regraft.rules.book import Rules, only_books, only_family
 
 
 def slices(
@@ -19,6 +20,7 @@ def slices(
     box: Boxes = None,
     model: str | Path | None = None,
     source: str | None = None,
+    rules: Rules = (),
 ) -> Slices:
     """Which bytes of a checkpoint some parts of its tensors in another layout are made of. Reads headers only.
 
@@ -31,6 +33,7 @@ def slices(
             without one are wanted whole.
         model: the model's folder or config, where there is none beside the weights.
         source: the layout that the checkpoint is in, where its names do not tell.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Returns:
         The slices, one for each tensor: ``runs`` are the bytes that they are made of, and ``read()`` reads them.
@@ -44,17 +47,24 @@ def slices(
     >>> found[0].shape, [run.size for run in found.runs] == [found.bytes]
     ((1, 16, 24), True)
     """
-    return cut(prepare_slices(src, to, model, source), names, box)
+    return cut(prepare_slices(src, to, model, source, rules), names, box)
 
 
 def prepare_slices(
-    src: str | Path, to: str, model: str | Path | None = None, source: str | None = None
+    src: str | Path,
+    to: str,
+    model: str | Path | None = None,
+    source: str | None = None,
+    rules: Rules = (),
 ) -> Prepared:
     """The conversion that slices are cut from."""
-    return prepare(
-        Path(src),
-        parse_layout(to).name,
-        model=None if model is None else Path(model),
-        source_layout=source,
-        foreign=InstalledTransformers(),
-    )
+    with only_books(rules):
+        given = source_named(source, adapter=False)
+        with only_family(given.family):
+            return prepare(
+                Path(src),
+                layout_named(to, adapter=False).name,
+                model=None if model is None else Path(model),
+                source_layout=given.name,
+                foreign=InstalledTransformers(),
+            )

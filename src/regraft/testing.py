@@ -18,7 +18,8 @@ from regraft.adapters.form import Array, Lora, delta
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Dialect, PlainFile
-from regraft.layouts import Layout
+from regraft.layouts.graph import edges_to
+from regraft.layouts.names import Layout
 from regraft.planning.side import Side
 from regraft.rules.book import Book
 
@@ -115,7 +116,7 @@ def check_book(
         headers = Headers(
             group_names(list(names)), [a.shape for a in arrays], [a.dtype.name for a in arrays]
         )
-        plan = build_plan(headers, [book], target_layout=target, scopes=scopes)
+        plan = build_plan(headers, edges_to([book], target), scopes=scopes)
         return apply_plan(plan, list(arrays))
 
     there = carry(names, tensors, book.right)

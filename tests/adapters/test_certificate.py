@@ -22,9 +22,9 @@ from regraft.adapters.detect import Known
 from regraft.adapters.verify import compare, verify_adapters
 from regraft.arrays import pieces
 from regraft.cli import main
+from regraft.dialects.names import layout_named
 from regraft.dialects.peft import writer, writing
 from regraft.dialects.peft.source import Source
-from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
 from regraft.storage import safetensors
 from regraft.storage.safetensors import write_tensors
@@ -169,7 +169,7 @@ def test_a_family_that_follows_wrongly_is_noticed(wrong, monkeypatch):
     )
     if wrong:
         monkeypatch.setattr(follow, "_some", lambda index, size: None)
-    done = convert_adapter(source, parse_layout(V5), model, parse_layout(V4))
+    done = convert_adapter(source, layout_named(V5), model, layout_named(V4))
     assert done.config["peft_type"] == "LOHA"
     made = Source("", "made", done.config, done.tensors, done.metadata)
     assert compare(source, made, model).equal is not wrong

@@ -18,10 +18,10 @@ from regraft.adapters.families.base import BASE, DENSE, FAMILY, LORA, NONE, OPER
 from regraft.adapters.families.table import all_families
 from regraft.adapters.ranks import Options
 from regraft.arrays.apply import apply_plan
+from regraft.dialects.names import layout_named
 from regraft.dialects.peft.config_check import PEFT_TYPES
 from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError
-from regraft.layouts import parse_layout
 from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.planning.model import ModelConfig
@@ -441,9 +441,9 @@ class Case:
         self.monkeypatch.setattr(conversion, "find_books", lambda *_: known)
         if back is not None:
             source = Source("", "test", back.config, back.tensors, back.metadata, aside=back.aside)
-            return convert_adapter(source, parse_layout("transformers-v4"), model)
+            return convert_adapter(source, layout_named("transformers-v4"), model)
         source = Source("", "test", self.config, dict(self.tensors))
-        v4, v5 = parse_layout("transformers-v4"), parse_layout("transformers-v5")
+        v4, v5 = layout_named("transformers-v4"), layout_named("transformers-v5")
         return convert_adapter(source, v5, model, v4, Options(via))
 
     def rung(self):

@@ -9,8 +9,8 @@ import regraft
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.adapters.ranks import Options
+from regraft.dialects.names import layout_named
 from regraft.dialects.peft.source import Source
-from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
 
 torch = families.torch
@@ -104,7 +104,7 @@ def test_a_changed_bias_is_no_lora(title, tmp_path, monkeypatch):
     model = ModelConfig({"model_type": "test"}, str(case.base / "config.json"))
     known = Known((case.book,), {}, model, "test", "it was said so")
     monkeypatch.setattr(families.conversion, "find_books", lambda *_: known)
-    v4, v5 = parse_layout("transformers-v4"), parse_layout("transformers-v5")
+    v4, v5 = layout_named("transformers-v4"), layout_named("transformers-v5")
     source = Source("", "test", case.config, dict(case.tensors))
     with pytest.raises(regraft.RefusedError, match="bias"):
         convert_adapter(source, v5, model, v4, Options("dense"))

@@ -16,17 +16,17 @@ from regraft.adapters.families.lily import Lily
 from regraft.adapters.families.osf import Osf
 from regraft.adapters.families.table import family_of
 from regraft.adapters.ranks import Options
+from regraft.dialects.names import layout_named
 from regraft.dialects.peft import unbound
 from regraft.dialects.peft.config import VARIANTS
 from regraft.dialects.peft.source import Source
 from regraft.errors import RefusedError, UnmatchedKeysError
-from regraft.layouts import parse_layout
 from regraft.planning.model import ModelConfig
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-V4, V5 = parse_layout("transformers-v4"), parse_layout("transformers-v5")
+V4, V5 = layout_named("transformers-v4"), layout_named("transformers-v5")
 TENSOR = np.float32([[1]])
 
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import same_bits
 
-from regraft.dialects.peft.packing import pack, packing_of_version, swaps, unpack
-from regraft.layouts import PACKINGS
+from regraft.dialects.peft.packing import PACKINGS, pack, packing_of_version, swaps, unpack
 
 KINDS = ["experts", "experts-transposed", "experts-unmarked"]
 

@@ -79,7 +79,11 @@ def test_tour_and_completion(capsys, monkeypatch):
     monkeypatch.setenv("COMP_CWORD", "5")
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().out.split() == ["plain,transformers-v4", "plain,transformers-v5"]
+    assert capsys.readouterr().out.split() == [
+        "plain,transformers-v4",
+        "plain,transformers-v5",
+        "plain,peft",
+    ]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

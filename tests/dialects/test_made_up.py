@@ -20,7 +20,7 @@ from regraft.dialects.base import (
     PlainWriter,
     dialects,
 )
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 from regraft.testing import check_dialect, deltas_of
 

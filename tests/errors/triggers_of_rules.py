@@ -9,6 +9,7 @@ from making import book_of, equation_of, headers_of, plan_of, rule_book
 import regraft
 from regraft.arrays.anonymous import rearrange
 from regraft.equation.notation import parse_key
+from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.rules.book import Gap
 from regraft.rules.lint.renames import Rename, lint_renames
@@ -53,7 +54,7 @@ def _(lab):
 
 @provokes("other-layouts")
 def _(lab):
-    build_plan(headers_of(experts(3)), [rule_book(STACK)], target_layout="mine")
+    build_plan(headers_of(experts(3)), edges_to([rule_book(STACK)], "mine"))
 
 
 @provokes("no-rule")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from regraft.cli import main
 from regraft.learning.content import content_of
 from regraft.learning.diff import diff
 from regraft.learning.propose import check, propose
-from regraft.rules.book import load_book
+from regraft.rules.book import library, load_book
 from regraft.rules.lint.book import lint_book
+from regraft.rules.write import write_book
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -255,10 +257,14 @@ def test_a_book_is_not_overwritten(tmp_path, capsys):
     assert file.read_text() == "mine"
 
 
-def test_own_layouts_are_for_checkpoints(tmp_path, capsys):
+def test_adapters_move_between_layouts_of_ones_own(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text("name = 'm'\ntitle = 'm'\nleft = 'here'\nright = 'there'\nmodel_types = []\n")
+    book = next(b for b in library() if b.name == "mixtral")
+    file.write_text(write_book(replace(book, left="here", right="there")))
     adapter = GOLDEN / "cases/mixtral__gud_attn"
     command = ["convert", str(adapter), str(tmp_path / "o"), "--to", "there", "--rules", str(file)]
-    assert main(command) == 1
-    assert "there is a layout of a rule book" in capsys.readouterr().err
+    assert main(command) == 0
+    usual = ["convert", str(adapter), str(tmp_path / "u"), "--to", "transformers-v5"]
+    assert main(usual) == 0
+    made, wanted = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ou")
+    assert len(made) > 1000 and made[-1000:] == wanted[-1000:]

@@ -179,13 +179,12 @@ def test_a_carry_over_speaks_of_its_books_part_of_the_model_only():
     scope = Scope(below="language_model")
     names = {"m.language_model.norm.weight": (3,), "m.vision_tower.norm.weight": (3,)}
     with pytest.raises(UnmatchedKeysError) as caught:
-        build_plan(headers_of(names), [book_of(CARRY)], target_layout="new", scopes={"test": scope})
+        build_plan(headers_of(names), edges_to([book_of(CARRY)], "new"), scopes={"test": scope})
     assert [f.key for f in caught.value.findings] == ["m.vision_tower.norm.weight"]
     for to in ("new", "old"):
         plan = build_plan(
             headers_of(dict(list(names.items())[:1])),
-            [book_of(CARRY)],
-            target_layout=to,
+            edges_to([book_of(CARRY)], to),
             scopes={"test": scope},
         )
         assert [g.names() for g in plan.targets()] == [["m.language_model.norm.weight"]]

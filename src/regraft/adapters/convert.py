@@ -34,9 +34,10 @@ from regraft.adapters.saved import move_saved
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
-from regraft.layouts import LAYOUTS, Layout, other_layout
+from regraft.layouts.graph import edges_to
+from regraft.layouts.names import Layout, joined_to
 from regraft.names.keys import group_names
-from regraft.planning.build import build_plan, check_layouts
+from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
@@ -144,9 +145,8 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
 
     Raises ``BadInputError`` where ``given`` contradicts the names, or where it fits no layout.
     """
-    check_layouts(known.books, to.name)
-    if given is not None:
-        check_layouts(known.books, given.name)
+    for layout in (to, given) if given is not None else (to,):
+        edges_to(known.books, layout.name)
     detected = detect_layout(opened.names(), opened.hints(), known.books, opened.where)
     if given is None:
         evidence = [known.evidence, *detected.evidence]
@@ -166,14 +166,18 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
 
 def _unnamed_layout(opened: Opened, known: Known, to: str, evidence: list[str]) -> str:
     """What to take an adapter for whose names are the same in all layouts: its shapes may tell, or its dialect."""
-    errors = {name: _misfit(opened, known, name) for name in LAYOUTS}
+    other = joined_to(to, known.books)[0]
+    errors = {
+        layout: _misfit(opened, known, layout, target)
+        for layout, target in ((other, to), (to, other))
+    }
     fitting = [name for name, error in errors.items() if error is None]
     if not fitting:
-        raise errors[other_layout(to)] or AssertionError
+        raise errors[other] or AssertionError
     if len(fitting) == 1:
         evidence.append(f"its shapes are those of {fitting[0]}")
         return fitting[0]
-    chosen, why = opened.choose_layout(to, _has_transposed(opened, known, to))
+    chosen, why = opened.choose_layout(to, other, _has_transposed(opened, known, to))
     evidence += [why] if why is not None else []
     return chosen
 
@@ -190,9 +194,9 @@ def _has_transposed(opened: Opened, known: Known, to: str) -> bool:
     )
 
 
-def _misfit(opened: Opened, known: Known, layout: str) -> RegraftError | None:
-    """Why an adapter cannot be of a layout, ``None`` where it can."""
-    identity, target = Identity(known, layout, None, ()), other_layout(layout)
+def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftError | None:
+    """Why an adapter cannot be of a layout and be converted to another, ``None`` where it can."""
+    identity = Identity(known, layout, None, ())
     try:
         adapter = read(opened, identity, BaseWeights.of(known, layout)).adapter
         plan_route(opened, adapter, known, target)
@@ -247,9 +251,8 @@ def plan_route(opened: Opened, adapter: Adapter, known: Known, target: str) -> P
     try:
         plan = build_plan(
             adapter.headers,
-            known.books,
-            target_layout=target,
-            scopes=dict(known.scopes),
+            edges_to(known.books, target),
+            scopes=known.scopes,
             partial=True,
             guess=opened.guess(),
             where=opened.where,

@@ -10,7 +10,7 @@ from typing import Any
 from regraft.adapters.protocol import Hints, Names
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
-from regraft.layouts import LAYOUTS
+from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
 from regraft.planning.model import (
     Foreign,
@@ -20,7 +20,7 @@ from regraft.planning.model import (
     asked_architecture,
     check_sizes,
 )
-from regraft.rules.book import Book, books_for, library, own_layouts
+from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.templates import match_group
 from regraft.storage.folder import load_json
 
@@ -192,7 +192,8 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
 
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
-    if own_layouts():
+    own = {id(book) for book in own_books()}
+    if is_complete() or any(id(book) in own for book in books):
         return True
     known = {name for book in books for name in book.model_types}
     return all(name in known for name in model.model_types())
@@ -394,7 +395,8 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
     seen = one_layout((e for book in books for e in _evidence(book, names)), where)
     for layout, key in seen.items():
         return Detected(layout, [f"{key} is a name of {layout}"], by_names=True)
-    if hints.layout in LAYOUTS:
+    known = {name for book in books for name in book.layouts} or set(known_layouts())
+    if hints.layout in known:
         return Detected(hints.layout, [f"regraft wrote it as {hints.layout}"])
     same = "all its names are the same in every layout"
     if hints.likely is None:

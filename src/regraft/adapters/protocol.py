@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regraft.adapters.ladder import Carried
     from regraft.adapters.provenance import Remembered
     from regraft.adapters.tuned import TunedModules
-    from regraft.layouts import Layout
+    from regraft.layouts.names import Layout
     from regraft.planning.families import Guess
     from regraft.planning.model import ModelConfig
     from regraft.planning.plan import Plan
@@ -158,7 +158,7 @@ class Opened(Protocol):
         """Raise ``BadInputError`` where tensors do not fit the base, wherever no rule looks."""
         ...
 
-    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
         ``transposed`` says that a saved weight is stored differently under the same name.

@@ -16,6 +16,7 @@ from regraft.adapters.form import Array, Saved, SavedGroup
 from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_key
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import Group
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
@@ -122,9 +123,8 @@ def _plan(headers: Headers, known: Known, target: str, where: str) -> Plan:
     try:
         return build_plan(
             headers,
-            known.books,
-            target_layout=target,
-            scopes=dict(known.scopes),
+            edges_to(known.books, target),
+            scopes=known.scopes,
             where=where,
             unmatched_fix=known.unmatched_fix,
         )

@@ -35,12 +35,13 @@ from regraft.dialects.peft.deltas import Deltas, read_deltas
 from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source, find_adapters, open_adapter
 from regraft.errors import BadInputError, Finding
-from regraft.layouts import other_layout
 from regraft.layouts.graph import edges_to
+from regraft.layouts.names import joined_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers, Plan
+from regraft.rules.book import library
 from regraft.rules.kinds import BATCH, KINDS
 
 TOLERANCE = 1e-5
@@ -225,9 +226,11 @@ def _layouts(
     ]
     first, second = found
     if second is None:
-        second = "transformers-v5" if first is None else first
+        newest = next(book.right for book in (*known.books, *library()))
+        second = newest if first is None else first
     if first is None:
-        first = second if one.tensors.keys() == other.tensors.keys() else other_layout(second)
+        same = one.tensors.keys() == other.tensors.keys()
+        first = second if same else joined_to(second, known.books)[0]
     return known, (first, second)
 
 

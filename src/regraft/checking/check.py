@@ -28,6 +28,7 @@ from regraft.checking.causes import causes_of_error, causes_of_rows
 from regraft.checking.checkpoint import check_checkpoint
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.names import layout_named
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.saving import save_adapter
@@ -35,9 +36,10 @@ from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, find_adapters, names_of_scan, open_adapter
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
-from regraft.layouts import Layout, parse_layout
+from regraft.layouts.names import Layout
 from regraft.names.keys import group_names
 from regraft.planning.model import ModelConfig, taken_for
+from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
 
 
@@ -48,6 +50,7 @@ def check(
     to: str = "transformers-v5",
     peft: StockPeft | None = None,
     architecture: str | None = None,
+    rules: Rules = (),
 ) -> Check:
     """Tell whether an adapter, each adapter of a folder, or a checkpoint loads as it is.
 
@@ -57,12 +60,13 @@ def check(
         to: the layout of the model that it is to be loaded into. What is installed is tried; of another layout
             only names, shapes and the config are judged.
         architecture: the model's class, where its config names none that transformers has.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
         peft: what to try with, the installed PEFT by default; checks that share it start one process only.
 
     Raises:
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
-    with taken_for(architecture):
+    with only_books(rules), taken_for(architecture):
         return _check(src, model, to, peft)
 
 
@@ -72,7 +76,7 @@ def _check(
     to: str,
     peft: StockPeft | None,
 ) -> Check:
-    path, layout = Path(src), parse_layout(to)
+    path, layout = Path(src), layout_named(to)
     told = Path(model) if model is not None else None
     result = Check(str(src), str(layout))
     if is_checkpoint(path):

@@ -17,7 +17,7 @@ from regraft.bridges.transformers.trial import (
 from regraft.checking.verdict import Verdict, rows_of
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.errors import RegraftError
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 from regraft.report import CheckpointReport
 
 

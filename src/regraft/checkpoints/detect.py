@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from regraft.adapters.detect import covers, one_layout
@@ -10,9 +10,9 @@ from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
-from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
+from regraft.errors import AmbiguousError, Choice, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge, edges_to
-from regraft.names.keys import Group
+from regraft.names.keys import MARK, Group
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
@@ -139,6 +139,7 @@ def _by_shape(
 ) -> tuple[str, str] | None:
     """The layout that a shape tells, where a tensor has one name in both and not one shape."""
     unclear: str | None = None
+    choices: tuple[Choice, ...] = ()
     for book in books:
         scope = scopes[book.name]
         for rule in book.rules:
@@ -156,7 +157,12 @@ def _by_shape(
                 fits = [name for name, term in sides if _fits(rule, term, shape, scope)]
                 if len(fits) == 1:
                     return fits[0], f"{group.name(0)} has the shape {list(shape)}, as in {fits[0]}"
-                unclear = unclear or group.name(0)
+                if unclear is None:
+                    unclear = group.name(0)
+                    choices = tuple(
+                        Choice(name, f"its shape fits {term}", f"its dims are {_dims(term)}")
+                        for name, term in sides
+                    )
     if unclear is not None:
         raise AmbiguousError(
             Finding(
@@ -165,9 +171,14 @@ def _by_shape(
                 where=where,
                 key=unclear,
                 fix="say with --from which layout it is in",
+                choices=choices,
             )
         )
     return None
+
+
+def _dims(term: Term) -> str:
+    return " ".join(map(str, term.dims))
 
 
 def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
@@ -213,8 +224,16 @@ def _evidence(book: Book, groups: Sequence[Group], scope: Scope) -> list[tuple[s
     return found
 
 
+def _model_choice(book: Book, made: frozenset[str], all_made: Iterable[frozenset[str]]) -> Choice:
+    """A model that names fit, with a tensor that only its result has."""
+    others = frozenset().union(*(each for each in all_made if each != made))
+    alone = sorted(made - others) or sorted(made)
+    shown = alone[0].replace(MARK, "*")
+    return Choice(book.model_types[0], f"the names are those of {book.title}", f"it has {shown}")
+
+
 def _book_by_names(headers: Headers, where: str) -> Book:
-    outcomes: dict[object, Book] = {}
+    outcomes: dict[frozenset[str], Book] = {}
     for book in library():
         evidence = _evidence(book, headers.groups, Scope())
         if not evidence:
@@ -241,7 +260,12 @@ def _book_by_names(headers: Headers, where: str) -> Book:
                 "which-model",
                 f"the names fit models whose layouts differ: {names}",
                 where=where,
-                fix="give the model with --model (its folder or its config.json)",
+                fix="give the model with --model (its folder or its config.json), or one of these with --from",
+                choices=tuple(
+                    _model_choice(book, made, outcomes)
+                    for made, book in outcomes.items()
+                    if book.model_types
+                ),
             )
         )
     return next(iter(outcomes.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.dialects.peft.inspect import TensorPattern
 from regraft.errors import Finding, RegraftError
-from regraft.layouts import LAYOUTS
 from regraft.names.patterns import group_alike
 from regraft.planning.model import Foreign, ModelConfig
+from regraft.rules.book import Book
 from regraft.storage.dtypes import DTYPES
 
 
@@ -128,8 +129,13 @@ def _find_layout(
     except RegraftError as error:
         result.problems += error.findings
         return
-    result.layouts = [known.layout] if known.layout is not None else list(LAYOUTS)
+    result.layouts = [known.layout] if known.layout is not None else _joined(known.books)
     result.evidence = list(known.evidence)
+
+
+def _joined(books: Sequence[Book]) -> list[str]:
+    """The layouts that some books lead between."""
+    return list(dict.fromkeys(name for book in books for name in (book.left, book.right)))
 
 
 def _elements(dtype: str, size: int) -> int:

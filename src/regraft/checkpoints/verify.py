@@ -22,6 +22,7 @@ from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
 from regraft.planning.model import Foreign, taken_for
 from regraft.report import Trace
+from regraft.rules.book import Rules, only_books
 from regraft.storage.stamp import changed
 
 _BUFFER = 4 << 20
@@ -65,14 +66,16 @@ def verify(
     progress: Callable[[str, int, int], None] | None = None,
     foreign: Foreign | None = None,
     architecture: str | None = None,
+    rules: Rules = (),
 ) -> Verification:
     """Check that ``dst`` is ``src`` in its own layout: every element accounted for, and no bit changed.
 
-    ``architecture`` is the model's class, where its config names none that transformers has.
+    ``architecture`` is the model's class, where its config names none that transformers has; ``rules`` are rule books
+    to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises ``BadInputError`` and its kin where one of the two cannot be read or planned.
     """
-    with taken_for(architecture):
+    with only_books(rules), taken_for(architecture):
         return _verify(
             Path(src), Path(dst), Path(model) if model is not None else None, progress, foreign
         )

@@ -53,6 +53,7 @@ _COMMANDS = {
     "learn": "regraft.cli.learn",
     "probe": "regraft.cli.probe",
     "slices": "regraft.cli.slices",
+    "layouts": "regraft.cli.layouts",
     "rules": "regraft.cli.rules",
     "schema": "regraft.cli.schema",
     "completion": "regraft.cli.completion",

@@ -20,6 +20,7 @@ from regraft.cli.output import Output
 )
 @options.model
 @options.architecture
+@options.rules
 @options.layout(
     "--for",
     "What it is to be loaded with: transformers-v5 or transformers-v4. What is installed is tried; for the other, "
@@ -34,6 +35,7 @@ def check(
     src: Path,
     model: Path | None,
     architecture: str | None,
+    rules: tuple[str, ...],
     to: str,
     html: Path | None,
     json: bool,
@@ -46,7 +48,7 @@ def check(
 
     Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven.
     """
-    options.check_layouts((), for_=to)
+    options.check_layouts(rules, for_=to)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -54,7 +56,7 @@ def check(
         from regraft.cli.pages import failure_page, show_page
 
         with (
-            options.told((), architecture),
+            options.told(rules, architecture),
             failure_page(html, "check", src),
             out.waiting("checking", src),
         ):

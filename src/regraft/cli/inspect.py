@@ -15,6 +15,7 @@ from regraft.cli.output import Output
 @options.src
 @options.model
 @options.architecture
+@options.rules
 @options.html
 @options.json
 @options.quiet
@@ -22,6 +23,7 @@ def inspect(
     src: Path,
     model: Path | None,
     architecture: str | None,
+    rules: tuple[str, ...],
     html: Path | None,
     json: bool,
     quiet: bool,
@@ -42,9 +44,9 @@ def inspect(
         from regraft.cli.words import show_findings, show_inspection
 
         if is_checkpoint(src):
-            with options.told((), architecture):
+            with options.told(rules, architecture):
                 return _inspect_checkpoint(out, src, model, html)
-        with options.told((), architecture), failure_page(html, "inspect", src):
+        with options.told(rules, architecture), failure_page(html, "inspect", src):
             inspection = inspect(src, model=model)
         if json:
             out.data(inspection.to_dict())

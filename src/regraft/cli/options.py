@@ -18,9 +18,11 @@ FILE = click.Path(path_type=Path)
 def _complete_layout(
     ctx: click.Context, param: click.Parameter, begun: str
 ) -> list[CompletionItem]:
-    from regraft.layouts import LAYOUTS
+    from regraft.dialects.names import dialect_names
+    from regraft.layouts.names import known_layouts
 
-    return [CompletionItem(name) for name in LAYOUTS if name.startswith(begun)]
+    names = dict.fromkeys((*known_layouts(), *dialect_names()))
+    return [CompletionItem(name) for name in names if name.startswith(begun)]
 
 
 def argument(name: str, text: str, **settings: Any) -> Callable[[Command], Command]:
@@ -70,7 +72,7 @@ rules = click.option(
     metavar="BOOK",
     multiple=True,
     help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be given more than "
-    "once.",
+    "once; the word built-in means all of regraft's, so that --rules MINE --rules built-in adds one to them.",
 )
 json = click.option("--json", is_flag=True, help="Print one JSON document; messages go to stderr.")
 html = click.option(
@@ -110,12 +112,12 @@ def check_layouts(rules: Sequence[str], **given: str | None) -> None:
 
     Raises ``click.BadParameter``.
     """
-    from regraft.layouts import parse_layout
+    from regraft.dialects.names import layout_named, source_named
 
     for option, name in given.items():
         if name is not None and not rules:
             with usage(f"--{option.strip('_')}"):
-                parse_layout(name)
+                (source_named if option == "from_" else layout_named)(name)
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def told(names: Sequence[str], architecture: str | None) -> Iterator[None]:
 @contextmanager
 def own_books(names: Sequence[str]) -> Iterator[None]:
     """Let the rule books of --rules stand in for the library."""
-    from regraft.rules.book import find_book, only_books
+    from regraft.rules.book import only_books
 
-    with only_books([find_book(name) for name in names]):
+    with only_books(names):
         yield

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 )
 @options.model
 @options.source
+@options.rules
 @options.json
 @options.quiet
 def slices(
@@ -59,6 +60,7 @@ def slices(
     plan: Path | None,
     model: Path | None,
     source: str | None,
+    rules: tuple[str, ...],
     json: bool,
     quiet: bool,
 ) -> Job:
@@ -68,7 +70,7 @@ def slices(
 
     Exit status: 0 done, 1 bad input, or sizes that do not divide, 2 usage, 3 not supported.
     """
-    options.check_layouts((), to=to, from_=source)
+    options.check_layouts(rules, to=to, from_=source)
     if json and rank is None and tp * ep > 1:
         raise click.BadParameter("--json lists the bytes of one rank; give it", param_hint="--rank")
     out = Output(json=json, quiet=quiet)
@@ -79,7 +81,7 @@ def slices(
         from regraft.slicing import prepare_slices
 
         first = Ranks(tp, ep, rank or 0)
-        ready = prepare_slices(src, to, model, source)
+        ready = prepare_slices(src, to, model, source, rules)
         config = model_of(ready.source, model)
         table = _plan_of(first, plan, ready, None if config is None else config.data)
         ranks = range(first.world) if rank is None else [rank]

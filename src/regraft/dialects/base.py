@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from regraft.adapters.detect import Known
     from regraft.adapters.ladder import Carried
     from regraft.adapters.tuned import TunedModules
-    from regraft.layouts import Layout
+    from regraft.layouts.names import Layout
     from regraft.planning.families import Guess
     from regraft.planning.model import ModelConfig
     from regraft.planning.side import Side
@@ -261,7 +261,7 @@ class PlainFile:
     def check_fit(self, known: Known, base: BaseWeights) -> None:
         """Sizes are compared by the rules."""
 
-    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
         """Where all names are the same, it is in the layout that is asked for."""
         return to, None
 

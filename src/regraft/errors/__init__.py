@@ -20,6 +20,18 @@ from regraft.errors.codes import CODES, Status
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer to a question that an `AmbiguousError` asks."""
+
+    source: str
+    """What to give as ``source``, or ``--from``."""
+    why: str
+    """What speaks for it."""
+    differs: str = ""
+    """What becomes different with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One problem: what is wrong, where, and what to do.
 
@@ -39,6 +51,8 @@ class Finding:
     """The rule that asked for it, with its file and line."""
     fix: str | None = None
     """What to do about it."""
+    choices: tuple[Choice, ...] = ()
+    """The readings that fit, where it is a question."""
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
@@ -49,11 +63,14 @@ class Finding:
         text = f"{place}: {self.message}" if place else self.message
         if self.rule:
             text += f" [rule {self.rule}]"
+        for choice in self.choices:
+            differs = f": {choice.differs}" if choice.differs else ""
+            text += f"; --from {choice.source} ({choice.why}{differs})"
         return f"{text}. Fix: {self.fix}" if self.fix else text
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain data; fields that say nothing are left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
 class RegraftError(Exception):

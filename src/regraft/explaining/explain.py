@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.dialects.names import layout_named, source_named
 from regraft.dialects.peft.scan import PREFIX
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -20,13 +21,12 @@ from regraft.explaining.explanation import End, Explanation, Near
 from regraft.explaining.near import closest, part_ways
 from regraft.explaining.subject import SHARED, Name, Subject, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
-from regraft.layouts import parse_layout
 from regraft.layouts.graph import edges_to
 from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
-from regraft.rules.book import Book, Carry, own_layouts
+from regraft.rules.book import Book, Carry, Rules, only_books, only_family
 from regraft.rules.templates import Match, match_group, specificity
 
 _NEAR = 3
@@ -41,19 +41,23 @@ def explain(
     model: str | os.PathLike[str] | None = None,
     source: str | None = None,
     architecture: str | None = None,
+    rules: Rules = (),
 ) -> Explanation:
     """Explain what becomes of one tensor on the way to a layout.
 
     ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result;
-    ``architecture`` is the model's class, where its config names none that transformers has.
+    ``architecture`` is the model's class, where its config names none that transformers has, and ``rules`` are rule
+    books to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """
-    layout = parse_layout(to, own_layouts()).name
     known = Path(model) if model is not None else None
-    with taken_for(architecture):
-        subject = open_subject(Path(src), to, known, source)
-    return _Search(subject, key, layout).explain()
+    with only_books(rules), taken_for(architecture):
+        adapter = not is_checkpoint(Path(src))
+        layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
+        with only_family(given.family):
+            subject = open_subject(Path(src), layout, known, given.layout)
+            return _Search(subject, key, layout.name).explain()
 
 
 class _Search:

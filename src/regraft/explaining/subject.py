@@ -22,7 +22,7 @@ from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import Source as Adapter
 from regraft.dialects.peft.source import find_adapters, names_of_scan, open_adapter
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.layouts import parse_layout
+from regraft.layouts.names import Layout
 from regraft.names.keys import Group, group_names
 from regraft.planning.model import ModelConfig, Scope
 from regraft.planning.plan import Headers, Plan
@@ -70,7 +70,10 @@ class Subject:
 
 
 def open_subject(
-    src: Path, to: str | None = None, model: Path | None = None, source: str | None = None
+    src: Path,
+    to: Layout | None = None,
+    model: Path | None = None,
+    source: Layout | None = None,
 ) -> Subject:
     """Open an adapter or a checkpoint, and find out as much as its names tell.
 
@@ -80,7 +83,7 @@ def open_subject(
     """
     config = load_model(model) if model is not None else None
     if is_checkpoint(src):
-        return _open_checkpoint(src, config, source)
+        return _open_checkpoint(src, config, None if source is None else source.name)
     return _open_adapter(src, to, config, source)
 
 
@@ -133,7 +136,7 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
 
 
 def _open_adapter(
-    src: Path, to: str | None, config: ModelConfig | None, source: str | None
+    src: Path, to: Layout | None, config: ModelConfig | None, source: Layout | None
 ) -> Subject:
     found = find_adapters(src)
     if len(found.folders) > 1:
@@ -144,7 +147,8 @@ def _open_adapter(
     problems: list[Finding] = []
     known: Known | None = None
     foreign = InstalledTransformers()
-    layout, evidence = source, ["its layout was given"] if source else []
+    layout = None if source is None else source.name
+    evidence = [] if source is None else ["its layout was given"]
     family = family_of(opened.config)
     plain = opened.peft_type == "LORA" and family is None
     prefix = family.prefix if family is not None else None
@@ -164,9 +168,8 @@ def _open_adapter(
     plan: Plan | None = None
     made: frozenset[str] = frozenset()
     if to is not None and not problems:
-        given = parse_layout(source) if source is not None else None
         try:
-            converted = convert_adapter(opened, parse_layout(to), config, given, foreign=foreign)
+            converted = convert_adapter(opened, to, config, source, foreign=foreign)
             plan, layout = converted.plan, converted.report.source_layout
             made = frozenset(converted.tensors)
         except RegraftError as error:

@@ -14,13 +14,14 @@ from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.peft.source import find_adapters, open_adapter
 from regraft.errors import RegraftError
 from regraft.explaining.subject import Subject, open_subject
-from regraft.layouts import parse_layout
 from regraft.layouts.graph import edges_to
+from regraft.layouts.names import Layout
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
 from regraft.planning.build import build_plan
 from regraft.planning.model import taken_for
+from regraft.rules.book import Rules, only_books
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +92,19 @@ def diff(
     model: str | os.PathLike[str] | None = None,
     propose_book: bool = False,
     architecture: str | None = None,
+    rules: Rules = (),
 ) -> Diff:
     """Compare two checkpoints, or two adapters.
 
     Where rule books know both layouts, they say what should be equal; otherwise, and with ``propose_book``, a book is
     proposed from the contents. Reads both files whole. ``architecture`` is the model's class, where its config names
-    none that transformers has.
+    none that transformers has; ``rules`` are rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises ``BadInputError`` where one of them cannot be read.
     """
     left, right = open_content(Path(a)), open_content(Path(b))
     known = Path(model) if model is not None else None
-    with taken_for(architecture):
+    with only_books(rules), taken_for(architecture):
         subjects = _subject(Path(a), known), _subject(Path(b), known)
         return _Comparison(left, right, subjects, known).run(propose_book)
 
@@ -211,9 +213,7 @@ class _Comparison:
         source = open_adapter(found.folders[0], found.root, found.weights)
         model = load_model(self.model) if self.model is not None else None
         try:
-            done = convert_adapter(
-                source, parse_layout(layout), model, foreign=InstalledTransformers()
-            )
+            done = convert_adapter(source, Layout(layout), model, foreign=InstalledTransformers())
         except RegraftError as error:
             self.notes.append(f"the first cannot be converted to {layout}: {error.findings[0]}")
             return

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.imported import Imported
-from regraft.bridges.transformers.making import RIGHT
-from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, UnmatchedKeysError
-from regraft.layouts import LAYOUTS, parse_layout
+from regraft.bridges.transformers.making import LEFT, RIGHT
+from regraft.dialects.names import layout_named
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Choice,
+    Finding,
+    RegraftError,
+    UnmatchedKeysError,
+)
 from regraft.layouts.graph import Edge
 from regraft.live.left_out import left_out
 from regraft.live.mapping import Mapping as LiveMapping
@@ -22,7 +29,6 @@ from regraft.names.patterns import patterns
 from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
-from regraft.rules.book import own_layouts
 
 if TYPE_CHECKING:
     from regraft.live.spread import Spread
@@ -118,7 +124,7 @@ def convert_state_dict(
             message = "model is for a layout's name in `to`"
             raise BadInputError(Finding("option", message, fix="give only `to`"))
         return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
-    layout = parse_layout(to, own_layouts()).name
+    layout = layout_named(to, adapter=False).name
     if model is not None:
         return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
     if key_mapping:
@@ -431,7 +437,7 @@ def _note_rules(plan: Plan | None, report: StateDictReport) -> None:
 
 def _check_layout(imported: Imported, layout: str) -> None:
     """Raises ``BadInputError`` for a layout of somebody's rule book, which transformers knows nothing of."""
-    if layout in LAYOUTS:
+    if layout in (LEFT, RIGHT):
         return
     message = f"no rule book leads {imported.name} to {layout}"
     fix = "give the rule book that knows this model, too"
@@ -461,6 +467,10 @@ def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
                 "its name is the same in both layouts, and it is square, so its shape does not tell either",
                 key=next(iter(tensors)),
                 fix="convert the file first, and say with --from which layout it is in",
+                choices=tuple(
+                    Choice(name, "its shape fits", "its last two dims are the other way round")
+                    for name in (LEFT, RIGHT)
+                ),
             )
         )
     return set()

@@ -24,7 +24,7 @@ from regraft.equation.sizes import (
     solve_sizes,
 )
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
-from regraft.layouts.graph import Edge, edges_to
+from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
 from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
@@ -41,9 +41,8 @@ from regraft.rules.templates import (
 
 def build_plan(
     headers: Headers,
-    edges: Sequence[Edge] | Sequence[Book],
+    edges: Sequence[Edge],
     *,
-    target_layout: str | None = None,
     scopes: Mapping[str, Scope] | None = None,
     partial: bool = False,
     guess: Guess | None = None,
@@ -58,16 +57,8 @@ def build_plan(
 
     Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
     """
-    edges = tuple(
-        each if isinstance(each, Edge) else Edge.to(each, target_layout or "") for each in edges
-    )
-    builder = _Builder(headers, edges, scopes or {}, partial, guess, where, unmatched_fix)
+    builder = _Builder(headers, tuple(edges), scopes or {}, partial, guess, where, unmatched_fix)
     return builder.build()
-
-
-def check_layouts(books: Iterable[Book], layout: str) -> None:
-    """Raises ``BadInputError`` for books that do not know a layout: they lead from and to others."""
-    edges_to(books, layout)
 
 
 class _Builder:
@@ -391,4 +382,4 @@ def _others(group: Group) -> str:
     return f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
 
 
-__all__ = ["Guess", "build_plan", "check_layouts"]
+__all__ = ["Guess", "build_plan"]

@@ -80,9 +80,17 @@ class Sources:
         self.shape_list = list(codes)
         self.dims = np.array([len(shape) for shape in codes], dtype=np.int64)
 
-    def report(self, code: str, message: str, **place: str | None) -> None:
+    def report(
+        self,
+        code: str,
+        message: str,
+        *,
+        key: str | None = None,
+        rule: str | None = None,
+        fix: str | None = None,
+    ) -> None:
         """Note a problem; all of them are raised together."""
-        self.findings.append(Finding(code, message, where=self.where, **place))
+        self.findings.append(Finding(code, message, self.where, key, rule, fix))
 
 
 class Family:

@@ -27,6 +27,7 @@ names = ["gate_up_proj", "down_proj"]
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
+from importlib.metadata import entry_points
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -112,12 +114,18 @@ class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     special: list[Any] = []
 
 
+class _AdaptersTable(msgspec.Struct, forbid_unknown_fields=True):
+    left: str | None = None
+    right: str | None = None
+
+
 class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
     name: str
     title: str
     left: str
     right: str
     model_types: list[str]
+    adapters: _AdaptersTable | None = None
     reclaimed: list[str] = []
     reclaimed_model_types: list[str] = []
     source: str = ""
@@ -126,6 +134,8 @@ class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
 
 _T = TypeVar("_T", bound=_PartTable)
 _PACKAGE, _FOLDER = "regraft.rules", "library"
+GROUP = "regraft.books"
+"""The entry points of packages that bring rule books."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +260,25 @@ class Book:
     """From the left names as a file spells them to those that are usual, where these differ."""
     module_rules: tuple[ModuleRule, ...] = ()
     """Of which some of the rules are parts."""
+    left_adapters: str | None = None
+    """The dialect and version that adapters of the left layout usually are in (``peft-0.18``); ``None`` for any."""
+    right_adapters: str | None = None
+    package: str | None = None
+    """The installed package that it comes with; ``None`` for regraft's and a user's own."""
+
+    @property
+    def layouts(self) -> tuple[str, str]:
+        """Both layouts, the left one first."""
+        return self.left, self.right
 
     def layout(self, side: Side) -> str:
         """The layout that a side speaks of."""
         return self.left if side == "left" else self.right
+
+    def adapters(self, layout: str) -> str | None:
+        """The dialect and version that adapters of a layout usually are in, as far as the book says."""
+        sides = {self.left: self.left_adapters, self.right: self.right_adapters}
+        return sides.get(layout)
 
     def usual_spelling(self) -> Book:
         """The book that leads from a file's own spelling of the left names to the usual one."""
@@ -305,12 +330,14 @@ def read_book(path: Path | Traversable) -> str:
 _MOST_BYTES = 10_000_000
 
 
-def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
+def load_book(
+    path: Path | Traversable, shown: str | None = None, folder: Path | Traversable | None = None
+) -> Book:
     """Read and check a rule book; everything that is wrong with it is reported together, with file and line.
 
     ``include`` names files beside it whose equations, carry-overs and parameters become part of it.
 
-    ``shown`` is what messages call the file.
+    ``shown`` is what messages call the file, ``folder`` where the files are that it includes, if not beside it.
 
     Raises ``BadInputError``.
     """
@@ -325,7 +352,8 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
     specials: list[Special] = []
     module_rules: list[ModuleRule] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
-    folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
+    if folder is None:
+        folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
     for name in table.include:
         part = folder / name
         if not part.is_file():
@@ -376,35 +404,79 @@ def load_book(path: Path | Traversable, shown: str | None = None) -> Book:
         table.source,
         tuple(drops),
         module_rules=tuple(module_rules),
+        left_adapters=table.adapters.left if table.adapters is not None else None,
+        right_adapters=table.adapters.right if table.adapters is not None else None,
     )
 
+
+BUILT_IN = "built-in"
+"""What stands for all rule books that come with regraft and with installed packages, where books are named."""
+
+Rules = Iterable["Book | str | os.PathLike[str]"]
+"""Rule books, as `only_books` takes them."""
 
 _ONLY: ContextVar[tuple[Book, ...]] = ContextVar("only", default=())
 
 
 @contextmanager
-def only_books(books: Iterable[Book]) -> Iterator[None]:
-    """Let these books stand in for the library, in this thread, as long as this lasts; none at all change nothing."""
-    token = _ONLY.set(tuple(books))
+def only_books(books: Rules) -> Iterator[None]:
+    """Let these books stand in for the library, in this thread, as long as this lasts; none at all change nothing.
+
+    A text is a book's file, the name of one of regraft's, or ``"built-in"`` for all of those: books that are named
+    before it come first, and take the place of one that leads between the same layouts for the same model types.
+    """
+    token = _ONLY.set(tuple(_named(books)) or _ONLY.get())
     try:
         yield
     finally:
         _ONLY.reset(token)
 
 
+def _named(books: Rules) -> Iterator[Book]:
+    for each in books:
+        if isinstance(each, Book):
+            yield each
+        elif each == BUILT_IN:
+            yield from built_in()
+        else:
+            yield find_book(os.fspath(each))
+
+
 def own_books() -> tuple[Book, ...]:
-    """The books that stand in for the library; none where it speaks itself."""
-    return _ONLY.get()
+    """The books of the user's own that stand in for the library, or beside it."""
+    given = _ONLY.get()
+    return tuple(b for b in given if all(b is not each for each in built_in())) if given else ()
 
 
-def own_layouts() -> tuple[str, ...]:
-    """The layouts of the books that stand in for the library."""
-    return tuple(dict.fromkeys(name for book in _ONLY.get() for name in (book.left, book.right)))
+def is_complete() -> bool:
+    """Whether the library is all that is to be asked: books stand in for it, and not beside it."""
+    given = _ONLY.get()
+    return bool(given) and not {id(book) for book in built_in()} <= {id(book) for book in given}
+
+
+_FAMILY: ContextVar[str | None] = ContextVar("family", default=None)
+
+
+@contextmanager
+def only_family(model_type: str | None) -> Iterator[None]:
+    """Let only the books speak that know a model type, in this thread, as long as this lasts; ``None``: all."""
+    token = _FAMILY.set(model_type or _FAMILY.get())
+    try:
+        yield
+    finally:
+        _FAMILY.reset(token)
 
 
 def library() -> tuple[Book, ...]:
-    """The rule books that come with regraft, or those that stand in for them."""
-    return _ONLY.get() or _shipped()
+    """The rule books in force: those that come with regraft and with installed packages, or what stands in for them."""
+    books, family = _ONLY.get() or built_in(), _FAMILY.get()
+    return books if family is None else tuple(books_for([family], books))
+
+
+@lru_cache(maxsize=1)
+def built_in() -> tuple[Book, ...]:
+    """The rule books that come with regraft and with installed packages."""
+    return (*_shipped(), *installed_books())
 
 
 @lru_cache(maxsize=1)
@@ -412,6 +484,33 @@ def _shipped() -> tuple[Book, ...]:
     folder = resources.files(_PACKAGE) / _FOLDER
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return tuple(load_book(file, file.name) for file in files if not file.name.startswith("_"))
+
+
+@lru_cache(maxsize=1)
+def installed_books() -> tuple[Book, ...]:
+    """The rule books of installed packages: the entry points ``regraft.books`` name packages with TOML files in them.
+
+    Raises ``BadInputError`` where one of them cannot be loaded.
+    """
+    found: list[Book] = []
+    for entry in entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist is not None else entry.value
+        try:
+            folder = resources.files(entry.value)
+            files = sorted(
+                (f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
+            )
+            books = [
+                load_book(f, f"{package}: {f.name}", folder)
+                for f in files
+                if not f.name.startswith("_")
+            ]
+        except (ImportError, OSError) as error:
+            message = f"the rule books of the installed package {package} cannot be read: {error}"
+            fix = "install it again, or remove it"
+            raise BadInputError(Finding("rule-book", message, where=package, fix=fix)) from error
+        found += (replace(book, package=package) for book in books)
+    return tuple(found)
 
 
 def _toml(text: str, shown: str) -> dict[str, Any]:
@@ -720,10 +819,32 @@ def _line_of_field(text: str, message: str) -> int:
 
 
 def books_for(model_types: Sequence[str], books: Iterable[Book] | None = None) -> list[Book]:
-    """The books that know one of the model types; a book that names none is for any."""
+    """The books that know one of the model types; a book that names none is for any.
+
+    A book of the user's own takes the place of regraft's, and that of an installed package's, if both lead between
+    the same layouts and the first knows all of the model types that the second does.
+    """
     wanted = set(model_types)
     known = library() if books is None else books
-    return [b for b in known if not b.model_types or wanted & set(b.model_types)]
+    found = [b for b in known if not b.model_types or wanted & set(b.model_types)]
+    if len(found) < 2:
+        return found
+    ranks = {id(b): 2 if b.package else 1 for b in built_in()}
+    return [
+        b
+        for b in found
+        if not any(
+            ranks.get(id(a), 0) < ranks.get(id(b), 0) and _replaces(a, b, wanted) for a in found
+        )
+    ]
+
+
+def _replaces(one: Book, other: Book, wanted: set[str]) -> bool:
+    """Whether a book says all that another would, for some model types."""
+    if {one.left, one.right} != {other.left, other.right}:
+        return False
+    types = wanted & set(other.model_types) if other.model_types else wanted
+    return not one.model_types or types <= set(one.model_types)
 
 
 def find_book(name: str) -> Book:

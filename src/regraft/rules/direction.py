@@ -7,6 +7,7 @@ from typing import Literal
 
 Side = Literal["left", "right"]
 """One side of a rule book, and of each of its equations."""
+SIDES: tuple[Side, Side] = ("left", "right")
 
 
 class Direction(Enum):

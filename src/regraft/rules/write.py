@@ -50,6 +50,12 @@ def write_book(book: Book, comment: str = "") -> str:
     _add(document, "drop", map(_drop, book.drops))
     _add(document, "parameters", map(_parameters, book.parameters))
     _add(document, "special", map(_special, book.specials))
+    if book.left_adapters or book.right_adapters:
+        adapters = tomlkit.table()
+        for side, written in (("left", book.left_adapters), ("right", book.right_adapters)):
+            if written:
+                adapters[side] = written
+        document["adapters"] = adapters
     return tomlkit.dumps(document)
 
 

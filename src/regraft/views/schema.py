@@ -25,6 +25,7 @@ from regraft.checkpoints.verify import Verification
 from regraft.dialects.peft.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.errors import Finding
 from regraft.explaining.explanation import Explanation
+from regraft.layouts.catalog import Catalog
 from regraft.learning.diff import Diff
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
@@ -120,6 +121,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "explain": (Explanation,),
     "diff": (Diff,),
     "slices": (SlicesReport,),
+    "layouts": (Catalog,),
     "rules list": (BookList,),
     "rules show": (ShownBook,),
     "rules lint": (Linted,),

@@ -26,7 +26,7 @@ from regraft.dialects.peft.packing import packing_of_version
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 from regraft.names.live import skeleton_of
 from regraft.planning.model import ModelConfig, Told
 from regraft.report import AdapterReport

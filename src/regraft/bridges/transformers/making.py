@@ -421,6 +421,8 @@ class _Maker:
             tuple(self.drops),
             tuple(self.gaps),
             tuple({str(rule.equation): rule for rule in self.respelled}.values()),
+            left_adapters="peft-0.18",
+            right_adapters="peft-0.19",
         )
 
     def _parameters(self) -> Iterable[Parameters]:

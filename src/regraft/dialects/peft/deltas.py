@@ -23,9 +23,9 @@ from regraft.adapters.form import Array, Saved
 from regraft.arrays.pieces import Take, Wide, multiply, take_along, take_part
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.fitting import check_fit
+from regraft.dialects.peft.packing import BEFORE
 from regraft.dialects.peft.scan import Scan
 from regraft.dialects.peft.source import Source
-from regraft.layouts import BEFORE
 from regraft.names.keys import group_names
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 from regraft.storage.safetensors import TensorFile

@@ -9,10 +9,11 @@ from regraft.adapters.detect import Known
 from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
 from regraft.dialects.peft.family_config import fresh_config
+from regraft.dialects.peft.packing import PACKINGS
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.dialects.peft.writer import PeftWriter
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 
 
 class Peft:
@@ -22,6 +23,7 @@ class Peft:
     title = (
         "PEFT: adapter_config.json and adapter_model.safetensors, as save_pretrained writes them"
     )
+    versions = PACKINGS
     capabilities = Capabilities()
 
     def sniff(self, src: Path) -> Evidence | None:

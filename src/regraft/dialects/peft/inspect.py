@@ -24,7 +24,7 @@ from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import Source, find_adapters, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, Finding, RegraftError
-from regraft.layouts import LAYOUTS
+from regraft.layouts.names import known_layouts
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.side import Side
@@ -242,7 +242,9 @@ def _find_layouts(
         result.problems += error.findings
         return []
     result.evidence += detected.evidence
-    return [detected.layout] if detected.layout is not None else list(LAYOUTS)
+    if detected.layout is not None:
+        return [detected.layout]
+    return list(dict.fromkeys(n for b in books for n in b.layouts) or known_layouts())
 
 
 def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspected) -> None:
@@ -251,7 +253,7 @@ def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspe
         result.targets = _targets_by_name(scan, source)
         return
     books, scopes = (known.books, known.scopes) if known is not None else ((), {})
-    side = Side(books, result.layout or next(iter(LAYOUTS)), scopes)
+    side = Side(books, result.layout or next((book.left for book in books), ""), scopes)
     names, tensors = list(source.tensors), list(source.tensors.values())
     reader = FactorReader(scan, tensors, names, source.config, side, source.where)
     try:

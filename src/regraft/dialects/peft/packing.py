@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.form import Array
-from regraft.layouts import BEFORE, SINCE
+
+BEFORE = "peft-0.18"
+SINCE = "peft-0.19"
+PACKINGS = (BEFORE, SINCE)
+"""How PEFT packed the factors of stacked experts before 0.19, and how it has since."""
 
 
 def packing_of_version(version: Any) -> str | None:

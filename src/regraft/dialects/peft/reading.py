@@ -14,13 +14,12 @@ import numpy as np
 from regraft.adapters.form import Array, Factors, is_float
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
-from regraft.dialects.peft.packing import packing_of_version, swaps, unpack
+from regraft.dialects.peft.packing import PACKINGS, packing_of_version, swaps, unpack
 from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
 from regraft.dialects.peft.targeting import Targeting, untargeted
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Finding
-from regraft.layouts import PACKINGS
 from regraft.names.keys import Group
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers

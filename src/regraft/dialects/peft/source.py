@@ -21,14 +21,21 @@ from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.config_check import check_fields
 from regraft.dialects.peft.family_config import lora_config
 from regraft.dialects.peft.modules import ModuleReader
-from regraft.dialects.peft.packing import packing_of_version
+from regraft.dialects.peft.packing import BEFORE, SINCE, packing_of_version
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.saved import Style, names_of, saved_groups
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.variants import claimed_names, refuse_attention
 from regraft.dialects.unread import find_dialect
-from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
-from regraft.layouts import BEFORE, LAYOUTS, SINCE, Layout, layout_of_packing, other_layout
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Choice,
+    Finding,
+    RefusedError,
+    RegraftError,
+)
+from regraft.layouts.names import Layout, layout_of_packing
 from regraft.planning.families import Guess
 from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Plan
@@ -150,7 +157,7 @@ class Source:
 
         check_fit(self.scan(), self, known, base)
 
-    def choose_layout(self, to: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
         It makes no difference to the tensors, unless a saved weight is transposed; but PEFT treats some configs
@@ -158,12 +165,12 @@ class Source:
         modules by an expression could match more there than it did.
         """
         if transposed:
-            return self._layout_of_version()
+            return self._layout_of_version(to, other)
         expression = isinstance(self.config.get("target_modules"), str)
         stays = to == layout_of_packing(BEFORE) and not expression
-        return (to if stays else other_layout(to)), None
+        return (to if stays else other), None
 
-    def _layout_of_version(self) -> tuple[str, str]:
+    def _layout_of_version(self, to: str, other: str) -> tuple[str, str]:
         version = self.config.get("peft_version")
         packing = packing_of_version(version)
         if packing is None:
@@ -172,10 +179,14 @@ class Source:
                     "which-layout",
                     f"its names and shapes fit both layouts, and {CONFIG} has no peft_version",
                     where=self.where,
-                    fix=f"say which it is with --from ({' or '.join(LAYOUTS)})",
+                    fix=f"say which it is with --from ({to} or {other})",
+                    choices=(
+                        Choice(other, "its names and shapes fit", "saved weights are transposed"),
+                        Choice(to, "its names and shapes fit", "saved weights stay as they are"),
+                    ),
                 )
             )
-        layout = layout_of_packing(packing)
+        layout = layout_of_packing(packing) or other
         return layout, f"it was saved by PEFT {version}, which goes with {layout}"
 
     def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
@@ -311,8 +322,8 @@ def hints_of(config: Mapping[str, Any], remembered: Remembered) -> Hints:
     version = config.get("peft_version")
     packing = packing_of_version(version) if config.get("target_parameters") else None
     likely = None
-    if packing is not None:
-        layout = layout_of_packing(packing)
+    layout = layout_of_packing(packing) if packing is not None else None
+    if layout is not None:
         likely = layout, f"it was saved by PEFT {version}, which goes with {layout}"
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
     return Hints(

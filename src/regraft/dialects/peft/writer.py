@@ -23,7 +23,7 @@ from regraft.dialects.peft.writing import (
     write_factors,
 )
 from regraft.errors import Finding, RegraftError
-from regraft.layouts import Layout
+from regraft.layouts.names import Layout
 from regraft.names.keys import tail_of
 from regraft.planning.plan import Plan
 from regraft.planning.side import Side

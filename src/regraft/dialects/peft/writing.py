@@ -15,16 +15,15 @@ from typing import Any
 from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module
-from regraft.dialects.peft.packing import pack, swaps
+from regraft.dialects.peft.packing import BEFORE, SINCE, pack, swaps
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import Finding, RefusedError
-from regraft.layouts import SINCE
 from regraft.names.keys import Group, fill_rows, in_order, tail_of
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
 
-PEFT_VERSION = {"peft-0.18": "0.18.1", SINCE: "0.19.0"}
+PEFT_VERSION = {BEFORE: "0.18.1", SINCE: "0.19.0"}
 """The ``peft_version`` that tells a packing to whoever reads the file."""
 
 

@@ -1,0 +1,61 @@
+"""`regraft layouts`: the names that --to and --from take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output
+
+if TYPE_CHECKING:
+    from regraft.layouts.catalog import Catalog
+
+
+@click.command()
+@options.rules
+@options.json
+@options.quiet
+def layouts(rules: tuple[str, ...], json: bool, quiet: bool) -> Job:
+    """List the names that --to and --from take.
+
+    NAME[/VERSION] is a layout, or a dialect in its usual layout; LAYOUT:DIALECT[/VERSION] says both. For a checkpoint
+    a name is a layout; for an adapter it is a dialect if there is one of that name, else that layout as PEFT. --from
+    also takes a family, where SRC itself doesn't say what model it is of.
+    """
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.dialects.names import dialect_names
+        from regraft.layouts.catalog import catalog
+
+        with options.own_books(rules):
+            found = catalog(dialect_names())
+        if json:
+            out.data(found.to_dict())
+        elif not quiet:
+            _show(out, found)
+        return 0
+
+    return job
+
+
+def _show(out: Output, found: Catalog) -> None:
+    from rich.table import Table
+
+    rows = [
+        ("layout", each.name, f"adapters: {each.adapters}; to {', '.join(each.leads_to)}")
+        for each in found.layouts
+    ]
+    for dialect in found.dialects:
+        versions = f" ({', '.join(f'/{v}' for v in dialect.versions)})" if dialect.versions else ""
+        rows.append(("dialect", dialect.name, dialect.title + versions))
+    rows.append(("families", "", ", ".join(each.name for each in found.families)))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for kind, name, more in rows:
+        table.add_row(kind, name, more)
+    out.show(table)

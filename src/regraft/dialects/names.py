@@ -1,0 +1,64 @@
+"""What ``to`` and ``source`` mean: the grammar of `regraft.layouts.names`, with the dialects that there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regraft.dialects.base import dialects
+from regraft.errors import BadInputError
+from regraft.layouts.names import DialectName, Layout, families, parse_name
+
+
+def dialect_names() -> dict[str, DialectName]:
+    """The dialects by name, with the ``versions`` and the usual ``layout`` of those that have them."""
+    return {
+        name: DialectName(
+            name,
+            dialect.title,
+            tuple(getattr(dialect, "versions", ())),
+            getattr(dialect, "layout", None),
+        )
+        for name, dialect in dialects().items()
+    }
+
+
+def layout_named(text: str, *, adapter: bool = True) -> Layout:
+    """The layout that ``to`` names, and the dialect; see `regraft.layouts.names`.
+
+    >>> str(layout_named("transformers-v4/0.18"))
+    'transformers-v4/peft-0.18'
+
+    Raises ``BadInputError`` for an unknown name, with those that are spelled nearly like it.
+    """
+    return parse_name(text, dialect_names(), adapter=adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceName:
+    """What was said of a source: its layout, or the family of its model."""
+
+    layout: Layout | None = None
+    family: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The layout's name."""
+        return None if self.layout is None else self.layout.name
+
+
+def source_named(text: str | None, *, adapter: bool = True) -> SourceName:
+    """What ``source`` names: a layout, as ``to`` does, or a family.
+
+    >>> source_named("mixtral").family, source_named("transformers-v4").name
+    ('mixtral', 'transformers-v4')
+
+    Raises ``BadInputError`` for an unknown name.
+    """
+    if text is None:
+        return SourceName()
+    try:
+        return SourceName(layout_named(text, adapter=adapter))
+    except BadInputError:
+        if text not in families():
+            raise
+        return SourceName(family=text)

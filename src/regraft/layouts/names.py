@@ -1,0 +1,178 @@
+"""Names of layouts, as ``to`` and ``source`` take them.
+
+    NAME[/VERSION]              a layout, or a dialect in its usual layout
+    LAYOUT:DIALECT[/VERSION]    both
+    FAMILY                      of a source only: a model type, where the layout is to be found out
+
+What layouts there are, rule books say; what dialects there are, says who calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from regraft.errors import BadInputError, Finding
+from regraft.rules.book import Book, built_in, library
+from regraft.rules.direction import SIDES
+
+DEFAULT = "peft"
+"""The dialect that is meant where none is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class DialectName:
+    """What a dialect is called, and which releases of its tool write adapters differently."""
+
+    name: str
+    title: str = ""
+    versions: tuple[str, ...] = ()
+    """As they stand after the slash, the oldest first."""
+    layout: str | None = None
+    """The layout that its adapters usually are in; ``None`` where books say it for each version, or nothing does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout of the base, and how adapters of it are written (``None``: as usual there)."""
+
+    name: str
+    packing: str | None = None
+    """The dialect's version."""
+    dialect: str | None = None
+    """``None`` for PEFT."""
+
+    @property
+    def usual_packing(self) -> str:
+        """The version that adapters of this layout are written in unless something else is said."""
+        return self.packing or adapters_in(self.name)
+
+    def __str__(self) -> str:
+        text = self.name if self.dialect is None else f"{self.name}:{self.dialect}"
+        return text if self.packing is None else f"{text}/{self.packing}"
+
+
+def known_layouts() -> dict[str, tuple[Book, ...]]:
+    """The layouts that rule books lead to, each with its books; those of most books first."""
+    found: dict[str, list[Book]] = {}
+    for book in library():
+        for name in (book.left, book.right):
+            found.setdefault(name, []).append(book)
+    order = sorted(found, key=lambda name: -len(found[name]))
+    return {name: tuple(found[name]) for name in order}
+
+
+def joined_to(layout: str, books: Iterable[Book] = ()) -> tuple[str, ...]:
+    """The layouts that one of some books leads to from a layout; by all books where none of these knows it.
+
+    >>> joined_to("transformers-v4")
+    ('transformers-v5',)
+    """
+    for known in (books, library()):
+        ends = [b.right if b.left == layout else b.left for b in known if layout in b.layouts]
+        if ends:
+            return tuple(dict.fromkeys(ends))
+    return ()
+
+
+def families() -> tuple[str, ...]:
+    """The model types that rule books know."""
+    return tuple(sorted({name for book in library() for name in book.model_types}))
+
+
+def adapters_in(layout: str) -> str:
+    """The version that adapters of a layout usually are written in, as books say; the newest one where none does.
+
+    >>> adapters_in("transformers-v4"), adapters_in("somebody's own")
+    ('peft-0.18', 'peft-0.19')
+    """
+    books = (*library(), *built_in())
+    said = next((found for book in books if (found := book.adapters(layout))), None)
+    return said or max(
+        each for book in books for each in (book.left_adapters, book.right_adapters) if each
+    )
+
+
+def layout_of_packing(version: str) -> str | None:
+    """The layout whose adapters usually are written in a version; ``None`` where no book says it.
+
+    >>> layout_of_packing("peft-0.18")
+    'transformers-v4'
+    """
+    for book in (*library(), *built_in()):
+        for side in SIDES:
+            if book.adapters(book.layout(side)) == version:
+                return book.layout(side)
+    return None
+
+
+def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool = True) -> Layout:
+    """A layout from its name.
+
+    A bare name is a dialect's, if there is one and an adapter is meant; otherwise a layout's.
+
+    >>> peft = {"peft": DialectName("peft", versions=("peft-0.18", "peft-0.19"))}
+    >>> parse_name("transformers-v5", peft), str(parse_name("transformers-v4:peft/0.19", peft))
+    (Layout(name='transformers-v5', packing=None, dialect=None), 'transformers-v4/peft-0.19')
+    >>> parse_name("peft/0.18", peft).name
+    'transformers-v4'
+
+    Raises ``BadInputError`` for an unknown name, with those that are spelled nearly like it.
+    """
+    known = known_layouts()
+    if text in known and not (adapter and text in dialects):
+        return Layout(text)
+    head, _, version = text.partition("/")
+    layout, colon, dialect = head.rpartition(":") if head not in known else ("", "", head)
+    spoken = dialects.get(dialect)
+    if not colon and (spoken is None or (not adapter and head in known)):
+        if head not in known:
+            raise _unknown(text, head, [*known, *dialects])
+        return Layout(head, _version(text, version, dialects.get(DEFAULT)))
+    if spoken is None:
+        raise _unknown(text, dialect, dialects)
+    written = _version(text, version, spoken)
+    if colon and layout not in known:
+        raise _unknown(text, layout, known)
+    name = layout or _usual_layout(text, spoken, written)
+    return Layout(name, written, None if dialect == DEFAULT else dialect)
+
+
+def _version(text: str, version: str, dialect: DialectName | None) -> str | None:
+    """The version as the dialect spells it: ``0.18`` and ``peft-0.18`` are one."""
+    if not version:
+        return None
+    versions = dialect.versions if dialect is not None else ()
+    for each in versions:
+        if dialect is not None and version in (each, each.removeprefix(f"{dialect.name}-")):
+            return each
+    raise _unknown(text, version, versions)
+
+
+def _usual_layout(text: str, dialect: DialectName, version: str | None) -> str:
+    if dialect.layout is not None:
+        return dialect.layout
+    for each in (version,) if version else dialect.versions[::-1]:
+        found = layout_of_packing(each)
+        if found is not None:
+            return found
+    raise BadInputError(
+        Finding(
+            "unknown-layout",
+            f"{text!r} is a dialect, and nothing says which layout the base has in it",
+            fix=f"say LAYOUT:{dialect.name}, with one of: {', '.join(known_layouts())}",
+        )
+    )
+
+
+def _unknown(text: str, part: str, known: Collection[str]) -> BadInputError:
+    near = get_close_matches(part, list(known), n=1)
+    what = f"there is no {part!r}" if part == text else f"{text!r}: there is no {part!r}"
+    return BadInputError(
+        Finding(
+            "unknown-layout",
+            f"{what}; known: {', '.join(known) or 'none'}",
+            fix=f"did you mean {near[0]}?" if near else "`regraft layouts` lists all names",
+        )
+    )
