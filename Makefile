@@ -7,7 +7,7 @@ PIP = -m pip install -qq --disable-pip-version-check
 .DEFAULT_GOAL := help
 SECONDS = 60
 
-.PHONY: fuzz help setup test test-fast lint format demo docs pictures golden bench parity clean python
+.PHONY: fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,9 @@ parity: .venv/.done ## compare with transformers, for every class that it conver
 
 fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs and wrong results (SECONDS=600)
 	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
+
+mutants: .venv/.done ## change the code in small ways that the tests must notice
+	@.venv/bin/python scripts/mutants.py
 
 clean: ## remove the environments, caches and builds
 	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

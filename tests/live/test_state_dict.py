@@ -266,10 +266,13 @@ def test_key_mapping_comes_first():
     to.load_state_dict(new, strict=True)
     renamed = regraft.mapping(to, key_mapping=own).rename("backbone.norm.weight")
     assert renamed == "net.model.norm.weight"
-    for wrong in ({"(": "x"}, {"a": r"\4"}, [("a", "b")]):
+    named = {r"(?P<front>backbone)\.": r"\g<front>."}
+    for wrong in ({"(": "x"}, {"a": r"\4"}, {"a": str.upper}, {1: "a"}, named, [("a", "b")]):
         with pytest.raises(regraft.BadInputError) as error:
             regraft.mapping(to, key_mapping=wrong)
         assert codes(error) == {"option"}
+    grouped = {r"^backbone\.(layers|norm|embed_tokens)": r"model.\1"}
+    assert regraft.convert_state_dict(source, to=to, key_mapping=grouped).keys() == new.keys()
     with pytest.raises(regraft.BadInputError, match="for a live model"):
         regraft.convert_state_dict(source, to="transformers-v5", key_mapping=own)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from regraft.adapters.scale import Number, Scale
 from regraft.names.keys import MARK, fill
@@ -34,7 +34,10 @@ class Record:
     is not used.
     """
 
-    recorded: dict[str, Part] = field(default_factory=dict)
+    recorded: dict[str, Noted] = field(default_factory=dict)
+    """By source key, with ``{}`` where a whole stack is meant: what was noted. It is not spread out, so a record takes
+    no more memory than its text."""
+    rslora: bool = False
     noted: dict[str, list[Noted]] = field(default_factory=dict)
     """By target: source key (``{}`` for a whole stack), batch (or stack size), rank, alpha, places."""
 
@@ -42,9 +45,25 @@ class Record:
         """What was noted, as plain data."""
         return self.noted
 
-    def part(self, key: str) -> Part | None:
-        """What is recorded of a tensor that is written now."""
-        return self.recorded.get(key)
+    def part(self, key: str, components: int) -> Part | None:
+        """What is recorded of a tensor that is written now, from sources of so many components in all."""
+        found = self.recorded.get(key)
+        number = None
+        if found is None:
+            for match in _NUMBER.finditer(key) if self.recorded else ():
+                number = int(match[0])
+                found = self.recorded.get(f"{key[: match.start()]}{{}}{key[match.end() :]}")
+                if found is not None and number < found[1]:
+                    break
+            else:
+                return None
+        assert found is not None
+        _, batch, rank, alpha, places = found
+        if rank > components:
+            return None
+        spots = tuple(places) if isinstance(places, list) else tuple(range(places, places + rank))
+        scale = Scale(rank, alpha, self.rslora)
+        return Part(key, 0, batch if number is None else number, spots, scale)
 
     def note(self, target: str, part: Part) -> None:
         """Remember one source of a target."""
@@ -73,22 +92,18 @@ class Record:
         )
 
 
-def read_record(parts: Mapping[str, Iterable[Sequence[Any]]], rslora: bool) -> Record:
+def read_record(parts: Mapping[str, Iterable[Noted]], rslora: bool) -> Record:
     """A record from what another one noted; sizes that no adapter has are passed over."""
-    record = Record()
+    record = Record(rslora=rslora)
     for noted in parts.values():
-        for key, batch, rank, alpha, places in noted:
-            if not (0 < rank < _MOST and 0 <= batch < _MOST):
-                continue
-            scale = Scale(rank, alpha, rslora)
-            spots = (
-                tuple(places) if isinstance(places, list) else tuple(range(places, places + rank))
-            )
-            numbered = "{}" in key
-            for number in range(batch) if numbered else (batch,):
-                name = key.replace("{}", str(number)) if numbered else key
-                record.recorded[name] = Part(name, 0, number, spots, scale)
+        for item in noted:
+            key, batch, rank, _, _ = item
+            if 0 < rank < _MOST and 0 <= batch < _MOST:
+                record.recorded[key] = item
     return record
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _numbered(headers: Headers, first: int, second: int) -> str:

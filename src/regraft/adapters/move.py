@@ -362,13 +362,15 @@ def _image(
             else:
                 a, b = a[:, columns], b[rows]
             contribution = _Contribution(source, a, b, factors.scales[source], block, at)
-            if block.splits:
-                contribution = _without_effectless(contribution, record.part(key))
             given[block.target_batch[at]].append(contribution)
+    flat = [c for each in given for c in each]
+    part = record.part(key, sum(c.a.shape[0] for c in flat))
+    given = [
+        [_without_effectless(c, part) if c.block.splits else c for c in each] for each in given
+    ]
     flat = [c for each in given for c in each]
     if not any(c.a.shape[0] for c in flat):
         return None
-    part = record.part(key)
     stacks = [_stack(each) for each in given]
     for stack in stacks:
         _check_mixing(stack, out_size, in_size, key)
@@ -474,7 +476,7 @@ def _common_scales(contributions: list[_Contribution], part: Part | None) -> Ite
     So as few components as possible are rescaled. A scale of zero is tried only where there is no other: nothing
     could be folded back from it.
     """
-    if part is not None:
+    if part is not None and (part.scale.alpha or not any(c.scale.alpha for c in contributions)):
         yield part.scale
     if len(contributions) == 1:
         yield contributions[0].scale

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from regraft.bridges.transformers.imported import Imported, import_model
-from regraft.bridges.transformers.registry import check_version, warn_of_release
+from regraft.bridges.transformers.registry import check_version, read_key_mapping, warn_of_release
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.live.ruled import Ruled
 from regraft.names.live import Live, LiveModel, walk
@@ -153,8 +153,12 @@ def _checked(key_mapping: Any) -> dict[str, str]:
         raise BadInputError(Finding("option", message, fix=fix))
     for pattern, text in key_mapping.items():
         try:
+            if not isinstance(text, str):
+                raise TypeError(f"the replacement is a {type(text).__name__}")
             re.compile(pattern).sub(text, "")
-        except (re.error, TypeError, IndexError) as error:
+            # transformers reads a replacement as a pattern, too, and not all that `re` takes is one.
+            read_key_mapping({pattern: text})
+        except Exception as error:
             message = f"key_mapping: no pattern and replacement: {error}"
             raise BadInputError(
                 Finding("option", message, key=str(pattern), fix="correct it")

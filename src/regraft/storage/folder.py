@@ -221,7 +221,7 @@ def _read_text(path: Path) -> str:
             message = f"the file has {size} bytes, and at most {_MAX_JSON_BYTES} are read as JSON"
             raise BadInputError(Finding("file-too-large", message, where=where))
         try:
-            content = file.read(_MAX_JSON_BYTES)
+            content = file.read(min(size + 1, _MAX_JSON_BYTES))  # it makes room for so much
         except OSError as error:
             message = f"the file cannot be read: {error.strerror}"
             raise BadInputError(Finding("unreadable-file", message, where=where)) from error
