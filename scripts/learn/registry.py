@@ -27,7 +27,7 @@ import torch
 from compare import classes, old_file, registered
 
 from regraft.errors import RegraftError
-from regraft.learning.learn import Pair, learn_pairs
+from regraft.learning.learn import Pair, dropped_names, learn_pairs
 from regraft.learning.probe import labels
 from regraft.learning.propose import check
 
@@ -87,7 +87,7 @@ def judge(cls):
         return kind, "not explained", seconds, f"{len(found.odd)}: {name}: {why}"
     if not found.verified[0].equal:
         return kind, "not verified", seconds, "at the size it was learned from"
-    names = set(three.before) - set(found.unused), set(three.after)
+    names = set(three.before) - dropped_names(found.book, three), set(three.after)
     if not check(found.book, three.before, three.after, *names, three.config):
         return kind, "not at another size", seconds, "; ".join(found.notes)[:200]
     return kind, "verified", seconds, ""

@@ -195,7 +195,7 @@ def learn_pairs(
     loaded = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
     verified = []
     for number, pair in enumerate(pairs):
-        dropped = set(first.unused) if number == 0 else _dropped(loaded, pair)
+        dropped = set(first.unused) if number == 0 else dropped_names(loaded, pair)
         made = set(pair.after) - (set(first.odd) if number == 0 else _odd_of(loaded, pair))
         equal = check(
             loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
@@ -257,7 +257,8 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
         raise BadInputError(findings)
 
 
-def _dropped(book: Book, pair: Pair) -> set[str]:
+def dropped_names(book: Book, pair: Pair) -> set[str]:
+    """The tensors before that a book drops."""
     return _matching([d for d in book.drops if "left" in d.sides], pair.before)
 
 
@@ -575,6 +576,7 @@ __all__ = [
     "Pair",
     "Verified",
     "arrays_of",
+    "dropped_names",
     "learn",
     "learn_pairs",
     "require_sound",
