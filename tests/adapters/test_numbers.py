@@ -156,6 +156,32 @@ def test_a_ratio_that_rounds_comes_back_bit_for_bit(tmp_path):
     there_and_back(adapter(tmp_path / "src", narrowed, alpha_pattern={"w1": 7}), tmp_path)
 
 
+def edited(folder):
+    """Another alpha in a result, as a user may give it one."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+
+
+@pytest.mark.parametrize(
+    ("options", "edit"),
+    [
+        ({"via": "svd:1e-7"}, None),
+        ({"via": "svd:1"}, None),
+        ({"compact": True}, None),
+        ({}, edited),
+    ],
+    ids=["svd", "svd of a lower rank", "compact", "another alpha"],
+)
+def test_factors_kept_aside_return_only_where_they_mean_the_same(options, edit, tmp_path):
+    alphas = {r"experts\.3\.w1": 7}
+    src = adapter(tmp_path / "src", case="mixtral__only_gate", alpha_pattern=alphas)
+    regraft.convert(src, tmp_path / "new", to=V5, model=BASE, **options)
+    if edit:
+        edit(tmp_path / "new")
+    regraft.convert(tmp_path / "new", tmp_path / "back", to=V4, model=BASE, verify=True)
+
+
 # Configs
 
 
