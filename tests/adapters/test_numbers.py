@@ -182,6 +182,17 @@ def test_factors_kept_aside_return_only_where_they_mean_the_same(options, edit, 
     regraft.convert(tmp_path / "new", tmp_path / "back", to=V4, model=BASE, verify=True)
 
 
+def test_patterns_count_in_the_order_of_the_file_there_and_back(tmp_path):
+    by_hand = {"o_proj": 16, ".*_proj": 4}
+    src = adapter(tmp_path / "src", alpha_pattern=by_hand)
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=BASE, verify=True)
+    alphas = {t.key.split(".")[-2]: t.alpha for t in report.targets if "self_attn" in t.key}
+    assert alphas == {"o_proj": 16, "q_proj": 4, "k_proj": 4, "v_proj": 4}
+    there_and_back(src, tmp_path / "again")
+    back = json.loads((tmp_path / "again/back/adapter_config.json").read_text())
+    assert list(back["alpha_pattern"]) == list(by_hand)
+
+
 # Configs
 
 
