@@ -282,6 +282,13 @@ def test_a_factor_of_three_dims_is_a_finding(module, letters, tmp_path):
         regraft.convert(adapter(tmp_path / "src", spoil), tmp_path / "new", to=V5, model=BASE)
 
 
+def test_a_family_whose_parts_make_no_delta_is_a_finding(tmp_path, capsys):
+    src = adapter(tmp_path / "src", case="mixtral__subset_regex", use_dora=True)
+    arguments = ["convert", src, tmp_path / "out", "--to", V4, "--verify", "--model", BASE]
+    assert run([*map(str, arguments)]) == 1
+    assert "make no delta of the family" in capsys.readouterr().err
+
+
 def test_a_missing_bias_is_a_finding(tmp_path):
     def drop(tensors):
         del tensors[next(name for name in tensors if name.endswith("lora_B.bias"))]
