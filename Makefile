@@ -28,6 +28,7 @@ test: .venv/.done .venv/.browser ## lint, types and tests
 	stage ruff check .; \
 	stage ruff format --check .; \
 	stage mypy; \
+	stage lint-imports; \
 	stage $(PYTEST); \
 	verdict
 
@@ -39,6 +40,7 @@ lint: .venv/.done ## lint and types alone
 	stage ruff check .; \
 	stage ruff format --check .; \
 	stage mypy; \
+	stage lint-imports; \
 	verdict
 
 format: .venv/.done ## format the code and mend what ruff can mend

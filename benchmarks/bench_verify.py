@@ -80,7 +80,7 @@ def make_adapter(folder: Path, rank: int, layers: int) -> None:
 
 def verify(first: Path, second: Path, model: Path, budget: float) -> None:
     """Compare two adapters, and print what it took as JSON."""
-    from regraft.adapters.verify import verify_adapters
+    from regraft.checking.certificate import verify_adapters
 
     start = time.perf_counter()
     done = verify_adapters(first, second, model, budget=budget)

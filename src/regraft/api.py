@@ -42,7 +42,7 @@ from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
-    from regraft.adapters.verify import Budget
+    from regraft.checking.certificate import Budget
     from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
@@ -322,7 +322,7 @@ def _merge(
 
 
 def _budget(seconds: float) -> Budget:
-    from regraft.adapters.verify import Budget
+    from regraft.checking.certificate import Budget
 
     return Budget(seconds)
 
@@ -336,7 +336,7 @@ def _certify(
     left: Budget,
 ) -> None:
     """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
-    from regraft.adapters.verify import TOLERANCE, compare
+    from regraft.checking.certificate import TOLERANCE, compare
 
     made = Source(
         source.name,

@@ -21,8 +21,8 @@ from regraft.adapters.convert import source_layout
 from regraft.adapters.detect import load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, cast_down
-from regraft.adapters.verify import moved_biases, moved_pieces
 from regraft.arrays.pieces import Piece
+from regraft.checking.certificate import moved_biases, moved_pieces
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.prepare import model_of

@@ -15,12 +15,13 @@ from test_verify import converted, spoilt
 
 import regraft
 from regraft.adapters import convert as conversion
-from regraft.adapters import follow, verify
+from regraft.adapters import follow
 from regraft.adapters import move as image
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
-from regraft.adapters.verify import compare, verify_adapters
 from regraft.arrays import pieces
+from regraft.checking import certificate as verify
+from regraft.checking.certificate import compare, verify_adapters
 from regraft.cli import main
 from regraft.dialects.names import layout_named
 from regraft.dialects.peft import writer, writing

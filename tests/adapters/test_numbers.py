@@ -156,6 +156,43 @@ def test_a_ratio_that_rounds_comes_back_bit_for_bit(tmp_path):
     there_and_back(adapter(tmp_path / "src", narrowed, alpha_pattern={"w1": 7}), tmp_path)
 
 
+def edited(folder):
+    """Another alpha in a result, as a user may give it one."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+
+
+@pytest.mark.parametrize(
+    ("options", "edit"),
+    [
+        ({"via": "svd:1e-7"}, None),
+        ({"via": "svd:1"}, None),
+        ({"compact": True}, None),
+        ({}, edited),
+    ],
+    ids=["svd", "svd of a lower rank", "compact", "another alpha"],
+)
+def test_factors_kept_aside_return_only_where_they_mean_the_same(options, edit, tmp_path):
+    alphas = {r"experts\.3\.w1": 7}
+    src = adapter(tmp_path / "src", case="mixtral__only_gate", alpha_pattern=alphas)
+    regraft.convert(src, tmp_path / "new", to=V5, model=BASE, **options)
+    if edit:
+        edit(tmp_path / "new")
+    regraft.convert(tmp_path / "new", tmp_path / "back", to=V4, model=BASE, verify=True)
+
+
+def test_patterns_count_in_the_order_of_the_file_there_and_back(tmp_path):
+    by_hand = {"o_proj": 16, ".*_proj": 4}
+    src = adapter(tmp_path / "src", alpha_pattern=by_hand)
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=BASE, verify=True)
+    alphas = {t.key.split(".")[-2]: t.alpha for t in report.targets if "self_attn" in t.key}
+    assert alphas == {"o_proj": 16, "q_proj": 4, "k_proj": 4, "v_proj": 4}
+    there_and_back(src, tmp_path / "again")
+    back = json.loads((tmp_path / "again/back/adapter_config.json").read_text())
+    assert list(back["alpha_pattern"]) == list(by_hand)
+
+
 # Configs
 
 
@@ -243,6 +280,13 @@ def test_a_factor_of_three_dims_is_a_finding(module, letters, tmp_path):
 
     with pytest.raises(regraft.BadInputError, match="dims"):
         regraft.convert(adapter(tmp_path / "src", spoil), tmp_path / "new", to=V5, model=BASE)
+
+
+def test_a_family_whose_parts_make_no_delta_is_a_finding(tmp_path, capsys):
+    src = adapter(tmp_path / "src", case="mixtral__subset_regex", use_dora=True)
+    arguments = ["convert", src, tmp_path / "out", "--to", V4, "--verify", "--model", BASE]
+    assert run([*map(str, arguments)]) == 1
+    assert "make no delta of the family" in capsys.readouterr().err
 
 
 def test_a_missing_bias_is_a_finding(tmp_path):

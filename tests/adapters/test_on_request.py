@@ -13,7 +13,7 @@ import regraft
 from regraft.adapters.form import Images, Lora, delta
 from regraft.adapters.ranks import Options, compact, cut, make_uniform
 from regraft.adapters.scale import Scale
-from regraft.adapters.verify import verify_adapters
+from regraft.checking.certificate import verify_adapters
 from regraft.cli import main
 from regraft.storage.safetensors import open_tensors
 

@@ -9,7 +9,7 @@ from test_golden import CONVERTED, adapter_of, base_of, read
 
 import regraft
 import regraft.api
-from regraft.adapters.verify import verify_adapters
+from regraft.checking.certificate import verify_adapters
 from regraft.cli import main
 from regraft.storage.safetensors import open_tensors, write_tensors
 

@@ -150,7 +150,7 @@ def test_only_classes_of_models_are_built(tmp_path, name):
     from regraft.bridges.transformers.blank import classes_of
 
     with pytest.raises(BadInputError, match="no model in transformers") as caught:
-        classes_of(load_model(_base(tmp_path, architectures=[name])), None)
+        classes_of(load_model(_base(tmp_path, architectures=[name])), None, lambda: [])
     assert caught.value.findings[0].code == "model-config"
 
 

@@ -447,10 +447,10 @@ class _LoraConversion(_Conversion):
             record = Record()
         blob = writer.write_lora(made, done.saved, done.entries, returned.tensors, returned.written)
         self.check_left(kept, blob, returned)
-        self.keep_bits(made, factors, kept, blob)
+        if not changed and not errors:
+            self.keep_bits(made, factors, kept, blob)
         if comes_back(source, self.to.name):
-            table = source.provenance().kept
-            put_back(blob.tensors, source.tensors, table, source.sidecar)
+            put_back(blob, source)
         self.notes += writer.notes(blob, made)
         self.note_scales(made)
         rung = "svd" if errors else "family"

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from regraft.adapters.form import Array, Blob, Factors, Images, Written
 from regraft.adapters.protocol import Opened
-from regraft.adapters.provenance import KeptTable, digest, digest_all
+from regraft.adapters.provenance import digest, digest_all
 from regraft.adapters.scale import Scale
 from regraft.adapters.uncalled import Kept
 
@@ -89,14 +89,17 @@ def keep_changed(
     return lost
 
 
-def put_back(
-    tensors: dict[str, Array],
-    source: Mapping[str, Array],
-    table: KeptTable,
-    aside: Mapping[str, Array],
-) -> None:
-    """On a way back: factors that were kept aside because they had changed, where nothing was changed since."""
-    if table.changed and digest_all(source) == table.changed:
-        for name, tensor in aside.items():
-            if name in tensors and tensors[name].shape == tensor.shape:
-                tensors[name] = tensor
+def put_back(blob: Blob, source: Opened) -> None:
+    """On a way back: factors that were kept aside because they had changed, where nothing was changed since.
+
+    They mean what they did only under the config that they had: with another alpha or packing the same numbers are
+    another delta.
+    """
+    remembered, sidecar = source.provenance(), source.sidecar
+    if not remembered.kept.changed or remembered.config_before(source.config) != blob.config:
+        return
+    if digest_all(source.tensors) != remembered.kept.changed:
+        return
+    for name, tensor in sidecar.items():
+        if name in blob.tensors and blob.tensors[name].shape == tensor.shape:
+            blob.tensors[name] = tensor

@@ -287,6 +287,19 @@ def _read(source: Source, row: int, limit: int) -> bytes:
         os.close(file)
 
 
+def check_step_by_step(companions: Companions, where: str) -> None:
+    """Raises ``RefusedError`` for quantised weights on a way over several layouts: scales move along one step only."""
+    if companions.rows():
+        raise RefusedError(
+            Finding(
+                "companion",
+                "it is quantised, and its scales move from one layout to the next only",
+                where=where,
+                fix="convert step by step, from layout to layout",
+            )
+        )
+
+
 def check_quantised(plan: Plan, companions: Companions) -> None:
     """Raises ``RefusedError`` where a quantised weight would be cut or joined, and no loader could read the result.
 

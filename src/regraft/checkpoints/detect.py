@@ -11,9 +11,10 @@ from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Choice, Finding, RegraftError, UnmatchedKeysError
-from regraft.layouts.graph import Edge, edges_to
+from regraft.layouts.graph import Edge, edges_to, find_routes
 from regraft.names.keys import MARK, Group
 from regraft.planning.build import build_plan
+from regraft.planning.compose import compose, middle_of
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
@@ -122,8 +123,8 @@ def _layout_of(
 ) -> tuple[str | None, str]:
     """The layout, ``None`` where the names are the same in every one; and what told it."""
     if given is not None:
-        for book in books:
-            Edge.out_of(book, given)
+        if not any(given in book.layouts for book in books):
+            edges_to(books, given)
         return given, "its layout was given"
     seen = one_layout(
         (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
@@ -200,13 +201,42 @@ def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Pla
 
     Raises what `build_plan` raises.
     """
-    edges = edges_to(known.books, target)
+    route = _route(known, target, where)
     if known.layout == target:
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
         return build_plan(headers, edges_to(books, target), where=where) if books else None
     rest = known.unstacked.without(headers)
-    plan = build_plan(rest, edges, scopes=known.scopes, where=where)
+    plan = build_plan(rest, route[0], scopes=known.scopes, where=where)
+    for edges in route[1:]:
+        middle = middle_of(plan)
+        plan = compose(
+            plan, middle, build_plan(middle.headers, edges, scopes=known.scopes, where=where)
+        )
     return known.unstacked.beside(plan, headers)
+
+
+def _route(known: Detected, target: str, where: str) -> tuple[tuple[Edge, ...], ...]:
+    """The steps to a layout.
+
+    Raises ``BadInputError`` where the books do not lead there, ``AmbiguousError`` where several routes do.
+    """
+    if known.layout is None or all(target in book.layouts for book in known.books):
+        return (edges_to(known.books, target),)
+    if known.layout == target:
+        return ()
+    routes = find_routes(known.books, known.layout, target)
+    if not routes:
+        return (edges_to(known.books, target),)
+    if len(routes) > 1:
+        raise AmbiguousError(
+            Finding(
+                "which-layout",
+                f"there are several ways to {target}: {'; '.join(map(str, routes))}",
+                where=where,
+                fix="name with --rules the books to use",
+            )
+        )
+    return routes[0].steps
 
 
 def _evidence(book: Book, groups: Sequence[Group], scope: Scope) -> list[tuple[str, str]]:

@@ -14,7 +14,12 @@ from regraft.adapters.detect import load_model
 from regraft.adapters.provenance import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
-from regraft.checkpoints.companions import add_companions, check_quantised, find_companions
+from regraft.checkpoints.companions import (
+    add_companions,
+    check_quantised,
+    check_step_by_step,
+    find_companions,
+)
 from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
@@ -127,6 +132,8 @@ def prepare(
         beside = [(name, name) for name in kept]
     else:
         check_quantised(plan, companions)
+        if plan.is_composed:
+            check_step_by_step(companions, source.where)
         named, plan = plan, use_owners(plan, companions.aliases)
         check_writable(plan)
         moves = moves_of(plan, tensors)
@@ -158,6 +165,11 @@ def prepare(
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
     report.notes += [*known.notes, *said]
     report.notes += [] if plan is None else _words(plan)
+    report.notes += [
+        f"rule book {book.name} comes with the installed package {book.package}"
+        for book in (() if plan is None else plan.books)
+        if book.package
+    ]
     if plan is not None and len(known.unstacked):
         report.notes.append(
             f"{len(known.unstacked)} expert weights stay one by one: {known.unstacked.why}"

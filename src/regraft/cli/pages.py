@@ -12,7 +12,7 @@ from regraft.errors import RegraftError
 from regraft.report import Report
 
 if TYPE_CHECKING:
-    from regraft.adapters.verify import AdapterVerification
+    from regraft.checking.certificate import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
     from regraft.dialects.peft.inspect import Inspection
@@ -37,7 +37,7 @@ def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
 
 
 def _page_of(result: Result | Answer) -> Page:
-    from regraft.adapters.verify import AdapterVerification
+    from regraft.checking.certificate import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.dialects.peft.inspect import Inspection
     from regraft.explaining.explanation import Explanation

@@ -59,7 +59,7 @@ def verify(
 
         foreign = InstalledTransformers()
         if not is_checkpoint(src):
-            from regraft.adapters.verify import TOLERANCE, verify_adapters
+            from regraft.checking.certificate import TOLERANCE, verify_adapters
             from regraft.cli.words import show_adapter_verification
 
             limit = TOLERANCE if tolerance is None else tolerance

@@ -20,7 +20,7 @@ from regraft.report import AdapterReport, Report, Target, show_size
 from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
-    from regraft.adapters.verify import AdapterVerification
+    from regraft.checking.certificate import AdapterVerification
     from regraft.dialects.peft.inspect import Inspected, Inspection
 
 GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"

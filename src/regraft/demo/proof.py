@@ -94,9 +94,7 @@ def deltas_v5(config: Mapping[str, Any], tensors: Mapping[str, Array], experts: 
 def _scale(config: Mapping[str, Any], path: str) -> float:
     def find(patterns: Mapping[str, Any], default: Any) -> Any:
         fitting = (
-            value
-            for pattern, value in sorted(patterns.items())
-            if re.match(rf"(.*\.)?({pattern})$", path)
+            value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)
         )
         return next(fitting, default)
 

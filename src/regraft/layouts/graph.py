@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding
@@ -91,6 +92,62 @@ def other_end(book: Book, layout: str) -> str:
     Raises ``BadInputError`` where the layout is neither of the book's.
     """
     return Edge.to(book, layout).source
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to get from a layout to another: steps, each along the edges of all books that join its two layouts."""
+
+    steps: tuple[tuple[Edge, ...], ...]
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts on the way, the first and the last one among them."""
+        return (*(step[0].source for step in self.steps), self.steps[-1][0].target)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges in order."""
+        return tuple(edge for step in self.steps for edge in step)
+
+    def __str__(self) -> str:
+        return " -> ".join(self.layouts)
+
+
+def find_routes(books: Iterable[Book], source: str, target: str) -> tuple[Route, ...]:
+    """The shortest routes from a layout to another, all of one length; none where nothing leads there.
+
+    Who names two layouts that one book joins, names this book. On a longer way, only books are used that keep every
+    tensor and every number: none that drops tensors, or pads them.
+    """
+    steps: dict[tuple[str, str], list[Edge]] = {}
+    for book in books:
+        for direction in Direction:
+            edge = Edge(book, direction)
+            steps.setdefault((edge.source, edge.target), []).append(edge)
+    if (source, target) in steps:
+        return (Route((tuple(steps[source, target]),)),)
+    usable = {ends: tuple(es) for ends, es in steps.items() if not any(map(_loses, es))}
+    ways: list[tuple[str, ...]] = [(source,)]
+    seen = {source}
+    while ways and source != target:
+        ways = [
+            (*way, end)
+            for way in ways
+            for start, end in usable
+            if start == way[-1] and end not in seen
+        ]
+        seen |= {way[-1] for way in ways}
+        there = [way for way in ways if way[-1] == target]
+        if there:
+            return tuple(Route(tuple(usable[ends] for ends in pairwise(way))) for way in there)
+    return ()
+
+
+def _loses(edge: Edge) -> bool:
+    """Whether an edge leaves something out, or makes something up."""
+    dropped = any(edge.reads in drop.sides for drop in edge.book.drops)
+    return dropped or any(rule.equation.fills for rule in edge.book.rules)
 
 
 def _direction(book: Book, layout: str, *, target: bool) -> Direction:

@@ -9,12 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from regraft.errors import BadInputError, Finding
 from regraft.learning.probe import MOST
 from regraft.learning.relate import Names, isolated
 from regraft.learning.shrink import shrink
+from regraft.storage.folder import load_json
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline
@@ -39,7 +38,7 @@ def outlines(
     file = (
         path if path.suffix == ".json" else (path if path.is_dir() else path.parent) / "config.json"
     )
-    data = _read(file) if file.is_file() else {}
+    data = load_json(file) if file.is_file() else {}
     if data and find_spec("transformers") is not None:
         try:
             return _built(data, str(file), count, layout, fixed)
@@ -50,16 +49,6 @@ def outlines(
         message = "a config alone needs transformers, which is not installed"
         raise BadInputError(Finding("probe", message, where=str(file)))
     return _from_headers(path, data, count, fixed)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = msgspec.json.decode(file.read_bytes())
-    except msgspec.DecodeError as error:
-        raise BadInputError(Finding("json", f"not JSON: {error}", where=str(file))) from None
-    if not isinstance(data, dict):
-        raise BadInputError(Finding("json", "a config is an object", where=str(file)))
-    return data
 
 
 def _built(

@@ -249,6 +249,11 @@ class Plan:
         return self.edges[-1].target if self.edges else ""
 
     @property
+    def is_composed(self) -> bool:
+        """Whether it leads over other layouts, which are never made."""
+        return len({(edge.source, edge.target) for edge in self.edges}) > 1
+
+    @property
     def books(self) -> tuple[Book, ...]:
         """The books that were read."""
         return tuple(edge.book for edge in self.edges)
@@ -263,7 +268,7 @@ class Plan:
         """How often every rule of the books fired; 0 where it did not."""
         counts = {str(rule): 0 for book in self.books for rule in book.rules}
         for entry in self.entries:
-            counts[str(entry.rule)] += len(entry)
+            counts[str(entry.rule)] = counts.get(str(entry.rule), 0) + len(entry)
         return counts
 
     def targets(self) -> Iterator[Group]:

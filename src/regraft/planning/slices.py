@@ -202,7 +202,7 @@ def cut_entry(entry: Entry, term: int, slot: int, region: Region) -> Iterator[tu
     for copy in entry.copies:
         if copy.target != term:
             continue
-        copy = _without_rest(copy, entry.rest)
+        copy = without_rest(copy, entry.rest)
         for box, corner in _boxes_of(region):
             for ranges in _ranges(copy, box):
                 strips = _strips(entry, copy, slot, ranges, into)
@@ -271,7 +271,7 @@ def _stand(
     return slots, at
 
 
-def _without_rest(copy: Copy, rest: Sequence[int]) -> Copy:
+def without_rest(copy: Copy, rest: Sequence[int]) -> Copy:
     """The copy with an axis for each dim that ``...`` stands for, so that a box may cut any of them."""
     if all(axis.name != REST for axis in copy.axes):
         return copy

@@ -15,7 +15,7 @@ from regraft.views.model import Fact, Flow, Page, Rows, Tone
 from regraft.views.wording import count_in_words, shape_in_words
 
 if TYPE_CHECKING:
-    from regraft.adapters.verify import AdapterVerification
+    from regraft.checking.certificate import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
     from regraft.dialects.peft.inspect import Inspected, Inspection

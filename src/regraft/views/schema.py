@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from regraft.adapters.verify import AdapterVerification
+from regraft.checking.certificate import AdapterVerification
 from regraft.checking.verdict import Check, Row, Verdict
 from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.slices import SlicesReport

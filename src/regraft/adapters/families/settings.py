@@ -14,11 +14,11 @@ from regraft.storage.expressions import expression
 class Patterns:
     """``rank_pattern`` or ``alpha_pattern``: the first entry whose expression fits the end of a module's path.
 
-    The order is that of the sorted keys, because PEFT sorts them when it saves a config.
+    The order is the file's: PEFT sorts the keys when it saves a config, but not when it reads one.
     """
 
     def __init__(self, patterns: Mapping[str, Any] | None, field: str) -> None:
-        self.entries = sorted((patterns or {}).items())
+        self.entries = list((patterns or {}).items())
         self._compiled = [
             (expression(self._whole(key), field), value) for key, value in self.entries
         ]

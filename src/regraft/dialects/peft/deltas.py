@@ -26,6 +26,7 @@ from regraft.dialects.peft.fitting import check_fit
 from regraft.dialects.peft.packing import BEFORE
 from regraft.dialects.peft.scan import Scan
 from regraft.dialects.peft.source import Source
+from regraft.errors import BadInputError, Finding
 from regraft.names.keys import group_names
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 from regraft.storage.safetensors import TensorFile
@@ -186,8 +187,21 @@ class Deltas:
             assert self.tuner is not None
             part = self.tuned.parts[number]
             name = self.headers.name(number)
-            made = self.tuner.delta(part, lambda: self._weight(name, part.kind))
-            self._last = number, self._stored(number, np.asarray(made, dtype=np.float64))
+            try:
+                made = self.tuner.delta(part, lambda: self._weight(name, part.kind))
+                dense = self._stored(number, np.asarray(made, dtype=np.float64))
+            except (KeyError, ValueError) as error:
+                # Nothing has looked at an adapter that stays in its layout as closely as its family does.
+                raise BadInputError(
+                    Finding(
+                        "shape",
+                        "the tensors of this module make no delta of the family that the config names: "
+                        "one is missing, or its shape does not fit",
+                        key=name,
+                        fix="use the config that was saved with these weights",
+                    )
+                ) from error
+            self._last = number, dense
         return self._last[1]
 
     def _stored(self, number: int, matrix: Wide) -> Wide:

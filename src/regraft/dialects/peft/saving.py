@@ -23,5 +23,6 @@ def save_adapter(folder: Path, source: Source | None, result: Converted) -> None
     write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
     if result.aside:
         write_tensors(folder / ASIDE, result.aside, {"format": "pt"})
-    text = json.dumps(result.config, indent=2, sort_keys=True) + "\n"
+    # Fields are sorted as PEFT sorts them, but not what is in them: the first pattern that fits is the one that counts.
+    text = json.dumps(dict(sorted(result.config.items())), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -223,7 +223,7 @@ class ConfigWriter:
                 made[re.escape(tail)] = value
             else:
                 made[path if anchored else "^" + re.escape(path)] = value
-        return made
+        return dict(sorted(made.items()))
 
     def patterns(
         self, scales: Mapping[str, Scale]
@@ -255,7 +255,7 @@ class ConfigWriter:
                 ranks[pattern] = pair[0]
             if pair[1] != common[1]:
                 alphas[pattern] = pair[1]
-        return common[0], common[1], ranks, alphas
+        return common[0], common[1], dict(sorted(ranks.items())), dict(sorted(alphas.items()))
 
 
 def is_filtered(config: Mapping[str, Any]) -> bool:

@@ -1,0 +1,88 @@
+"""Plans over several layouts: one plan that moves every element once, to where one after the other would."""
+
+import numpy as np
+import pytest
+from making import book_of, equation_of, headers_of, same_bits
+
+from regraft.arrays.apply import apply_plan
+from regraft.layouts.graph import Edge, find_routes
+from regraft.planning.build import build_plan
+from regraft.planning.compose import compose, middle_of
+
+HEAD = """name = "{0}{1}"
+title = "a book for tests"
+left = "{0}"
+right = "{1}"
+model_types = ["test"]
+"""
+FIRST = (
+    equation_of(
+        "q.{l} : (h d) i, k.{l} : h e i == qk.{l} : (h d + h e) i where h = 2, d = 3, e = 2"
+    )
+    + equation_of("x.{l}.{e}.w : o i == x.{l}.w : e o i", "stack")
+    + equation_of("n.{l} : a == m.{l} : a", "name")
+)
+SECOND = (
+    equation_of("qk.{l} : (a + b) i == z.{l} : i b, y.{l} : a i where a = 5", "cut")
+    + equation_of("x.{l}.w : e (g p) i == v.{l} : i p (e g) where e = 2, p = 2", "turn")
+    + equation_of("m.{l} : a == n.{l}.b : a", "name")
+)
+CARRY = """
+[[carry]]
+keys = ["qk.{*q}", "x.{l}.w", "m.{*q}"]
+why = "it is the same"
+"""
+
+
+def books(second=SECOND):
+    return [
+        book_of(FIRST, head=HEAD.format("a", "b")),
+        book_of(second, head=HEAD.format("b", "c")),
+    ]
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    shapes = {"n.0": (3,)}
+    for layer in range(2):
+        shapes |= {f"q.{layer}": (6, 4), f"k.{layer}": (2, 2, 4)}
+        shapes |= {f"x.{layer}.{e}.w": (6, 4) for e in range(2)}
+    return {
+        name: rng.permutation(np.prod(s)).reshape(s).astype(np.float32)
+        for name, s in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("second", [SECOND, CARRY])
+def test_a_plan_over_three_layouts_moves_every_element_once(second):
+    given = tensors()
+    (route,) = find_routes(books(second), "a", "c")
+    assert str(route) == "a -> b -> c"
+    plan = build_plan(headers_of(given), route.steps[0])
+    middle = middle_of(plan)
+    after = build_plan(middle.headers, route.steps[1])
+    between = apply_plan(plan, list(given.values()))
+    order = [middle.headers.name(i) for i in range(len(middle.origins))]
+    wanted = apply_plan(after, [between[name] for name in order])
+    whole = compose(plan, middle, after)
+    made = apply_plan(whole, list(given.values()))
+    assert made.keys() == wanted.keys()
+    assert all(same_bits(made[name], wanted[name]) for name in wanted)
+    assert (whole.source_layout, whole.target_layout) == ("a", "c")
+    assert sorted(n for g in whole.targets() for n in g.names()) == sorted(wanted)
+    assert sum(whole.fired().values()) >= len(whole.entries)
+
+
+def test_routes_are_the_shortest_and_lose_nothing():
+    one, other = books()
+    assert find_routes([one, other], "c", "a")[0].layouts == ("c", "b", "a")
+    assert find_routes([one], "a", "c") == ()
+    direct = book_of(FIRST, head=HEAD.format("a", "c"))
+    assert [str(r) for r in find_routes([one, other, direct], "a", "c")] == ["a -> c"]
+    drops = book_of(
+        SECOND + '\n[[drop]]\nside = "left"\nkeys = ["odd"]\nwhy = "no use"\n',
+        head=HEAD.format("b", "c"),
+    )
+    assert find_routes([one, drops], "a", "c") == ()
+    assert len(find_routes([one, drops], "b", "c")) == 1
+    assert Edge.to(one, "b").source == "a"
