@@ -1,6 +1,7 @@
 """Rule books, headers and plans made of text and arrays, for tests."""
 
 import numpy as np
+import pytest
 
 from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
@@ -15,6 +16,14 @@ left = "old"
 right = "new"
 model_types = ["test"]
 """
+
+
+def slow_but(fast, values):
+    """Parameters of a test, all slow but these: one example of a matrix is enough for a quick look."""
+    values = list(values)
+    missing = set(fast) - set(values)
+    assert not missing, f"there are no {missing}"
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 class Text:

@@ -210,6 +210,7 @@ def literals(node):
     return set()
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_the_enum():
     codes = codes_in_source()
     assert {"unmatched", "unknown-size", "notation", "partial-weights", "internal"} <= codes

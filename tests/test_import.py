@@ -27,6 +27,7 @@ def test_import_leaves_heavy_libraries_out(capsys: pytest.CaptureFixture[str]) -
     assert heavy.isdisjoint(report["modules"])
 
 
+@pytest.mark.slow
 def test_no_module_takes_the_place_of_a_public_function() -> None:
     """Importing ``regraft.x`` sets the attribute ``x`` of the package, whatever function had that name."""
     probe = """

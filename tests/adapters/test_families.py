@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from making import book_of, equation_of, headers_of
+from making import book_of, equation_of, headers_of, slow_but
 
 from regraft.adapters import convert as conversion
 from regraft.adapters.convert import convert_adapter
@@ -494,7 +494,7 @@ UNREACHED = {("Lily", "rename"): NONE}
 
 
 @pytest.mark.usefixtures("quiet", "clusters")
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", slow_but(["join out"], OPERATIONS))
 @pytest.mark.parametrize("title", MAKERS)
 def test_the_law_for_every_family_and_operation(title, operation, tmp_path, monkeypatch):
     """Where it lands is what the table says, and what it lands on is equal."""

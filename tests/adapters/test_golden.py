@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import same_bits
+from making import same_bits, slow_but
 
 import regraft
 from regraft.storage.safetensors import open_tensors, read_header
@@ -42,6 +42,7 @@ NEEDS_MODEL = {
 """The cases that cannot be converted without the base's config or weights, and why."""
 
 CONVERTED = [name for name in INDEX if name not in REFUSED]
+QUICK = [n for n in CONVERTED if n.endswith(("__gud_attn", "__params_attn", "__gud"))]
 
 
 def adapter_of(name, folder):
@@ -82,7 +83,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", slow_but(QUICK, CONVERTED))
 def test_the_converted_adapter_gives_the_outputs_it_was_trained_for(name, tmp_path, quiet):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5.0")

@@ -102,6 +102,7 @@ def test_import_path(tmp_path, monkeypatch):
     assert str(tmp_path) not in import_path()
 
 
+@pytest.mark.slow
 def test_regraft_is_found_where_it_is_not_on_the_path(helper, monkeypatch):
     tests = str(Path(__file__).parent)
     kept = [p for p in sys.path if p and Path(p) != Path(regraft.__file__).parents[1]]
@@ -109,6 +110,7 @@ def test_regraft_is_found_where_it_is_not_on_the_path(helper, monkeypatch):
     assert helper("answer_with").ask("__import__('regraft').__file__") == regraft.__file__
 
 
+@pytest.mark.slow
 def test_the_network_is_out_of_reach(helper):
     there = helper("answer_with")
     tried = (
@@ -121,6 +123,7 @@ def test_the_network_is_out_of_reach(helper):
     assert there.ask("__import__('huggingface_hub').constants.HF_HUB_OFFLINE") is True
 
 
+@pytest.mark.slow
 def test_a_death_is_told_with_its_last_words(helper):
     there = helper("answer_with")
     with pytest.raises(HelperEndedError, match=r"status 1.*ZeroDivisionError: division by zero"):

@@ -139,6 +139,7 @@ def test_a_holder_comes_back_as_itself(held):
         assert is_adapted(holder, CASE)
 
 
+@pytest.mark.slow
 def test_a_compiled_module_that_ran_gives_the_adapters_outputs():
     """What was traced without the adapter is traced again. (To trace a whole model takes long, and tells no more.)"""
     model = base_model(CASE)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from holders import compiled, fsdp2, mixtral, vit
+from making import slow_but
 
 import regraft
 
@@ -141,7 +142,7 @@ MODELS = {
 """How many names there are, what they begin with, and some of them."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["vit alone"], MODELS))
 def test_from_scratch_as_transformers_4_reads_it(name):
     make, count, starts, some = MODELS[name]
     with torch.random.fork_rng():

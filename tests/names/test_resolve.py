@@ -17,6 +17,7 @@ from holders import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import slow_but
 from torch import nn
 
 from regraft.bridges.transformers.imported import import_model
@@ -85,7 +86,9 @@ SAVERS = (
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize(
+    "holder", slow_but(["itself", "holder", "peft", "holder of ddp of peft"], HOLDERS)
+)
 def test_into_every_holder(family, holder):
     """Old and new names, bare and under the holder's own keys, in and out of wrappers."""
     make, new, old = FAMILIES[family]

@@ -184,6 +184,7 @@ sys.exit(run(["convert", sys.argv[1], sys.argv[2], "--to", "transformers-v5", "-
 """
 
 
+@pytest.mark.slow
 def test_a_termination_in_the_first_calls_leaves_no_lock(source, tmp_path):
     command = [sys.executable, "-c", _ENDED, str(source), str(tmp_path / "out"), str(BASE)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -205,6 +205,7 @@ def test_a_failed_write_leaves_nothing(converted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_imported_without_html(tmp_path):
     probe = (
         "import sys; from regraft.cli import main; main(sys.argv[1:]);"
