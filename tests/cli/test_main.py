@@ -16,7 +16,7 @@ from regraft.cli import main
 from regraft.cli.output import Output, visible
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MIXTRAL = GOLDEN / "cases" / "mixtral__gud_attn"
+MIXTRAL = GOLDEN / "cases/mixtral__gud_attn"
 
 PROBE = """
 import json, sys
@@ -104,10 +104,32 @@ def test_visible() -> None:
     assert visible("a\x1b\u202e\udc80\n") == "a\\x1b\\u202e\\udc80\\n"
 
 
-@pytest.mark.parametrize("args", [["inspect", str(MIXTRAL), "--json"], ["--help"], ["--version"]])
+def _commands():
+    """One call of every command that ends with 0."""
+    base = GOLDEN / "bases/mixtral"
+    given = ("--to", "transformers-v5", "--model", base)
+    key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    quick = [("inspect", MIXTRAL, "--json"), ("--version",)]
+    rest = [
+        ("--help",),
+        ("convert", MIXTRAL, "out", *given, "--dry-run"),
+        ("explain", MIXTRAL, key, *given),
+        ("verify", MIXTRAL, MIXTRAL, "--model", base),
+        ("diff", MIXTRAL, MIXTRAL, "--model", base),
+        ("slices", base, "--to", "transformers-v5"),
+        ("check", base),
+        ("rules", "list"),
+        ("rules", "show", "mixtral"),
+        ("rules", "lint", "mixtral"),
+        ("completion", "bash"),
+    ]
+    return [*quick, *(pytest.param(args, marks=pytest.mark.slow) for args in rest)]
+
+
+@pytest.mark.parametrize("args", _commands(), ids=lambda args: " ".join(map(str, args[:2]))[:30])
 @pytest.mark.parametrize("stream", ["1", "2"])
 def test_a_closed_stream_is_no_error(args, stream):
-    command = shlex.join([sys.executable, "-m", "regraft", *args])
+    command = shlex.join([sys.executable, "-m", "regraft", *map(str, args)])
     done = subprocess.run(
         ["sh", "-c", f"{command} {stream}>&-"], capture_output=True, text=True, check=False
     )
