@@ -11,6 +11,7 @@ Ends with 1 where a mutant survives.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
+from regraft.storage.safetensors import write_tensors
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300
@@ -35,7 +40,7 @@ class Mutant:
     new: str
     tests: tuple[str, ...]
     verify: str = ""
-    """The golden case whose conversion with ``--verify`` notices it."""
+    """The golden case, or ``WOVEN``, whose conversion with ``--verify`` notices it."""
 
 
 PLAN = ("tests/planning/test_plan.py",)
@@ -48,7 +53,7 @@ WRITING = ("tests/adapters/test_regressions.py", "tests/adapters/test_golden.py"
 LOWER, BUILD = "equation/lower.py", "planning/build.py"
 MOVE, FOLLOW = "adapters/move.py", "adapters/follow.py"
 WRITE = "dialects/peft/writing.py"
-GUD = "mixtral__gud_attn"
+GUD, WOVEN = "mixtral__gud_attn", "woven"
 
 MUTANTS = [
     Mutant(
@@ -173,6 +178,7 @@ MUTANTS = [
         "rows = None if rows is None else _some(np.argsort(rows), part.out)",
         "rows = None",
         FAMILIES,
+        WOVEN,
     ),
     Mutant(
         "follow: rows are taken in reverse",
@@ -181,6 +187,7 @@ MUTANTS = [
         "return family.take(part, np.arange(part.out)[::-1] if rows is None else rows[::-1], columns)\n\n\n"
         "def _ordered",
         FAMILIES,
+        WOVEN,
     ),
     Mutant(
         "writing: the factors of experts in another order",
@@ -236,12 +243,59 @@ def try_mutant(mutant: Mutant) -> tuple[Mutant, str, str, float]:
     return mutant, tests, told, time.monotonic() - begin
 
 
+BOOK = """name = "woven"
+title = "two weights whose rows alternate in one"
+left = "transformers-v4"
+right = "transformers-v5"
+model_types = ["woven"]
+
+[[equation]]
+name = "weave"
+text = '''
+{*p}.{l}.q.weight : (d t) i, {*p}.{l}.k.weight : (d u) i
+    == {*p}.{l}.z.weight : (d (t + u)) i
+where t = 1, u = 1
+'''
+left_kind = "linear"
+right_kind = "linear"
+"""
+
+
+def woven(folder: Path) -> list[str]:
+    """What to convert for those who carry another family than LoRA along: a LoHa, its base and a rule book."""
+    (folder / "book.toml").write_text(BOOK, encoding="utf-8")
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text('{"model_type": "woven"}', encoding="utf-8")
+    (folder / "loha").mkdir()
+    config = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["q", "k"]}
+    (folder / "loha/adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    noise = np.random.default_rng(1)
+    shapes = {"w1_a": (8, 2), "w1_b": (2, 6), "w2_a": (8, 2), "w2_b": (2, 6)}
+    tensors = {
+        f"base_model.model.m.0.{module}.hada_{name}": noise.random(shape, np.float32)
+        for module in "qk"
+        for name, shape in shapes.items()
+    }
+    write_tensors(folder / "loha/adapter_model.safetensors", tensors, {"format": "pt"})
+    return [
+        str(folder / "loha"),
+        "--model",
+        str(folder / "base"),
+        "--rules",
+        str(folder / "book.toml"),
+    ]
+
+
 def certificate(case: str, folder: Path, env: dict[str, str]) -> str:
-    """What ``convert --verify`` says of a golden case."""
-    source = ROOT / "tests/golden/cases" / case
-    model = ROOT / "tests/golden/bases" / case.partition("__")[0]
-    command = [sys.executable, "-m", "regraft", "convert", str(source), str(folder / "out")]
-    command += ["--to", "transformers-v5", "--model", str(model), "--verify"]
+    """What ``convert --verify`` says of a golden case, or of the woven one."""
+    if case == WOVEN:
+        given = woven(folder)
+    else:
+        golden = ROOT / "tests/golden"
+        base = golden / "bases" / case.partition("__")[0]
+        given = [str(golden / "cases" / case), "--model", str(base)]
+    command = [sys.executable, "-m", "regraft", "convert", given[0], str(folder / "out")]
+    command += ["--to", "transformers-v5", "--verify", *given[1:]]
     done = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, check=False, timeout=SECONDS
     )

@@ -493,6 +493,33 @@ UNREACHED = {("Lily", "rename"): NONE}
 """What no shape here comes to: for Lily, modules that would share otherwise (test_more_families)."""
 
 
+WOVEN = {
+    "join out": Shape(
+        "m.{l}.q.weight : (d t) i, m.{l}.k.weight : (d u) i == m.{l}.z.weight : (d (t + u)) i "
+        "where t = 1, u = 1, d = 8, i = 16",
+        {"m.0.q": (8, 16), "m.0.k": (8, 16)},
+    ),
+    "join in": Shape(
+        "m.{l}.q.weight : o (d t), m.{l}.k.weight : o (d u) == m.{l}.z.weight : o (d (t + u)) "
+        "where t = 1, u = 1, d = 8, o = 16",
+        {"m.0.q": (16, 8), "m.0.k": (16, 8)},
+    ),
+}
+"""Parts whose rows, or columns, alternate in what they become."""
+
+
+@pytest.mark.usefixtures("quiet", "clusters")
+@pytest.mark.parametrize("operation", WOVEN)
+@pytest.mark.parametrize("title", ["IA³", "VeRA", "LoHa", "HiRA"])
+def test_what_alternates_is_put_in_its_order(title, operation, tmp_path, monkeypatch):
+    """Laid out one part after the other, everything would be there, and nearly all of it elsewhere."""
+    for number, make in enumerate(MAKERS[title]):
+        case = Case(WOVEN[operation], make, tmp_path / str(number), monkeypatch, seed=number)
+        _, done, _ = case.rung()
+        assert done is not None
+        case.check(done)
+
+
 @pytest.mark.usefixtures("quiet", "clusters")
 @pytest.mark.parametrize("operation", slow_but(["join out"], OPERATIONS))
 @pytest.mark.parametrize("title", MAKERS)
