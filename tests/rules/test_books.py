@@ -220,3 +220,10 @@ def test_what_is_too_deep_or_too_large_is_a_finding(body, code, words):
     (found,) = findings(body).items()
     assert found[0][1] == code
     assert words in found[1]
+
+
+def test_an_included_file_whose_name_no_file_can_have_is_not_there(tmp_path):
+    path = tmp_path / "book.toml"
+    path.write_text(HEAD + f'include = ["{"9" * 5000}.toml"]\n')
+    with pytest.raises(BadInputError, match="there is no file 9999"):
+        load_book(path)

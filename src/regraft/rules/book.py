@@ -330,6 +330,14 @@ def read_book(path: Path | Traversable) -> str:
 _MOST_BYTES = 10_000_000
 
 
+def _is_file(path: Path | Traversable) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def load_book(
     path: Path | Traversable, shown: str | None = None, folder: Path | Traversable | None = None
 ) -> Book:
@@ -356,7 +364,7 @@ def load_book(
         folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
     for name in table.include:
         part = folder / name
-        if not part.is_file():
+        if not _is_file(part):
             line = _line_of_field(text, "`include`")
             message = f"include: there is no file {name} beside it"
             findings.append(Finding("rule-book", message, where=f"{shown}:{line}"))
