@@ -110,6 +110,49 @@ class ShownBook(BookSummary):
     carried: list[ShownCarry]
 
 
+@dataclass(frozen=True, slots=True)
+class ConfirmedPair:
+    """A pair of checkpoints that a learned book was carried out on."""
+
+    where: str
+    learned_from: bool
+    """Whether the book was learned from it; otherwise its sizes are ones that the book never saw."""
+    equal: bool
+    """Whether the book gives it bit for bit, both ways."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedBook:
+    """A rule book that was read off what a converter makes."""
+
+    book: str
+    """The file."""
+    explained: int
+    """How many tensors after the converter the book makes."""
+    total: int
+    not_explained: dict[str, str]
+    """Tensors that it does not make, each with the reason."""
+    unused: list[str]
+    """Tensors before from which nothing is taken."""
+    verified: list[ConfirmedPair]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownProbe:
+    """A small checkpoint whose elements are all different."""
+
+    folder: str
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Probes of one model, at several sizes."""
+
+    probes: list[ShownProbe]
+
+
 SCHEMA_VERSION = 1
 """Stands in every document; it grows when a field is renamed, removed or means something else."""
 
@@ -120,6 +163,8 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "check": (Check,),
     "explain": (Explanation,),
     "diff": (Diff,),
+    "learn": (LearnedBook,),
+    "probe": (Probes,),
     "slices": (SlicesReport,),
     "layouts": (Catalog,),
     "rules list": (BookList,),
