@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from regraft.errors import BadInputError
 from regraft.storage import expressions
 from regraft.storage.expressions import expression, is_expression, spell, start_file
 from regraft.storage.safetensors import read_header, write_tensors
+from regraft.storage.slow_expressions import find_slow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
@@ -198,3 +200,35 @@ def test_an_adapter_with_a_slow_pattern(tmp_path, field):
     assert time.process_time() - begin < 20
     assert caught.value.findings[0].code == "slow-pattern"
     assert caught.value.findings[0].key == field
+
+
+HUNG_BY_RE = "(([a-z0-9._])+)+X"
+"""The ``regex`` package sees at once that there is no X; ``re`` does not."""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("exclude_modules", HUNG_BY_RE),
+        ("rank_pattern", {HUNG_BY_RE: 4}),
+        ("alpha_pattern", {"q_proj": 8, HUNG_BY_RE: 4}),
+        ("layers_pattern", ["layers", HUNG_BY_RE]),
+    ],
+)
+def test_a_pattern_that_is_slow_where_peft_reads_it(tmp_path, field, value):
+    src = tmp_path / "src"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__gud_attn", src)
+    path = src / "adapter_config.json"
+    config = {**json.loads(path.read_text()), field: value}
+    if field == "layers_pattern":
+        config["layers_to_transform"] = [0, 1]
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadInputError) as caught:
+        regraft.inspect(src, model=GOLDEN / "bases" / "mixtral")
+    assert [(f.code, f.key) for f in caught.value.findings] == [("slow-pattern", field)]
+
+
+def test_a_sound_pattern_is_not_slow_however_involved():
+    names = {f"model.layers.{n}.self_attn.q_proj" for n in range(100)}
+    involved = r"(?:.*?(?:language|text|layers).*?(?:self_attn|mlp).*?(?:[qkvo]_proj|gate))+"
+    assert find_slow([("target_modules", involved)], names) == []

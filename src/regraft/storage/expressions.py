@@ -63,7 +63,7 @@ class Expression:
     pattern: str
     field: str
     """The config's field that it stands in; errors name it."""
-    _simple: bool
+    is_simple: bool
     """Whether ``re`` is quick with it, if the text is short."""
     _fast: re.Pattern[str]
     _slow: Any
@@ -84,7 +84,7 @@ class Expression:
         return self._run("search", text)
 
     def _run(self, how: str, text: str) -> Any:
-        if self._simple and len(text) <= _SHORT:
+        if self.is_simple and len(text) <= _SHORT:
             return getattr(self._fast, how)(text)
         spent = _local.spent
         left = SECONDS - spent.seconds
@@ -101,20 +101,19 @@ class Expression:
                 spent.seconds += max(time.thread_time() - begin - _QUICK, 0.0)
         except TimeoutError:
             spent.seconds = SECONDS
-            raise _too_slow(self, spent.where) from None
+            raise BadInputError(too_slow(self)) from None
         return found
 
 
-def _too_slow(found: Expression, where: str | None) -> BadInputError:
-    return BadInputError(
-        Finding(
-            "slow-pattern",
-            f"the regular expression '{found.pattern[:200]}' takes more than {SECONDS:g} seconds, as one does that"
-            " repeats what is repeated already",
-            where=where,
-            key=found.field,
-            fix="name the modules one by one, or write it without a repetition inside another",
-        )
+def too_slow(found: Expression) -> Finding:
+    """That an expression takes too long."""
+    return Finding(
+        "slow-pattern",
+        f"the regular expression '{found.pattern[:200]}' takes more than {SECONDS:g} seconds, as one does that"
+        " repeats what is repeated already",
+        where=_local.spent.where,
+        key=found.field,
+        fix="name the modules one by one, or write it without a repetition inside another",
     )
 
 

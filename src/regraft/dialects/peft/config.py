@@ -6,10 +6,10 @@ Source: PEFT 0.18.1 and 0.21.2, ``peft/utils/other.py`` (``get_pattern_key``), `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from regraft.adapters.families.settings import Patterns
+from regraft.adapters.families.settings import Patterns, whole_path
 from regraft.adapters.scale import Scale
 from regraft.storage.expressions import expression
 
@@ -51,6 +51,20 @@ class LoraConfig:
     def variants(self) -> list[str]:
         """What makes this more than a plain LoRA, by the names people use."""
         return [name for field, name in VARIANTS.items() if self.data.get(field)]
+
+
+def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions of a config, each with its field, as PEFT fits them to whole paths."""
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        value = config.get(field)
+        if isinstance(value, str):
+            yield field, value
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(field) or ():
+            yield field, whole_path(key)
+    layers = config.get("layers_pattern") or ()
+    for key in [layers] if isinstance(layers, str) else layers:
+        yield "layers_pattern", rf".*\.{key}\.(\d+)\..*"
 
 
 def targets_module(target_modules: str | Sequence[str] | None, path: str) -> bool:

@@ -17,7 +17,7 @@ from regraft.adapters.protocol import Hints, Names, Reading
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.dialects.base import Found
 from regraft.dialects.peft.complete import check_complete, guess_count
-from regraft.dialects.peft.config import targets_module
+from regraft.dialects.peft.config import patterns_of, targets_module
 from regraft.dialects.peft.config_check import check_fields
 from regraft.dialects.peft.family_config import lora_config
 from regraft.dialects.peft.modules import ModuleReader
@@ -44,6 +44,7 @@ from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
+from regraft.storage.slow_expressions import find_slow
 
 if TYPE_CHECKING:
     from regraft.dialects.peft.writer import PeftWriter
@@ -427,6 +428,17 @@ def _check_names(tensors: Mapping[str, Array], where: str) -> list[Finding]:
     ]
 
 
+def modules_in(tensors: Iterable[str]) -> set[str]:
+    """What may be modules' paths in the names of a file: all that is left of a dot."""
+    found: set[str] = set()
+    for name in tensors:
+        path = name.removeprefix(PREFIX)
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
+
+
 def _is_text(name: str) -> bool:
     try:
         name.encode()
@@ -499,6 +511,8 @@ def open_adapter(
     except RegraftError as error:
         findings += error.findings
     findings += _check_names(tensors, str(file))
+    if not findings:
+        findings += find_slow(patterns_of(config), modules_in(tensors))
     if findings:
         raise BadInputError(findings)
     dialect = None if foreign else find_dialect(config, tensors, folder)
