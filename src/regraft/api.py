@@ -242,7 +242,7 @@ def convert(
             if not result.report.copied or not dry_run:
                 _note_values(opened, result)
             if left is not None:
-                _certify(opened, result, config, via, foreign, left)
+                _certify(opened, result, config, via, foreign, left, source_layout)
             converted.append((opened, result))
             report.adapters.append(result.report)
         if failed:
@@ -334,6 +334,7 @@ def _certify(
     via: str | None,
     foreign: InstalledTransformers,
     left: Budget,
+    layout: Layout | None,
 ) -> None:
     """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
     from regraft.checking.certificate import TOLERANCE, compare
@@ -347,7 +348,8 @@ def _certify(
         aside=result.aside,
     )
     tolerance = TOLERANCE if via is None or via == "dense" else math.inf
-    done = compare(source, made, model, tolerance, foreign, left)
+    packing = layout.packing if layout is not None else None
+    done = compare(source, made, model, tolerance, foreign, left, packing)
     result.report.error = done.error
     result.report.verified = len(done.targets) + done.others
     result.report.sampled = done.sampled

@@ -452,3 +452,30 @@ def test_a_factor_with_too_many_dims_is_an_error_on_unchanged_targets(which, tmp
         (found,) = json.loads(capsys.readouterr().out)["error"]["findings"]
         assert found["code"] == "shape"
         assert "dims" in found["message"] or "fit together" in found["message"]
+
+
+def test_a_packing_that_was_given_is_what_is_certified(tmp_path, monkeypatch):
+    packings, real = [], verify.read_deltas
+
+    def reading(source, known, layout, packing=None):
+        packings.append(packing)
+        return real(source, known, layout, packing)
+
+    monkeypatch.setattr(verify, "read_deltas", reading)
+    name = "gpt_oss__params_attn"
+    options = {"to": V5, "source": "transformers-v4/peft-0.18", "model": base_of(name)}
+    regraft.convert(adapter_of(name, tmp_path), tmp_path / "out", verify=True, **options)
+    assert packings == ["peft-0.18", None]
+
+
+def test_factors_without_elements_are_bad_input(tmp_path):
+    adapter = adapter_of("qwen3_vl_moe__params", tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name: x.copy() for name, x in read(adapter)[0].items()}
+    name = next(n for n in tensors if ".experts" in n and n.endswith("lora_B.weight"))
+    tensors[name] = tensors[name][:0]
+    write_tensors(file, tensors, {"format": "pt"})
+    with pytest.raises(regraft.BadInputError, match="do not fit together"):
+        regraft.convert(
+            adapter, tmp_path / "out", to=V5, model=base_of("qwen3_vl_moe__params"), verify=True
+        )

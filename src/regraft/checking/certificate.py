@@ -169,16 +169,19 @@ def compare(
     tolerance: float = TOLERANCE,
     foreign: Foreign | None = None,
     budget: Budget | None = None,
+    packing: str | None = None,
 ) -> AdapterVerification:
     """Compare two adapters of one base, each in its own layout.
+
+    ``packing`` is how experts are packed in the first, where that was given.
 
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
     known, layouts = _layouts(one, other, model, foreign)
     one, kept = _without_stand_ins(one, layouts)
     before, after = (
-        read_deltas(source, known, layout)
-        for source, layout in zip((one, other), layouts, strict=True)
+        read_deltas(source, known, layout, given)
+        for source, layout, given in zip((one, other), layouts, (packing, None), strict=True)
     )
     result = AdapterVerification(one.where, other.where, *layouts, tolerance)
     try:

@@ -323,7 +323,8 @@ class FactorReader:
                     self._report("shape", shape, self.names[i])
                     continue
             else:
-                if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                sound = a.ndim == b.ndim == 2 and 0 not in (*a.shape, *b.shape)
+                if not sound or a.shape[0] != b.shape[1]:
                     self._report(
                         "shape",
                         f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit together",
@@ -421,6 +422,8 @@ def _base_shape(
 ) -> tuple[int, ...] | str:
     if len(a) < 2 or len(b) < 2:
         return f"LoRA factors have two dims or more, these have {list(a)} and {list(b)}"
+    if 0 in a or 0 in b:
+        return f"lora_A {list(a)} and lora_B {list(b)} have no elements"
     if len(a) != len(b) or any(size != 1 for size in b[2:]):
         return f"lora_A {list(a)} and lora_B {list(b)} do not fit together: their dims differ"
     if len(a) > 2 and kind not in ("any", "parameter"):
