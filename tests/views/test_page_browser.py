@@ -248,7 +248,7 @@ def test_hostile_names_are_text(look):
 def test_findings_of_a_failure(look):
     case = "tests/golden/cases/mixtral__dora"
     key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    found = [Finding("variant", f"number {i}", key=key, fix="merge it") for i in range(60)]
+    found = [Finding("no-image", f"number {i}", key=key, fix="merge it") for i in range(60)]
     tab = look(page_of_failure("convert", case, RefusedError(found)))
     assert tab.locator("#findings li").count() == 50
     tab.locator("#findings button").click()
