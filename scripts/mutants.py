@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,16 +232,21 @@ def try_mutant(mutant: Mutant) -> tuple[Mutant, str, str, float]:
         told = ""
         if mutant.verify:
             told = certificate(mutant.verify, Path(folder), env)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-        command = [sys.executable, "-m", "pytest", *options, *mutant.tests]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, capture_output=True, check=False, timeout=SECONDS
-            )
-            tests = {0: "SURVIVED", 1: "killed"}.get(done.returncode, "no tests ran")
-        except subprocess.TimeoutExpired:
-            tests = "no end"
+        tests = run_tests(mutant.tests, env)
     return mutant, tests, told, time.monotonic() - begin
+
+
+def run_tests(tests: Sequence[str], env: Mapping[str, str]) -> str:
+    """What becomes of a mutant under some tests, which stop at the first that fails."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, check=False, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "no end"
+    return {0: "SURVIVED", 1: "killed"}.get(done.returncode, "no tests ran")
 
 
 BOOK = """name = "woven"
@@ -309,6 +315,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if not options.words or any(w in m.name for w in options.words)]
+    for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+        if run_tests(tests, os.environ) != "SURVIVED":
+            print(f"these fail without any change: {' '.join(tests)}", file=sys.stderr)
+            return 1
     survived = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutant, tests, told, seconds in pool.map(try_mutant, chosen):
