@@ -26,6 +26,13 @@ def slow_but(fast, values):
     return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
+def quick_cases(names):
+    """Golden cases, or bases, all slow but one of each kind."""
+    ends = ("__gud_attn", "__params_attn", "__mts_head", "__dora", "mixtral", "jamba")
+    names = list(names)
+    return slow_but([name for name in names if str(name).endswith(ends)], names)
+
+
 class Text:
     """A file that is only its text."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import same_bits, slow_but
+from making import quick_cases, same_bits
 
 import regraft
 from regraft.storage.safetensors import open_tensors, read_header
@@ -42,7 +42,6 @@ NEEDS_MODEL = {
 """The cases that cannot be converted without the base's config or weights, and why."""
 
 CONVERTED = [name for name in INDEX if name not in REFUSED]
-QUICK = [n for n in CONVERTED if n.endswith(("__gud_attn", "__params_attn", "__gud"))]
 
 
 def adapter_of(name, folder):
@@ -83,7 +82,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK, CONVERTED))
+@pytest.mark.parametrize("name", quick_cases(CONVERTED))
 def test_the_converted_adapter_gives_the_outputs_it_was_trained_for(name, tmp_path, quiet):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -143,7 +142,7 @@ def scale(config, path):
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", quick_cases(CONVERTED))
 def test_there_and_back_gives_the_same_adapter(name, tmp_path):
     source = adapter_of(name, tmp_path)
     there, back = tmp_path / "new", tmp_path / "old"
@@ -177,7 +176,7 @@ def test_folding_is_needed_where_it_is_allowed_for(name, tmp_path):
     assert any(not target.exact for target in report.targets)
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", quick_cases(CONVERTED))
 def test_without_the_base_the_result_is_the_same_or_the_base_is_asked_for(name, tmp_path):
     source = adapter_of(name, tmp_path)
     if name in NEEDS_MODEL:
@@ -192,7 +191,7 @@ def test_without_the_base_the_result_is_the_same_or_the_base_is_asked_for(name, 
     assert all(same_bits(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", quick_cases(CONVERTED))
 def test_what_is_in_the_layout_already_is_copied_byte_for_byte(name, tmp_path):
     source = adapter_of(name, tmp_path)
     regraft.convert(source, tmp_path / "new", to="transformers-v5", model=base_of(name))

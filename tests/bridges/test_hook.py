@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import pytest
+from making import quick_cases
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -68,13 +69,13 @@ def test_without_it_they_are_as_they_were(load):
     assert not is_adapted(load(base_model(name), str(case_folder(name))), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick_cases(NAMES))
 def test_from_pretrained(name, installed):
     loaded = peft.PeftModel.from_pretrained(base_model(name), str(case_folder(name)))
     assert is_adapted(loaded, name)
 
 
-@pytest.mark.parametrize("name", NAMES[::3])
+@pytest.mark.parametrize("name", quick_cases(NAMES[::3]))
 def test_the_models_own_load_adapter(name, installed):
     assert is_adapted(mixin(base_model(name), case_folder(name)), name)
 

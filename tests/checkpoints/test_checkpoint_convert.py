@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
-from making import book_of, equation_of
+from making import book_of, equation_of, quick_cases
 
 import regraft
 from regraft.arrays.apply import apply_plan
@@ -50,7 +50,7 @@ def convert(src, dst, to=V5, **options) -> Report:
     return regraft.convert(src, dst, to=to, **options)
 
 
-@pytest.mark.parametrize("base", BASES, ids=lambda path: path.name)
+@pytest.mark.parametrize("base", quick_cases(BASES), ids=lambda path: path.name)
 def test_real_models_there_and_back(base, tmp_path):
     there, back = tmp_path / "there", tmp_path / "back"
     report = convert(base, there)

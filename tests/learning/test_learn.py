@@ -36,6 +36,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(equations(), st.data())
 def test_planted_equations_are_found(made, data):
@@ -51,6 +52,7 @@ def test_planted_equations_are_found(made, data):
     assert same(applied(found.book, made.moved(other), to="before"), other)
 
 
+@pytest.mark.slow
 def test_most_planted_equations_are_found():
     """Nests of sums in several dims at once, which no converter has, are not always written as one equation."""
     tried, missed = [], []
@@ -336,6 +338,7 @@ def command(folder, *more):
     return ["learn", "--config", str(folder / "config.json"), "--with", given, *more]
 
 
+@pytest.mark.slow
 def test_a_command_is_watched_and_its_book_converts(folder, capsys):
     book = folder / "book.toml"
     assert main([*command(folder, "-o", str(book), "--layouts", "hf", "mine")]) == 0

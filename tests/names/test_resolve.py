@@ -108,7 +108,7 @@ def test_into_every_holder(family, holder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("saver", slow_but(SAVERS[:3], SAVERS))
 def test_from_every_saver(family, saver):
     make, new, old = FAMILIES[family]
     for held in (make(), Holder(net=make())):

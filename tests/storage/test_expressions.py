@@ -128,6 +128,7 @@ def test_any_pattern_means_what_it_means_for_re(pattern, text):
         r"(([a-z0-9._])+)+\d",
     ],
 )
+@pytest.mark.slow
 def test_a_slow_one_is_refused(pattern):
     start_file("lora/adapter_config.json")
     text = "a" * 40 + ".self_attn.q_proj" + "a" * 40 + "!"
@@ -144,6 +145,7 @@ def test_a_slow_one_is_refused(pattern):
     assert finding.fix
 
 
+@pytest.mark.slow
 def test_many_that_are_slow_together():
     """The time is one for all patterns of a file."""
     start_file("x")
@@ -177,6 +179,7 @@ def test_braces_and_brackets():
     assert spell(r"\{a{2}[\]{]{b") == r"\{a{2}[\]{]\{b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "alpha_pattern"])
 def test_an_adapter_with_a_slow_pattern(tmp_path, field):
     src = tmp_path / "src"
@@ -215,6 +218,7 @@ HUNG_BY_RE = "(([a-z0-9._])+)+X"
         ("layers_pattern", ["layers", HUNG_BY_RE]),
     ],
 )
+@pytest.mark.slow
 def test_a_pattern_that_is_slow_where_peft_reads_it(tmp_path, field, value):
     src = tmp_path / "src"
     shutil.copytree(GOLDEN / "cases" / "mixtral__gud_attn", src)

@@ -10,6 +10,8 @@ from regraft.views.data import page_of_failure, page_of_report
 from regraft.views.html import render_page
 from regraft.views.model import Fact, Flow, Page, Rows
 
+pytestmark = pytest.mark.slow
+
 
 def lines(tab, side):
     """The lines of a tree that are shown, as names."""
