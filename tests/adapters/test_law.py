@@ -193,8 +193,7 @@ def whole_stacks(draw):
     return text, kinds, shapes, a, b, scales
 
 
-@pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(whole_stacks())
 def test_the_fast_path_is_the_general_path_bit_for_bit(case):
     text, kinds, shapes, a, b, scales = case
