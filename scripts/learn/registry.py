@@ -1,138 +1,301 @@
 """How well rule books are learned from what transformers itself converts, class by class.
 
-    python scripts/learn/registry.py [--only NAME ...] [--sample N] [--seed S] [--out FILE]
+    python scripts/learn/registry.py [--only GLOB ...] [--out FILE] [--sample N]
 
-Every class of the installed registry is built at two sizes with labelled weights and written in the old layout by
-transformers. A book is learned from both, and carried out on a third pair of files at the second size with other
-weights. Classes whose files transformers itself does not read back are those that ``make parity`` lists.
+Every class of the installed registry is built at three sizes with labelled weights and written in the old layout by
+transformers. A book is learned from the first two and carried out, in both directions, on the third. Whether a class
+is only renamed is told from its weights, never from the book. What does not come out equal is told apart: refused,
+or *wrong*, where the book makes something else and says nothing.
+
+The output is one line of JSON for each class; classes that it has already are skipped, so that a run goes on where
+one ended. ``--table`` prints the figures of a file.
 """
 
 import argparse
+import fnmatch
 import json
 import logging
 import os
 import random
+import signal
 import sys
 import time
 import warnings
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests/parity"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/parity")]
 
+import numpy as np
 import tiny
 import torch
-from compare import classes, old_file, registered
+import transformers
+from compare import classes, old_file, registered, why_not
+from explained import explain
 
 from regraft.errors import RegraftError
+from regraft.learning.content import Tensor
 from regraft.learning.learn import Pair, dropped_names, learn_pairs
-from regraft.learning.probe import labels
-from regraft.learning.propose import check
+from regraft.learning.probe import MOST, labels
+from regraft.learning.propose import compare, plan_names
 
-SMALL = (32, 40, 4, 2, 99, 4)
-LARGE = (48, 56, 6, 3, 101, 6)
-MOST = 3_000_000
+NAMES = ("SIZE", "INNER", "HEADS", "LAYERS", "WORDS", "EXPERTS")
+FIRST = (
+    (32, 40, 4, 2, 99, 4),
+    (32, 40, 4, 3, 99, 4),
+    (32, 40, 4, 2, 113, 4),
+)
+MORE = (
+    (48, 56, 6, 3, 101, 6),
+    (64, 72, 8, 2, 103, 5),
+    (80, 88, 10, 3, 107, 3),
+    (96, 104, 8, 4, 109, 8),
+    (64, 72, 4, 3, 101, 6),
+    (128, 136, 8, 2, 103, 5),
+    (32, 56, 4, 3, 101, 6),
+    (32, 72, 4, 4, 103, 5),
+    (48, 56, 6, 3, 99, 6),
+    (64, 72, 8, 2, 99, 5),
+    (32, 56, 4, 2, 99, 6),
+    (32, 72, 4, 2, 99, 5),
+)
+"""Sizes to try, in order: not every class can be built with all of them."""
+LARGEST = 12_000_000
+"""Elements that are looked at; larger classes are listed."""
+_MADE_FOR = {getattr(tiny, name): name for name in NAMES}
+_PATTERNS = tiny._NAMES
 
 
 def resize(sizes):
     """Let `tiny.shrink` use other sizes."""
-    names = ("SIZE", "INNER", "HEADS", "LAYERS", "WORDS", "EXPERTS")
-    old = {getattr(tiny, name): name for name in names}
-    changed = dict(zip(names, sizes, strict=True))
-    tiny._NAMES = tuple((p, changed[old[v]] if v in old else v) for p, v in tiny._NAMES)
+    changed = dict(zip(NAMES, sizes, strict=True))
+    tiny._NAMES = tuple((p, changed[_MADE_FOR[v]] if v in _MADE_FOR else v) for p, v in _PATTERNS)
     for name, value in changed.items():
         setattr(tiny, name, value)
 
 
-def pair(cls, seed):
+def config_of(cls, sizes):
+    """A small config; the facts about families are those of the first sizes."""
+    resize(sizes)
+    return tiny.shrink(cls.config_class())
+
+
+def buildable(cls):
+    """Sizes at which a class can be built, those first that differ most; the first error where there are none."""
+    found, error = [], None
+    for candidates, wanted in ((FIRST, 1), (MORE, 3)):
+        for sizes in candidates:
+            try:
+                with torch.device("meta"):
+                    model = cls(config_of(cls, sizes))
+            except Exception as caught:
+                error = error or caught
+                continue
+            shapes = {k: tuple(t.shape) for k, t in model.state_dict().items()}
+            if shapes not in [known for _, known in found]:
+                found.append((sizes, shapes))
+            if len(found) >= wanted:
+                break
+        if not found:
+            raise error
+    return [sizes for sizes, _ in found]
+
+
+def numbered(shapes, seed):
+    """Labels; of float64 where float32 cannot tell so many elements apart."""
+    count = sum(map(prod, shapes.values()))
+    if count <= MOST:
+        return labels(shapes, seed)
+    values = np.random.default_rng(seed).permutation(count).astype(np.float64) + seed * 2.0**30 + 1
+    cuts = np.cumsum([prod(shape) for shape in shapes.values()])[:-1]
+    return {
+        k: part.reshape(shape)
+        for (k, shape), part in zip(shapes.items(), np.split(values, cuts), strict=True)
+    }
+
+
+def pair(cls, sizes, seed):
     """A model's file in the old layout, and the model, both labelled."""
     torch.manual_seed(0)
-    model = cls(tiny.shrink(cls.config_class())).eval().float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = cls(config_of(cls, sizes)).eval()
     state = model.state_dict()
     owners = {}
     for key, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel():
             owners.setdefault(tensor.data_ptr(), key)
     shapes = {key: tuple(state[key].shape) for key in owners.values()}
+    made = numbered(shapes, seed)
+    model = model.double() if any(a.dtype == np.float64 for a in made.values()) else model.float()
+    state = model.state_dict()
     with torch.no_grad():
-        for key, array in labels(shapes, seed).items():
+        for key, array in made.items():
             state[key].copy_(torch.from_numpy(array))
     after = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     return Pair.of(old_file(model), after, model.config.to_dict())
 
 
-def judge(cls):
-    """What a learned book is worth: (what kind of change, verdict, seconds, why)."""
-    with torch.device("meta"):
-        model = cls(tiny.shrink(cls.config_class()))
-    if not registered(model) or sum(p.numel() for p in model.parameters()) > MOST:
-        return None
-    one = pair(cls, 1)
-    resize(LARGE)
-    two, three = pair(cls, 2), pair(cls, 3)
-    began = time.perf_counter()
-    found = learn_pairs([one, two], layouts=("old", "new"))
-    seconds = time.perf_counter() - began
-    operations = any(
-        len(r.equation.left) > 1
-        or len(r.equation.right) > 1
-        or r.equation.left[0].dims != r.equation.right[0].dims
-        for r in found.book.rules
+def kind_of(one):
+    """What the conversion does, told from the weights: nothing, renames, or more."""
+    if one.before.keys() == one.after.keys() and all(
+        t.look == one.after[n].look for n, t in one.before.items()
+    ):
+        return "same"
+    looks = [Counter(t.look for t in side.values()) for side in (one.before, one.after)]
+    return "rename" if looks[0] == looks[1] else "operation"
+
+
+def elsewhere(book, three):
+    """How a book does on a pair: ("verified" | "refused" | "wrong", why)."""
+    names = set(three.before) - dropped_names(book, three), set(three.after)
+    sides = (
+        (three.before, three.after, *names, book.right),
+        (three.after, three.before, *names[::-1], book.left),
     )
-    kind = "operation" if operations else "rename" if found.book.rules else "same"
+    for one, other, read, expected, layout in sides:
+        plan = plan_names(book, one, read, layout, three.config)
+        if plan is None:
+            return "refused", f"to {layout}: the book does not fit"
+        made = set()
+        try:
+            for rule, _, targets, wrong in compare(plan, one, other):
+                if wrong:
+                    return "wrong", f"to {layout}: {rule}: {wrong[0]}"
+                made.update(targets)
+        except RegraftError as error:
+            return "refused", f"to {layout}: {error.findings[0]}"
+        if made != expected:
+            odd = sorted(made ^ expected)
+            return "wrong", f"to {layout}: {len(odd)} made or missing: {odd[0]}"
+    return "verified", ""
+
+
+def judge(cls):
+    """What a learned book is worth, as a line of the output; ``None`` where nothing is registered."""
+    with torch.device("meta"):
+        model = cls(config_of(cls, FIRST[0]))
+    if not registered(model):
+        return None
+    sizes = buildable(cls)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in cls(config_of(cls, sizes[0])).parameters())
+    row = {"sizes": len(sizes), "elements": count}
+    if count > LARGEST:
+        return {**row, "verdict": "not built", "why": f"{count} elements at its smallest"}
+    pairs = [pair(cls, each, seed) for seed, each in enumerate(sizes[:3], 1)]
+    learned, unseen = pairs[:2], pairs[2:] or pairs[1:] or [pair(cls, sizes[0], 9)]
+    if len(pairs) == 2:
+        learned = pairs[:1]
+    row["kind"] = kind_of(pairs[0])
+    began = time.perf_counter()
+    found = learn_pairs(learned, layouts=("old", "new"))
+    row["seconds"] = round(time.perf_counter() - began, 2)
+    row["rules"] = len(found.book.rules) + len(found.book.module_rules)
     if found.odd:
         name, why = next(iter(found.odd.items()))
-        return kind, "not explained", seconds, f"{len(found.odd)}: {name}: {why}"
-    if not found.verified[0].equal:
-        return kind, "not verified", seconds, "at the size it was learned from"
-    names = set(three.before) - dropped_names(found.book, three), set(three.after)
-    if not check(found.book, three.before, three.after, *names, three.config):
-        return kind, "not at another size", seconds, "; ".join(found.notes)[:200]
-    return kind, "verified", seconds, ""
+        return {**row, "verdict": "not explained", "why": f"{len(found.odd)}: {name}: {why}"}
+    if not all(each.equal for each in found.verified):
+        return {**row, "verdict": "not verified", "why": "; ".join(found.notes)[:300]}
+    verdict, why = elsewhere(found.book, unseen[0])
+    return {**row, "verdict": "verified", "elsewhere": verdict, "why": why}
+
+
+class TooLongError(Exception):
+    """A class took too long."""
+
+
+def run(given):
+    """Judge the classes that the file has not yet."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    out = Path(given.out)
+    done = {row["class"] for row in read(out)} if out.exists() else set()
+    chosen = [
+        cls
+        for cls in classes()
+        if not given.only or any(fnmatch.fnmatch(cls.__name__, glob) for glob in given.only)
+    ]
+    if given.sample:
+        random.Random(given.seed).shuffle(chosen)
+        chosen = chosen[: given.sample]
+
+    def late(*_):
+        raise TooLongError(f"longer than {given.limit} s")
+
+    signal.signal(signal.SIGALRM, late)
+    with out.open("a") as file:
+        for cls in chosen:
+            if cls.__name__ in done:
+                continue
+            signal.alarm(given.limit)
+            try:
+                row = judge(cls)
+            except RegraftError as error:
+                row = {"verdict": "refused", "why": str(error.findings[0])[:300]}
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                row = {"verdict": "not built", "why": text} if why_not(cls) else None
+            finally:
+                signal.alarm(0)
+            row = row or {"verdict": "not registered"}
+            row["class"] = cls.__name__
+            row["differs"] = explain(cls.__name__, transformers.__version__)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if given.loud and row["verdict"] != "not registered":
+                print(row, flush=True)
+
+
+def read(path):
+    """The lines of an output; the last of each class counts."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in {row["class"]: row for row in rows}.values() if "verdict" in row]
+
+
+def table(path):
+    """Print the figures, and every miss with its reason."""
+    rows = [row for row in read(path) if row["verdict"] not in ("not registered", "not built")]
+    for kind in ("rename", "operation", "same", None):
+        mine = [row for row in rows if row.get("kind") == kind and not row["differs"]]
+        if not mine:
+            continue
+        good = [row for row in mine if row["verdict"] == "verified"]
+        else_ = Counter(row["elsewhere"] for row in good)
+        print(
+            f"{kind or '?'}: {len(mine)} classes, {len(good)} verified ({len(good) / len(mine):.1%}), "
+            f"{else_['verified']} at another size ({else_['verified'] / len(mine):.1%}), "
+            f"{else_['wrong']} wrong there, {else_['refused']} refused there"
+        )
+    for row in rows:
+        if row["verdict"] != "verified" or row["elsewhere"] != "verified":
+            word = row["verdict"] if row["verdict"] != "verified" else row["elsewhere"]
+            mark = " (parity: differs)" if row["differs"] else ""
+            print(f"  {row['class']} {row.get('kind', '?')}: {word}: {row['why']}{mark}")
+    for row in read(path):
+        if row["verdict"] == "not built":
+            print(f"  {row['class']}: not built: {row['why']}")
 
 
 def main():
-    """Judge the classes and print a table."""
+    """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--sample", type=int, default=0)
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--out")
-    parser.add_argument("--books")
+    parser.add_argument("--limit", type=int, default=120, help="seconds for each class")
+    parser.add_argument("--out", default="registry.jsonl")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--loud", action="store_true")
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    chosen = [cls for cls in classes() if not given.only or cls.__name__ in given.only]
-    if given.sample:
-        random.Random(given.seed).shuffle(chosen)
-    table, rows = Counter(), []
-    for cls in chosen:
-        resize(SMALL)
-        try:
-            verdict = judge(cls)
-        except RegraftError as error:
-            verdict = ("?", "refused", 0.0, str(error.findings[0])[:200])
-        except Exception as error:
-            # A class that cannot be built this small is no question to a learned book.
-            verdict = ("?", "not built", 0.0, f"{type(error).__name__}: {str(error)[:120]}")
-        if verdict is None:
-            continue
-        kind, word, seconds, why = verdict
-        table[kind, word] += 1
-        rows.append({"class": cls.__name__, "kind": kind, "verdict": word, "why": why})
-        print(f"{cls.__name__:55} {kind:10} {word:20} {seconds:5.1f} {why}", flush=True)
-        if (
-            given.sample
-            and sum(n for (_, w), n in table.items() if w != "not built") >= given.sample
-        ):
-            break
-    for (kind, word), count in sorted(table.items()):
-        print(f"{count:4} {kind} {word}")
-    if given.out:
-        Path(given.out).write_text(json.dumps(rows, indent=1))
+    if not given.table:
+        run(given)
+    table(Path(given.out))
 
 
 if __name__ == "__main__":
