@@ -27,8 +27,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/parity")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests/parity"))
 
 import numpy as np
 import tiny
@@ -38,7 +38,6 @@ from compare import classes, old_file, registered, why_not
 from explained import explain
 
 from regraft.errors import RegraftError
-from regraft.learning.content import Tensor
 from regraft.learning.learn import Pair, dropped_names, learn_pairs
 from regraft.learning.probe import MOST, labels
 from regraft.learning.propose import compare, plan_names

@@ -176,6 +176,48 @@ def test_a_third_size_tells_readings_apart():
     assert "other" not in found.text
 
 
+def test_another_size_shows_what_the_first_one_lacks():
+    def convert(state):
+        names = {"mix": "conv", "gate": "gate_proj"}
+        return {
+            ".".join(names.get(word, word) for word in key.split(".") if word != "old"): x
+            for key, x in state.items()
+            if "extra" not in key
+        }
+
+    one = {"layers.0.mix.weight": (3, 4), "norm": (3,)}
+    two = {"layers.1.attn.old.weight": (5, 6), "layers.2.attn.norm": (5,), "layers.2.extra": (2,)}
+    pairs = []
+    for shapes in (one, {"layers.0.mix.weight": (5, 6), "norm": (5,), **two}):
+        before = labels(shapes)
+        pairs.append(Pair.of(before, convert(before)))
+    found = learn_pairs(pairs, layouts=("old", "new"))
+    assert found.sound
+    other = {
+        "layers.3.attn.old.weight": numbers(1, 7, 2),
+        "layers.4.attn.norm": numbers(2, 7),
+        "layers.1.mix.weight": numbers(3, 7, 2),
+        "layers.5.extra": numbers(4, 9),
+    }
+    assert same(applied(found.book, other, to="new"), convert(other))
+
+
+def test_a_field_of_the_part_that_names_speak_of_comes_first():
+    def convert(state):
+        names = [f"vision.{n}" for n in "qkv"]
+        return {"vision.qkv": np.concatenate([state[n] for n in names])}
+
+    pairs = []
+    for size in (6, 10):
+        before = labels({f"vision.{n}": (size, 5) for n in "qkv"})
+        config = {"audio_config": {"hidden_size": size}, "vision_config": {"hidden_size": size}}
+        pairs.append(Pair.of(before, convert(before), config))
+    found = learn_pairs(pairs, layouts=("old", "new"))
+    assert found.sound
+    assert "config.vision_config.hidden_size" in found.text
+    assert "config.audio_config" not in found.text
+
+
 def test_a_last_layer_that_differs_is_a_rule_of_its_own():
     def convert(state):
         made = {f"b.{n}.w": state[f"a.{n}.w"] for n in range(3)}

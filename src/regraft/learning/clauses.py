@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,6 +51,7 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
     notes: list[str] = []
     done = set(first.tags)
     lonely = {*first.copies, *(axis for axis, _ in first.fills)}
+    words = frozenset(re.findall("[a-z]+", looped.sides))
     while True:
         text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
         equation = parse_equation(text)
@@ -64,7 +66,7 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
         options = [
             (axis, found)
             for axis in dict.fromkeys(loose)
-            if (found := _clause(axis, loose, lonely, seen))
+            if (found := _clause(axis, loose, lonely, seen, words))
         ]
         if not options:
             return None
@@ -76,18 +78,19 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
 
 
 def _clause(
-    axis: str, loose: Sequence[str], lonely: set[str], seen: Sequence[Seen]
+    axis: str, loose: Sequence[str], lonely: set[str], seen: Sequence[Seen], words: frozenset[str]
 ) -> tuple[int, str, str] | None:
     """How good a clause for an axis is (less is better), the clause, and what is not sure."""
-    fields = sorted(_fields(axis, seen), key=_preference)
+    fields = sorted(_fields(axis, seen), key=lambda field: _preference(field, words))
     wanted = _wanted(axis, seen)
     fixed = len(seen) > 1 and wanted is not None and len(set(wanted)) == 1
     if fixed and wanted is not None and (not fields or _rank(fields[0]) == len(_HINTS)):
         # The same at every size: a number, unless it is what a well-known field says.
         return 2, f"{axis} = {wanted[0]}", ""
-    if fields:
-        rank = 0 if _rank(fields[0]) < len(_HINTS) else 1
-        return rank, f"{axis} = {fields[0]}", ""
+    own = [field for field in fields if _distance(field, words) < 2]
+    if own:
+        rank = 0 if _rank(own[0]) < len(_HINTS) else 1
+        return rank, f"{axis} = {own[0]}", ""
     tables = [table for each in seen for table in each.sizes]
     names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
     if axis in lonely:
@@ -99,21 +102,23 @@ def _clause(
         (ratio,) = ratios
         if ratio == 1 and (other in loose):
             return 2, f"{axis} = {other}", ""
-    composed = next(_composed(axis, seen), None)
+    if fields:
+        return 3, f"{axis} = {fields[0]}", ""
+    composed = next(_composed(axis, seen, words), None)
     if composed is not None:
-        return 3, f"{axis} = {composed}", ""
+        return 4, f"{axis} = {composed}", ""
     for other in names:
         ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
         if len(ratios) == 1 and len(seen) > 1:
             (ratio,) = ratios
             if ratio.denominator == 1 and 1 <= ratio.numerator <= 64:
                 times = other if ratio == 1 else f"{ratio.numerator} {other}"
-                return 4, f"{axis} = {times}", ""
+                return 5, f"{axis} = {times}", ""
     sizes = {table[axis] for table in tables}
     if len(sizes) == 1:
         (size,) = sizes
         note = "" if len(seen) > 1 else f"{axis} = {size} was seen at one size only"
-        return 5, f"{axis} = {size}", note
+        return 6, f"{axis} = {size}", note
     return None
 
 
@@ -175,13 +180,13 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
     return [f"config.{path}" for path, values in _numbers(seen).items() if values == wanted]
 
 
-def _composed(axis: str, seen: Sequence[Seen]) -> Iterator[str]:
+def _composed(axis: str, seen: Sequence[Seen], words: frozenset[str]) -> Iterator[str]:
     """Products and quotients of two fields, and multiples of one."""
     wanted = _wanted(axis, seen)
     table = _numbers(seen)
     if wanted is None or not table or len(seen) < 2:
         return
-    order = sorted(table, key=lambda path: _preference(f"config.{path}"))
+    order = sorted(table, key=lambda path: _preference(f"config.{path}", words))
     for path in order:
         for times in (2, 3, 4):
             if [times * v for v in table[path]] == wanted:
@@ -203,5 +208,24 @@ def _rank(field: str) -> int:
     return _HINTS.index(name) if name in _HINTS else len(_HINTS)
 
 
-def _preference(field: str) -> tuple[int, int, str]:
-    return _rank(field), field.count("."), field
+_PARTS = {
+    "text": ("text", "language", "llm", "lm"),
+    "vision": ("vision", "visual", "image", "vit"),
+    "audio": ("audio", "speech", "sound"),
+    "decoder": ("decoder",),
+    "encoder": ("encoder",),
+}
+"""What a part of a model is called in names, by what its config is called."""
+
+
+def _distance(field: str, words: frozenset[str]) -> int:
+    """0 for a field of the part of the model that names speak of, 1 for the model's own, 2 for another part's."""
+    *parts, _ = field.removeprefix("config.").split(".")
+    if not parts:
+        return 1
+    part = parts[0].removesuffix("_config")
+    return 0 if words & {part, *_PARTS.get(part, ())} else 2
+
+
+def _preference(field: str, words: frozenset[str]) -> tuple[int, int, int, str]:
+    return _distance(field, words), _rank(field), field.count("."), field

@@ -18,7 +18,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from regraft.equation.notation import Term, axes_of, parse_equation, parse_key
+from regraft.equation.notation import Key, Term, axes_of, parse_equation, parse_key
 from regraft.errors import BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
@@ -185,18 +185,31 @@ def learn_pairs(
     looped = [list(with_loops(each.drafts)) for each in found]
     notes: list[str] = []
     rules: list[tuple[str, Drafted]] = []
-    for one in looped[0]:
-        rules += _with_sizes(one, looped, pairs, notes)
+    for number, each in enumerate(looped):
+        for one in each:
+            if number == 0 or not _is_made(one, rules):
+                rules += _with_sizes(one, number, looped, pairs, notes)
     kinds = kind_of or (lambda _: None, lambda _: None)
+    for inferred, pair in zip(found, pairs, strict=False):
+        _value_changes(inferred, pair)
     first = found[0]
-    _value_changes(first, pairs[0])
-    book = _book(rules, first, pairs[0], name, layouts, model_types, kinds, source)
-    text = write_book(book, _comment(pairs, found, notes, kind_of is not None))
+    for more in found[1:]:
+        _add_rest(first, more, rules)
+    shown = Pair(
+        {n: t for pair in reversed(pairs) for n, t in pair.before.items()},
+        {n: t for pair in reversed(pairs) for n, t in pair.after.items()},
+        pairs[0].config,
+        pairs[0].where,
+    )
+    book = _book(rules, first, shown, name, layouts, model_types, kinds, source)
+    counts = len(shown.after) - len(first.odd), len(shown.after)
+    text = write_book(book, _comment(len(pairs), counts, first, notes, kind_of is not None))
     loaded = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
     verified = []
     for number, pair in enumerate(pairs):
-        dropped = set(first.unused) if number == 0 else dropped_names(loaded, pair)
-        made = set(pair.after) - (set(first.odd) if number == 0 else _odd_of(loaded, pair))
+        dropped = set(found[number].unused) if number < naming else dropped_names(loaded, pair)
+        odd = set(found[number].odd) if number < naming else _odd_of(loaded, pair)
+        made = set(pair.after) - odd
         equal = check(
             loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
         )
@@ -214,8 +227,7 @@ def learn_pairs(
     return Learned(
         loaded,
         text,
-        len(pairs[0].after) - len(first.odd),
-        len(pairs[0].after),
+        *counts,
         dict(first.odd),
         tuple(first.unused),
         tuple(verified),
@@ -267,24 +279,58 @@ def _odd_of(book: Book, pair: Pair) -> set[str]:
 
 
 def _matching(drops: Iterable[Drop], tensors: Mapping[str, Tensor]) -> set[str]:
+    return _matched([drop.key for drop in drops], tensors)
+
+
+def _matched(keys: Iterable[Key], among: Iterable[str]) -> set[str]:
+    """The names that some keys speak of."""
     names: set[str] = set()
-    for group in group_names(list(tensors)):
-        for drop in drops:
-            match = match_group(drop.key, group)
+    groups = group_names(list(among))
+    for key in keys:
+        for group in groups:
+            match = match_group(key, group)
             if match is not None:
                 names.update(group.take(match.rows).names())
     return names
 
 
+def _is_made(one: Looped, rules: Sequence[tuple[str, Drafted]]) -> bool:
+    """Whether rules make all targets of an equation already: another size has layers that the first has not."""
+    targets = {name for member in one.members for name in member.names[1]}
+    equations = [parse_equation(text) for text, _ in rules]
+    return not targets - _matched([t.key for e in equations for t in e.right if t.key], targets)
+
+
+def _add_rest(first: Inferred, more: Inferred, rules: Sequence[tuple[str, Drafted]]) -> None:
+    """What another size shows that stays, is dropped or is not made, of which the first has nothing."""
+    equations = [parse_equation(text) for text, _ in rules]
+    split = Names([*first.kept, *first.unused, *first.odd, *more.kept, *more.unused])
+    for side, mine, others in ((1, first.kept, more.kept), (0, first.unused, more.unused)):
+        known = [t.key for e in equations for t in e.sides()[side] if t.key]
+        known += [parse_key(key) for key in carried(mine, split)]
+        mine += sorted(set(others) - _matched(known, others))
+    known = [t.key for e in equations for t in e.right if t.key]
+    known += [parse_key(key) for key in carried([*first.kept, *first.odd], split)]
+    for name in sorted(set(more.odd) - _matched(known, more.odd)):
+        first.odd[name] = more.odd[name]
+
+
 def _with_sizes(
-    one: Looped, looped: Sequence[Sequence[Looped]], pairs: Sequence[Pair], notes: list[str]
+    one: Looped,
+    base: int,
+    looped: Sequence[Sequence[Looped]],
+    pairs: Sequence[Pair],
+    notes: list[str],
 ) -> list[tuple[str, Drafted]]:
-    """The equation with clauses; by itself for each of its members where their sizes differ."""
-    seen = [_seen(one, pairs[0])]
-    for others, pair in zip(looped[1:], pairs[1:], strict=False):
-        same = [each for each in others if each.sides == one.sides]
+    """The equation with clauses; by itself for each of its members where their sizes differ.
+
+    ``base`` is the number of the pair that it is from.
+    """
+    seen = [_seen(one, pairs[base])]
+    for number, others in enumerate(looped):
+        same = [each for each in others if each.sides == one.sides and number != base]
         if same:
-            seen.append(_seen(same[0], pair))
+            seen.append(_seen(same[0], pairs[number]))
     found: Clauses | None = clauses_of(one, seen) or (
         clauses_of(one, seen[:1]) if len(seen) > 1 else None
     )
@@ -301,7 +347,7 @@ def _with_sizes(
             rule
             for part in parts.values()
             for again in with_loops(part)
-            for rule in _with_sizes(again, looped, pairs, notes)
+            for rule in _with_sizes(again, base, looped, pairs, notes)
         ]
     notes += found.notes
     where = f"\nwhere {', '.join(found.where)}" if found.where else ""
@@ -512,24 +558,24 @@ def _drop(side: str, key: str, why: str) -> Drop:
 
 
 def _comment(
-    pairs: Sequence[Pair], found: Sequence[Inferred], notes: Sequence[str], live: bool
+    pairs: int, counts: tuple[int, int], first: Inferred, notes: Sequence[str], live: bool
 ) -> str:
     lines = [
         "Learned by regraft from what a converter made of weights.",
-        f"Seen at {len(pairs)} size{'s' if len(pairs) > 1 else ''}; "
-        f"{len(pairs[0].after) - len(found[0].odd)} of {len(pairs[0].after)} tensors explained.",
+        f"Seen at {pairs} size{'s' if pairs > 1 else ''}; "
+        f"{counts[0]} of {counts[1]} tensors explained.",
     ]
     if not live:
         lines.append(
             "Kinds are told from names and numbers of dims: check them before you convert adapters."
         )
-    if len(pairs) == 1:
+    if pairs == 1:
         lines.append(
             "Sizes that are numbers here hold for that size: learn from a second one to have them named."
         )
-    if found[0].by_name:
+    if first.by_name:
         lines.append(
-            f"{found[0].by_name} tensors are equal to others: only their names told which is which."
+            f"{first.by_name} tensors are equal to others: only their names told which is which."
         )
     return "\n".join([*lines, *dict.fromkeys(notes)])
 
