@@ -6,9 +6,12 @@ from making import HEAD, book_of, equation_of
 
 from regraft.equation import check_equation, undetermined
 from regraft.errors import BadInputError
+from regraft.rules import book as book_module
 from regraft.rules.book import books_for, library, load_book
 from regraft.rules.direction import Direction
 from regraft.rules.kinds import KINDS
+
+SHIPPED = Path(book_module.__file__).parent / "library"
 
 
 def findings(body, head=HEAD):
@@ -227,3 +230,23 @@ def test_an_included_file_whose_name_no_file_can_have_is_not_there(tmp_path):
     path.write_text(HEAD + f'include = ["{"9" * 5000}.toml"]\n')
     with pytest.raises(BadInputError, match="there is no file 9999"):
         load_book(path)
+
+
+def test_only_the_heads_of_shipped_books_are_read_until_a_rule_is_asked_for(monkeypatch):
+    whole = {book.path: load_book(SHIPPED / book.path, book.path) for book in library()}
+    read = []
+    monkeypatch.setattr(
+        book_module, "load_book", lambda path, shown: read.append(shown) or whole[shown]
+    )
+    book_module._shipped.cache_clear()
+    try:
+        for book in book_module._shipped():
+            other = whole[book.path]
+            for name in ("name", "title", "layouts", "model_types", "reclaimed", "left_adapters"):
+                assert getattr(book, name) == getattr(other, name)
+            assert not read
+            assert (book.rules, book) == (other.rules, other)
+            assert read == [book.path]
+            read.clear()
+    finally:
+        book_module._shipped.cache_clear()
