@@ -156,7 +156,7 @@ def test_sizes_are_named_by_the_config_and_hold_elsewhere():
     (qkv,) = [r for r in found.book.rules if "qkv" in r.name]
     where = {str(clause) for clause in qkv.equation.where}
     assert "a = config.num_key_value_heads" in where
-    assert "b = config.head_dim" in where
+    assert {"b = f", "f = config.head_dim"} <= where
     assert "Seen at 3 sizes" in found.text
 
 
@@ -202,20 +202,53 @@ def test_another_size_shows_what_the_first_one_lacks():
     assert same(applied(found.book, other, to="new"), convert(other))
 
 
-def test_a_field_of_the_part_that_names_speak_of_comes_first():
+def test_pieces_that_are_alike_at_every_size_need_no_field():
     def convert(state):
-        names = [f"vision.{n}" for n in "qkv"]
-        return {"vision.qkv": np.concatenate([state[n] for n in names])}
+        return {"qkv": np.concatenate([state[n] for n in "qkv"])}
 
     pairs = []
     for size in (6, 10):
-        before = labels({f"vision.{n}": (size, 5) for n in "qkv"})
+        before = labels(dict.fromkeys("qkv", (size, size)))
+        pairs.append(Pair.of(before, convert(before), {"hidden_size": size}))
+    other = {n: numbers(1, 4, 8) for n in "qkv"}
+    book = learn_pairs(pairs, layouts=("old", "new")).book
+    assert same(applied(book, convert(other), {"hidden_size": 8}, to="old"), other)
+
+
+def test_what_is_called_an_embedding_and_has_a_bias_is_none():
+    shapes = {"patch_embed.weight": (6, 4), "patch_embed.bias": (6,)}
+    book = regraft.learn_from(lambda s: {"x." + k: v for k, v in s.items()}, shapes, torch=False)
+    assert [rule.left_kinds for rule in book.module_rules] == [("linear",)]
+
+
+def test_a_field_of_the_part_that_names_speak_of_comes_first():
+    def convert(state):
+        return {"vision.ab": np.concatenate([state["vision.a"], state["vision.b"]])}
+
+    pairs = []
+    for size, other in ((6, 4), (10, 7)):
+        before = labels({"vision.a": (size, 5), "vision.b": (other, 5)})
         config = {"audio_config": {"hidden_size": size}, "vision_config": {"hidden_size": size}}
         pairs.append(Pair.of(before, convert(before), config))
     found = learn_pairs(pairs, layouts=("old", "new"))
     assert found.sound
     assert "config.vision_config.hidden_size" in found.text
     assert "config.audio_config" not in found.text
+
+
+def test_the_config_says_how_many_are_stacked():
+    pairs = []
+    for count in (3, 5):
+        before = labels({f"layers.{n}.experts.{e}.w": (2, 4) for n in (0, 1) for e in range(count)})
+        after = {
+            f"layers.{n}.experts": np.stack(
+                [before[f"layers.{n}.experts.{e}.w"] for e in range(count)]
+            )
+            for n in (0, 1)
+        }
+        pairs.append(Pair.of(before, after, {"num_experts": count, "num_heads": count}))
+    found = learn_pairs(pairs, layouts=("old", "new"))
+    assert [str(c) for c in found.book.rules[0].equation.where] == ["a = config.num_experts"]
 
 
 def test_a_last_layer_that_differs_is_a_rule_of_its_own():

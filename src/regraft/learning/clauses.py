@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
-from regraft.equation.notation import parse_equation
+from regraft.equation.notation import (
+    Axis,
+    Equation,
+    Product,
+    Sum,
+    axes_of,
+    indices_of,
+    loops_of,
+    parse_equation,
+)
 from regraft.equation.sizes import undetermined
 from regraft.learning.loops import Looped
 
@@ -52,6 +62,7 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
     done = set(first.tags)
     lonely = {*first.copies, *(axis for axis, _ in first.fills)}
     words = frozenset(re.findall("[a-z]+", looped.sides))
+    beside = _beside(parse_equation(looped.sides))
     while True:
         text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
         equation = parse_equation(text)
@@ -62,11 +73,12 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
             if name not in done
         ]
         if not loose:
-            return Clauses(tuple(where), tuple(notes))
+            counts = _counts(equation, done, lonely, seen, words)
+            return Clauses((*where, *counts), tuple(notes))
         options = [
             (axis, found)
             for axis in dict.fromkeys(loose)
-            if (found := _clause(axis, loose, lonely, seen, words))
+            if (found := _clause(axis, loose, lonely, seen, words, beside.get(axis, ())))
         ]
         if not options:
             return None
@@ -77,10 +89,58 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
             notes.append(note)
 
 
+def _counts(
+    equation: Equation,
+    done: set[str],
+    lonely: set[str],
+    seen: Sequence[Seen],
+    words: frozenset[str],
+) -> Iterator[str]:
+    """How many tensors are stacked, where a field of the config says it: otherwise the last may be missing."""
+    loops = {*loops_of(equation), *indices_of(equation)}
+    keyed = {
+        name
+        for side in equation.sides()
+        for term in side
+        for hole in (term.key.holes if term.key is not None else ())
+        for name in axes_of(hole)
+    }
+    for axis in sorted(keyed - loops - done - lonely):
+        fields = _fields(axis, seen) if len(seen) > 1 else []
+        fields.sort(key=lambda field: ("expert" not in field, _preference(field, words)))
+        if fields:
+            yield f"{axis} = {fields[0]}"
+
+
+def _beside(equation: Equation) -> dict[str, list[str]]:
+    """For every axis that is a piece of a sum by itself: the others in that sum."""
+    table: dict[str, list[str]] = defaultdict(list)
+    stack = [dim for side in equation.sides() for term in side for dim in term.dims]
+    while stack:
+        expr = stack.pop()
+        if isinstance(expr, Sum):
+            pieces = [part.name for part in expr.terms if isinstance(part, Axis)]
+            for name in pieces:
+                table[name] += [other for other in pieces if other != name]
+        if isinstance(expr, Sum | Product):
+            stack += expr.terms if isinstance(expr, Sum) else expr.factors
+    return table
+
+
 def _clause(
-    axis: str, loose: Sequence[str], lonely: set[str], seen: Sequence[Seen], words: frozenset[str]
+    axis: str,
+    loose: Sequence[str],
+    lonely: set[str],
+    seen: Sequence[Seen],
+    words: frozenset[str],
+    beside: Sequence[str],
 ) -> tuple[int, str, str] | None:
     """How good a clause for an axis is (less is better), the clause, and what is not sure."""
+    tables = [table for each in seen for table in each.sizes]
+    for other in beside if axis not in lonely else ():
+        # Pieces of one sum that are alike wherever they were seen are so by themselves.
+        if other in loose and all(t.get(axis) == t.get(other) for t in tables):
+            return -1, f"{axis} = {other}", ""
     fields = sorted(_fields(axis, seen), key=lambda field: _preference(field, words))
     wanted = _wanted(axis, seen)
     fixed = len(seen) > 1 and wanted is not None and len(set(wanted)) == 1
@@ -91,7 +151,6 @@ def _clause(
     if own:
         rank = 0 if _rank(own[0]) < len(_HINTS) else 1
         return rank, f"{axis} = {own[0]}", ""
-    tables = [table for each in seen for table in each.sizes]
     names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
     if axis in lonely:
         names = []  # copies and padding are as many as they are, not as many as something else

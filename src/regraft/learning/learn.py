@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -18,26 +18,25 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from regraft.equation.notation import Key, Term, axes_of, parse_equation, parse_key
+from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.loops import Looped, with_loops
-from regraft.learning.propose import _join_prefixes, check
+from regraft.learning.making import comment, make_book
+from regraft.learning.propose import check
 from regraft.learning.relate import Names, carried
+from regraft.learning.roles import KindOf
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
-from regraft.rules.book import PLAIN, Book, Carry, Drop, ModuleRule, Rule, load_book
-from regraft.rules.kinds import BATCH, IN, KINDS, OUT
+from regraft.rules.book import Book, Drop, load_book
 from regraft.rules.templates import match_group
 from regraft.rules.write import write_book
 
 State = Mapping[str, Any]
 Source = str | os.PathLike[str] | State
-KindOf = Callable[[str], str | None]
-"""The kind of a tensor by its name, where a live model says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +200,21 @@ def learn_pairs(
         pairs[0].config,
         pairs[0].where,
     )
-    book = _book(rules, first, shown, name, layouts, model_types, kinds, source)
+    if model_types is None:
+        known = pairs[0].config.get("model_type") if pairs[0].config is not None else None
+        model_types = [known] if isinstance(known, str) else []
+    book = make_book(
+        rules,
+        first,
+        (shown.before, shown.after),
+        name=name,
+        layouts=layouts,
+        model_types=model_types,
+        kinds=kinds,
+        source=source,
+    )
     counts = len(shown.after) - len(first.odd), len(shown.after)
-    text = write_book(book, _comment(len(pairs), counts, first, notes, kind_of is not None))
+    text = write_book(book, comment(len(pairs), counts, first, notes, kind_of is not None))
     loaded = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
     verified = []
     for number, pair in enumerate(pairs):
@@ -370,216 +381,6 @@ def _value_changes(found: Inferred, pair: Pair) -> None:
             found.odd[name] = "its values change, so that is no layout change"
 
 
-def _book(
-    rules: Sequence[tuple[str, Drafted]],
-    found: Inferred,
-    pair: Pair,
-    name: str,
-    layouts: tuple[str, str],
-    model_types: Sequence[str] | None,
-    kinds: tuple[KindOf, KindOf],
-    source: str,
-) -> Book:
-    if model_types is None:
-        known = pair.config.get("model_type") if pair.config is not None else None
-        model_types = [known] if isinstance(known, str) else []
-    texts = [(text, 1) for text, _ in rules]
-    drafts = dict(rules)
-    joined = _join_prefixes([(t, n) for t, n in texts], (pair.before, pair.after))
-    made: list[Rule] = []
-    modules: list[ModuleRule] = []
-    titles: dict[str, int] = defaultdict(int)
-    plain = {text for text, _ in joined if text in drafts and drafts[text].left[0].dims == "..."}
-    for text, _ in joined:
-        equation = parse_equation(text)
-        target = str(equation.right[0].key)
-        words = [w for w in target.split(".") if not w.startswith("{") and w != "weight"]
-        title = " ".join(words[-2:]) or target
-        each = drafts.get(text)
-        if text in plain and each is not None:
-            module = _module(text, each, pair, kinds, plain)
-            if isinstance(module, str):
-                continue
-            if module is not None:
-                titles[title] += 1
-                title += f" {titles[title]}" if titles[title] > 1 else ""
-                left, right, kind, dims = module
-                whole = parse_equation(f"{left} : {dims} == {right} : {dims}")
-                modules.append(ModuleRule(title, whole, (kind,), (kind,), ""))
-                continue
-        titles[title] += 1
-        title += f" {titles[title]}" if titles[title] > 1 else ""
-        sides = _kinds(equation.left, equation.right, each, kinds)
-        made.append(Rule(title, equation, *sides, name, ""))
-    split = Names([*pair.before, *pair.after])
-    carries = tuple(_carry(key) for key in carried(found.kept, split))
-    drops = [
-        _drop("left", key, "nothing of it is in the other layout")
-        for key in carried(found.unused, split)
-    ]
-    drops += [
-        _drop("right", key, f"not made: {found.odd[n]}")
-        for n in found.odd
-        for key in carried([n], split)
-    ]
-    unique = tuple({(d.sides, str(d.key)): d for d in drops}.values())
-    return Book(
-        name,
-        f"Learned: from {layouts[0]} to {layouts[1]}",
-        *layouts,
-        tuple(model_types),
-        tuple(made),
-        carries,
-        (),
-        (),
-        (),
-        (),
-        "",
-        source,
-        unique,
-        module_rules=tuple(modules),
-    )
-
-
-def _module(
-    text: str, each: Drafted, pair: Pair, kinds: tuple[KindOf, KindOf], plain: set[str]
-) -> tuple[str, str, str, str] | str | None:
-    """A rename of a weight as a rule for its module; ``covered`` for the bias that such a rule has."""
-    equation = parse_equation(text)
-    left, right = str(equation.left[0].key), str(equation.right[0].key)
-    if left.endswith(".bias") and right.endswith(".bias"):
-        stem = left.removesuffix(".bias"), right.removesuffix(".bias")
-        weight = f"{stem[0]}.weight : ...\n    == {stem[1]}.weight : ...\n"
-        return "covered" if weight in plain else None
-    if not (left.endswith(".weight") and right.endswith(".weight")):
-        return None
-    kind = kinds[0](each.names[0][0]) or kinds[1](each.names[1][0])
-    shape = pair.before[each.names[0][0]].shape
-    if kind in (None, "any"):
-        kind = _guess(each.names[1][0], len(shape))
-    if kind not in PLAIN or kind == "any":
-        return None
-    return left.removesuffix(".weight"), right.removesuffix(".weight"), kind, PLAIN[kind]
-
-
-def _guess(name: str, dims: int) -> str:
-    """The kind of a tensor by its name and how many dims it has."""
-    module, _, leaf = name.rpartition(".")
-    if dims == 1:
-        return "vector"
-    if leaf != "weight" and "expert" not in name:
-        return "any"
-    last = module.rpartition(".")[2]
-    if dims == 2:
-        words = ("embed", "wte", "wpe", "embd", "embedding")
-        return "embedding" if any(w in last for w in words) and "proj" not in last else "linear"
-    if dims == 3 and "expert" in name:
-        return "experts"
-    return "conv" if leaf == "weight" else "any"
-
-
-def _kinds(
-    left: Sequence[Term],
-    right: Sequence[Term],
-    each: Drafted | None,
-    known: tuple[KindOf, KindOf],
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Kinds of all terms: from live models, else from names on the one side and from where the axes go on the other."""
-    sides: list[list[str | None]] = []
-    for number, terms in enumerate((left, right)):
-        names = each.names[number] if each is not None else ()
-        kinds: list[str | None] = []
-        for term in terms:
-            name = next((n for n in names if _is_of(n, term)), None)
-            kinds.append(known[number](name) if name is not None else None)
-        sides.append(kinds)
-    guessed = [[_guess(str(t.key), len(t.dims)) for t in terms] for terms in (left, right)]
-    roles: dict[str, str] = {}
-    # The side with more tensors is the one of single modules, whose names tell most.
-    first = 0 if len(left) >= len(right) else 1
-    for number in (first, 1 - first):
-        for term, kind, guess in zip(
-            (left, right)[number], sides[number], guessed[number], strict=True
-        ):
-            told = kind or (guess if number == first else None)
-            if told is not None and KINDS[told].roles and KINDS[told].fits(term):
-                _note_roles(term, told, roles)
-    for tag in each.tags if each is not None else ():
-        roles.pop(tag, None)
-    result = []
-    for terms, kinds, guesses in zip((left, right), sides, guessed, strict=True):
-        result.append(
-            tuple(
-                _kind(term, kind, guess, roles)
-                for term, kind, guess in zip(terms, kinds, guesses, strict=True)
-            )
-        )
-    return result[0], result[1]
-
-
-def _kind(term: Term, told: str | None, guess: str, roles: Mapping[str, str]) -> str:
-    """The kind that a live model tells, that the axes tell, or that the name tells."""
-    if told is None and len(term.dims) > 1 and not term.ends_open:
-        told = _by_roles(term, roles)
-    kind = told or guess
-    return kind if kind in KINDS and KINDS[kind].fits(term) and not term.ends_open else "any"
-
-
-def _note_roles(term: Term, kind: str, roles: dict[str, str]) -> None:
-    for hole in term.key.holes if term.key is not None else ():
-        for axis in axes_of(hole):
-            roles.setdefault(axis, BATCH)
-    for dim, expr in enumerate(term.dims):
-        for axis in axes_of(expr):
-            roles.setdefault(axis, KINDS[kind].role(dim))
-
-
-def _by_roles(term: Term, roles: Mapping[str, str]) -> str | None:
-    dims = [{roles[a] for a in axes_of(d) if a in roles} for d in term.dims]
-    if any(len(found) != 1 for found in dims):
-        return None
-    order = tuple(found.pop() for found in dims)
-    kinds = ("linear", "conv1d", "experts", "experts-transposed")
-    known = next((k for k in kinds if KINDS[k].roles == order), None)
-    return known or ("conv" if order[:1] == (OUT,) and set(order[1:]) == {IN} else None)
-
-
-def _is_of(name: str, term: Term) -> bool:
-    return term.key is not None and match_group(term.key, group_names([name])[0]) is not None
-
-
-def _carry(key: str) -> Carry:
-    equation = parse_equation(f"{key} : ... == {key} : ...")
-    return Carry(equation.left[0], equation, "the same in both", "any", "")
-
-
-def _drop(side: str, key: str, why: str) -> Drop:
-    return Drop(("left",) if side == "left" else ("right",), parse_key(key), why, "")
-
-
-def _comment(
-    pairs: int, counts: tuple[int, int], first: Inferred, notes: Sequence[str], live: bool
-) -> str:
-    lines = [
-        "Learned by regraft from what a converter made of weights.",
-        f"Seen at {pairs} size{'s' if pairs > 1 else ''}; "
-        f"{counts[0]} of {counts[1]} tensors explained.",
-    ]
-    if not live:
-        lines.append(
-            "Kinds are told from names and numbers of dims: check them before you convert adapters."
-        )
-    if pairs == 1:
-        lines.append(
-            "Sizes that are numbers here hold for that size: learn from a second one to have them named."
-        )
-    if first.by_name:
-        lines.append(
-            f"{first.by_name} tensors are equal to others: only their names told which is which."
-        )
-    return "\n".join([*lines, *dict.fromkeys(notes)])
-
-
 def _open(source: Source, where: str) -> Content:
     if isinstance(source, Mapping):
         return Content("checkpoint", where, content_of(arrays_of(source), where))
@@ -617,7 +418,6 @@ def _config_beside(path: Path) -> Config | None:
 
 __all__ = [
     "Config",
-    "KindOf",
     "Learned",
     "Pair",
     "Verified",

@@ -13,7 +13,6 @@ from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.learning.content import content_of
 from regraft.learning.learn import (
     Config,
-    KindOf,
     Learned,
     Pair,
     arrays_of,
@@ -21,6 +20,7 @@ from regraft.learning.learn import (
     require_sound,
 )
 from regraft.learning.probe import Arrays, digits, join_digits, labels
+from regraft.learning.roles import KindOf
 from regraft.rules.book import Book
 
 Convert = Callable[[dict[str, Any]], Mapping[str, Any]]

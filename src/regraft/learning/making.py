@@ -1,0 +1,107 @@
+"""The book of what was learned: rules with kinds, what is carried over, and what is dropped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from regraft.equation.notation import parse_equation, parse_key
+from regraft.learning.assemble import Drafted
+from regraft.learning.content import Tensor
+from regraft.learning.infer import Inferred
+from regraft.learning.naming import Rename, Titles, kept_rules, rename_rules
+from regraft.learning.relate import Names, carried
+from regraft.learning.roles import KindOf, Kinds, kinds_of
+from regraft.rules.book import Book, Drop, Rule
+
+Tensors = Mapping[str, Tensor]
+
+
+def make_book(
+    rules: Sequence[tuple[str, Drafted]],
+    found: Inferred,
+    sides: tuple[Tensors, Tensors],
+    *,
+    name: str,
+    layouts: tuple[str, str],
+    model_types: Sequence[str],
+    kinds: tuple[KindOf, KindOf],
+    source: str,
+) -> Book:
+    """A book of equations and the rest; ``sides`` are the tensors before and after, of all sizes."""
+    before, after = ({n: t.shape for n, t in side.items()} for side in sides)
+    known = Kinds(kinds, (before, after))
+    titles = Titles()
+    renames: list[Rename] = []
+    made: list[Rule] = []
+    for text, each in rules:
+        rename = Rename.of(text, each)
+        if rename is not None:
+            renames.append(rename)
+            continue
+        equation = parse_equation(text)
+        pair = kinds_of(equation.left, equation.right, each, kinds)
+        made.append(Rule(titles.of(str(equation.right[0].key)), equation, *pair, name, ""))
+    renamed, modules = rename_rules(renames, sides, known, titles, name)
+    split = Names([*sides[0], *sides[1]])
+    kept: dict[str, list[str]] = defaultdict(list)
+    for each_name in found.kept:
+        kept[carried([each_name], split)[0]].append(each_name)
+    turned, carries = kept_rules(kept, known, titles, name)
+    return Book(
+        name,
+        f"Learned: from {layouts[0]} to {layouts[1]}",
+        *layouts,
+        tuple(model_types),
+        (*renamed, *made, *turned),
+        tuple(carries),
+        (),
+        (),
+        (),
+        (),
+        "",
+        source,
+        tuple(_drops(found, split)),
+        module_rules=tuple(modules),
+    )
+
+
+def _drops(found: Inferred, split: Names) -> list[Drop]:
+    drops = [
+        _drop("left", key, "nothing of it is in the other layout")
+        for key in carried(found.unused, split)
+    ]
+    drops += [
+        _drop("right", key, f"not made: {found.odd[n]}")
+        for n in found.odd
+        for key in carried([n], split)
+    ]
+    return list({(d.sides, str(d.key)): d for d in drops}.values())
+
+
+def _drop(side: str, key: str, why: str) -> Drop:
+    return Drop(("left",) if side == "left" else ("right",), parse_key(key), why, "")
+
+
+def comment(
+    pairs: int, counts: tuple[int, int], first: Inferred, notes: Sequence[str], live: bool
+) -> str:
+    """What stands above a learned book: its evidence, and what to check."""
+    lines = [
+        "Learned by regraft from what a converter made of weights.",
+        f"Seen at {pairs} size{'s' if pairs > 1 else ''}; "
+        f"{counts[0]} of {counts[1]} tensors explained.",
+    ]
+    if not live:
+        lines.append(
+            "Kinds are told from names and numbers of dims: check them before you convert adapters."
+        )
+    if pairs == 1:
+        lines.append(
+            "Sizes that are numbers here hold for that size: learn from a second one to have them named."
+        )
+    if first.by_name:
+        lines.append(
+            f"{first.by_name} tensors are equal to others: only their names told which is which."
+        )
+    return "\n".join([*lines, *dict.fromkeys(notes)])
