@@ -19,6 +19,8 @@ from regraft.checkpoints.convert import convert_checkpoint
 from regraft.errors import RegraftError
 from regraft.layouts.names import Layout
 from regraft.report import CheckpointReport
+from regraft.rules.mtp import WHY as MTP
+from regraft.rules.mtp import mtp_among
 
 
 def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
@@ -64,9 +66,13 @@ def _try(question: Loading, verdict: Verdict) -> None:
     verdict.error = loaded.error
     if loaded.guessed is not None:
         verdict.notes.append(loaded.guessed)
+    mtp = mtp_among(loaded.unexpected, (part for _, part in question.model.parts())).names()
+    unexpected = [key for key in loaded.unexpected if key not in mtp]
+    if mtp:
+        verdict.notes.append(f"{len(mtp)} tensors are those of {MTP}")
     bad = {
         "missing": loaded.missing,
-        "unexpected": loaded.unexpected,
+        "unexpected": unexpected,
         "mismatched": loaded.mismatched,
     }
     wrong = {key for keys in bad.values() for key in keys}
@@ -79,7 +85,7 @@ def _try(question: Loading, verdict: Verdict) -> None:
         verdict.causes.append(
             "transformers fills what is missing with random numbers, and only warns of it"
         )
-    if loaded.unexpected:
+    if unexpected:
         verdict.causes.append("tensors that the model has no place for are left out")
     verdict.healthy = not (wrong or loaded.error or loaded.failed or verdict.findings)
 

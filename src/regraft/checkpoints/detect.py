@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from regraft.adapters.detect import covers, one_layout
 from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.per_expert import Unstacked, find_unstacked
-from regraft.equation.notation import ConfigPath, Term
+from regraft.equation.notation import ConfigPath, Key, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Choice, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge, edges_to, find_routes
@@ -18,6 +18,7 @@ from regraft.planning.compose import compose, middle_of
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
+from regraft.rules.mtp import Counts, MtpKeys, find_mtp, with_mtp
 from regraft.rules.templates import match_group
 
 
@@ -38,6 +39,8 @@ class Detected:
     """The class that the model was taken for, where it matters."""
     unstacked: Unstacked = field(default_factory=Unstacked)
     """Quantised experts that stay one by one in every layout."""
+    mtp: MtpKeys = field(default_factory=MtpKeys)
+    """The layers for predicting further tokens."""
 
 
 def detect(
@@ -92,14 +95,31 @@ def detect(
         book = _book_by_names(headers, where)
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
+    own = (key for book in books for key in _own_keys(book)) if imported is not None else ()
+    counts = Counts.of(part for _, part in model.parts()) if model is not None else Counts()
+    mtp = find_mtp(headers.groups, counts, where, own)
+    books = tuple(with_mtp(book, mtp) for book in books)
     unstacked = Unstacked()
     if companions is not None:
         unstacked = find_unstacked(books, scopes, companions, where)
-    layout, evidence = _layout_of(books, scopes, unstacked.without(headers), where, source)
-    found = Detected(books, scopes, layout, (told, evidence), unstacked=unstacked)
+    layout, evidence = _layout_of(
+        books, scopes, _without(mtp, unstacked.without(headers)), where, source
+    )
+    found = Detected(books, scopes, layout, (told, evidence), unstacked=unstacked, mtp=mtp)
     if imported is None:
         return found
     return replace(found, imported=True, notes=imported.notes, architecture=imported.architecture)
+
+
+def _own_keys(book: Book) -> Iterator[Key]:
+    """All keys that a book knows the model to have."""
+    terms = [t for r in book.rules for t in (*r.equation.left, *r.equation.right)]
+    yield from (t.key for t in [*terms, *(c.term for c in book.carries)] if t.key is not None)
+
+
+def _without(mtp: MtpKeys, headers: Headers) -> Headers:
+    """What tells the layout of a model: MTP layers may be in the other one, for nothing loads them with it."""
+    return Headers(mtp.without(headers.groups), headers.shapes, headers.dtypes)
 
 
 def detect_by_books(
@@ -264,13 +284,14 @@ def _model_choice(book: Book, made: frozenset[str], all_made: Iterable[frozenset
 
 def _book_by_names(headers: Headers, where: str) -> Book:
     outcomes: dict[frozenset[str], Book] = {}
+    mtp = find_mtp(headers.groups, Counts(), where)
     for book in library():
-        evidence = _evidence(book, headers.groups, Scope())
+        evidence = _evidence(book, _without(mtp, headers).groups, Scope())
         if not evidence:
             continue
         layout = evidence[0][0]
         try:
-            plan = build_plan(headers, [Edge.out_of(book, layout)], where=where)
+            plan = build_plan(headers, [Edge.out_of(with_mtp(book, mtp), layout)], where=where)
         except RegraftError:
             continue
         outcomes.setdefault(frozenset(g.template for g in plan.targets()), book)

@@ -50,6 +50,7 @@ from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
+from regraft.rules.mtp import WHY as MTP
 from regraft.storage.folder import load_json
 
 
@@ -164,6 +165,11 @@ def prepare(
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
     report.notes += [*known.notes, *said]
+    if len(known.mtp) and plan is not None:
+        report.notes.append(
+            f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "
+            "like its own layers"
+        )
     report.notes += [] if plan is None else _words(plan)
     report.notes += [
         f"rule book {book.name} comes with the installed package {book.package}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+from regraft.bridges.transformers.imported import Imported
 from regraft.live.mapping import Mapping
+from regraft.live.ruled import Ruled
 from regraft.names.live import LiveModel
+from regraft.names.modules import without_wrappers
 from regraft.names.resolve import Part, Resolved
+from regraft.rules.mtp import WHY as MTP
 
 _POOLER = "pooler."
 _MAKES_POOLER = "add_pooling_layer"
@@ -24,8 +28,12 @@ def left_out(target: Mapping, resolved: Resolved) -> tuple[dict[str, str], dict[
     for part in resolved.parts:
         model, imported = target.live.models[part.model], target.imported[part.model]
         outer = _around(part, model)
+        mtp = mtp_of(imported, part, resolved)
         for key in resolved.unmatched:
             inside = key.startswith(part.prefix)
+            if key in mtp:
+                quiet[key] = MTP
+                continue
             known = imported.unwanted(key[len(part.prefix) :]) if inside else None
             if known is not None:
                 quiet[key] = known[0]
@@ -34,6 +42,14 @@ def left_out(target: Mapping, resolved: Resolved) -> tuple[dict[str, str], dict[
             elif inside and _is_pooler(key[len(part.prefix) :], model):
                 loud[key] = f"{imported.name} was made without a pooler"
     return quiet, {key: why for key, why in loud.items() if key not in quiet}
+
+
+def mtp_of(imported: Imported | Ruled, part: Part, resolved: Resolved) -> dict[str, str]:
+    """The unmatched keys of a part that are of layers for predicting further tokens: as they are without wrappers."""
+    left = [key for key in resolved.unmatched if key.startswith(part.prefix)]
+    bare = {key: without_wrappers(key[len(part.prefix) :]) for key in left}
+    found = imported.mtp_among(list(bare.values())).names()
+    return {key: name for key, name in bare.items() if name in found}
 
 
 def _around(part: Part, model: LiveModel) -> tuple[str, str] | None:

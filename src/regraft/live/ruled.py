@@ -21,6 +21,7 @@ from regraft.planning.build import build_plan
 from regraft.planning.model import ModelConfig, Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, books_for
+from regraft.rules.mtp import MtpKeys
 
 _WHERE = "the state dict"
 
@@ -102,6 +103,10 @@ class Ruled:
     def unwanted(self, key: str) -> tuple[str, bool] | None:
         """Why the model has no place for a key, and whether it computes it; ``None`` if it should have one."""
         return ("the model computes it itself", True) if key in self.skeleton.computed else None
+
+    def mtp_among(self, keys: Sequence[str]) -> MtpKeys:
+        """None: what a user's books say of such layers, they say themselves."""
+        return MtpKeys()
 
     @property
     def changed(self) -> frozenset[str]:

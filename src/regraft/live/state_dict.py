@@ -20,7 +20,7 @@ from regraft.errors import (
     UnmatchedKeysError,
 )
 from regraft.layouts.graph import Edge
-from regraft.live.left_out import left_out
+from regraft.live.left_out import left_out, mtp_of
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
 from regraft.live.ruled import Ruled
@@ -29,6 +29,7 @@ from regraft.names.patterns import patterns
 from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
+from regraft.rules.mtp import with_mtp
 
 if TYPE_CHECKING:
     from regraft.live.spread import Spread
@@ -268,7 +269,7 @@ def _warn(keys: Iterable[str], message: str) -> None:
 
 def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
-    resolved = source.resolve(list(state_dict))
+    resolved = _with_mtp(source, source.resolve(list(state_dict)))
     report = StateDictReport(layout)
     report.left_out, _ = left_out(source, resolved)
     _check(source, resolved, state_dict, report.left_out)
@@ -290,6 +291,17 @@ def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> C
     _raise(findings)
     result.report = report
     return result
+
+
+def _with_mtp(source: LiveMapping, resolved: Resolved) -> Resolved:
+    """The keys of MTP layers with those of their models: the models have them not, and files do."""
+    parts, taken = [], set[str]()
+    for part in resolved.parts:
+        mtp = mtp_of(source.imported[part.model], part, resolved)
+        parts.append(replace(part, keys={**part.keys, **{name: key for key, name in mtp.items()}}))
+        taken.update(mtp)
+    unmatched = tuple(key for key in resolved.unmatched if key not in taken)
+    return replace(resolved, parts=tuple(parts), unmatched=unmatched)
 
 
 def _with_depth(name: str, live_key: str) -> str:
@@ -417,7 +429,7 @@ def convert_model(
     if not go:
         return result
     shapes = {key: tuple(tensor.shape) for key, tensor in go.items()}
-    book = imported.book(list(go), shapes)
+    book = with_mtp(imported.book(list(go), shapes), imported.mtp_among(list(go)))
     plan = build_plan(_headers(go), [Edge.to(book, layout)], where="the state dict")
     _note_rules(plan, report)
     made = apply_plan(plan, list(go.values()))

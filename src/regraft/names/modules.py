@@ -68,6 +68,16 @@ WRAPPER_SEGMENTS = frozenset(
 )
 """Segments that wrappers leave in saved names. PEFT's ``base_model.model`` and ``token_adapter.base_layer`` are two."""
 
+
+def without_wrappers(key: str) -> str:
+    """A key of a file without the segments that wrappers leave.
+
+    >>> without_wrappers("mtp.layers.0._fsdp_wrapped_module.mlp.gate.weight")
+    'mtp.layers.0.mlp.gate.weight'
+    """
+    return ".".join(segment for segment in key.split(".") if segment not in WRAPPER_SEGMENTS)
+
+
 _known: dict[type, Facts] = {}
 
 

@@ -20,7 +20,9 @@ from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
 from regraft.bridges.transformers.symbolic import Outcome, Rows, outcomes, put, rows_of, stand_in
 from regraft.errors import Finding, RefusedError, UnmatchedKeysError
 from regraft.names.skeleton import Skeleton, SubModel
+from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
+from regraft.rules.mtp import MtpKeys, mtp_among
 
 STACKED = 99
 """The stand-in for the index of a stacked tensor."""
@@ -189,6 +191,13 @@ class Imported:
         if known is None:
             return None
         return f"{known.classes[0]} has no place for it, and does not want it", False
+
+    def mtp_among(self, keys: Sequence[str]) -> MtpKeys:
+        """The layers for predicting further tokens among keys, of which the model has none."""
+        config = self.skeleton.submodels[0].config
+        data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        left = [key for key, lands in zip(keys, self.lands(keys), strict=True) if not lands]
+        return mtp_among(left, (part for _, part in ModelConfig(data, "").parts()))
 
     def lands(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key, in an old spelling or the new one, is one of the model's."""

@@ -31,6 +31,7 @@ from regraft.errors import BadInputError
 from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, library
 from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
+from regraft.rules.mtp import is_mtp_module
 
 LEFT, RIGHT = "transformers-v4", "transformers-v5"
 _LOOPS = "lmnqw"
@@ -122,7 +123,7 @@ class _Maker:
         """The line for keys of a file that the model has no place for, where it does not want them either."""
         reasons: dict[tuple[str, bool], list[int]] = {}
         for row, name in enumerate(rows.names()):
-            reason = self.imported.unwanted(name)
+            reason = None if is_mtp_module(name) else self.imported.unwanted(name)
             if reason is not None:
                 reasons.setdefault(reason, []).append(row)
         for (why, computed), kept in reasons.items():
