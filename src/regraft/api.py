@@ -13,6 +13,7 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.protocol import Opened
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.convert import convert_checkpoint
@@ -20,24 +21,15 @@ from regraft.checkpoints.dequantize import dequantize_checkpoint
 from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.base import Found
-from regraft.dialects.names import layout_named, source_named
-from regraft.dialects.peft.saving import save_adapter
-from regraft.dialects.peft.source import (
-    ASIDE,
-    CONFIG,
-    WEIGHTS,
-    WEIGHTS_BIN,
-    Source,
-    find_adapters,
-    open_adapter,
-)
+from regraft.dialects.names import SourceName, layout_named, source_named
+from regraft.dialects.opening import Opening, Target, find_source, reopened
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
 from regraft.layouts.names import Layout
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.report import Report
 from regraft.rules.book import Rules, only_books, only_family
 from regraft.storage.beside import narrow
-from regraft.storage.folder import check_destination, copy_file, staged_folder
+from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder
 from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 
@@ -204,37 +196,37 @@ def convert(
             drop=drop,
             dequantize=dequantize,
         )
-        found = find_adapters(src_path)
-        _check_kind(dst_path)
+        opening = find_source(src_path, given)
+        found = opening.found
         foreign = InstalledTransformers()
         if merge:
-            return _merge(
-                found,
-                src_path,
-                dst_path,
-                layout,
-                source_layout,
-                model,
-                overwrite,
-                progress,
-                foreign,
-            )
-        check_destination(src_path, dst_path, overwrite)
+            return _merge(opening, dst_path, layout, given, model, overwrite, progress, foreign)
+        target = Target.of(layout, opening, dst_path)
+        check_destination(src_path, dst_path, overwrite, file=target.file)
         config = load_model(Path(model)) if model is not None else None
         report = Report(str(src_path), str(dst_path), written=not dry_run)
         report.files = [str(path) for path in found.others]
         left = _budget(verify_budget) if verify else None
-        converted: list[tuple[Source, Converted]] = []
+        converted: list[tuple[Opened, Converted]] = []
         stamps: list[Stamp] = []
         findings: list[Finding] = []
         failed: list[RegraftError] = []
         for number, folder in enumerate(found.folders):
             if progress is not None:
                 progress(folder.name, number, len(found.folders))
-            stamps += _stamp(folder, found.weights)
+            stamps += _stamp(folder, found)
             try:
-                opened = open_adapter(folder, found.root, found.weights)
-                result = convert_adapter(opened, layout, config, source_layout, asked, foreign)
+                opened = opening.open(folder)
+                result = convert_adapter(
+                    opened,
+                    layout,
+                    config,
+                    source_layout,
+                    asked,
+                    foreign,
+                    packing=given.packing,
+                    into=target.into,
+                )
             except RegraftError as error:
                 failed.append(error)
                 findings += error.findings
@@ -242,7 +234,7 @@ def convert(
             if not result.report.copied or not dry_run:
                 _note_values(opened, result)
             if left is not None:
-                _certify(opened, result, config, via, foreign, left, source_layout)
+                _certify(opened, result, target, config, via, foreign, left, given.packing)
             converted.append((opened, result))
             report.adapters.append(result.report)
         if failed:
@@ -252,10 +244,15 @@ def convert(
         others = list(found.others)
         if not all(result.report.copied for _, result in converted):
             others, notes = sort_files(found.root, found.others)
-            report.files = [str(path) for path in others]
             report.adapters[0].notes += notes
+        if target.file and others:
+            report.adapters[0].notes.append(
+                f"left out, because one file is written: {', '.join(map(str, others))}"
+            )
+            others = []
+        report.files = [str(path) for path in others]
         if not dry_run:
-            _write(found.root, others, dst_path, converted, stamps, overwrite)
+            _write(found.root, others, dst_path, target, converted, stamps, overwrite)
         if progress is not None:
             progress("", len(found.folders), len(found.folders))
         return report
@@ -289,11 +286,10 @@ def inspect(
 
 
 def _merge(
-    found: Found,
-    src: Path,
+    opening: Opening,
     dst: Path,
     layout: Layout,
-    source_layout: Layout | None,
+    given: SourceName,
     model: str | os.PathLike[str] | None,
     overwrite: bool,
     progress: Progress | None,
@@ -301,7 +297,8 @@ def _merge(
 ) -> Report:
     from regraft.merging import merge_adapter
 
-    if model is None or len(found.folders) != 1:
+    src = opening.src
+    if model is None or len(opening.found.folders) != 1:
         raise BadInputError(
             Finding(
                 "option",
@@ -310,11 +307,20 @@ def _merge(
                 fix="give the base's folder as --model, and one adapter's folder as SRC",
             )
         )
+    _check_folder(dst)
     check_destination(src, dst, overwrite)
     check_destination(Path(model), dst, overwrite)
-    opened = open_adapter(found.folders[0], found.root, found.weights)
+    files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
     adapter, checkpoint = merge_adapter(
-        opened, dst, layout, Path(model), source_layout, overwrite, progress, foreign
+        opening.one(),
+        dst,
+        layout,
+        Path(model),
+        given.layout,
+        overwrite,
+        progress,
+        foreign,
+        files,
     )
     report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
     report.files = list(checkpoint.others)
@@ -328,28 +334,24 @@ def _budget(seconds: float) -> Budget:
 
 
 def _certify(
-    source: Source,
+    source: Opened,
     result: Converted,
+    target: Target,
     model: ModelConfig | None,
     via: str | None,
     foreign: InstalledTransformers,
     left: Budget,
-    layout: Layout | None,
+    packing: str | None,
 ) -> None:
-    """Compare what an adapter adds before and after; an approximation that was asked for is only measured."""
+    """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
+
+    The result is opened by its dialect; where that needs files, they are written for this and removed.
+    """
     from regraft.checking.certificate import TOLERANCE, compare
 
-    made = Source(
-        source.name,
-        "the result",
-        result.config,
-        result.tensors,
-        result.metadata,
-        aside=result.aside,
-    )
     tolerance = TOLERANCE if via is None or via == "dense" else math.inf
-    packing = layout.packing if layout is not None else None
-    done = compare(source, made, model, tolerance, foreign, left, packing)
+    with reopened(target.dialect, source, result) as made:
+        done = compare(source, made, model, tolerance, foreign, left, packing)
     result.report.error = done.error
     result.report.verified = len(done.targets) + done.others
     result.report.sampled = done.sampled
@@ -373,7 +375,7 @@ def _check_options(why: str, **given: object) -> None:
         raise BadInputError(Finding("option", f"{' and '.join(wrong)}: {why}"))
 
 
-def _note_values(source: Source, result: Converted) -> None:
+def _note_values(source: Opened, result: Converted) -> None:
     for name, tensor in source.tensors.items():
         if tensor.dtype.kind in "fV" and not np.isfinite(
             np.add.reduce(tensor, axis=None, dtype=float)
@@ -385,38 +387,40 @@ def _note_values(source: Source, result: Converted) -> None:
                 )
 
 
-def _check_kind(dst: Path) -> None:
+def _check_folder(dst: Path) -> None:
     if dst.suffix == ".safetensors" and not dst.is_dir():
-        message = (
-            "an adapter is a folder, with its weights and its config, and this is a file's name"
-        )
+        message = "a merged model is a folder, and this is a file's name"
         fix = "name a folder to write"
         raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
 
 
-def _stamp(folder: Path, weights: Path | None) -> list[Stamp]:
-    files = [folder / CONFIG, folder / ASIDE]
-    files += [weights] if weights is not None else [folder / WEIGHTS, folder / WEIGHTS_BIN]
-    return [Stamp.of(path) for path in files if path.is_file()]
+def _stamp(folder: Path, found: Found) -> list[Stamp]:
+    """What an adapter's files are now, to be compared when the result is written."""
+    if found.weights is not None:
+        return [Stamp.of(path) for path in (found.weights, *found.beside)]
+    others = {found.root / path for path in found.others}
+    files = (path for path in folder.iterdir() if path.is_file() and path not in others)
+    return [Stamp.of(path) for path in files]
 
 
 def _write(
     root: Path,
     others: Sequence[Path],
     dst: Path,
-    converted: list[tuple[Source, Converted]],
+    target: Target,
+    converted: list[tuple[Opened, Converted]],
     stamps: list[Stamp],
     overwrite: bool,
 ) -> None:
     size = sum((root / path).stat().st_size for path in others)
-    for source, result in converted:
-        if result.report.copied and source.weights is not None:
-            size += source.weights.stat().st_size
-        else:
-            size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
-    with staged_folder(dst, overwrite, size) as staged:
+    for _, result in converted:
+        size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
+    staged_place = staged_file if target.file else staged_folder
+    with staged_place(dst, overwrite, size) as staged:
         for source, result in converted:
-            save_adapter(staged / source.name, source, result)
+            inner = staged / source.name
+            inner.mkdir(parents=True, exist_ok=True)
+            target.dialect.save(inner, source, result)
         for path in others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(root / path, staged / path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -18,17 +18,17 @@ import numpy as np
 
 from regraft.adapters.base_weights import spellings
 from regraft.adapters.convert import source_layout
+from regraft.adapters.deltas import Deltas
 from regraft.adapters.detect import load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, cast_down
+from regraft.adapters.protocol import Opened
 from regraft.arrays.pieces import Piece
 from regraft.checking.certificate import moved_biases, moved_pieces
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import open_checkpoint
-from regraft.dialects.peft.deltas import Deltas, read_deltas
-from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError
 from regraft.layouts.names import Layout
 from regraft.planning.model import Foreign
@@ -95,7 +95,7 @@ class _Written:
 
 
 def merge_adapter(
-    source: Source,
+    source: Opened,
     dst: Path,
     to: Layout,
     model: Path,
@@ -103,15 +103,18 @@ def merge_adapter(
     overwrite: bool = False,
     progress: Progress | None = None,
     foreign: Foreign | None = None,
+    files: Sequence[Path] = (),
 ) -> tuple[AdapterReport, CheckpointReport]:
     """Write the base at ``model`` with an adapter's deltas added, in a layout.
+
+    ``files`` are the adapter's; the result gets no more permissions than they have.
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
     base = model if model.is_dir() else model.parent
     config = load_model(model)
     here, known, evidence = source_layout(source, to, config, layout, foreign)
-    before = read_deltas(source, known, here)
+    before = source.deltas(known, here)
     _check_biases(before)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
@@ -119,7 +122,7 @@ def merge_adapter(
             base, inner, to=to.name, model=model, progress=progress, foreign=foreign
         )
         report = AdapterReport(
-            source.name, source.peft_type, here, to.name, evidence, tensors_in=len(source.tensors)
+            source.name, source.kind, here, to.name, evidence, tensors_in=len(source.tensors)
         )
         try:
             _add(before, _Written.of(inner), to.name, report)
@@ -137,8 +140,7 @@ def merge_adapter(
         for path in list(inner.iterdir()):
             shutil.move(str(path), str(staged / path.name))
         inner.rmdir()
-        if source.weights is not None:
-            narrow(staged, [source.weights])
+        narrow(staged, files)
     report.tensors_out = done.tensors_out
     return report, done
 

@@ -455,13 +455,13 @@ def test_a_factor_with_too_many_dims_is_an_error_on_unchanged_targets(which, tmp
 
 
 def test_a_packing_that_was_given_is_what_is_certified(tmp_path, monkeypatch):
-    packings, real = [], verify.read_deltas
+    packings, real = [], Source.deltas
 
     def reading(source, known, layout, packing=None):
         packings.append(packing)
         return real(source, known, layout, packing)
 
-    monkeypatch.setattr(verify, "read_deltas", reading)
+    monkeypatch.setattr(Source, "deltas", reading)
     name = "gpt_oss__params_attn"
     options = {"to": V5, "source": "transformers-v4/peft-0.18", "model": base_of(name)}
     regraft.convert(adapter_of(name, tmp_path), tmp_path / "out", verify=True, **options)

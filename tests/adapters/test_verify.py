@@ -124,8 +124,8 @@ def test_convert_can_verify_before_it_writes(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "out")
     real = regraft.api.convert_adapter
 
-    def wrong(*given):
-        result = real(*given)
+    def wrong(*given, **more):
+        result = real(*given, **more)
         result.config["lora_alpha"] *= 2
         return result
 

@@ -19,8 +19,8 @@ from regraft.adapters.families.base import Family
 from regraft.adapters.form import Adapter, Array, Blob, Factors, Images, Lora, Saved, Written
 from regraft.adapters.ladder import Carried, Ladder, unmoved_images
 from regraft.adapters.move import images
-from regraft.adapters.protocol import Opened, Reading, Writer
-from regraft.adapters.provenance import KEY, Origin, digest_all, write_remembered
+from regraft.adapters.protocol import Into, Opened, Reading, Writer
+from regraft.adapters.provenance import KEY, KeptTable, Origin, digest_all, write_remembered
 from regraft.adapters.ranks import Options, compact, make_uniform, tighten
 from regraft.adapters.roundtrip import (
     Returned,
@@ -80,6 +80,9 @@ def convert_adapter(
     layout: Layout | None = None,
     options: Options | None = None,
     foreign: Foreign | None = None,
+    *,
+    packing: str | None = None,
+    into: Into | None = None,
 ) -> Converted:
     """Convert one adapter in memory.
 
@@ -88,11 +91,14 @@ def convert_adapter(
 
     ``layout`` is the source's, detected if omitted; ``model`` is the config of the base, needed where the adapter
     itself does not tell sizes (only some experts are adapted, say); ``foreign`` is asked for models that the library
-    does not know. ``options`` allow what is done only by name.
+    does not know. ``options`` allow what is done only by name. ``packing`` says how the source's experts are packed,
+    where its layout is not given; ``into`` is the dialect of the result, the adapter's own if omitted.
 
     Raises ``BadInputError``, ``UnmatchedKeysError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
     in_place = layout is not None and layout.name == to.name
+    if into is not None and not into.own and not opened.names().bound:
+        raise _not_held(opened, into)
     if not in_place and opened.stands_alone(model):
         known = Known((), {}, model, None, "nothing in it is bound to a layer of the base")
         alone = Identity(known, to.name if layout is None else layout.name, None, (known.evidence,))
@@ -101,20 +107,24 @@ def convert_adapter(
     if not in_place:
         opened.check_convertible()
     known = find_books(names, opened.hints(), model, opened.where, foreign)
+    to = to if into is None else into.layout(to, known)
+    into = None if into is None or into.own else into
     try:
         identity = identify(opened, known, to, layout)
+        if packing is not None and identity.packing is None:
+            identity = replace(identity, packing=packing)
         asked = options or Options()
         opened.check_fit(known, BaseWeights.of(known, identity.layout))
-        there = identity.layout == to.name and not asked.asks
+        there = identity.layout == to.name and not asked.asks and into is None
         if there and opened.is_ready(to, known, identity.packing):
             _check_readable(opened, identity)
             return _copy(opened, to, identity)
-        back = restore(opened) if comes_back(opened, to.name) else None
+        returns = into is None and comes_back(opened, to.name)
+        back = restore(opened) if returns else None
         if back is not None:
             return _restored(opened, to, identity, back)
-        if opened.family is not None:
-            return _FamilyConversion(opened, to, identity, asked).run()
-        return _LoraConversion(opened, to, identity, asked).run()
+        kind = _LoraConversion if opened.family is None else _FamilyConversion
+        return kind(opened, to, identity, asked, into).run()
     except RefusedError as error:
         raise RefusedError(
             replace(finding, where=finding.where or opened.where) for finding in error.findings
@@ -354,14 +364,35 @@ def _change_ranks(options: Options, made: Sequence[Images]) -> tuple[bool, list[
 class _Conversion:
     """What both ways share: where they come from, where they go, and what they note."""
 
-    def __init__(self, opened: Opened, to: Layout, identity: Identity, options: Options) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        to: Layout,
+        identity: Identity,
+        options: Options,
+        into: Into | None = None,
+    ) -> None:
         self.opened, self.to, self.identity, self.options = opened, to, identity, options
         self.known = identity.known
+        self.into = into
+        """The dialect to write, where it is another than the adapter's own."""
+        self.returns = into is None and comes_back(opened, to.name)
+        """Whether regraft made the adapter of one in this layout and dialect."""
         self.target = None if identity.layout == to.name else to.name
         """The layout to move to; ``None`` where nothing moves."""
         self.packing = identity.packing
         self.report = _report(opened, to, identity)
         self.notes = self.report.notes
+
+    def run(self) -> Converted:
+        """All steps in order."""
+        raise NotImplementedError
+
+    def writer(self, opened: Opened) -> Writer:
+        """What writes the result."""
+        if self.into is not None:
+            return self.into.dialect.writer(opened, self.known, self.to)
+        return opened.writer(self.known, self.to)
 
     def read(self, base: BaseWeights) -> Adapter:
         """The adapter; how it is packed is noted."""
@@ -373,17 +404,24 @@ class _Conversion:
     def remember(
         self, before: Mapping[str, Any], blob: Blob, record: Record, kept: Kept, plan: Plan | None
     ) -> dict[str, str]:
-        """The metadata, with what the way back needs."""
+        """The metadata, with what the way back needs; nothing leads back from another dialect."""
+        own = self.into is None
         entry = write_remembered(
             self.to.name,
-            Origin(self.identity.layout, self.packing),
-            before,
+            Origin(self.identity.layout, self.packing) if own else Origin(),
+            before if own else blob.config,
             blob.config,
-            record,
-            kept.table,
+            record if own else Record(),
+            kept.table if own else KeptTable(),
             self.spelled(plan),
         )
-        return {"format": "pt", **self.opened.metadata, **blob.metadata, KEY: entry}
+        mine = self.opened.metadata if own else {}
+        left = sorted(self.opened.metadata.keys() - {"format", KEY, *mine, *blob.metadata})
+        if left:
+            self.notes.append(
+                f"left out of the metadata, which is of another format: {_some(left)}"
+            )
+        return {"format": "pt", **mine, **blob.metadata, KEY: entry}
 
     def spelled(self, plan: Plan | None) -> list[str]:
         """One name of each kind that the adapter had, so that the way back spells names as they were."""
@@ -425,7 +463,7 @@ class _LoraConversion(_Conversion):
         """All steps in order."""
         source, returned = self.opened, Returned({})
         record = Record()
-        if comes_back(source, self.to.name):
+        if self.returns:
             record = source.provenance().record(bool(source.config.get("use_rslora")))
             self.opened, returned = take_back(source)
         opened = self.opened
@@ -435,7 +473,7 @@ class _LoraConversion(_Conversion):
         plan = self.plan(adapter)
         moved = move_rest(opened, self.identity, self.target)
         made = _move_factors(factors, plan, record)
-        writer = opened.writer(self.known, self.to)
+        writer = self.writer(opened)
         done = _use_base(opened, self.known, self.to.name, writer, made, moved)
         self.notes += done.notes
         made, kept = done.made, done.kept
@@ -447,9 +485,9 @@ class _LoraConversion(_Conversion):
             record = Record()
         blob = writer.write_lora(made, done.saved, done.entries, returned.tensors, returned.written)
         self.check_left(kept, blob, returned)
-        if not changed and not errors:
+        if not changed and not errors and self.into is None:
             self.keep_bits(made, factors, kept, blob)
-        if comes_back(source, self.to.name):
+        if self.returns:
             put_back(blob, source)
         self.notes += writer.notes(blob, made)
         self.note_scales(made)
@@ -459,7 +497,8 @@ class _LoraConversion(_Conversion):
         trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         self.finish(blob, done.saved, plan, trace)
         metadata = self.remember(source.config, blob, record, kept, plan)
-        return Converted(blob.config, blob.tensors, metadata, self.report, plan, kept.tensors)
+        aside = kept.tensors if self.into is None else {}
+        return Converted(blob.config, blob.tensors, metadata, self.report, plan, aside)
 
     def plan(self, adapter: Adapter) -> Plan | None:
         """What moves; ``None`` where nothing does."""
@@ -505,8 +544,16 @@ class _FamilyConversion(_Conversion):
         assert modules is not None and family is not None
         plan = None if target is None else plan_route(opened, adapter, self.known, target)
         moved = move_rest(opened, self.identity, target)
-        claimed = opened.writer(self.known, self.to).claimed
-        ladder = Ladder(family, self.known, self.to.name, opened.where, base, claimed)
+        writer = self.writer(opened)
+        ladder = Ladder(
+            family,
+            self.known,
+            self.to.name,
+            opened.where,
+            base,
+            writer.claimed,
+            held=writer.holds(family),
+        )
         carried = ladder.carry(plan, modules, self.options.via)
         if carried.factors is None:
             blob, done = self.write_family(ladder, carried, plan, modules, moved)
@@ -521,7 +568,8 @@ class _FamilyConversion(_Conversion):
             sidecar.update(opened.tensors)
             kept.table.whole = digest_all(blob.tensors)
         metadata = self.remember(opened.config, blob, Record(), kept, plan)
-        return Converted(blob.config, blob.tensors, metadata, self.report, plan, sidecar)
+        aside = sidecar if self.into is None else {}
+        return Converted(blob.config, blob.tensors, metadata, self.report, plan, aside)
 
     def write_family(
         self,
@@ -534,7 +582,7 @@ class _FamilyConversion(_Conversion):
         """The family in its own form."""
         opened = self.opened
         self.notes += opened.warnings(self.to.name)
-        writer = opened.writer(self.known, self.to)
+        writer = self.writer(opened)
         done = _use_base(opened, self.known, self.to.name, writer, [], moved)
         self.notes += done.notes
         blob, checked = writer.write_family(
@@ -556,7 +604,7 @@ class _FamilyConversion(_Conversion):
         own = [item for item in moved if not family.shares(item.old)]
         made = _move_factors(factors, plan, Record())
         plain = self.opened.as_lora()
-        writer = plain.writer(self.known, self.to)
+        writer = self.writer(plain)
         done = _use_base(plain, self.known, self.to.name, writer, made, own)
         self.notes += done.notes
         errors = tighten(done.made, self.options.via)
@@ -579,6 +627,24 @@ class _FamilyConversion(_Conversion):
 
 
 # -- what needs no steps
+
+
+def _not_held(opened: Opened, into: Into) -> RefusedError:
+    """Nothing of it belongs to a module of the base: prompts and the like, which only PEFT has."""
+    return RefusedError(
+        Finding(
+            "no-image",
+            f"nothing in it is bound to a layer of the base ({opened.kind}), and another format cannot hold it: "
+            f"{into.dialect.title}",
+            where=opened.where,
+            fix="keep it in the format that it is in",
+        )
+    )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _report(opened: Opened, to: Layout, identity: Identity) -> AdapterReport:

@@ -74,7 +74,11 @@ class Ladder:
         where: str,
         base: BaseWeights,
         claimed: Sequence[str] = (),
+        *,
+        held: bool = True,
     ) -> None:
+        self.held = held
+        """Whether the dialect of the result can hold the family."""
         self.family, self.known, self.target, self.where = family, known, target, where
         self.base = base
         self.claimed = tuple(claimed) if isinstance(family, LoraVariant) else ()
@@ -96,6 +100,9 @@ class Ladder:
 
     def _exactly(self, plan: Plan | None, tuned: TunedModules) -> Carried:
         followed = self._follow(plan, tuned)
+        if not self.held and not followed.failed:
+            gone = NoImageError(f"the format that was asked for does not have {self.family.title}")
+            followed.failed = dict.fromkeys(range(len(tuned.parts)), (gone, ""))
         if not followed.failed:
             if plan is None or all(entry.moves_nothing for entry in plan.entries):
                 return Carried(FAMILY, followed.parts)

@@ -6,13 +6,14 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from regraft.names.keys import Group
 
 if TYPE_CHECKING:
     from regraft.adapters.base_weights import BaseWeights
+    from regraft.adapters.deltas import Deltas
     from regraft.adapters.detect import Known
     from regraft.adapters.families.base import Family
     from regraft.adapters.form import Adapter, Array, Blob, Images, Saved, SavedGroup
@@ -205,6 +206,10 @@ class Opened(Protocol):
         """What the user should know of this kind of adapter in a layout."""
         ...
 
+    def roles(self) -> Mapping[str, tuple[str, str]]:
+        """For every tensor of the file the base tensor that it is about, and what it is to it (``lora_A``, say)."""
+        ...
+
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
         ...
@@ -214,8 +219,40 @@ class Opened(Protocol):
         ...
 
     def writer(self, known: Known, to: Layout) -> Writer:
-        """What writes the result in the dialect that ``to`` asks for; what need not change of the config stays."""
+        """What writes the result in its own dialect; what need not change of the config stays."""
         ...
+
+    def deltas(self, known: Known, layout: str, packing: str | None = None) -> Deltas:
+        """What it adds to base tensors, in its own layout. Raises ``BadInputError`` and its kin."""
+        ...
+
+
+class Writing(Protocol):
+    """A dialect that results are written in, whatever dialect they were opened by."""
+
+    @property
+    def title(self) -> str:
+        """One line that says what it is."""
+        ...
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
+        """What writes an adapter."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Into:
+    """The dialect that a result is to be in."""
+
+    dialect: Writing
+    own: bool
+    """Whether the adapter was opened by it; then what needs no change stays as it is."""
+
+    def layout(self, to: Layout, known: Known) -> Layout:
+        """What is converted to: where only the dialect was named, its usual layout for this base."""
+        choose = getattr(self.dialect, "layout_for", None) if to.usual else None
+        name = choose(known) if choose is not None else None
+        return to if name is None else replace(to, name=name)
 
 
 class Writer(Protocol):
@@ -229,6 +266,10 @@ class Writer(Protocol):
     @property
     def spelling(self) -> Spelling:
         """How tensors are named."""
+        ...
+
+    def holds(self, family: Family) -> bool:
+        """Whether the dialect can hold a family's modules; otherwise they become LoRAs where that is exact."""
         ...
 
     def entries(self, saved: Sequence[Saved]) -> Sequence[str]:

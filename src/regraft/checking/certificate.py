@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from regraft.adapters.deltas import Deltas
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, Saved
+from regraft.adapters.protocol import Opened
 from regraft.adapters.roundtrip import comes_back, take_back
 from regraft.arrays.apply import apply_plan
 from regraft.arrays.pieces import (
@@ -31,9 +33,9 @@ from regraft.arrays.pieces import (
     same_pieces,
     take_part,
 )
-from regraft.dialects.peft.deltas import Deltas, read_deltas
+from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.saved import owner_of, token_rows
-from regraft.dialects.peft.source import Source, find_adapters, open_adapter
+from regraft.dialects.peft.source import Source
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import edges_to
 from regraft.layouts.names import joined_to
@@ -130,7 +132,8 @@ def verify_adapters(
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
     left = Budget(budget)
-    first, second = find_adapters(src), find_adapters(dst)
+    opened, there_opened = find_source(src), find_source(dst)
+    first, second = opened.found, there_opened.found
     config = load_model(model) if model is not None else None
     result: AdapterVerification | None = None
     there = {str(folder.relative_to(second.root)): folder for folder in second.folders}
@@ -138,14 +141,15 @@ def verify_adapters(
         if progress is not None:
             progress(folder.name, number, len(first.folders))
         name = str(folder.relative_to(first.root))
-        one = open_adapter(folder, first.root, first.weights, by_tensor=True)
         other = there.pop(name, None)
+        if other is None and len(first.folders) == len(second.folders) == 1:
+            other = there.popitem()[1]
         if other is None:
             raise BadInputError(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
-        two = open_adapter(other, second.root, second.weights, by_tensor=True)
-        done = compare(one, two, config, tolerance, foreign, left)
+        pair = _open_for_reading(opened, folder), _open_for_reading(there_opened, other)
+        done = compare(*pair, config, tolerance, foreign, left)
         if result is None:
             result = done
         else:
@@ -162,9 +166,18 @@ def verify_adapters(
     return result
 
 
+def _open_for_reading(opening: Opening, folder: Path) -> Opened:
+    """An adapter of which one tensor after the other is read, where its dialect can do so."""
+    by_tensor = getattr(opening.dialect, "open_by_tensor", None)
+    if by_tensor is None:
+        return opening.open(folder)
+    opened: Opened = by_tensor(folder, opening.found.root, opening.found.weights)
+    return opened
+
+
 def compare(
-    one: Source,
-    other: Source,
+    one: Opened,
+    other: Opened,
     model: ModelConfig | None,
     tolerance: float = TOLERANCE,
     foreign: Foreign | None = None,
@@ -180,7 +193,7 @@ def compare(
     known, layouts = _layouts(one, other, model, foreign)
     one, kept = _without_stand_ins(one, layouts)
     before, after = (
-        read_deltas(source, known, layout, given)
+        source.deltas(known, layout, given)
         for source, layout, given in zip((one, other), layouts, (packing, None), strict=True)
     )
     result = AdapterVerification(one.where, other.where, *layouts, tolerance)
@@ -198,9 +211,10 @@ def compare(
     return result
 
 
-def _without_stand_ins(source: Source, layouts: tuple[str, str]) -> tuple[Source, dict[str, Wide]]:
+def _without_stand_ins(source: Opened, layouts: tuple[str, str]) -> tuple[Opened, dict[str, Wide]]:
     """A source without what only stands in for something in the other layout, and the deltas that it stands for."""
-    if layouts[0] == layouts[1] or not comes_back(source, layouts[1]):
+    returns = isinstance(source, Source) and comes_back(source, layouts[1])
+    if layouts[0] == layouts[1] or not returns or not isinstance(source, Source):
         return source, {}
     without, returned = take_back(source)
     if not returned.tensors:
@@ -217,7 +231,7 @@ def _without_stand_ins(source: Source, layouts: tuple[str, str]) -> tuple[Source
 
 
 def _layouts(
-    one: Source, other: Source, model: ModelConfig | None, foreign: Foreign | None
+    one: Opened, other: Opened, model: ModelConfig | None, foreign: Foreign | None
 ) -> tuple[Known, tuple[str, str]]:
     names = [source.names() for source in (one, other)]
     hints = one.hints()
@@ -459,6 +473,8 @@ class _Comparison:
     def _compare_switches(self, moved: Sequence[Saved]) -> None:
         """Fields of the configs that change what PEFT does, and of which no tensor tells."""
         before, after = self.before.source, self.after.source
+        if not isinstance(before, Source) or not isinstance(after, Source):
+            return
         for name in ("layer_replication", "token_indices"):
             one, other = (s.config.get(name) or None for s in (before, after))
             if one != other:

@@ -21,6 +21,7 @@ import numpy as np
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, base_names, find_books, load_model
 from regraft.adapters.form import Array
+from regraft.adapters.protocol import Opened
 from regraft.adapters.uncalled import modules_of
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
 from regraft.bridges.transformers.files import InstalledTransformers
@@ -29,11 +30,12 @@ from regraft.checking.checkpoint import check_checkpoint
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import layout_named
+from regraft.dialects.opening import Opening, Target, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.scan import Scan, scan_names
-from regraft.dialects.peft.source import CONFIG, Source, find_adapters, names_of_scan, open_adapter
+from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
@@ -84,17 +86,21 @@ def _check(
         return result
     config = load_model(told) if told is not None else None
     checker = _Checker(path, told, layout, config, peft or StockPeft())
-    found = find_adapters(path)
+    opening = find_source(path)
+    found = opening.found
     for folder in found.folders:
         name = str(folder.relative_to(found.root)).removeprefix(".")
         try:
-            source = open_adapter(folder, found.root, found.weights)
+            source = opening.open(folder)
         except RegraftError as error:
             verdict = Verdict(name, "adapter", healthy=False, findings=list(error.findings))
             verdict.no_remedy = "its files are wrong in themselves"
             result.verdicts.append(verdict)
             continue
-        result.verdicts.append(checker.check(source))
+        if isinstance(source, Source):
+            result.verdicts.append(checker.check(source))
+        else:
+            result.verdicts.append(checker.check_other(opening, source))
     return result
 
 
@@ -136,6 +142,32 @@ class _Checker:
             )
             if not verdict.remedy:
                 verdict.no_remedy = "there is nothing in it to convert"
+        return verdict
+
+    def check_other(self, opening: Opening, opened: Opened) -> Verdict:
+        """An adapter that no PEFT reads, because its files are another tool's."""
+        verdict = Verdict(opened.name, opened.kind, healthy=False)
+        verdict.causes.append(
+            f"it is written as by {opening.dialect.name} ({opening.dialect.title}), which PEFT does not read"
+        )
+        try:
+            done = convert_adapter(
+                opened,
+                self.to,
+                self.config,
+                foreign=self.foreign,
+                into=Target.writes(self.to, opening),
+            )
+        except RegraftError as error:
+            verdict.findings = list(error.findings)
+            verdict.no_remedy = "regraft cannot convert it: " + _first(verdict.findings)
+            return verdict
+        verdict.layout = done.report.source_layout
+        verdict.rows = rows_of(
+            (t.key, {"outcome": "refused", "rank": t.rank, "scale": t.scale})
+            for t in done.report.targets
+        )
+        verdict.remedy = self.remedy(opened)
         return verdict
 
     def convert(self, source: Source, to: Layout) -> tuple[Converted | None, RegraftError | None]:
@@ -205,12 +237,14 @@ class _Checker:
             why = f": {tried.unwanted}" if tried.unwanted else ""
             verdict.no_remedy = f"what regraft makes of it does not load rightly either{why}"
 
-    def remedy(self, source: Source) -> list[str]:
+    def remedy(self, source: Opened) -> list[str]:
         """The command line that converts it."""
         src = self.src / source.name if source.name else self.src
         beside = (self.src if self.src.is_dir() else self.src.parent) / source.name
         version = str(self.to).partition("/")[0].rpartition("-")[2]
         dst = beside.resolve() if not beside.name else beside
+        if not isinstance(source, Source) and self.src.is_file():
+            dst = self.src.with_suffix("")
         out = dst.with_name(f"{dst.name}-{version}")
         words = ["regraft", "convert", str(src), str(out), "--to", str(self.to)]
         return [shlex.join(words + ([] if self.told is None else ["--model", str(self.told)]))]

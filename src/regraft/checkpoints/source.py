@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from regraft.dialects.base import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.names.keys import Ints
 from regraft.storage.beside import check_files
@@ -105,16 +106,16 @@ class Source:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path looks like a checkpoint, and not like an adapter."""
+    """Whether a path looks like a checkpoint, and not like an adapter of any dialect."""
     if path.is_file():
         if path.name.startswith("adapter_model") or (path.parent / ADAPTER).is_file():
             return False
-        return path.suffix in (".safetensors", ".bin")
+        return path.suffix in (".safetensors", ".bin") and not sniffed(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
     if any((path / name).is_file() for name in (INDEX, SINGLE, _BIN, _BIN_INDEX)):
         return True
-    if not path.is_dir() or any(path.rglob(ADAPTER)):
+    if not path.is_dir() or any(path.rglob(ADAPTER)) or sniffed(path):
         return False
     return any(path.glob("*.safetensors")) or (path / CONFIG).is_file()
 

@@ -16,14 +16,17 @@ from regraft.cli.output import Output
 @options.src
 @options.argument(
     "dst",
-    "The folder to write, or the file (.safetensors) where SRC is one weights file of a model. It appears whole "
-    "or not at all.",
+    "The folder to write, or the file where SRC is one weights file of a model, or the dialect writes one file. It "
+    "appears whole or not at all.",
     metavar="DST",
     type=options.FILE,
     required=False,
 )
 @options.layout(
-    "--to", "The layout to convert to: transformers-v5 or transformers-v4.", required=True
+    "--to",
+    "The layout to convert to, such as transformers-v5, a dialect of adapters, or both (LAYOUT:DIALECT); "
+    "'regraft layouts' lists them.",
+    required=True,
 )
 @options.source
 @options.model

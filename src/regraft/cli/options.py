@@ -50,8 +50,8 @@ class WithArguments(click.Command):
 
 src = argument(
     "src",
-    "A folder that save_pretrained wrote, a weights file with its config beside it, or a folder with several "
-    "adapters in subfolders.",
+    "A folder that save_pretrained wrote, a weights file with its config beside it, a folder with several adapters "
+    "in subfolders, or an adapter of another dialect: a file or a folder.",
     metavar="SRC",
     type=FILE,
 )
@@ -96,7 +96,7 @@ source = click.option(
     "source",
     metavar="LAYOUT",
     shell_complete=_complete_layout,
-    help="The layout of SRC. Detected if omitted.",
+    help="The layout of SRC, its dialect, or the family of its model. Detected if omitted.",
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,6 +44,7 @@ from regraft.planning.plan import Headers, Plan
 if TYPE_CHECKING:
     from regraft.adapters.base_weights import BaseWeights
     from regraft.adapters.convert import Converted
+    from regraft.adapters.deltas import Deltas
     from regraft.adapters.detect import Known
     from regraft.adapters.ladder import Carried
     from regraft.adapters.tuned import TunedModules
@@ -78,6 +79,10 @@ class Capabilities:
     """Whether the LoRA of stacked experts can be written as it is."""
     saved: bool = True
     """Whether whole tensors of the base can be written beside the deltas."""
+    suffixes: tuple[str, ...] = ()
+    """What the name of a destination ends in that is to be one file (``.safetensors``, ``.gguf``)."""
+    folder: bool = True
+    """Whether a destination may be a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +94,17 @@ class Found:
     weights: Path | None
     """The weights file itself, where that is what was given."""
     others: tuple[Path, ...] = ()
+    beside: tuple[Path, ...] = ()
+    """Files that belong to ``weights``."""
 
 
 class Dialect(Protocol):
-    """How one tool, in some of its releases, writes adapters."""
+    """How one tool, in some of its releases, writes adapters.
+
+    What else it may have: ``versions`` (what may stand after the slash, the oldest first), ``layout`` (the layout that
+    its adapters usually are in), ``layout_for(known)`` (the layout for a base that is known, or ``None``) and
+    ``in_memory(result)`` (a result as it would be opened, where no files are needed for that).
+    """
 
     @property
     def name(self) -> str:
@@ -110,7 +122,10 @@ class Dialect(Protocol):
         ...
 
     def sniff(self, src: Path) -> Evidence | None:
-        """Whether a path is one of its adapters; it reads headers only. ``None`` where it is not."""
+        """Whether a path, a file or a folder, is one of its adapters; it reads headers only. ``None`` where it is not.
+
+        It raises nothing: a path that cannot be read is none of its own.
+        """
         ...
 
     def find(self, src: Path) -> Found:
@@ -126,7 +141,10 @@ class Dialect(Protocol):
         ...
 
     def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """Write the files of a result into a folder that is not visible yet."""
+        """Write the files of a result into a folder that is not visible yet.
+
+        Where one file was asked for, the file with its suffix is taken out of the folder, and must be all there is.
+        """
         ...
 
 
@@ -161,21 +179,27 @@ def dialect_of(src: Path) -> Dialect:
 
     Raises ``AmbiguousError`` where more than one is certain.
     """
-    from regraft.errors import AmbiguousError
+    from regraft.errors import AmbiguousError, Choice
 
-    found = {name: told for name, d in dialects().items() if (told := d.sniff(src)) is not None}
+    found = sniffed(src)
     certain = [name for name, told in found.items() if told.certain]
     if len(certain) > 1:
         raise AmbiguousError(
             Finding(
                 "which-dialect",
-                "; ".join(f"{name}: {found[name].why}" for name in certain),
+                "it may be of several dialects",
                 where=str(src),
-                fix=f"say which it is with --from ({' or '.join(certain)})",
+                fix="say which it is with --from",
+                choices=tuple(Choice(name, found[name].why) for name in certain),
             )
         )
     chosen = certain or list(found) or ["peft"]
     return dialects()[chosen[0]]
+
+
+def sniffed(src: Path) -> dict[str, Evidence]:
+    """The dialects that recognise a path as theirs, by name, with why."""
+    return {name: told for name, d in dialects().items() if (told := d.sniff(src)) is not None}
 
 
 # -- what most dialects of plain LoRA have in common
@@ -238,8 +262,9 @@ class PlainFile:
 
     def names(self) -> Names:
         """The modules and tensors that it is about."""
-        modules = group_names([key.removesuffix(".weight") for key in self.loras])
-        tensors = group_names(list(self.replaced))
+        paths = [key.removesuffix(".weight") for key in self.loras if key.endswith(".weight")]
+        parameters = [key for key in self.loras if not key.endswith(".weight")]
+        modules, tensors = group_names(paths), group_names([*parameters, *self.replaced])
         return Names(tuple(modules), tuple(tensors), bool(self.loras or self.replaced))
 
     def hints(self) -> Hints:
@@ -328,6 +353,18 @@ class PlainFile:
         """Nothing."""
         return []
 
+    def roles(self) -> Mapping[str, tuple[str, str]]:
+        """Factors by the tensors themselves, or by the names that the spelling gives them."""
+        names = {id(tensor): name for name, tensor in self.tensors.items()}
+        found = {name: (name, "not understood") for name in self.tensors}
+        for key, lora in self.loras.items():
+            usual = self.spelling.factor_names(key.removesuffix(".weight"))
+            for tensor, name, role in zip((lora.a, lora.b), usual, "AB", strict=True):
+                found[names.get(id(tensor), name)] = key, role
+        for key in self.replaced:
+            found[self.spelling.spell(key)] = key, "saved whole"
+        return {name: told for name, told in found.items() if name in self.tensors}
+
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
         gone = set(names)
@@ -345,17 +382,18 @@ class PlainFile:
 
     def writer(self, known: Known, to: Layout) -> Writer:
         """The writer of the dialect that made it."""
-        return dialects()[to_dialect(to) or self.dialect].writer(self, known, to)
+        return dialects()[self.dialect].writer(self, known, to)
+
+    def deltas(self, known: Known, layout: str, packing: str | None = None) -> Deltas:
+        """What it adds to base tensors."""
+        from regraft.adapters.deltas import Deltas
+
+        return Deltas(self, known, layout, packing)
 
     @property
     def dialect(self) -> str:
         """The dialect's name, for the way back to its own writer."""
         return str(self.config.get("dialect", "peft"))
-
-
-def to_dialect(to: Layout) -> str | None:
-    """The dialect that a target asks for; ``None`` where it stays what it is."""
-    return getattr(to, "dialect", None)
 
 
 def _stored(lora: Lora, kind: str) -> tuple[int, ...]:
@@ -393,6 +431,22 @@ class PlainWriter:
 
     def __init__(self, opened: Opened, known: Known, to: Layout, spelling: Spelling) -> None:
         self.opened, self.known, self.to, self.spelling = opened, known, to, spelling
+
+    @property
+    def model(self) -> ModelConfig | None:
+        """The config of the base, where it is known."""
+        return self.known.model
+
+    @cached_property
+    def base(self) -> BaseWeights:
+        """The base's tensors under the names of the layout; it has none where they are not at hand."""
+        from regraft.adapters.base_weights import BaseWeights
+
+        return BaseWeights.of(self.known, self.to.name)
+
+    def holds(self, family: Family) -> bool:
+        """Whether the dialect has a family; otherwise it becomes LoRA where that is exact."""
+        return self.opened.kind in self.capabilities.families
 
     def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
         """The file: its config, its tensors by name, its metadata."""
@@ -463,14 +517,15 @@ class PlainWriter:
             for key, what in (
                 *((d.key, "a LoRA of an embedding") for d in deltas if d.kind == "embedding"),
                 *((d.key, "a LoRA of stacked experts") for d in deltas if d.lora.a.ndim == 3),
-                *((item.new, "whole weights of the base") for item in saved),
+                *((i.new, "whole weights of the base") for i in saved if not i.rows),
+                *((i.new, "some rows of a weight of the base") for i in saved if i.rows),
             )
             if not (
                 can.embeddings
                 if what.endswith("embedding")
                 else can.experts
                 if what.endswith("experts")
-                else can.saved
+                else can.saved and what.startswith("whole")
             )
         ]
         if findings:
@@ -516,4 +571,5 @@ __all__ = [
     "adjust",
     "dialect_of",
     "dialects",
+    "sniffed",
 ]

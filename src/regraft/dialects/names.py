@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from regraft.dialects.base import dialects
 from regraft.errors import BadInputError
-from regraft.layouts.names import DialectName, Layout, families, parse_name
+from regraft.layouts.names import (
+    DEFAULT,
+    DialectName,
+    Layout,
+    families,
+    layout_of_packing,
+    parse_name,
+    version_of,
+)
 
 
 def dialect_names() -> dict[str, DialectName]:
@@ -35,10 +43,13 @@ def layout_named(text: str, *, adapter: bool = True) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class SourceName:
-    """What was said of a source: its layout, or the family of its model."""
+    """What was said of a source: its layout, its dialect, or the family of its model."""
 
     layout: Layout | None = None
     family: str | None = None
+    dialect: str | None = None
+    packing: str | None = None
+    """The dialect's version."""
 
     @property
     def name(self) -> str | None:
@@ -47,18 +58,26 @@ class SourceName:
 
 
 def source_named(text: str | None, *, adapter: bool = True) -> SourceName:
-    """What ``source`` names: a layout, as ``to`` does, or a family.
+    """What ``source`` names: a layout or both, as ``to`` does; a dialect, whose layout is found out; or a family.
 
-    >>> source_named("mixtral").family, source_named("transformers-v4").name
-    ('mixtral', 'transformers-v4')
+    >>> source_named("mixtral").family, source_named("transformers-v4").name, source_named("peft").dialect
+    ('mixtral', 'transformers-v4', 'peft')
 
     Raises ``BadInputError`` for an unknown name.
     """
     if text is None:
         return SourceName()
+    known = dialect_names()
+    head, _, version = text.partition("/")
+    if adapter and head in known:
+        packing = version_of(text, version, known[head])
+        name = layout_of_packing(packing) if packing is not None and head == DEFAULT else None
+        layout = None if name is None else Layout(name, packing)
+        return SourceName(layout, dialect=head, packing=packing)
     try:
-        return SourceName(layout_named(text, adapter=adapter))
+        layout = parse_name(text, known, adapter=adapter)
     except BadInputError:
         if text not in families():
             raise
         return SourceName(family=text)
+    return SourceName(layout, dialect=layout.dialect, packing=layout.packing)

@@ -56,7 +56,7 @@ def explain(
         adapter = not is_checkpoint(Path(src))
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
         with only_family(given.family):
-            subject = open_subject(Path(src), layout, known, given.layout)
+            subject = open_subject(Path(src), layout, known, given.layout, given)
             return _Search(subject, key, layout.name).explain()
 
 

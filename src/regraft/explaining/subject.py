@@ -10,18 +10,20 @@ from typing import Literal
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known, detect_layout, find_books, load_model
 from regraft.adapters.families.base import Family
-from regraft.adapters.families.table import family_of
+from regraft.adapters.protocol import Into, Opened
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.per_expert import Unstacked
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.dialects.names import SourceName
+from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.config import targets_parameter
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import Source as Adapter
-from regraft.dialects.peft.source import find_adapters, names_of_scan, open_adapter
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.dialects.peft.source import names_of_scan
+from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
 from regraft.names.keys import Group, group_names
 from regraft.planning.model import ModelConfig, Scope
@@ -74,6 +76,7 @@ def open_subject(
     to: Layout | None = None,
     model: Path | None = None,
     source: Layout | None = None,
+    said: SourceName | None = None,
 ) -> Subject:
     """Open an adapter or a checkpoint, and find out as much as its names tell.
 
@@ -84,7 +87,11 @@ def open_subject(
     config = load_model(model) if model is not None else None
     if is_checkpoint(src):
         return _open_checkpoint(src, config, None if source is None else source.name)
-    return _open_adapter(src, to, config, source)
+    opening = find_source(src, said)
+    opened = opening.one()
+    into = Target.writes(to, opening) if to is not None else None
+    packing = said.packing if said is not None else None
+    return _open_adapter(opened, to, config, source, into, packing)
 
 
 def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) -> Subject:
@@ -136,40 +143,47 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
 
 
 def _open_adapter(
-    src: Path, to: Layout | None, config: ModelConfig | None, source: Layout | None
+    opened: Opened,
+    to: Layout | None,
+    config: ModelConfig | None,
+    source: Layout | None,
+    into: Into | None,
+    packing: str | None,
 ) -> Subject:
-    found = find_adapters(src)
-    if len(found.folders) > 1:
-        folders = ", ".join(str(folder) for folder in found.folders[:5])
-        message = f"there are {len(found.folders)} adapters here: {folders}"
-        raise BadInputError(Finding("option", message, where=str(src), fix="give one of them"))
-    opened = open_adapter(found.folders[0], found.root, found.weights)
     problems: list[Finding] = []
     known: Known | None = None
     foreign = InstalledTransformers()
     layout = None if source is None else source.name
     evidence = [] if source is None else ["its layout was given"]
-    family = family_of(opened.config)
-    plain = opened.peft_type == "LORA" and family is None
-    prefix = family.prefix if family is not None else None
-    scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
-    problems += scanned
+    scan: Scan | None = None
+    family = opened.family
+    if isinstance(opened, Adapter):
+        plain = opened.peft_type == "LORA" and family is None
+        prefix = family.prefix if family is not None else None
+        scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
+        problems += scanned
     try:
-        known = find_books(names_of_scan(scan), opened.hints(), config, opened.where, foreign)
+        keys = opened.names() if scan is None else names_of_scan(scan)
+        known = find_books(keys, opened.hints(), config, opened.where, foreign)
         evidence.insert(0, known.evidence)
         if source is None:
-            detected = detect_layout(names_of_scan(scan), opened.hints(), known.books, opened.where)
+            detected = detect_layout(keys, opened.hints(), known.books, opened.where)
             layout = detected.layout
             evidence += detected.evidence
     except RegraftError as error:
         problems += error.findings
     books = known.books if known is not None else ()
-    names = _adapter_names(opened, scan, family, books, layout)
+    if isinstance(opened, Adapter) and scan is not None:
+        names = _adapter_names(opened, scan, family, books, layout)
+    else:
+        names = {n: Name(n, base, role) for n, (base, role) in opened.roles().items()}
     plan: Plan | None = None
     made: frozenset[str] = frozenset()
     if to is not None and not problems:
         try:
-            converted = convert_adapter(opened, to, config, source, foreign=foreign)
+            converted = convert_adapter(
+                opened, to, config, source, foreign=foreign, packing=packing, into=into
+            )
             plan, layout = converted.plan, converted.report.source_layout
             made = frozenset(converted.tensors)
         except RegraftError as error:

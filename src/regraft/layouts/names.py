@@ -10,7 +10,7 @@ What layouts there are, rule books say; what dialects there are, says who calls.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from regraft.errors import BadInputError, Finding
@@ -41,7 +41,9 @@ class Layout:
     packing: str | None = None
     """The dialect's version."""
     dialect: str | None = None
-    """``None`` for PEFT."""
+    """``None`` where none is named: PEFT is meant."""
+    usual: bool = field(default=False, compare=False)
+    """Whether the layout is the usual one of the dialect, because only the dialect was named."""
 
     @property
     def usual_packing(self) -> str:
@@ -49,7 +51,8 @@ class Layout:
         return self.packing or adapters_in(self.name)
 
     def __str__(self) -> str:
-        text = self.name if self.dialect is None else f"{self.name}:{self.dialect}"
+        plain = self.dialect in (None, DEFAULT)
+        text = self.name if plain else f"{self.name}:{self.dialect}"
         return text if self.packing is None else f"{text}/{self.packing}"
 
 
@@ -114,7 +117,7 @@ def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool 
 
     >>> peft = {"peft": DialectName("peft", versions=("peft-0.18", "peft-0.19"))}
     >>> parse_name("transformers-v5", peft), str(parse_name("transformers-v4:peft/0.19", peft))
-    (Layout(name='transformers-v5', packing=None, dialect=None), 'transformers-v4/peft-0.19')
+    (Layout(name='transformers-v5', packing=None, dialect=None, usual=False), 'transformers-v4/peft-0.19')
     >>> parse_name("peft/0.18", peft).name
     'transformers-v4'
 
@@ -129,18 +132,21 @@ def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool 
     if not colon and (spoken is None or (not adapter and head in known)):
         if head not in known:
             raise _unknown(text, head, [*known, *dialects])
-        return Layout(head, _version(text, version, dialects.get(DEFAULT)))
+        return Layout(head, version_of(text, version, dialects.get(DEFAULT)))
     if spoken is None:
         raise _unknown(text, dialect, dialects)
-    written = _version(text, version, spoken)
+    written = version_of(text, version, spoken)
     if colon and layout not in known:
         raise _unknown(text, layout, known)
     name = layout or _usual_layout(text, spoken, written)
-    return Layout(name, written, None if dialect == DEFAULT else dialect)
+    return Layout(name, written, dialect, usual=not colon)
 
 
-def _version(text: str, version: str, dialect: DialectName | None) -> str | None:
-    """The version as the dialect spells it: ``0.18`` and ``peft-0.18`` are one."""
+def version_of(text: str, version: str, dialect: DialectName | None) -> str | None:
+    """The version as the dialect spells it: ``0.18`` and ``peft-0.18`` are one.
+
+    Raises ``BadInputError`` where the dialect has none of that name.
+    """
     if not version:
         return None
     versions = dialect.versions if dialect is not None else ()

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
-from regraft.dialects.peft.source import find_adapters, open_adapter
-from regraft.errors import BadInputError, Finding
+from regraft.dialects.opening import find_source
 from regraft.storage.dtypes import DTYPES, match_dtype
 
 Bits = npt.NDArray[Any]
@@ -82,11 +81,7 @@ def open_content(path: Path) -> Content:
     Raises ``BadInputError``.
     """
     if not is_checkpoint(path):
-        found = find_adapters(path)
-        if len(found.folders) > 1:
-            message = f"there are {len(found.folders)} adapters here"
-            raise BadInputError(Finding("option", message, where=str(path), fix="give one of them"))
-        adapter = open_adapter(found.folders[0], found.root, found.weights)
+        adapter = find_source(path).one()
         return Content("adapter", adapter.where, content_of(adapter.tensors, adapter.where))
     source = open_checkpoint(path)
     maps: list[Any] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.dialects.peft.source import find_adapters, open_adapter
+from regraft.dialects.opening import find_source
 from regraft.errors import RegraftError
 from regraft.explaining.subject import Subject, open_subject
 from regraft.layouts.graph import edges_to
@@ -209,8 +209,7 @@ class _Comparison:
 
     def convert_adapter(self, one: Subject, layout: str) -> None:
         """What converting the first adapter gives."""
-        found = find_adapters(Path(one.where))
-        source = open_adapter(found.folders[0], found.root, found.weights)
+        source = find_source(Path(one.where)).one()
         model = load_model(self.model) if self.model is not None else None
         try:
             done = convert_adapter(source, Layout(layout), model, foreign=InstalledTransformers())

@@ -46,10 +46,45 @@ def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -
         BadInputError: ``dst`` is a file, or exists and ``overwrite`` is not set, or the folder it
             is in cannot be written to or has no room; or another run is at work on ``dst``.
     """
+    with _staged(dst, overwrite, size, file=False) as folder:
+        yield folder
+
+
+@contextmanager
+def staged_file(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> Iterator[Path]:
+    """Fill a folder of which one file appears at ``dst``, whole or not at all.
+
+    The folder must hold one file in the end, with the suffix of ``dst``, whatever its name. Everything else is as in
+    `staged_folder`.
+
+    Raises:
+        BadInputError: as `staged_folder` does, and where there is more than the one file.
+    """
+    with _staged(dst, overwrite, size, file=True) as folder:
+        inner = folder / "parts"
+        inner.mkdir()
+        yield inner
+        files = sorted(path for path in inner.rglob("*") if not path.is_dir())
+        mine = [path for path in files if path.suffix == Path(dst).suffix]
+        if len(files) != 1 or len(mine) != 1:
+            names = ", ".join(str(path.relative_to(inner)) for path in files)
+            message = f"the result has {len(files)} files ({names}), and the destination is one"
+            fix = "name a folder to write"
+            raise BadInputError(
+                Finding("destination-is-file", message, where=os.fspath(dst), fix=fix)
+            )
+        mine[0].rename(folder / Path(os.path.realpath(dst)).name)
+        shutil.rmtree(inner)
+
+
+@contextmanager
+def _staged(
+    dst: str | os.PathLike[str], overwrite: bool, size: int, *, file: bool
+) -> Iterator[Path]:
     dst = Path(os.path.realpath(dst))
-    if findings := _check_place(dst, overwrite):
+    if findings := _check_place(dst, overwrite, file):
         raise BadInputError(findings)
-    with open_work(dst) as work:
+    with open_work(dst, file) as work:
         try:
             work.check_place(overwrite)
             work.empty()

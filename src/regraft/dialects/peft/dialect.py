@@ -41,13 +41,23 @@ class Peft:
         """One adapter."""
         return open_adapter(folder, root, weights)
 
+    def open_by_tensor(self, folder: Path, root: Path, weights: Path | None) -> Source:
+        """The same, with each tensor read when it is asked for, and not kept."""
+        return open_adapter(folder, root, weights, by_tensor=True)
+
     def writer(self, opened: Opened, known: Known, to: Layout) -> PeftWriter:
         """What writes a PEFT adapter; one of another dialect gets a new config."""
         if isinstance(opened, Source):
             return PeftWriter(opened, known, to)
         hints = opened.hints()
-        source = Source(opened.name, opened.where, fresh_config(hints.base, hints.task), {})
-        return PeftWriter(source, known, to)
+        config = fresh_config(hints.base, hints.task, opened.kind, opened.config)
+        return PeftWriter(Source(opened.name, opened.where, config, {}), known, to, fresh=True)
+
+    def in_memory(self, result: Converted) -> Source:
+        """A result as it would be opened."""
+        return Source(
+            "", "the result", result.config, result.tensors, result.metadata, aside=result.aside
+        )
 
     def save(self, folder: Path, opened: Opened, result: Converted) -> None:
         """Write config and weights; what needed no conversion is copied."""

@@ -156,9 +156,24 @@ def lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def fresh_config(base: str | None, task: str | None) -> dict[str, Any]:
-    """The config of a plain LoRA that comes from another dialect; the writer fills in targets, ranks and alphas."""
-    return {
+def fresh_config(
+    base: str | None, task: str | None, kind: str = "LORA", said: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config of an adapter that comes from another dialect; the writer fills in targets, ranks and alphas.
+
+    What another family needs beside these, its reader says in ``said`` under PEFT's names of the fields.
+    """
+    if kind != "LORA":
+        common: dict[str, Any] = {
+            "task_type": task,
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "target_modules": [],
+            "modules_to_save": None,
+        }
+        return {**common, **(said or {}), "peft_type": kind}
+    more = {name: said[name] for name in _VARIANT_FIELDS if name in said} if said else {}
+    return more | {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": base,

@@ -17,14 +17,17 @@ from regraft.adapters.detect import (
     load_model,
 )
 from regraft.adapters.families.lora_variants import changes_base
-from regraft.adapters.form import Array
+from regraft.adapters.form import Array, Factors
+from regraft.adapters.protocol import Names, Opened
+from regraft.dialects.base import Dialect
+from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.scan import Scan, scan_names
-from regraft.dialects.peft.source import Source, find_adapters, names_of_scan, open_adapter
+from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, Finding, RegraftError
-from regraft.layouts.names import known_layouts
+from regraft.layouts.names import DEFAULT, known_layouts
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.side import Side
@@ -91,6 +94,8 @@ class Inspected:
     notes: list[str] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     """What is wrong with it."""
+    dialect: str = DEFAULT
+    """The dialect that its files are written in."""
 
     @property
     def layout(self) -> str | None:
@@ -159,22 +164,74 @@ def inspect(
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
-    found = find_adapters(Path(src))
+    opening = find_source(Path(src))
+    found = opening.found
     config = load_model(Path(model)) if model is not None else None
     findings: list[Finding] = []
     failed: list[RegraftError] = []
     inspection = Inspection(str(src), files=[str(path) for path in found.others])
     for folder in found.folders:
         try:
-            source = open_adapter(folder, found.root, found.weights, foreign=True)
+            opened = _open(opening, folder)
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
             continue
-        inspection.adapters.append(inspect_adapter(source, config, foreign))
+        if isinstance(opened, Source):
+            told = inspect_adapter(opened, config, foreign)
+        else:
+            told = _inspect_other(opening.dialect, opened, config, foreign)
+        inspection.adapters.append(told)
     if failed:
         raise type(failed[0])(findings)
     return inspection
+
+
+def _open(opening: Opening, folder: Path) -> Opened:
+    if opening.dialect.name == DEFAULT:
+        return open_adapter(folder, opening.found.root, opening.found.weights, foreign=True)
+    return opening.open(folder)
+
+
+def _inspect_other(
+    dialect: Dialect, opened: Opened, model: ModelConfig | None, foreign: Foreign | None
+) -> Inspected:
+    """Tell what an adapter of another dialect is."""
+    tensors = list(opened.tensors.values())
+    names, hints = opened.names(), opened.hints()
+    known, books, evidence = _find_model(names, opened, model, foreign)
+    result = Inspected(
+        name=opened.name,
+        peft_type=opened.kind,
+        layouts=[],
+        evidence=[f"it is written as by {dialect.name}: {dialect.title}", *evidence],
+        packing=None,
+        base_model=hints.base,
+        model_type=known.model_type if known is not None else hints.model_type,
+        peft_version=None,
+        rslora=False,
+        variants=[],
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        dtypes=dict(Counter(tensor.dtype.name for tensor in tensors).most_common()),
+        dialect=dialect.name,
+    )
+    if books:
+        result.layouts = _find_layouts(names, opened, books, result)
+    here = known.books if known is not None else ()
+    scopes = known.scopes if known is not None else {}
+    side = Side(here, result.layout or next((book.left for book in here), ""), scopes)
+    try:
+        adapter = opened.read(side).adapter
+    except AmbiguousError as error:
+        result.notes += [f"{f.key}: {f.message}" for f in error.findings]
+        return result
+    except RegraftError as error:
+        result.problems += error.findings
+        return result
+    if adapter.factors is not None:
+        result.targets = _patterns(adapter.factors, ())
+    return result
 
 
 def inspect_adapter(
@@ -188,7 +245,7 @@ def inspect_adapter(
     dialect = find_dialect(config, source.tensors, Path(source.where))
     if dialect is not None:
         problems = [dialect]
-    known, books, evidence = _find_model(scan, source, model, foreign)
+    known, books, evidence = _find_model(names_of_scan(scan), source, model, foreign)
     result = Inspected(
         name=source.name,
         peft_type=source.peft_type,
@@ -206,7 +263,7 @@ def inspect_adapter(
         problems=problems,
     )
     if books:
-        result.layouts = _find_layouts(scan, source, books, result)
+        result.layouts = _find_layouts(names_of_scan(scan), source, books, result)
     result.others = _other_patterns(scan, tensors)
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
@@ -217,27 +274,27 @@ def inspect_adapter(
 
 
 def _find_model(
-    scan: Scan, source: Source, model: ModelConfig | None, foreign: Foreign | None
+    names: Names, source: Opened, model: ModelConfig | None, foreign: Foreign | None
 ) -> tuple[Known | None, Sequence[Book], list[str]]:
     """What is known of the base, the books that tell the layout all the same, and why."""
     try:
-        known = find_books(names_of_scan(scan), source.hints(), model, source.where, foreign)
+        known = find_books(names, source.hints(), model, source.where, foreign)
     except RegraftError as error:
         finding = error.findings[0]
         fix = f" ({finding.fix})" if finding.fix else ""
         unnamed = finding.code == "model-needed" or (
             finding.code == "unknown-model" and model is None
         )
-        books = books_by_keys(names_of_scan(scan)) if unnamed else ()
+        books = books_by_keys(names) if unnamed else ()
         return None, books, [f"the base model is not known: {finding.message}{fix}"]
     return known, known.books, [known.evidence]
 
 
 def _find_layouts(
-    scan: Scan, source: Source, books: Sequence[Book], result: Inspected
+    names: Names, source: Opened, books: Sequence[Book], result: Inspected
 ) -> list[str]:
     try:
-        detected = detect_layout(names_of_scan(scan), source.hints(), books, source.where)
+        detected = detect_layout(names, source.hints(), books, source.where)
     except RegraftError as error:
         result.problems += error.findings
         return []
@@ -268,8 +325,12 @@ def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspe
             result.problems += error.findings
         return
     result.packing = reader.packing
+    result.targets = _patterns(factors, source.config.get("target_parameters") or ())
+
+
+def _patterns(factors: Factors, entries: Any) -> list[TargetPattern]:
+    """Targets that are alike; ``entries`` are the config's ``target_parameters``."""
     alike: dict[tuple[Any, ...], list[str]] = {}
-    entries = source.config.get("target_parameters")
     for group in factors.headers.groups:
         for row, i in enumerate(group.ids.tolist()):
             scale, name = factors.scales[i], group.name(row)
@@ -283,7 +344,7 @@ def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspe
                 parameter,
             )
             alike.setdefault(looks, []).append(name)
-    result.targets = [
+    return [
         TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
         for pattern in group_alike(keys)

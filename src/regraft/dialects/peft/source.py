@@ -47,6 +47,7 @@ from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
 
 if TYPE_CHECKING:
+    from regraft.adapters.deltas import Deltas
     from regraft.dialects.peft.writer import PeftWriter
 
 CONFIG = "adapter_config.json"
@@ -287,6 +288,18 @@ class Source:
             ]
         return []
 
+    def roles(self) -> Mapping[str, tuple[str, str]]:
+        """Tensors by what is written behind a module's path."""
+        found = {name: (name.removeprefix(PREFIX), "") for name in self.tensors}
+        names = list(self.tensors)
+        for pairs in self.scan().pairs:
+            for path, a, b in zip(
+                pairs.modules.names(), pairs.a.tolist(), pairs.b.tolist(), strict=True
+            ):
+                found[names[a]] = f"{path}.weight", "A"
+                found[names[b]] = f"{path}.weight", "B"
+        return found
+
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
         gone = set(names)
@@ -297,6 +310,12 @@ class Source:
     def as_lora(self) -> Self:
         """The same with the config of a plain LoRA on the same modules."""
         return replace(self, config=lora_config(self.config))
+
+    def deltas(self, known: Known, layout: str, packing: str | None = None) -> Deltas:
+        """What it adds to base tensors, by PEFT's formulas."""
+        from regraft.dialects.peft.deltas import PeftDeltas
+
+        return PeftDeltas(self, known, layout, packing)
 
     def writer(self, known: Known, to: Layout) -> PeftWriter:
         """What writes the result; what need not change of the config stays."""
@@ -366,7 +385,8 @@ def find_adapters(src: Path) -> Found:
             )
         if strange := list(check_files(src.parent, (src, src.parent / CONFIG, src.parent / ASIDE))):
             raise BadInputError(strange)
-        return Found(src.parent, (src.parent,), src, ())
+        beside = tuple(p for p in (src.parent / CONFIG, src.parent / ASIDE) if p.is_file())
+        return Found(src.parent, (src.parent,), src, (), beside)
     if not src.is_dir():
         raise BadInputError(
             Finding(

@@ -39,6 +39,8 @@ class PeftWriter:
     source: Source
     known: Known
     to: Layout
+    fresh: bool = False
+    """Whether the adapter comes from another dialect, so that its config is made from nothing."""
 
     @property
     def side(self) -> Side:
@@ -56,6 +58,10 @@ class PeftWriter:
     def _comes_back(self) -> bool:
         return self.source.provenance().source.layout == self.to.name
 
+    def holds(self, family: Family) -> bool:
+        """PEFT has every family."""
+        return True
+
     @property
     def claimed(self) -> tuple[str, ...]:
         """Last segments of modules that PEFT would move to the experts."""
@@ -68,6 +74,8 @@ class PeftWriter:
 
     def entries(self, saved: Sequence[Saved]) -> Sequence[str]:
         """``modules_to_save`` with the names that modules have now."""
+        if self.fresh:
+            return list(dict.fromkeys(i.new.rpartition(".")[0] for i in saved if not i.rows))
         renamed = rename_saved(self.source.config, saved, self.side)
         return self._own_entries if renamed is None else renamed
 
@@ -163,10 +171,11 @@ class PeftWriter:
         """A family's modules; whether the config is the one that it had before."""
         result = write_parts(carried.parts, family)
         config = dict(self.source.config)
-        if plan is not None and carried.parts:
+        if (plan is not None or self.fresh) and carried.parts:
+            sources = sources_of(plan) if plan is not None else {}
             renamed = {
                 modules.headers.name(i).removesuffix(".weight"): new.removesuffix(".weight")
-                for new, i in sources_of(plan).items()
+                for new, i in sources.items()
             }
             config = write_family_config(
                 config,
@@ -200,6 +209,8 @@ class PeftWriter:
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
         """What the user should know of changes to the config."""
+        if self.fresh:
+            return []
         before, after = self.source.config, blob.config
         notes = []
         if before.get("lora_dropout") and not after.get("lora_dropout"):
