@@ -7,7 +7,7 @@ PIP = -m pip install -qq --disable-pip-version-check
 .DEFAULT_GOAL := help
 SECONDS = 60
 
-.PHONY: fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
+.PHONY: consumers fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -74,11 +74,16 @@ parity: .venv/.done ## compare with transformers, for every class that it conver
 fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs and wrong results (SECONDS=600)
 	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
 
+consumers: .venv-consumers/.done ## compare with the tools that read what regraft writes: diffusers
+	@set -e; for file in scripts/consumers/*.py; do \
+		echo; echo "==> $$file"; .venv-consumers/bin/python "$$file"; \
+	done
+
 mutants: .venv/.done ## change the code in small ways that the tests must notice
 	@.venv/bin/python scripts/mutants.py
 
 clean: ## remove the environments, caches and builds
-	@rm -rf .venv .venv-demo .venv-golden site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-demo .venv-golden .venv-consumers site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environments. A .done file says that everything named in its prerequisites is installed.
@@ -90,12 +95,12 @@ python:
 		exit 1; \
 	}
 
-.venv/.created .venv-demo/.created .venv-golden/.created: | python
+.venv/.created .venv-demo/.created .venv-golden/.created .venv-consumers/.created: | python
 	@echo "==> creating $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@touch $@
 
-.venv/.torch .venv-golden/.torch: %/.torch: requirements/torch.txt %/.created
+.venv/.torch .venv-golden/.torch .venv-consumers/.torch: %/.torch: requirements/torch.txt %/.created
 	@echo "==> installing torch into $(@D)"
 	@$(@D)/bin/python $(PIP) -r requirements/torch.txt
 	@touch $@
@@ -117,4 +122,9 @@ python:
 .venv-golden/.done: requirements/golden.txt .venv-golden/.torch
 	@echo "==> installing the older libraries into .venv-golden"
 	@.venv-golden/bin/python $(PIP) -r requirements/golden.txt
+	@touch $@
+
+.venv-consumers/.done: pyproject.toml requirements/consumers.txt .venv-consumers/.torch
+	@echo "==> installing the consumers into .venv-consumers"
+	@.venv-consumers/bin/python $(PIP) -r requirements/consumers.txt -e .
 	@touch $@

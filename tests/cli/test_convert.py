@@ -137,8 +137,10 @@ def test_unknown_layout_lists_the_known(option: str, lora: Path, capsys: Capture
     assert all(layout in messages for layout in known_layouts())
 
 
-def test_help_names_every_layout(capsys: Capture) -> None:
+def test_help_says_where_every_layout_is_listed(capsys: Capture) -> None:
     assert main(["convert", "--help"]) == 0
+    assert "regraft layouts" in " ".join(capsys.readouterr().out.split())
+    assert main(["layouts"]) == 0
     words = capsys.readouterr().out
     assert all(layout in words for layout in known_layouts())
 

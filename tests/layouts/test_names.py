@@ -110,13 +110,15 @@ def test_a_book_says_how_adapters_of_its_layouts_are_written(book):
     with only_books([load_book(book)]):
         assert Layout("published").usual_packing == "peft-0.18"
         assert Layout("transformers-v5").usual_packing == "peft-0.19"
-    assert {b.left_adapters for b in library()} == {"peft-0.18"}
+    of_transformers = [b for b in library() if "transformers-v4" in b.layouts]
+    assert {b.left_adapters for b in of_transformers} == {"peft-0.18"}
 
 
 def test_the_command_lists_every_name(capsys, book):
     assert main(["layouts", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {line["name"] for line in found["layouts"]} == {"transformers-v4", "transformers-v5"}
+    names = {line["name"] for line in found["layouts"]}
+    assert names >= {"transformers-v4", "transformers-v5", "diffusers", "bfl", "ldm"}
     assert "peft" in {line["name"] for line in found["dialects"]}
     assert "mixtral" in {line["name"] for line in found["families"]}
     assert main(["layouts", "--rules", str(book)]) == 0

@@ -322,7 +322,11 @@ def _counts(book: Book) -> Iterator[Fault]:
 
 
 def _gaps(book: Book) -> Iterator[Fault]:
-    """Spelled-out indices of one side that leave one out: shard.0, shard.1, shard.3."""
+    """Spelled-out indices of one side that leave one out: shard.0, shard.1, shard.3.
+
+    Numbers that module rules spell out one by one are places in an ``nn.Sequential``, and its activations have no
+    weights.
+    """
     for side in ("left", "right"):
         seen: dict[tuple[str, ...], dict[int, Rule]] = defaultdict(dict)
         for end in _ends(book, side):
@@ -334,6 +338,9 @@ def _gaps(book: Book) -> Iterator[Fault]:
                     seen[around].setdefault(segment[0], end.rule)
         for around, numbers in seen.items():
             missing = [n for n in range(max(numbers)) if n not in numbers]
+            modules = {rule.module for rule in numbers.values()}
+            if "" not in modules and len(modules) == len(numbers):
+                continue
             if len(numbers) > 1 and missing:
                 rule = numbers[max(numbers)]
                 shown = ".".join(around).replace("#", str(missing[0]))

@@ -1,0 +1,225 @@
+"""Compare the rule books of image and video models with diffusers' own converters of single files.
+
+    python scripts/consumers/diffusers_bases.py [FAMILY ...] [--write FOLDER]
+
+For every family, at two sizes: the tensors of diffusers' own model, every element different, go through the book to the
+names of the single file, and from there through diffusers' converter. What comes back must be what there was, and the
+book must make of the single file what the converter does: every tensor, bit for bit. `--write` notes the hash of each
+single file, for tests that have no diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders import single_file_utils as files
+
+from regraft.arrays.apply import apply_plan
+from regraft.layouts.graph import edges_to
+from regraft.names.keys import group_names
+from regraft.planning.build import build_plan
+from regraft.planning.plan import Headers
+from regraft.rules.book import Book, books_for, built_in
+
+State = dict[str, torch.Tensor]
+Converter = Callable[[State], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family at one size."""
+
+    family: str
+    size: str
+    state: State
+    """What diffusers' model has."""
+    convert: Converter
+    """diffusers' way from the single file."""
+    same: tuple[str, ...] = ()
+    """Beginnings of names that are the same in both layouts."""
+
+
+def labelled(model: type[torch.nn.Module], **config: Any) -> State:
+    """The tensors of a model of a class, every element another number."""
+    with torch.device("meta"):
+        made = model(**config)
+    state, first = {}, 0
+    for name, tensor in made.state_dict().items():
+        count = tensor.numel()
+        state[name] = torch.arange(first, first + count, dtype=torch.int32).reshape(tensor.shape)
+        first += count
+    return state
+
+
+def shrunk(function: Callable[..., Any], **sizes: tuple[str, str]) -> Callable[..., Any]:
+    """A converter of diffusers with other sizes in place of those in its code."""
+    source = inspect.getsource(function)
+    for old, new in sizes.values():
+        if old not in source:
+            raise SystemExit(f"{function.__name__} has no {old!r} any more")
+        source = source.replace(old, new)
+    space = dict(vars(files))
+    exec(source, space)
+    return space[function.__name__]
+
+
+def unet(family: str) -> list[Case]:
+    """The UNets of Stable Diffusion."""
+    cases = []
+    for width in (8, 16):
+        config: dict[str, Any] = {
+            "layers_per_block": 2,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 12,
+            "use_linear_projection": family != "sd15",
+        }
+        if family == "sdxl":
+            config |= {
+                "block_out_channels": (width, 2 * width, 4 * width),
+                "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+                "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2, 10 if width == 8 else 3),
+                "attention_head_dim": (1, 2, 4),
+            }
+        else:
+            config |= {
+                "block_out_channels": (width, 2 * width, 4 * width, 4 * width),
+                "attention_head_dim": 4,
+            }
+        if family == "sdxl_refiner":
+            config |= {
+                "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+                "transformer_layers_per_block": 2,
+            }
+        if family.startswith("sdxl"):
+            config |= {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 52,
+            }
+        if family == "sd2" and width == 16:
+            config["num_class_embeds"] = 7
+        state = labelled(diffusers.UNet2DConditionModel, **config)
+
+        def convert(native: State, config: dict[str, Any] = config) -> Mapping[str, torch.Tensor]:
+            prefixed = {files.LDM_UNET_KEY + name: tensor for name, tensor in native.items()}
+            return files.convert_ldm_unet_checkpoint(prefixed, dict(config))
+
+        cases.append(Case(family, f"width {width}", state, convert))
+    return cases
+
+
+def flux() -> list[Case]:
+    """FLUX.1, with and without guidance."""
+    cases = []
+    for heads, double, single in ((2, 2, 11), (3, 11, 2)):
+        state = labelled(
+            diffusers.FluxTransformer2DModel,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=6,
+            joint_attention_dim=10,
+            pooled_projection_dim=14,
+            guidance_embeds=heads == 2,
+            axes_dims_rope=(2, 1, 1),
+        )
+        convert = shrunk(
+            files.convert_flux_transformer_checkpoint_to_diffusers,
+            width=("inner_dim = 3072", f"inner_dim = {4 * heads}"),
+        )
+        cases.append(Case("flux", f"{double} and {single} blocks", state, convert))
+    return cases
+
+
+FAMILIES: dict[str, Callable[[], list[Case]]] = {
+    "flux": flux,
+    "sd15": partial(unet, "sd15"),
+    "sd2": partial(unet, "sd2"),
+    "sdxl": partial(unet, "sdxl"),
+    "sdxl_refiner": partial(unet, "sdxl_refiner"),
+}
+
+
+def through(book: Book, state: Mapping[str, torch.Tensor], layout: str) -> State:
+    """A state dict by a rule book."""
+    tensors = list(state.values())
+    headers = Headers(
+        group_names(list(state)), [tuple(t.shape) for t in tensors], ["int32"] * len(tensors)
+    )
+    return apply_plan(build_plan(headers, edges_to([book], layout)), tensors)
+
+
+def differences(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that are not the same in both."""
+    return [
+        name
+        for name in sorted({*found, *wanted})
+        if name not in found or name not in wanted or not torch.equal(found[name], wanted[name])
+    ]
+
+
+def compare(case: Case) -> tuple[State, list[str]]:
+    """The single file of a case, and what is wrong with the book."""
+    (book,) = books_for([case.family], built_in())
+    native = through(book, case.state, book.left)
+    converted = dict(case.convert(dict(native)))
+    problems = [f"not undone by diffusers: {n}" for n in differences(converted, case.state)]
+    forward = through(book, native, book.right)
+    problems += [f"not as diffusers makes it: {n}" for n in differences(forward, converted)]
+    unchanged = [n for n in native if n in case.state and not n.startswith(case.same or ("\0",))]
+    problems += [f"has the same name in both: {n}" for n in unchanged]
+    return native, problems
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """A hash of names, shapes and elements."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(f"{name} {list(state[name].shape)} ".encode())
+        found.update(state[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def main() -> int:
+    """Compare every family that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    status = 0
+    for family in options.families:
+        sizes = []
+        for case in FAMILIES[family]():
+            native, problems = compare(case)
+            verdict = "equal" if not problems else f"{len(problems)} NOT equal"
+            print(
+                f"{family} ({case.size}): {len(native)} tensors, {len(case.state)} in diffusers: {verdict}"
+            )
+            for problem in problems[:10]:
+                print(f"  {problem}")
+            status |= bool(problems)
+            shapes = {name: list(tensor.shape) for name, tensor in case.state.items()}
+            sizes.append({"size": case.size, "diffusers": shapes, "native": digest(native)})
+        if options.write is not None and not status:
+            data = json.dumps(sizes, separators=(",", ":")).encode()
+            (options.write / f"{family}.json.gz").write_bytes(gzip.compress(data, 9, mtime=0))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
