@@ -37,7 +37,7 @@ def test_show_is_a_book(book, tmp_path, capsys):
 def test_show_json(capsys):
     assert main(["rules", "show", "mixtral", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["equations"][0]["where"] == "mixtral.toml:11"
+    assert shown["equations"][0]["where"] == "mixtral.toml:15"
 
 
 def test_no_such_book(capsys):
