@@ -82,9 +82,17 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
-    from importlib import import_module
+if (
+    not TYPE_CHECKING
+):  # so that type checkers see the imports above, and refuse a name that is not there
 
-    return getattr(import_module(_LAZY[name]), name)
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

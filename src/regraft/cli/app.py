@@ -55,7 +55,9 @@ _COMMANDS = {
     "slices": "regraft.cli.slices",
     "layouts": "regraft.cli.layouts",
     "rules": "regraft.cli.rules",
+    "errors": "regraft.cli.errors",
     "schema": "regraft.cli.schema",
+    "env": "regraft.cli.env",
     "completion": "regraft.cli.completion",
 }
 """The module of each command, in the order of the help; the command has the module's last name."""

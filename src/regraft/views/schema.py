@@ -29,6 +29,7 @@ from regraft.layouts.catalog import Catalog
 from regraft.learning.diff import Diff
 from regraft.report import AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
+from regraft.views.environment import Environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,28 @@ class Probes:
 SCHEMA_VERSION = 1
 """Stands in every document; it grows when a field is renamed, removed or means something else."""
 
+
+@dataclass(frozen=True, slots=True)
+class ExplainedCode:
+    """What the code of a finding means."""
+
+    code: str
+    title: str
+    details: str
+    fix: str
+    status: int
+    """The exit status that it leads to."""
+    part: str
+    """The section of docs/errors.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodeList:
+    """What `regraft errors` prints."""
+
+    codes: list[ExplainedCode]
+
+
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report,),
     "inspect": (Inspection, CheckpointInspection),
@@ -170,6 +193,8 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "rules list": (BookList,),
     "rules show": (ShownBook,),
     "rules lint": (Linted,),
+    "errors": (CodeList,),
+    "env": (Environment,),
     "error": (Failure,),
 }
 """What each command prints; ``error`` is what any of them prints when it fails."""
