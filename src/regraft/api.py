@@ -65,6 +65,7 @@ def convert(
     rules: Rules = (),
     untie: bool = False,
     drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
     dequantize: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -110,7 +111,9 @@ def convert(
             one to them.
         untie: checkpoints only: where tied weights have other values, keep both, and write
             ``tie_word_embeddings: false`` into the result's config.
-        drop: checkpoints only: where tied weights have other values, the names of those to leave out.
+        drop: checkpoints only: patterns of names (``"model.mtp.*"``) to leave out, each of them reported. Where tied
+            weights have other values, the name of the one to leave out.
+        keep: checkpoints only: patterns of names that stay as they are although nothing explains them.
         dequantize: checkpoints only: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. It changes numbers, and
             the report says so.
         tell: told in one line what is about to be done, with the most memory it may take.
@@ -145,6 +148,7 @@ def convert(
                 _check_options(
                     "they say how to write, and --in-place writes headers only",
                     drop=drop,
+                    keep=keep,
                     shard_size=shard_size,
                     dtype=dtype,
                     jobs=jobs,
@@ -164,6 +168,7 @@ def convert(
                     jobs=jobs,
                     overwrite=overwrite,
                     drop=drop,
+                    keep=keep,
                     tell=tell,
                     progress=progress,
                     **options,
@@ -178,6 +183,7 @@ def convert(
                     resume=resume,
                     overwrite=overwrite,
                     drop=drop,
+                    keep=keep,
                     tell=tell,
                     progress=progress,
                     **options,
@@ -194,6 +200,7 @@ def convert(
             in_place=in_place,
             untie=untie,
             drop=drop,
+            keep=keep,
             dequantize=dequantize,
         )
         opening = find_source(src_path, given)

@@ -104,6 +104,10 @@ class CheckpointReport:
     """How many tensors are the same in both layouts."""
     renamed: int = 0
     """How many only got another name."""
+    dropped: list[str] = field(default_factory=list)
+    """The tensors that were left out because the user asked for it."""
+    kept: list[str] = field(default_factory=list)
+    """The tensors that stayed as they were because the user asked for it."""
     casts: dict[str, int] = field(default_factory=dict)
     """How many tensors were cast from what to what."""
     config: list[str] = field(default_factory=list)

@@ -192,7 +192,7 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
 
 def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
-    own = {id(book) for book in own_books()}
+    own = {id(book) for book in own_books() if not book.is_addition}
     if is_complete() or any(id(book) in own for book in books):
         return True
     known = {name for book in books for name in book.model_types}

@@ -67,6 +67,10 @@ class Remembered(msgspec.Struct, kw_only=True):
     kept: KeptTable = msgspec.field(default_factory=KeptTable)
     names: list[str] = []
     """Names of base tensors as they were spelled, one of each kind."""
+    dropped: list[str] = []
+    """Names of tensors of the source that were left out, as the user asked."""
+    set_aside: list[str] = []
+    """Names of tensors that stayed as they were, as the user asked."""
 
     def record(self, rslora: bool) -> Record:
         """The parts by the key that they came from."""
@@ -102,6 +106,8 @@ def write_remembered(
     record: Record,
     kept: KeptTable,
     names: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+    set_aside: Sequence[str] = (),
 ) -> str:
     """The entry for a file that was written from another."""
     changed = {
@@ -118,6 +124,8 @@ def write_remembered(
         parts=record.to_json(),
         kept=kept,
         names=list(names),
+        dropped=list(dropped),
+        set_aside=list(set_aside),
     )
     return msgspec.json.encode(entry).decode()
 

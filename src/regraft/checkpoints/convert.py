@@ -48,6 +48,7 @@ def convert_checkpoint(
     dry_run: bool = False,
     untie: bool = False,
     drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
     tell: Tell | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
@@ -75,6 +76,7 @@ def convert_checkpoint(
         name=name,
         untie=untie,
         drop=drop,
+        keep=keep,
     )
     cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report

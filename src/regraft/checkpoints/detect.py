@@ -13,7 +13,7 @@ from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import AmbiguousError, Choice, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge, edges_to, find_routes
 from regraft.names.keys import MARK, Group
-from regraft.planning.build import build_plan
+from regraft.planning.build import UNMATCHED_FIX, build_plan
 from regraft.planning.compose import compose, middle_of
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
@@ -63,7 +63,9 @@ def detect(
     """
     imported: Told | None = None
     if model is not None:
-        books = tuple(books_for(model.model_types()))
+        found_books = books_for(model.model_types())
+        additions = tuple(book for book in found_books if book.is_addition)
+        books = tuple(book for book in found_books if not book.is_addition)
         if foreign is not None and not covers(books, model):
             names = [name for group in headers.groups for name in group.names()]
             shapes = {
@@ -72,7 +74,7 @@ def detect(
             classes = model.architectures()
             keys = [*spelled, *names]
             imported = foreign.book(model, keys, shapes, classes, adapter=False)
-        if not books and imported is None:
+        if not books and imported is None and not additions:
             known = ", ".join(sorted({t for book in library() for t in book.model_types}))
             message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"
             raise UnmatchedKeysError(
@@ -88,6 +90,8 @@ def detect(
             books, scopes = (imported.book,), {imported.book.name: Scope()}
         else:
             scopes = {book.name: model.scope_of(book.model_types) for book in books}
+        books = (*books, *additions)
+        scopes |= {book.name: model.scope_of(book.model_types) for book in additions}
         told = f"the model is {', '.join(model.model_types())} ({model.path})"
         if imported is not None:
             told = f"{told}; {imported.evidence}"
@@ -216,8 +220,12 @@ def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
     return True
 
 
-def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Plan | None:
+def make_plan(
+    headers: Headers, known: Detected, target: str, where: str, unmatched_fix: str = UNMATCHED_FIX
+) -> Plan | None:
     """The plan to a layout; ``None`` where the checkpoint is in it already, and spelled as usual.
+
+    ``unmatched_fix`` says what to do about keys that nothing explains.
 
     Raises what `build_plan` raises.
     """
@@ -226,7 +234,7 @@ def make_plan(headers: Headers, known: Detected, target: str, where: str) -> Pla
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
         return build_plan(headers, edges_to(books, target), where=where) if books else None
     rest = known.unstacked.without(headers)
-    plan = build_plan(rest, route[0], scopes=known.scopes, where=where)
+    plan = build_plan(rest, route[0], scopes=known.scopes, where=where, unmatched_fix=unmatched_fix)
     for edges in route[1:]:
         middle = middle_of(plan)
         plan = compose(

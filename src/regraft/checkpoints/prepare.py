@@ -13,6 +13,7 @@ import regraft
 from regraft.adapters.detect import load_model
 from regraft.adapters.provenance import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
+from regraft.checkpoints.aside import Aside, check_kept, drop_rows, find_aside
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import (
     add_companions,
@@ -46,12 +47,18 @@ from regraft.checkpoints.ties import (
 )
 from regraft.checkpoints.units import UNIT
 from regraft.errors import BadInputError
+from regraft.names.keys import Group
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.mtp import WHY as MTP
 from regraft.storage.folder import load_json
+
+_UNUSED = (
+    "check the prefix and the model; if the model does not use it, leave it out with --drop PATTERN or carry it over "
+    "as it is with --keep PATTERN; or add the key to a rule book"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,25 +109,39 @@ def prepare(
     name: str | None = None,
     untie: bool = False,
     drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> Prepared:
     """Read headers and plan; nothing is written. Without ``to``, everything stays as it is.
 
     With a ``name`` the result is one file of that name, and nothing else. Of tied weights with other values,
-    ``untie`` keeps both, and ``drop`` names those that are left out.
+    ``untie`` keeps both. ``drop`` are patterns of names that are left out; where one of them is tied to another that
+    has other values, that other one is kept. ``keep`` are those that stay as they are.
 
     Raises what opening, detecting and planning raise.
     """
     source = open_checkpoint(path)
     config = model_of(source, model)
     ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
-    source, said = leave_out(source, ties, drop)
-    left = [tie for tie in ties if not {tie.kept, tie.other} & set(drop)]
+    aside = find_aside(source, drop, keep)
+    dropped = set(aside.dropped)
+    halves = [tie for tie in ties if len(dropped & {tie.kept, tie.other}) == 1]
+    source, said = leave_out(source, halves, aside.dropped)
+    halved = {name for tie in halves for name in (tie.kept, tie.other)}
+    source = drop_rows(source, dropped - halved)
+    left = [tie for tie in ties if not dropped & {tie.kept, tie.other}]
     tensors = source.tensors
     companions = find_companions(source, config.data if config is not None else None)
-    headers = companions.headers
+    headers, companions = (
+        companions.headers,
+        replace(companions, headers=aside.without(companions.headers)),
+    )
     spelled = read_spelling((file.metadata for file in source.files), to)
-    known = detect(headers, config, source.where, source_layout, foreign, spelled, companions)
-    plan = make_plan(headers, known, to, source.where) if to is not None else None
+    rest = companions.headers
+    known = detect(rest, config, source.where, source_layout, foreign, spelled, companions)
+    plan = make_plan(rest, known, to, source.where, _UNUSED) if to is not None else None
+    if plan is not None:
+        check_kept(known, aside.kept, headers, config, source.where)
+        plan = aside.beside(plan, headers)
     if untie and not left:
         raise BadInputError(nothing_to_untie(source))
     if left and not untie and plan is not None:
@@ -145,7 +166,7 @@ def prepare(
         beside = pairs_from(moves, count, tensors)
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    note = _note(source, known, plan, to)
+    note = _note(source, known, plan, to, aside)
     layout = lay_out(source, moves, dtypes, shard_size, name, note)
     report = CheckpointReport(
         known.layout or to or "",
@@ -164,7 +185,8 @@ def prepare(
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
-    report.notes += [*known.notes, *said]
+    report.dropped, report.kept = list(aside.dropped), list(aside.kept)
+    report.notes += [*known.notes, *said, *aside.words()]
     if len(known.mtp) and plan is not None:
         report.notes.append(
             f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "
@@ -212,22 +234,27 @@ def _read_there(config: ModelConfig | None, to: str | None) -> ModelConfig | Non
     return replace(config, data=rename_fields(config.data, V4)[0])
 
 
-def _note(source: Source, known: Detected, plan: Plan | None, to: str | None) -> str | None:
+def _note(
+    source: Source, known: Detected, plan: Plan | None, to: str | None, aside: Aside
+) -> str | None:
     """The note for the result's metadata; that of a source that stays as it is."""
     if plan is None or to is None:
+        if aside.dropped or aside.kept:
+            here = known.layout or to or ""
+            return write_note((), here, here, {}, {}, aside.dropped, aside.kept)
         texts = (file.metadata.get(KEY) for file in source.files)
         return next((text for text in texts if text is not None), None)
-    if to == plan.books[0].left:
-        return None
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
-    if source.config is not None:
-        before = load_json(source.config)
-        after, _ = rename_fields(before, to)
-        if rename_fields(after, plan.source_layout)[0] == before:
-            before = after
-    groups = plan.headers.groups if known.imported else ()
-    return write_note(groups, plan.source_layout, to, before, after)
+    groups: Sequence[Group] = ()
+    if to != plan.books[0].left:
+        groups = plan.headers.groups if known.imported else ()
+        if source.config is not None:
+            before = load_json(source.config)
+            after, _ = rename_fields(before, to)
+            if rename_fields(after, plan.source_layout)[0] == before:
+                before = after
+    return write_note(groups, plan.source_layout, to, before, after, aside.dropped, aside.kept)
 
 
 def _words(plan: Plan) -> list[str]:

@@ -48,15 +48,21 @@ def write_note(
     target: str,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
+    dropped: Sequence[str] = (),
+    set_aside: Sequence[str] = (),
 ) -> str | None:
     """The note for a result: one name of each kind that its source had, and what changed in the config.
+
+    ``dropped`` and ``set_aside`` are what the user had left out, and kept as it is.
 
     ``None`` where there is nothing to note.
     """
     names = sorted(name for group in groups for name in _one_of_each(group))
-    if not names and before == after:
+    if not names and before == after and not dropped and not set_aside:
         return None
-    return write_remembered(target, Origin(source), before, after, Record(), KeptTable(), names)
+    return write_remembered(
+        target, Origin(source), before, after, Record(), KeptTable(), names, dropped, set_aside
+    )
 
 
 def with_note(metadata: Mapping[str, str], note: str | None) -> dict[str, str]:

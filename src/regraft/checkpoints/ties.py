@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.detect import covers
+from regraft.checkpoints.aside import drop_rows
 from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.source import Source
 from regraft.checkpoints.tiles import read_into
@@ -98,44 +99,30 @@ def leave_out(source: Source, ties: Sequence[Tie], drop: Sequence[str]) -> tuple
     """The checkpoint without the values of some tied tensors, and what is said of it.
 
     Where it is the input embeddings', the other's values take their name: a loader looks for them there.
-
-    Raises ``BadInputError`` for what is no tied weight with other values.
     """
-    if not drop:
-        return source, []
     tensors = source.tensors
-    names = tensors.names
-    at = {name: row for row, name in enumerate(names)}
+    at = {name: row for row, name in enumerate(tensors.names)}
     dtypes, files = list(tensors.dtypes), tensors.files.copy()
     starts, sizes = tensors.starts.copy(), tensors.sizes.copy()
-    gone: set[int] = set()
+    gone: list[str] = []
     notes: list[str] = []
-    for key in dict.fromkeys(drop):
-        tie = next((t for t in ties if key in (t.kept, t.other)), None)
-        if tie is None:
-            raise BadInputError(_not_tied(source, ties, key))
-        kept, other = at[tie.kept], at[tie.other]
-        gone.add(other)
-        if key == tie.other:
-            notes.append(f"dropped {key}: it is tied to {tie.kept}, whose values are kept")
-            continue
-        for column in (files, starts, sizes):
-            column[kept] = column[other]
-        dtypes[kept] = dtypes[other]
-        notes.append(
-            f"dropped the values of {key}: it is tied to {tie.other}, whose values have its name now"
-        )
-    rows = [row for row in range(len(names)) if row not in gone]
-    left = replace(
-        tensors,
-        names=[names[row] for row in rows],
-        dtypes=[dtypes[row] for row in rows],
-        shapes=[tensors.shapes[row] for row in rows],
-        files=files[rows],
-        starts=starts[rows],
-        sizes=sizes[rows],
-    )
-    return replace(source, tensors=left), notes
+    for tie in ties:
+        if tie.other in drop:
+            gone.append(tie.other)
+            notes.append(f"dropped {tie.other}: it is tied to {tie.kept}, whose values are kept")
+        elif tie.kept in drop:
+            kept, other = at[tie.kept], at[tie.other]
+            gone.append(tie.other)
+            for column in (files, starts, sizes):
+                column[kept] = column[other]
+            dtypes[kept] = dtypes[other]
+            notes.append(
+                f"dropped the values of {tie.kept}: it is tied to {tie.other}, whose values have its name now"
+            )
+    if not gone:
+        return source, []
+    moved = replace(tensors, dtypes=dtypes, files=files, starts=starts, sizes=sizes)
+    return drop_rows(replace(source, tensors=moved), gone), notes
 
 
 def without_ties(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,10 +204,3 @@ def nothing_to_untie(source: Source) -> Finding:
     """What is said where nothing is left that ``--untie`` could keep."""
     message = "--untie: it has no tied weights with other values"
     return Finding("option", message, where=source.where, fix="leave it out")
-
-
-def _not_tied(source: Source, ties: Sequence[Tie], key: str) -> Finding:
-    known = ", ".join(dict.fromkeys(name for tie in ties for name in (tie.other, tie.kept)))
-    message = "it is no tied weight that has another value than its twin"
-    fix = f"drop one of {known}" if known else "leave --drop out: there is none in this checkpoint"
-    return Finding("option", message, where=source.where, key=key, fix=fix)

@@ -67,9 +67,17 @@ from regraft.cli.output import Output
 )
 @click.option(
     "--drop",
-    metavar="KEY",
+    metavar="PATTERN",
     multiple=True,
-    help="Checkpoints: where tied weights have other values, leave this one out. May be given more than once.",
+    help="Checkpoints: leave out the tensors whose names it matches (model.mtp.*), or one of two tied weights with "
+    "other values. May be given more than once.",
+)
+@click.option(
+    "--keep",
+    metavar="PATTERN",
+    multiple=True,
+    help="Checkpoints: carry over as they are the tensors whose names it matches, which no rule explains. May be "
+    "given more than once.",
 )
 @click.option(
     "--dequantize",

@@ -142,7 +142,8 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
             )
         )
     warn_of_release()
-    return Mapping(live, _checked(key_mapping or {}), own_books())
+    own = tuple(book for book in own_books() if not book.is_addition)
+    return Mapping(live, _checked(key_mapping or {}), own)
 
 
 def _checked(key_mapping: Any) -> dict[str, str]:

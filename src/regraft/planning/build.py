@@ -38,6 +38,9 @@ from regraft.rules.templates import (
     specificity,
 )
 
+UNMATCHED_FIX = "check the prefix and the model, or add the key to a rule book"
+"""What to do about keys that nothing explains."""
+
 
 def build_plan(
     headers: Headers,
@@ -47,7 +50,7 @@ def build_plan(
     partial: bool = False,
     guess: Guess | None = None,
     where: str | None = None,
-    unmatched_fix: str = "check the prefix and the model, or add the key to a rule book",
+    unmatched_fix: str = UNMATCHED_FIX,
 ) -> Plan:
     """Plan the conversion of some tensors along some edges, which all lead to one layout.
 

@@ -287,6 +287,11 @@ class Book:
         """Both layouts, the left one first."""
         return self.left, self.right
 
+    @property
+    def is_addition(self) -> bool:
+        """Whether it moves nothing, and only says of some keys that they stay or go: it stands beside other books."""
+        return not self.rules
+
     def layout(self, side: Side) -> str:
         """The layout that a side speaks of."""
         return self.left if side == "left" else self.right
@@ -438,8 +443,12 @@ def only_books(books: Rules) -> Iterator[None]:
 
     A text is a book's file, the name of one of regraft's, or ``"built-in"`` for all of those: books that are named
     before it come first, and take the place of one that leads between the same layouts for the same model types.
+    Books that have no equations, and only say of some keys that they stay or go, stand beside regraft's.
     """
-    token = _ONLY.set(tuple(_named(books)) or _ONLY.get())
+    given = tuple(_named(books))
+    if given and all(book.is_addition for book in given):
+        given += built_in()
+    token = _ONLY.set(given or _ONLY.get())
     try:
         yield
     finally:
@@ -887,6 +896,8 @@ def books_for(model_types: Sequence[str], books: Iterable[Book] | None = None) -
 
 def _replaces(one: Book, other: Book, wanted: set[str]) -> bool:
     """Whether a book says all that another would, for some model types."""
+    if one.is_addition:
+        return False
     if {one.left, one.right} != {other.left, other.right}:
         return False
     types = wanted & set(other.model_types) if other.model_types else wanted
