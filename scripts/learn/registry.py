@@ -44,35 +44,60 @@ from regraft.learning.propose import compare, plan_names
 
 NAMES = ("SIZE", "INNER", "HEADS", "LAYERS", "WORDS", "EXPERTS")
 FIRST = (
+    (48, 40, 4, 2, 99, 5),
+    (32, 40, 4, 2, 99, 5),
     (32, 40, 4, 2, 99, 4),
     (32, 40, 4, 3, 99, 4),
     (32, 40, 4, 2, 113, 4),
 )
 MORE = (
+    (64, 104, 8, 3, 101, 6),
+    (120, 136, 6, 2, 103, 7),
+    (80, 88, 8, 4, 107, 3),
+    (96, 104, 8, 3, 99, 6),
+    (128, 136, 8, 2, 99, 7),
     (48, 56, 6, 3, 101, 6),
     (64, 72, 8, 2, 103, 5),
-    (80, 88, 10, 3, 107, 3),
-    (96, 104, 8, 4, 109, 8),
     (64, 72, 4, 3, 101, 6),
-    (128, 136, 8, 2, 103, 5),
     (32, 56, 4, 3, 101, 6),
     (32, 72, 4, 4, 103, 5),
     (48, 56, 6, 3, 99, 6),
-    (64, 72, 8, 2, 99, 5),
     (32, 56, 4, 2, 99, 6),
     (32, 72, 4, 2, 99, 5),
 )
 """Sizes to try, in order: not every class can be built with all of them."""
-LARGEST = 12_000_000
+LARGEST = 30_000_000
 """Elements that are looked at; larger classes are listed."""
 _MADE_FOR = {getattr(tiny, name): name for name in NAMES}
-_PATTERNS = tiny._NAMES
+_PATTERNS, _FACTS = tiny._NAMES, tiny._FACTS
+_HEAD = 8
+"""The size of a head at the first sizes."""
 
 
 def resize(sizes):
     """Let `tiny.shrink` use other sizes."""
     changed = dict(zip(NAMES, sizes, strict=True))
-    tiny._NAMES = tuple((p, changed[_MADE_FOR[v]] if v in _MADE_FOR else v) for p, v in _PATTERNS)
+    head, tiny_heads = changed["SIZE"] // changed["HEADS"], 4
+
+    def of(value, name):
+        if "key_value_heads" in name and value == 2:
+            return changed["HEADS"] // 2
+        if "experts_per" in name:
+            return value
+        if value == tiny_heads:
+            return changed["EXPERTS" if "expert" in name else "HEADS"]
+        return (
+            head if value == _HEAD else changed[_MADE_FOR[value]] if value in _MADE_FOR else value
+        )
+
+    tiny._NAMES = tuple((pattern, of(value, pattern.pattern)) for pattern, value in _PATTERNS)
+    tiny._FACTS = {
+        model: {
+            name: of(value, name) if name.endswith(("heads", "head_dim")) else value
+            for name, value in facts.items()
+        }
+        for model, facts in _FACTS.items()
+    }
     for name, value in changed.items():
         setattr(tiny, name, value)
 
@@ -97,7 +122,7 @@ def buildable(cls):
             shapes = {k: tuple(t.shape) for k, t in model.state_dict().items()}
             if shapes not in [known for _, known in found]:
                 found.append((sizes, shapes))
-            if len(found) >= wanted:
+            if len(found) >= wanted + (wanted > 1) * 2:
                 break
         if not found:
             raise error
@@ -183,14 +208,23 @@ def judge(cls):
     sizes = buildable(cls)
     with torch.device("meta"):
         count = sum(p.numel() for p in cls(config_of(cls, sizes[0])).parameters())
-    row = {"sizes": len(sizes), "elements": count}
+    row = {"elements": count}
     if count > LARGEST:
         return {**row, "verdict": "not built", "why": f"{count} elements at its smallest"}
-    pairs = [pair(cls, each, seed) for seed, each in enumerate(sizes[:3], 1)]
+    pairs, error = [], None
+    for seed, each in enumerate(sizes, 1):
+        try:
+            pairs.append(pair(cls, each, seed))
+        except RuntimeError as caught:
+            error = error or caught  # on the meta device it looked as if it could be built
+        if len(pairs) == 3:
+            break
+    if not pairs and error is not None:
+        raise error
     learned, unseen = pairs[:2], pairs[2:] or pairs[1:] or [pair(cls, sizes[0], 9)]
     if len(pairs) == 2:
         learned = pairs[:1]
-    row["kind"] = kind_of(pairs[0])
+    row |= {"sizes": len(pairs), "kind": kind_of(pairs[0])}
     began = time.perf_counter()
     found = learn_pairs(learned, layouts=("old", "new"))
     row["seconds"] = round(time.perf_counter() - began, 2)

@@ -234,9 +234,10 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
     wanted = _wanted(axis, seen)
     if wanted is None:
         return []
-    if len(seen) == 1 and wanted[0] < 2:
-        return []
-    return [f"config.{path}" for path, values in _numbers(seen).items() if values == wanted]
+    found = [f"config.{path}" for path, values in _numbers(seen).items() if values == wanted]
+    if len(seen) == 1 and (wanted[0] < 2 or len(found) > 1):
+        return []  # one size says nothing where several fields have it
+    return found
 
 
 def _composed(axis: str, seen: Sequence[Seen], words: frozenset[str]) -> Iterator[str]:
