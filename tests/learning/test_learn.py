@@ -221,6 +221,18 @@ def test_what_is_called_an_embedding_and_has_a_bias_is_none():
     assert [rule.left_kinds for rule in book.module_rules] == [("linear",)]
 
 
+def test_a_bias_that_does_not_follow_its_weight():
+    names = {"gate.weight": "router.weight", "gate.bias": "router.correction"}
+
+    def convert(state):
+        return {f"x.{n}.{names[key]}": state[f"l.{n}.{key}"] for n in (0, 1) for key in names}
+
+    shapes = {f"l.{n}.{k}": (5, 4)[: 2 if "weight" in k else 1] for n in (0, 1) for k in names}
+    found = watch(convert, shapes, torch=False)
+    assert found.sound
+    assert found.book.rules[0].left_kinds == ("linear",)
+
+
 def test_a_field_of_the_part_that_names_speak_of_comes_first():
     def convert(state):
         return {"vision.ab": np.concatenate([state["vision.a"], state["vision.b"]])}

@@ -115,7 +115,10 @@ def _single(
     stems = [key.removesuffix(".weight") for key in (each.left, each.right)]
     weights = each.left != stems[0] and each.right != stems[1]
     if weights and all(kind in PLAIN and kind not in ("any", "vector") for kind in pair):
-        return _module(titles, stems[0], stems[1], pair)
+        if _bias_follows(each, all_of_them, kinds):
+            return _module(titles, stems[0], stems[1], pair)
+        text = f"{each.left} : {PLAIN[pair[0]]}\n    == {each.right} : {PLAIN[pair[1]]}\n"
+        return _rule(titles.of(each.right), text, pair, book)
     if covered and set(pair) <= {"any", "vector"}:
         return None
     if each.left.endswith(".bias") and each.right.endswith(".bias"):
@@ -123,7 +126,8 @@ def _single(
         for other in all_of_them:
             if (other.left, other.right) == weight:
                 found = kinds.of_rename(other.before, other.after)
-                if all(kind in _HAVE_BIASES for kind in found):
+                follows = _bias_follows(other, all_of_them, kinds)
+                if follows and all(kind in _HAVE_BIASES for kind in found):
                     return None
     text = each.dims
     if set(pair) & set(_STACKED) and all(kind in _STACKED or kind in PLAIN for kind in pair):
@@ -134,6 +138,15 @@ def _single(
     else:
         return None
     return _rule(titles.of(each.right), text, pair, book)
+
+
+def _bias_follows(each: Rename, all_of_them: Sequence[Rename], kinds: Kinds) -> bool:
+    """Whether the bias beside a weight, if there is one, goes where the weight goes."""
+    names = [name.removesuffix("weight") + "bias" for name in (each.before, each.after)]
+    if not any(name in shapes for name, shapes in zip(names, kinds.shapes, strict=True)):
+        return True
+    wanted = tuple(key.removesuffix("weight") + "bias" for key in (each.left, each.right))
+    return any((other.left, other.right) == wanted for other in all_of_them)
 
 
 def _by_prefix(
@@ -201,6 +214,8 @@ def _leaves(
     for leaf, mine in by_leaf.items():
         pairs = {kinds.of_rename(each.before, each.after) for each in mine}
         if len(pairs) > 1 or not leaf.replace("_", "a").isalpha() or len(mine) < 2:
+            continue
+        if not all(_bias_follows(each, same, kinds) for each in mine):
             continue
         (pair,) = pairs
         if any(kind not in PLAIN or kind in ("any", "vector") for kind in pair):
