@@ -300,68 +300,10 @@ def test_a_missing_bias_is_a_finding(tmp_path):
 
 # Other tools' forms
 
-PARAMS = "qwen3_vl_moe__params"
-RECORD = {
-    "lora_A_layout": "grouped_by_expert",
-    "lora_B_layout": "grouped_by_expert",
-    "parameters": {"gate_up_proj": {"lora_B_layout": "grouped_by_expert", "num_experts": 4}},
-}
-RANK_MAJOR = {"lora_A_layout": "grouped_by_expert", "lora_B_layout": "rank_major"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "tool"),
-    [
-        ({"lora_B_layout": "grouped_by_expert"}, "Unsloth"),
-        ({"unsloth_fused_expert_lora": RECORD}, "Unsloth"),
-        ({"auto_mapping": {"unsloth_fused_expert_lora": RECORD}}, "Unsloth"),
-        ({"auto_mapping": {"unsloth_fixed": True}}, "Unsloth"),
-        ({"unsloth_fused_expert_lora": RECORD, "lora_B_layout": "rank_major"}, "Unsloth"),
-        ({"lora_B_layout": "mixed"}, "Unsloth"),
-        ({"paramwrapper_layout": "peft-0.18"}, "NeMo"),
-    ],
-)
-def test_packings_of_other_tools_are_refused_by_name(fields, tool, tmp_path, capsys):
-    src = adapter(tmp_path / "src", case=PARAMS, **fields)
-    for command in (
-        ["convert", str(src), str(tmp_path / "new"), "--to", V5],
-        ["verify", str(src), str(src)],
-        ["diff", str(src), str(src)],
-        ["explain", str(src), "x", "--to", V5],
-    ):
-        assert run(command) == 3, command
-        assert tool in capsys.readouterr().err
-    run(["inspect", str(src)])
-    shown = capsys.readouterr()
-    assert tool in shown.out + shown.err
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lora_B_layout": "rank_major"},
-        {"unsloth_fused_expert_lora": RANK_MAJOR},
-        {"unsloth_fused_expert_lora": RANK_MAJOR, "auto_mapping": {"unsloth_fixed": True}},
-    ],
-)
-def test_a_record_that_says_peft_s_order_is_no_obstacle(fields, tmp_path):
-    src = adapter(tmp_path / "src", case=PARAMS, **fields)
-    base = GOLDEN / "bases/qwen3_vl_moe"
-    assert regraft.convert(src, tmp_path / "new", to=V5, model=base).written
-
-
-def test_nemo_s_own_file_beside_packed_experts_is_read(tmp_path):
-    src = adapter(tmp_path / "src", case=PARAMS)
-    (src / "automodel_peft_config.json").write_text('{"paramwrapper_layout": "peft-0.19.1"}')
-    with pytest.raises(regraft.RefusedError, match="NeMo"):
-        regraft.convert(src, tmp_path / "new", to=V5)
-
 
 @pytest.mark.parametrize(
     ("name", "shape", "tool"),
     [
-        ("base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight", (4, 2, 8), "Tinker"),
-        ("model.layers.0.mlp.experts.lora_gate_and_up_A", (4, 8, 2), "NeMo"),
         ("model.layers.0.self_attn.q_proj.lora_a", (8, 2), "MLX"),
         ("layers.0.attn.q_proj.lora_a.weight", (2, 8), "torchtune"),
         ("layers.0.attention.wq.lora_a.weight", (2, 8), "torchtitan"),

@@ -192,12 +192,6 @@ def _sampled(keys: Sequence[str]) -> str:
 def _last_line(report: Report) -> Text:
     if not report.written:
         return Text("Nothing was written: this was a dry run.", WARNING)
-    layouts = {adapter.target_layout for adapter in report.adapters}
-    if "diffusers" in layouts:
-        text = Text("Load with diffusers: ")
-        return text.append(f"pipeline.load_lora_weights({_quote(report.destination)})", NAME)
-    if layouts & {"kohya", "comfyui", "ai-toolkit"}:
-        return Text(f"Written for {', '.join(sorted(layouts))}: ").append(report.destination, NAME)
     calls = []
     parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
     apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
@@ -211,6 +205,7 @@ def _last_line(report: Report) -> Text:
         calls[_FILES:] = ["…"]
     if len(calls) == 1:
         calls = [calls[0].removeprefix("model = ")]
+    layouts = {adapter.target_layout for adapter in report.adapters}
     version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
     text = Text(f"Load with transformers {version}: ")
     text.append("; ".join(calls), NAME)

@@ -179,6 +179,10 @@ def inspect(
             continue
         if isinstance(opened, Source):
             told = inspect_adapter(opened, config, foreign)
+            if opened.opened_by != DEFAULT:
+                told.dialect = opened.opened_by
+                title = f"it is written as by {opened.opened_by}: {opening.dialect.title}"
+                told.evidence = [title, *opened.evidence, *told.evidence]
         else:
             told = _inspect_other(opening.dialect, opened, config, foreign)
         inspection.adapters.append(told)
@@ -242,7 +246,8 @@ def inspect_adapter(
     lora = source.peft_type == "LORA"
     names, tensors = list(source.tensors), list(source.tensors.values())
     scan, problems = scan_names(names, source.where, lora)
-    dialect = find_dialect(config, source.tensors, Path(source.where))
+    own = source.opened_by == DEFAULT
+    dialect = find_dialect(config, source.tensors, Path(source.where)) if own else None
     if dialect is not None:
         problems = [dialect]
     known, books, evidence = _find_model(names_of_scan(scan), source, model, foreign)

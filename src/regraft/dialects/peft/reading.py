@@ -54,6 +54,10 @@ class FactorReader:
         self.ambiguous: list[Finding] = []
         self.forced = packing
         self.packing: str | None = packing
+        self.shaped: set[str] = set()
+        """Packings that are told by the shapes of some parameter."""
+        self.assumed: set[str] = set()
+        """Packings that the version told where shapes fit more than one."""
         self.targeted = 0
         self.untargeted: list[Finding] = []
 
@@ -92,10 +96,20 @@ class FactorReader:
             self.findings.extend(self.untargeted)
         if self.findings:
             raise BadInputError(self.findings)
+        if len(self.shaped) == 1 and (self.ambiguous or self.assumed - self.shaped):
+            return self._read_as(next(iter(self.shaped)))
         if self.ambiguous:
             raise AmbiguousError(self.ambiguous)
         factors.headers = Headers(groups, shapes, dtypes)
         return factors
+
+    def _read_as(self, packing: str) -> Factors:
+        """Read all in one packing: a file is packed by one PEFT, so what some shapes tell holds for the rest."""
+        again = FactorReader(
+            self.scan, self.tensors, self.names, self.config, self.side, self.where, packing
+        )
+        self.packing = packing
+        return again.read()
 
     def _report(self, code: str, message: str, key: str, fix: str = _AGAIN) -> None:
         self.findings.append(Finding(code, message, where=self.where, key=key, fix=fix))
@@ -365,11 +379,11 @@ class FactorReader:
         name: str,
     ) -> str | None:
         """The packing: told by ``peft_version`` and the shapes; where they leave it open, ask."""
-        if self.forced is not None:
-            return self.forced
         told = packing_of_version(self.config.get("peft_version"))
         kind = found[2] if found is not None else "experts"
-        if swaps(PACKINGS[0], kind, experts) == swaps(PACKINGS[1], kind, experts):
+        if self.forced is None and swaps(PACKINGS[0], kind, experts) == swaps(
+            PACKINGS[1], kind, experts
+        ):
             self.packing = told or self.packing
             return told or PACKINGS[-1]
         fits = list(PACKINGS)
@@ -387,10 +401,22 @@ class FactorReader:
                     x, y = unpack(a, b, experts, swaps(packing, kind, experts))
                     if _stored(kind, experts, y.shape[1], x.shape[2]) == expected:
                         fits.append(packing)
+        if self.forced is not None:
+            if self.forced not in fits and fits:
+                self._report(
+                    "shape",
+                    f"it was said that its experts are packed as by {self.forced}, and lora_A {list(a.shape)} and "
+                    f"lora_B {list(b.shape)} fit {fits[0]} only",
+                    name,
+                    "say nothing, or what is so",
+                )
+            return self.forced
         if len(fits) == 1:
             self.packing = fits[0]
+            self.shaped.add(fits[0])
         elif told is not None:
             self.packing = told
+            self.assumed.add(told)
         else:
             self.ambiguous.append(
                 Finding(

@@ -13,7 +13,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.families.base import Family
 from regraft.adapters.families.table import family_of
 from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
-from regraft.adapters.protocol import Hints, Names, Reading
+from regraft.adapters.protocol import Hints, Names, Reading, Writer
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.dialects.base import Found
 from regraft.dialects.peft.complete import check_complete, guess_count
@@ -48,7 +48,6 @@ from regraft.storage.slow_expressions import find_slow
 
 if TYPE_CHECKING:
     from regraft.adapters.deltas import Deltas
-    from regraft.dialects.peft.writer import PeftWriter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -96,6 +95,16 @@ class Source:
         return str(self.config["peft_type"])
 
     @property
+    def opened_by(self) -> str:
+        """The dialect that it was opened by."""
+        return "peft"
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """What told its dialect how to read it."""
+        return ()
+
+    @property
     def kind(self) -> str:
         """The tuner's name."""
         return self.peft_type
@@ -123,6 +132,15 @@ class Source:
     def provenance(self) -> Remembered:
         """What regraft wrote into the metadata when it made this file; empty where it did not."""
         return read_remembered(self.metadata)
+
+    def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Source:
+        """The adapter that this one says that it was made of. Raises ``BadInputError``."""
+        made = Source(self.name, self.where, dict(config), tensors)
+        wrong = check_fields(config, self.where) + _check_names(tensors, self.where)
+        wrong = wrong or find_slow(patterns_of(config), modules_in(tensors))
+        if wrong:
+            raise BadInputError(wrong)
+        return made
 
     def scan(self) -> Scan:
         """Its keys, sorted. Raises ``BadInputError`` with everything that is wrong with them."""
@@ -317,7 +335,7 @@ class Source:
 
         return PeftDeltas(self, known, layout, packing)
 
-    def writer(self, known: Known, to: Layout) -> PeftWriter:
+    def writer(self, known: Known, to: Layout) -> Writer:
         """What writes the result; what need not change of the config stays."""
         from regraft.dialects.peft.writer import PeftWriter
 

@@ -1,0 +1,133 @@
+"""Megatron-Bridge's export: names of Hugging Face without PEFT's prefix, and no config. Read only.
+
+Rank and alpha stand in the run's config; ``run_config.json`` beside the weights has them as ``peft.dim`` and
+``peft.alpha``. Later releases write an ``adapter_config.json``.
+
+Source: megatron-bridge 0.3.1, ``models/conversion/peft_bridge.py`` (``export_adapter_weights``), ``peft/lora.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.convert import Converted
+from regraft.adapters.detect import Known
+from regraft.adapters.form import Array
+from regraft.adapters.protocol import Opened, Writer
+from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.peft.family_config import fresh_config
+from regraft.dialects.peft.source import Source, open_adapter
+from regraft.dialects.tool_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    ToolSource,
+    find_weights,
+    look_at,
+    refuse_writing,
+    tool_source,
+)
+from regraft.errors import BadInputError, Finding
+from regraft.layouts.names import Layout
+from regraft.storage.folder import load_json
+from regraft.storage.safetensors import open_tensors, read_header
+
+RUN = "run_config.json"
+_FACTOR = ".lora_A.weight"
+
+
+def read_run(folder: Path, ranks: set[int]) -> dict[str, Any]:
+    """``r`` and ``lora_alpha`` of a run. Raises ``BadInputError`` where nothing says them."""
+    file = folder / RUN
+    fields = load_json(file).get("peft") if file.is_file() else None
+    alpha = fields.get("alpha") if isinstance(fields, Mapping) else None
+    rank = fields.get("dim") if isinstance(fields, Mapping) else None
+    if not _is_number(alpha):
+        rank_known = f'"dim": {ranks.pop()}, ' if len(ranks) == 1 else '"dim": RANK, '
+        raise BadInputError(
+            Finding(
+                "no-config",
+                "Megatron-Bridge writes no config beside its export, and alpha stands nowhere in the weights"
+                if not file.is_file()
+                else f"{RUN} has no peft.alpha, and alpha stands nowhere in the weights",
+                where=str(folder),
+                key=RUN,
+                fix=f'put the run\'s config beside it: {{"peft": {{{rank_known}"alpha": ALPHA}}}} in {RUN}',
+            )
+        )
+    if rank is None and len(ranks) == 1:
+        rank = next(iter(ranks))
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise BadInputError(
+            Finding(
+                "config",
+                f"{rank!r} is no rank",
+                where=str(file),
+                key="peft.dim",
+                fix="give the run's own config",
+            )
+        )
+    return {"r": rank, "lora_alpha": alpha}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_prefix(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {n if n.startswith(PREFIX) else PREFIX + n: x for n, x in tensors.items()}
+
+
+class MegatronBridge:
+    """NVIDIA's Megatron-Bridge."""
+
+    name = "megatron-bridge"
+    title = "Megatron-Bridge's export of a LoRA: Hugging Face's names, no config (to read)"
+    layout = "transformers-v4"
+    capabilities = Capabilities()
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """Factors under Hugging Face's names, all of them without PEFT's prefix."""
+        look = look_at(src)
+        if look is None or not look.shapes:
+            return None
+        factors = [name for name in look.shapes if name.endswith(_FACTOR)]
+        if not factors or any(not name.startswith("model.") for name in factors):
+            return None
+        return Evidence(True, f"its keys have no {PREFIX!r} before them ({factors[0]})")
+
+    def find(self, src: Path) -> Found:
+        """A folder with the weights, or the weights file."""
+        return find_weights(src)
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
+        """One adapter; rank and alpha come from its config, or from the run's."""
+        if (folder / CONFIG).is_file():
+            source = open_adapter(folder, root, weights, foreign=True)
+            return tool_source(source, self.name, tensors=_with_prefix(source.tensors))
+        file = weights or folder / WEIGHTS
+        header = read_header(file)
+        tensors = _with_prefix(open_tensors(file, header))
+        ranks = {len(x) for name, x in tensors.items() if name.endswith(_FACTOR)}
+        config = fresh_config(None, None) | read_run(folder, ranks)
+        modules = {n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors}
+        config["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})
+        source = Source("", str(folder), config, tensors, dict(header.metadata), file)
+        return tool_source(source, self.name, [f"rank and alpha are those of {RUN}"])
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
+        """There is none."""
+        raise refuse_writing(
+            "Megatron-Bridge's",
+            "it imports the checkpoints of its own trainer only",
+            "convert it to transformers-v5 or vllm",
+        )
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """There is nothing to save."""
+        raise AssertionError("it has no writer")
+
+
+MEGATRON_BRIDGE = MegatronBridge()

@@ -1,0 +1,520 @@
+"""Writing PEFT's files for tools that read them by rules of their own: servers, and trainers.
+
+They have one adapter per module, or packed experts, and each demands something more than PEFT does: every expert and
+every projection of an expert, one rank for all, q with v. What a tool demands and an adapter does not have is written
+as a block of zeros, which adds nothing. What each of them demands for which model types is data, in ``servers.toml``.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.detect import Known
+from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
+from regraft.adapters.protocol import Opened
+from regraft.adapters.scale import Scale
+from regraft.dialects.base import Capabilities, PlainWriter, adjust
+from regraft.dialects.peft.packing import SINCE
+from regraft.dialects.peft.source import PeftNames
+from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result
+from regraft.dialects.tool_files import INNER, OUTER, PREFIX, WRITTEN_BY
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.layouts.names import Layout
+from regraft.names.keys import in_order
+from regraft.planning.model import ModelConfig
+from regraft.planning.side import Side
+from regraft.rules.kinds import KINDS
+
+_MERGE = "merge the adapter into its base and serve that"
+_EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+_COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What a tool in one release demands, by model type; `for_model` has the row for one."""
+
+    tool: str
+    version: str
+    rows: Mapping[str, Any]
+
+    def for_model(self, model_types: Iterable[str]) -> Demands:
+        """What it demands for a model with these types (its own, and those of its parts)."""
+        types = list(model_types)
+        merged = dict(self.rows["default"])
+        for row in self.rows.get("models", ()):
+            if any(name in row["model_types"] for name in types):
+                merged |= {k: v for k, v in row.items() if k != "model_types"}
+        merged["projections"] = tuple(merged["projections"])
+        for name in ("embeddings", "unknown"):
+            merged[name] = tuple(merged.get(name, ()))
+        return Demands(**{k: v for k, v in merged.items() if k in Demands.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """How one tool wants the adapter of one model."""
+
+    packed: bool
+    """Whether experts are packed as PEFT packs them since 0.19, and not one by one."""
+    projections: tuple[str, str, str]
+    """An expert's gate, up and down."""
+    interleaved: bool = False
+    """Whether gate and up are interleaved in the rows of the base's ``gate_up_proj``."""
+    experts: bool = True
+    """Whether it takes adapters of experts at all."""
+    embeddings: tuple[str, ...] = ()
+    """Embeddings and heads that can be adapted."""
+    unknown: tuple[str, ...] = ()
+    """Last segments of modules that it cannot adapt."""
+    complete: tuple[tuple[str, ...], ...] = ()
+    """Modules that are read together, so that zeros stand for the missing ones."""
+    serve: str = ""
+    """How to serve the result."""
+
+
+@lru_cache(maxsize=4)
+def demands_table(tool: str) -> Table:
+    """The table of a tool."""
+    data = tomllib.loads((files("regraft.dialects") / "servers.toml").read_text("utf-8"))[tool]
+    return Table(tool, data["version"], data)
+
+
+def model_types_of(known: Known) -> list[str]:
+    """The model types of the base, as far as they are known; those of the books where nothing says more."""
+    if known.model is not None:
+        return known.model.model_types()
+    if known.model_type is not None:
+        return [known.model_type]
+    return [name for book in known.books[:1] for name in book.model_types]
+
+
+def language_config(model: ModelConfig | None) -> Mapping[str, Any]:
+    """The fields of the language model in a base's config; nothing where it is not known."""
+    if model is None:
+        return {}
+    data = model.data
+    for name in ("text_config", "thinker_config", "llm_config", "language_config"):
+        inner = data.get(name)
+        if isinstance(inner, Mapping):
+            inner = inner.get("text_config", inner)
+            return {**data, **inner}
+    return data
+
+
+def count_experts(model: ModelConfig | None) -> int | None:
+    """How many experts a layer of the base has, where its config says it."""
+    config = language_config(model)
+    for name in _COUNTS:
+        value = config.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+@dataclass(slots=True)
+class Pieces:
+    """A LoRA as a tool's file has it: modules by path, and packed parameters by module and name."""
+
+    modules: dict[str, Lora] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    packed: dict[str, dict[str, Lora]] = field(default_factory=dict)
+    filled: dict[str, int] = field(default_factory=dict)
+    """How many blocks of zeros were added, by why."""
+
+    def loras(self) -> Iterator[Lora]:
+        """All of them."""
+        yield from self.modules.values()
+        for parameters in self.packed.values():
+            yield from parameters.values()
+
+    def fill(self, why: str, path: str, lora: Lora) -> None:
+        """Add a module that adds nothing."""
+        self.modules[path] = lora
+        self.filled[why] = self.filled.get(why, 0) + 1
+
+
+def zeros_like(lora: Lora, out: int, into: int) -> Lora:
+    """A LoRA that adds nothing, of the rank, scale and dtypes of another."""
+    head, rank = lora.a.shape[:-2], lora.a.shape[-2]
+    a = np.zeros((*head, rank, into), lora.a.dtype)
+    return Lora(a, np.zeros((*head, out, rank), lora.b.dtype), lora.scale)
+
+
+def widen(lora: Lora, rank: int) -> Lora:
+    """The same LoRA with components of zeros up to a rank."""
+    more = rank - lora.a.shape[-2]
+    if more <= 0:
+        return lora
+    a = np.concatenate([lora.a, np.zeros((more, lora.a.shape[1]), lora.a.dtype)])
+    b = np.concatenate([lora.b, np.zeros((len(lora.b), more), lora.b.dtype)], axis=1)
+    return replace(lora, a=a, b=b, scale=lora.scale.at_rank(rank))
+
+
+class ServedWriter(PlainWriter):
+    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` for a tool that demands more than PEFT."""
+
+    capabilities = Capabilities()
+    tool = ""
+
+    def __init__(self, opened: Opened, known: Known, to: Layout) -> None:
+        super().__init__(opened, known, to, PeftNames())
+        self.demands = demands_table(self.tool).for_model(model_types_of(known))
+        self.pieces = Pieces()
+
+    # -- what the file has
+
+    def write_lora(
+        self,
+        made: Sequence[Images],
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+        returned: Mapping[str, Array],
+        written: Sequence[Written],
+    ) -> Blob:
+        """Adjust, split, fill up, then write."""
+        self.refuse(made, saved)
+        adjust(made, self.capabilities)
+        self.pieces = pieces = self.split(made)
+        self.complete(pieces)
+        return self.put(pieces, returned, written)
+
+    def refuse(self, made: Sequence[Images], saved: Sequence[Saved]) -> None:
+        """Refuse by name everything that the tool's file cannot hold. Raises ``RefusedError``."""
+        findings = [self._refusal(item.new, self.why_not_saved(item)) for item in saved]
+        for image in made:
+            for row, lora in enumerate(image.loras):
+                if lora is not None:
+                    key = image.keys.name(row)
+                    why = self.why_not(key, image.kind, lora)
+                    if why is not None:
+                        findings.append(self._refusal(key, why))
+        if findings:
+            raise RefusedError(grouped(findings))
+
+    def _refusal(self, key: str, why: str) -> Finding:
+        return Finding(
+            "no-image", f"{self.title} {why}", where=self.opened.where, key=key, fix=_MERGE
+        )
+
+    def why_not_saved(self, item: Saved) -> str:
+        """Why a saved tensor cannot be held."""
+        what = "some rows of a weight" if item.rows else "whole weights of the base"
+        return f"cannot hold {what}"
+
+    def why_not(self, key: str, kind: str, lora: Lora) -> str | None:
+        """Why a LoRA cannot be held; ``None`` where it can."""
+        demands, leaf = self.demands, key.removesuffix(".weight").rpartition(".")[2]
+        if kind == "embedding" or leaf in ("embed_tokens", "lm_head"):
+            return None if leaf in demands.embeddings else f"takes no LoRA on {leaf} of this model"
+        if lora.a.ndim == 3:
+            if not demands.experts:
+                return "takes no LoRA on the experts of this model"
+            known = key.endswith((f".experts.{INNER}", f".experts.{OUTER}"))
+            return None if known else "has no name for this parameter of stacked experts"
+        if leaf in demands.unknown:
+            return f"takes no LoRA on {leaf}"
+        if not key.endswith(".weight"):
+            return "adapts modules, and this is a parameter of its own"
+        if kind == "conv1d":
+            return "takes LoRA on Linear layers, and this weight is stored (in, out)"
+        if lora.b.ndim != 2:
+            return "takes LoRA on Linear layers, and this is a convolution"
+        return None
+
+    # -- splitting
+
+    def split(self, made: Sequence[Images]) -> Pieces:
+        """The LoRAs by module; stacked experts one by one, unless the tool has them packed."""
+        pieces = Pieces()
+        for image in made:
+            for name, lora in zip(image.keys.names(), image.loras, strict=True):
+                if lora is None:
+                    continue
+                if lora.a.ndim == 3:
+                    module, _, leaf = name.rpartition(".")
+                    if self.demands.packed:
+                        pieces.packed.setdefault(module, {})[leaf] = lora
+                    else:
+                        self._split_experts(pieces, module, leaf, lora)
+                    continue
+                path = name.removesuffix(".weight")
+                pieces.modules[path] = lora
+                if image.kind == "embedding":
+                    pieces.embeddings.add(path)
+        return pieces
+
+    def _split_experts(self, pieces: Pieces, module: str, leaf: str, lora: Lora) -> None:
+        gate, up, down = self.demands.projections
+        rows = lora.b.shape[1]
+        parts = {down: slice(None)}
+        if leaf == INNER and self.demands.interleaved:
+            parts = {gate: slice(0, None, 2), up: slice(1, None, 2)}
+        elif leaf == INNER:
+            parts = {gate: slice(0, rows // 2), up: slice(rows // 2, None)}
+        for expert in range(lora.a.shape[0]):
+            for name, part in parts.items():
+                path = f"{module}.{expert}.{name}"
+                b = np.ascontiguousarray(lora.b[expert, part])
+                pieces.modules[path] = replace(lora, a=lora.a[expert], b=b)
+
+    # -- filling up
+
+    def complete(self, pieces: Pieces) -> None:
+        """Add zeros for what the tool demands and the adapter does not have."""
+        self.complete_packed(pieces)
+        self.complete_experts(pieces)
+
+    def complete_packed(self, pieces: Pieces) -> None:
+        """Both parameters, where experts are packed."""
+        for parameters in pieces.packed.values():
+            have = parameters.get(INNER), parameters.get(OUTER)
+            if have[0] is None and have[1] is not None:
+                inner = have[1].a.shape[-1]
+                parameters[INNER] = zeros_like(have[1], 2 * inner, have[1].b.shape[1])
+            elif have[1] is None and have[0] is not None:
+                rows = have[0].b.shape[1] // 2
+                parameters[OUTER] = zeros_like(have[0], have[0].a.shape[-1], rows)
+            else:
+                continue
+            why = "the other parameter of packed experts"
+            pieces.filled[why] = pieces.filled.get(why, 0) + 1
+
+    def complete_experts(self, pieces: Pieces) -> None:
+        """All experts, and all three projections of each, of one rank each."""
+        stacks = stacks_of(pieces.modules)
+        if not stacks:
+            return
+        count = count_experts(self.known.model)
+        gate, up, down = self.demands.projections
+        odd = sorted({leaf for have in stacks.values() for _, leaf in have} - {gate, up, down})
+        if odd:
+            raise RefusedError(
+                Finding(
+                    "no-image",
+                    f"{self.title} calls an expert's projections {gate}, {up} and {down}, and has nothing for "
+                    f"{', '.join(odd)}",
+                    where=self.opened.where,
+                    fix=_MERGE,
+                )
+            )
+        for stem, have in stacks.items():
+            experts = self._count(stem, have, count)
+            ranks: dict[str, int] = defaultdict(int)
+            for (_, leaf), lora in have.items():
+                ranks[leaf] = max(ranks[leaf], lora.a.shape[0])
+            for expert in range(experts):
+                for leaf in (gate, up, down):
+                    path = f"{stem}.{expert}.{leaf}"
+                    mine = have.get((expert, leaf))
+                    if mine is not None:
+                        pieces.modules[path] = widen(mine, ranks[leaf])
+                        continue
+                    like, shape = self._like(have, leaf)
+                    zeros = zeros_like(like, *shape)
+                    if leaf in ranks:
+                        zeros = widen(zeros, ranks[leaf])
+                    pieces.fill("experts and projections that are not adapted", path, zeros)
+
+    def _count(self, stem: str, have: Mapping[tuple[int, str], Lora], count: int | None) -> int:
+        most = max(expert for expert, _ in have) + 1
+        if count is None:
+            if {expert for expert, _ in have} == set(range(most)):
+                return most
+            raise BadInputError(
+                Finding(
+                    "unknown-size",
+                    f"only some experts are adapted, {self.title} demands all of them, and nothing says how many "
+                    "there are",
+                    where=self.opened.where,
+                    key=stem,
+                    fix="give the base model with --model (its folder or its config.json)",
+                )
+            )
+        return max(count, most)
+
+    def _like(
+        self, have: Mapping[tuple[int, str], Lora], leaf: str
+    ) -> tuple[Lora, tuple[int, int]]:
+        """A LoRA of the same stack, and the (out, in) that the projection has."""
+        gate, up, down = self.demands.projections
+        for other in (leaf, gate, up, down):
+            for (_, name), lora in have.items():
+                if name == other:
+                    shape = len(lora.b), lora.a.shape[1]
+                    return lora, shape if (name == down) == (leaf == down) else shape[::-1]
+        raise AssertionError("a stack has something in it")
+
+    # -- the files
+
+    def put(
+        self, pieces: Pieces, returned: Mapping[str, Array], written: Sequence[Written]
+    ) -> Blob:
+        """Names and config."""
+        tensors: dict[str, Array] = {}
+        done: list[Written] = []
+        for path, lora in pieces.modules.items():
+            embedding = path in pieces.embeddings
+            ends = (
+                ("lora_embedding_A", "lora_embedding_B")
+                if embedding
+                else ("lora_A.weight", "lora_B.weight")
+            )
+            tensors[f"{PREFIX}{path}.{ends[0]}"] = lora.a
+            tensors[f"{PREFIX}{path}.{ends[1]}"] = lora.b
+            done.append(Written(path + ".weight", path, None, lora.scale))
+        for module, parameters in pieces.packed.items():
+            for leaf, lora in parameters.items():
+                place = PREFIX + module + ".base_layer" * (leaf == INNER)
+                tensors[f"{place}.lora_A.weight"] = lora.a.reshape(-1, lora.a.shape[-1])
+                tensors[f"{place}.lora_B.weight"] = fast_experts(lora.b)
+                done.append(Written(f"{module}.{leaf}", module, leaf, lora.scale))
+        tensors |= returned
+        everything = (*done, *written)
+        config = self.config(everything)
+        return Blob(config, tensors, {WRITTEN_BY: self.tool}, written=everything)
+
+    @property
+    def side(self) -> Side:
+        """What the books say of the layout."""
+        return Side(self.known.books, self.to.name, self.known.scopes)
+
+    def config(self, written: Sequence[Written]) -> dict[str, Any]:
+        """``adapter_config.json``: what PEFT would need, so that PEFT reads the file as well."""
+        hints = self.opened.hints()
+        fresh = {"r": 1, "lora_alpha": 1}
+        scales = {w.path: w.scale for w in written}
+        numbers = ConfigWriter(fresh, Result(written=list(written)), self.known.model, self.side)
+        rank, alpha, ranks, alphas = numbers.patterns(scales)
+        rslora = any(w.scale.rslora for w in written)
+        modules = [w.module for w in written if w.parameter is None]
+        parameters = [w.path for w in written if w.parameter is not None]
+        made: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": hints.task,
+            "base_model_name_or_path": hints.base,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "use_rslora": rslora,
+            "use_dora": False,
+            "init_lora_weights": True,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "target_modules": self.target_modules(modules, numbers),
+            "modules_to_save": None,
+        }
+        if parameters:
+            made["target_parameters"] = sorted(parameters, key=in_order)
+            made["peft_version"] = PEFT_VERSION[SINCE]
+        return made
+
+    def target_modules(self, paths: Sequence[str], numbers: ConfigWriter) -> list[str]:
+        """Leaf names where they name these modules and no others, paths otherwise."""
+        config = language_config(self.known.model)
+        layers, experts = config.get("num_hidden_layers"), count_experts(self.known.model)
+        leaves: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            leaves[path.rpartition(".")[2]].append(path)
+        made: list[str] = []
+        for leaf, same in sorted(leaves.items()):
+            everywhere = (
+                isinstance(layers, int)
+                and not (self.known.model is not None and self.known.model.is_composite())
+                and _everywhere(same, layers, experts)
+                and not numbers.there.names_others("." + leaf, same)
+            )
+            made += [leaf] if everywhere else sorted(same, key=in_order)
+        return made
+
+    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
+        """What was added, and how to serve the result."""
+        notes = [
+            f"{count} blocks of zeros for {why}: {self.title} demands them, and they add nothing"
+            for why, count in self.pieces.filled.items()
+        ]
+        if self.demands.serve:
+            notes.append(self.demands.serve)
+        return notes
+
+
+def _everywhere(paths: Sequence[str], layers: int, experts: int | None) -> bool:
+    """Whether modules of one name are adapted in every layer, and in every expert of it.
+
+    >>> _everywhere(["layers.0.q", "layers.1.q"], 2, None), _everywhere(["layers.0.q"], 2, None)
+    (True, False)
+    """
+    templates: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for path in paths:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
+        templates[re.sub(r"(?<=\.)\d+(?=\.)", "#", path)].add(tuple(map(int, numbers)))
+    if len(templates) != 1:
+        return False
+    ((template, found),) = templates.items()
+    sizes = [layers] if ".experts.#." not in template else [layers, experts or 0]
+    want = 1
+    for size in sizes:
+        want *= size
+    return len(found) == want and all(len(n) == len(sizes) for n in found)
+
+
+def stacks_of(modules: Mapping[str, Lora]) -> dict[str, dict[tuple[int, str], Lora]]:
+    """The experts among modules: by the path of the stack, then by expert and projection."""
+    stacks: dict[str, dict[tuple[int, str], Lora]] = defaultdict(dict)
+    for path, lora in modules.items():
+        hit = _EXPERT.fullmatch(path) if ".experts." in path else None
+        if hit is not None:
+            stacks[hit["stem"]][int(hit["expert"]), hit["leaf"]] = lora
+    return stacks
+
+
+def fast_experts(b: Array) -> Array:
+    """(E, out, r) as PEFT packs it: (out, r * E), the expert fastest."""
+    experts, out, rank = b.shape
+    return np.ascontiguousarray(b.transpose(1, 2, 0)).reshape(out, rank * experts)
+
+
+def grouped(findings: Sequence[Finding], most: int = 20) -> list[Finding]:
+    """Findings that say the same of keys that are alike as one."""
+    first: dict[tuple[str, str], Finding] = {}
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for finding in findings:
+        place = finding.message, re.sub(r"\d+", "#", finding.key or "")
+        first.setdefault(place, finding)
+        counts[place] += 1
+    made = [
+        replace(f, message=f"{f.message} ({counts[place]} like this one)")
+        if counts[place] > 1
+        else f
+        for place, f in first.items()
+    ]
+    return made[:most]
+
+
+__all__ = [
+    "KINDS",
+    "Demands",
+    "Pieces",
+    "Scale",
+    "ServedWriter",
+    "count_experts",
+    "demands_table",
+    "grouped",
+    "language_config",
+    "model_types_of",
+    "stacks_of",
+    "widen",
+    "zeros_like",
+]

@@ -1,0 +1,148 @@
+"""SGLang: PEFT's two files, one adapter per module, with one rank and one scale for all.
+
+SGLang reads ``r``, ``lora_alpha`` and ``target_modules`` and nothing else: no rsLoRA, no patterns. It joins q, k and v,
+and gate and up, as it loads them, and looks for parts that are not there; packed experts are passed over.
+
+Source: sglang 0.5.23, ``srt/lora/lora.py``, ``lora_config.py``, ``utils.py``, ``mem_pool.py``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.convert import Converted
+from regraft.adapters.detect import Known
+from regraft.adapters.form import Lora, Written
+from regraft.adapters.protocol import Opened
+from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.peft.saving import save_adapter
+from regraft.dialects.peft.source import Source, open_adapter
+from regraft.dialects.served import Pieces, ServedWriter, language_config, zeros_like
+from regraft.dialects.tool_files import ToolSource, find_files, look_at, tool_source
+from regraft.dialects.vllm import as_peft
+from regraft.errors import BadInputError, Finding
+from regraft.layouts.names import Layout
+
+
+class SglangWriter(ServedWriter):
+    """For SGLang: one rank, one scale, and what is joined is complete."""
+
+    title = "SGLang"
+    tool = "sglang"
+    capabilities = Capabilities(scales=False, ranks=False, saved=False)
+
+    def complete(self, pieces: Pieces) -> None:
+        """Experts, and the parts of what is joined."""
+        super().complete(pieces)
+        parents: dict[str, dict[str, Lora]] = defaultdict(dict)
+        for path, lora in list(pieces.modules.items()):
+            module, _, leaf = path.rpartition(".")
+            parents[module][leaf] = lora
+        for module, have in parents.items():
+            for together in self.demands.complete:
+                if 0 < sum(leaf in have for leaf in together) < len(together):
+                    self._fill(pieces, module, have, together)
+
+    def why_not(self, key: str, kind: str, lora: Lora) -> str | None:
+        """Beside what holds for all servers: a q_proj that stands beside a compressed k and v."""
+        config = language_config(self.known.model)
+        if key.endswith(".q_proj.weight") and config.get("kv_lora_rank"):
+            return "joins q_proj with a k_proj and a v_proj, and this model has neither"
+        return super().why_not(key, kind, lora)
+
+    def _fill(
+        self, pieces: Pieces, module: str, have: dict[str, Lora], together: Sequence[str]
+    ) -> None:
+        like = next(have[leaf] for leaf in together if leaf in have)
+        plain_q = self.known.model is not None and not language_config(self.known.model).get(
+            "q_lora_rank"
+        )
+        for leaf in together:
+            if leaf not in have and not (leaf == "q_a_proj" and plain_q):
+                size = self._size(f"{module}.{leaf}", leaf, have)
+                zeros = zeros_like(like, size, like.a.shape[1])
+                pieces.fill(f"{leaf} beside {'and '.join(sorted(have))}", f"{module}.{leaf}", zeros)
+
+    def _size(self, path: str, leaf: str, have: dict[str, Lora]) -> int:
+        """The rows of a projection that is not adapted."""
+        partner = {
+            "k_proj": "v_proj",
+            "v_proj": "k_proj",
+            "gate_proj": "up_proj",
+            "up_proj": "gate_proj",
+        }
+        other = have.get(partner.get(leaf, ""))
+        if other is not None:
+            return len(other.b)
+        config = language_config(self.known.model)
+        heads = config.get("num_attention_heads")
+        size = None
+        if leaf in ("q_proj", "k_proj", "v_proj") and isinstance(heads, int):
+            head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
+            count = heads if leaf == "q_proj" else config.get("num_key_value_heads") or heads
+            size = count * head_dim
+        elif leaf == "q_a_proj":
+            size = config.get("q_lora_rank")
+        elif leaf == "kv_a_proj_with_mqa":
+            parts = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+            size = sum(parts) if all(isinstance(x, int) for x in parts) else None  # type: ignore[arg-type]
+        if not size:
+            raise BadInputError(
+                Finding(
+                    "unknown-size",
+                    "SGLang reads it together with others that are adapted, so zeros have to stand for it, and "
+                    "nothing says how many rows it has",
+                    where=self.opened.where,
+                    key=path,
+                    fix="give the base model with --model (its folder or its config.json)",
+                )
+            )
+        return int(size)
+
+    def config(self, written: Sequence[Written]) -> dict[str, Any]:
+        """One rank and one alpha; alpha takes the root of rsLoRA in."""
+        made = super().config(written)
+        del made["rank_pattern"], made["alpha_pattern"]
+        if made["use_rslora"]:
+            made["lora_alpha"] = written[0].scale.value * made["r"]
+            made["use_rslora"] = False
+        return made
+
+
+class Sglang:
+    """SGLang's server."""
+
+    name = "sglang"
+    title = "SGLang: PEFT's files as its server takes them, one rank and one scale"
+    layout = "transformers-v4"
+    capabilities = SglangWriter.capabilities
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """Only what regraft wrote says so."""
+        look = look_at(src)
+        if look is None or look.written_by != self.name:
+            return None
+        return Evidence(True, "regraft wrote it for SGLang")
+
+    def find(self, src: Path) -> Found:
+        """A folder, one weights file, or a folder with adapters in subfolders."""
+        return find_files(src)
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
+        """One adapter."""
+        source = open_adapter(folder, root, weights, foreign=True)
+        return tool_source(source, self.name, **as_peft(source))
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> SglangWriter:
+        """What writes it."""
+        return SglangWriter(opened, known, to)
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """The two files."""
+        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
+
+
+SGLANG = Sglang()

@@ -1,0 +1,245 @@
+"""Files that look like PEFT's and are another tool's: looking at them, and opening them as PEFT would have them.
+
+A dialect of such a tool turns what it finds into tensors and a config that PEFT reads in the same way; from there on
+everything is PEFT's reader.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.detect import Known
+from regraft.adapters.protocol import Opened, Reading, Writer
+from regraft.dialects.base import Found, dialects
+from regraft.dialects.peft.family_config import fresh_config
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.source import CONFIG, WEIGHTS, WEIGHTS_BIN, Source, find_adapters
+from regraft.dialects.peft.writer import PeftWriter
+from regraft.errors import AmbiguousError, Choice, Finding, RefusedError, RegraftError
+from regraft.layouts.names import Layout
+from regraft.planning.side import Side
+from regraft.storage.folder import load_json
+from regraft.storage.safetensors import read_header
+
+WRITTEN_BY = "regraft.dialect"
+"""The metadata of a weights file that say which dialect regraft wrote it in."""
+
+PACKED = re.compile(
+    r"(?P<module>.+\.experts)(?P<depth>(?:\.base_layer)*)\.lora_(?P<letter>[AB])\.weight"
+)
+"""A factor of packed experts: the module, and ``.base_layer`` as often as another one is wrapped around it."""
+
+INNER, OUTER = "gate_up_proj", "down_proj"
+"""The parameters of stacked experts: where both are adapted, PEFT's names have the first one inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the heads of an adapter's files say."""
+
+    folder: Path
+    config: Mapping[str, Any] | None
+    """``None`` where there is no ``adapter_config.json``."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors in ``adapter_model.safetensors``."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def written_by(self) -> str | None:
+        """The dialect that regraft wrote it in, where it says so."""
+        return self.metadata.get(WRITTEN_BY)
+
+
+def look_at(src: Path) -> Look | None:
+    """The heads of a folder with an adapter, or of a weights file in one; ``None`` where it is none, or is broken.
+
+    The last ones are remembered, because every dialect asks.
+    """
+    folder = src if src.is_dir() else src.parent
+    weights = src if src.is_file() else folder / WEIGHTS
+    return _look(folder, weights, _state(folder / CONFIG), _state(weights))
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+@lru_cache(maxsize=8)
+def _look(
+    folder: Path,
+    weights: Path,
+    config_state: tuple[int, int, int] | None,
+    weights_state: tuple[int, int, int] | None,
+) -> Look | None:
+    config = None
+    shapes: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    try:
+        if config_state is not None:
+            config = load_json(folder / CONFIG)
+        if weights_state is not None and weights.suffix == ".safetensors":
+            header = read_header(weights)
+            shapes = {name: tuple(info.shape) for name, info in header.tensors.items()}
+            metadata = dict(header.metadata)
+    except RegraftError:
+        return None
+    if config is None and not shapes:
+        return None
+    return Look(folder, config, shapes, metadata)
+
+
+def find_files(src: Path) -> Found:
+    """The adapters of a path, as PEFT's: a folder, one weights file, or a folder with several."""
+    return find_adapters(src)
+
+
+def find_weights(src: Path) -> Found:
+    """One adapter that may have no ``adapter_config.json``; raises what `find_adapters` raises."""
+    folder = src if src.is_dir() else src.parent
+    if (folder / CONFIG).is_file() or (src.is_dir() and not (folder / WEIGHTS).is_file()):
+        return find_adapters(src)
+    weights = folder / WEIGHTS if src.is_dir() else src
+    return Found(folder, (folder,), weights)
+
+
+@dataclass(slots=True)
+class ToolSource(Source):
+    """An adapter of another tool, as PEFT would have it."""
+
+    tool: str = "peft"
+    """The dialect that it was opened by."""
+    told: tuple[str, ...] = ()
+    """Why it was read as it was."""
+    ready: bool = False
+    """Whether its files are what the dialect would write, so that they may be copied."""
+    packed_as: str | None = None
+    """How its experts are packed, where the tool says it."""
+
+    @property
+    def opened_by(self) -> str:
+        """The dialect that it was opened by."""
+        return self.tool
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """What told its dialect how to read it."""
+        return self.told
+
+    def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
+        """Whether the dialect would write the same."""
+        return self.ready and Source.is_ready(self, to, known, packing)
+
+    def read(
+        self,
+        side: Side,
+        packing: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reading:
+        """PEFT's reading, with what told how the file is to be read.
+
+        Raises ``AmbiguousError`` with what ``--from`` takes, where nothing tells how the experts are packed.
+        """
+        try:
+            reading = Source.read(self, side, packing or self.packed_as, shapes)
+        except AmbiguousError as error:
+            choices = tuple(
+                Choice(f"{self.tool}/{each}", "its shapes fit")
+                for each in getattr(dialects()[self.tool], "versions", ())
+            )
+            raise AmbiguousError(
+                replace(f, choices=choices or f.choices) for f in error.findings
+            ) from None
+        return Reading(reading.adapter, reading.packing, (*self.told, *reading.evidence))
+
+    def writer(self, known: Known, to: Layout) -> Writer:
+        """What writes the result in the dialect that it was opened by."""
+        return dialects()[self.tool].writer(self, known, to)
+
+
+def tool_source(source: Source, tool: str, told: Iterable[str] = (), **changed: Any) -> ToolSource:
+    """A source that was opened by a dialect, with changed fields."""
+    fields: dict[str, Any] = {
+        name: getattr(source, name)
+        for name in ("name", "where", "config", "tensors", "metadata", "weights", "aside")
+    }
+    return ToolSource(**(fields | changed), tool=tool, told=tuple(told))
+
+
+def peft_source(opened: Opened) -> tuple[Source, bool]:
+    """What PEFT's writer starts from, and whether its config was made from nothing."""
+    if isinstance(opened, Source):
+        return opened, False
+    hints = opened.hints()
+    config = fresh_config(hints.base, hints.task, opened.kind, opened.config)
+    return Source(opened.name, opened.where, config, {}), True
+
+
+def peft_writer(kind: type[PeftWriter], opened: Opened, known: Known, to: Layout) -> PeftWriter:
+    """A writer of PEFT's files, or of something like them, for an adapter of any dialect."""
+    source, fresh = peft_source(opened)
+    return kind(source, known, to, fresh=fresh)
+
+
+def refuse_writing(name: str, why: str, instead: str) -> RefusedError:
+    """A dialect that is read and not written."""
+    return RefusedError(
+        Finding("dialect", f"{name} adapters are read, and not written: {why}", fix=instead)
+    )
+
+
+def parameter_of(module: str, depth: str, both: bool, entries: Iterable[str] | None) -> str:
+    """The parameter that packed factors belong to.
+
+    Where a module has two, the inner one is ``gate_up_proj``; of a single one, ``target_parameters`` tell.
+
+    >>> parameter_of("l.0.experts", ".base_layer", True, None), parameter_of("l.0.experts", "", False, ["down_proj"])
+    ('gate_up_proj', 'down_proj')
+    """
+    if both:
+        return INNER if depth else OUTER
+    named = f"{module}.{OUTER}"
+    ends = any(named == entry or named.endswith("." + entry) for entry in entries or ())
+    return OUTER if ends else INNER
+
+
+def packed_parameters(
+    names: Iterable[str], entries: Iterable[str] | None
+) -> dict[str, tuple[str, str]]:
+    """For the lora_B of packed experts by name: the module (without PEFT's prefix) and the parameter."""
+    found = [
+        (name, hit) for name in names if (hit := PACKED.fullmatch(name)) and hit["letter"] == "B"
+    ]
+    nested = {hit["module"] for _, hit in found if hit["depth"]}
+    told = {}
+    for name, hit in found:
+        module = hit["module"].removeprefix(PREFIX)
+        leaf = parameter_of(module, hit["depth"], hit["module"] in nested, entries)
+        told[name] = module, leaf
+    return told
+
+
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "WEIGHTS",
+    "WEIGHTS_BIN",
+    "WRITTEN_BY",
+    "Look",
+    "ToolSource",
+    "find_files",
+    "find_weights",
+    "look_at",
+    "packed_parameters",
+    "peft_source",
+    "peft_writer",
+    "tool_source",
+]

@@ -1,0 +1,103 @@
+"""vLLM: PEFT's two files, one adapter per module, or packed experts for the models that vLLM keeps so.
+
+vLLM reads ``r``, ``lora_alpha``, their patterns and ``use_rslora``; it passes over ``target_parameters`` and
+``peft_version``. It demands every expert and all three projections of each. Only files that regraft wrote tell that
+they are for vLLM; every other one is PEFT's.
+
+Source: vllm 0.33.0, ``lora/peft_helper.py``, ``lora/utils.py``, ``lora/lora_model.py``, ``lora/model_manager.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.convert import Converted
+from regraft.adapters.detect import Known
+from regraft.adapters.protocol import Opened
+from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.peft.packing import SINCE
+from regraft.dialects.peft.saving import save_adapter
+from regraft.dialects.peft.source import Source, open_adapter
+from regraft.dialects.peft.writing import PEFT_VERSION
+from regraft.dialects.served import ServedWriter, demands_table, model_types_of
+from regraft.dialects.stacked import expand_stacks
+from regraft.dialects.tool_files import (
+    INNER,
+    OUTER,
+    PACKED,
+    PREFIX,
+    ToolSource,
+    find_files,
+    look_at,
+    tool_source,
+)
+from regraft.layouts.names import Layout
+
+
+class VllmWriter(ServedWriter):
+    """For vLLM: ranks and scales of their own are fine; experts are complete."""
+
+    title = "vLLM"
+    tool = "vllm"
+    capabilities = Capabilities(saved=False)
+
+
+def as_peft(source: Source) -> dict[str, Any]:
+    """What vLLM takes and PEFT does not: keys without a prefix, packed experts that no config names.
+
+    Returns the fields of a source to change.
+    """
+    tensors = {n if n.startswith(PREFIX) else PREFIX + n: x for n, x in source.tensors.items()}
+    config = dict(source.config)
+    hits = [hit for name in tensors if (hit := PACKED.fullmatch(name))]
+    if hits:
+        # vLLM takes the inner factors for gate_up_proj, packs as PEFT has since 0.19, and looks at no version.
+        config["peft_version"] = PEFT_VERSION[SINCE]
+        if not config.get("target_parameters"):
+            modules = {hit["module"].removeprefix(PREFIX) for hit in hits}
+            config["target_parameters"] = [
+                f"{m}.{x}" for m in sorted(modules) for x in (INNER, OUTER)
+            ]
+    return expand_stacks(tensors, config)
+
+
+class Vllm:
+    """vLLM's server."""
+
+    name = "vllm"
+    title = "vLLM: PEFT's files as its server takes them"
+    layout = "transformers-v4"
+    capabilities = VllmWriter.capabilities
+
+    def layout_for(self, known: Known) -> str | None:
+        """Models whose experts stay packed are named as in transformers 5."""
+        packed = demands_table("vllm").for_model(model_types_of(known)).packed
+        return "transformers-v5" if packed else None
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """Only what regraft wrote says so."""
+        look = look_at(src)
+        if look is None or look.written_by != self.name:
+            return None
+        return Evidence(True, "regraft wrote it for vLLM")
+
+    def find(self, src: Path) -> Found:
+        """A folder, one weights file, or a folder with adapters in subfolders."""
+        return find_files(src)
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
+        """One adapter."""
+        source = open_adapter(folder, root, weights, foreign=True)
+        return tool_source(source, self.name, **as_peft(source))
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> VllmWriter:
+        """What writes it."""
+        return VllmWriter(opened, known, to)
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """The two files."""
+        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
+
+
+VLLM = Vllm()
