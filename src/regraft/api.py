@@ -24,6 +24,7 @@ from regraft.dialects.base import Found
 from regraft.dialects.names import SourceName, layout_named, source_named
 from regraft.dialects.opening import Opening, Target, find_source, reopened
 from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
+from regraft.layouts.graph import going_over
 from regraft.layouts.names import Layout
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.report import Report
@@ -138,6 +139,7 @@ def convert(
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
         source_layout = given.layout
         stack.enter_context(only_family(given.family))
+        stack.enter_context(going_over(given.via))
         if not adapter:
             told = Path(model) if model is not None else None
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
 from regraft.arrays.apply import apply_plan
 from regraft.errors import Finding, RefusedError
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import route_between
 from regraft.names.keys import group_names
-from regraft.planning.build import build_plan
+from regraft.planning.compose import plan_along
+from regraft.planning.detect import detect_layouts
 from regraft.planning.model import Weights
 from regraft.planning.plan import Entry, Headers, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
-from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import Checkpoint
 
 
@@ -42,7 +41,6 @@ class BaseWeights:
 
     def __init__(self, known: Known, layout: str, weights: Weights | None) -> None:
         self.known, self.layout, self.weights = known, layout, weights
-        self._edges = edges_to(known.books, layout)
         self._moved: Plan | None = None
         self._places: dict[str, tuple[int, int]] | None = None
         self._last: tuple[tuple[int, int], dict[str, Any]] | None = None
@@ -132,13 +130,7 @@ class BaseWeights:
         if self._moved is None:
             found = {name: self.weights.read(name).shape for name in self.weights.names()}
         else:
-            for entry in self._moved.entries:
-                for term in entry.written:
-                    found.update(dict.fromkeys(entry.keys(term).names(), entry.shape(term)))
-            for carried in self._moved.carried:
-                ids = carried.group.ids.tolist()
-                shapes = (self._moved.headers.shapes[i] for i in ids)
-                found.update(zip(carried.group.names(), shapes, strict=True))
+            found = self._moved.result_shapes()
         return {spelled: shape for name, shape in found.items() for spelled in spellings(name)}
 
     def _plan(self, weights: Weights) -> None:
@@ -146,16 +138,20 @@ class BaseWeights:
         self._places = {}
         names = list(weights.names())
         groups = group_names(names)
-        if not self._is_other(groups):
+        where = self.known.model.path if self.known.model is not None else ""
+        books = self.known.books
+        told = detect_layouts(books, groups, where)
+        if self.layout == told.layout or self.layout in told.possible or not told.evidence:
             return
         arrays = _Lazy(weights, names)
         shapes = [arrays[i].shape for i in range(len(names))]
         headers = Headers(groups, shapes, [arrays[i].dtype.name for i in range(len(names))])
-        self._moved = build_plan(
+        self._moved = plan_along(
             headers,
-            self._edges,
+            route_between(books, told.layout, self.layout, where).steps,
             scopes=self.known.scopes,
-            where=self.known.model.path if self.known.model is not None else None,
+            mixed=bool(told.mixed),
+            where=where or None,
         )
         self._arrays = arrays
         for number, entry in enumerate(self._moved.entries):
@@ -167,20 +163,6 @@ class BaseWeights:
         for carried in self._moved.carried:
             for name, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
                 self._places[name] = -1, number
-
-    def _is_other(self, groups: Iterable[Any]) -> bool:
-        """Whether the checkpoint has names that only the other layout has."""
-        groups = list(groups)
-        for edge in self._edges:
-            for rule in edge.book.rules:
-                read, written = edge.sides(rule)
-                mine = {str(t.key) for t in written}
-                for term in read:
-                    if term.key is None or str(term.key) in mine:
-                        continue
-                    if any(match_group(term.key, group) is not None for group in groups):
-                        return True
-        return False
 
     def _made(self, place: tuple[int, int], name: str) -> Array:
         number, row = place

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.components import Record
-from regraft.adapters.detect import Known, detect_layout, find_books
+from regraft.adapters.detect import Detected, Known, detect_layout, find_books
 from regraft.adapters.families.base import Family
 from regraft.adapters.form import Adapter, Array, Blob, Factors, Images, Lora, Saved, Written
 from regraft.adapters.ladder import Carried, Ladder, unmoved_images
@@ -34,9 +36,9 @@ from regraft.adapters.saved import move_saved
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import Edge, Route, edges_to, route_between
 from regraft.layouts.names import Layout, joined_to
-from regraft.names.keys import group_names
+from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers, Plan
@@ -67,10 +69,12 @@ class Identity:
     packing: str | None
     """How stacked experts are packed, where that was given."""
     evidence: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    """Other layouts that parts of it are in, where they are in several."""
 
-    def side(self, layout: str | None = None) -> Side:
-        """What the books say of a layout's keys; of the adapter's own by default."""
-        return Side(self.known.books, layout or self.layout, self.known.scopes)
+    def side(self) -> Side:
+        """What the books say of its keys."""
+        return Side(self.known.books, self.layout, self.known.scopes, self.also)
 
 
 def convert_adapter(
@@ -165,11 +169,14 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
     Raises ``BadInputError`` where ``given`` contradicts the names, or where it fits no layout.
     """
     for layout in (to, given) if given is not None else (to,):
-        edges_to(known.books, layout.name)
+        if not any(layout.name in book.layouts for book in known.books):
+            edges_to(known.books, layout.name)
     detected = detect_layout(opened.names(), opened.hints(), known.books, opened.where)
     if given is None:
         evidence = [known.evidence, *detected.evidence]
-        found = detected.layout or _unnamed_layout(opened, known, to.name, evidence)
+        if detected.mixed:
+            return _mixed_identity(opened, known, to.name, detected)
+        found = detected.layout or _unnamed_layout(opened, known, to.name, evidence, detected)
         return Identity(known, found, None, tuple(evidence))
     if detected.by_names and detected.layout != given.name:
         raise BadInputError(
@@ -183,9 +190,35 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
     return Identity(known, given.name, given.packing, (known.evidence,))
 
 
-def _unnamed_layout(opened: Opened, known: Known, to: str, evidence: list[str]) -> str:
+def _mixed_identity(opened: Opened, known: Known, to: str, detected: Detected) -> Identity:
+    """What an adapter is whose parts are in several layouts, one of which is where it goes.
+
+    Raises ``BadInputError`` where it is none of them.
+    """
+    if to not in detected.mixed:
+        raise BadInputError(
+            Finding(
+                "mixed-layouts",
+                f"its parts are of {' and '.join(detected.mixed)}, and {to} is neither",
+                where=opened.where,
+                fix=f"convert it to {detected.mixed[-1]} first",
+            )
+        )
+    others = [name for name in detected.mixed if name != to]
+    evidence = (known.evidence, *detected.evidence)
+    return Identity(known, others[0], None, evidence, (*others[1:], to))
+
+
+def _unnamed_layout(
+    opened: Opened, known: Known, to: str, evidence: list[str], detected: Detected
+) -> str:
     """What to take an adapter for whose names are the same in all layouts: its shapes may tell, or its dialect."""
-    other = joined_to(to, known.books)[0]
+    joined = joined_to(to, [b for b in known.books if to in b.layouts])
+    others = [name for name in joined if name in detected.possible]
+    others += [name for name in detected.possible if name not in (to, *others)]
+    if to not in detected.possible:
+        return others[0]
+    other = others[0] if others else joined[0]
     errors = {
         layout: _misfit(opened, known, layout, target)
         for layout, target in ((other, to), (to, other))
@@ -218,7 +251,7 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
     identity = Identity(known, layout, None, ())
     try:
         adapter = read(opened, identity, BaseWeights.of(known, layout)).adapter
-        plan_route(opened, adapter, known, target)
+        plan_step(opened, adapter, identity, route_of(identity, target, opened.where).steps[0])
         move_rest(opened, identity, target)
     except RefusedError:
         return None
@@ -262,22 +295,41 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
 # -- plan
 
 
-def plan_route(opened: Opened, adapter: Adapter, known: Known, target: str) -> Plan:
-    """What a conversion does to every adapted tensor of the base.
+def route_of(identity: Identity, target: str, where: str) -> Route:
+    """The way to a layout; of one step where parts are of several, one of which is the target.
+
+    Raises ``BadInputError``, ``AmbiguousError``.
+    """
+    source = None if identity.also else identity.layout
+    return route_between(identity.known.books, source, target, where)
+
+
+def plan_step(
+    opened: Opened,
+    adapter: Adapter,
+    identity: Identity,
+    edges: Sequence[Edge],
+    *,
+    first: bool = True,
+) -> Plan:
+    """What one step of a conversion does to every adapted tensor of the base.
 
     Where a size is not known that it needs, raises an error that asks for it.
     """
+    known = identity.known
     try:
         plan = build_plan(
             adapter.headers,
-            edges_to(known.books, target),
+            edges,
             scopes=known.scopes,
             partial=True,
+            mixed=bool(identity.also),
             guess=opened.guess(),
             where=opened.where,
             unmatched_fix=known.unmatched_fix,
         )
-        opened.check_complete(plan)
+        if first:
+            opened.check_complete(plan)
     except BadInputError:
         modules = adapter.modules
         if modules is None or not modules.unknown:
@@ -311,8 +363,38 @@ def move_rest(opened: Opened, identity: Identity, target: str | None) -> list[Sa
     return unbound + move_saved(groups, tensors, known, side, target, opened.kind, opened.where)
 
 
-def _move_factors(factors: Factors, plan: Plan | None, record: Record) -> list[Images]:
-    return unmoved_images(factors) if plan is None else list(_images(plan, factors, record))
+def factors_after(made: Iterable[Images], plan: Plan) -> Factors:
+    """LoRAs as a step of a route has made them, for the next one to move."""
+    shapes = plan.result_shapes()
+    factors = Factors(Headers((), [], []), [], [], [], [])
+    groups, of, dtypes = [], [], []
+    for image in made:
+        rows = [row for row, lora in enumerate(image.loras) if lora is not None]
+        if not rows:
+            continue
+        first = len(factors.a)
+        for lora in (image.loras[row] for row in rows):
+            assert lora is not None
+            factors.a.append(lora.a)
+            factors.b.append(lora.b)
+            factors.scales.append(lora.scale)
+            dtypes.append(lora.a.dtype.name)
+        taken = image.keys.take(np.array(rows))
+        keys = Group(taken.template, np.arange(first, len(factors.a)), taken.numbers)
+        of += [shapes[name] for name in keys.names()]
+        groups.append(keys)
+        factors.kinds.append((keys, image.kind))
+    return replace(factors, headers=Headers(groups, of, dtypes))
+
+
+def modules_after(carried: Carried, plan: Plan) -> TunedModules:
+    """A family's modules as a step of a route has made them, for the next one to move."""
+    shapes = plan.result_shapes()
+    groups = group_names(list(carried.parts))
+    parts = list(carried.parts.values())
+    headers = Headers(groups, [shapes[name] for name in carried.parts], [""] * len(parts))
+    kinds = [(g, parts[int(g.ids[0])].kind) for g in groups]
+    return TunedModules(headers, parts, kinds, list(range(len(parts))))
 
 
 # -- adjust
@@ -387,10 +469,17 @@ class _Conversion:
         """The dialect to write, where it is another than the adapter's own."""
         self.returns = into is None and comes_back(opened, to.name)
         """Whether regraft made the adapter of one in this layout and dialect."""
-        self.target = None if identity.layout == to.name else to.name
+        self.target = None if identity.layout == to.name and not identity.also else to.name
         """The layout to move to; ``None`` where nothing moves."""
         self.packing = identity.packing
+        self.steps: tuple[tuple[Edge, ...], ...] = ()
+        """The steps of the way; none where nothing moves."""
         self.report = _report(opened, to, identity)
+        if self.target is not None:
+            route = route_of(identity, self.target, opened.where)
+            self.steps = route.steps
+            if len(self.steps) > 1:
+                self.report.evidence.append(f"the way is {route}")
         self.notes = self.report.notes
 
     def run(self) -> Converted:
@@ -402,6 +491,29 @@ class _Conversion:
         if self.into is not None:
             return self.into.dialect.writer(opened, self.known, self.to)
         return opened.writer(self.known, self.to)
+
+    def plan(self, adapter: Adapter, number: int) -> Plan:
+        """A step of the way."""
+        step = self.steps[number]
+        return plan_step(self.opened, adapter, self.identity, step, first=number == 0)
+
+    def move_factors(
+        self, factors: Factors, record: Record, first: int = 0
+    ) -> tuple[list[Images], Plan | None, Factors]:
+        """LoRAs moved along the way from a step on; the last step's plan, and the factors that it was made for."""
+        plan: Plan | None = None
+        made = unmoved_images(factors)
+        for number in range(first, len(self.steps)):
+            factors = factors if plan is None else factors_after(made, plan)
+            plan = self.plan(Adapter(factors), number)
+            self.count(plan)
+            made = list(_images(plan, factors, record))
+        return made, plan, factors
+
+    def count(self, plan: Plan) -> None:
+        """Note how often rules fired."""
+        for rule, times in plan.fired().items():
+            self.report.rules[rule] = self.report.rules.get(rule, 0) + times
 
     def read(self, base: BaseWeights) -> Adapter:
         """The adapter; how it is packed is noted."""
@@ -461,7 +573,6 @@ class _Conversion:
         """Numbers for the report."""
         self.report.carried = len(saved)
         self.report.tensors_out = len(blob.tensors)
-        self.report.rules = plan.fired() if plan is not None else {}
         self.report.trace = trace
 
 
@@ -480,11 +591,13 @@ class _LoraConversion(_Conversion):
             self.notes += [returned.note] if returned.note else []
         opened = self.opened
         adapter = self.read(BaseWeights.of(self.known, self.identity.layout))
-        factors = adapter.factors
-        assert factors is not None
-        plan = self.plan(adapter)
+        read_factors = adapter.factors
+        assert read_factors is not None
+        made, plan, factors = self.move_factors(read_factors, record)
         moved = move_rest(opened, self.identity, self.target)
-        made = _move_factors(factors, plan, record)
+        direct = len(self.steps) < 2
+        if not direct:
+            record = Record()
         writer = self.writer(opened)
         done = _use_base(opened, self.known, self.to.name, writer, made, moved)
         self.notes += done.notes
@@ -497,7 +610,7 @@ class _LoraConversion(_Conversion):
             record = Record()
         blob = writer.write_lora(made, done.saved, done.entries, returned.tensors, returned.written)
         self.check_left(kept, blob, returned)
-        if not changed and not errors and self.into is None:
+        if not changed and not errors and self.into is None and direct:
             self.keep_bits(made, factors, kept, blob)
         if self.returns:
             put_back(blob, source)
@@ -508,15 +621,13 @@ class _LoraConversion(_Conversion):
         beside = tuple(map(opened.shown, done.saved))
         trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         self.finish(blob, done.saved, plan, trace)
-        metadata = self.remember(source.config, blob, record, kept, plan)
         aside = kept.tensors if self.into is None else {}
+        if not direct and self.into is None:
+            # What several steps join is not noted, so all of the source is kept.
+            aside = {**aside, **source.tensors}
+            kept.table.whole = digest_all(blob.tensors)
+        metadata = self.remember(source.config, blob, record, kept, plan)
         return Converted(blob.config, blob.tensors, metadata, self.report, plan, aside)
-
-    def plan(self, adapter: Adapter) -> Plan | None:
-        """What moves; ``None`` where nothing does."""
-        if self.target is None:
-            return None
-        return plan_route(self.opened, adapter, self.known, self.target)
 
     def check_left(self, kept: Kept, blob: Blob, returned: Returned) -> None:
         """Raise ``RefusedError`` where every LoRA was added to its base weight."""
@@ -554,7 +665,6 @@ class _FamilyConversion(_Conversion):
         adapter = self.read(base)
         modules, family = adapter.modules, adapter.family
         assert modules is not None and family is not None
-        plan = None if target is None else plan_route(opened, adapter, self.known, target)
         moved = move_rest(opened, self.identity, target)
         writer = self.writer(opened)
         ladder = Ladder(
@@ -566,12 +676,22 @@ class _FamilyConversion(_Conversion):
             writer.claimed,
             held=writer.holds(family),
         )
+        plan = self.plan(adapter, 0) if self.steps else None
         carried = ladder.carry(plan, modules, self.options.via)
+        number = 1
+        while carried.factors is None and plan is not None and number < len(self.steps):
+            self.count(plan)
+            modules = modules_after(carried, plan)
+            plan = self.plan(Adapter(modules=modules, family=family), number)
+            carried = ladder.carry(plan, modules, self.options.via)
+            number += 1
         if carried.factors is None:
+            if plan is not None:
+                self.count(plan)
             blob, done = self.write_family(ladder, carried, plan, modules, moved)
             self.report.targets = _family_targets(carried, plan)
         else:
-            blob, done = self.write_lora(family, carried, carried.factors, plan, moved)
+            blob, done, plan = self.write_lora(family, carried, carried.factors, number - 1, moved)
         beside = tuple(map(opened.shown, done.saved))
         self.finish(blob, done.saved, plan, Trace(modules.headers, plan, beside=beside))
         kept = done.kept
@@ -613,12 +733,12 @@ class _FamilyConversion(_Conversion):
         family: Family,
         carried: Carried,
         factors: Factors,
-        plan: Plan | None,
+        first: int,
         moved: Sequence[Saved],
-    ) -> tuple[Blob, _Adjusted]:
-        """The family as LoRAs."""
+    ) -> tuple[Blob, _Adjusted, Plan | None]:
+        """The family as LoRAs, which move from a step of the way on."""
         own = [item for item in moved if not family.shares(item.old)]
-        made = _move_factors(factors, plan, Record())
+        made, plan, _ = self.move_factors(factors, Record(), first)
         plain = self.opened.as_lora()
         writer = self.writer(plain)
         done = _use_base(plain, self.known, self.to.name, writer, made, own)
@@ -639,7 +759,7 @@ class _FamilyConversion(_Conversion):
         }[rung]
         why = f": {carried.why}" if carried.why else ""
         self.notes.append(f"{family.title} became LoRA, {how}{why}")
-        return blob, done
+        return blob, done, plan
 
 
 # -- what needs no steps

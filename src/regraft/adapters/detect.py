@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.protocol import Hints, Names
-from regraft.equation.notation import Key
-from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeysError
+from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
+from regraft.planning.detect import detect_layouts
 from regraft.planning.model import (
     Foreign,
     ModelConfig,
@@ -146,21 +146,62 @@ def find_books(
                 fix="give the base model with --model (its folder or its config.json)",
             )
         )
-    outcomes: dict[object, list[Book]] = {}
-    for book in fitting:
-        outcomes.setdefault(_outcome(book, names), []).append(book)
+    outcomes: dict[object, list[tuple[Book, ...]]] = {}
+    for books in _by_family(fitting):
+        made = frozenset(_outcome(book, names) for book in books if book in fitting)
+        outcomes.setdefault(made, []).append(books)
     if len(outcomes) > 1:
-        fits = "; ".join(" or ".join(b.name for b in same) for same in outcomes.values())
-        raise AmbiguousError(
-            Finding(
-                "which-model",
-                f"the keys fit models whose layouts differ: {fits}",
-                where=where,
-                fix="give the base model with --model (its folder or its config.json)",
-            )
+        raise _undecided(list(outcomes.values()), names, where)
+    (alike,) = outcomes.values()
+    return Known(alike[0], {}, None, None, f"the keys are those of {_families_of(fitting)}")
+
+
+def _by_family(fitting: Sequence[Book]) -> list[tuple[Book, ...]]:
+    """The books of each family that some books are for: those, and others that lead on from their layouts."""
+    ends = {frozenset(book.layouts) for book in fitting}
+    found: dict[tuple[str, ...], tuple[Book, ...]] = {}
+    for book in fitting:
+        for model_type in book.model_types or ("",):
+            same = books_for([model_type]) if model_type else [book]
+            mine = tuple(b for b in same if b in fitting or frozenset(b.layouts) not in ends)
+            found.setdefault(tuple(b.name for b in mine), mine)
+    return list(found.values())
+
+
+def _undecided(
+    outcomes: Sequence[Sequence[tuple[Book, ...]]], names: Names, where: str
+) -> AmbiguousError:
+    """Which model it is for, with one family of each kind to choose."""
+    fits = "; ".join(" or ".join(same[0].name for same in alike) for alike in outcomes)
+    firsts = [alike[0] for alike in outcomes]
+    return AmbiguousError(
+        Finding(
+            "which-model",
+            f"the keys fit models whose layouts differ: {fits}",
+            where=where,
+            fix="give the base model with --model (its folder or its config.json), or one of these with --from",
+            choices=tuple(
+                Choice(
+                    books[0].model_types[0],
+                    f"the keys are those of {books[0].title}",
+                    _difference(books, names),
+                )
+                for books in firsts
+                if books[0].model_types
+            ),
         )
-    book = fitting[0]
-    return Known((book,), {}, None, None, f"the keys are those of {_families_of(fitting)}")
+    )
+
+
+def _difference(books: Sequence[Book], names: Names) -> str:
+    """A rule that moves one of the keys."""
+    for book in books:
+        for rule in book.rules:
+            terms = (*rule.equation.left, *rule.equation.right)
+            for group in _candidates(names):
+                if any(t.key is not None and match_group(t.key, group) for t in terms):
+                    return f"{rule.name} moves {group.name(0)}"
+    return ""
 
 
 def _families_of(books: Sequence[Book]) -> str:
@@ -363,64 +404,30 @@ class Detected:
     evidence: list[str]
     by_names: bool = False
     """Whether the names themselves tell it."""
-
-
-def one_layout(evidence: Iterable[tuple[str, str]], where: str) -> dict[str, str]:
-    """The layout that names tell, with one of them; nothing where they are the same in all.
-
-    Raises ``BadInputError`` where some names are of one layout and some of another.
-    """
-    seen: dict[str, str] = {}
-    for layout, key in evidence:
-        seen.setdefault(layout, key)
-    if len(seen) > 1:
-        (one, key), (other, rival) = sorted(seen.items())[:2]
-        raise BadInputError(
-            Finding(
-                "mixed-layouts",
-                f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
-                where=where,
-                key=rival,
-                fix="keep the keys of one layout and remove the others",
-            )
-        )
-    return seen
+    possible: tuple[str, ...] = ()
+    """The layouts that all names may be of."""
+    mixed: tuple[str, ...] = ()
+    """The layouts that parts are of, where they are of several."""
 
 
 def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str) -> Detected:
-    """The layout that the names tell; where they are the same in all, what else makes one likely.
+    """The layout that the names tell; where they are the same in several, what else makes one likely.
 
-    Raises ``BadInputError`` where some names are of one layout and some of another.
+    Raises ``BadInputError`` where the names of one rule are of two layouts.
     """
-    seen = one_layout((e for book in books for e in _evidence(book, names)), where)
-    for layout, key in seen.items():
-        return Detected(layout, [f"{key} is a name of {layout}"], by_names=True)
-    known = {name for book in books for name in book.layouts} or set(known_layouts())
+    told = detect_layouts(books, _candidates(names), where, modules=names.modules)
+    if told.layout is not None:
+        shown = f"{told.evidence[told.layout]} is a name of {told.layout}"
+        return Detected(told.layout, [shown], by_names=True, possible=told.possible)
+    if told.mixed:
+        shown = "; ".join(f"{key} is a name of {name}" for name, key in told.evidence.items())
+        return Detected(None, [f"its parts are of several layouts: {shown}"], True, (), told.mixed)
+    known = told.possible or tuple(known_layouts())
     if hints.layout in known:
-        return Detected(hints.layout, [f"regraft wrote it as {hints.layout}"])
+        written = f"regraft wrote it as {hints.layout}"
+        return Detected(hints.layout, [written], possible=known)
     same = "all its names are the same in every layout"
-    if hints.likely is None:
-        return Detected(None, [same])
+    if hints.likely is None or hints.likely[0] not in known:
+        return Detected(None, [same], possible=known)
     likely, why = hints.likely
-    return Detected(likely, [same, why])
-
-
-def _evidence(book: Book, names: Names) -> list[tuple[str, str]]:
-    result = []
-    layouts = {"left": book.left, "right": book.right}
-    keys: dict[str, list[Key]] = {
-        "left": [t.key for r in book.rules for t in r.equation.left if t.key is not None],
-        "right": [t.key for r in book.rules for t in r.equation.right if t.key is not None],
-    }
-    modules = {
-        side: [p.module for p in book.parameters if side in p.sides] for side in ("left", "right")
-    }
-    for group in _candidates(names):
-        sides = [s for s, each in keys.items() if any(match_group(k, group) for k in each)]
-        if len(sides) == 1:
-            result.append((layouts[sides[0]], group.name(0).removesuffix(".weight")))
-    for group in names.modules:
-        sides = [s for s, each in modules.items() if any(match_group(k, group) for k in each)]
-        if len(sides) == 1:
-            result.append((layouts[sides[0]], group.name(0)))
-    return result
+    return Detected(likely, [same, why], possible=known)

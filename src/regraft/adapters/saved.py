@@ -16,9 +16,9 @@ from regraft.adapters.form import Array, Saved, SavedGroup
 from regraft.arrays.apply import apply_plan
 from regraft.equation.notation import parse_key
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import route_between
 from regraft.names.keys import Group
-from regraft.planning.build import build_plan
+from regraft.planning.compose import plan_along
 from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
@@ -49,12 +49,17 @@ def move_saved(
     rows = [group for group in groups if group.rows]
     whole = [group for group in groups if not group.rows]
     _refuse_changed(whole, side, kind, where)
-    moved = _move_rows(rows, tensors, known, target, where) if rows else []
-    return moved + (_move_whole(whole, tensors, known, target, where) if whole else [])
+    moved = _move_rows(rows, tensors, known, side, target, where) if rows else []
+    return moved + (_move_whole(whole, tensors, known, side, target, where) if whole else [])
 
 
 def _move_rows(
-    groups: Sequence[SavedGroup], tensors: Sequence[Array], known: Known, target: str, where: str
+    groups: Sequence[SavedGroup],
+    tensors: Sequence[Array],
+    known: Known,
+    side: Side,
+    target: str,
+    where: str,
 ) -> list[Saved]:
     """Rows of an embedding go where the embedding goes, whole."""
     headers = Headers(
@@ -62,7 +67,7 @@ def _move_rows(
         [t.shape for t in tensors],
         [t.dtype.name for t in tensors],
     )
-    plan = _plan(headers, known, target, where)
+    plan = _plan(headers, known, side, target, where)
     style = {i: group.style for group in groups for i in group.keys.ids.tolist()}
     place: dict[int, str] = {}
     for entry in plan.entries:
@@ -87,7 +92,12 @@ def _move_rows(
 
 
 def _move_whole(
-    groups: Sequence[SavedGroup], tensors: Sequence[Array], known: Known, target: str, where: str
+    groups: Sequence[SavedGroup],
+    tensors: Sequence[Array],
+    known: Known,
+    side: Side,
+    target: str,
+    where: str,
 ) -> list[Saved]:
     order = [i for group in groups for i in group.keys.ids.tolist()]
     styles = [group.style for group in groups for _ in range(len(group.keys))]
@@ -102,7 +112,7 @@ def _move_whole(
     ]
     mine = [tensors[i] for i in order]
     headers = Headers(renumbered, [t.shape for t in mine], [t.dtype.name for t in mine])
-    plan = _plan(headers, known, target, where)
+    plan = _plan(headers, known, side, target, where)
     origin: dict[str, int] = {}
     for entry in plan.entries:
         for term in entry.written:
@@ -119,12 +129,13 @@ def _move_whole(
     ]
 
 
-def _plan(headers: Headers, known: Known, target: str, where: str) -> Plan:
+def _plan(headers: Headers, known: Known, side: Side, target: str, where: str) -> Plan:
     try:
-        return build_plan(
+        return plan_along(
             headers,
-            edges_to(known.books, target),
+            route_between(known.books, side.layout, target, where).steps,
             scopes=known.scopes,
+            mixed=bool(side.also),
             where=where,
             unmatched_fix=known.unmatched_fix,
         )

@@ -38,12 +38,13 @@ from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source
 from regraft.errors import BadInputError, Finding
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import route_between
 from regraft.layouts.names import joined_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
+from regraft.planning.compose import plan_along
 from regraft.planning.model import Foreign, ModelConfig
-from regraft.planning.plan import Headers, Plan
+from regraft.planning.plan import Headers
 from regraft.rules.book import library
 from regraft.rules.kinds import BATCH, KINDS
 
@@ -546,17 +547,54 @@ def moved_pieces(
     if before.layout == target:
         yield from same_pieces(before.ids, make, shape_of, before.kind, sample)
         return
-    known = before.known
-    plan = build_plan(
-        before.headers,
-        edges_to(known.books, target),
-        scopes=known.scopes,
-        partial=True,
-        guess=lambda rule, axis, seen: seen,
-        where=before.source.where,
-        unmatched_fix=known.unmatched_fix,
-    )
-    yield from carry_pieces(plan, make, shape_of, before.kind, sample)
+    known, headers, kind_of = before.known, before.headers, before.kind
+    steps = route_between(known.books, before.layout, target, before.source.where).steps
+    for number, edges in enumerate(steps):
+        plan = build_plan(
+            headers,
+            edges,
+            scopes=known.scopes,
+            partial=True,
+            guess=lambda rule, axis, seen: seen,
+            where=before.source.where,
+            unmatched_fix=known.unmatched_fix,
+        )
+        if number == len(steps) - 1:
+            yield from carry_pieces(plan, make, shape_of, kind_of, sample)
+            return
+        there = _Between(carry_pieces(plan, make, shape_of, kind_of, lambda keys: False))
+        headers, make, shape_of, kind_of = there.headers, there.part, there.shape, there.kind
+
+
+class _Between:
+    """What is added to the tensors of a layout on the way, held as a whole."""
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self.arrays: dict[str, Wide] = {}
+        kinds: dict[str, str] = {}
+        for piece in pieces:
+            whole = self.arrays.setdefault(piece.key, np.zeros(piece.shape))
+            takes = (
+                np.arange(size) if take is None else take
+                for size, take in zip(piece.shape, piece.takes, strict=True)
+            )
+            whole[np.ix_(*takes)] = piece.values
+            kinds[piece.key] = piece.kind
+        self.names, self.kinds = list(self.arrays), list(kinds.values())
+        shapes = [self.shape(number) for number in range(len(self.names))]
+        self.headers = Headers(group_names(self.names), shapes, ["float64"] * len(shapes))
+
+    def part(self, number: int, takes: Sequence[Take]) -> Wide:
+        """Part of a tensor, dim by dim."""
+        return take_part(self.arrays[self.names[number]], takes)
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self.arrays[self.names[number]].shape
+
+    def kind(self, number: int) -> str:
+        """The kind of a tensor."""
+        return self.kinds[number]
 
 
 def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
@@ -569,9 +607,9 @@ def moved_biases(before: Deltas, target: str) -> dict[str, Array]:
         group_names(list(biases)), [b.shape for b in values], [b.dtype.name for b in values]
     )
     known = before.known
-    plan: Plan = build_plan(
+    plan = plan_along(
         headers,
-        edges_to(known.books, target),
+        route_between(known.books, before.layout, target, before.source.where).steps,
         scopes=known.scopes,
         where=before.source.where,
         unmatched_fix=known.unmatched_fix,

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from regraft.adapters.detect import covers, one_layout
+from regraft.adapters.detect import covers
 from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import ConfigPath, Key, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
-from regraft.errors import AmbiguousError, Choice, Finding, RegraftError, UnmatchedKeysError
-from regraft.layouts.graph import Edge, edges_to, find_routes
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Choice,
+    Finding,
+    RegraftError,
+    UnmatchedKeysError,
+)
+from regraft.layouts.graph import Edge, edges_to, route_between
 from regraft.names.keys import MARK, Group
 from regraft.planning.build import UNMATCHED_FIX, build_plan
-from regraft.planning.compose import compose, middle_of
+from regraft.planning.compose import plan_along
+from regraft.planning.detect import detect_layouts
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
@@ -39,6 +47,8 @@ class Detected:
     """The class that the model was taken for, where it matters."""
     unstacked: Unstacked = field(default_factory=Unstacked)
     """Quantised experts that stay one by one in every layout."""
+    mixed: tuple[str, ...] = ()
+    """The layouts that parts are of, where they are of several."""
     mtp: MtpKeys = field(default_factory=MtpKeys)
     """The layers for predicting further tokens."""
 
@@ -106,10 +116,12 @@ def detect(
     unstacked = Unstacked()
     if companions is not None:
         unstacked = find_unstacked(books, scopes, companions, where)
-    layout, evidence = _layout_of(
+    layout, evidence, mixed = _layout_of(
         books, scopes, _without(mtp, unstacked.without(headers)), where, source
     )
-    found = Detected(books, scopes, layout, (told, evidence), unstacked=unstacked, mtp=mtp)
+    found = Detected(
+        books, scopes, layout, (told, evidence), unstacked=unstacked, mtp=mtp, mixed=mixed
+    )
     if imported is None:
         return found
     return replace(found, imported=True, notes=imported.notes, architecture=imported.architecture)
@@ -133,9 +145,9 @@ def detect_by_books(
 
     Raises ``BadInputError`` where names of two layouts stand together, ``AmbiguousError`` where nothing tells.
     """
-    layout, evidence = _layout_of(books, scopes, headers, where, None)
+    layout, evidence, mixed = _layout_of(books, scopes, headers, where, None)
     told = f"its rule book is {', '.join(book.name for book in books)}"
-    return Detected(tuple(books), scopes, layout, (told, evidence))
+    return Detected(tuple(books), scopes, layout, (told, evidence), mixed=mixed)
 
 
 def _layout_of(
@@ -144,19 +156,22 @@ def _layout_of(
     headers: Headers,
     where: str,
     given: str | None,
-) -> tuple[str | None, str]:
-    """The layout, ``None`` where the names are the same in every one; and what told it."""
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """The layout, ``None`` where it is not one only; what told it; and the layouts of parts that differ."""
     if given is not None:
         if not any(given in book.layouts for book in books):
             edges_to(books, given)
-        return given, "its layout was given"
-    seen = one_layout(
-        (e for book in books for e in _evidence(book, headers.groups, scopes[book.name])), where
-    )
-    for layout, key in seen.items():
-        return layout, f"{key} is a name of {layout}"
+        return given, "its layout was given", ()
+    told = detect_layouts(books, headers.groups, where, scopes=scopes)
+    if told.layout is not None:
+        return told.layout, f"{told.evidence[told.layout]} is a name of {told.layout}", ()
+    if told.mixed:
+        shown = "; ".join(f"{key} is a name of {name}" for name, key in told.evidence.items())
+        return None, f"its parts are of several layouts: {shown}", told.mixed
     shaped = _by_shape(books, scopes, headers, where)
-    return shaped if shaped is not None else (None, "all its names are the same in every layout")
+    if shaped is None:
+        return None, "all its names are the same in every layout", ()
+    return *shaped, ()
 
 
 def _by_shape(
@@ -229,42 +244,29 @@ def make_plan(
 
     Raises what `build_plan` raises.
     """
-    route = _route(known, target, where)
+    if known.mixed and target not in known.mixed:
+        raise BadInputError(
+            Finding(
+                "mixed-layouts",
+                f"its parts are of {' and '.join(known.mixed)}, and {target} is neither",
+                where=where,
+                fix=f"convert it to {known.mixed[-1]} first",
+            )
+        )
+    route = route_between(known.books, known.layout, target, where).steps
     if known.layout == target:
         books = [b.usual_spelling() for b in known.books if b.left == target and b.respelled]
         return build_plan(headers, edges_to(books, target), where=where) if books else None
     rest = known.unstacked.without(headers)
-    plan = build_plan(rest, route[0], scopes=known.scopes, where=where, unmatched_fix=unmatched_fix)
-    for edges in route[1:]:
-        middle = middle_of(plan)
-        plan = compose(
-            plan, middle, build_plan(middle.headers, edges, scopes=known.scopes, where=where)
-        )
+    plan = plan_along(
+        rest,
+        route,
+        scopes=known.scopes,
+        mixed=bool(known.mixed),
+        where=where,
+        unmatched_fix=unmatched_fix,
+    )
     return known.unstacked.beside(plan, headers)
-
-
-def _route(known: Detected, target: str, where: str) -> tuple[tuple[Edge, ...], ...]:
-    """The steps to a layout.
-
-    Raises ``BadInputError`` where the books do not lead there, ``AmbiguousError`` where several routes do.
-    """
-    if known.layout is None or all(target in book.layouts for book in known.books):
-        return (edges_to(known.books, target),)
-    if known.layout == target:
-        return ()
-    routes = find_routes(known.books, known.layout, target)
-    if not routes:
-        return (edges_to(known.books, target),)
-    if len(routes) > 1:
-        raise AmbiguousError(
-            Finding(
-                "which-layout",
-                f"there are several ways to {target}: {'; '.join(map(str, routes))}",
-                where=where,
-                fix="name with --rules the books to use",
-            )
-        )
-    return routes[0].steps
 
 
 def _evidence(book: Book, groups: Sequence[Group], scope: Scope) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from regraft.cli.output import Output
 )
 @options.layout(
     "--to",
-    "The layout to convert to, such as transformers-v5, a dialect of adapters, or both (LAYOUT:DIALECT); "
+    "The layout to convert to (transformers-v5, transformers-v4), a dialect of adapters, or both (LAYOUT:DIALECT); "
     "'regraft layouts' lists them.",
     required=True,
 )

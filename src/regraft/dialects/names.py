@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regraft.dialects.base import dialects
 from regraft.errors import BadInputError
@@ -50,6 +50,8 @@ class SourceName:
     dialect: str | None = None
     packing: str | None = None
     """The dialect's version."""
+    via: tuple[str, ...] = ()
+    """Layouts on the way, where several ways are as short."""
 
     @property
     def name(self) -> str | None:
@@ -60,6 +62,8 @@ class SourceName:
 def source_named(text: str | None, *, adapter: bool = True) -> SourceName:
     """What ``source`` names: a layout or both, as ``to`` does; a dialect, whose layout is found out; or a family.
 
+    Layouts on the way may follow, after commas.
+
     >>> source_named("mixtral").family, source_named("transformers-v4").name, source_named("peft").dialect
     ('mixtral', 'transformers-v4', 'peft')
 
@@ -67,6 +71,13 @@ def source_named(text: str | None, *, adapter: bool = True) -> SourceName:
     """
     if text is None:
         return SourceName()
+    text, *via = text.split(",")
+    for each in via:
+        parse_name(each, {}, adapter=False)
+    return replace(_source_named(text, adapter=adapter), via=tuple(via))
+
+
+def _source_named(text: str, *, adapter: bool) -> SourceName:
     known = dialect_names()
     head, _, version = text.partition("/")
     if adapter and head in known:

@@ -21,7 +21,7 @@ from regraft.explaining.explanation import End, Explanation, Near
 from regraft.explaining.near import closest, part_ways
 from regraft.explaining.subject import SHARED, Name, Subject, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import edges_to, going_over
 from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope, taken_for
@@ -55,7 +55,7 @@ def explain(
     with only_books(rules), taken_for(architecture):
         adapter = not is_checkpoint(Path(src))
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
-        with only_family(given.family):
+        with only_family(given.family), going_over(given.via):
             subject = open_subject(Path(src), layout, known, given.layout, given)
             return _Search(subject, key, layout.name).explain()
 
@@ -63,7 +63,7 @@ def explain(
 class _Search:
     def __init__(self, subject: Subject, key: str, to: str) -> None:
         self.subject, self.key, self.to = subject, key, to
-        self.edges = edges_to(subject.books, to)
+        self.edges = edges_to([b for b in subject.books if to in b.layouts] or subject.books, to)
         found = _find(subject, key)
         self.name = found
         source = subject.layout

@@ -8,12 +8,14 @@ No layout is known in code: what there is, books say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 
 from regraft.equation.notation import Term
-from regraft.errors import BadInputError, Finding
+from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.rules.book import Book, Rule
 from regraft.rules.direction import Direction, Side
 
@@ -142,6 +144,74 @@ def find_routes(books: Iterable[Book], source: str, target: str) -> tuple[Route,
         if there:
             return tuple(Route(tuple(usable[ends] for ends in pairwise(way))) for way in there)
     return ()
+
+
+def route_between(books: Sequence[Book], source: str | None, target: str, where: str) -> Route:
+    """The one way from a layout to another; of no steps where they are the same.
+
+    Where the source is not known, because its names are the same in every layout, one step by all books that know the
+    target.
+
+    Raises ``BadInputError`` where the books lead nowhere near, ``AmbiguousError`` where several ways are as short.
+    """
+    if not books:
+        return Route(((),))  # nothing is known, so nothing changes
+    if source == target:
+        edges_to([b for b in books if target in b.layouts] or books, target)
+        return Route(())
+    if source is None:
+        return Route((edges_to([b for b in books if target in b.layouts] or books, target),))
+    routes = find_routes(books, source, target)
+    wanted = _VIA.get()
+    if wanted:
+        routes = tuple(r for r in routes if set(wanted) <= set(r.layouts)) or routes
+    if not routes:
+        raise BadInputError(_no_way(books, source, target, where))
+    if len(routes) > 1:
+        raise AmbiguousError(
+            Finding(
+                "which-layout",
+                f"there are several ways to {target}",
+                where=where,
+                fix="name with --from the layout on the way, or with --rules the books to use",
+                choices=tuple(
+                    Choice(
+                        ",".join(route.layouts[:-1]),
+                        f"the way {route}",
+                        f"it goes by {', '.join(dict.fromkeys(e.book.name for e in route.edges))}",
+                    )
+                    for route in routes
+                ),
+            )
+        )
+    return routes[0]
+
+
+_VIA: ContextVar[tuple[str, ...]] = ContextVar("via", default=())
+
+
+@contextmanager
+def going_over(layouts: Sequence[str]) -> Iterator[None]:
+    """Of several ways that are as short, let those be taken that go over some layouts, as long as this lasts."""
+    token = _VIA.set(tuple(layouts) or _VIA.get())
+    try:
+        yield
+    finally:
+        _VIA.reset(token)
+
+
+def _no_way(books: Sequence[Book], source: str, target: str, where: str) -> list[Finding]:
+    known = list(dict.fromkeys(name for book in books for name in book.layouts))
+    if target in known and source in known:
+        message = f"no rule books lead from {source} to {target} without a loss"
+        fix = "name a layout on the way, and convert step by step"
+        return [Finding("other-layouts", message, where=where, fix=fix)]
+    try:
+        edges_to(books, source if source not in known else target)
+    except BadInputError as error:
+        return list(error.findings)
+    message = f"no rule book knows {source if source not in known else target}"
+    return [Finding("other-layouts", message, where=where, fix="give one with --rules")]
 
 
 def _loses(edge: Edge) -> bool:

@@ -3,6 +3,7 @@
     NAME[/VERSION]              a layout, or a dialect in its usual layout
     LAYOUT:DIALECT[/VERSION]    both
     FAMILY                      of a source only: a model type, where the layout is to be found out
+    NAME,LAYOUT                 of a source only: over which layout to go, where several ways are as short
 
 What layouts there are, rule books say; what dialects there are, says who calls.
 """

@@ -48,6 +48,7 @@ def build_plan(
     *,
     scopes: Mapping[str, Scope] | None = None,
     partial: bool = False,
+    mixed: bool = False,
     guess: Guess | None = None,
     where: str | None = None,
     unmatched_fix: str = UNMATCHED_FIX,
@@ -61,6 +62,7 @@ def build_plan(
     Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
     """
     builder = _Builder(headers, tuple(edges), scopes or {}, partial, guess, where, unmatched_fix)
+    builder.mixed = mixed
     return builder.build()
 
 
@@ -84,6 +86,7 @@ class _Builder:
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
         self.owner = np.full(count, -1, dtype=np.int64)
         self.dropped: list[Dropped] = []
+        self.mixed = False
         self.lasts: dict[tuple[Rule, str, tuple[str, ...]], int] = {}
 
     def build(self) -> Plan:
@@ -251,10 +254,33 @@ class _Builder:
                     rest = np.ones(len(left), dtype=bool)
                     rest[match.rows] = False
                     left = left.take(rest)
+            if self.mixed:
+                left = self.carry_settled(left, carried)
             left = self.drop(left) if len(left) else left
             if len(left):
                 self.report_unmatched(left)
         return carried
+
+    def carry_settled(self, group: Group, carried: list[Carried]) -> Group:
+        """Keys that are in the target's layout already, where parts are of several; what is left."""
+        for edge in self.edges:
+            scope = self.scopes.get(edge.book.name, Scope())
+            for rule in edge.book.rules:
+                terms, kinds = edge.sides(rule)[1], rule.kinds(edge.direction)[1]
+                for term, kind in zip(terms, kinds, strict=True):
+                    if not len(group) or term.key is None or not scope.admits(group.template):
+                        continue
+                    match = match_group(term.key, group)
+                    if match is None:
+                        continue
+                    equation = Equation(str(term), (term,), (term,), ())
+                    why = f"it is in {edge.target} already"
+                    carry = Carry(term, equation, why, kind, rule.where)
+                    carried.append(Carried(group.take(match.rows), carry))
+                    rest = np.ones(len(group), dtype=bool)
+                    rest[match.rows] = False
+                    group = group.take(rest)
+        return group
 
     def drop(self, group: Group) -> Group:
         """Note down what the target layout has no use for; what is left."""

@@ -15,19 +15,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from regraft.equation.lower import Copy, CopyAxis, Place
 from regraft.equation.notation import Axis, Equation, Key, Term
 from regraft.errors import Finding, RefusedError
+from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, group_names
+from regraft.planning.build import build_plan
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan, walk
 from regraft.planning.slices import without_rest
 from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
 
 _NONE = np.zeros((1, 0), dtype=np.int64)
+
+
+def plan_along(headers: Headers, steps: Sequence[Sequence[Edge]], **options: Any) -> Plan:
+    """The plan of whole tensors along a route, step by step and composed; ``options`` are those of `build_plan`.
+
+    Raises what `build_plan` and `compose` raise.
+    """
+    plan = build_plan(headers, steps[0], **options)
+    for edges in steps[1:]:
+        middle = middle_of(plan)
+        plan = compose(plan, middle, build_plan(middle.headers, edges, **options))
+    return plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,6 +279,17 @@ class Plan:
         for carried in self.carried:
             yield carried.group
 
+    def result_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the result, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for entry in self.entries:
+            for term in entry.written:
+                found.update(dict.fromkeys(entry.keys(term).names(), entry.shape(term)))
+        for carried in self.carried:
+            shapes = (tuple(self.headers.shapes[i]) for i in carried.group.ids.tolist())
+            found.update(zip(carried.group.names(), shapes, strict=True))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, entry by entry."""
         return {

@@ -23,14 +23,18 @@ class Side:
     books: tuple[Book, ...]
     layout: str
     scopes: Mapping[str, Scope]
+    also: tuple[str, ...] = ()
+    """Other layouts that parts are of, where they are of several."""
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """The edges that lead out of the layout, one for each book.
-
-        Raises ``BadInputError`` where a book does not know the layout.
-        """
-        return tuple(Edge.out_of(book, self.layout) for book in self.books)
+        """The edges that lead out of the layout, one for each book that knows it."""
+        return tuple(
+            Edge.out_of(book, layout)
+            for layout in (self.layout, *self.also)
+            for book in self.books
+            if layout in book.layouts
+        )
 
     def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
         """Every term of this side with its kind."""

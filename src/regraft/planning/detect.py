@@ -1,0 +1,179 @@
+"""What names tell of layouts: one detector for adapters, checkpoints and live models, for any number of layouts.
+
+A rule speaks of some keys in one layout and of others in another. So a key that only one of its sides has tells a
+layout, and rules out the other; a key that no book explains in a layout rules that one out, too. What is left is what
+all keys may be of.
+
+A layout is a property of each part: the keys of one rule below one prefix are of one layout, and two rules may be of
+two (a model in memory whose parts were renamed by different releases). Such a file is *mixed*: each part moves by
+itself. The keys of one rule in two layouts are an error, because there a tensor would stand twice, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from regraft.equation.notation import Key
+from regraft.errors import BadInputError, Finding
+from regraft.names.keys import Group
+from regraft.planning.model import Scope
+from regraft.rules.book import Book
+from regraft.rules.direction import SIDES, Side
+from regraft.rules.templates import match_group
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What names tell."""
+
+    possible: tuple[str, ...]
+    """The layouts that all keys may be of, those of the first books first; empty where parts are of several."""
+    evidence: Mapping[str, str]
+    """For layouts that keys tell, one such key."""
+
+    @property
+    def layout(self) -> str | None:
+        """The layout, where there is only one that fits and a key tells it."""
+        only = len(self.possible) == 1 and self.possible[0] in self.evidence
+        return self.possible[0] if only else None
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """The layouts that parts are of, where they are of several."""
+        return () if self.possible else tuple(self.evidence)
+
+
+def detect_layouts(
+    books: Sequence[Book],
+    tensors: Sequence[Group],
+    where: str,
+    *,
+    modules: Sequence[Group] = (),
+    scopes: Mapping[str, Scope] | None = None,
+) -> Told:
+    """The layouts that names may be of; ``modules`` are those that an adapter names, whose parameters books list.
+
+    Raises ``BadInputError`` where keys of one rule are of two layouts.
+    """
+    admits = _admission(scopes)
+    ruled_out: set[str] = set()
+    evidence: dict[str, str] = {}
+    by_rule: dict[tuple[str, str, str], dict[str, str]] = {}
+    for book in books:
+        for group, side, rules in _one_sided(book, tensors, modules, admits):
+            other = book.right if side == "left" else book.left
+            layout, key = book.layout(side), group.name(0).removesuffix(".weight")
+            ruled_out.add(other)
+            evidence.setdefault(layout, key)
+            for rule in rules:
+                by_rule.setdefault((book.name, rule, _above(group)), {}).setdefault(layout, key)
+    layouts = tuple(dict.fromkeys(name for book in books for name in book.layouts))
+    if len(layouts) > 2:
+        ruled_out |= _unexplained(books, layouts, tensors, admits)
+    possible = tuple(name for name in layouts if name not in ruled_out)
+    told = {name: key for name, key in evidence.items() if not possible or name in possible}
+    if not possible:
+        for found in by_rule.values():
+            if len(found) > 1:
+                raise mixed_layouts(found, where)
+    return Told(possible, told)
+
+
+def mixed_layouts(found: Mapping[str, str], where: str) -> BadInputError:
+    """The error for keys of two layouts that stand together."""
+    (one, key), (other, rival) = sorted(found.items())[:2]
+    return BadInputError(
+        Finding(
+            "mixed-layouts",
+            f"this key is of {other}, but {key} is of {one}: old and new keys stand together",
+            where=where,
+            key=rival,
+            fix="keep the keys of one layout and remove the others",
+        )
+    )
+
+
+_Admits = Callable[[Book, Group], bool]
+
+
+def _admission(scopes: Mapping[str, Scope] | None) -> _Admits:
+    if scopes is None:
+        return lambda book, group: True
+    return lambda book, group: scopes.get(book.name, Scope()).admits(group.template)
+
+
+def _one_sided(
+    book: Book, tensors: Sequence[Group], modules: Sequence[Group], admits: _Admits
+) -> Iterable[tuple[Group, Side, list[str]]]:
+    """Keys that only one side of a book has, with the side and the rules."""
+    terms: dict[Side, list[tuple[Key, str]]] = {
+        side: [
+            (term.key, rule.name)
+            for rule in book.rules
+            for term in (rule.equation.left if side == "left" else rule.equation.right)
+            if term.key is not None
+        ]
+        for side in SIDES
+    }
+    tables: dict[Side, list[tuple[Key, str]]] = {
+        side: [
+            (p.module, _rule_within(terms[side], p.module))
+            for p in book.parameters
+            if side in p.sides
+        ]
+        for side in SIDES
+    }
+    for known, groups in ((terms, tensors), (tables, modules)):
+        for group in groups:
+            if not admits(book, group):
+                continue
+            hits = {
+                side: [rule for key, rule in each if match_group(key, group) is not None]
+                for side, each in known.items()
+            }
+            sides = [(side, rules) for side, rules in hits.items() if rules]
+            if len(sides) == 1:
+                yield group, *sides[0]
+
+
+def _rule_within(terms: Iterable[tuple[Key, str]], module: Key) -> str:
+    """The rule that moves a parameter of a module."""
+    inside = (rule for key, rule in terms if str(key).startswith(f"{module}."))
+    return next(inside, str(module))
+
+
+def _above(group: Group) -> str:
+    """What tells one copy of a part from another: the first segment of its keys."""
+    return group.template.partition(".")[0]
+
+
+def _unexplained(
+    books: Sequence[Book], layouts: Sequence[str], tensors: Sequence[Group], admits: _Admits
+) -> set[str]:
+    """Layouts in which no book explains a key that one explains in another."""
+    found: set[str] = set()
+    for group in tensors:
+        explained: set[str] = set()
+        ruled = False
+        for book in books:
+            if not admits(book, group):
+                continue
+            if any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries):
+                explained.update(book.layouts)
+            for side in SIDES:
+                if book.layout(side) not in explained or not ruled:
+                    keys = (
+                        term.key
+                        for rule in book.rules
+                        for term in (rule.equation.left if side == "left" else rule.equation.right)
+                    )
+                    if any(key is not None and match_group(key, group) for key in keys):
+                        ruled = True
+                        explained.add(book.layout(side))
+        if ruled:
+            found |= set(layouts) - explained
+    return found
+
+
+__all__ = ["Told", "detect_layouts", "mixed_layouts"]
