@@ -18,6 +18,11 @@ left = "published"
 right = "transformers-v5"
 model_types = ["mixtral"]
 
+[[module]]
+left = "root.{q}"
+right = "model.root.{q}"
+kind = "linear"
+
 [[carry]]
 keys = ["{*p}.{*q}"]
 why = "it is the same"
