@@ -277,6 +277,14 @@ def test_key_mapping_comes_first():
         regraft.convert_state_dict(source, to="transformers-v5", key_mapping=own)
 
 
+def test_a_key_mapping_that_never_ends_is_an_error(monkeypatch):
+    monkeypatch.setattr("regraft.storage.expressions.SECONDS", 0.2)
+    source = {key + "a" * 60 + "!": tensor for key, tensor in old(mixtral()).items()}
+    with pytest.raises(regraft.BadInputError) as error:
+        regraft.convert_state_dict(source, to=mixtral(), key_mapping={r"\.weight(a|a)*$": "x"})
+    assert codes(error) == {"slow-pattern"}
+
+
 def test_without_a_model_names_must_tell():
     source = old(vit())
     with pytest.raises(regraft.RegraftError, match="model=") as error:

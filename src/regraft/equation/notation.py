@@ -382,6 +382,8 @@ def parse_key(text: str) -> Key:
 
 _DEEPEST = 40
 """How deep brackets may be nested; everything that walks an equation recurses as deep."""
+_MOST_RESTS = 3
+"""How many ``{*...}`` one name may have."""
 _LONGEST = 18
 """How many digits a number may have: sizes are 64-bit integers."""
 
@@ -493,6 +495,11 @@ class _Scanner:
         if not parts:
             raise self.error("a key was expected", start)
         segments = [i for i, part in enumerate(parts) if isinstance(part, Segments)]
+        if len(segments) > _MOST_RESTS:
+            message = (
+                f"a name has {_MOST_RESTS} {{*...}} at most: each multiplies the ways to read a key"
+            )
+            raise self.error(message, start)
         for left, right in pairwise(segments):
             between = "".join(part for part in parts[left:right] if isinstance(part, str))
             if any(map(str.isdigit, between)) and not any(map(str.isalpha, between)):

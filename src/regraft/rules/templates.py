@@ -82,6 +82,10 @@ def _held(segments: int) -> tuple[str, str]:
     return rf"(?:[^.]+\.){{{max(segments - 1, 0)}}}[^.]+", "{1}" if segments else "{0}"
 
 
+_MOST_SEGMENTS = 64
+"""In the name of a tensor that a template with more than one rest is tried on; no module is nested as deep."""
+
+
 def _lengths(key: Key, template: str) -> Iterator[tuple[int, ...]]:
     """The ways to share a name's segments among the rests of a key, but for the last one, which takes what is left.
 
@@ -89,9 +93,10 @@ def _lengths(key: Key, template: str) -> Iterator[tuple[int, ...]]:
     """
     yield ()
     rests = sum(isinstance(part, Segments) for part in key.parts)
-    if rests > 1:
-        segments = range(template.count(".") + 1, -1, -1)
-        yield from product(segments, repeat=rests - 1)
+    most = template.count(".") + 1
+    if rests > 1 and most <= _MOST_SEGMENTS:
+        segments = range(most, -1, -1)
+        yield from (each for each in product(segments, repeat=rests - 1) if sum(each) <= most)
 
 
 Specificity = tuple[int, int, int]

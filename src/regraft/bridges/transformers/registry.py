@@ -11,7 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import conversion_mapping as mapping
 from transformers import core_model_loading as loading
 
 from regraft.errors import BadInputError, Finding
+from regraft.storage.expressions import Expression, expression, start_file
 
 OLDEST, NEWEST = (5, 4), (5, 23)
 """The releases whose registry is known."""
@@ -55,10 +56,12 @@ class Step:
     offset: int = 0
     paired: bool = False
     """Whether source i becomes target i; otherwise every source becomes the first target."""
+    bounded: Expression | None = None
+    """The same pattern in bounded time, where it is not transformers' own."""
 
     def match(self, text: str) -> tuple[re.Match[str], int] | None:
         """Where it matches, and which of the sources."""
-        found = self.pattern.search(text)
+        found = (self.bounded or self.pattern).search(text)
         if found is None:
             return None
         names = ((n, v) for n, v in found.groupdict().items() if v is not None)
@@ -158,7 +161,20 @@ def user_registered(entry: str) -> bool:
 def read_key_mapping(key_mapping: dict[str, str]) -> tuple[Transform, ...]:
     """The renamings of a ``key_mapping`` that a user gives to ``from_pretrained``."""
     made = [loading.WeightRenaming(k, v) for k, v in key_mapping.items()]
-    return tuple(_transform("key_mapping", n, t) for n, t in enumerate(made))
+    return tuple(_bounded(_transform(_GIVEN, n, t)) for n, t in enumerate(made))
+
+
+_GIVEN = "key_mapping"
+
+
+def _bounded(transform: Transform) -> Transform:
+    """A transform whose patterns somebody gave, so that they may not take any time they like."""
+    start_file(_GIVEN)
+    forward, backward = (
+        replace(step, bounded=expression(step.pattern.pattern, _GIVEN))
+        for step in (transform.forward, transform.backward)
+    )
+    return replace(transform, forward=forward, backward=backward)
 
 
 def _table() -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from regraft.dialects.peft.config import ALL_LINEAR, targets_module
 from regraft.errors import Finding
+from regraft.storage.expressions import Expression, expression
 
 LEAVE_OUT = ("exclude_modules", "modules_to_save", "layers_to_transform")
 """Fields that keep PEFT from adapting modules that ``target_modules`` names."""
@@ -31,7 +32,8 @@ class Targeting:
         self.entries = config.get("target_modules")
         self._excluded = config.get("exclude_modules") or []
         self._saved = [
-            re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.get("modules_to_save") or []
+            expression(rf"(^|.*\.){name}($|\..*)", "modules_to_save")
+            for name in config.get("modules_to_save") or []
         ]
         self._layers = _layers(config.get("layers_to_transform"))
         self._layer_of = _layer_expressions(config)
@@ -49,11 +51,11 @@ class Targeting:
         'exclude_modules'
         """
         if isinstance(self._excluded, str):
-            if re.fullmatch(self._excluded, path):
+            if expression(self._excluded, "exclude_modules").fullmatch(path):
                 return "exclude_modules"
         elif _ends(path, self._excluded):
             return "exclude_modules"
-        if any(expression.match(path) for expression in self._saved):
+        if any(pattern.match(path) for pattern in self._saved):
             return "modules_to_save"
         if isinstance(self.entries, str):
             everything = self.entries.lower() == ALL_LINEAR
@@ -69,8 +71,8 @@ class Targeting:
         return targets_module(self.entries, path) and self.left_out_by(path) is None
 
     def _layer(self, path: str) -> int | None:
-        for expression in self._layer_of:
-            found = expression.match(path)
+        for pattern in self._layer_of:
+            found = pattern.match(path)
             if found is not None:
                 return int(found["layer"])
         return None
@@ -107,7 +109,7 @@ def _layers(value: Any) -> frozenset[int] | None:
     return frozenset(value if isinstance(value, list) else [value])
 
 
-def _layer_expressions(config: Mapping[str, Any]) -> list[re.Pattern[str]]:
+def _layer_expressions(config: Mapping[str, Any]) -> list[Expression]:
     """How PEFT finds a layer's number in a path, by the release that wrote the config."""
     version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
     first = version is not None and (int(version[1]), int(version[2])) >= _FIRST_NUMBER_SINCE
@@ -115,6 +117,8 @@ def _layer_expressions(config: Mapping[str, Any]) -> list[re.Pattern[str]]:
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not patterns:
-        return [re.compile(rf"{lead}\.[^.]*\.(?P<layer>\d+)\.")]
+        return [expression(rf"{lead}\.[^.]*\.(?P<layer>\d+)\.", "layers_to_transform")]
     start = r"(?:^|.*?\.)" if first else r".*\."
-    return [re.compile(rf"{start}{pattern}\.(?P<layer>\d+)\.") for pattern in patterns]
+    return [
+        expression(rf"{start}{pattern}\.(?P<layer>\d+)\.", "layers_pattern") for pattern in patterns
+    ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from regraft.errors import Finding
 from regraft.rules.lint.book import Fault, in_order
+from regraft.storage.expressions import expression
 
 _GROUP = re.compile(r"\\(\d)")
 
@@ -37,7 +38,7 @@ class Rename:
 
     def apply(self, key: str) -> str:
         """The key after this rename, itself where it does not match."""
-        found = re.search(self.source, key)
+        found = expression(self.source, self.name).search(key)
         if found is None:
             return key
 
@@ -264,7 +265,7 @@ def _part_of_word(rename: Rename, keys: Sequence[str]) -> Iterator[Fault]:
     """A name that is found by itself in some keys, and inside a longer one in others."""
     whole, part = None, None
     for key in keys:
-        found = re.search(rename.source, key)
+        found = expression(rename.source, rename.name).search(key)
         if found is None or not found[0] or not (found[0][-1].isalnum() or found[0][-1] == "_"):
             continue
         following = key[found.end() : found.end() + 1]
