@@ -146,8 +146,222 @@ def flux() -> list[Case]:
     return cases
 
 
+def chroma() -> list[Case]:
+    """Chroma."""
+    cases = []
+    for heads, double, single in ((2, 2, 11), (3, 11, 2)):
+        state = labelled(
+            diffusers.ChromaTransformer2DModel,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=6,
+            joint_attention_dim=10,
+            approximator_num_channels=8,
+            approximator_hidden_dim=12,
+            approximator_layers=2,
+            axes_dims_rope=(2, 1, 1),
+        )
+        convert = shrunk(
+            files.convert_chroma_transformer_checkpoint_to_diffusers,
+            width=("inner_dim = 3072", f"inner_dim = {4 * heads}"),
+        )
+        same = ("distilled_guidance_layer.in_proj.", "distilled_guidance_layer.out_proj.")
+        cases.append(Case("chroma", f"{double} and {single} blocks", state, convert, same))
+    return cases
+
+
+def flux2() -> list[Case]:
+    """FLUX.2, with and without guidance."""
+    cases = []
+    for heads, double, single in ((2, 2, 11), (3, 11, 2)):
+        state = labelled(
+            diffusers.Flux2Transformer2DModel,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=6,
+            joint_attention_dim=10,
+            timestep_guidance_channels=14,
+            guidance_embeds=heads == 2,
+            axes_dims_rope=(1, 1, 1, 1),
+        )
+        convert = files.convert_flux2_transformer_checkpoint_to_diffusers
+        cases.append(Case("flux2", f"{double} and {single} blocks", state, convert))
+    return cases
+
+
+def sd3() -> list[Case]:
+    """Stable Diffusion 3, and 3.5 with norms and second attention."""
+    cases = []
+    for heads, layers, norm, dual in ((2, 3, None, ()), (3, 11, "rms_norm", (0, 1))):
+        state = labelled(
+            diffusers.SD3Transformer2DModel,
+            num_layers=layers,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=2,
+            out_channels=2,
+            joint_attention_dim=10,
+            caption_projection_dim=4 * heads,
+            pooled_projection_dim=14,
+            pos_embed_max_size=4,
+            sample_size=8,
+            dual_attention_layers=dual,
+            qk_norm=norm,
+        )
+        convert = files.convert_sd3_transformer_checkpoint_to_diffusers
+        cases.append(Case("sd3", f"{layers} blocks", state, convert, ("context_embedder.",)))
+    return cases
+
+
+def wan() -> list[Case]:
+    """Wan: text to video, image to video, VACE."""
+    cases = []
+    for heads, layers, more in ((2, 2, {}), (3, 11, {"image_dim": 10, "added_kv_proj_dim": 12})):
+        config = {
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": 4,
+            "in_channels": 3,
+            "out_channels": 3,
+            "text_dim": 14,
+            "freq_dim": 16,
+            "ffn_dim": 18,
+        }
+        state = labelled(diffusers.WanTransformer3DModel, **config, **more)
+        convert = files.convert_wan_transformer_to_diffusers
+        same = ("patch_embedding.", "vace_patch_embedding.")
+        cases.append(Case("wan", f"{layers} blocks", state, convert, same))
+        state = labelled(
+            diffusers.WanVACETransformer3DModel, **config, vace_layers=[0, 1], vace_in_channels=5
+        )
+        cases.append(Case("wan", f"VACE, {layers} blocks", state, convert, same))
+    return cases
+
+
+def hunyuan_video() -> list[Case]:
+    """HunyuanVideo."""
+    cases = []
+    for heads, double, single in ((2, 2, 11), (3, 11, 2)):
+        state = labelled(
+            diffusers.HunyuanVideoTransformer3DModel,
+            num_layers=double,
+            num_single_layers=single,
+            num_refiner_layers=2,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=3,
+            out_channels=3,
+            text_embed_dim=10,
+            pooled_projection_dim=14,
+            guidance_embeds=heads == 2,
+            rope_axes_dim=(2, 1, 1),
+        )
+        convert = shrunk(
+            files.convert_hunyuan_video_transformer_to_diffusers,
+            width=("hidden_size = 3072", f"hidden_size = {4 * heads}"),
+        )
+        cases.append(Case("hunyuan-video", f"{double} and {single} blocks", state, convert))
+    return cases
+
+
+def ltx_video() -> list[Case]:
+    """LTX-Video."""
+    cases = []
+    for heads, layers in ((2, 2), (3, 11)):
+        state = labelled(
+            diffusers.LTXVideoTransformer3DModel,
+            num_layers=layers,
+            attention_head_dim=4,
+            num_attention_heads=heads,
+            in_channels=3,
+            out_channels=3,
+            cross_attention_dim=4 * heads,
+            caption_channels=10,
+        )
+        convert = files.convert_ltx_transformer_checkpoint_to_diffusers
+        same = ("transformer_blocks.", "scale_shift_table", "caption_projection.", "proj_out.")
+        cases.append(Case("ltx-video", f"{layers} blocks", state, convert, same))
+    return cases
+
+
+def z_image() -> list[Case]:
+    """Z-Image."""
+    cases = []
+    for heads, layers in ((2, 2), (3, 11)):
+        state = labelled(
+            diffusers.ZImageTransformer2DModel,
+            n_layers=layers,
+            dim=4 * heads,
+            n_heads=heads,
+            n_kv_heads=heads,
+            in_channels=3,
+            cap_feat_dim=10,
+            axes_dims=[2, 1, 1],
+        )
+        convert = files.convert_z_image_transformer_checkpoint_to_diffusers
+        same = ("layers.", "noise_refiner.", "context_refiner.", "t_embedder.", "cap_", "x_pad_")
+        cases.append(Case("z-image", f"{layers} layers", state, convert, same))
+    return cases
+
+
+def lumina2() -> list[Case]:
+    """Lumina-Image 2."""
+    cases = []
+    for heads, layers in ((3, 2), (6, 11)):
+        state = labelled(
+            diffusers.Lumina2Transformer2DModel,
+            num_layers=layers,
+            hidden_size=8 * heads,
+            num_attention_heads=heads,
+            num_kv_heads=heads // 3,
+            in_channels=3,
+            cap_feat_dim=10,
+            multiple_of=2,
+            axes_dim_rope=(4, 2, 2),
+        )
+        convert = shrunk(
+            files.convert_lumina2_to_diffusers,
+            query=("q_dim = 2304", f"q_dim = {8 * heads}"),
+            key=("v_dim = 768", f"v_dim = {8 * heads // 3}"),
+        )
+        same = ("x_embedder.", "layers.", "noise_refiner.", "context_refiner.")
+        cases.append(Case("lumina2", f"{layers} layers", state, convert, same))
+    return cases
+
+
+def qwen_image() -> list[Case]:
+    """Qwen-Image, which has one form."""
+    cases = []
+    for heads, layers in ((2, 2), (3, 11)):
+        state = labelled(
+            diffusers.QwenImageTransformer2DModel,
+            num_layers=layers,
+            attention_head_dim=8,
+            num_attention_heads=heads,
+            in_channels=3,
+            joint_attention_dim=10,
+            axes_dims_rope=(4, 2, 2),
+            use_additional_t_cond=heads == 3,
+        )
+        cases.append(Case("qwen-image", f"{layers} blocks", state, dict, ("",)))
+    return cases
+
+
 FAMILIES: dict[str, Callable[[], list[Case]]] = {
+    "chroma": chroma,
     "flux": flux,
+    "flux2": flux2,
+    "hunyuan-video": hunyuan_video,
+    "ltx-video": ltx_video,
+    "lumina2": lumina2,
+    "qwen-image": qwen_image,
+    "sd3": sd3,
+    "wan": wan,
+    "z-image": z_image,
     "sd15": partial(unet, "sd15"),
     "sd2": partial(unet, "sd2"),
     "sdxl": partial(unet, "sdxl"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from regraft.arrays.apply import apply_plan
+from regraft.errors import BadInputError
 from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
@@ -57,6 +58,34 @@ def test_a_book_does_what_diffusers_does(file):
         back = through(book, native, book.right)
         assert sorted(back) == sorted(state)
         assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("rows", "last"),
+    [({0: 6, 1: 6}, None), ({1: 2}, 1), ({0: 6, 5: 2}, 5)],
+    ids=["no last layer", "alone", "beside others"],
+)
+def test_in_an_adapter_the_last_layer_is_known_by_its_shape(rows, last):
+    """The last block of SD3 has two parts of modulation, the others have six."""
+    (book,) = books_for(["sd3"], built_in())
+    names = [f"joint_blocks.{n}.context_block.adaLN_modulation.1.weight" for n in rows]
+    shapes = [(parts * 8, 8) for parts in rows.values()]
+    headers = Headers(group_names(names), shapes, ["float32"] * len(names))
+    plan = build_plan(headers, edges_to([book], "diffusers"), partial=True)
+    swapped = {e.rule.name: e for e in plan.entries}.get("last text modulation weight")
+    assert (swapped is None) == (last is None)
+    if swapped is not None:
+        assert list(swapped.keys(swapped.written[0]).names()) == [
+            f"transformer_blocks.{last}.norm1_context.linear.weight"
+        ]
+
+
+def test_layers_that_all_look_like_the_last_are_not_taken_for_it():
+    (book,) = books_for(["sd3"], built_in())
+    names = [f"joint_blocks.{n}.context_block.adaLN_modulation.1.weight" for n in range(2)]
+    headers = Headers(group_names(names), [(16, 8)] * 2, ["float32"] * 2)
+    with pytest.raises(BadInputError, match="which index l is"):
+        build_plan(headers, edges_to([book], "diffusers"), partial=True)
 
 
 def test_every_book_of_diffusers_was_compared():

@@ -20,6 +20,7 @@ def without_places(book):
         carries=tuple(replace(carry, where="") for carry in book.carries),
         parameters=tuple(replace(table, where="") for table in book.parameters),
         specials=tuple(replace(table, where="") for table in book.specials),
+        drops=tuple(replace(table, where="") for table in book.drops),
         module_rules=tuple(replace(rule, where="") for rule in book.module_rules),
     )
 

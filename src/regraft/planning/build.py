@@ -11,6 +11,7 @@ from regraft.equation.notation import (
     Affine,
     ConfigPath,
     Equation,
+    Expr,
     Term,
     axes_of,
     givens_of,
@@ -185,8 +186,14 @@ class _Builder:
             value = evaluate(
                 clause, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
             )
-            if value is None and clause.or_last and not self.sources.partial:
-                value = self.last(rule, name, match.rests, scope)
+            if value is None and clause.or_last:
+                if self.sources.partial:
+                    shaped = self.shaped_as_last(rule, name, term, group, match)
+                    if shaped is not None and not shaped:
+                        return None  # the last layer is not among them
+                    value = next(iter(shaped)) if shaped is not None and len(shaped) == 1 else None
+                else:
+                    value = self.last(rule, name, match.rests, scope)
             if value is None:
                 self.sources.report(
                     "unknown-size",
@@ -211,18 +218,42 @@ class _Builder:
             for at, hole in enumerate(term.key.holes):
                 if tuple(axes_of(hole)) != (name,):
                     continue
-                factor, constant = 1, 0
-                if isinstance(hole, Affine):
-                    ((factor, _),), constant = hole.terms, hole.constant
                 for group in self.headers.groups:
                     match = match_group(term.key, group)
                     if match is None or match.rests != rests or not scope.admits(group.template):
                         continue
-                    numbers = (match.holes[:, at] - constant) // factor
-                    found.append(int(numbers.max()))
+                    found.append(int(_layers(hole, match.holes[:, at]).max()))
         if found:
             self.lasts[rule, name, rests] = max(found)
         return max(found, default=None)
+
+    def shaped_as_last(
+        self, rule: Rule, name: str, term: Term, group: Group, match: Match
+    ) -> set[int] | None:
+        """The layers whose tensors have the shape that a rule for the last layer asks for, where only some are there.
+
+        ``None`` where a shape does not tell, since another rule for the same key would take it, too.
+        """
+        assert term.key is not None
+        edge = next(e for e in self.edges if rule in e.book.rules)
+        rivals = [
+            (other, each)
+            for other in edge.book.rules
+            for each in edge.sides(other)[0]
+            if other is not rule and each.key is not None and len(each.dims) == len(term.dims)
+            if match_group(each.key, group) is not None
+        ]
+        at = next(n for n, hole in enumerate(term.key.holes) if tuple(axes_of(hole)) == (name,))
+        layers = _layers(term.key.holes[at], match.holes[:, at])
+        found: set[int] = set()
+        for row, layer in zip(match.rows.tolist(), layers.tolist(), strict=True):
+            shape = self.headers.shapes[int(group.ids[row])]
+            if not _fits(rule, term, shape):
+                continue
+            if any(_fits(other, each, shape) for other, each in rivals):
+                return None
+            found.add(layer)
+        return found
 
     def entries(self, rule: Rule, claims: list[Claim]) -> Iterable[Entry]:
         by_rests: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
@@ -412,3 +443,22 @@ def _others(group: Group) -> str:
 
 
 __all__ = ["Guess", "build_plan"]
+
+
+def _layers(hole: Expr, numbers: Ints) -> Ints:
+    """The values of the one index in a hole, from the numbers in keys."""
+    if not isinstance(hole, Affine):
+        return numbers
+    ((factor, _),), constant = hole.terms, hole.constant
+    return (numbers - constant) // factor
+
+
+def _fits(rule: Rule, term: Term, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a shape can be what a term of a rule speaks of."""
+    try:
+        solve_sizes(rule.equation, [(term, shape)], lookup=lambda value: None)
+    except UnknownSizeError:
+        return True
+    except SizeError:
+        return False
+    return True

@@ -380,6 +380,7 @@ def load_book(
     parameters: list[Parameters] = []
     specials: list[Special] = []
     module_rules: list[ModuleRule] = []
+    of_modules: list[Rule] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
     if folder is None:
         folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
@@ -403,7 +404,7 @@ def load_book(
         for i, raw in enumerate(part_table.module):
             for module_rule, expanded in loader.module(i, raw):
                 module_rules.append(module_rule)
-                rules += expanded
+                of_modules += expanded
         specials += filter(
             None, (loader.special(i, raw) for i, raw in enumerate(part_table.special))
         )
@@ -419,7 +420,7 @@ def load_book(
         raise BadInputError(findings)
     return Book(
         **_head(table, shown),
-        rules=tuple(rules),
+        rules=(*rules, *of_modules),
         carries=tuple(carries),
         parameters=tuple(parameters),
         specials=tuple(specials),

@@ -120,7 +120,7 @@ def _module(rule: ModuleRule) -> Table:
     left, right = rule.equation.left, rule.equation.right
     kinds = rule.left_kinds, rule.right_kinds
     plain = f"{left[0].key} : {PLAIN.get(kinds[0][0])} == {right[0].key} : {PLAIN.get(kinds[1][0])}"
-    sides, _, where = str(rule.equation).partition(" where ")
+    sides, _, where = rule.equation.text.partition(" where ")
     if len(left) == len(right) == 1 and sides == plain:
         table["left"], table["right"] = str(left[0].key), str(right[0].key)
         if where:

@@ -20,6 +20,7 @@ from regraft.equation.notation import Axis, Equation, Key, Term, axes_of, parse_
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book, Rule, load_book, read_book
 from regraft.rules.direction import Side
+from regraft.rules.indices import given_names
 from regraft.rules.kinds import KINDS
 from regraft.rules.meet import covers, dims_meet, meet, segments_of, write_segment
 from regraft.rules.templates import specificity
@@ -150,6 +151,8 @@ def _overlaps(book: Book) -> Iterator[Fault]:
                 yield Fault("error", finding, str(one.rule), key)
                 continue
             close, wide = (one, other) if first > second else (other, one)
+            if given_names(close.rule.equation, close.key):
+                continue  # it speaks of one index, such as that of the last layer
             if covers(close.key, wide.key) and not wide.term.ends_open:
                 message = f"read {claimed} it never fires: {_named_end(close)} claims all its keys"
                 fix = "remove it, or spell out what it alone speaks of"
@@ -229,6 +232,8 @@ def _chains(book: Book) -> Iterator[Fault]:
                 )
                 yield Fault("warning", finding, str(one.rule), key)
             elif one.term.dims == other.term.dims and _does_nothing(one.rule):
+                if one.rule.module:
+                    continue  # it says which modules there are, and of what kind
                 message = f"{key} is the same on both sides, with the same dims and kinds"
                 finding = Finding(
                     "does-nothing",
