@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from regraft.planning.plan import Headers, Plan
 
 
+SCHEMA_VERSION = 1
+"""Stands in every JSON document; it grows when a field is renamed, removed or means something else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One adapted tensor of the result."""

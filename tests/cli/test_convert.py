@@ -112,7 +112,8 @@ def test_several_adapters(lora: Path, tmp_path: Path, capsys: Capture) -> None:
     shutil.copytree(lora, both / "one")
     shutil.copytree(lora, both / "two")
     out = tmp_path / "out"
-    assert main(["convert", str(both), str(out), "--to", "transformers-v5"]) == 0
+    command = ["convert", str(both), str(out), "--to", "transformers-v5", "--fail-fast"]
+    assert main(command) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"from_pretrained(model, {json.dumps(str(out / 'one'))})" in last
     assert f'load_adapter({json.dumps(str(out / "two"))}, "two")' in last

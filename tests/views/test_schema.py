@@ -9,8 +9,9 @@ import pytest
 from regraft.cli import main
 from regraft.cli.app import app
 from regraft.cli.rules import rules
+from regraft.report import SCHEMA_VERSION
 from regraft.storage.safetensors import open_tensors, write_tensors
-from regraft.views.schema import DOCUMENTS, SCHEMA_VERSION, schema_of
+from regraft.views.schema import DOCUMENTS, schema_of
 
 jsonschema = pytest.importorskip("jsonschema")
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,13 +12,19 @@ from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
 
+if TYPE_CHECKING:
+    from regraft.outcome import Verdict
+    from regraft.sources import Item
+
 
 @click.command(cls=options.WithArguments)
 @options.argument(
-    "src",
-    "An adapter, a folder with several of them, or a checkpoint.",
-    metavar="SRC",
+    "sources",
+    "Adapters, checkpoints, or folders with any number of them.",
+    metavar="SRC...",
     type=options.FILE,
+    nargs=-1,
+    required=True,
 )
 @options.model
 @options.architecture
@@ -32,7 +40,7 @@ from regraft.cli.output import Output
 @options.json
 @options.quiet
 def check(
-    src: Path,
+    sources: tuple[Path, ...],
     model: Path | None,
     architecture: str | None,
     rules: tuple[str, ...],
@@ -46,28 +54,54 @@ def check(
     Healthy is what loads and has its full effect. The installed PEFT loads the adapter into a model without
     weights, and what is loaded there is compared, target by target, with what should be.
 
-    Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven.
+    Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven; of several SRC 1 if any of
+    them is not healthy.
     """
     options.check_layouts(rules, for_=to)
+    if len(sources) > 1 and html is not None:
+        raise click.UsageError("--html takes one SRC")
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.checking.check import check
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.sources import find_sources
 
-        with (
-            options.told(rules, architecture),
-            failure_page(html, "check", src),
-            out.waiting("checking", src),
-        ):
-            result = check(src, model=model, to=to)
-        if json:
-            out.data(result.to_dict())
-        elif not quiet:
-            from regraft.cli.check_words import show_check
-
-            show_check(out, result)
-        show_page(out, html, result)
-        return 0 if result.healthy else 4
+        with options.told(rules, architecture):
+            if len(sources) == 1 and (html is not None or not sources[0].is_dir()):
+                return _check_one(out, sources[0], model, to, html)
+            items, _ = find_sources(sources)
+            if len(sources) == 1 and items[0].path == sources[0]:
+                return _check_one(out, sources[0], model, to, html)
+            return _check_many(out, items, model, to)
 
     return job
+
+
+def _check_one(out: Output, src: Path, model: Path | None, to: str, html: Path | None) -> int:
+    from regraft.checking.check import check
+    from regraft.cli.pages import failure_page, show_page
+
+    with failure_page(html, "check", src), out.waiting("checking", src):
+        result = check(src, model=model, to=to)
+    if out.json:
+        out.data(result.to_dict())
+    elif not out.quiet:
+        from regraft.cli.check_words import show_check
+
+        show_check(out, result)
+    show_page(out, html, result)
+    return 0 if result.healthy else 4
+
+
+def _check_many(out: Output, items: Sequence[Item], model: Path | None, to: str) -> int:
+    from regraft.checking.check import check
+    from regraft.cli.many import run_many
+    from regraft.outcome import Outcome
+
+    def work(item: Item) -> Outcome:
+        result = check(item.path, model=model, to=to)
+        findings = [finding for verdict in result.verdicts for finding in verdict.findings]
+        why = "" if result.healthy or not findings else findings[0].message
+        verdict: Verdict = "healthy" if result.healthy else "not healthy"
+        return Outcome(item.name, str(item.path), None, verdict, why, result)
+
+    return run_many(out, items, work)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,16 +12,20 @@ from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
 
+if TYPE_CHECKING:
+    from regraft.sources import Item
+
 
 @click.command(cls=options.WithArguments)
-@options.src
 @options.argument(
-    "dst",
-    "The folder to write, or the file where SRC is one weights file of a model, or the dialect writes one file. It "
-    "appears whole or not at all.",
-    metavar="DST",
+    "paths",
+    "SRC: an adapter's folder or file, or a checkpoint; several of them, or folders with any number inside, are "
+    "converted each by itself. DST: the folder to write, or the file where SRC is one weights file of a model, or the "
+    "dialect writes one file; of several SRC the folder for all results. Each result appears whole or not at all.",
+    metavar="SRC... DST",
     type=options.FILE,
-    required=False,
+    nargs=-1,
+    required=True,
 )
 @options.layout(
     "--to",
@@ -50,7 +55,8 @@ from regraft.cli.output import Output
     "--jobs",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Checkpoints: how many workers. As many as there are cores if omitted.",
+    help="Checkpoints: how many workers, as many as there are cores if omitted. Several SRC: how many at once, one if "
+    "omitted.",
 )
 @click.option(
     "--resume", is_flag=True, help="Checkpoints: continue what a run that died had begun."
@@ -84,6 +90,11 @@ from regraft.cli.output import Output
     is_flag=True,
     help="Checkpoints: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. This changes numbers.",
 )
+@click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="Several SRC: stop at the first that fails. Of one folder with several adapters: all or nothing.",
+)
 @options.html
 @click.option(
     "--verify",
@@ -113,54 +124,132 @@ from regraft.cli.output import Output
 @options.json
 @options.quiet
 def convert(
-    src: Path,
-    dst: Path | None,
+    paths: tuple[Path, ...],
     rules: tuple[str, ...],
     html: Path | None,
     json: bool,
     quiet: bool,
+    fail_fast: bool,
     **given: Any,
 ) -> Job:
-    """Convert an adapter, or a whole checkpoint, to another layout.
+    """Convert an adapter, or a whole checkpoint, to another layout; or many of them.
 
-    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because there is no exact equivalent, 4 not equal (--verify).
+    Exit status: 0 done, 1 bad input (of several SRC: not all were converted), 2 usage, 3 refused because there is no
+    exact equivalent, 4 not equal (--verify).
     """
     options.check_layouts(rules, to=given["to"], from_=given["source"])
     _check_values(given["shard_size"], given["via"])
-    if dst is None and not given["in_place"]:
+    *sources, dst = (*paths, paths[0]) if given["in_place"] and len(paths) == 1 else paths
+    if not sources:
         raise click.BadParameter("DST is missing", param_hint="DST")
+    if len(sources) > 1 and (html is not None or given["in_place"]):
+        raise click.UsageError("--html and --in-place take one SRC")
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.api import convert
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.sources import find_sources
 
-        with (
-            options.own_books(rules),
-            failure_page(html, "convert", src),
-            out.waiting("converting", src) as progress,
-        ):
-            report = convert(
-                src,
-                src if dst is None else dst,
-                tell=None if quiet else lambda line: out.warn(line + "\n"),
-                progress=progress,
-                **given,
-            )
-        if json:
-            out.data(report.to_dict())
-        elif report.checkpoint is not None and not quiet:
-            from regraft.cli.checkpoint_words import show_checkpoint
+        items, deeper = find_sources(sources)
+        if len(sources) == 1 and (items[0].path == sources[0] or fail_fast):
+            return _convert_one(out, sources[0], dst, rules, html, given)
+        if html is not None or given["in_place"]:
+            raise click.UsageError("--html and --in-place take one adapter or checkpoint")
+        from regraft.cli.many import warn_of_rest
 
-            show_checkpoint(out, report, report.checkpoint)
-        elif not quiet:
-            from regraft.cli.words import show_report
-
-            show_report(out, report)
-        show_page(out, html, report)
-        return 0
+        warn_of_rest(out, sources, deeper)
+        return _convert_many(out, items, dst, rules, fail_fast, given)
 
     return job
+
+
+def _convert_one(
+    out: Output,
+    src: Path,
+    dst: Path,
+    rules: tuple[str, ...],
+    html: Path | None,
+    given: Mapping[str, Any],
+) -> int:
+    from regraft.api import convert
+    from regraft.cli.pages import failure_page, show_page
+
+    with (
+        options.own_books(rules),
+        failure_page(html, "convert", src),
+        out.waiting("converting", src) as progress,
+    ):
+        tell = None if out.quiet else lambda line: out.warn(line + "\n")
+        report = convert(src, dst, tell=tell, progress=progress, **given)
+    if out.json:
+        out.data(report.to_dict())
+    elif report.checkpoint is not None and not out.quiet:
+        from regraft.cli.checkpoint_words import show_checkpoint
+
+        show_checkpoint(out, report, report.checkpoint)
+    elif not out.quiet:
+        from regraft.cli.words import show_report
+
+        show_report(out, report)
+    show_page(out, html, report)
+    return 0
+
+
+def _convert_many(
+    out: Output,
+    items: Sequence[Item],
+    dst: Path,
+    rules: tuple[str, ...],
+    fail_fast: bool,
+    given: Mapping[str, Any],
+) -> int:
+    """Each source into a folder or file of its own below DST."""
+    from regraft.api import convert
+    from regraft.cli.many import run_many
+    from regraft.cli.words import how_to_load
+    from regraft.outcome import Outcome, Verdict
+
+    options_for_each = {**given, "jobs": None}
+
+    def work(item: Item) -> Outcome:
+        place = _place_of(item, dst, given["to"])
+        report = convert(item.path, place, **options_for_each)
+        made = report.checkpoint
+        verdict: Verdict = "converted"
+        if made is not None:
+            why = f"{made.source_layout} -> {made.target_layout}"
+            same = made.source_layout == made.target_layout
+        else:
+            why = ", ".join(
+                dict.fromkeys(f"{a.source_layout} -> {a.target_layout}" for a in report.adapters)
+            )
+            same = all(adapter.copied for adapter in report.adapters)
+        if same:
+            verdict, why = "unchanged", f"it is in {why.partition(' -> ')[2]} already; copied"
+        load = how_to_load(report) if report.written and made is None else ""
+        return Outcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
+
+    with options.own_books(rules):
+        return run_many(out, items, work, jobs=given["jobs"] or 1, fail_fast=fail_fast)
+
+
+def _place_of(item: Item, dst: Path, to: str) -> Path:
+    """Where a result goes: a file where the source is one and the target's dialect writes one, else a folder."""
+    from regraft.checkpoints.source import is_checkpoint
+    from regraft.dialects.base import dialects
+    from regraft.dialects.names import layout_named
+    from regraft.layouts.names import DEFAULT
+
+    place = dst / item.name
+    if is_checkpoint(item.path):
+        return place
+    can = dialects()[layout_named(to).dialect or DEFAULT].capabilities
+    if can.suffixes and (item.path.is_file() or not can.folder):
+        return (
+            place.with_suffix(can.suffixes[0])
+            if item.path.is_file()
+            else place.with_name(place.name + can.suffixes[0])
+        )
+    return place.with_suffix("") if item.path.is_file() else place
 
 
 def _check_values(shard_size: str | None, via: str | None) -> None:

@@ -34,14 +34,18 @@ class Output:
         """Write plain text to stderr."""
         _write(sys.stderr, text)
 
-    def data(self, data: Mapping[str, Any]) -> None:
+    def data(self, data: Mapping[str, Any], indent: int | None = 2) -> None:
         """Write one JSON document to stdout, with the version of what it looks like."""
         import json
 
-        from regraft.views.schema import SCHEMA_VERSION
+        from regraft.report import SCHEMA_VERSION
 
         document = {"schema_version": SCHEMA_VERSION, **finite(data)}
-        _write(sys.stdout, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        _write(sys.stdout, json.dumps(document, indent=indent, allow_nan=False) + "\n")
+
+    def line(self, data: Mapping[str, Any]) -> None:
+        """Write one JSON document of many, on a line of its own."""
+        self.data(data, indent=None)
 
     def show(self, *parts: RenderableType, error: bool = False) -> None:
         """Write what Rich can render, one part below the other."""

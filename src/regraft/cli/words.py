@@ -192,6 +192,12 @@ def _sampled(keys: Sequence[str]) -> str:
 def _last_line(report: Report) -> Text:
     if not report.written:
         return Text("Nothing was written: this was a dry run.", WARNING)
+    head, _, calls = how_to_load(report).partition(": ")
+    return Text.assemble(f"{head}: ", (calls, NAME))
+
+
+def how_to_load(report: Report) -> str:
+    """The calls that load a result, on one line."""
     calls = []
     parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
     apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
@@ -207,9 +213,7 @@ def _last_line(report: Report) -> Text:
         calls = [calls[0].removeprefix("model = ")]
     layouts = {adapter.target_layout for adapter in report.adapters}
     version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
-    text = Text(f"Load with transformers {version}: ")
-    text.append("; ".join(calls), NAME)
-    return text
+    return f"Load with transformers {version}: " + "; ".join(calls)
 
 
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -27,28 +27,10 @@ from regraft.errors import Finding
 from regraft.explaining.explanation import Explanation
 from regraft.layouts.catalog import Catalog
 from regraft.learning.diff import Diff
-from regraft.report import AdapterReport, CheckpointReport, Report
+from regraft.outcome import Outcome, Problem
+from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
 from regraft.views.environment import Environment
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a command gave no result."""
-
-    kind: Literal[
-        "bad-input",
-        "unmatched-keys",
-        "ambiguous",
-        "not-equal",
-        "refused",
-        "usage",
-        "interrupted",
-        "internal",
-    ]
-    """What kind of error it is; it goes with the exit status."""
-    findings: list[Finding]
-    """Every problem of the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +136,6 @@ class Probes:
     probes: list[ShownProbe]
 
 
-SCHEMA_VERSION = 1
-"""Stands in every document; it grows when a field is renamed, removed or means something else."""
-
-
 @dataclass(frozen=True, slots=True)
 class ExplainedCode:
     """What the code of a finding means."""
@@ -180,10 +158,10 @@ class CodeList:
 
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
-    "convert": (Report,),
+    "convert": (Report, Outcome),
     "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
-    "check": (Check,),
+    "check": (Check, Outcome),
     "explain": (Explanation,),
     "diff": (Diff,),
     "learn": (LearnedBook,),
@@ -231,8 +209,9 @@ def schema_of(document: str) -> dict[str, Any]:
     """
     definitions: dict[str, Any] = {}
     roots = [_value(of, definitions) for of in DOCUMENTS[document]]
-    for of in DOCUMENTS[document]:
-        _add_version(definitions[of.__name__])
+    # A document inside another one, such as a report in an outcome, has its version, too.
+    for name in {of.__name__ for some in DOCUMENTS.values() for of in some} & set(definitions):
+        _add_version(definitions[name])
     root = roots[0] if len(roots) == 1 else {"anyOf": roots}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -294,7 +273,7 @@ def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": _value(arguments[1], definitions)}
     parts = [a for a in arguments if hasattr(a, "__dataclass_fields__")]
     if parts:
-        return {"anyOf": [_describe(parts[0], definitions), {"type": "null"}]}
+        return {"anyOf": [*(_describe(part, definitions) for part in parts), {"type": "null"}]}
     if float in arguments and origin in (UnionType, typing.Union):
         return {"anyOf": [option for of in arguments for option in _options(of, definitions)]}
     if hint is float:

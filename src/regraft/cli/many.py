@@ -1,0 +1,124 @@
+"""Many sources on one command line: each by itself, with its own base and its own verdict, and a table at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from regraft.cli.output import Output, visible
+from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.outcome import Outcome, failure
+
+if TYPE_CHECKING:
+    from regraft.sources import Item
+
+_LOADS = 20
+_COLORS = {"converted": GOOD, "healthy": GOOD, "unchanged": FAINT, "refused": WARNING}
+_LEVEL = 3
+"""Folders below these are not listed."""
+
+
+def run_many(
+    out: Output,
+    items: Sequence[Item],
+    work: Callable[[Item], Outcome],
+    *,
+    jobs: int = 1,
+    fail_fast: bool = False,
+) -> int:
+    """Do some work for each source; what fails does not keep the others from it, unless ``fail_fast``.
+
+    With ``--json`` each outcome is a line of its own, as soon as it is there. The exit status is 0 where all went
+    well, and 1 otherwise.
+    """
+    done: list[Outcome] = []
+    for outcome in _outcomes(items, work, jobs):
+        done.append(outcome)
+        if out.json:
+            out.line(outcome.to_dict())
+        elif not out.quiet:
+            out.show(_line(outcome))
+        if outcome.error is not None and not out.json:
+            show_findings(out, f"{outcome.name}: {outcome.verdict}", outcome.error.findings)
+        if fail_fast and not outcome.good:
+            break
+    if not out.json and not out.quiet:
+        _show_table(out, done, len(items))
+    return 0 if all(outcome.good for outcome in done) else 1
+
+
+def _outcomes(
+    items: Sequence[Item], work: Callable[[Item], Outcome], jobs: int
+) -> Iterator[Outcome]:
+    def guarded(item: Item) -> Outcome:
+        try:
+            return work(item)
+        except RegraftError as error:
+            return failure(item.name, item.path, error)
+        except OSError as error:
+            finding = Finding("system", error.strerror or str(error), where=str(item.path))
+            return failure(item.name, item.path, BadInputError(finding))
+
+    if jobs == 1:
+        yield from map(guarded, items)
+        return
+    # What --rules, --from and --architecture say belongs to the context of this thread.
+    with ThreadPoolExecutor(jobs, "regraft-source") as pool:
+        waiting = [pool.submit(copy_context().run, guarded, item) for item in items]
+        try:
+            for one in waiting:
+                yield one.result()
+        finally:
+            for one in waiting:
+                one.cancel()
+
+
+def _line(outcome: Outcome) -> Text:
+    color = _COLORS.get(outcome.verdict, BAD)
+    text = Text.assemble((visible(outcome.name), NAME), ": ", (outcome.verdict, color))
+    if outcome.good and outcome.why:
+        text.append(f", {visible(outcome.why)}")
+    return text
+
+
+def _show_table(out: Output, done: Sequence[Outcome], asked: int) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("source", "result", "why"):
+        table.add_column(title, overflow="fold", header_style=FAINT)
+    for outcome in done:
+        verdict = Text(outcome.verdict, _COLORS.get(outcome.verdict, BAD))
+        table.add_row(visible(outcome.name), verdict, visible(outcome.why))
+    counts = Counter(outcome.verdict for outcome in done)
+    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    left = f", {asked - len(done)} not tried (--fail-fast)" if len(done) < asked else ""
+    out.show(Text(), table, Text(), Text(f"{asked} sources: {words}{left}"))
+    hints = [outcome for outcome in done if outcome.load]
+    for outcome in hints[:_LOADS]:
+        out.show(Text.assemble((visible(outcome.name), NAME), f": {outcome.load}"))
+    if len(hints) > _LOADS:
+        out.show(Text(f"… and {len(hints) - _LOADS} more", FAINT))
+
+
+def warn_of_rest(out: Output, sources: Iterable[Path], deeper: Sequence[Path]) -> None:
+    """Say what of the folders is neither converted nor copied."""
+    if out.quiet:
+        return
+    if deeper:
+        shown = ", ".join(visible(str(path)) for path in deeper[:_LEVEL])
+        more = f" and {len(deeper) - _LEVEL} more" if len(deeper) > _LEVEL else ""
+        out.warn(f"Not looked into, because they are deep inside: {shown}{more}\n")
+    for folder in sources:
+        if not folder.is_dir():
+            continue
+        beside = sorted(path.name for path in folder.iterdir() if path.is_file())
+        beside = [name for name in beside if Path(name).suffix in (".json", ".md", ".txt")]
+        if beside:
+            out.warn(f"Not copied from {visible(str(folder))}: {', '.join(map(visible, beside))}\n")

@@ -1,0 +1,106 @@
+"""From what somebody names on a command line to the adapters and checkpoints that are meant.
+
+lora/                      one adapter
+model/                     one checkpoint
+loras/                     a folder with any number of both, and of single files that some tool wrote
+one.safetensors  two/  ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.base import sniffed
+from regraft.errors import BadInputError, Finding
+
+DEPTH = 4
+"""How many folders deep is looked where nothing else is said."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One adapter or checkpoint."""
+
+    path: Path
+    name: str
+    """Relative to the folder that was named, or the path's last part; no two items of a list have the same."""
+
+
+def find_sources(paths: Iterable[Path], depth: int = DEPTH) -> tuple[list[Item], list[Path]]:
+    """The adapters and checkpoints that paths stand for, and folders below ``depth`` that were not looked into.
+
+    A path in which nothing is found is an item itself, so that what is wrong with it is said where it is opened.
+    Hidden files and links to folders are passed over.
+
+    Raises:
+        BadInputError: two of them have one name, so that their results would be one.
+    """
+    items: list[Item] = []
+    deeper: list[Path] = []
+    for path in paths:
+        found = [path] if _is_one(path) else list(_walk(path, depth, deeper))
+        items += [Item(each, _name(each, path)) for each in found or [path]]
+    twice = [name for name, count in Counter(item.name for item in items).items() if count > 1]
+    if twice:
+        raise BadInputError(
+            Finding(
+                "option",
+                "several sources have this name: "
+                + ", ".join(str(item.path) for item in items if item.name == name),
+                key=name,
+                fix="give the folder that they are in, or convert them one by one",
+            )
+            for name in twice
+        )
+    return items, deeper
+
+
+def _name(item: Path, root: Path) -> str:
+    return item.relative_to(root).as_posix() if item != root else item.resolve().name
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a path is one adapter or one checkpoint, and not a folder with some in it."""
+    if not path.is_dir():
+        return True
+    if (path / "adapter_config.json").is_file() or any(path.glob("adapter_model*")):
+        return True
+    return (is_checkpoint(path) and not _is_collection(path)) or _has_own_files(path)
+
+
+def _is_collection(path: Path) -> bool:
+    """Whether there is nothing but weights files here, each with a tool's own marks: single files, not shards."""
+    files = [each for each in path.iterdir() if each.suffix in _WEIGHTS and each.is_file()]
+    named = (path / "config.json").is_file() or any(path.glob("*.index.json"))
+    return bool(files) and not named and all(sniffed(each) for each in files)
+
+
+def _has_own_files(path: Path) -> bool:
+    """Whether a tool's folder is recognised by what lies in it, without looking deeper."""
+    return any(name != "peft" for name in sniffed(path))
+
+
+def _walk(folder: Path, depth: int, deeper: list[Path]) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        inside = sorted((each for each in entries if not each.name.startswith(".")), key=_by_name)
+    for each in inside:
+        path = Path(each.path)
+        if each.is_dir(follow_symlinks=False):
+            if _is_one(path):
+                yield path
+            elif depth > 0:
+                yield from _walk(path, depth - 1, deeper)
+            else:
+                deeper.append(path)
+        elif path.suffix in _WEIGHTS and each.is_file():
+            yield path
+
+
+def _by_name(entry: os.DirEntry[str]) -> str:
+    return entry.name

@@ -1,0 +1,131 @@
+"""Several sources on one command line: each by itself, and one verdict each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from regraft.cli import main
+from regraft.errors import BadInputError
+from regraft.sources import find_sources
+from regraft.views.schema import schema_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES, BASES = GOLDEN / "cases", GOLDEN / "bases"
+TO = ("--to", "transformers-v5")
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """A folder as people have it: good ones, a refused one, a broken one, one two folders down, and a checkpoint."""
+    folder = tmp_path / "loras"
+    for name, case in {
+        "a": "mixtral__gud_attn",
+        "dora": "mixtral__dora",
+        "deep/er": "mixtral__gud_attn",
+    }.items():
+        shutil.copytree(CASES / case, folder / name)
+    shutil.copytree(CASES / "mixtral__gud_attn", folder / "torn")
+    (folder / "torn/adapter_model.safetensors").write_bytes(b"nothing")
+    shutil.copytree(BASES / "mixtral", folder / "model")
+    (folder / "README.md").write_text("mine")
+    return folder
+
+
+def convert(capsys, *args):
+    status = main(["convert", *map(str, args), *TO])
+    return status, *capsys.readouterr()
+
+
+def test_each_is_converted_by_itself_and_a_table_says_what_became_of_it(loras, tmp_path, capsys):
+    status, words, told = convert(capsys, loras, tmp_path / "out")
+    assert status == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "deep", "model"]
+    assert (tmp_path / "out/deep/er/adapter_config.json").is_file()
+    table = {line.split()[0]: line.split()[1] for line in words.splitlines() if line[:1].isalpha()}
+    assert "5 sources: 3 converted, 1 refused, 1 failed" in words
+    assert {name: table[name] for name in ("a", "dora", "deep/er", "torn", "model")} == {
+        "a": "converted", "dora": "refused", "deep/er": "converted", "torn": "failed", "model": "converted",
+    }  # fmt: skip
+    assert (
+        f'a: Load with transformers 5: PeftModel.from_pretrained(model, "{tmp_path}/out/a")'
+        in words
+    )
+    assert "README.md" in told and "torn: failed" in told
+
+
+def test_json_is_a_line_for_each(loras, tmp_path, capsys):
+    status, words, _ = convert(capsys, loras, tmp_path / "out", "--json", "--jobs", "2")
+    lines = [json.loads(line) for line in words.splitlines()]
+    for line in lines:
+        jsonschema.validate(line, schema_of("convert"))
+    assert status == 1
+    assert [(line["name"], line["verdict"]) for line in lines] == [
+        ("a", "converted"), ("deep/er", "converted"), ("dora", "refused"), ("model", "converted"), ("torn", "failed"),
+    ]  # fmt: skip
+    assert {f["code"] for f in lines[2]["error"]["findings"]} == {"no-image"}
+    assert lines[0]["report"]["adapters"][0]["tensors_in"] == 64
+
+
+def test_a_second_run_finds_them_unchanged(loras, tmp_path, capsys):
+    convert(capsys, loras / "a", loras / "deep/er", tmp_path / "out")
+    status, words, _ = convert(capsys, tmp_path / "out/a", tmp_path / "out/er", tmp_path / "again")
+    assert status == 0
+    assert "2 sources: 2 unchanged" in words
+
+
+def test_fail_fast_stops(loras, tmp_path, capsys):
+    args = (loras / "torn", loras / "a", tmp_path / "out", "--fail-fast")
+    status, words, _ = convert(capsys, *args)
+    assert status == 1
+    assert "1 failed, 1 not tried" in words
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_of_one_name_are_told_before_anything_is_written(loras, tmp_path, capsys):
+    shutil.copytree(loras / "a", tmp_path / "other/a")
+    status, _, told = convert(capsys, loras / "a", tmp_path / "other/a", tmp_path / "out")
+    assert status == 1
+    assert str(tmp_path / "other/a") in told and not (tmp_path / "out").exists()
+
+
+def test_what_takes_one_source_is_usage(loras, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    status, _, told = convert(capsys, loras, tmp_path / "out", "--html", page)
+    assert status == 2 and "--html" in told and not page.exists()
+    status, _, told = convert(capsys, loras / "a")
+    assert status == 2 and "DST is missing" in told
+
+
+def test_check_has_a_verdict_for_each(loras, capsys):
+    args = [
+        "check",
+        str(loras / "a"),
+        str(loras / "torn"),
+        "--model",
+        str(BASES / "mixtral"),
+        "--json",
+    ]
+    assert main(args) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line in lines:
+        jsonschema.validate(line, schema_of("check"))
+    assert [line["verdict"] for line in lines] == ["healthy", "not healthy"]
+
+
+def test_where_nothing_is_found_the_error_is_that_of_opening(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    status, _, told = convert(capsys, tmp_path / "empty", tmp_path / "out")
+    assert status == 1 and "empty" in told
+
+
+def test_links_hidden_and_deep_folders_are_not_followed(loras):
+    (loras / "again").symlink_to(loras)
+    shutil.copytree(loras / "a", loras / ".cache/a")
+    items, deeper = find_sources([loras], depth=0)
+    assert [item.name for item in items] == ["a", "dora", "model", "torn"]
+    assert deeper == [loras / "deep"]
+    with pytest.raises(BadInputError):
+        find_sources([loras / "a", loras / "a"])
