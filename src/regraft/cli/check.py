@@ -13,8 +13,8 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
-    from regraft.outcome import Verdict
     from regraft.sources import Item
+    from regraft.views.outcome import Verdict
 
 
 @click.command(cls=options.WithArguments)
@@ -95,7 +95,7 @@ def _check_one(out: Output, src: Path, model: Path | None, to: str, html: Path |
 def _check_many(out: Output, items: Sequence[Item], model: Path | None, to: str) -> int:
     from regraft.checking.check import check
     from regraft.cli.many import run_many
-    from regraft.outcome import Outcome
+    from regraft.views.outcome import Outcome
 
     def work(item: Item) -> Outcome:
         result = check(item.path, model=model, to=to)

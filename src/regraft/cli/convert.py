@@ -206,7 +206,7 @@ def _convert_many(
     from regraft.api import convert
     from regraft.cli.many import run_many
     from regraft.cli.words import how_to_load
-    from regraft.outcome import Outcome, Verdict
+    from regraft.views.outcome import Outcome, Verdict
 
     options_for_each = {**given, "jobs": None}
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.outcome import Outcome, failure
+from regraft.views.outcome import Outcome, failure
 
 if TYPE_CHECKING:
     from regraft.sources import Item

@@ -27,10 +27,10 @@ from regraft.errors import Finding
 from regraft.explaining.explanation import Explanation
 from regraft.layouts.catalog import Catalog
 from regraft.learning.diff import Diff
-from regraft.outcome import Outcome, Problem
 from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
 from regraft.views.environment import Environment
+from regraft.views.outcome import Outcome, Problem
 
 
 @dataclass(frozen=True, slots=True)
