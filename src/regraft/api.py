@@ -212,7 +212,8 @@ def convert(
             return _merge(opening, dst_path, layout, given, model, overwrite, progress, foreign)
         target = Target.of(layout, opening, dst_path)
         check_destination(src_path, dst_path, overwrite, file=target.file)
-        config = load_model(Path(model)) if model is not None else None
+        base = Path(model) if model is not None else None
+        config: ModelConfig | None = None
         report = Report(str(src_path), str(dst_path), written=not dry_run)
         report.files = [str(path) for path in found.others]
         left = _budget(verify_budget) if verify else None
@@ -226,16 +227,22 @@ def convert(
             stamps += _stamp(folder, found)
             try:
                 opened = opening.open(folder)
-                result = convert_adapter(
-                    opened,
-                    layout,
-                    config,
-                    source_layout,
-                    asked,
-                    foreign,
-                    packing=given.packing,
-                    into=target.into,
-                )
+                by_itself = getattr(opened, "convert", None)
+                if by_itself is not None:
+                    _check_options("not for LoRAs of image models", verify=verify)
+                    result = by_itself(layout, given.family, base, asked)
+                else:
+                    config = load_model(base) if base is not None and config is None else config
+                    result = convert_adapter(
+                        opened,
+                        layout,
+                        config,
+                        source_layout,
+                        asked,
+                        foreign,
+                        packing=given.packing,
+                        into=target.into,
+                    )
             except RegraftError as error:
                 failed.append(error)
                 findings += error.findings

@@ -198,6 +198,11 @@ def _last_line(report: Report) -> Text:
 
 def how_to_load(report: Report) -> str:
     """The calls that load a result, on one line."""
+    layouts = {adapter.target_layout for adapter in report.adapters}
+    if "diffusers" in layouts:
+        return f"Load with diffusers: pipeline.load_lora_weights({_quote(report.destination)})"
+    if layouts & {"kohya", "comfyui", "ai-toolkit"}:
+        return f"Written for {', '.join(sorted(layouts))}: {report.destination}"
     calls = []
     parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
     apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
@@ -211,7 +216,6 @@ def how_to_load(report: Report) -> str:
         calls[_FILES:] = ["…"]
     if len(calls) == 1:
         calls = [calls[0].removeprefix("model = ")]
-    layouts = {adapter.target_layout for adapter in report.adapters}
     version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
     return f"Load with transformers {version}: " + "; ".join(calls)
 

@@ -103,7 +103,8 @@ class Dialect(Protocol):
 
     What else it may have: ``versions`` (what may stand after the slash, the oldest first), ``layout`` (the layout that
     its adapters usually are in), ``layout_for(known)`` (the layout for a base that is known, or ``None``) and
-    ``in_memory(result)`` (a result as it would be opened, where no files are needed for that).
+    ``in_memory(result)`` (a result as it would be opened, where no files are needed for that). What it opens may have
+    ``convert(to, family, base, options)``, where its adapters are of more than one model (an image model's parts).
     """
 
     @property
@@ -151,15 +152,22 @@ class Dialect(Protocol):
 # -- the registry
 
 _BUILT_IN = {
+    "ai-toolkit": "regraft.dialects.image.dialect:AI_TOOLKIT",
+    "bfl": "regraft.dialects.image.dialect:BFL",
+    "comfyui": "regraft.dialects.image.dialect:COMFYUI",
+    "diffusers": "regraft.dialects.image.dialect:DIFFUSERS",
+    "kohya": "regraft.dialects.image.dialect:KOHYA",
+    "megatron-bridge": "regraft.dialects.megatron_bridge:MEGATRON_BRIDGE",
+    "nemo": "regraft.dialects.nemo:NEMO",
+    "onetrainer": "regraft.dialects.image.dialect:ONETRAINER",
     "peft": "regraft.dialects.peft.dialect:PEFT",
+    "sglang": "regraft.dialects.sglang:SGLANG",
+    "skyrl": "regraft.dialects.skyrl:SKYRL",
+    "tinker": "regraft.dialects.tinker:TINKER",
     "unsloth": "regraft.dialects.unsloth:UNSLOTH",
     "unsloth-grouped": "regraft.dialects.unsloth:UNSLOTH_GROUPED",
     "vllm": "regraft.dialects.vllm:VLLM",
-    "sglang": "regraft.dialects.sglang:SGLANG",
-    "nemo": "regraft.dialects.nemo:NEMO",
-    "tinker": "regraft.dialects.tinker:TINKER",
-    "megatron-bridge": "regraft.dialects.megatron_bridge:MEGATRON_BRIDGE",
-    "skyrl": "regraft.dialects.skyrl:SKYRL",
+    "xlabs": "regraft.dialects.image.dialect:XLABS",
 }
 
 
@@ -269,11 +277,6 @@ class PlainFile:
     def provenance(self) -> Remembered:
         """What regraft wrote into the metadata."""
         return read_remembered(self.metadata)
-
-    def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Self:
-        """Plain LoRA stands in for nothing. Raises ``BadInputError``."""
-        message = "a file of this form stands in for no other adapter"
-        raise BadInputError(Finding("layout", message, where=self.where))
 
     def names(self) -> Names:
         """The modules and tensors that it is about."""

@@ -1,0 +1,236 @@
+"""The dialects of image and video LoRAs, as the registry has them.
+
+One reader serves all of them, because files mix their spellings; a dialect here is who wrote a file, and what is
+written. Four can be written: kohya's, diffusers', ComfyUI's and ai-toolkit's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from regraft.adapters.convert import Converted
+from regraft.adapters.protocol import Names, Opened, Writer
+from regraft.dialects.base import Capabilities, Evidence, Found, PlainFile
+from regraft.dialects.image.convert import (
+    Made,
+    OpenedImage,
+    convert_image,
+    dialect_of,
+    open_image,
+)
+from regraft.dialects.image.grouping import Grouped, ModuleTensors
+from regraft.dialects.image.leaves import split_key
+from regraft.dialects.image.prefixes import FLAT, place_of
+from regraft.dialects.image.read import fit_families
+from regraft.dialects.image.write import DIALECTS
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.layouts.names import Layout
+from regraft.storage.safetensors import Header, read_header, write_tensors
+
+if TYPE_CHECKING:
+    from regraft.adapters.detect import Known
+    from regraft.adapters.ranks import Options
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file in a folder."""
+
+_CONFIG = "adapter_config.json"
+_MOST = 1 << 20
+"""Headers with more tensors are of no adapter."""
+
+
+def file_in(src: Path) -> Path | None:
+    """The one weights file of a path, where it has no PEFT config; ``None`` where there is none, or several."""
+    if src.is_file():
+        alone = src.suffix == ".safetensors" and not (src.parent / _CONFIG).is_file()
+        return src if alone else None
+    if not src.is_dir() or (src / _CONFIG).is_file():
+        return None
+    found = [path for path in src.glob("*.safetensors") if path.is_file()]
+    return found[0] if len(found) == 1 else None
+
+
+def recognise(src: Path) -> str | None:
+    """The dialect of a path, by the names in its header; ``None`` where it is no adapter of an image model."""
+    path = file_in(src)
+    if path is None:
+        return None
+    try:
+        stat = path.stat()
+        return _recognised(path, stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _recognised(path: Path, changed: int, size: int) -> str | None:
+    try:
+        header = read_header(path)
+    except BadInputError:
+        return None
+    return recognised_header(header)
+
+
+def recognised_header(header: Header) -> str | None:
+    """The dialect of a header; ``None`` where not most of its keys are an image adapter's."""
+    if len(header.tensors) > _MOST:
+        return None
+    modules: dict[str, ModuleTensors] = {}
+    unread = 0
+    for key in header.tensors:
+        leaf = split_key(key)
+        if leaf is None or leaf.role == "ia3":
+            unread += leaf is None
+            if unread > len(header.tensors) // 2:
+                return None
+            continue
+        module = modules.setdefault(leaf.stem, ModuleTensors(leaf.stem))
+        module.spellings.add(leaf.spelling)
+        if leaf.role.partition(".")[0] == "set":
+            module.scale_key = True
+    grouped = Grouped(modules, {})
+    if not modules or not _is_image(grouped):
+        return None
+    return dialect_of(grouped, header.metadata)
+
+
+_ALWAYS = ("unet.", "lora_unet_", "diffusion_model.", "model.diffusion_model.")
+
+
+def _is_image(grouped: Grouped) -> bool:
+    """Whether names are an image model's: by what stands before them, or by a family that has most of them."""
+    places = [place_of(stem) for stem in grouped.modules]
+    if any(FLAT.match(stem) for stem in grouped.modules) or any(
+        place.prefix in _ALWAYS or place.prefix.startswith("text_encoder") for place in places
+    ):
+        return True
+    best = fit_families(grouped)[0]
+    return 2 * len(best.missing) < len(grouped.modules)
+
+
+@dataclass(slots=True)
+class ImageFile(PlainFile):
+    """An opened file, for `regraft.api`: it converts itself, because its parts are of several models."""
+
+    image: OpenedImage | None = field(default=None)
+
+    def convert(
+        self, to: Layout, family: str | None, base: Path | None, asked: Options
+    ) -> Converted:
+        """The file in another dialect of image models.
+
+        Raises what `regraft.dialects.image.convert.convert_image` raises.
+        """
+        assert self.image is not None
+        if to.dialect not in DIALECTS:
+            raise RefusedError(
+                Finding(
+                    "dialect",
+                    f"this is a LoRA of an image or video model, and {to} does not have these",
+                    where=self.where,
+                    fix=f"convert it to one of {', '.join(DIALECTS)}",
+                )
+            )
+        if asked.compact or asked.uniform:
+            raise BadInputError(
+                Finding(
+                    "option", "ranks of image LoRAs are not changed by --compact or --uniform-rank"
+                )
+            )
+        made: Made = convert_image(self.image, to.dialect, family=family, base=base, via=asked.via)
+        return Converted({"dialect": to.dialect}, made.tensors, made.metadata, made.report)
+
+    def names(self) -> Names:
+        """Not for the commands that see one model only."""
+        self._only_converts()
+
+    def _only_converts(self) -> NoReturn:
+        raise RefusedError(
+            Finding(
+                "dialect",
+                "a LoRA of an image or video model can be converted and inspected, and nothing else so far",
+                where=self.where,
+                fix=f"convert it to one of {', '.join(DIALECTS)}",
+            )
+        )
+
+
+_FILES = Capabilities(experts=False, embeddings=False, suffixes=(".safetensors",))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDialect:
+    """One tool's files."""
+
+    name: str
+    title: str
+    layout: str = "diffusers"
+    capabilities: Capabilities = _FILES
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """A file, or a folder with one, whose names are those of this tool."""
+        if recognise(src) != self.name:
+            return None
+        return Evidence(True, f"its tensors are named as by {self.title}")
+
+    def find(self, src: Path) -> Found:
+        """The file."""
+        path = file_in(src)
+        if path is None:
+            raise BadInputError(
+                Finding(
+                    "not-found" if not src.exists() else "not-an-adapter",
+                    "there is no such file or folder"
+                    if not src.exists()
+                    else "there is not one .safetensors file here that is an adapter by itself",
+                    where=str(src),
+                    fix="give the file",
+                )
+            )
+        others: tuple[Path, ...] = ()
+        if src.is_dir():
+            others = tuple(
+                p.relative_to(src) for p in sorted(src.rglob("*")) if p.is_file() and p != path
+            )
+        return Found(path.parent, (path.parent,), path, others)
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ImageFile:
+        """All of its tensors, by module."""
+        assert weights is not None
+        image = open_image(weights)
+        return ImageFile(
+            "",
+            str(weights),
+            {"dialect": self.name},
+            image.tensors,
+            {},
+            metadata=image.metadata,
+            image=image,
+        )
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
+        """Nothing: these files are made by `ImageFile.convert`."""
+        raise RefusedError(
+            Finding(
+                "dialect",
+                f"{self.name} is for LoRAs of image and video models, and this adapter is of another kind",
+                where=opened.where,
+                fix="name a layout, or another dialect (`regraft layouts` lists them)",
+            )
+        )
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """One file."""
+        write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
+
+
+KOHYA = ImageDialect("kohya", "sd-scripts, LyCORIS and musubi-tuner: flat names and .alpha")
+DIFFUSERS = ImageDialect("diffusers", "diffusers: save_lora_weights, with alpha in the header")
+COMFYUI = ImageDialect("comfyui", "ComfyUI: diffusion_model. and the model's own names")
+AI_TOOLKIT = ImageDialect("ai-toolkit", "ai-toolkit: lora_A and lora_B, no alpha")
+ONETRAINER = ImageDialect("onetrainer", "OneTrainer, in its five forms (read only)")
+XLABS = ImageDialect("xlabs", "x-flux: LoRAs of FLUX's attention processors (read only)")
+BFL = ImageDialect("bfl", "FLUX's own names, as in BFL's control adapters (read only)")

@@ -1,0 +1,315 @@
+"""The families of image and video models: what tools call their parts, and what tells one from another.
+
+How a family's modules are named and shaped in each layout, its rule book says. Here stands what is about tools: which
+layout a tool's files name modules in, what stands before the modules of each component, and the marks in headers.
+
+Sources: sd-scripts (``networks/lora*.py``: ``LORA_PREFIX_*``), musubi-tuner (``networks/``), OneTrainer
+(``modules/model/*Model.py``), diffusers 0.42.1 (``loaders/lora_pipeline.py``), ComfyUI (``comfy/lora.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+DENOISER = "denoiser"
+
+CLIP_V4 = "text_model."
+"""What transformers 5 left out of the names of a CLIPTextModel; files have it."""
+
+_CLIP = (
+    "text_projection",
+    *(
+        f"text_model.{name}"
+        for name in (
+            *(
+                f"encoder.layers.{{}}.self_attn.{x}"
+                for x in ("q_proj", "k_proj", "v_proj", "out_proj")
+            ),
+            *(
+                f"encoder.layers.{{}}.{x}"
+                for x in ("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
+            ),
+            "embeddings.token_embedding",
+            "embeddings.position_embedding",
+            "final_layer_norm",
+        )
+    ),
+)
+
+_T5 = (
+    *(f"encoder.block.{{}}.layer.0.SelfAttention.{x}" for x in "qkvo"),
+    *(f"encoder.block.{{}}.layer.1.DenseReluDense.{x}" for x in ("wi", "wi_0", "wi_1", "wo")),
+    *(f"encoder.block.{{}}.layer.{{}}.{x}" for x in ("layer_norm",)),
+    "encoder.final_layer_norm",
+    "shared",
+)
+
+_DECODER = tuple(
+    f"{root}layers.{{}}.{name}"
+    for root in ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+    for name in (
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+        "input_layernorm",
+        "post_attention_layernorm",
+    )
+)
+
+BODIES = {"clip": _CLIP, "t5": _T5, "decoder": _DECODER}
+"""The modules of text encoders, by their kind; they are named alike everywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """One of a family's text encoders."""
+
+    name: str
+    """diffusers' name of the component."""
+    body: str
+    """The kind of model (`BODIES`)."""
+    kohya: tuple[str, ...]
+    """Prefixes of flat names; the first one is written."""
+    comfy: str
+    """ComfyUI's name of it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models with one architecture."""
+
+    name: str
+    title: str
+    book: str
+    """The name of its rule book."""
+    component: str
+    """diffusers' name of the denoiser: ``unet`` or ``transformer``."""
+    native: str
+    """The layout of the model's own code, which ComfyUI names modules in; ``diffusers`` where that is the same."""
+    kohya: str
+    """The layout that flat names of sd-scripts and musubi-tuner are in."""
+    text_encoders: tuple[TextEncoder, ...] = ()
+    modules: tuple[str, ...] = ()
+    """Of the denoiser, where one layout is all there is, so that no book has them."""
+    excludes: str = ""
+    """A pattern of modules that it does not have although a rule of its book would fit."""
+    marks: str = ""
+    """A pattern of what headers call it."""
+    context: int = 0
+    """How wide the text is that cross-attention sees, in genuine models; 0 where it tells nothing."""
+    kernels: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Patterns of convolutions, and the kernels that they have."""
+    ai_toolkit: str = "diffusion_model."
+    """What ai-toolkit writes before modules; ``lora_unet_`` where it writes kohya's names."""
+    ai_toolkit_layout: str = ""
+    """The layout of its names there; the native one where it is empty."""
+
+    @cached_property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts that its modules may be named in."""
+        return tuple(dict.fromkeys(("diffusers", self.native)))
+
+    def text_encoder(self, name: str) -> TextEncoder | None:
+        """A text encoder by diffusers' name of it."""
+        return next((x for x in self.text_encoders if x.name == name), None)
+
+
+_UNET_KERNELS = (
+    (r"(?:.*\.)?(?:proj_in|proj_out|conv_shortcut|skip_connection)", (1, 1)),
+    (r".*", (3, 3)),
+)
+
+_CLIP_L = TextEncoder("text_encoder", "clip", ("lora_te1_", "lora_te_"), "clip_l")
+_CLIP_G = TextEncoder("text_encoder_2", "clip", ("lora_te2_",), "clip_g")
+
+_QWEN = (
+    "img_in",
+    "txt_in",
+    "txt_norm",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+    *(
+        f"transformer_blocks.{{}}.{name}"
+        for name in (
+            *(f"attn.to_{x}" for x in ("q", "k", "v", "out.0", "add_out")),
+            *(f"attn.add_{x}_proj" for x in "qkv"),
+            *(f"attn.norm_{x}" for x in ("q", "k", "added_q", "added_k")),
+            *(f"{s}_{x}" for s in ("img", "txt") for x in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+        )
+    ),
+    "norm_out.linear",
+    "proj_out",
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "sd15",
+        "Stable Diffusion 1.5",
+        "sd15",
+        "unet",
+        "ldm",
+        "diffusers",
+        (TextEncoder("text_encoder", "clip", ("lora_te_", "lora_te1_"), "clip_l"),),
+        excludes=r".*attentions\.\d+\.transformer_blocks\.[1-9].*|.*\d\.1\.transformer_blocks\.[1-9].*"
+        r"|add_embedding.*|label_emb.*|down_blocks\.3\.(?:attentions|downsamplers).*|up_blocks\.0\.attentions.*"
+        r"|output_blocks\.[0-2]\.1\.(?:proj|transformer|norm).*|(?:input|output)_blocks\.1[2-9].*"
+        r"|output_blocks\.2\.2.*",
+        marks=r"sd_?v?1(?:\.5)?|sd_1.*|stable-diffusion-v1.*|sd15",
+        context=768,
+        kernels=_UNET_KERNELS,
+        ai_toolkit="lora_unet_",
+        ai_toolkit_layout="diffusers",
+    ),
+    Family(
+        "sdxl",
+        "Stable Diffusion XL",
+        "sdxl",
+        "unet",
+        "ldm",
+        "ldm",
+        (_CLIP_L, _CLIP_G),
+        excludes=r"down_blocks\.0\.attentions.*|(?:down|up)_blocks\.3.*|up_blocks\.2\.attentions.*"
+        r"|down_blocks\.2\.downsamplers.*|up_blocks\.2\.upsamplers.*"
+        r"|input_blocks\.[12]\.1.*|input_blocks\.(?:9|1\d).*|output_blocks\.[678]\.1.*"
+        r"|output_blocks\.(?:9|1\d).*|output_blocks\.2\.1\.conv",
+        marks=r"sdxl.*|stable-diffusion-xl.*|pony.*|illustrious.*|noobai.*",
+        context=2048,
+        kernels=_UNET_KERNELS,
+        ai_toolkit="lora_unet_",
+        ai_toolkit_layout="diffusers",
+    ),
+    Family(
+        "sd2",
+        "Stable Diffusion 2",
+        "sd2",
+        "unet",
+        "ldm",
+        "diffusers",
+        (TextEncoder("text_encoder", "clip", ("lora_te_", "lora_te1_"), "clip_h"),),
+        excludes=r".*attentions\.\d+\.transformer_blocks\.[1-9].*|.*\d\.1\.transformer_blocks\.[1-9].*"
+        r"|add_embedding.*|label_emb\.0.*|down_blocks\.3\.(?:attentions|downsamplers).*|up_blocks\.0\.attentions.*"
+        r"|output_blocks\.[0-2]\.1\.(?:proj|transformer|norm).*|output_blocks\.2\.2.*",
+        marks=r"sd_?v?2.*|stable-diffusion-v2.*",
+        context=1024,
+        kernels=_UNET_KERNELS,
+        ai_toolkit="lora_unet_",
+        ai_toolkit_layout="diffusers",
+    ),
+    Family(
+        "flux",
+        "FLUX.1",
+        "flux",
+        "transformer",
+        "bfl",
+        "bfl",
+        (_CLIP_L, TextEncoder("text_encoder_2", "t5", ("lora_te3_", "lora_te2_"), "t5xxl")),
+        marks=r"flux-?_?1?(?:[.-]?1)?(?:-?(?:dev|schnell|kontext|krea|fill).*)?|flux1.*",
+        ai_toolkit="transformer.",
+        ai_toolkit_layout="diffusers",
+    ),
+    Family(
+        "chroma",
+        "Chroma",
+        "chroma",
+        "transformer",
+        "bfl",
+        "bfl",
+        (TextEncoder("text_encoder", "t5", ("lora_te1_", "lora_te3_", "lora_te_"), "t5xxl"),),
+        marks=r"chroma.*",
+    ),
+    Family(
+        "flux2",
+        "FLUX.2",
+        "flux2",
+        "transformer",
+        "bfl",
+        "bfl",
+        (TextEncoder("text_encoder", "decoder", ("lora_te_", "lora_te1_"), "mistral3_24b"),),
+        marks=r"flux-?_?2.*",
+    ),
+    Family(
+        "sd3",
+        "Stable Diffusion 3 and 3.5",
+        "sd3",
+        "transformer",
+        "sd3",
+        "sd3",
+        (_CLIP_L, _CLIP_G, TextEncoder("text_encoder_3", "t5", ("lora_te3_",), "t5xxl")),
+        marks=r"sd3.*|sd35.*|stable-diffusion-3.*",
+    ),
+    Family(
+        "qwen-image",
+        "Qwen-Image",
+        "qwen_image",
+        "transformer",
+        "diffusers",
+        "diffusers",
+        (TextEncoder("text_encoder", "decoder", ("lora_te_", "lora_te1_"), "qwen25_7b"),),
+        modules=_QWEN,
+        marks=r"qwen-?_?image.*",
+    ),
+    Family(
+        "wan",
+        "Wan 2.x",
+        "wan",
+        "transformer",
+        "wan",
+        "wan",
+        (TextEncoder("text_encoder", "t5", ("lora_te_", "lora_te1_"), "umt5xxl"),),
+        marks=r"wan.*",
+    ),
+    Family(
+        "hunyuan-video",
+        "HunyuanVideo",
+        "hunyuan_video",
+        "transformer",
+        "hunyuan",
+        "hunyuan",
+        (
+            TextEncoder("text_encoder", "decoder", ("lora_te1_", "lora_te_"), "llama"),
+            TextEncoder("text_encoder_2", "clip", ("lora_te2_",), "clip_l"),
+        ),
+        marks=r"hunyuan.*|hv.*",
+    ),
+    Family(
+        "ltx-video",
+        "LTX-Video",
+        "ltx_video",
+        "transformer",
+        "ltx",
+        "ltx",
+        (TextEncoder("text_encoder", "t5", ("lora_te_", "lora_te1_"), "t5xxl"),),
+        marks=r"ltx.*",
+    ),
+    Family(
+        "z-image",
+        "Z-Image",
+        "z_image",
+        "transformer",
+        "z-image",
+        "z-image",
+        (TextEncoder("text_encoder", "decoder", ("lora_te_", "lora_te1_"), "qwen3_4b"),),
+        marks=r"z-?_?image.*",
+    ),
+    Family(
+        "lumina2",
+        "Lumina Image 2",
+        "lumina2",
+        "transformer",
+        "lumina",
+        "lumina",
+        (TextEncoder("text_encoder", "decoder", ("lora_te_", "lora_te1_"), "gemma2_2b"),),
+        marks=r"lumina.*",
+    ),
+)
+"""Where several fit, and their results are the same, the first one counts."""
+
+
+def family_named(name: str) -> Family | None:
+    """A family by its name; ``-`` and ``_`` are the same.
+
+    >>> family_named("qwen_image").title
+    'Qwen-Image'
+    """
+    plain = name.lower().replace("_", "-")
+    return next((f for f in FAMILIES if plain in (f.name, f.book.replace("_", "-"))), None)

@@ -1,0 +1,413 @@
+"""From a file to the internal form: every module looked up, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from regraft.adapters.families.settings import Patterns
+from regraft.adapters.form import Array
+from regraft.adapters.scale import Number
+from regraft.dialects.image.delta import LORA, Delta
+from regraft.dialects.image.families import (
+    CLIP_V4,
+    DENOISER,
+    FAMILIES,
+    Family,
+    TextEncoder,
+    family_named,
+)
+from regraft.dialects.image.grouping import Grouped, MalformedError, ModuleTensors, delta_of
+from regraft.dialects.image.modules import Module, body_names, names_of
+from regraft.dialects.image.prefixes import Place, place_of
+from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""diffusers' entry of the header: the PEFT config of each component, as JSON with prefixed keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A module that a file adapts: the component, the layout and the key of its weight there."""
+
+    component: str
+    """``denoiser``, ``transformer_2``, or a text encoder as diffusers calls it."""
+    layout: str
+    key: str
+    kind: str
+
+    @property
+    def module(self) -> str:
+        """The module's path."""
+        return self.key.removesuffix(".weight")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageAdapter:
+    """An adapter of an image or video model, free of any file's spelling."""
+
+    family: Family
+    deltas: dict[Home, Delta]
+    others: dict[str, Array]
+    """Tensors that are no weights of the model."""
+    metadata: dict[str, str]
+    evidence: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+# -- which family
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A family that a file may be for: where every name of the file stands in it."""
+
+    family: Family
+    homes: dict[str, Home]
+    missing: tuple[str, ...]
+    """Names of the file that it does not have."""
+    certain: int
+    """How many modules have a size that only this family has."""
+    misfits: int = 0
+    """How many modules have factors with a kernel where the family has a linear, or the other way round."""
+
+
+def places_of(grouped: Grouped) -> dict[str, Place]:
+    """The component and the module of every name."""
+    return {stem: place_of(stem) for stem in grouped.modules}
+
+
+def fit_families(grouped: Grouped, families: Iterable[Family] = FAMILIES) -> list[Fit]:
+    """How a file's names stand in each family, best first."""
+    places = places_of(grouped)
+    fits = [_fit(family, places, grouped) for family in families]
+    return sorted(fits, key=lambda fit: len(fit.missing))
+
+
+def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
+    found: dict[str, list[Module]] = {}
+    homes: dict[str, Home] = {}
+    missing = []
+    excluded = re.compile(family.excludes) if family.excludes else None
+    for stem, place in places.items():
+        if place.component in (DENOISER, "transformer_2"):
+            modules = _modules(family, place, grouped.modules[stem], excluded)
+            if modules:
+                found[stem] = modules
+                continue
+        else:
+            home = _text_home(family, place)
+            if home is not None:
+                homes[stem] = home
+                continue
+        missing.append(stem)
+    usual = Counter(modules[0].layout for modules in found.values() if len(modules) == 1)
+    for stem, modules in found.items():
+        module = max(modules, key=lambda m: usual[m.layout])
+        homes[stem] = Home(places[stem].component, module.layout, module.key, module.kind)
+    certain = sum(_has_context(family, home, grouped.modules[stem]) for stem, home in homes.items())
+    misfits = sum(_misfits(home, grouped.modules[stem]) for stem, home in homes.items())
+    return Fit(family, homes, tuple(missing), certain, misfits)
+
+
+def _modules(
+    family: Family, place: Place, tensors: ModuleTensors, excluded: re.Pattern[str] | None
+) -> list[Module]:
+    """The module in every layout that has it; those with the right kind of parameter first."""
+    found = []
+    for layout in family.layouts:
+        names = names_of(family, layout)
+        module = None if names is None else names.find(place.module, flat=place.flat)
+        if module is None or (excluded is not None and excluded.fullmatch(module.path)):
+            continue
+        if tensors.scale_key == module.key.endswith(".scale"):
+            found.append(module)
+    return found
+
+
+def _text_home(family: Family, place: Place) -> Home | None:
+    for encoder in family.text_encoders:
+        if not _names_encoder(place, encoder):
+            continue
+        module = _in_body(encoder.body, place)
+        if module is not None:
+            return Home(encoder.name, "transformers-v4", module.key, "linear")
+    return None
+
+
+def _names_encoder(place: Place, encoder: TextEncoder) -> bool:
+    if place.component.startswith("te:"):
+        said = place.component.removeprefix("te:")
+        return said in encoder.kohya or said == encoder.comfy
+    return place.component == encoder.name
+
+
+def _in_body(body: str, place: Place) -> Module | None:
+    names = body_names(body)
+    found = names.find(place.module, flat=place.flat)
+    if found is None and body == "clip":
+        prefix = CLIP_V4.replace(".", "_") if place.flat else CLIP_V4
+        found = names.find(prefix + place.module, flat=place.flat)
+    return found
+
+
+def _has_context(family: Family, home: Home, module: ModuleTensors) -> bool:
+    """Whether a module is as wide as the text that this family's cross-attention sees."""
+    down = module.tensors.get("down")
+    return (
+        family.context > 0
+        and down is not None
+        and re.search(r"\.attn2\.to_[kv]\.weight$", home.key) is not None
+        and down.shape[1] == family.context
+    )
+
+
+def _misfits(home: Home, module: ModuleTensors) -> bool:
+    down = module.tensors.get("down")
+    return down is not None and (down.ndim > 2) != (home.kind == "conv")
+
+
+def hinted_families(metadata: Mapping[str, str]) -> tuple[list[Family], str]:
+    """The families that a header names, and what says so."""
+    fields = ("modelspec.architecture", "ss_base_model_version", "ss_network_module")
+    for name in fields:
+        said = metadata.get(name, "").strip().lower()
+        if name == "ss_network_module":
+            said = said.rpartition(".")[2].removeprefix("lora_").removeprefix("oft_")
+        if not said:
+            continue
+        told = said.partition("/")[0]
+        found = [f for f in FAMILIES if f.marks and re.fullmatch(f.marks, told)]
+        if found:
+            return found, f"the header's {name} is {metadata[name]!r}"
+    return [], ""
+
+
+def candidates(
+    grouped: Grouped, metadata: Mapping[str, str], where: str, given: str | None = None
+) -> tuple[list[Fit], str]:
+    """The families that all names of a file fit, and the evidence that leaves these.
+
+    Raises ``UnmatchedKeysError`` where none has all of them, ``BadInputError`` where the header contradicts the names.
+    """
+    named = family_named(given) if given is not None else None
+    fits = fit_families(grouped, FAMILIES if named is None else (named,))
+    whole = [fit for fit in fits if not fit.missing]
+    if not whole:
+        raise _no_family(fits[0], where, named)
+    if named is not None:
+        return whole, f"it was said to be {named.title}"
+    hinted, why = hinted_families(metadata)
+    fitting = [fit for fit in whole if not fit.misfits]
+    whole = fitting or whole
+    agreeing = [fit for fit in whole if fit.family in hinted]
+    if hinted and not agreeing:
+        raise BadInputError(
+            Finding(
+                "wrong-base",
+                f"{why}, and its modules are those of {_titles(whole)}",
+                where=where,
+                fix=f"say which it is with --from {whole[0].family.name}, or correct the header",
+            )
+        )
+    if agreeing:
+        return agreeing, why
+    certain = [fit for fit in whole if fit.certain]
+    if certain and len(certain) < len(whole):
+        return certain, "the width of its cross-attention"
+    return whole, f"its modules are those of {_titles(whole)}"
+
+
+def _titles(fits: Sequence[Fit]) -> str:
+    return " or ".join(fit.family.title for fit in fits)
+
+
+def _no_family(best: Fit, where: str, named: Family | None) -> UnmatchedKeysError:
+    known = len(best.homes)
+    title = best.family.title
+    if not known:
+        return UnmatchedKeysError(
+            Finding(
+                "unmatched",
+                "no family of image or video models that regraft knows has a module of this name",
+                where=where,
+                key=best.missing[0],
+                fix="give the rule book of its model with --rules, or name the family with --from",
+            )
+        )
+    what = "as it was said to be" if named is not None else f"as {known} of its modules are"
+    return UnmatchedKeysError(
+        Finding(
+            "unmatched",
+            f"{title} ({what}) has no module of this name",
+            where=where,
+            key=stem,
+            fix="check the file; if it is of another family, name that with --from",
+        )
+        for stem in best.missing
+    )
+
+
+# -- reading
+
+
+def read_adapter(
+    fit: Fit, grouped: Grouped, metadata: dict[str, str], where: str, why: str
+) -> ImageAdapter:
+    """The internal form of a file, as an adapter of one family.
+
+    Raises ``BadInputError`` with everything that is wrong with its tensors.
+    """
+    alphas = Alphas(metadata, grouped)
+    deltas: dict[Home, Delta] = {}
+    findings = []
+    for stem, module in grouped.modules.items():
+        home = fit.homes[stem]
+        kernel = _kernel(fit.family, home)
+        alpha, rslora = alphas.of(home, module, fit.family)
+        try:
+            delta = delta_of(module, home.kind, kernel, alpha, rslora)
+        except MalformedError as error:
+            findings.append(Finding("shape", str(error), where=where, key=stem, fix=_AGAIN))
+            continue
+        if "xlabs" in module.spellings and home.module.endswith(".linear1"):
+            delta = _whole_linear1(delta)
+        if home in deltas:
+            findings.append(
+                Finding(
+                    "doubled-target",
+                    f"two modules of the file adapt {home.key}",
+                    where=where,
+                    key=stem,
+                    fix="take one of them out",
+                )
+            )
+        deltas[home] = delta
+    if findings:
+        raise BadInputError(findings)
+    notes = list(alphas.notes)
+    if _is_split(metadata, deltas):
+        notes.append(
+            "it was trained with split_qkv: the rank in the file is three times (four, with the MLP) the one that was "
+            "trained, alpha is not, and every loader applies alpha / rank as it is in the file; so does regraft"
+        )
+    return ImageAdapter(fit.family, deltas, grouped.others, metadata, (why,), tuple(notes))
+
+
+_AGAIN = "save the file again with the tool that made it; a tensor of it is damaged, or of another module"
+
+
+def _kernel(family: Family, home: Home) -> tuple[int, ...] | None:
+    if home.kind != "conv":
+        return None
+    return next((k for pattern, k in family.kernels if re.fullmatch(pattern, home.module)), None)
+
+
+def _whole_linear1(delta: Delta) -> Delta:
+    """XLabs' qkv of a single block is the first three sevenths of linear1; it adds nothing to the rest."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    up = delta.tensors["up"]
+    whole = np.zeros((len(up) * 7 // 3, *up.shape[1:]), up.dtype)
+    whole[: len(up)] = up
+    return replace(delta, tensors={**delta.tensors, "up": whole}, out=len(whole), padded=True)
+
+
+def _is_split(metadata: Mapping[str, str], deltas: Mapping[Home, Delta]) -> bool:
+    said = metadata.get("ss_network_args", "")
+    return (
+        "split_qkv" in said
+        and re.search(r'split_qkv"?\s*[:=]\s*"?(true|1)', said.lower()) is not None
+    )
+
+
+@dataclass(slots=True)
+class Alphas:
+    """Where alpha is said besides a module's own key."""
+
+    metadata: Mapping[str, str]
+    grouped: Grouped
+    notes: list[str] = field(default_factory=list)
+    _configs: dict[str, _Config] = field(default_factory=dict)
+    _plain: Number | None = None
+
+    def __post_init__(self) -> None:
+        own = any("alpha" in m.tensors for m in self.grouped.modules.values())
+        spellings = {s for m in self.grouped.modules.values() for s in m.spellings}
+        self._configs = _configs(self.metadata)
+        if own or self._configs:
+            return
+        name = "ss_network_alpha" if spellings == {"lora_down"} else "alpha"
+        if spellings <= {"lora_down", "lora_A"} and name in self.metadata:
+            try:
+                value = float(self.metadata[name])
+            except ValueError:
+                return
+            self._plain = int(value) if value.is_integer() else value
+            self.notes.append(
+                f"alpha is {self._plain:g} for all modules: only {name} in the header says so"
+            )
+
+    def of(self, home: Home, module: ModuleTensors, family: Family) -> tuple[Number | None, bool]:
+        """The alpha of a module, and whether it is divided by the root of the rank."""
+        if "down" not in module.tensors:
+            return None, False
+        component = family.component if home.component == DENOISER else home.component
+        config = self._configs.get(component)
+        if config is None:
+            return self._plain, False
+        return config.alpha(home.module), config.rslora
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    usual: Number | None
+    patterns: Patterns
+    rslora: bool
+
+    def alpha(self, module: str) -> Number | None:
+        found = self.patterns.find(module)
+        return self.usual if found is None else found
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, _Config]:
+    """What diffusers' header says, by component."""
+    text = metadata.get(ADAPTER_METADATA)
+    if text is None:
+        return {}
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise BadInputError(
+            Finding(
+                "metadata-not-text",
+                f"{ADAPTER_METADATA} of the header is no JSON object, and alpha stands in it",
+                fix="save the file again with diffusers",
+            )
+        )
+    parts: dict[str, dict[str, object]] = {}
+    for name, value in data.items():
+        component, _, setting = name.partition(".")
+        parts.setdefault(component, {})[setting] = value
+    found = {}
+    for component, settings in parts.items():
+        alpha = settings.get("lora_alpha")
+        patterns = settings.get("alpha_pattern")
+        found[component] = _Config(
+            alpha if isinstance(alpha, (int, float)) else None,
+            Patterns(patterns if isinstance(patterns, dict) else None, "alpha_pattern"),
+            bool(settings.get("use_rslora")),
+        )
+    return found
+
+
+def has_lora(deltas: Iterable[Delta]) -> bool:
+    """Whether there is a LoRA among some deltas."""
+    return any(delta.algebra == LORA for delta in deltas)

@@ -1,0 +1,436 @@
+"""From the internal form to a file: four independent choices, and what each tool can hold.
+
+    leaf spelling    what a module's tensors are called          `Writing.leaves`
+    module naming    the layout, and whether dots become `_`     `Writing.layout`, `Writing.stem`
+    prefix           what stands before a module                 `Writing.stem`
+    alpha            a key, the header, or folded into the up    `Writing.alpha`
+
+Sources: the readers of sd-scripts ``48d368f``, diffusers 0.42.1 with PEFT 0.21.2, ComfyUI ``a125cd8``, ai-toolkit
+``27a03a9``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.families.base import NoImageError
+from regraft.adapters.form import Array, rescale
+from regraft.adapters.scale import Number, Scale
+from regraft.dialects.image.delta import (
+    BOFT,
+    FULL,
+    GLORA,
+    IA3,
+    LOHA,
+    LOKR,
+    LORA,
+    NOTHING,
+    OFT,
+    SET,
+    Delta,
+    whole_w1,
+)
+from regraft.dialects.image.families import DENOISER, Family
+from regraft.dialects.image.moving import Ways, is_vector
+from regraft.dialects.image.read import ADAPTER_METADATA, Home
+from regraft.errors import RefusedError
+
+KEYED, HEADER, FOLDED = "key", "header", "folded"
+"""Where a dialect has alpha."""
+
+DIALECTS = ("kohya", "diffusers", "comfyui", "ai-toolkit")
+"""Those that can be written."""
+
+
+AlphaDtype = Callable[[str], str | None] | None
+"""The dtype that an alpha once had, by its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How one tool names and holds the adapters of a family."""
+
+    name: str
+    title: str
+    layout: str
+    """The layout that modules of the denoiser are named in."""
+    also: tuple[str, ...]
+    """Further layouts that its reader knows; a file that is in one stays so."""
+    alpha: str
+    leaves: Mapping[str, str]
+    """Leaves of plain LoRA by role; those of the other algebras are LyCORIS'."""
+    stem: Callable[[Home], str]
+    refuses: Callable[[Delta], str | None]
+    """Why a module cannot be held; ``None`` where it can."""
+
+
+_DOWN_UP = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
+_A_B = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+_LYCORIS = {
+    role: f".{role}"
+    for role in (
+        *(f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *("oft_blocks", "rescale", "on_input"),
+    )
+} | {
+    "ia3": ".weight",
+    "set": ".set_weight",
+    **{role: f".{role}.weight" for role in ("a1", "a2", "b1", "b2")},
+}
+
+
+def writing(dialect: str, family: Family) -> Writing:
+    """How a dialect writes a family."""
+    return {
+        "kohya": _kohya,
+        "diffusers": _diffusers,
+        "comfyui": _comfyui,
+        "ai-toolkit": _ai_toolkit,
+    }[dialect](family)
+
+
+def _kohya(family: Family) -> Writing:
+    def stem(home: Home) -> str:
+        encoder = family.text_encoder(home.component)
+        prefix = "lora_unet_" if encoder is None else encoder.kohya[0]
+        return prefix + home.module.replace(".", "_")
+
+    also = ("diffusers",) if family.component == "unet" and family.kohya != "diffusers" else ()
+    return Writing(
+        "kohya", "kohya's format", family.kohya, also, KEYED, _DOWN_UP, stem, _refused_by_kohya
+    )
+
+
+def _refused_by_kohya(delta: Delta) -> str | None:
+    if delta.algebra == SET:
+        return "a weight that takes the place of the base's has no name there"
+    if delta.bias is not None and delta.algebra not in (FULL, NOTHING):
+        return "no loader of it reads a delta of the bias beside other tensors of the module"
+    return None
+
+
+def _diffusers(family: Family) -> Writing:
+    def stem(home: Home) -> str:
+        component = family.component if home.component == DENOISER else home.component
+        return f"{component}.{home.module}"
+
+    return Writing(
+        "diffusers", "diffusers", "diffusers", (), HEADER, _A_B, stem, _refused_by_diffusers
+    )
+
+
+def _refused_by_diffusers(delta: Delta) -> str | None:
+    if is_vector(delta):
+        return "it holds no deltas of norms or biases"
+    if delta.algebra != LORA or "mid" in delta.tensors:
+        return f"it holds plain LoRA only, and this is {delta.algebra}"
+    if delta.magnitude is not None and delta.magnitude_in:
+        return "its DoRA is on the out axis, and this one is on the in axis"
+    return None
+
+
+def _comfyui(family: Family) -> Writing:
+    def stem(home: Home) -> str:
+        encoder = family.text_encoder(home.component)
+        if encoder is None:
+            return f"diffusion_model.{home.module}"
+        return f"text_encoders.{encoder.comfy}.transformer.{home.module}"
+
+    return Writing("comfyui", "ComfyUI", family.native, (), KEYED, _A_B, stem, _refused_by_comfyui)
+
+
+def _refused_by_comfyui(delta: Delta) -> str | None:
+    if delta.magnitude is not None and not delta.magnitude_in:
+        return "it divides DoRA on the out axis by the lengths of the base's rows, and not of the sum's"
+    if delta.algebra == IA3:
+        return "it does not read IA3"
+    if delta.algebra in (OFT, BOFT) and (delta.alpha or "rescale" in delta.tensors):
+        return "it ignores OFT's rescale, and takes the constraint for another number"
+    return None
+
+
+def _ai_toolkit(family: Family) -> Writing:
+    if family.ai_toolkit == "lora_unet_":
+        like = _kohya(family)
+        layout = family.ai_toolkit_layout or family.kohya
+        return replace(like, name="ai-toolkit", title="ai-toolkit", layout=layout, also=())
+
+    def stem(home: Home) -> str:
+        return family.ai_toolkit + home.module
+
+    return Writing(
+        "ai-toolkit",
+        "ai-toolkit",
+        family.ai_toolkit_layout or family.native,
+        (),
+        FOLDED,
+        _A_B,
+        stem,
+        _refused_by_ai_toolkit,
+    )
+
+
+def _refused_by_ai_toolkit(delta: Delta) -> str | None:
+    if is_vector(delta) or delta.bias is not None:
+        return "it holds no deltas of norms or biases"
+    if delta.magnitude is not None:
+        return "its DoRA is not known to regraft"
+    if delta.algebra not in (LORA, LOKR) or "mid" in delta.tensors:
+        return f"it holds LoRA and LoKr only, and this is {delta.algebra}"
+    return None
+
+
+# -- what can be held
+
+
+def fit_to(deltas: Mapping[Home, Delta], how: Writing, ways: Ways) -> dict[Home, Delta]:
+    """All modules in a form that a dialect holds.
+
+    Raises ``RefusedError`` with everything that has none.
+    """
+    made: dict[Home, Delta] = {}
+    findings = []
+    mixed = _mixed_dora(deltas) if how.name == "diffusers" else set()
+    for home, delta in deltas.items():
+        why = _refused(home, delta, how)
+        if why is None and home.component in mixed and delta.magnitude is not None:
+            why = "its config says DoRA for all modules of a component, and some here are none"
+        if why is None:
+            made[home] = delta
+            continue
+        try:
+            lower = ways.lower(home, delta, NoImageError(why))
+            again = _refused(home, lower, how)
+            if again is not None:
+                raise NoImageError(again)
+        except NoImageError as error:
+            findings.append(ways.finding(home, delta, error, f"in {how.title}"))
+            continue
+        made[home] = lower
+    if findings:
+        raise RefusedError(findings)
+    return made
+
+
+def _refused(home: Home, delta: Delta, how: Writing) -> str | None:
+    if home.component == "transformer_2" and how.name != "diffusers":
+        return "one file is for one model, and this is the second transformer of a pipeline"
+    if how.alpha == FOLDED and home.component != DENOISER:
+        return "it is known to write the denoiser's adapters only"
+    return how.refuses(delta)
+
+
+def _mixed_dora(deltas: Mapping[Home, Delta]) -> set[str]:
+    """Components of which only some modules are DoRA."""
+    kinds: dict[str, set[bool]] = {}
+    for home, delta in deltas.items():
+        kinds.setdefault(home.component, set()).add(delta.magnitude is not None)
+    return {component for component, found in kinds.items() if len(found) > 1}
+
+
+# -- the file
+
+
+@dataclass(slots=True)
+class Written:
+    """A file's tensors and header, and what changed on the way."""
+
+    tensors: dict[str, Array]
+    header: dict[str, str]
+    folded: list[Home]
+    """Modules whose scale went into their up."""
+    rounded: list[Home]
+    """Those of them whose numbers changed by more than a power of two."""
+
+
+def write_deltas(deltas: Mapping[Home, Delta], how: Writing, alpha_dtype: AlphaDtype) -> Written:
+    """The tensors of a file, and what its header has to say.
+
+    ``alpha_dtype`` gives the dtype of an alpha by its key, where an earlier file had it.
+    """
+    written = Written({}, {}, [], [])
+    for home, delta in deltas.items():
+        stem = how.stem(home)
+        if how.alpha == FOLDED and delta.algebra == LORA:
+            delta = _folded(home, delta, written)
+        _write_module(stem, home, delta, how, alpha_dtype, written)
+    if how.alpha == HEADER:
+        _add_missing_biases(deltas, how, written)
+        said = adapter_metadata(deltas, how)
+        if said is not None:
+            written.header[ADAPTER_METADATA] = said
+    return written
+
+
+def _folded(home: Home, delta: Delta, written: Written) -> Delta:
+    ratio = delta.scale.value
+    if ratio == 1.0:
+        return delta
+    up, exact = rescale(delta.tensors["up"], ratio)
+    written.folded.append(home)
+    if not exact:
+        written.rounded.append(home)
+    rank = delta.rank
+    return replace(
+        delta, tensors={**delta.tensors, "up": up}, alpha=rank, rslora=False, exact=exact
+    )
+
+
+def _write_module(
+    stem: str,
+    home: Home,
+    delta: Delta,
+    how: Writing,
+    alpha_dtype: AlphaDtype,
+    written: Written,
+) -> None:
+    tensors = dict(delta.tensors)
+    if how.name == "comfyui" and "lokr_t2" in tensors and "lokr_w1_a" in tensors:
+        tensors = whole_w1(tensors)
+    leaves = {**_LYCORIS, **(_DOWN_UP if "mid" in tensors else how.leaves)}
+    if delta.algebra in (FULL, NOTHING):
+        vector = is_vector(delta) and home.kind == "vector"
+        leaves = {"diff": ".w_norm" if vector else ".diff"}
+    for role, tensor in tensors.items():
+        written.tensors[stem + leaves[role]] = tensor
+    if how.alpha != HEADER and _has_alpha(delta, how):
+        written.tensors[f"{stem}.alpha"] = _alpha(delta, f"{stem}.alpha", alpha_dtype)
+    if delta.magnitude is not None:
+        written.tensors[stem + _magnitude_leaf(how)] = _magnitude(delta, how)
+    if delta.bias is not None:
+        name, bias = _bias(delta, home, how)
+        written.tensors[stem + name] = bias
+    if delta.reshape is not None and how.name == "comfyui":
+        written.tensors[f"{stem}.reshape_weight"] = np.array(delta.reshape, np.int64)
+
+
+def _has_alpha(delta: Delta, how: Writing) -> bool:
+    if delta.algebra in (FULL, SET, IA3, NOTHING):
+        return False
+    if delta.algebra == LORA:
+        return how.alpha == KEYED
+    return delta.alpha is not None or delta.algebra in (LOHA, LOKR, GLORA)
+
+
+def _alpha(delta: Delta, key: str, alpha_dtype: AlphaDtype) -> Array:
+    """Alpha in the dtype that it had, or that of the module's tensors, where that holds it."""
+    scale = delta.scale
+    value: Number = scale.alpha
+    if delta.algebra in (OFT, BOFT) or (delta.algebra == LOKR and not delta.rank):
+        value = delta.alpha or 0
+    elif scale.rslora:
+        value = scale.value * scale.rank
+    usual = next(iter(delta.tensors.values())).dtype
+    named = None if alpha_dtype is None else alpha_dtype(key)
+    for dtype in (_dtype(named), delta.alpha_dtype, usual, np.dtype(np.float32)):
+        if dtype is None:
+            continue
+        with np.errstate(all="ignore"):
+            made = np.asarray(value).astype(dtype)
+        if float(made) == float(value):
+            return made
+    return np.asarray(value, np.float32)
+
+
+def _dtype(name: str | None) -> np.dtype[Any] | None:
+    if name is None:
+        return None
+    import ml_dtypes
+
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:
+        return None
+
+
+def _magnitude_leaf(how: Writing) -> str:
+    return ".lora_magnitude_vector" if how.name == "diffusers" else ".dora_scale"
+
+
+def _magnitude(delta: Delta, how: Writing) -> Array:
+    """(out,) for diffusers, of a convolution (1, out, 1, ...); LyCORIS' has the dims of the weight."""
+    assert delta.magnitude is not None
+    kernel = delta.tensors["down"].ndim - 2 if delta.algebra == LORA else len(delta.kernel)
+    ones = (1,) * kernel
+    if how.name == "diffusers":
+        return delta.magnitude.reshape(1, -1, *ones) if kernel else delta.magnitude
+    return delta.magnitude.reshape(*((1, -1) if delta.magnitude_in else (-1, 1)), *ones)
+
+
+def _bias(delta: Delta, home: Home, how: Writing) -> tuple[str, Array]:
+    assert delta.bias is not None
+    if how.name == "diffusers":
+        if delta.bias_scaled:
+            return ".lora_B.bias", delta.bias
+        return ".lora_B.bias", (delta.bias.astype(np.float64) / delta.scale.value).astype(
+            np.float32
+        )
+    name = ".b_norm" if home.kind == "vector" else ".diff_b"
+    if not delta.bias_scaled or delta.scale.value == 1.0:
+        return name, delta.bias
+    return name, np.asarray(delta.bias_delta).astype(np.float32)
+
+
+def _add_missing_biases(deltas: Mapping[Home, Delta], how: Writing, written: Written) -> None:
+    """PEFT's config says ``lora_bias`` for all modules of a component; zeros add nothing."""
+    biased = {home.component for home, delta in deltas.items() if delta.bias is not None}
+    for home, delta in deltas.items():
+        if home.component in biased and delta.bias is None:
+            up = delta.tensors["up"]
+            written.tensors[f"{how.stem(home)}.lora_B.bias"] = np.zeros(len(up), up.dtype)
+
+
+def adapter_metadata(deltas: Mapping[Home, Delta], how: Writing) -> str | None:
+    """The header's entry for diffusers; ``None`` where everything is what it takes for granted.
+
+    That is one rank, alpha = rank, no DoRA and no biases: without the entry diffusers 0.42.1 gives all modules one
+    alpha, the most common rank.
+    """
+    components: dict[str, list[tuple[Home, Delta]]] = {}
+    for home, delta in deltas.items():
+        components.setdefault(how.stem(home).partition(".")[0], []).append((home, delta))
+    said: dict[str, Any] = {}
+    plain = True
+    for component, modules in components.items():
+        ranks = {home.module: delta.rank for home, delta in modules}
+        alphas = {home.module: _peft_alpha(delta.scale) for home, delta in modules}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        alpha = Counter(alphas.values()).most_common(1)[0][0]
+        dora = any(delta.magnitude is not None for _, delta in modules)
+        bias = any(delta.bias is not None for _, delta in modules)
+        plain &= not dora and not bias and set(ranks.values()) == {rank} == set(alphas.values())
+        settings = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
+            "alpha_pattern": {_exactly(m): a for m, a in alphas.items() if a != alpha},
+            "target_modules": sorted(ranks),
+            "use_dora": dora,
+            "lora_bias": bias,
+            "use_rslora": False,
+            "bias": "none",
+        }
+        said.update({f"{component}.{name}": value for name, value in settings.items()})
+    return None if plain else json.dumps(said, indent=2, sort_keys=True)
+
+
+def _peft_alpha(scale: Scale) -> Number:
+    value = scale.alpha if not scale.rslora else scale.value * scale.rank
+    return int(value) if float(value).is_integer() else value
+
+
+def _exactly(module: str) -> str:
+    """A pattern that fits one path only."""
+    return module.replace(".", r"\.")
+
+
+def layouts_of(homes: Sequence[Home]) -> list[str]:
+    """The layouts of a denoiser's modules."""
+    return list(dict.fromkeys(home.layout for home in homes if home.component == DENOISER))

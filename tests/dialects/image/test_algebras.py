@@ -1,0 +1,310 @@
+"""LyCORIS' algebras: what each adds, by its definition, and what becomes of it in other dialects."""
+
+import numpy as np
+import pytest
+from dialects.image.samples import H, numbers, product, read_diffusers, read_pairs
+from dialects.image.test_image import check, convert, same_bits
+
+import regraft
+from regraft.storage.safetensors import write_tensors
+
+__all__ = ["convert"]
+
+STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+MODULE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV, CONV_MODULE = "lora_unet_mid_block_resnets_0_conv1", "mid_block.resnets.0.conv1"
+N = 16
+
+
+def weight(module=MODULE, shape=(N, N)):
+    return numbers(*shape) + 0.5
+
+
+@pytest.fixture
+def base(tmp_path):
+    weights = {f"{MODULE}.weight": weight(), f"{CONV_MODULE}.weight": weight(shape=(N, N, 3, 3))}
+    write_tensors(tmp_path / "base.safetensors", weights, {})
+    weights["path"] = tmp_path / "base.safetensors"
+    return weights
+
+
+def named(stem, **tensors):
+    return {f"{stem}.{role.replace('__', '.')}": tensor for role, tensor in tensors.items()}
+
+
+def loha(rank=3, into=N):
+    t = {"hada_w1_a": numbers(N, rank), "hada_w1_b": numbers(rank, into)}
+    t |= {
+        "hada_w2_a": numbers(N, rank),
+        "hada_w2_b": numbers(rank, into),
+        "alpha": np.float32(rank * 2),
+    }
+    return t, 2 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+
+
+def lokr(decomposed=True):
+    t = {
+        "lokr_w1": numbers(2, 2),
+        "lokr_w2_a": numbers(8, 1),
+        "lokr_w2_b": numbers(1, 8),
+        "alpha": np.float32(3),
+    }
+    return t, 3 * np.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"])
+
+
+def test_loha_and_lokr_of_low_rank_become_lora_exactly(convert):
+    for make in (loha, lokr):
+        tensors, want = make()
+        made, header = convert(named(STEM, **tensors), "diffusers")
+        check(read_diffusers(made, header), {MODULE: want})
+        assert "became LoRA, exactly" in " ".join(convert.report.notes)
+        assert convert.report.targets[0].rung == "lora"
+
+
+def test_a_whole_lokr_has_scale_1_and_full_rank(convert):
+    tensors = {"lokr_w1": numbers(4, 4), "lokr_w2": numbers(4, 4), "alpha": np.float32(1e10)}
+    with pytest.raises(regraft.RefusedError, match="--via dense"):
+        convert(named(STEM, **tensors), "diffusers")
+    made, header = convert(named(STEM, **tensors), "diffusers", via="dense")
+    check(read_diffusers(made, header), {MODULE: np.kron(tensors["lokr_w1"], tensors["lokr_w2"])})
+    kept, _ = convert(named(STEM, **tensors), "comfyui")
+    assert float(
+        kept["diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.alpha"]
+    ) == np.float32(1e10)
+
+
+def test_a_lower_rank_is_made_where_it_is_asked_for(convert):
+    tensors, want = loha(rank=5)
+    made, header = convert(named(STEM, **tensors), "diffusers", via="svd:4")
+    (got,) = read_diffusers(made, header).values()
+    left, values, right = np.linalg.svd(want)
+    np.testing.assert_allclose(got, (left[:, :4] * values[:4]) @ right[:4], rtol=1e-4, atol=1e-3)
+    lost = np.sqrt((values[4:] ** 2).sum() / (values**2).sum())
+    assert convert.report.targets[0].error == pytest.approx(lost, rel=1e-3)
+
+
+def test_tucker_lora_of_a_convolution(convert):
+    down, mid, up = numbers(2, N, 1, 1), numbers(2, 2, 3, 3), numbers(N, 2, 1, 1)
+    tensors = named(
+        CONV, lora_down__weight=down, lora_mid__weight=mid, lora_up__weight=up, alpha=np.float32(4)
+    )
+    want = 2 * np.einsum("oa,abhw,bi->oihw", up[..., 0, 0], mid, down[..., 0, 0])
+    made, header = convert(tensors, "diffusers")
+    check(read_diffusers(made, header), {CONV_MODULE: want})
+    there, between = convert(tensors, "comfyui")
+    same_bits(convert(there, "kohya", between)[0], tensors)
+
+
+def test_tucker_loha_and_lokr_of_a_convolution(convert):
+    core = {f"hada_t{n}": numbers(2, 2, 3, 3) for n in (1, 2)}
+    tensors = core | {f"hada_w{n}_{x}": numbers(2, N) for n in (1, 2) for x in "ab"}
+    one, two = (
+        np.einsum(
+            "rshw,ro,si->oihw",
+            tensors[f"hada_t{n}"],
+            tensors[f"hada_w{n}_a"],
+            tensors[f"hada_w{n}_b"],
+        )
+        for n in (1, 2)
+    )
+    made, header = convert(named(CONV, **tensors), "diffusers", via="dense")
+    check(read_diffusers(made, header), {CONV_MODULE: one * two})
+    tensors = {"lokr_w1_a": numbers(4, 1), "lokr_w1_b": numbers(1, 4), "alpha": np.float32(1)}
+    tensors |= {
+        "lokr_t2": numbers(2, 2, 3, 3),
+        "lokr_w2_a": numbers(2, 4),
+        "lokr_w2_b": numbers(2, 4),
+    }
+    inner = np.einsum(
+        "rshw,ro,si->oihw", tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    )
+    outer = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    want = np.einsum("ac,bdhw->abcdhw", outer, inner).reshape(N, N, 3, 3) / 2
+    made, header = convert(named(CONV, **tensors), "diffusers", via="dense")
+    check(read_diffusers(made, header), {CONV_MODULE: want})
+    there, _ = convert(named(CONV, **tensors), "comfyui")
+    assert not any("lokr_w1_a" in key for key in there)
+    made, header = convert(there, "diffusers", via="dense")
+    check(read_diffusers(made, header), {CONV_MODULE: want})
+
+
+def glora_older():
+    a1, a2, b1, b2 = numbers(2, N), numbers(N, 2), numbers(2, N), numbers(N, 2)
+    return {"a1": a1, "a2": a2, "b1": b1, "b2": b2}, lambda w: w @ a2 @ a1 + b2 @ b1
+
+
+def glora_newer():
+    a1, a2, b1, b2 = numbers(N, 2), numbers(2, N), numbers(N, 2), numbers(2, N)
+    return {"a1": a1, "a2": a2, "b1": b1, "b2": b2}, lambda w: w @ a1 @ a2 + b1 @ b2
+
+
+@pytest.mark.parametrize("make", [glora_older, glora_newer])
+def test_glora_needs_the_base(convert, base, make):
+    factors, adds = make()
+    tensors = named(
+        STEM, **{f"{role}__weight": t for role, t in factors.items()}, alpha=np.float32(4)
+    )
+    with pytest.raises(regraft.RefusedError, match=r"depends on the base|multiplies the base"):
+        convert(tensors, "diffusers")
+    with pytest.raises(regraft.RefusedError) as error:
+        convert(tensors, "diffusers", via="dense")
+    assert error.value.findings[0].code == "needs-base-weights"
+    made, header = convert(tensors, "diffusers", via="dense", model=base["path"])
+    check(read_diffusers(made, header), {MODULE: 2 * adds(base[f"{MODULE}.weight"])})
+
+
+@pytest.mark.parametrize("on_input", [0, 1])
+def test_ia3_on_either_side(convert, base, on_input):
+    w, factor = base[f"{MODULE}.weight"], numbers(N)
+    tensors = named(STEM, weight=factor, on_input=np.float32(on_input))
+    made, header = convert(tensors, "diffusers", via="dense", model=base["path"])
+    check(read_diffusers(made, header), {MODULE: w * (factor if on_input else factor[:, None])})
+    with pytest.raises(regraft.RefusedError, match="does not read IA3"):
+        convert(tensors, "comfyui")
+
+
+def test_oft_keeps_within_its_constraint_and_rescales(convert, base):
+    w, blocks = base[f"{MODULE}.weight"], numbers(4, 4, 4) / 4
+    limit, factor = 0.02 * N, 1 + numbers(N, 1) / 8
+    skew = blocks - blocks.transpose(0, 2, 1)
+    skew = skew * min(1, limit / np.sqrt((skew**2).sum()))
+    turns = [(np.eye(4) + q) @ np.linalg.inv(np.eye(4) - q) for q in skew]
+    want = (
+        np.concatenate([r.T @ rows for r, rows in zip(turns, np.split(w, 4), strict=True)]) * factor
+        - w
+    )
+    tensors = named(
+        STEM, oft_blocks=blocks, rescale=factor.astype(np.float32), alpha=np.float32(0.02)
+    )
+    made, header = convert(tensors, "diffusers", via="dense", model=base["path"])
+    (got,) = read_diffusers(made, header).values()
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_dora_on_either_axis(convert, base, axis, conv):
+    module, stem = (CONV_MODULE, CONV) if conv else (MODULE, STEM)
+    kernel = (3, 3) if conv else ()
+    w = base[f"{module}.weight"]
+    down, up = numbers(2, N, *kernel), numbers(N, 2, *([1] * len(kernel)))
+    ones = (1,) * len(kernel)
+    m = np.abs(numbers(N)) + 1
+    scale = m.reshape((N, 1, *ones) if axis == "out" else (1, N, *ones))
+    tensors = named(
+        stem, lora_down__weight=down, lora_up__weight=up, alpha=np.float32(2), dora_scale=scale
+    )
+    whole = w + product(down, up)
+    dims = tuple(d for d in range(w.ndim) if d != (0 if axis == "out" else 1))
+    want = scale * whole / np.sqrt((whole**2).sum(axis=dims, keepdims=True)) - w
+    made, header = convert(tensors, "diffusers", via="dense", model=base["path"])
+    if axis == "out":
+        name = f"unet.{module}.lora_magnitude_vector"
+        assert made[name].shape == ((1, N, 1, 1) if conv else (N,))
+        same_bits(convert(made, "kohya", header)[0], tensors)
+    else:
+        (got,) = read_diffusers(made, header).values()
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        assert convert(tensors, "comfyui")[0]
+    with pytest.raises(regraft.RefusedError, match=r"the lengths of the base's rows|the in axis"):
+        convert(tensors, "comfyui" if axis == "out" else "diffusers")
+
+
+def test_deltas_of_weights_norms_and_biases(convert):
+    norm = "lora_unet_mid_block_resnets_0_norm1"
+    tensors = named(CONV, diff=numbers(N, N, 3, 3), diff_b=numbers(N)) | named(
+        norm, w_norm=numbers(N), b_norm=numbers(N)
+    )
+    there, between = convert(tensors, "comfyui", source="sd15")
+    assert "diffusion_model.middle_block.0.in_layers.0.w_norm" in there
+    same_bits(convert(there, "kohya", between, source="sd15")[0], tensors)
+    with pytest.raises(regraft.RefusedError, match="norms or biases"):
+        convert(tensors, "diffusers", via="dense")
+
+
+# -- on weights that are split and fused
+
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+PARTS = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+
+
+def test_loha_is_split_with_its_rows(convert):
+    tensors = named(
+        QKV,
+        hada_w1_a=numbers(3 * N, 4),
+        hada_w1_b=numbers(4, N),
+        hada_w2_a=numbers(3 * N, 4),
+        hada_w2_b=numbers(4, N),
+    )
+    want = (tensors[f"{QKV}.hada_w1_a"] @ tensors[f"{QKV}.hada_w1_b"]) * (
+        tensors[f"{QKV}.hada_w2_a"] @ tensors[f"{QKV}.hada_w2_b"]
+    )
+    made, header = convert(tensors, "diffusers", source="flux", via="dense")
+    check(read_diffusers(made, header), dict(zip(PARTS, np.split(want, 3), strict=True)))
+
+
+def test_lokr_is_split_where_its_blocks_allow_it(convert):
+    """w1 has a row for each part; otherwise a LoKr with a decomposed w2 becomes a LoRA."""
+    for rows in (6, 4):
+        size = 3 * N // rows
+        tensors = named(
+            QKV,
+            lokr_w1=numbers(rows, 4),
+            lokr_w2_a=numbers(size, 1),
+            lokr_w2_b=numbers(1, 4),
+            alpha=np.float32(1),
+        )
+        want = np.kron(
+            tensors[f"{QKV}.lokr_w1"], tensors[f"{QKV}.lokr_w2_a"] @ tensors[f"{QKV}.lokr_w2_b"]
+        )
+        made, header = convert(tensors, "diffusers", source="flux")
+        check(read_diffusers(made, header), dict(zip(PARTS, np.split(want, 3), strict=True)))
+
+
+def test_dora_follows_rows_and_needs_all_parts(convert):
+    m = np.abs(numbers(3 * N)) + 1
+    tensors = named(
+        QKV,
+        lora_down__weight=numbers(2, N),
+        lora_up__weight=numbers(3 * N, 2),
+        alpha=np.float32(2),
+        dora_scale=m[:, None],
+    )
+    made, header = convert(tensors, "diffusers", source="flux")
+    np.testing.assert_array_equal(
+        made[f"transformer.{PARTS[1]}.lora_magnitude_vector"], m[N : 2 * N]
+    )
+    same_bits(convert(made, "kohya", header, source="flux")[0], tensors)
+    some = {k: v for k, v in made.items() if "to_k" not in k}
+    with pytest.raises(regraft.RefusedError, match="lengths of their rows"):
+        convert(some, "kohya", source="flux")
+
+
+def test_bfls_control_adapters(convert):
+    """New norms are no deltas: only ComfyUI has a name for them; biases follow their rows."""
+    tensors = {
+        "double_blocks.0.img_attn.norm.query_norm.scale": numbers(8),
+        "double_blocks.0.img_attn.qkv.lora_A.weight": numbers(2, H),
+        "double_blocks.0.img_attn.qkv.lora_B.weight": numbers(3 * H, 2),
+        "double_blocks.0.img_attn.qkv.lora_B.bias": numbers(3 * H),
+        "img_in.lora_A.weight": numbers(2, 10),
+        "img_in.lora_B.weight": numbers(H, 2),
+    }
+    for to in ("diffusers", "kohya"):
+        with pytest.raises(regraft.RefusedError, match=r"takes the place|norms or biases"):
+            convert(tensors, to, source="flux")
+    made, _ = convert(tensors, "comfyui", source="flux")
+    base = "diffusion_model.double_blocks.0.img_attn"
+    assert f"{base}.norm.query_norm.scale.set_weight" in made
+    assert made["diffusion_model.img_in.reshape_weight"].tolist() == [H, 10]
+    np.testing.assert_array_equal(
+        made[f"{base}.qkv.diff_b"], tensors["double_blocks.0.img_attn.qkv.lora_B.bias"]
+    )
+    del tensors["double_blocks.0.img_attn.norm.query_norm.scale"]
+    made, header = convert(tensors, "diffusers", source="flux")
+    np.testing.assert_array_equal(
+        made[f"transformer.{PARTS[2]}.lora_B.bias"],
+        tensors["double_blocks.0.img_attn.qkv.lora_B.bias"][2 * H :],
+    )
+    assert read_pairs(made) and "lora_bias" in header["lora_adapter_metadata"]
