@@ -18,11 +18,13 @@ import regraft
 from regraft.errors import BadInputError, RegraftError, UnmatchedKeysError
 from regraft.live import load as load_module
 from regraft.live import memory, pages
+from regraft.rules.book import only_books
 
 if not pages.can_map():
     pytest.skip("files cannot be mapped here", allow_module_level=True)
 
 BASES = Path(__file__).parents[1] / "golden/bases"
+MLX = Path(__file__).parents[2] / "scripts/learn/books/mlx_mixtral.toml"
 WAYS = ("map", "copy")
 
 
@@ -502,6 +504,32 @@ def test_a_fault_leaves_the_model_as_it_was(mine, monkeypatch):
     with pytest.raises(BadInputError):
         regraft.load_checkpoint(model, mine)
     assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_tool_is_loaded_through_its_book(tmp_path):
+    """Its experts are stacked, gate and up apart; the model wants them as one."""
+    folder = tmp_path / "mlx"
+    with only_books([MLX, "built-in"]):
+        regraft.convert(BASES / "mixtral", folder, to="mlx")
+        model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+        done = regraft.load_checkpoint(model, folder)
+    assert done.tensors == len(model.state_dict())
+    assert same(model.eval(), causal(BASES / "mixtral", dtype=model.dtype))
+
+
+def test_a_shape_is_told_with_keys_that_are_unknown(mine):
+    path = sorted(mine.glob("*.safetensors"))[0]
+    tensors = load_file(path) | {"nobody.weight": torch.zeros(2)}
+    save_file(tensors, path, {"format": "pt"})
+    index = json.loads((mine / "model.safetensors.index.json").read_text())
+    index["weight_map"]["nobody.weight"] = path.name
+    (mine / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = transformers.AutoConfig.from_pretrained(mine)
+    config.vocab_size = 11
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnmatchedKeysError) as caught:
+        regraft.load_checkpoint(model, mine)
+    assert {f.code for f in caught.value.findings} == {"unmatched", "shape"}
 
 
 def test_a_shape_that_is_another_ones(big):

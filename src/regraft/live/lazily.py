@@ -6,7 +6,8 @@ import numpy as np
 
 from regraft.arrays.lazy import Lazy
 from regraft.checkpoints.gather import Files, Fill, fill_slices
-from regraft.checkpoints.slices import strips_of
+from regraft.checkpoints.moves import Moves
+from regraft.checkpoints.slices import slicer_of, strips_of
 from regraft.checkpoints.source import Source
 from regraft.planning.slices import Slicer
 from regraft.storage.dtypes import DTYPES
@@ -26,6 +27,15 @@ class LazyFiles:
             for row, (name, shape, dtype) in enumerate(
                 zip(tensors.names, tensors.shapes, tensors.dtypes, strict=True)
             )
+        }
+
+    def converted(self, moves: Moves) -> dict[str, Lazy]:
+        """What moves make of the tensors, in another layout."""
+        slicer = slicer_of(moves, self.source.tensors)
+        rows = np.arange(len(self.source.tensors), dtype=np.int64)
+        return {
+            name: Lazy(shape, dtype, -1, (slicer, name, rows), self._read)
+            for name, shape, dtype in zip(moves.names, moves.shapes, moves.dtypes, strict=True)
         }
 
     def _read(self, tensor: Lazy) -> bytes:

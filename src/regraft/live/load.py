@@ -12,6 +12,10 @@ import torch
 
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.torch_tensors import parameters_of
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.bridges.transformers.making import LEFT, RIGHT
+from regraft.checkpoints.prepare import prepare
+from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.live.lazily import LazyFiles
@@ -60,7 +64,7 @@ def load_checkpoint(
     lazy = LazyFiles(open_checkpoint(Path(path)))
     state = _tensors_of(model)
     with lazy.files, collector_paused():
-        wanted = _wanted(lazy.state_dict(), model, key_mapping)
+        wanted = _wanted(lazy, Path(path), model, key_mapping)
     parts, casts, findings = _parts(wanted, state)
     findings = [*(_missing(key) for key in wanted.report.missing), *findings]
     if findings:
@@ -142,32 +146,59 @@ def check_way(load: str) -> None:
 
 
 def _wanted(
-    tensors: dict[str, Lazy], model: Any, key_mapping: dict[str, str] | None
+    lazy: LazyFiles, path: Path, model: Any, key_mapping: dict[str, str] | None
 ) -> ConvertedStateDict:
     """The model's state dict, as what is to be read; what is missing is left to the caller.
 
+    A checkpoint that neither transformers wrote is brought into the model's layout by rule books first.
+
     Raises ``UnmatchedKeysError`` with what else is wrong, too.
     """
+    tensors = lazy.state_dict()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             found = convert_state_dict(tensors, to=model, key_mapping=key_mapping)
         except UnmatchedKeysError as error:
-            lost = {finding.key for finding in error.findings if finding.code == "unmatched"}
-            rest = {name: tensor for name, tensor in tensors.items() if name not in lost}
-            if not lost or not rest:
-                raise
-            more: tuple[Finding, ...] = ()
-            try:
-                found = convert_state_dict(rest, to=model, key_mapping=key_mapping)
-                more = tuple(map(_missing, found.report.missing))
-            except RegraftError as other:
-                more = other.findings
-            raise UnmatchedKeysError([*error.findings, *more]) from None
+            made = _by_books(lazy, path)
+            if made is None:
+                raise _with_all_else(error, tensors, model, key_mapping) from None
+            found = convert_state_dict(made, to=model, key_mapping=key_mapping)
     if not found.report.missing:
         for warning in told:
             warnings.warn(str(warning.message), stacklevel=4)
     return found
+
+
+def _by_books(lazy: LazyFiles, path: Path) -> dict[str, Lazy] | None:
+    """The tensors of a checkpoint of another tool in transformers' layout; ``None`` where it is none of those."""
+    try:
+        ready = prepare(path, RIGHT, foreign=InstalledTransformers())
+    except RegraftError:
+        return None
+    if ready.plan is None or ready.report.source_layout in (LEFT, RIGHT):
+        return None
+    check_reads(ready.plan, ready.source)
+    return lazy.converted(ready.moves)
+
+
+def _with_all_else(
+    error: UnmatchedKeysError,
+    tensors: dict[str, Lazy],
+    model: Any,
+    key_mapping: dict[str, str] | None,
+) -> UnmatchedKeysError:
+    """The error, and what else does not fit: weights that are missing, shapes of what does land."""
+    lost = {finding.key for finding in error.findings if finding.code == "unmatched"}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    if not lost or not rest:
+        return error
+    try:
+        found = convert_state_dict(rest, to=model, key_mapping=key_mapping)
+        more = [*map(_missing, found.report.missing), *_parts(found, _tensors_of(model))[2]]
+    except RegraftError as other:
+        more = list(other.findings)
+    return UnmatchedKeysError([*error.findings, *more])
 
 
 def _missing(key: str) -> Finding:

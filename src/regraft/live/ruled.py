@@ -38,10 +38,15 @@ class Ruled:
 
     @staticmethod
     def of(model: LiveModel, books: Sequence[Book]) -> Ruled | None:
-        """What some books say of a model; ``None`` where none of them knows it."""
+        """What some books say of a model; ``None`` where none of them knows it.
+
+        A class of transformers' own has the layout of that release: a book between two others says nothing of it.
+        """
         name = type(model.module).__name__
         config = ModelConfig(model.module.config.to_dict(), f"the {name} in memory")
         known = tuple(books_for(config.model_types(), books)) if books else ()
+        if type(model.module).__module__.startswith("transformers."):
+            known = tuple(book for book in known if RIGHT in book.layouts)
         if not known:
             return None
         scopes = {book.name: config.scope_of(book.model_types) for book in known}
