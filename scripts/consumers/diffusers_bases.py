@@ -20,11 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.loaders import single_file_utils as files
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from regraft.arrays.apply import apply_plan
 from regraft.layouts.graph import edges_to
@@ -351,7 +353,72 @@ def qwen_image() -> list[Case]:
     return cases
 
 
+def autoencoder_kl() -> list[Case]:
+    """The VAE of Stable Diffusion, with and without convolutions around its latents."""
+    cases = []
+    for width, convolutions in ((4, True), (8, False)):
+        config = {
+            "block_out_channels": (width, 2 * width, 2 * width, 4 * width),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 2,
+            "norm_num_groups": 2,
+            "use_quant_conv": convolutions,
+            "use_post_quant_conv": convolutions,
+        }
+        state = labelled(diffusers.AutoencoderKL, **config)
+
+        def convert(native: State, config: dict[str, Any] = config) -> Mapping[str, torch.Tensor]:
+            return files.convert_ldm_vae_checkpoint(native, dict(config))
+
+        same = ("quant_conv.", "post_quant_conv.", "encoder.conv_", "decoder.conv_")
+        cases.append(Case("autoencoder-kl", f"width {width}", state, convert, same))
+    return cases
+
+
+def wan_vae() -> list[Case]:
+    """The VAE of Wan 2.1."""
+    cases = []
+    for width in (4, 8):
+        state = labelled(diffusers.AutoencoderKLWan, base_dim=width, z_dim=4, dim_mult=[1, 2, 4, 4])
+        cases.append(Case("wan-vae", f"width {width}", state, files.convert_wan_vae_to_diffusers))
+    return cases
+
+
+def open_clip(family: str) -> list[Case]:
+    """OpenCLIP's text encoders."""
+    cases = []
+    for width, layers in ((8, 2), (12, 11)):
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            projection_dim=width,
+            vocab_size=20,
+            max_position_embeddings=7,
+            eos_token_id=19,
+            bos_token_id=18,
+        )
+        state = labelled(CLIPTextModelWithProjection, config=config)
+        if family == "open-clip-sd2":
+            del state["text_projection.weight"]
+
+        def convert(native: State, config: Any = config) -> Mapping[str, torch.Tensor]:
+            prefixed = {f"p.{name}": tensor for name, tensor in native.items()}
+            return files.convert_open_clip_checkpoint(
+                SimpleNamespace(config=config), prefixed, "p."
+            )
+
+        cases.append(Case(family, f"{layers} layers", state, convert))
+    return cases
+
+
 FAMILIES: dict[str, Callable[[], list[Case]]] = {
+    "autoencoder-kl": autoencoder_kl,
+    "open-clip": partial(open_clip, "open-clip"),
+    "open-clip-sd2": partial(open_clip, "open-clip-sd2"),
+    "wan-vae": wan_vae,
     "chroma": chroma,
     "flux": flux,
     "flux2": flux2,

@@ -329,8 +329,7 @@ def _counts(book: Book) -> Iterator[Fault]:
 def _gaps(book: Book) -> Iterator[Fault]:
     """Spelled-out indices of one side that leave one out: shard.0, shard.1, shard.3.
 
-    Numbers that module rules spell out one by one are places in an ``nn.Sequential``, and its activations have no
-    weights.
+    Numbers that each have a rule of their own are places in an ``nn.Sequential``, and its activations have no weights.
     """
     for side in ("left", "right"):
         seen: dict[tuple[str, ...], dict[int, Rule]] = defaultdict(dict)
@@ -343,8 +342,7 @@ def _gaps(book: Book) -> Iterator[Fault]:
                     seen[around].setdefault(segment[0], end.rule)
         for around, numbers in seen.items():
             missing = [n for n in range(max(numbers)) if n not in numbers]
-            modules = {rule.module for rule in numbers.values()}
-            if "" not in modules and len(modules) == len(numbers):
+            if len({rule.module or rule.name for rule in numbers.values()}) == len(numbers):
                 continue
             if len(numbers) > 1 and missing:
                 rule = numbers[max(numbers)]
