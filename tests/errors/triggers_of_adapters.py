@@ -183,8 +183,7 @@ def _(lab):
 
 
 _NAMES = {
-    "prefix": (START, START + "module."),
-    "adapter-name": (".weight", ".default.weight"),
+    "prefix": (START, START + "model."),
     "odd-key": (".lora_A.weight", ".lora_A"),
 }
 
@@ -192,6 +191,15 @@ _NAMES = {
 @provokes(*_NAMES)
 def _(lab, code):
     lab.convert_adapter(renamed(*_NAMES[code]))
+
+
+@provokes("adapter-name")
+def _(lab):
+    def named(tensors):
+        rows = enumerate(tensors.items())
+        return {k.replace(".weight", f".{'ab'[at % 2]}.weight"): t for at, (k, t) in rows}
+
+    lab.convert_adapter(named)
 
 
 @provokes("half")

@@ -111,6 +111,7 @@ def convert_adapter(
     if not in_place:
         opened.check_convertible()
     known = find_books(names, opened.hints(), model, opened.where, foreign)
+    known = replace(known, notes=(*known.notes, *names.notes))
     to = to if into is None else into.layout(to, known)
     into = None if into is None or into.own else into
     try:

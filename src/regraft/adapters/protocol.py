@@ -37,6 +37,8 @@ class Names:
     """Tensors that stand for tensors of the base, or belong to no module of it."""
     bound: bool
     """Whether anything in it belongs to a module of the base."""
+    notes: tuple[str, ...] = ()
+    """What was done to the keys, for the report."""
 
 
 @dataclass(frozen=True, slots=True)

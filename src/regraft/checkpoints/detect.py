@@ -82,8 +82,7 @@ def detect(
                 group.name(0): tuple(headers.shapes[int(group.ids[0])]) for group in headers.groups
             }
             classes = model.architectures()
-            keys = [*spelled, *names]
-            imported = foreign.book(model, keys, shapes, classes, adapter=False)
+            imported = foreign.book(model, names, shapes, classes, adapter=False, spelled=spelled)
         if not books and imported is None and not additions:
             known = ", ".join(sorted({t for book in library() for t in book.model_types}))
             message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"

@@ -15,6 +15,7 @@ from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.checkpoints.wrappers import strip_wrappers
 from regraft.dialects.peft.inspect import TensorPattern
 from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
@@ -86,7 +87,7 @@ def inspect_checkpoint(
 
     Raises ``BadInputError`` where it cannot be opened, or its config is none.
     """
-    source = open_checkpoint(path)
+    source, stripped = strip_wrappers(open_checkpoint(path))
     config = model_of(source, model)
     tensors = source.tensors
     names = tensors.names
@@ -106,6 +107,7 @@ def inspect_checkpoint(
         patterns=_patterns(source),
         files=[str(other) for other in source.others],
     )
+    result.notes += [f"a conversion does this: {said}" for said in stripped]
     if source.left_out:
         result.notes.append(
             "a conversion leaves these out, because they hold weights in another form or lie elsewhere: "

@@ -46,6 +46,7 @@ from regraft.checkpoints.ties import (
     without_ties,
 )
 from regraft.checkpoints.units import UNIT
+from regraft.checkpoints.wrappers import strip_wrappers
 from regraft.errors import BadInputError
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
@@ -119,7 +120,7 @@ def prepare(
 
     Raises what opening, detecting and planning raise.
     """
-    source = open_checkpoint(path)
+    source, stripped = strip_wrappers(open_checkpoint(path))
     config = model_of(source, model)
     ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
     aside = find_aside(source, drop, keep)
@@ -186,7 +187,7 @@ def prepare(
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
-    report.notes += [*known.notes, *said, *aside.words()]
+    report.notes += [*known.notes, *stripped, *said, *aside.words()]
     if len(known.mtp) and plan is not None:
         report.notes.append(
             f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "

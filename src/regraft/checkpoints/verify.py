@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.engine import open_source
@@ -95,7 +96,10 @@ def _verify(
         companions.headers, config, other.where, foreign=foreign, companions=companions
     ).layout
     untie, drop = _settled(src, other, told, foreign)
-    first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop)
+    asked = [read_remembered(file.metadata) for file in other.files]
+    drop += [name for entry in asked for name in entry.dropped if name not in drop]
+    keep = [name for entry in asked for name in entry.set_aside]
+    first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop, keep=keep)
     layouts = first.report.source_layout, first.report.target_layout
     result = Verification(str(src), str(dst), *layouts)
     same = _compare_names(first, other, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -175,6 +175,10 @@ def _open_adapter(
     books = known.books if known is not None else ()
     if isinstance(opened, Adapter) and scan is not None:
         names = _adapter_names(opened, scan, family, books, layout)
+        if opened.stripped:
+            # Under the names that the file has, too.
+            pairs = zip(opened.stripped.before, opened.stripped.names, strict=True)
+            names |= {old: replace(names[new], name=old) for old, new in pairs if new in names}
     else:
         names = {n: Name(n, base, role) for n, (base, role) in opened.roles().items()}
     plan: Plan | None = None

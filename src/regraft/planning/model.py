@@ -236,11 +236,13 @@ class Foreign(Protocol):
         *,
         adapter: bool,
         task: str | None = None,
+        spelled: Sequence[str] = (),
     ) -> Told | None:
         """A rule book for a model and what told it; ``None`` where it does not know the model.
 
-        ``keys`` and ``shapes`` are those of the file at hand, ``classes`` what the model may be, the likeliest
-        first; ``adapter`` tells that the names are those of modules, and ``task`` what PEFT calls its task.
+        ``keys`` and ``shapes`` are those of the file at hand, ``spelled`` the names that it had before, ``classes``
+        what the model may be, the likeliest first; ``adapter`` tells that the names are those of modules, and
+        ``task`` what PEFT calls its task.
         """
 
     def tied(

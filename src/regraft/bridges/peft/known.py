@@ -138,6 +138,7 @@ class LiveTransformers:
         *,
         adapter: bool,
         task: str | None = None,
+        spelled: Sequence[str] = (),
     ) -> Told:
         """The rule book for the model, from its own modules; see `plan.model.Foreign`."""
         imported = import_model(skeleton_of(self.live))

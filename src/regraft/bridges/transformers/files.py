@@ -36,6 +36,7 @@ class InstalledTransformers:
         *,
         adapter: bool,
         task: str | None = None,
+        spelled: Sequence[str] = (),
     ) -> Told | None:
         """The rule book for a model by its config; ``None`` without transformers, or where that has no such model.
 
@@ -44,7 +45,9 @@ class InstalledTransformers:
         Raises ``BadInputError`` where the model cannot be built from its config, ``AmbiguousError`` where its class
         has to be guessed and several lead to different results.
         """
-        question = _Question(model, list(keys), dict(shapes), list(classes), adapter, task)
+        question = _Question(
+            model, list(keys), dict(shapes), list(classes), adapter, task, spelled=list(spelled)
+        )
         found: Told | None = _ask(question)
         return found
 
@@ -84,6 +87,8 @@ class _Question:
     task: str | None = None
     about_ties: bool = False
     """Whether it is which of the names are tied."""
+    spelled: list[str] = field(default_factory=list)
+    """Names that the file had before."""
 
 
 @dataclass(slots=True)
@@ -105,7 +110,9 @@ class _InProcess:
         imported, guessed = chosen
         told = f"transformers {transformers.__version__} has a registry for {imported.name}"
         told += f", a class that was guessed: {guessed.why}" if guessed is not None else ""
-        book = imported.book(question.keys, question.shapes, adapter=question.adapter)
+        book = imported.book(
+            question.keys, question.shapes, adapter=question.adapter, spelled=question.spelled
+        )
         notes = [newer_than_tested(), guessed.note(question.model) if guessed is not None else None]
         return Told(book, told, tuple(note for note in notes if note), imported.name)
 

@@ -158,6 +158,16 @@ class Imported:
         )
 
     @cached_property
+    def only_renamed(self) -> frozenset[str]:
+        """The model's keys that had another name, and are the same tensors otherwise."""
+        return frozenset(
+            name
+            for rows, origin in self.origins
+            if origin.converter is None and origin.old != origin.new
+            for name in rows.names()
+        )
+
+    @cached_property
     def turned(self) -> frozenset[str]:
         """The model's keys that had the same name and were stored turned: only a shape tells old from new."""
         return frozenset(
@@ -214,17 +224,20 @@ class Imported:
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         *,
         adapter: bool = False,
+        spelled: Iterable[str] = (),
     ) -> Book:
         """The rule book between the old names and the model's.
 
-        ``keys`` are names of the file at hand, or those that a file had: where an old name can be spelled in
-        several ways, the book has their spelling. ``shapes`` are theirs, and tell whether a tensor is stored
-        turned. An ``adapter`` has the names of modules, which in transformers 4 are not always those of files; and
-        one that has ``base_model_prefix`` where the model has not, or the other way round, keeps it so.
+        ``keys`` are names of the file at hand, ``spelled`` those that it had: where an old name can be spelled in
+        several ways, the book has their spelling. Where some names of a file are old and others are the model's own
+        already (as models of transformers 4.52 to 4.57 had them in memory), these are old names, too. ``shapes`` are
+        theirs, and tell whether a tensor is stored turned. An ``adapter`` has the names of modules, which in
+        transformers 4 are not always those of files; and one that has ``base_model_prefix`` where the model has not,
+        or the other way round, keeps it so.
         """
         from regraft.bridges.transformers.making import make_book
 
-        return make_book(self, list(keys), shapes or {}, adapter)
+        return make_book(self, list(keys), shapes or {}, adapter, list(spelled))
 
     @cached_property
     def origins(self) -> list[tuple[Rows, Origin]]:

@@ -60,14 +60,29 @@ def make_book(
     keys: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     adapter: bool,
+    spelled: Sequence[str] = (),
 ) -> Book:
     """The rule book of a model; see `Imported.book`."""
     maker = _Maker(imported, shapes)
-    maker.listen(keys)
+    maker.partly_new = not adapter and _is_partly_new(imported, spelled or keys)
+    maker.listen([*spelled, *keys] if not maker.partly_new else spelled or keys)
     shift = maker.shift if adapter else 0
     for rows, origin in imported.origins:
         maker.add(rows, module_names(origin, imported) if adapter else origin, shift)
     return maker.book()
+
+
+def _is_partly_new(imported: Imported, keys: Sequence[str]) -> bool:
+    """Whether some keys are old, and others, which had another name, are spelled as the model spells them."""
+    old = new = False
+    for rows, landed in imported.landings(keys):
+        if landed is None:
+            continue
+        old = old or landed.hit is not None or (bool(landed.fired) and landed.key != rows.text)
+        new = new or (landed.key == rows.text and rows.name(0) in imported.only_renamed)
+        if old and new:
+            return True
+    return False
 
 
 def count_rules(imported: Imported) -> dict[str, int]:
@@ -94,6 +109,8 @@ class _Maker:
     respelled: list[Rule] = field(default_factory=list)
     shift: int = 0
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
+    partly_new: bool = False
+    """Whether the file has old names, and for other parts of the model the model's own."""
     gaps: list[Gap] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     carries_made: list[Carry] = field(default_factory=list)
@@ -115,6 +132,8 @@ class _Maker:
             shift = self._shift_of(new.key, rows.text, base)
             counts[shift] += len(rows.numbers)
             if bare and file_name(self.imported.classes, rows.text) == rows.text:
+                if self.partly_new and rows.name(0) in self.imported.only_renamed:
+                    self._tell(rows, new.key, 0)
                 continue
             self._tell(rows, new.key, new.hit.source if new.hit is not None else 0)
         self.shift = max(counts, key=lambda s: (counts[s], s == 0))

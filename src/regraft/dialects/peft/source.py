@@ -25,6 +25,7 @@ from regraft.dialects.peft.packing import BEFORE, SINCE, packing_of_version
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.saved import Style, names_of, saved_groups
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.stripped import Stripped, strip_tensors
 from regraft.dialects.peft.variants import claimed_names, refuse_attention
 from regraft.dialects.unread import find_dialect
 from regraft.errors import (
@@ -87,6 +88,8 @@ class Source:
     weights: Path | None = None
     aside: dict[str, Array] = field(default_factory=dict)
     """Factors that regraft kept in a file beside the weights."""
+    stripped: Stripped | None = None
+    """What was taken out of its keys."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -146,7 +149,8 @@ class Source:
 
     def names(self) -> Names:
         """What its keys say of the base. Raises ``BadInputError``."""
-        return names_of_scan(self.scan())
+        notes = (str(self.stripped),) if self.stripped else ()
+        return replace(names_of_scan(self.scan()), notes=notes)
 
     def hints(self) -> Hints:
         """What its config and metadata say of the base."""
@@ -202,6 +206,8 @@ class Source:
 
     def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
         """Whether PEFT would load it rightly in its layout, with experts packed as they are to be."""
+        if self.stripped:
+            return False
         if self.plain and self._is_claimed(to.name, known):
             return False
         if not self.plain or not self.config.get("target_parameters"):
@@ -483,11 +489,13 @@ def open_adapter(
     *,
     foreign: bool = False,
     by_tensor: bool = False,
+    as_named: bool = False,
 ) -> Source:
     """Open one adapter; everything that is wrong with its two files is reported together.
 
     ``foreign`` allows another tool's form, which a caller then has to look for itself. With ``by_tensor`` each tensor
-    is read when it is asked for, and not kept.
+    is read when it is asked for, and not kept. What wrappers and an adapter's name left in keys is taken out of them,
+    unless they are wanted ``as_named``.
 
     Raises ``BadInputError``; ``RefusedError`` where it is sound, but in another tool's form.
     """
@@ -547,5 +555,11 @@ def open_adapter(
     dialect = None if foreign else find_dialect(config, tensors, folder)
     if dialect is not None:
         raise RefusedError(dialect)
+    stripped = None
+    if not (foreign or as_named):
+        family = family_of(config)
+        prefix = family.prefix if family is not None else "lora_" * (config["peft_type"] == "LORA")
+        tensors, stripped = strip_tensors(tensors, prefix, str(folder))
     name = str(folder.relative_to(root))
-    return Source("" if name == "." else name, str(folder), config, tensors, metadata, file, aside)
+    name = "" if name == "." else name
+    return Source(name, str(folder), config, tensors, metadata, file, aside, stripped)
