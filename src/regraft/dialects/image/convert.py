@@ -138,18 +138,18 @@ def convert_image(
     Raises ``UnmatchedKeysError``, ``BadInputError``, ``AmbiguousError`` or ``RefusedError`` with all findings.
     """
     fits, why = candidates(opened.grouped, opened.metadata, opened.where, family)
-    several = len(fits) > 1
+    names = tuple(fit.family.name for fit in fits)
     made: list[tuple[Fit, Made]] = []
     errors: list[RegraftError] = []
     for fit in fits:
         adapter = read_adapter(fit, opened.grouped, opened.metadata, opened.where, why)
         try:
-            made.append((fit, _converted(opened, fit, adapter, to, base, via, several)))
+            made.append((fit, _converted(opened, fit, adapter, to, base, via, names)))
         except RegraftError as error:
             errors.append(error)
     if errors and (not made or len(errors) == len(fits)):
         raise errors[0]
-    if several and not all(_same(made[0][1], other) for _, other in made[1:]):
+    if len(made) > 1 and not all(_same(made[0][1], other) for _, other in made[1:]):
         raise AmbiguousError(
             Finding(
                 "which-model",
@@ -186,7 +186,7 @@ def _converted(
     to: str,
     base: Path | None,
     via: str | None,
-    several: bool,
+    names: tuple[str, ...],
 ) -> Made:
     family = adapter.family
     how = writing(to, family)
@@ -196,7 +196,7 @@ def _converted(
     homes = adapter.deltas
     if back is not None and any(layout in how.also for layout in back.layouts):
         how = replace(how, layout=next(x for x in back.layouts if x in how.also))
-    stays = back is None and bool(how.also) and (opened.form == to or several)
+    stays = back is None and bool(how.also) and (opened.form == to or len(names) > 1)
     kept = {h: d for h, d in homes.items() if stays and h.layout in how.also}
     rest = {h: d for h, d in homes.items() if h not in kept}
     moved = {**kept, **move_deltas(rest, family, how.layout, ways)}
@@ -209,7 +209,7 @@ def _converted(
     tensors = {**written.tensors, **adapter.others}
     layouts = tuple(dict.fromkeys(h.layout for h in homes if h.component == DENOISER))
     alphas = _alphas(opened, fit, adapter) if _lost_alphas(fitted, written) else {}
-    metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts)
+    metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names)
     return Made(tensors, metadata, _report(opened, adapter, fitted, how, ways, written, tensors))
 
 
@@ -235,6 +235,7 @@ def _metadata(
     origin: Origin | None,
     alphas: Mapping[str, Number],
     layouts: tuple[str, ...],
+    families: tuple[str, ...],
 ) -> dict[str, str]:
     """The header: the old one without what is of the old bytes, what the dialect needs, and what the way back needs.
 
@@ -245,7 +246,7 @@ def _metadata(
         return dict(origin.header)
     kept = {k: v for k, v in old.items() if not _STALE.fullmatch(k) and k != ADAPTER_METADATA}
     names = tuple(dict.fromkeys((opened.form, opened.dialect)))
-    entry = write_origin(names, layouts, old, opened.tensors, alphas)
+    entry = write_origin(names, layouts, families, old, opened.tensors, alphas)
     return {"format": "pt", **kept, **written.header, KEY: entry}
 
 

@@ -99,6 +99,12 @@ class Family:
     """How wide the text is that cross-attention sees, in genuine models; 0 where it tells nothing."""
     kernels: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Patterns of convolutions, and the kernels that they have."""
+    ratios: tuple[tuple[str, float], ...] = ()
+    """Patterns of modules, and how many times its columns each one's rows are."""
+    last_block: tuple[str, float] | None = None
+    """A pattern with the number of a block, and how many times its columns the rows are in the last block only."""
+    comfy_names: tuple[tuple[str, str], ...] = ()
+    """Where ComfyUI's model names modules otherwise than the native code: what is replaced, and by what."""
     ai_toolkit: str = "diffusion_model."
     """What ai-toolkit writes before modules; ``lora_unet_`` where it writes kohya's names."""
     ai_toolkit_layout: str = ""
@@ -108,6 +114,12 @@ class Family:
     def layouts(self) -> tuple[str, ...]:
         """The layouts that its modules may be named in."""
         return tuple(dict.fromkeys(("diffusers", self.native)))
+
+    def in_comfy(self, path: str) -> str:
+        """ComfyUI's name of a module that has a native one."""
+        for native, comfy in self.comfy_names:
+            path = path.replace(native, comfy)
+        return path
 
     def text_encoder(self, name: str) -> TextEncoder | None:
         """A text encoder by diffusers' name of it."""
@@ -119,6 +131,14 @@ _UNET_KERNELS = (
     (r".*", (3, 3)),
 )
 
+_FLUX_RATIOS = (
+    (r"single_blocks\.\d+\.linear1", 7),
+    (r"(?:single_blocks\.\d+\.linear2|single_transformer_blocks\.\d+\.proj_out)", 1 / 5),
+    (
+        r"double_blocks\.\d+\.(?:img|txt)_mlp\.(?:0|fc1)|transformer_blocks\.\d+\.ff(?:_context)?\.net\.0\.proj",
+        4,
+    ),
+)
 _CLIP_L = TextEncoder("text_encoder", "clip", ("lora_te1_", "lora_te_"), "clip_l")
 _CLIP_G = TextEncoder("text_encoder_2", "clip", ("lora_te2_",), "clip_g")
 
@@ -203,6 +223,7 @@ FAMILIES: tuple[Family, ...] = (
         "bfl",
         "bfl",
         (_CLIP_L, TextEncoder("text_encoder_2", "t5", ("lora_te3_", "lora_te2_"), "t5xxl")),
+        ratios=_FLUX_RATIOS,
         marks=r"flux-?_?1?(?:[.-]?1)?(?:-?(?:dev|schnell|kontext|krea|fill).*)?|flux1.*",
         ai_toolkit="transformer.",
         ai_toolkit_layout="diffusers",
@@ -215,6 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         "bfl",
         "bfl",
         (TextEncoder("text_encoder", "t5", ("lora_te1_", "lora_te3_", "lora_te_"), "t5xxl"),),
+        ratios=_FLUX_RATIOS,
         marks=r"chroma.*",
     ),
     Family(
@@ -225,6 +247,17 @@ FAMILIES: tuple[Family, ...] = (
         "bfl",
         "bfl",
         (TextEncoder("text_encoder", "decoder", ("lora_te_", "lora_te1_"), "mistral3_24b"),),
+        ratios=(
+            (
+                r"single_blocks\.\d+\.linear1|single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj",
+                9,
+            ),
+            (r"single_blocks\.\d+\.linear2|single_transformer_blocks\.\d+\.attn\.to_out", 1 / 4),
+            (
+                r"double_blocks\.\d+\.(?:img|txt)_mlp\.0|transformer_blocks\.\d+\.ff(?:_context)?\.linear_in",
+                6,
+            ),
+        ),
         marks=r"flux-?_?2.*",
     ),
     Family(
@@ -235,6 +268,10 @@ FAMILIES: tuple[Family, ...] = (
         "sd3",
         "sd3",
         (_CLIP_L, _CLIP_G, TextEncoder("text_encoder_3", "t5", ("lora_te3_",), "t5xxl")),
+        last_block=(
+            r"(?:joint_blocks\.(\d+)\.context_block\.adaLN_modulation\.1|transformer_blocks\.(\d+)\.norm1_context\.linear)",
+            2,
+        ),
         marks=r"sd3.*|sd35.*|stable-diffusion-3.*",
     ),
     Family(
@@ -268,6 +305,21 @@ FAMILIES: tuple[Family, ...] = (
         (
             TextEncoder("text_encoder", "decoder", ("lora_te1_", "lora_te_"), "llama"),
             TextEncoder("text_encoder_2", "clip", ("lora_te2_",), "clip_l"),
+        ),
+        ratios=_FLUX_RATIOS,
+        comfy_names=(
+            ("txt_in.t_embedder.mlp.0", "txt_in.t_embedder.in_layer"),
+            ("txt_in.t_embedder.mlp.2", "txt_in.t_embedder.out_layer"),
+            ("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),
+            ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
+            ("_in.mlp.0", "_in.in_layer"),
+            ("_in.mlp.2", "_in.out_layer"),
+            ("_mod.linear", "_mod.lin"),
+            (".modulation.linear", ".modulation.lin"),
+            ("_attn_qkv", "_attn.qkv"),
+            ("_attn_proj", "_attn.proj"),
+            ("mlp.fc1", "mlp.0"),
+            ("mlp.fc2", "mlp.2"),
         ),
         marks=r"hunyuan.*|hv.*",
     ),

@@ -7,7 +7,7 @@ all modules there is one answer, so nothing is ever parsed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +27,8 @@ class Module:
     path: str
     key: str
     kind: str
+    other_name: bool = False
+    """Whether it was found by a name that only one tool has for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class _Template:
     ending: str
     """What follows the module in the key of its weight."""
     kind: str
+
+    @property
+    def shown(self) -> str:
+        """The path with braces for its indices."""
+        return "".join("{}" if part is None else part for part in self.parts)
 
     def pattern(self, *, flat: bool) -> re.Pattern[str]:
         """What its names look like."""
@@ -54,16 +61,28 @@ class _Template:
 class Names:
     """The modules of one layout, found by dotted or by flat names."""
 
-    def __init__(self, layout: str, templates: Sequence[_Template]) -> None:
+    def __init__(
+        self,
+        layout: str,
+        templates: Sequence[_Template],
+        alias: Callable[[str], str] = lambda path: path,
+    ) -> None:
         self.layout = layout
         self._index: dict[tuple[bool, str], list[tuple[re.Pattern[str], _Template]]] = {}
         for template in templates:
-            shown = "".join("0" if part is None else part for part in template.parts)
             for flat in (False, True):
-                name = shown.replace(".", "_") if flat else shown
-                found = self._index.setdefault((flat, _NUMBER.sub(_MARK, name)), [])
-                if all(template != other for _, other in found):
-                    found.append((template.pattern(flat=flat), template))
+                self._add(template, template, flat)
+        for template in templates:
+            parts = tuple(_cut(alias(template.shown)))
+            if parts != template.parts:
+                self._add(_Template(parts, template.ending, template.kind), template, False)
+
+    def _add(self, spelled: _Template, meant: _Template, flat: bool) -> None:
+        shown = spelled.shown.replace("{}", "0")
+        name = shown.replace(".", "_") if flat else shown
+        found = self._index.setdefault((flat, _NUMBER.sub(_MARK, name)), [])
+        if all(meant != other for _, other in found):
+            found.append((spelled.pattern(flat=flat), meant))
 
     def find(self, name: str, *, flat: bool) -> Module | None:
         """The module that a name stands for."""
@@ -72,12 +91,9 @@ class Names:
             found = pattern.fullmatch(name)
             if found is not None:
                 path = template.fill(found.groups())
-                fits.append(
-                    (
-                        len(found.groups()),
-                        Module(self.layout, path, path + template.ending, template.kind),
-                    )
-                )
+                plain = path == name or (flat and path.replace(".", "_") == name)
+                module = Module(self.layout, path, path + template.ending, template.kind, not plain)
+                fits.append((len(found.groups()), module))
         return min(fits, key=lambda pair: pair[0])[1] if fits else None
 
 
@@ -94,11 +110,13 @@ def names_of(family: Family, layout: str) -> Names | None:
         if family.modules and layout == "diffusers":
             return _plain_names(family.modules)
         return None
-    return _book_names(book, layout)
+    return _book_names(
+        book, layout, family if family.comfy_names and layout == family.native else None
+    )
 
 
 @lru_cache(maxsize=128)
-def _book_names(book: Book, layout: str) -> Names:
+def _book_names(book: Book, layout: str, named_by_comfy: Family | None) -> Names:
     left = book.left == layout
     templates = []
     for rule in book.rules:
@@ -110,7 +128,10 @@ def _book_names(book: Book, layout: str) -> Names:
     for carry in book.carries:
         if carry.term.key is not None:
             templates.append(_of_key(carry.term.key, carry.kind))
-    return Names(layout, [t for t in templates if t is not None])
+    found = [t for t in templates if t is not None]
+    if named_by_comfy is None:
+        return Names(layout, found)
+    return Names(layout, found, named_by_comfy.in_comfy)
 
 
 def _of_key(key: Key, kind: str) -> _Template | None:

@@ -36,12 +36,13 @@ from regraft.dialects.image.delta import (
 )
 from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.modules import book_of
-from regraft.dialects.image.read import Home
+from regraft.dialects.image.read import Home, model_config
 from regraft.dialects.image.weights import ImageBase, as_matrix
 from regraft.errors import Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
 from regraft.planning.build import build_plan
+from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, Plan
 
 GIVE_BASE = "give the base's weights as --model, and ask for deltas of full rank (--via dense)"
@@ -201,21 +202,32 @@ def move_deltas(
             moving.setdefault((home.component, home.layout), {})[home] = delta
     for (component, _), some in moving.items():
         assert book is not None
-        edges = (Edge.to(book, to),)
-        for key, (delta, kind) in _move(some, edges, ways).items():
+        config = Scope(model_config(family, some))
+        route = _Route((Edge.to(book, to),), {book.name: config})
+        for key, (delta, kind) in _move(some, route, ways).items():
             made[Home(component, to, key, kind)] = delta
     return made
 
 
-def _move(
-    deltas: Mapping[Home, Delta], edges: tuple[Edge, ...], ways: Ways
-) -> dict[str, tuple[Delta, str]]:
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The rules to move along, and what is known of the base's config."""
+
+    edges: tuple[Edge, ...]
+    scopes: dict[str, Scope]
+
+    def plan(self, headers: Headers, where: str) -> Plan:
+        """What becomes of some weights, of which some parts may be absent."""
+        return build_plan(headers, self.edges, scopes=self.scopes, partial=True, where=where)
+
+
+def _move(deltas: Mapping[Home, Delta], route: _Route, ways: Ways) -> dict[str, tuple[Delta, str]]:
     homes = list(deltas)
     parts = list(deltas.values())
     keys = [home.key for home in homes]
     shapes = [_shape(home, delta) for home, delta in deltas.items()]
     headers = Headers(group_names(keys), shapes, ["float32"] * len(keys))
-    plan = build_plan(headers, edges, partial=True, where=ways.where)
+    plan = route.plan(headers, ways.where)
     findings: list[Finding] = []
     for _ in range(3):
         moved = _once(plan, parts)
@@ -231,14 +243,14 @@ def _move(
     for carried in plan.carried:
         for name, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
             moved.deltas[name], moved.kinds[name] = parts[number], homes[number].kind
-    _join(moved, headers, edges, parts, homes, ways)
+    _join(moved, headers, route, parts, homes, ways)
     by_target = _sources(plan)
     for name in moved.deltas:
         for number in by_target.get(name, ()):
             _inherit(
                 ways,
                 homes[number],
-                Home(homes[number].component, edges[0].target, name, moved.kinds[name]),
+                Home(homes[number].component, route.edges[0].target, name, moved.kinds[name]),
             )
     return {name: (delta, moved.kinds[name]) for name, delta in moved.deltas.items()}
 
@@ -406,7 +418,7 @@ def _check_order(pieces: Sequence[_Piece]) -> None:
 def _join(
     moved: _Moved,
     headers: Headers,
-    edges: tuple[Edge, ...],
+    route: _Route,
     parts: list[Delta],
     homes: Sequence[Home],
     ways: Ways,
@@ -433,7 +445,7 @@ def _join(
     keys = [homes[i].key for i in ids]
     shapes = [headers.shapes[i] for i in ids]
     some = Headers(group_names(keys), shapes, ["float32"] * len(ids))
-    plan = build_plan(some, edges, partial=True, where=ways.where)
+    plan = route.plan(some, ways.where)
     factors = Factors(
         some,
         [parts[i].tensors["down"] for i in ids],

@@ -26,6 +26,8 @@ class Origin:
     """The dialects that its names and its header are of."""
     layouts: tuple[str, ...] = ()
     """The layouts that its denoiser's modules are named in."""
+    families: tuple[str, ...] = ()
+    """The families that it was for; where there are several, the file is the same for all of them."""
     header: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
     """The dtype of most of its alphas."""
@@ -51,7 +53,9 @@ def read_origin(metadata: Mapping[str, str]) -> Origin | None:
         return None
     tables = {k: v for k in ("header", "dtypes", "alphas") if isinstance(v := data.get(k), dict)}
     lists = {
-        k: tuple(map(str, v)) for k in ("names", "layouts") if isinstance(v := data.get(k), list)
+        k: tuple(map(str, v))
+        for k in ("names", "layouts", "families")
+        if isinstance(v := data.get(k), list)
     }
     texts = {k: v for k in ("dtype", "digest") if isinstance(v := data.get(k), str)}
     found: dict[str, Any] = {**tables, **lists, **texts}
@@ -61,6 +65,7 @@ def read_origin(metadata: Mapping[str, str]) -> Origin | None:
 def write_origin(
     names: tuple[str, ...],
     layouts: tuple[str, ...],
+    families: tuple[str, ...],
     header: Mapping[str, str],
     tensors: Mapping[str, Array],
     alphas: Mapping[str, Number],
@@ -71,6 +76,7 @@ def write_origin(
     data: dict[str, Any] = {
         "names": list(names),
         "layouts": list(layouts),
+        "families": list(families),
         "header": dict(header),
         "digest": digest_all(tensors),
     }

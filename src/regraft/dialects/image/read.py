@@ -6,7 +6,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from regraft.adapters.families.settings import Patterns
 from regraft.adapters.form import Array
@@ -22,6 +24,7 @@ from regraft.dialects.image.families import (
 )
 from regraft.dialects.image.grouping import Grouped, MalformedError, ModuleTensors, delta_of
 from regraft.dialects.image.modules import Module, body_names, names_of
+from regraft.dialects.image.origin import read_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 
@@ -71,8 +74,10 @@ class Fit:
     """Names of the file that it does not have."""
     certain: int
     """How many modules have a size that only this family has."""
+    others: int = 0
+    """How many modules have a name that only ComfyUI has for them."""
     misfits: int = 0
-    """How many modules have factors with a kernel where the family has a linear, or the other way round."""
+    """How many modules have factors with a kernel where the family has a linear, or sizes that it does not have."""
 
 
 def places_of(grouped: Grouped) -> dict[str, Place]:
@@ -109,8 +114,9 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
         module = max(modules, key=lambda m: usual[m.layout])
         homes[stem] = Home(places[stem].component, module.layout, module.key, module.kind)
     certain = sum(_has_context(family, home, grouped.modules[stem]) for stem, home in homes.items())
-    misfits = sum(_misfits(home, grouped.modules[stem]) for stem, home in homes.items())
-    return Fit(family, homes, tuple(missing), certain, misfits)
+    misfits = sum(_misfits(family, home, grouped.modules[stem]) for stem, home in homes.items())
+    others = sum(modules[0].other_name for modules in found.values())
+    return Fit(family, homes, tuple(missing), certain, others, misfits)
 
 
 def _modules(
@@ -165,9 +171,25 @@ def _has_context(family: Family, home: Home, module: ModuleTensors) -> bool:
     )
 
 
-def _misfits(home: Home, module: ModuleTensors) -> bool:
+def _misfits(family: Family, home: Home, module: ModuleTensors) -> bool:
+    """Whether a module has a kernel, or a shape, that this family does not have."""
     down = module.tensors.get("down")
-    return down is not None and (down.ndim > 2) != (home.kind == "conv")
+    if down is not None and (down.ndim > 2) != (home.kind == "conv"):
+        return True
+    size = _size(module)
+    return size is not None and any(
+        re.fullmatch(pattern, home.module) is not None and size[0] != ratio * size[1]
+        for pattern, ratio in family.ratios
+    )
+
+
+def _size(module: ModuleTensors) -> tuple[int, int] | None:
+    """Out and in of a module, as far as its tensors show them."""
+    try:
+        delta = delta_of(module, "linear", None, None, False)
+    except (MalformedError, IndexError):
+        return None
+    return (delta.out, delta.into) if 1 not in (delta.out, delta.into) else None
 
 
 def hinted_families(metadata: Mapping[str, str]) -> tuple[list[Family], str]:
@@ -193,16 +215,18 @@ def candidates(
 
     Raises ``UnmatchedKeysError`` where none has all of them, ``BadInputError`` where the header contradicts the names.
     """
-    named = family_named(given) if given is not None else None
-    fits = fit_families(grouped, FAMILIES if named is None else (named,))
+    named = _named(grouped, metadata, given)
+    fits = fit_families(grouped, named or FAMILIES)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
-        raise _no_family(fits[0], where, named)
-    if named is not None:
-        return whole, f"it was said to be {named.title}"
+        raise _no_family(fits[0], where, bool(named))
+    if given is not None:
+        return whole, f"it was said to be {whole[0].family.title}"
+    if named:
+        return whole, f"it was made of a file for {_titles(whole)}"
     hinted, why = hinted_families(metadata)
-    fitting = [fit for fit in whole if not fit.misfits]
-    whole = fitting or whole
+    whole = [fit for fit in whole if not fit.misfits] or whole
+    whole = [fit for fit in whole if not fit.others] or whole
     agreeing = [fit for fit in whole if fit.family in hinted]
     if hinted and not agreeing:
         raise BadInputError(
@@ -221,11 +245,41 @@ def candidates(
     return whole, f"its modules are those of {_titles(whole)}"
 
 
+def _named(grouped: Grouped, metadata: Mapping[str, str], given: str | None) -> tuple[Family, ...]:
+    """The families that a user, our own note, or a tool for one family only leaves; none where nothing is said."""
+    if given is not None:
+        names: tuple[str, ...] = (given,)
+    elif any("xlabs" in module.spellings for module in grouped.modules.values()):
+        names = ("flux",)
+    else:
+        origin = read_origin(metadata)
+        names = () if origin is None else origin.families
+    found = (family_named(name) for name in names)
+    return tuple(family for family in found if family is not None)
+
+
+def model_config(family: Family, deltas: Mapping[Home, Delta]) -> dict[str, int]:
+    """What an adapter's shapes say of its base's config: which block is the last, where that block is another."""
+    if family.last_block is None:
+        return {}
+    pattern, ratio = family.last_block
+    seen = [0]
+    for home, delta in deltas.items():
+        found = re.fullmatch(pattern, home.module)
+        if found is None:
+            continue
+        number = int(next(group for group in found.groups() if group is not None))
+        if delta.out == ratio * delta.into:
+            return {"num_layers": number + 1}
+        seen.append(number)
+    return {"num_layers": max(seen) + 2}
+
+
 def _titles(fits: Sequence[Fit]) -> str:
     return " or ".join(fit.family.title for fit in fits)
 
 
-def _no_family(best: Fit, where: str, named: Family | None) -> UnmatchedKeysError:
+def _no_family(best: Fit, where: str, named: bool) -> UnmatchedKeysError:
     known = len(best.homes)
     title = best.family.title
     if not known:
@@ -238,7 +292,7 @@ def _no_family(best: Fit, where: str, named: Family | None) -> UnmatchedKeysErro
                 fix="give the rule book of its model with --rules, or name the family with --from",
             )
         )
-    what = "as it was said to be" if named is not None else f"as {known} of its modules are"
+    what = "as it was said to be" if named else f"as {known} of its modules are"
     return UnmatchedKeysError(
         Finding(
             "unmatched",
@@ -308,10 +362,6 @@ def _kernel(family: Family, home: Home) -> tuple[int, ...] | None:
 
 def _whole_linear1(delta: Delta) -> Delta:
     """XLabs' qkv of a single block is the first three sevenths of linear1; it adds nothing to the rest."""
-    from dataclasses import replace
-
-    import numpy as np
-
     up = delta.tensors["up"]
     whole = np.zeros((len(up) * 7 // 3, *up.shape[1:]), up.dtype)
     whole[: len(up)] = up

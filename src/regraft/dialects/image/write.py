@@ -140,7 +140,7 @@ def _comfyui(family: Family) -> Writing:
     def stem(home: Home) -> str:
         encoder = family.text_encoder(home.component)
         if encoder is None:
-            return f"diffusion_model.{home.module}"
+            return f"diffusion_model.{family.in_comfy(home.module)}"
         return f"text_encoders.{encoder.comfy}.transformer.{home.module}"
 
     return Writing("comfyui", "ComfyUI", family.native, (), KEYED, _A_B, stem, _refused_by_comfyui)
