@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regraft.api import convert, inspect
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
+    from regraft.checking.check import check
     from regraft.explaining.explain import explain
     from regraft.learning.diff import diff
     from regraft.learning.learn import learn
@@ -40,6 +41,7 @@ __all__ = [
     "RegraftError",
     "Report",
     "UnmatchedKeysError",
+    "check",
     "convert",
     "convert_state_dict",
     "diff",
@@ -61,6 +63,7 @@ __all__ = [
 
 
 _LAZY = {
+    "check": "regraft.checking.check",
     "convert": "regraft.api",
     "inspect": "regraft.api",
     "install": "regraft.bridges.peft.hook",

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
 from regraft.checking.checkpoint import check_checkpoint
+from regraft.checking.for_tool import ToolCheck, check_for
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import layout_named
@@ -45,19 +46,44 @@ from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
 
 
+@overload
 def check(
     src: str | os.PathLike[str],
     *,
+    tool: None = None,
     model: str | os.PathLike[str] | None = None,
     to: str = "transformers-v5",
     peft: StockPeft | None = None,
     architecture: str | None = None,
     rules: Rules = (),
-) -> Check:
+) -> Check: ...
+@overload
+def check(
+    src: str | os.PathLike[str],
+    *,
+    tool: str,
+    model: str | os.PathLike[str] | None = None,
+    to: str = "transformers-v5",
+    peft: StockPeft | None = None,
+    architecture: str | None = None,
+    rules: Rules = (),
+) -> ToolCheck: ...
+def check(
+    src: str | os.PathLike[str],
+    *,
+    tool: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    to: str = "transformers-v5",
+    peft: StockPeft | None = None,
+    architecture: str | None = None,
+    rules: Rules = (),
+) -> Check | ToolCheck:
     """Tell whether an adapter, each adapter of a folder, or a checkpoint loads as it is.
 
     Args:
         src: what `regraft.convert` takes.
+        tool: what is to load it, where that is not PEFT: ``"vllm"``, ``"sglang"``, ``"unsloth"``, with ``@VERSION`` if
+            one is meant. What it would do with the files as they are is told then, as a `ToolCheck`.
         model: the base model's folder or its ``config.json``; without it little can be told.
         to: the layout of the model that it is to be loaded into. What is installed is tried; of another layout
             only names, shapes and the config are judged.
@@ -69,6 +95,8 @@ def check(
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
     with only_books(rules), taken_for(architecture):
+        if tool is not None:
+            return check_for(src, tool, model)
         return _check(src, model, to, peft)
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @options.layout(
     "--for",
     "What it is to be loaded with: transformers-v5 or transformers-v4. What is installed is tried; for the other, "
-    "names, shapes and the config are judged.",
+    "names, shapes and the config are judged. Or a tool, with @VERSION if one is meant (vllm, sglang, …): what it "
+    "would do with the files as they are.",
     default="transformers-v5",
     show_default=True,
 )
@@ -54,9 +55,17 @@ def check(
     Healthy is what loads and has its full effect. The installed PEFT loads the adapter into a model without
     weights, and what is loaded there is compared, target by target, with what should be.
 
+    Another tool is not started: what it does is known from its own functions, or from its source.
+
     Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven; of several SRC 1 if any of
     them is not healthy.
     """
+    from regraft.checking.for_tool import is_tool
+
+    if is_tool(to):
+        if len(sources) > 1:
+            raise click.UsageError("--for takes one SRC where it names a tool")
+        return _for_tool(sources[0], model, to, html, Output(json=json, quiet=quiet))
     options.check_layouts(rules, for_=to)
     if len(sources) > 1 and html is not None:
         raise click.UsageError("--html takes one SRC")
@@ -105,3 +114,23 @@ def _check_many(out: Output, items: Sequence[Item], model: Path | None, to: str)
         return Outcome(item.name, str(item.path), None, verdict, why, result)
 
     return run_many(out, items, work)
+
+
+def _for_tool(src: Path, model: Path | None, tool: str, html: Path | None, out: Output) -> Job:
+    if html is not None:
+        raise click.BadParameter("there is no page of what another tool does", param_hint="--html")
+
+    def job() -> int:
+        from regraft.checking.for_tool import check_for
+
+        with out.waiting("checking", src):
+            result = check_for(src, tool, model)
+        if out.json:
+            out.data(result.to_dict())
+        elif not out.quiet:
+            from regraft.cli.check_words import show_tool
+
+            show_tool(out, result)
+        return 0 if result.healthy else 4
+
+    return job

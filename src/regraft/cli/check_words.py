@@ -14,6 +14,7 @@ from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
 
 if TYPE_CHECKING:
+    from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
 
 _ROWS = 40
@@ -138,3 +139,43 @@ def _line(out: Output, lead: str, text: str, style: str) -> None:
     if len(shown) > _LENGTH:
         shown = shown[:_LENGTH].rstrip() + " …"
     out.show(Text.assemble((f"{lead}: ", style), shown))
+
+
+_VERDICTS = {
+    "full": ("Full effect", GOOD),
+    "partial": ("A part of it", WARNING),
+    "none": ("No effect", BAD),
+    "fails": ("It fails", BAD),
+    "wrong-scale": ("Wrong effect", BAD),
+}
+
+
+def show_tool(out: Output, result: ToolCheck) -> None:
+    """What another tool would do with an adapter."""
+    from regraft.dialects.judging import LOADED, OUTCOMES
+    from regraft.names.patterns import group_alike
+
+    word, style = _VERDICTS[result.verdict]
+    basis = "" if result.basis == "run" else f", from {result.basis}"
+    out.show(
+        Text.assemble((word, style), f": {result.tool} {result.version}{basis}"),
+    )
+    for failure in result.failures:
+        _line(out, "Fails", failure, BAD)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for target in result.targets:
+        alike.setdefault((target.outcome, target.reason), []).append(target.key)
+    for (outcome, reason), keys in sorted(alike.items(), key=lambda item: item[0][0] == LOADED):
+        names = [str(pattern) for pattern in group_alike(keys)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        shown = ", ".join(names[:3]) + more
+        text = f"{OUTCOMES[outcome]}: {shown}" + (f": {reason}" if reason else "")
+        out.show(Text.assemble((f"{len(keys)} ", NAME), visible(text)))
+    for note in result.notes:
+        _line(out, "Note", note, WARNING)
+    if result.fix:
+        out.show(
+            Text.assemble(("Fix:", GOOD)), Padding(Text(visible(result.fix), NAME), (0, 0, 0, 2))
+        )
+    elif result.no_fix:
+        _line(out, "Nothing mends it", result.no_fix, BAD)

@@ -18,6 +18,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Lora, Written
 from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.served import Pieces, ServedWriter, language_config, zeros_like
@@ -119,6 +120,13 @@ class Sglang:
     title = "SGLang: PEFT's files as its server takes them, one rank and one scale"
     layout = "transformers-v4"
     capabilities = SglangWriter.capabilities
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.sglang import READER
+
+        return (READER,)
 
     def sniff(self, src: Path) -> Evidence | None:
         """Only what regraft wrote says so."""

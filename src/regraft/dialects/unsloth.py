@@ -22,6 +22,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Array, Blob, Images, Saved, Written
 from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.config import LoraConfig
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
@@ -258,6 +259,13 @@ class Unsloth:
     forced: Mapping[str, str] | None = None
     """The order of columns, where it was said."""
 
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.unsloth import READER
+
+        return (READER,)
+
     def sniff(self, src: Path) -> Evidence | None:
         """A config with one of Unsloth's marks."""
         look = look_at(src)
@@ -313,6 +321,7 @@ class UnslothGrouped(Unsloth):
 
     name = "unsloth-grouped"
     title = "Unsloth's packed experts without a record, one expert after the other (to read)"
+    readers = ()
     forced = dict.fromkeys((INNER, OUTER), GROUPED)
 
     def sniff(self, src: Path) -> None:

@@ -16,6 +16,7 @@ from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.packing import SINCE
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
@@ -74,6 +75,13 @@ class Vllm:
         """Models whose experts stay packed are named as in transformers 5."""
         packed = demands_table("vllm").for_model(model_types_of(known)).packed
         return "transformers-v5" if packed else None
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.vllm import READER
+
+        return (READER,)
 
     def sniff(self, src: Path) -> Evidence | None:
         """Only what regraft wrote says so."""

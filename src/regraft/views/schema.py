@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from regraft.checking.certificate import AdapterVerification
+from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check, Row, Verdict
 from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.slices import SlicesReport
@@ -161,7 +162,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report, Outcome),
     "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
-    "check": (Check, Outcome),
+    "check": (Check, ToolCheck, Outcome),
     "explain": (Explanation,),
     "diff": (Diff,),
     "learn": (LearnedBook,),

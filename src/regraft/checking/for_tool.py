@@ -1,0 +1,194 @@
+"""`regraft check --for TOOL`: what a tool would do with an adapter as it is, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.convert import convert_adapter
+from regraft.adapters.detect import load_model
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.dialects.base import dialect_of
+from regraft.dialects.judging import Files, Outcome, ToolReader, tool_readers
+from regraft.dialects.names import layout_named
+from regraft.dialects.opening import Target, find_source
+from regraft.dialects.peft.source import CONFIG, WEIGHTS
+from regraft.dialects.tool_files import look_at
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.storage.safetensors import TensorFile, read_header
+
+
+@dataclass(slots=True)
+class ToolCheck:
+    """What a tool would do with an adapter as it is."""
+
+    source: str
+    tool: str
+    version: str
+    """The release that it was judged by."""
+    basis: str
+    """Where that is known from: ``run``, ``its functions, run`` or ``its source``."""
+    verdict: str
+    """``full``, ``partial``, ``none``, ``fails`` or ``wrong-scale``."""
+    targets: list[Outcome] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Why it loads nothing of it."""
+    notes: list[str] = field(default_factory=list)
+    fix: str | None = None
+    """The command that mends it."""
+    no_fix: str | None = None
+    """Why there is none."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it loads with its full effect."""
+        return self.verdict == "full"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The check as plain data."""
+        return {
+            "source": self.source,
+            "tool": self.tool,
+            "version": self.version,
+            "basis": self.basis,
+            "verdict": self.verdict,
+            "targets": [
+                {"key": t.key, "outcome": t.outcome, "reason": t.reason} for t in self.targets
+            ],
+            "failures": self.failures,
+            "notes": self.notes,
+            "fix": self.fix,
+            "no_fix": self.no_fix,
+        }
+
+
+def is_tool(name: str) -> bool:
+    """Whether a name, with ``@VERSION`` or without, is a tool's that loads adapters."""
+    return name.partition("@")[0] in tool_readers()
+
+
+def check_for(
+    src: str | os.PathLike[str], tool: str, model: str | os.PathLike[str] | None = None
+) -> ToolCheck:
+    """Tell what a tool would do with an adapter as it is.
+
+    Args:
+        src: the folder or the file that the tool would be given.
+        tool: its name, with ``@VERSION`` if one is meant (``"vllm"``, ``"vllm@0.33.0"``).
+        model: the base model's folder or its ``config.json``; without it less can be told.
+
+    Raises:
+        BadInputError: there is no adapter at ``src``, its files are broken, or no such tool is known.
+    """
+    name, _, asked = tool.partition("@")
+    reader = tool_readers().get(name)
+    if reader is None:
+        raise BadInputError(
+            Finding(
+                "option",
+                f"nothing is known of how {name!r} loads adapters; known: {', '.join(tool_readers())}",
+                fix="name one of these, or a layout",
+            )
+        )
+    files = _files(Path(src), model)
+    version = _nearest(reader, asked)
+    judged = reader.judge(files, version)
+    result = ToolCheck(
+        str(src),
+        name,
+        version,
+        reader.basis,
+        judged.verdict,
+        judged.targets,
+        judged.failures,
+        judged.notes,
+    )
+    if asked and asked != version:
+        result.notes.append(f"{name} {asked} was not looked at; this is what {version} does")
+    if files.model is None:
+        result.notes.append(
+            "the base is not known, so names were compared with none: give it with --model"
+        )
+    if not result.healthy:
+        _find_fix(result, reader, files, model)
+    return result
+
+
+def _files(src: Path, model: str | os.PathLike[str] | None) -> Files:
+    if not src.exists():
+        raise BadInputError(
+            Finding(
+                "not-found", "there is no such file or folder", where=str(src), fix="check the path"
+            )
+        )
+    dialect = dialect_of(src).name
+    look = look_at(src)
+    weights = src if src.is_file() else src / WEIGHTS
+    tensors: Any = {}
+    metadata: dict[str, str] = {}
+    if weights.suffix == ".safetensors" and weights.is_file():
+        tensors, metadata = TensorFile(weights), dict(read_header(weights).metadata)
+    elif src.is_dir() and look is None and not any(src.iterdir()):
+        raise BadInputError(
+            Finding(
+                "not-an-adapter",
+                "the folder is empty",
+                where=str(src),
+                fix="give an adapter's folder",
+            )
+        )
+    config = look.config if look is not None else None
+    if not tensors and look is not None and config is not None and src.is_dir():
+        opened = find_source(src).one()
+        tensors, metadata = opened.tensors, opened.metadata
+    base = Path(model) if model is not None else _named_base(config)
+    return Files(src, config, tensors, dialect, load_model(base) if base else None, metadata)
+
+
+def _named_base(config: Any) -> Path | None:
+    base = config.get("base_model_name_or_path") if config else None
+    return Path(base) if isinstance(base, str) and (Path(base) / "config.json").is_file() else None
+
+
+def _nearest(reader: ToolReader, asked: str) -> str:
+    """The newest release that is known and not newer than the one that is asked for."""
+    known = list(reader.versions)
+    older = [v for v in known if not asked or _order(v) <= _order(asked)]
+    return older[-1] if older else known[0]
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def _find_fix(
+    result: ToolCheck, reader: ToolReader, files: Files, model: str | os.PathLike[str] | None
+) -> None:
+    """The command that makes it load, where there is one: the conversion is carried out, and nothing written."""
+    base = str(model) if model is not None else None
+    words = ["regraft", "convert", result.source, "OUT", "--to", reader.to]
+    words += ["--model", base or "BASE"]
+    layout = layout_named(reader.to)
+    try:
+        opening = find_source(files.src)
+        into = Target.writes(layout, opening)
+        for opened in opening:
+            foreign = InstalledTransformers()
+            convert_adapter(opened, layout, files.model, None, None, foreign, into=into)
+    except RegraftError as error:
+        if base is not None or not _asks_for_base(error):
+            first = error.findings[0]
+            result.no_fix = first.message + (f"; {first.fix}" if first.fix else "")
+            return
+    result.fix = shlex.join(words)
+
+
+def _asks_for_base(error: RegraftError) -> bool:
+    return any("--model" in (finding.fix or "") for finding in error.findings)
+
+
+__all__ = ["CONFIG", "ToolCheck", "check_for", "is_tool"]

@@ -1,0 +1,1 @@
+"""What the tools that load adapters do with a file as it is, one file each."""

@@ -1,0 +1,187 @@
+"""What judges of tools that read PEFT's two files have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from regraft.adapters.form import Array
+from regraft.adapters.scale import Scale
+from regraft.dialects.judging import Files, Judgement
+from regraft.dialects.peft.config import LoraConfig
+from regraft.dialects.served import count_experts, language_config
+from regraft.dialects.tool_files import INNER, PACKED, PREFIX, parameter_of
+from regraft.errors import RegraftError
+from regraft.planning.model import ModelConfig
+
+_PAIR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<letter>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+)
+EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+STACK = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<leaf>w[123]|gate_proj|up_proj|down_proj)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(slots=True)
+class Module:
+    """One adapted module as a file has it."""
+
+    path: str
+    """Without PEFT's prefix."""
+    a: tuple[int, ...] | None = None
+    b: tuple[int, ...] | None = None
+    embedding: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """Its last segment."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is packed experts."""
+        return self.path.endswith((".experts", ".experts.base_layer"))
+
+
+@dataclass(slots=True)
+class PeftLike:
+    """The modules of PEFT's two files, the other tensors, and what the config says of them."""
+
+    config: Mapping[str, Any]
+    modules: dict[str, Module] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    bare: list[str] = field(default_factory=list)
+    """Names without PEFT's prefix."""
+
+    @staticmethod
+    def of(files: Files) -> PeftLike:
+        """Sort the tensors of some files."""
+        made = PeftLike(files.config or {})
+        for name, tensor in shapes_of(files.tensors).items():
+            if not name.startswith(PREFIX):
+                made.bare.append(name)
+            hit = _PAIR.fullmatch(name.removeprefix(PREFIX))
+            if hit is None:
+                made.others.append(name)
+                continue
+            module = made.modules.setdefault(hit["module"], Module(hit["module"]))
+            module.embedding = bool(hit["embedding"])
+            if (hit["letter"] or hit["embedding"]) == "A":
+                module.a = tensor
+            else:
+                module.b = tensor
+        return made
+
+    def name_of(self, module: Module) -> str:
+        """What PEFT's patterns are matched with: a parameter's name for packed experts."""
+        if not module.packed:
+            return module.path
+        stem = module.path.removesuffix(".base_layer")
+        both = f"{stem}.base_layer" in self.modules
+        depth = ".base_layer" if module.path.endswith(".base_layer") else ""
+        return f"{stem}.{parameter_of(stem, depth, both, self.config.get('target_parameters'))}"
+
+    def scale(self, module: Module) -> Scale | None:
+        """Rank and scale as PEFT resolves them; ``None`` where the config does not have them."""
+        try:
+            return LoraConfig(self.config).scale(self.name_of(module))
+        except (KeyError, TypeError, RegraftError):
+            return None
+
+
+def shapes_of(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, without reading any where a header has them."""
+    header = getattr(tensors, "header", None)
+    if header is not None:
+        return {name: tuple(info.shape) for name, info in header.tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def not_read(files: Files, tool: str, judged: Judgement) -> bool:
+    """Note that a tool reads PEFT's two files only, where these are none."""
+    if files.config is None or "peft_type" not in files.config:
+        what = (
+            "it has no adapter_config.json" if files.config is None else "its config is not PEFT's"
+        )
+        judged.failures.append(
+            f"{tool} reads PEFT's two files, and {what} (it is {files.dialect}'s)"
+        )
+        return True
+    if not files.tensors:
+        judged.failures.append("there is no adapter_model.safetensors with tensors")
+        return True
+    return False
+
+
+def beyond_layers(module: Module, model: ModelConfig | None) -> bool:
+    """Whether a module is of a layer that the base does not have."""
+    layers = language_config(model).get("num_hidden_layers")
+    found = _LAYER.search(module.path)
+    return isinstance(layers, int) and found is not None and int(found[1]) >= layers
+
+
+def doubled(path: str) -> bool:
+    """Whether a path repeats a segment at its beginning, as wrappers leave it."""
+    head = path.split(".")[:4]
+    return any(one == other for one, other in pairwise(head))
+
+
+def missing_experts(
+    modules: Mapping[str, Module], projections: tuple[str, str, str], model: ModelConfig | None
+) -> dict[str, list[str]]:
+    """For each stack of experts what is missing of all experts and all projections."""
+    stacks: dict[str, set[tuple[int, str]]] = {}
+    for path in modules:
+        hit = EXPERT.fullmatch(path)
+        if hit is not None:
+            stacks.setdefault(hit["stem"], set()).add((int(hit["expert"]), hit["leaf"]))
+    count = count_experts(model)
+    lost = {}
+    for stem, have in stacks.items():
+        number = count or max(e for e, _ in have) + 1
+        gone = [
+            f"{stem}.{e}.{leaf}"
+            for e in range(number)
+            for leaf in projections
+            if (e, leaf) not in have
+        ]
+        if gone:
+            lost[stem] = gone
+    return lost
+
+
+def swapped(source: PeftLike, module: Module, model: ModelConfig | None) -> bool:
+    """Whether packed factors have in and out in each other's place, as PEFT before 0.19 packed them.
+
+    Told by the base's sizes, or by the version where they do not tell.
+    """
+    config = language_config(model)
+    hidden, experts = config.get("hidden_size"), count_experts(model)
+    inner = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    if module.a is None or module.b is None or source.config is None:
+        return False
+    if isinstance(hidden, int) and isinstance(inner, int) and experts:
+        leaf = source.name_of(module).rpartition(".")[2]
+        right = (hidden, 2 * inner) if leaf == INNER else (inner, hidden)
+        have = module.a[-1], module.b[0]
+        if have in (right, right[::-1]) and right[0] != right[1]:
+            return have != right
+    version = re.match(r"(\d+)\.(\d+)", str(source.config.get("peft_version") or ""))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+
+
+__all__ = [
+    "EXPERT",
+    "PACKED",
+    "STACK",
+    "Module",
+    "PeftLike",
+    "beyond_layers",
+    "doubled",
+    "missing_experts",
+    "not_read",
+    "swapped",
+]

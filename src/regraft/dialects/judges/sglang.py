@@ -1,0 +1,132 @@
+"""What SGLang does with an adapter.
+
+Source: sglang 0.5.23, ``srt/lora/lora.py``, ``lora_config.py``, ``utils.py``, ``mem_pool.py``
+(``load_lora_weight_to_buffer``).
+"""
+
+from __future__ import annotations
+
+from regraft.dialects.judges.peft_like import (
+    STACK,
+    Module,
+    PeftLike,
+    beyond_layers,
+    not_read,
+)
+from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, Files, Judgement
+from regraft.dialects.served import demands_table
+
+_JOINED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    "w2": "down_proj",
+    "q_a_proj": "fused_qkv_a_proj_with_mqa",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+    "unembed_tokens": "lm_head",
+}
+_EVERYTHING = ("all", "all-linear")
+
+
+class SglangReader:
+    """SGLang's LoRA loader, with the flags it has if none is given."""
+
+    tool = "sglang"
+    versions = ("0.5.23",)
+    basis = "its functions, run"
+    to = "sglang"
+
+    def judge(self, files: Files, version: str) -> Judgement:
+        """What it would do."""
+        judged = Judgement()
+        if not_read(files, "SGLang", judged):
+            return judged
+        source = PeftLike.of(files)
+        config = source.config
+        missing = [n for n in ("r", "lora_alpha", "target_modules") if n not in config]
+        if missing:
+            judged.failures.append(f"adapter_config.json has no {', '.join(missing)}")
+            return judged
+        if str(config.get("peft_type", "")).lower() != "lora":
+            judged.failures.append(f"it has LoRA only, and this is {config.get('peft_type')}")
+        if config.get("use_dora"):
+            judged.failures.append("it does not have DoRA")
+        if (files.folder / "added_tokens.json").is_file():
+            judged.failures.append("added_tokens.json: it takes no adapter that adds tokens")
+        targets = config["target_modules"]
+        if isinstance(targets, str) and targets not in _EVERYTHING:
+            judged.failures.append(
+                "target_modules is an expression, and it takes a list, all or all-linear"
+            )
+        named = (
+            None
+            if isinstance(targets, str) or targets is None
+            else {_joined(entry.rpartition(".")[2]) for entry in targets}
+        )
+        types = files.model.model_types() if files.model is not None else []
+        unknown = demands_table("sglang").for_model(types).unknown
+        if source.others:
+            judged.add(
+                [name for name in source.others if "lora_" not in name],
+                IGNORED,
+                "it reads LoRA factors only",
+            )
+            judged.add(
+                [n for n in source.others if "lora_" in n], IGNORED, "no factor that it knows"
+            )
+        for module in source.modules.values():
+            judged.add(module.path, *self._module(module, source, named, unknown, files))
+        return judged
+
+    def _module(
+        self,
+        module: Module,
+        source: PeftLike,
+        named: set[str] | None,
+        unknown: tuple[str, ...],
+        files: Files,
+    ) -> tuple[str, str]:
+        if module.a is None or module.b is None:
+            return FAILS, "it has no other half"
+        if module.packed:
+            return IGNORED, "packed experts match no target: they are passed over with one warning"
+        if module.leaf in unknown:
+            return IGNORED, f"{module.leaf} is no module that it can adapt"
+        if named is not None and _joined(module.leaf) not in named:
+            return IGNORED, "target_modules does not name it"
+        head = module.path.rpartition(".")[0]
+        if module.leaf == "q_proj" and f"{head}.v_proj" not in source.modules:
+            return FAILS, "it joins q with v, and v_proj is missing (KeyError)"
+        if module.leaf in ("k_proj", "v_proj") and f"{head}.q_proj" not in source.modules:
+            return IGNORED, "it joins k and v with q, and q_proj is missing"
+        if module.leaf == "up_proj" and f"{head}.gate_proj" not in source.modules:
+            return IGNORED, "it joins up with gate, and gate_proj is missing"
+        if beyond_layers(module, files.model):
+            return FAILS, "the base has no such layer (IndexError)"
+        return self._scale(module, source)
+
+    def _scale(self, module: Module, source: PeftLike) -> tuple[str, str]:
+        """The scale that it uses for the whole file against what the config says of this module."""
+        rank = module.a[-2] if module.a is not None else 0
+        whole, config = source.config["lora_alpha"] / source.config["r"], source.config
+        if not STACK.fullmatch(module.path) and rank != config["r"] and not module.embedding:
+            return (
+                FAILS,
+                f"the tensors' rank is {rank}, and its buffers have the config's {config['r']}",
+            )
+        meant = source.scale(module)
+        if meant is not None and meant.value != whole:
+            why = "use_rslora" if config.get("use_rslora") else "alpha_pattern"
+            return WRONG_SCALE, f"it does not read {why}: {whole:g} instead of {meant.value:g}"
+        return LOADED, ""
+
+
+def _joined(leaf: str) -> str:
+    return _JOINED.get(leaf, leaf)
+
+
+READER = SglangReader()

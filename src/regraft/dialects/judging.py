@@ -1,0 +1,144 @@
+"""What a tool would do with an adapter's files as they are: what judges are given, and what they answer.
+
+A dialect whose tool loads adapters has ``readers``, a tuple of `ToolReader`; ``regraft check --for NAME`` asks the one
+of that name. A judge looks at the files and not at what regraft makes of them, as the tool would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from regraft.adapters.form import Array
+from regraft.dialects.base import dialects
+from regraft.planning.model import ModelConfig
+
+LOADED, IGNORED, FAILS = "loaded", "ignored", "fails"
+WRONG_SCALE, WRONG_VALUES = "wrong-scale", "wrong-values"
+OUTCOMES = {
+    LOADED: "loaded with its full effect",
+    IGNORED: "passed over, without an error",
+    FAILS: "an error",
+    WRONG_SCALE: "loaded with another scale",
+    WRONG_VALUES: "loaded with other values",
+}
+"""What can become of a module's LoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """An adapter's files, as a tool that is pointed at them finds them."""
+
+    src: Path
+    """What was given: a folder, or one file."""
+    config: Mapping[str, Any] | None
+    """``adapter_config.json``, where there is one."""
+    tensors: Mapping[str, Array]
+    """Of ``adapter_model.safetensors`` or the file that was given, by their names there."""
+    dialect: str
+    """The dialect that regraft takes it for."""
+    model: ModelConfig | None = None
+    """The config of the base, where it is known."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that they are in."""
+        return self.src if self.src.is_dir() else self.src.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What becomes of one module's LoRA."""
+
+    key: str
+    """The module, as the file names it."""
+    outcome: str
+    """One of `OUTCOMES`."""
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Judgement:
+    """What a tool does with all of a file."""
+
+    targets: list[Outcome] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Why it loads nothing of it."""
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, keys: Sequence[str] | str, outcome: str, reason: str = "") -> None:
+        """Say the same of some modules."""
+        for key in [keys] if isinstance(keys, str) else keys:
+            self.targets.append(Outcome(key, outcome, reason))
+
+    @property
+    def verdict(self) -> str:
+        """``full``, ``partial``, ``none``, ``fails`` or ``wrong-scale``.
+
+        >>> Judgement([Outcome("q_proj", LOADED), Outcome("v_proj", IGNORED)]).verdict
+        'partial'
+        """
+        found = {target.outcome for target in self.targets}
+        if self.failures or FAILS in found:
+            return "fails"
+        if not found or found == {IGNORED}:
+            return "none"
+        if found & {WRONG_SCALE, WRONG_VALUES}:
+            return "wrong-scale"
+        return "partial" if IGNORED in found else "full"
+
+
+class ToolReader(Protocol):
+    """What is known of how one tool loads adapters."""
+
+    @property
+    def tool(self) -> str:
+        """What users call it (``--for``)."""
+        ...
+
+    @property
+    def versions(self) -> Sequence[str]:
+        """The releases that are known, the newest last."""
+        ...
+
+    @property
+    def basis(self) -> str:
+        """Where it is known from: ``run``, ``its functions, run`` or ``its source``."""
+        ...
+
+    @property
+    def to(self) -> str:
+        """The dialect to convert to for it."""
+        ...
+
+    def judge(self, files: Files, version: str) -> Judgement:
+        """What it would do. Raises what opening the files raises."""
+        ...
+
+
+def tool_readers() -> dict[str, ToolReader]:
+    """The tools that are known, by name."""
+    return {reader.tool: reader for reader in _readers()}
+
+
+def _readers() -> Iterator[ToolReader]:
+    for dialect in dialects().values():
+        yield from getattr(dialect, "readers", ())
+
+
+__all__ = [
+    "FAILS",
+    "IGNORED",
+    "LOADED",
+    "OUTCOMES",
+    "WRONG_SCALE",
+    "WRONG_VALUES",
+    "Files",
+    "Judgement",
+    "Outcome",
+    "ToolReader",
+    "tool_readers",
+]

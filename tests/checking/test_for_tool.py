@@ -1,0 +1,147 @@
+"""`regraft check --for TOOL`: what servers do with an adapter as it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import regraft
+from regraft.cli import main
+from regraft.storage.safetensors import open_tensors, write_tensors
+from regraft.views.schema import schema_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(case):
+    return GOLDEN / "cases" / case, GOLDEN / "bases" / case.partition("__")[0]
+
+
+def rewrite(src, dst, change=lambda tensors: tensors, **fields):
+    tensors = {n: np.array(x) for n, x in open_tensors(src / "adapter_model.safetensors").items()}
+    dst.mkdir()
+    write_tensors(dst / "adapter_model.safetensors", change(tensors), {"format": "pt"})
+    config = json.loads((src / "adapter_config.json").read_text()) | fields
+    (dst / "adapter_config.json").write_text(json.dumps(config))
+    return dst
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    src, base = golden("qwen3_moe__gud")
+    made = tmp_path_factory.mktemp("packed") / "made"
+    regraft.convert(src, made, to="transformers-v5", model=base)
+    return made
+
+
+def outcomes(check):
+    return {target.outcome for target in check.targets}
+
+
+@pytest.mark.parametrize(
+    ("case", "tool", "verdict", "reason"),
+    [
+        ("qwen3_moe__gud", "vllm", "full", ""),
+        ("qwen3_moe__gud", "sglang", "full", ""),
+        ("mixtral__gud_attn", "vllm", "full", ""),
+        ("mixtral__only_up", "vllm", "fails", "every expert and all three projections"),
+        ("mixtral__rslora", "vllm", "full", ""),
+        ("mixtral__rslora", "sglang", "wrong-scale", "does not read use_rslora"),
+        ("mixtral__patterns_projection", "sglang", "fails", "its buffers have the config's"),
+        ("mixtral__dora", "vllm", "fails", "DoRA"),
+        ("mixtral__dora", "sglang", "fails", "DoRA"),
+        ("mixtral__router", "sglang", "none", "no module that it can adapt"),
+        ("gpt_oss__params_attn", "vllm", "full", ""),
+        ("qwen3_vl_moe__params", "vllm", "full", ""),
+        ("mixtral__mts_head", "vllm", "fails", "modules_to_save"),
+        ("mixtral__embedding", "sglang", "partial", "LoRA factors only"),
+    ],
+)
+def test_a_verdict_for_each(case, tool, verdict, reason, tmp_path):
+    src, base = golden(case)
+    check = regraft.check(src, tool=tool, model=base)
+    assert check.verdict == verdict, check
+    told = " ".join([*check.failures, *(t.reason for t in check.targets)])
+    assert reason in told
+    assert check.healthy == (verdict == "full")
+    if verdict == "full":
+        assert check.fix is None
+    else:
+        assert (check.fix is None) != (check.no_fix is None)
+
+
+@pytest.mark.parametrize(
+    ("tool", "verdict", "reason"),
+    [
+        ("vllm", "fails", "--enable-mixed-moe-lora-format"),
+        ("sglang", "none", "passed over"),
+        ("unsloth", "full", ""),
+    ],
+)
+def test_packed_experts(tool, verdict, reason, packed):
+    check = regraft.check(packed, tool=tool, model=golden("qwen3_moe__gud")[1])
+    assert check.verdict == verdict
+    assert reason in " ".join(t.reason for t in check.targets)
+
+
+def test_vllm_takes_the_scale_from_the_config(tmp_path):
+    src, base = golden("mixtral__gud_attn")
+    mine = rewrite(src, tmp_path / "src", r=2)
+    assert regraft.check(mine, tool="vllm", model=base).verdict == "wrong-scale"
+
+
+def test_vllm_passes_mixtral_s_new_names_over(tmp_path):
+    src, base = golden("mixtral__gud_attn")
+
+    def rename(tensors):
+        return {n.replace("block_sparse_moe", "mlp"): x for n, x in tensors.items()}
+
+    check = regraft.check(rewrite(src, tmp_path / "src", rename), tool="vllm", model=base)
+    assert check.verdict == "partial" and "ignored" in outcomes(check)
+
+
+def test_vllm_reads_grouped_columns_as_peft_s(tmp_path):
+    src, base = golden("gpt_oss__params_attn")
+    mine = rewrite(src, tmp_path / "src", lora_B_layout="grouped_by_expert")
+    check = regraft.check(mine, tool="vllm", model=base)
+    assert check.verdict == "wrong-scale" and "wrong-values" in outcomes(check)
+    assert check.fix is not None and "--to vllm" in check.fix
+
+
+def test_a_q_without_v_fails_in_sglang(tmp_path):
+    src, base = golden("mixtral__gud_attn")
+
+    def drop(tensors):
+        return {n: x for n, x in tensors.items() if "v_proj" not in n}
+
+    check = regraft.check(rewrite(src, tmp_path / "src", drop), tool="sglang", model=base)
+    assert check.verdict == "fails" and "KeyError" in " ".join(t.reason for t in check.targets)
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    "case", ["mixtral__only_gate", "mixtral__rslora", "mixtral__patterns_expert"]
+)
+def test_what_is_written_for_a_tool_loads_there(case, to, tmp_path):
+    src, base = golden(case)
+    regraft.convert(src, tmp_path / "made", to=to, model=base)
+    assert regraft.check(tmp_path / "made", tool=to, model=base).verdict == "full"
+
+
+def test_the_command(packed, capsys):
+    base = golden("qwen3_moe__gud")[1]
+    assert main(["check", str(packed), "--for", "vllm@0.33.0", "--model", str(base), "--json"]) == 4
+    told = json.loads(capsys.readouterr().out)
+    assert told["tool"] == "vllm" and told["version"] == "0.33.0" and told["verdict"] == "fails"
+    assert set(told["targets"][0]) == {"key", "outcome", "reason"}
+    assert set(told) - {"schema_version"} <= set(
+        schema_of("check")["$defs"]["ToolCheck"]["properties"]
+    )
+    assert told["fix"].startswith("regraft convert")
+    assert main(["check", str(packed), "--for", "unsloth", "--model", str(base)]) == 0
+    assert "Full effect" in capsys.readouterr().out
+    assert main(["check", str(packed), "--for", "sglang@9.9"]) == 4
+    assert "was not looked at" in capsys.readouterr().out
+    assert main(["check", str(packed), "--for", "nothing"]) == 2
+    assert main(["check", str(packed / "gone"), "--for", "vllm"]) == 1
