@@ -39,6 +39,12 @@ left = "transformers-v4"
 right = "transformers-v5"
 model_types = ["test"]
 """
+PARAMETERS = """
+[[parameters]]
+side = "right"
+module = "m.{l}.x"
+names = ["w"]
+"""
 SAME = "m.{l}.o.weight : o i == m.{l}.o.weight : o i where o = 16, i = 16"
 
 
@@ -422,6 +428,7 @@ class Case:
         text = equation_of(shape.text, "it", **kinds) + equation_of(
             SAME, "same", "linear", "linear"
         )
+        text += PARAMETERS
         self.book = book_of(text, head=HEAD)
         self.config, self.tensors, self.weights, self.merged = trained(shape, make, seed)
         self.base = folder / "base"
@@ -534,7 +541,7 @@ def test_the_law_for_every_family_and_operation(title, operation, tmp_path, monk
             landed.add(rung)
             if done is not None:
                 case.check(done)
-                back = case.convert(back=done)
+                back = case.convert(back=done, weights=True)
                 assert back.tensors.keys() == case.tensors.keys()
                 for name, tensor in case.tensors.items():
                     assert (back.tensors[name] == tensor).all(), name

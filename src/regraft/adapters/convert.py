@@ -22,7 +22,7 @@ from regraft.adapters.form import Adapter, Array, Blob, Factors, Images, Lora, S
 from regraft.adapters.ladder import Carried, Ladder, unmoved_images
 from regraft.adapters.move import images
 from regraft.adapters.protocol import Into, Opened, Reading, Writer
-from regraft.adapters.provenance import KEY, KeptTable, Origin, digest_all, write_remembered
+from regraft.adapters.provenance import KEY, Asked, KeptTable, Origin, digest_all, write_remembered
 from regraft.adapters.ranks import Options, compact, make_uniform, tighten
 from regraft.adapters.roundtrip import (
     Returned,
@@ -124,12 +124,21 @@ def convert_adapter(
         if there and opened.is_ready(to, known, identity.packing):
             _check_readable(opened, identity)
             return _copy(opened, to, identity)
-        returns = into is None and comes_back(opened, to.name)
-        back = restore(opened) if returns else None
-        if back is not None:
-            return _restored(opened, to, identity, back)
+        note = ""
+        if into is None and comes_back(opened, to.name):
+
+            def again(before: Opened, how: Asked) -> Converted:
+                there = Layout(identity.layout, how.packing)
+                asked = Options(how.via, how.compact, how.uniform)
+                return convert_adapter(before, there, model, Layout(to.name), asked, foreign)
+
+            back, note = restore(opened, again)
+            if back is not None:
+                return _restored(opened, to, identity, back)
         kind = _LoraConversion if opened.family is None else _FamilyConversion
-        return kind(opened, to, identity, asked, into).run()
+        conversion = kind(opened, to, identity, asked, into)
+        conversion.notes += [note] if note else []
+        return conversion.run()
     except RefusedError as error:
         raise RefusedError(
             replace(finding, where=finding.where or opened.where) for finding in error.findings
@@ -577,7 +586,10 @@ class _LoraConversion(_Conversion):
         record = Record()
         if self.returns:
             record = source.provenance().record(bool(source.config.get("use_rslora")))
-            self.opened, returned = take_back(source)
+            self.opened, returned = take_back(
+                source, BaseWeights.of(self.known, self.identity.layout)
+            )
+            self.notes += [returned.note] if returned.note else []
         opened = self.opened
         adapter = self.read(BaseWeights.of(self.known, self.identity.layout))
         read_factors = adapter.factors
@@ -685,9 +697,13 @@ class _FamilyConversion(_Conversion):
         self.finish(blob, done.saved, plan, Trace(modules.headers, plan, beside=beside))
         kept = done.kept
         sidecar = dict(kept.tensors)
-        if carried.factors is not None or carried.moved:
+        approximate = any(target.rung == "svd" for target in self.report.targets)
+        # What is only approximated is another adapter, and its way back is another one's, too.
+        if (carried.factors is not None or carried.moved) and not approximate:
             sidecar.update(opened.tensors)
             kept.table.whole = digest_all(blob.tensors)
+            asked = self.options
+            kept.table.asked = Asked(self.to.packing, asked.via, asked.compact, asked.uniform)
         metadata = self.remember(opened.config, blob, Record(), kept, plan)
         aside = sidecar if self.into is None else {}
         return Converted(blob.config, blob.tensors, metadata, self.report, plan, aside)

@@ -141,6 +141,10 @@ class Opened(Protocol):
         """What regraft wrote into the metadata when it made this file; empty where it did not."""
         ...
 
+    def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Opened:
+        """Another adapter in the same form, which a file says that it was made of. Raises ``BadInputError``."""
+        ...
+
     def names(self) -> Names:
         """What its keys say. Raises ``BadInputError`` with everything that is wrong with them."""
         ...

@@ -38,16 +38,27 @@ class KeptModule(msgspec.Struct):
     saved: dict[str, str]
 
 
+class Asked(msgspec.Struct, omit_defaults=True):
+    """What was asked for when an adapter was made of another: the packing of experts, and options."""
+
+    packing: str | None = None
+    via: str | None = None
+    compact: bool = False
+    uniform: bool = False
+
+
 class KeptTable(msgspec.Struct, omit_defaults=True):
     """What is kept aside by module, and digests of tensors that were filled in from the base.
 
-    ``whole`` is a digest of all tensors of the result, where all of the source's are kept aside; ``changed`` the same,
-    where only those are kept that the result alone does not give back bit for bit.
+    ``whole`` is a digest of all tensors of the result, where all of the source's are kept aside, and ``asked`` tells
+    how the one was made of the other, so that it can be made again and compared; ``changed`` is the same digest, where
+    only those are kept that the result alone does not give back bit for bit.
     """
 
     modules: dict[str, KeptModule] = {}
     filled: dict[str, str] = {}
     whole: str = ""
+    asked: Asked = msgspec.field(default_factory=Asked)
     changed: str = ""
 
 

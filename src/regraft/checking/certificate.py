@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.deltas import Deltas
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.families.base import NoImageError
@@ -192,7 +193,7 @@ def compare(
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
     known, layouts = _layouts(one, other, model, foreign)
-    one, kept = _without_stand_ins(one, layouts)
+    one, kept = _without_stand_ins(one, known, layouts)
     before, after = (
         source.deltas(known, layout, given)
         for source, layout, given in zip((one, other), layouts, (packing, None), strict=True)
@@ -212,12 +213,14 @@ def compare(
     return result
 
 
-def _without_stand_ins(source: Opened, layouts: tuple[str, str]) -> tuple[Opened, dict[str, Wide]]:
+def _without_stand_ins(
+    source: Opened, known: Known, layouts: tuple[str, str]
+) -> tuple[Opened, dict[str, Wide]]:
     """A source without what only stands in for something in the other layout, and the deltas that it stands for."""
     returns = isinstance(source, Source) and comes_back(source, layouts[1])
     if layouts[0] == layouts[1] or not returns or not isinstance(source, Source):
         return source, {}
-    without, returned = take_back(source)
+    without, returned = take_back(source, BaseWeights.of(known, layouts[0]))
     if not returned.tensors:
         return without, {}
     deltas: dict[str, Wide] = {}
@@ -449,7 +452,6 @@ class _Comparison:
     def _compare_others(self, moved: Sequence[Saved]) -> None:
         before, after = self.before, self.after
         shared = set(before.family.shared) if before.family is not None else set()
-        filled = set(after.source.provenance().kept.filled)
         for item in moved:
             if item.old in shared and item.new not in self.others:
                 continue
@@ -458,18 +460,15 @@ class _Comparison:
                 self._differs("missing", item.new, "it is not there")
                 continue
             self.result.others += 1
-            same = got.shape == item.tensor.shape and got.dtype == item.tensor.dtype
-            if not same or got.tobytes() != np.ascontiguousarray(item.tensor).tobytes():
+            if not _same_bits(got, item.tensor):
                 self._differs("differs", item.new, "it is another tensor")
             elif got.dtype.kind not in "iub" and not np.isfinite(got.astype(np.float64)).all():
                 self._differs("differs", item.new, "it has entries that are no finite numbers")
-        companions = {
-            f"{name}.{leaf}"
-            for name in after.source.provenance().kept.modules
-            for leaf in ("bias", "weight")
-        }
-        for name in self.others.keys() - filled - companions:
-            self._differs("extra", name, "nothing in the source leads to it")
+        for name, tensor in self.others.items():
+            # A module that is saved as a whole may hold more tensors here; those of the base change nothing.
+            own = after.base.find(name)
+            if own is None or not _same_bits(own, tensor):
+                self._differs("extra", name, _EXTRA if own is None else _EXTRA[: _EXTRA.index(";")])
 
     def _compare_switches(self, moved: Sequence[Saved]) -> None:
         """Fields of the configs that change what PEFT does, and of which no tensor tells."""
@@ -499,6 +498,17 @@ class _Comparison:
         self.result.differences.append(
             Finding(code, message, where=self.after.source.where, key=key)
         )
+
+
+def _same_bits(one: Array, other: Array) -> bool:
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes()
+
+
+_EXTRA = (
+    "nothing in the source leads to it; only the base's weights could tell whether it is the base's own "
+    "(give its folder as --model)"
+)
 
 
 def _idle(source: Source, others: Mapping[str, Array]) -> set[str]:

@@ -303,8 +303,10 @@ def _convert_config(
         old = config
         config, changes = rename_fields(config, to)
         before = read_config((file.metadata for file in source.files), to, old)
-        if before is not None and before != config:
-            config = before
+        # A note decides how fields are spelled, and not what they say: it has to lead to what is there.
+        there = known.layout or to
+        if before not in (None, config) and rename_fields(before or {}, there)[0] == old:
+            config = before or {}
             changes = changes or ["its fields are those that it had before"]
     whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
     for name in ("dtype", "torch_dtype"):

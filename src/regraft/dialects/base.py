@@ -278,6 +278,11 @@ class PlainFile:
         """What regraft wrote into the metadata."""
         return read_remembered(self.metadata)
 
+    def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Self:
+        """Plain LoRA stands in for nothing. Raises ``BadInputError``."""
+        message = "a file of this form stands in for no other adapter"
+        raise BadInputError(Finding("layout", message, where=self.where))
+
     def names(self) -> Names:
         """The modules and tensors that it is about."""
         paths = [key.removesuffix(".weight") for key in self.loras if key.endswith(".weight")]

@@ -136,6 +136,15 @@ class Source:
         """What regraft wrote into the metadata when it made this file; empty where it did not."""
         return read_remembered(self.metadata)
 
+    def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Source:
+        """The adapter that this one says that it was made of. Raises ``BadInputError``."""
+        made = Source(self.name, self.where, dict(config), tensors)
+        wrong = check_fields(config, self.where) + _check_names(tensors, self.where)
+        wrong = wrong or find_slow(patterns_of(config), modules_in(tensors))
+        if wrong:
+            raise BadInputError(wrong)
+        return made
+
     def scan(self) -> Scan:
         """Its keys, sorted. Raises ``BadInputError`` with everything that is wrong with them."""
         if self._scanned is None:

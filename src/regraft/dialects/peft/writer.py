@@ -11,7 +11,12 @@ from regraft.adapters.families.base import Family
 from regraft.adapters.form import Array, Blob, Images, Saved, Written
 from regraft.adapters.ladder import Carried, sources_of
 from regraft.adapters.tuned import TunedModules
-from regraft.dialects.peft.config import targets_module, targets_parameter
+from regraft.dialects.peft.config_before import (
+    is_sound,
+    saves_the_same,
+    says_the_same,
+    targets_all,
+)
 from regraft.dialects.peft.family_config import write_family_config, write_parts
 from regraft.dialects.peft.saved import owner_of, rename_saved, rename_tokens, write_saved
 from regraft.dialects.peft.variants import reclaimed_names
@@ -119,7 +124,7 @@ class PeftWriter:
             writer = ConfigWriter(config, result, self.known.model, self.side)
             config = writer.write(self.packing)
         self._write_entries(config, saved, entries)
-        before = self._lora_config_before(result)
+        before = self._lora_config_before(result, config, saved)
         if before is not None:
             return before
         wrong = check_config(config, result.written)
@@ -143,21 +148,18 @@ class PeftWriter:
         if tokens is not None:
             config["trainable_token_indices"] = tokens
 
-    def _lora_config_before(self, result: Result) -> dict[str, Any] | None:
+    def _lora_config_before(
+        self, result: Result, config: Mapping[str, Any], saved: Sequence[Saved]
+    ) -> dict[str, Any] | None:
         """The config that this adapter had in the target layout, where it says the truth of the result."""
         remembered = self.source.provenance()
         if not self._comes_back or remembered.source.packing not in (None, self.packing):
             return None
         before = remembered.config_before(self.source.config)
-        if before is None or check_config(before, result.written):
+        if before is None:
             return None
-        for w in result.written:
-            name = f"{w.module}.{w.parameter or 'weight'}"
-            if not targets_module(before.get("target_modules") or [], w.module) and (
-                not targets_parameter(before.get("target_parameters"), name)
-            ):
-                return None
-        return before
+        same = says_the_same(before, config, result.written, saved, self.packing)
+        return before if same else None
 
     def write_family(
         self,
@@ -187,25 +189,29 @@ class PeftWriter:
                 self.side,
             )
         self._write_entries(config, saved, entries)
-        before = self._family_config_before(carried, family)
+        before = self._family_config_before(carried, family, config, saved)
         result.tensors.update(write_saved(saved, result.wrappers))
         blob = Blob(config if before is None else before, result.tensors)
         return blob, before is not None
 
-    def _family_config_before(self, carried: Carried, family: Family) -> dict[str, Any] | None:
+    def _family_config_before(
+        self,
+        carried: Carried,
+        family: Family,
+        config: Mapping[str, Any],
+        saved: Sequence[Saved],
+    ) -> dict[str, Any] | None:
         remembered = self.source.provenance()
         before = remembered.config_before(self.source.config) if self._comes_back else None
-        if before is None or carried.moved:
+        own = {name for pair in family.fields.items() for name in pair if name is not None}
+        if before is None or carried.moved or not is_sound(before, config, own):
             return None
         was = type(family)(before, {})
         parts = {key.removesuffix(".weight"): part for key, part in carried.parts.items()}
-        if all(
-            targets_module(before.get("target_modules"), path)
-            and was.settings(path) == part.settings
-            for path, part in parts.items()
-        ):
-            return before
-        return None
+        if not all(was.settings(path) == part.settings for path, part in parts.items()):
+            return None
+        targeted = targets_all(before, ((path, "") for path in parts))
+        return before if targeted and saves_the_same(before, config, saved) else None
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
         """What the user should know of changes to the config."""
