@@ -1,15 +1,20 @@
 """Ranks, scales and targets resolve as PEFT resolves them."""
 
+import json
 import math
 import re
+import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_golden import GOLDEN
 
+import regraft
 from regraft.adapters.families.settings import Patterns
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
+from regraft.dialects.peft.targeting import Targeting
 
 ALPHAS = st.one_of(
     st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3)
@@ -128,3 +133,36 @@ def test_a_module_is_targeted_where_peft_targets_it(targets, path):
 )
 def test_parameters_are_named_literally(entries, name, named):
     assert targets_parameter(entries, name) is named
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "adapted"),
+    [
+        ("CAUSAL_LM", "lm_head", False),
+        ("CAUSAL_LM", "embed_out", False),
+        ("CAUSAL_LM", "cls.predictions.decoder", False),
+        ("CAUSAL_LM", "score", True),
+        ("SEQ_CLS", "score", False),
+        ("SEQ_CLS", "classifier", False),
+        ("SEQ_CLS", "model.layers.0.mlp.score", True),
+        (None, "model.layers.0.q_proj", True),
+    ],
+)
+def test_all_linear_leaves_out_what_peft_leaves_out(task, path, adapted):
+    config = {"target_modules": "all-linear", "task_type": task}
+    assert (Targeting(config).left_out_by(path) is None) == adapted
+
+
+def test_what_peft_wraps_as_a_parameter_says_nothing_of_fan_in_and_out(tmp_path):
+    """``ParamWrapper`` raises where it is set; a Linear only warns."""
+    src = tmp_path / "src"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__only_gate", src)
+    file = src / "adapter_config.json"
+    before = json.loads(file.read_text()) | {"fan_in_fan_out": True}
+    file.write_text(json.dumps(before))
+    base = GOLDEN / "bases" / "mixtral"
+    regraft.convert(src, tmp_path / "new", to="transformers-v5", model=base, verify=True)
+    made = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert made["fan_in_fan_out"] is False
+    regraft.convert(tmp_path / "new", tmp_path / "back", to="transformers-v4", model=base)
+    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text()) == before

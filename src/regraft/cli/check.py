@@ -97,7 +97,7 @@ def _check_one(out: Output, src: Path, model: Path | None, to: str, html: Path |
         from regraft.cli.check_words import show_check
 
         show_check(out, result)
-    show_page(out, html, result)
+    show_page(out, html, result, src)
     return 0 if result.healthy else 4
 
 

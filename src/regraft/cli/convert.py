@@ -190,7 +190,7 @@ def _convert_one(
         from regraft.cli.words import show_report
 
         show_report(out, report)
-    show_page(out, html, report)
+    show_page(out, html, report, src)
     return 0
 
 

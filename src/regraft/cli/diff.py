@@ -61,6 +61,7 @@ def diff(
         from regraft.cli.pages import failure_page, show_page
         from regraft.errors import BadInputError, Finding
         from regraft.learning.diff import diff
+        from regraft.storage.beside import write_like
 
         if book is not None and book.exists():
             message = "the file exists already"
@@ -70,12 +71,12 @@ def diff(
         with options.told(rules, architecture), failure_page(html, "diff", a):
             found = diff(a, b, model=model, propose_book=book is not None)
         if book is not None and found.book is not None:
-            book.write_text(found.book, encoding="utf-8")
+            write_like(book, found.book, [Path(a), Path(b)])
         if json:
             out.data({**to_builtins(found), "equal": found.equal})
         elif not quiet:
             show_diff(out, found, book)
-        show_page(out, html, found)
+        show_page(out, html, found, a, b)
         return 0 if found.equal else 4
 
     return job

@@ -69,7 +69,7 @@ def explain(
             out.data({**to_builtins(found), "arrives": found.arrives})
         elif not quiet:
             show_explanation(out, found)
-        show_page(out, html, found)
+        show_page(out, html, found, src)
         return 0 if found.arrives else 4
 
     return job

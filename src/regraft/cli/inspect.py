@@ -52,7 +52,7 @@ def inspect(
             out.data(inspection.to_dict())
         elif not quiet:
             show_inspection(out, inspection)
-        show_page(out, html, inspection)
+        show_page(out, html, inspection, src)
         if inspection.problems:
             show_findings(out, "bad input", inspection.problems)
             return 1

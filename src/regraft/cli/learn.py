@@ -99,6 +99,7 @@ def learn(
     def job() -> int:
         from regraft.errors import BadInputError, Finding
         from regraft.learning.learn import Pair, learn_pairs, require_sound
+        from regraft.storage.beside import write_like
 
         if book.exists():
             fix = "choose another"
@@ -114,7 +115,7 @@ def learn(
             found = learn_pairs(pairs, layouts=layouts, name=title)
         if not partial:
             require_sound(found)
-        book.write_text(found.text, encoding="utf-8")
+        write_like(book, found.text, [Path(name) for name in files])
         if json:
             out.data(_data(found, book))
         elif not quiet:

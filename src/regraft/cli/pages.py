@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     Answer = Explanation | Diff | Linted
 
 
-def show_page(out: Output, file: Path | None, result: Result | Answer) -> None:
-    """Write the page of a result, and say so."""
+def show_page(
+    out: Output, file: Path | None, result: Result | Answer, *sources: str | Path | None
+) -> None:
+    """Write the page of a result that some ``sources`` have, and say so."""
     if file is None:
         return
     from regraft.views.html import write_page
 
-    write_page(_page_of(result), file)
+    write_page(_page_of(result), file, [Path(s) for s in sources if s is not None])
     if not out.json and not out.quiet:
         out.text(f"Page: {visible(str(file))}\n")
 
@@ -72,5 +74,5 @@ def failure_page(file: Path | None, command: str, source: Path) -> Iterator[None
             from regraft.views.data import page_of_failure
             from regraft.views.html import write_page
 
-            write_page(page_of_failure(command, str(source), error), file)
+            write_page(page_of_failure(command, str(source), error), file, [source])
         raise

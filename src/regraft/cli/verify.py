@@ -73,7 +73,7 @@ def verify(
                 out.data(done.to_dict())
             elif not quiet:
                 show_adapter_verification(out, done)
-            show_page(out, html, done)
+            show_page(out, html, done, src, dst)
             return 0 if done.equal else 4
         from regraft.checkpoints.verify import verify
         from regraft.cli.checkpoint_words import show_verification
@@ -88,7 +88,7 @@ def verify(
             out.data(result.to_dict())
         elif not quiet:
             show_verification(out, result)
-        show_page(out, html, result)
+        show_page(out, html, result, src, dst)
         return 0 if result.equal else 4
 
     return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.checkpoints.source import is_checkpoint, open_checkpoint
+from regraft.checkpoints.engine import open_source
+from regraft.checkpoints.source import File, is_checkpoint, open_checkpoint
+from regraft.checkpoints.tiles import read_into
 from regraft.dialects.opening import find_source
 from regraft.storage.dtypes import DTYPES, match_dtype
 
@@ -86,8 +89,7 @@ def open_content(path: Path) -> Content:
     source = open_checkpoint(path)
     maps: list[Any] = []
     for file in source.files:
-        with file.path.open("rb") as opened:
-            maps.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        maps.append(_bytes_of(file))
     tensors: dict[str, Tensor] = {}
     table = source.tensors
     for row, name in enumerate(table.names):
@@ -101,6 +103,30 @@ def open_content(path: Path) -> Content:
         full = flat.size == int(np.prod(shape, dtype=np.int64))
         tensors[name] = Tensor(name, dtype, shape, flat.reshape(shape) if full else flat)
     return Content("checkpoint", source.where, tensors)
+
+
+_LARGEST = 1 << 31
+"""Bytes of a file that are read as a whole."""
+
+
+def _bytes_of(file: File) -> Any:
+    """A file's bytes. A very large file is mapped, and must stay as it is.
+
+    Raises ``BadInputError`` where it is not the file any more whose header was read.
+    """
+    opened = open_source(file)
+    try:
+        if file.size > _LARGEST:
+            return mmap.mmap(opened, 0, access=mmap.ACCESS_READ)
+        data = np.empty(file.size, np.uint8)
+        try:
+            read_into(opened, data.data, 0)
+        except EOFError:
+            file.stamp.check()
+            raise
+        return data
+    finally:
+        os.close(opened)
 
 
 def _aligned(data: Bits, word: np.dtype[Any]) -> Bits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from regraft.errors import Finding
@@ -41,6 +42,30 @@ def check_files(root: Path, paths: Iterable[Path]) -> Iterator[Finding]:
             yield Finding("missing-file", message, where=str(path), fix="remove it, or mend it")
         elif not path.is_file() and not path.is_dir():
             yield describe_kind(str(path), path.stat().st_mode)
+
+
+def mode_like(sources: Iterable[Path]) -> int:
+    """The permissions of a new file that tells what is in some files or folders: none that one of them lacks.
+
+    What is not there says nothing.
+    """
+    mode = 0o666
+    for source in sources:
+        for path in (source, *source.glob("*"), *source.glob("*/*")):
+            with suppress(OSError):
+                if path.is_file():
+                    mode &= path.stat().st_mode
+                elif path == source:
+                    # What is in a folder can be read by those who may enter it.
+                    mode &= path.stat().st_mode | 0o200
+    return mode | 0o600
+
+
+def write_like(file: Path, text: str, sources: Iterable[Path]) -> None:
+    """Write a new file that tells what is in others. Raises ``FileExistsError``, ``OSError``."""
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode_like(sources))
+    with os.fdopen(opened, "w", encoding="utf-8", newline="\n", errors="replace") as out:
+        out.write(text)
 
 
 def narrow(folder: Path, sources: Iterable[Path], kept: Iterable[Path] = ()) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import msgspec
 
 import regraft
 from regraft.errors import BadInputError, Finding
+from regraft.storage.beside import write_like
 from regraft.storage.probe import open_regular
 from regraft.views.model import STATES, Page
 
@@ -45,8 +47,8 @@ def render_page(page: Page) -> str:
     return "".join(pieces)
 
 
-def write_page(page: Page, file: str | os.PathLike[str]) -> None:
-    """Write the page to a file, which appears whole.
+def write_page(page: Page, file: str | os.PathLike[str], sources: Iterable[Path] = ()) -> None:
+    """Write the page to a file, which appears whole; it gets no permissions that one of its ``sources`` lacks.
 
     Raises ``BadInputError`` where something else than a page of regraft's is in its place.
     """
@@ -56,8 +58,7 @@ def write_page(page: Page, file: str | os.PathLike[str]) -> None:
     partial = file.with_name(f".{file.name[:100]}.{secrets.token_hex(4)}.part")
     try:
         # A new file, never one that lies there already: a link would lead elsewhere.
-        with partial.open("x", encoding="utf-8", newline="\n", errors="replace") as opened:
-            opened.write(text)
+        write_like(partial, text, sources)
         check_page_place(file)
         partial.replace(file)
     finally:

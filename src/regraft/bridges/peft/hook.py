@@ -172,21 +172,22 @@ def _from_pretrained(original: classmethod[Any, Any, Any]) -> Any:
         usual = [model, model_id, adapter_name, is_trainable, config, *args]
         if options.get("key_mapping") is not None or isinstance(model, PeftModel):
             return function(cls, *usual, **options)
-        found = _converted(model, model_id, options, config)
-        if found is None:
-            return function(cls, *usual, **options)
-        place, adapter, source = found
-        check_name(adapter_name, source)
-        rest = {key: value for key, value in options.items() if key != "subfolder"}
-        return load_by_peft(
-            model,
-            model,
-            place,
-            adapter,
-            lambda folder: function(
-                cls, model, folder, adapter_name, is_trainable, None, *args, **rest
-            ),
-        )
+        with alone_with(model):
+            found = _converted(model, model_id, options, config)
+            if found is None:
+                return function(cls, *usual, **options)
+            place, adapter, source = found
+            check_name(adapter_name, source)
+            rest = {key: value for key, value in options.items() if key != "subfolder"}
+            return load_by_peft(
+                model,
+                model,
+                place,
+                adapter,
+                lambda folder: function(
+                    cls, model, folder, adapter_name, is_trainable, None, *args, **rest
+                ),
+            )
 
     return classmethod(from_pretrained)
 
@@ -250,10 +251,10 @@ def _load_into_model(original: Function) -> Function:
             if given.get("local_files_only"):
                 download["local_files_only"] = True
             found = _converted(self, model_id, download)
-        if found is None:
-            return original(self, peft_model_id, adapter_name, *args, **options)
         name = adapter_name or "default"
         with alone_with(self):
+            if found is None:
+                return original(self, peft_model_id, adapter_name, *args, **options)
             _put(self, found, name, given)
         return _loading_info()
 
@@ -311,6 +312,7 @@ def _hotswap_adapter(original: Function) -> Function:
             original(model, model_name_or_path, adapter_name, *args, **options)
             return
         place, adapter, _ = found
-        swap(place, adapter, adapter_name)
+        with alone_with(model):
+            swap(place, adapter, adapter_name)
 
     return hotswap_adapter

@@ -22,6 +22,7 @@ REWRITTEN = frozenset(
     {
         "alpha_pattern",
         "exclude_modules",
+        "fan_in_fan_out",
         "feedforward_modules",
         "init_lora_weights",
         "layers_pattern",

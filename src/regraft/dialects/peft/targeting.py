@@ -20,8 +20,20 @@ LEAVE_OUT = ("exclude_modules", "modules_to_save", "layers_to_transform")
 _FIRST_NUMBER_SINCE = (0, 20)
 """The release since which the layer is the first number in a path; before, it was the last (an expert's, say)."""
 
-_HEADS = ("lm_head",)
-"""What PEFT's ``all-linear`` leaves out by convention: the output embeddings."""
+_HEADS = frozenset(
+    {
+        "cls.predictions.decoder",
+        "embed_out",
+        "generator_lm_head",
+        "lm_head",
+        "lm_head.decoder",
+        "output_projection",
+    }
+)
+"""What PEFT's ``all-linear`` leaves out: the output embeddings, by the names that ``get_output_embeddings`` of
+transformers' models gives."""
+_CLASSIFIERS = frozenset({"classifier", "score"})
+"""What it leaves out of a model for sequence classification (``SEQ_CLS_HEAD_NAMES``)."""
 
 
 class Targeting:
@@ -58,8 +70,11 @@ class Targeting:
         if any(pattern.match(path) for pattern in self._saved):
             return "modules_to_save"
         if isinstance(self.entries, str):
+            heads = _HEADS
+            if self.config.get("task_type") == "SEQ_CLS":
+                heads = heads | _CLASSIFIERS
             everything = self.entries.lower() == ALL_LINEAR
-            return "target_modules" if everything and path in _HEADS else None
+            return "target_modules" if everything and path in heads else None
         if self._layers is not None and path not in (self.entries or ()):
             layer = self._layer(path)
             if layer is None or layer not in self._layers:

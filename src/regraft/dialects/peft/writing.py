@@ -161,6 +161,9 @@ class ConfigWriter:
             if config.get("lora_dropout"):
                 config["lora_dropout"] = 0.0
             config["init_lora_weights"] = True
+            if config.get("fan_in_fan_out"):
+                # ParamWrapper raises where it is set, and on modules it says nothing: PEFT goes by their class.
+                config["fan_in_fan_out"] = False
         if any(w.parameter is not None for w in self.result.written) or self.has_packing():
             config["peft_version"] = PEFT_VERSION[packing]
         return config
