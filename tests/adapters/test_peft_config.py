@@ -166,3 +166,15 @@ def test_what_peft_wraps_as_a_parameter_says_nothing_of_fan_in_and_out(tmp_path)
     assert made["fan_in_fan_out"] is False
     regraft.convert(tmp_path / "new", tmp_path / "back", to="transformers-v4", model=base)
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text()) == before
+
+
+def test_without_target_modules_peft_would_take_its_own(tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__only_gate", src)
+    file = src / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["target_modules"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(src, tmp_path / "new", to="transformers-v5")
+    assert [(f.code, f.key) for f in caught.value.findings] == [("config", "target_modules")]

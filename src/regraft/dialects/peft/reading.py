@@ -59,6 +59,7 @@ class FactorReader:
         self.assumed: set[str] = set()
         """Packings that the version told where shapes fit more than one."""
         self.targeted = 0
+        self.untold = False
         self.untargeted: list[Finding] = []
 
     def read(self) -> Factors:
@@ -232,6 +233,18 @@ class FactorReader:
         parameters = self.config.get("target_parameters")
         if modules is None and not parameters:
             self.targeted += len(keys)
+            if self.config.get("peft_type") == "LORA" and not self.untold:
+                self.untold = True
+                self.findings.append(
+                    Finding(
+                        "config",
+                        "there is no target_modules: PEFT would adapt what it does by default for this type of model, "
+                        "and ignore the factors of everything else",
+                        where=self.where,
+                        key="target_modules",
+                        fix=_AGAIN,
+                    )
+                )
             return
         if not isinstance(modules, str) and modules is not None:
             leaf = pairs.modules.template.rsplit(".", 1)[-1]
