@@ -513,6 +513,9 @@ def test_a_checkpoint_of_another_tool_is_loaded_through_its_book(tmp_path):
         regraft.convert(BASES / "mixtral", folder, to="mlx")
         model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
         done = regraft.load_checkpoint(model, folder)
+        loaded = regraft.from_pretrained(AutoModelForCausalLM, folder)
+    assert same(loaded, causal(BASES / "mixtral"))
+    assert loaded.regraft_load.way == "map"
     assert done.tensors == len(model.state_dict())
     assert same(model.eval(), causal(BASES / "mixtral", dtype=model.dtype))
 

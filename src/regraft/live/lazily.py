@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from regraft.arrays.lazy import Lazy
+from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.bridges.transformers.making import LEFT, RIGHT
 from regraft.checkpoints.gather import Files, Fill, fill_slices
 from regraft.checkpoints.moves import Moves
+from regraft.checkpoints.prepare import prepare
+from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.slices import slicer_of, strips_of
 from regraft.checkpoints.source import Source
+from regraft.errors import RegraftError
 from regraft.planning.slices import Slicer
 from regraft.storage.dtypes import DTYPES
 
@@ -54,3 +61,15 @@ class LazyFiles:
         view = np.empty(size, np.uint8)
         fill_slices([Fill(view, strips, item)], self.source.tensors, self.files)
         return view.tobytes()
+
+
+def by_books(lazy: LazyFiles, path: Path) -> dict[str, Lazy] | None:
+    """The tensors of a checkpoint of another tool in transformers' layout; ``None`` where it is none of those."""
+    try:
+        ready = prepare(path, RIGHT, foreign=InstalledTransformers())
+    except RegraftError:
+        return None
+    if ready.plan is None or ready.report.source_layout in (LEFT, RIGHT):
+        return None
+    check_reads(ready.plan, ready.source)
+    return lazy.converted(ready.moves)

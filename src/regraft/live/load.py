@@ -12,13 +12,9 @@ import torch
 
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.torch_tensors import parameters_of
-from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.bridges.transformers.making import LEFT, RIGHT
-from regraft.checkpoints.prepare import prepare
-from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
-from regraft.live.lazily import LazyFiles
+from regraft.live.lazily import LazyFiles, by_books
 from regraft.live.loaded import Loaded
 from regraft.live.memory import TORCH, Part, Way, collector_paused, make_parts, possible
 from regraft.live.ranks import is_sharded, local_region
@@ -160,7 +156,7 @@ def _wanted(
         try:
             found = convert_state_dict(tensors, to=model, key_mapping=key_mapping)
         except UnmatchedKeysError as error:
-            made = _by_books(lazy, path)
+            made = by_books(lazy, path)
             if made is None:
                 raise _with_all_else(error, tensors, model, key_mapping) from None
             found = convert_state_dict(made, to=model, key_mapping=key_mapping)
@@ -168,18 +164,6 @@ def _wanted(
         for warning in told:
             warnings.warn(str(warning.message), stacklevel=4)
     return found
-
-
-def _by_books(lazy: LazyFiles, path: Path) -> dict[str, Lazy] | None:
-    """The tensors of a checkpoint of another tool in transformers' layout; ``None`` where it is none of those."""
-    try:
-        ready = prepare(path, RIGHT, foreign=InstalledTransformers())
-    except RegraftError:
-        return None
-    if ready.plan is None or ready.report.source_layout in (LEFT, RIGHT):
-        return None
-    check_reads(ready.plan, ready.source)
-    return lazy.converted(ready.moves)
 
 
 def _with_all_else(

@@ -19,9 +19,9 @@ import torch
 
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.peft.patches import Patch
-from regraft.checkpoints.source import open_weights
+from regraft.checkpoints.source import CONFIG, open_weights
 from regraft.errors import RegraftError
-from regraft.live.lazily import LazyFiles
+from regraft.live.lazily import LazyFiles, by_books
 from regraft.live.load import part_of
 from regraft.live.loaded import Loaded
 from regraft.live.mapping import mapping
@@ -136,7 +136,11 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
     with lazy.files:
         made, unmatched = _convert(model, lazy.state_dict())
         names = _Names(model, config, state)
-        names.check(lazy.source.tensors.names, made, unmatched)
+        others = by_books(lazy, _folder_of(paths)) if unmatched else None
+        if others is not None:
+            made, unmatched = _convert(model, others)
+        else:
+            names.check(lazy.source.tensors.names, made, unmatched)
         parts, casts = _parts(made, state, config)
         way = "copy" if config.disable_mmap else way
         tensors, amounts = make_parts(parts, lazy.source.tensors, lazy.files, way)
@@ -158,6 +162,12 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
     if casts:
         done.notes.append(f"{len(casts)} tensors were cast to the dtypes of the model")
     return info, done
+
+
+def _folder_of(paths: Sequence[Path]) -> Path:
+    """The checkpoint that some weights files are: the folder of several, or the one file."""
+    alone = len(paths) == 1 and not (paths[0].parent / CONFIG).is_file()
+    return paths[0] if alone else paths[0].parent
 
 
 def _convert(model: Any, tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], list[str]]:
