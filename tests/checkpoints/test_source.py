@@ -58,11 +58,73 @@ def test_everything_that_is_wrong_is_told_together(tmp_path):
 def test_keys_that_are_not_where_the_index_says(tmp_path):
     def change(index):
         index["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
-        del index["weight_map"]["lm_head.weight"]
 
-    with pytest.raises(BadInputError) as caught:
+    with pytest.raises(BadInputError, match="it is in no file") as caught:
         open_checkpoint(folder(tmp_path, change))
-    assert {finding.key for finding in caught.value.findings} == {"model.extra", "lm_head.weight"}
+    assert {finding.key for finding in caught.value.findings} == {"model.extra"}
+
+
+def changed(index):
+    """Not what is in the files: loaders do not look at it, for they read whole files."""
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00002.safetensors"
+    index["weight_map"]["model.embed_tokens.weight"] = "model-00002-of-00002.safetensors"
+    del index["weight_map"]["lm_head.weight"]
+
+
+def test_an_index_that_is_not_right_is_mended(tmp_path):
+    src = folder(tmp_path, changed)
+    report = regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    told = [note for note in report.notes if INDEX in note]
+    assert len(told) == 2 and "lm_head.weight" in told[1]
+    listed = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert all(listed[name] == shard.name for name in open_tensors(shard))
+
+
+def test_a_whole_file_beside_a_stale_index(tmp_path):
+    src = folder(tmp_path)
+    for shard in src.glob("model-*"):
+        shard.unlink()
+    write_tensors(src / "model.safetensors", mixtral(), {"format": "pt"})
+    write_tensors(src / "model-00001-of-00007.safetensors", {"old": np.zeros(1)}, {})
+    report = regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    assert any("left aside" in note for note in report.notes)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors"]
+
+
+def test_shards_of_another_save_beside_a_whole_set(tmp_path):
+    src = folder(tmp_path)
+    (src / INDEX).unlink()
+    write_tensors(src / "model-00001-of-00007.safetensors", {"old": np.zeros(1)}, {})
+    report = regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    assert any("00007" in note and "no whole set" in note for note in report.notes)
+    assert (tmp_path / "out" / INDEX).is_file()
+
+
+def test_downloads_that_are_not_complete(tmp_path):
+    src = folder(tmp_path, shards=3)
+    (src / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(BadInputError, match=r"00002-of-00003.*2 of 3 files are, .*not complete"):
+        open_checkpoint(src)
+    (src / INDEX).unlink()
+    with pytest.raises(BadInputError, match=r"2 of 3 files are here.*model-00002-of-00003"):
+        open_checkpoint(src)
+
+
+def test_a_whole_state_dict_of_fsdp(tmp_path):
+    torch = pytest.importorskip("torch")
+    src = folder(tmp_path)
+    for file in src.glob("model*"):
+        file.unlink()
+    state = {k: torch.from_numpy(v) for k, v in mixtral().items()}
+    torch.save(state, src / "pytorch_model_fsdp.bin")
+    torch.save({"state": {}}, src / "optimizer.bin")
+    report = regraft.convert(src, tmp_path / "out", to="transformers-v5")
+    assert any("optimizer.bin" in note for note in report.notes)
+    assert "model.layers.0.mlp.experts.down_proj" in open_tensors(
+        tmp_path / "out/model.safetensors"
+    )
 
 
 def test_one_tensor_in_two_shards(tmp_path):

@@ -187,7 +187,7 @@ def prepare(
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
-    report.notes += [*known.notes, *stripped, *said, *aside.words()]
+    report.notes += [*known.notes, *source.notes, *stripped, *said, *aside.words()]
     if len(known.mtp) and plan is not None:
         report.notes.append(
             f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "

@@ -20,6 +20,7 @@ import numpy as np
 from regraft.dialects.base import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.names.keys import Ints
+from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
@@ -33,6 +34,8 @@ INDEX = "model.safetensors.index.json"
 UNFINISHED = ".regraft-in-place"
 """A folder in which headers are kept while they are rewritten in place."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_BINS = (_BIN, "pytorch_model_fsdp.bin")
+"""What torch writes as one file; the second is accelerate's, of a whole FSDP state dict."""
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 ADAPTER = "adapter_config.json"
 # The same weights in another form: carried over, they would be in the old layout beside the new one.
@@ -98,6 +101,8 @@ class Source:
     """Files to carry over, relative to the folder."""
     left_out: tuple[str, ...] = field(default=())
     """Weights in other forms that stay behind."""
+    notes: tuple[str, ...] = ()
+    """What is not as it should be, and does not matter: an index that is not right."""
 
     @property
     def is_bin(self) -> bool:
@@ -113,7 +118,7 @@ def is_checkpoint(path: Path) -> bool:
         return path.suffix in (".safetensors", ".bin") and not sniffed(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
-    if any((path / name).is_file() for name in (INDEX, SINGLE, _BIN, _BIN_INDEX)):
+    if any((path / name).is_file() for name in (INDEX, SINGLE, *_BINS, _BIN_INDEX)):
         return True
     if not path.is_dir() or any(path.rglob(ADAPTER)) or sniffed(path):
         return False
@@ -128,6 +133,7 @@ def open_checkpoint(path: Path) -> Source:
     Raises ``BadInputError``.
     """
     index: _Index | None = None
+    notes: list[str] = []
     others: tuple[Path, ...] = ()
     left_out: tuple[str, ...] = ()
     if path.is_file():
@@ -145,8 +151,8 @@ def open_checkpoint(path: Path) -> Source:
             raise BadInputError(
                 Finding("not-found", "there is no such file or folder", where=str(path))
             )
-        index = _find_index(root)
-        weights = _list_shards(root, index)
+        index = _find_index(root, notes)
+        weights = _list_shards(root, index, notes)
         found = [root / name for name in weights]
         config = root / CONFIG if (root / CONFIG).is_file() else None
         others, left_out = _list_others(root, weights)
@@ -155,7 +161,9 @@ def open_checkpoint(path: Path) -> Source:
         fix = "run 'regraft convert --in-place' on it again: it puts back what it was"
         raise BadInputError(Finding("unfinished", message, where=str(root), fix=fix))
     heads = [root / name for name in (CONFIG, INDEX, _BIN_INDEX)]
-    findings = [*check_files(root, [*found, *heads, *(root / other for other in others)])]
+    findings = _absent(found, index)
+    found = [file for file in found if index is None or os.path.lexists(file)]
+    findings += check_files(root, [*found, *heads, *(root / other for other in others)])
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
@@ -167,13 +175,13 @@ def open_checkpoint(path: Path) -> Source:
         files.append(opened)
         parts.append((tensors, opened.data_start))
     if not findings:
-        findings += _check_names(root, files, [part for part, _ in parts], index)
+        findings += _check_names(root, files, [part for part, _ in parts], index, notes)
     if findings:
         raise BadInputError(findings)
     metadata = index.metadata if index is not None else None
-    return Source(
-        str(path), root, tuple(files), _columns(parts), config, metadata, others, left_out
-    )
+    columns = _columns(parts)
+    said = tuple(notes)
+    return Source(str(path), root, tuple(files), columns, config, metadata, others, left_out, said)
 
 
 def open_weights(paths: Iterable[Path]) -> Source:
@@ -193,7 +201,7 @@ def open_weights(paths: Iterable[Path]) -> Source:
         files.append(opened)
         parts.append((tensors, opened.data_start))
     root = files[0].path.parent if files else Path()
-    findings = findings or _check_names(root, files, [part for part, _ in parts], None)
+    findings = findings or _check_names(root, files, [part for part, _ in parts], None, [])
     if findings:
         raise BadInputError(findings)
     return Source(str(root), root, tuple(files), _columns(parts), None, None, ())
@@ -205,10 +213,17 @@ class _Index(msgspec.Struct):
     path: str = ""
 
 
-def _find_index(root: Path) -> _Index | None:
+def _find_index(root: Path, notes: list[str]) -> _Index | None:
+    """The index that a loader goes by: one whole file comes before it, as in ``from_pretrained``."""
     file = next((root / n for n in (INDEX, _BIN_INDEX) if (root / n).is_file()), None)
     if file is None or (file.name == _BIN_INDEX and (root / SINGLE).is_file()):
         return None
+    whole = SINGLE if file.name == INDEX else _BIN
+    if (root / whole).is_file():
+        named = load_json(file).get("weight_map")
+        if not isinstance(named, dict) or set(named.values()) != {whole}:
+            notes.append(f"{file.name} is left aside: {whole} is there, and loaders take that one")
+            return None
     where = str(file)
     data = load_json(file)
     names = data.get("weight_map")
@@ -241,25 +256,68 @@ def _is_plain(name: str) -> bool:
     )
 
 
-def _list_shards(root: Path, index: _Index | None) -> list[str]:
+def _list_shards(root: Path, index: _Index | None, notes: list[str]) -> list[str]:
     if index is not None:
         return sorted(set(index.weight_map.values()))
-    for name in (SINGLE, _BIN):
+    for name in (SINGLE, *_BINS):
         if (root / name).is_file():
             return [name]
     names = sorted(path.name for path in root.glob("*.safetensors"))
-    if len(names) == 1:
+    if len(names) == 1 and _SHARD.fullmatch(names[0]) is None:
         return names
     if not names:
         message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
         raise BadInputError(Finding("no-weights", message, where=str(root)))
-    parts = [_SHARD.fullmatch(name) for name in names]
-    wholes = {(m[1], m[3]) for m in parts if m}
-    if all(parts) and len(wholes) == 1 and len(names) == int(next(iter(wholes))[1]):
-        return names
+    sets: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        part = _SHARD.fullmatch(name)
+        if part is not None:
+            sets.setdefault((part[1], int(part[3])), []).append(name)
+    whole = [shards for (_, count), shards in sets.items() if len(shards) == count]
+    if len(whole) == 1:
+        rest = [name for name in names if name not in whole[0]]
+        if len(whole[0]) > 1:
+            notes.append(f"there is no {INDEX}; the files' own numbers say which belong together")
+        if rest:
+            notes.append(f"left aside, because they belong to no whole set: {', '.join(rest)}")
+        return whole[0]
+    if len(sets) == 1 and not whole and len(next(iter(sets.values()))) == len(names):
+        (base, count), there = next(iter(sets.items()))
+        numbers = {int(_shard_number(name)) for name in there}
+        absent = sorted(set(range(1, count + 1)) - numbers)
+        shown = ", ".join(f"{base}-{n:05d}-of-{count:05d}.safetensors" for n in absent[:_SHOWN])
+        message = f"{len(there)} of {count} files are here: the download is not complete"
+        fix = f"download what is missing: {shown}"
+        raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
     message = f"there are {len(names)} weight files and no {INDEX} that says which belong together"
     fix = "download the index, or keep the files of one model"
     raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
+
+
+def _shard_number(name: str) -> str:
+    part = _SHARD.fullmatch(name)
+    assert part is not None
+    return part[2]
+
+
+def _absent(found: list[Path], index: _Index | None) -> list[Finding]:
+    """Shards that an index names and that are not there."""
+    gone = [path for path in found if not os.path.lexists(path)]
+    if not gone or index is None:
+        return []
+    absent = [path.name for path in gone]
+    lost = sum(shard in absent for shard in index.weight_map.values())
+    there = len(found) - len(absent)
+    return [
+        Finding(
+            "missing-file",
+            f"the index names it, and it is not here: {there} of {len(found)} files are, so the download is not "
+            f"complete ({lost} of {len(index.weight_map)} tensors are missing)",
+            where=str(path),
+            fix="download it, and run this again",
+        )
+        for path in gone[:_SHOWN]
+    ]
 
 
 def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -307,6 +365,7 @@ def _check_names(
     files: list[File],
     parts: list[Mapping[str, TensorInfo]],
     index: _Index | None,
+    notes: list[str],
 ) -> list[Finding]:
     findings: list[Finding] = []
     seen: dict[str, str] = {}
@@ -326,20 +385,26 @@ def _check_names(
     if not seen and not findings:
         findings.append(Finding("empty", "the checkpoint has no tensors", where=str(root)))
     if index is not None and seen != index.weight_map:
-        listed = index.weight_map
-        wrong = [(name, shard) for name, shard in listed.items() if seen.get(name) != shard]
-        unlisted = [name for name in seen if name not in listed]
-        for name, shard in wrong[:_SHOWN]:
-            more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
-            message = f"the index says that it is in {shard}, and it is not{more}"
+        listed, name_of_index = index.weight_map, Path(index.path).name
+        absent = [(name, shard) for name, shard in listed.items() if name not in seen]
+        for name, shard in absent[:_SHOWN]:
+            more = f" (and {len(absent) - 1} more like it)" if len(absent) > 1 else ""
+            message = f"the index says that it is in {shard}, and it is in no file{more}"
             findings.append(
                 Finding("index", message, where=index.path, key=name, fix="download it again")
             )
-        if unlisted:
-            more = f" (and {len(unlisted) - 1} more like it)" if len(unlisted) > 1 else ""
-            message = f"it is in {seen[unlisted[0]]}, and the index does not list it{more}"
-            fix = "list it in the index, or remove it from the file"
-            findings.append(Finding("index", message, where=index.path, key=unlisted[0], fix=fix))
+        # Loaders read whole files, whatever the index says of single tensors.
+        elsewhere = [n for n, shard in listed.items() if seen.get(n, shard) != shard]
+        unlisted = [name for name in seen if name not in listed]
+        for names, what in (
+            (elsewhere, "are in other files than it says"),
+            (unlisted, "are in the files, and it does not list them"),
+        ):
+            if names:
+                shown = ", ".join(pattern for pattern, _ in patterns(names))
+                notes.append(
+                    f"{name_of_index} is not right, and the result's is: {len(names)} tensors {what} ({shown})"
+                )
     return findings
 
 
