@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
     from regraft.checking.check import check
+    from regraft.checking.verify import verify
     from regraft.explaining.explain import explain
     from regraft.learning.diff import diff
     from regraft.learning.learn import learn
@@ -59,6 +60,7 @@ __all__ = [
     "only_books",
     "slices",
     "uninstall",
+    "verify",
 ]
 
 
@@ -82,6 +84,7 @@ _LAZY = {
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
     "slices": "regraft.slicing",
+    "verify": "regraft.checking.verify",
 }
 
 

@@ -278,6 +278,7 @@ def inspect(
     src: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
+    source: str | None = None,
     architecture: str | None = None,
     rules: Rules = (),
 ) -> Inspection:
@@ -289,6 +290,7 @@ def inspect(
     Args:
         src: what `regraft.convert` takes.
         model: the base model's folder or its ``config.json``.
+        source: the dialect of ``src``, or the family of its model; found out where it is not given.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
         rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
@@ -298,7 +300,9 @@ def inspect(
     from regraft.dialects.peft.inspect import inspect as inspect_adapters
 
     with only_books(rules), taken_for(architecture):
-        return inspect_adapters(src, model=model, foreign=InstalledTransformers())
+        said = source_named(source)
+        with only_family(said.family):
+            return inspect_adapters(src, model=model, foreign=InstalledTransformers(), said=said)
 
 
 def _merge(

@@ -142,3 +142,39 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     with pytest.raises(BadInputError):
         regraft.convert(CASE, tmp_path / "out.safetensors", to="pairs", model=BASE)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_loads_into_a_live_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    regraft.convert(CASE, tmp_path / "made", to="pairs", model=BASE)
+    outputs = []
+    for path in (CASE, tmp_path / "made"):
+        model = regraft.load_adapter(AutoModelForCausalLM.from_pretrained(BASE), path)
+        outputs.append(model(model.dummy_inputs["input_ids"]).logits.detach().numpy())
+    assert (
+        np.allclose(*outputs, atol=1e-6)
+        and regraft.verify(CASE, tmp_path / "made", model=BASE).equal
+    )
+
+
+def test_every_answer_to_which_dialect_answers(tmp_path, capsys, monkeypatch):
+    class Alike(Pairs):
+        name = "alike"
+
+    known = {**base.dialects(), "alike": Alike()}
+    for module in ("base", "names", "opening"):
+        monkeypatch.setattr(f"regraft.dialects.{module}.dialects", lambda: known)
+    made = tmp_path / "made"
+    regraft.convert(CASE, made, to="pairs", model=BASE)
+    args = ["convert", str(made), str(tmp_path / "out"), "--to", "peft", "--model", str(BASE)]
+    assert main([*args, "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "ambiguous"
+    choices = [choice["source"] for choice in error["findings"][0]["choices"]]
+    assert choices == ["pairs", "alike"]
+    for choice in choices:
+        assert main([*args, "--from", choice, "--overwrite"]) == 0
+        assert main(["inspect", str(made), "--from", choice]) == 0
+        back = ["verify", str(made), str(tmp_path / "out"), "--model", str(BASE), "--from", choice]
+        assert main(back) == 0

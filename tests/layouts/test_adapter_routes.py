@@ -126,3 +126,21 @@ def test_parts_may_be_of_two_layouts(tmp_path):
     regraft.convert(mixed, tmp_path / "old", to="transformers-v4")
     made = open_tensors(tmp_path / "old/model.safetensors")
     assert made.keys() == old.keys() and all(np.array_equal(made[n], old[n]) for n in old)
+
+
+def test_every_answer_to_which_packing_answers(tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(GOLDEN / "cases/granitemoe__params_attn", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["peft_version"] = None
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    args = ["convert", str(folder), str(tmp_path / "out"), "--to", "transformers-v4"]
+    assert main([*args, "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    choices = error["findings"][0]["choices"]
+    assert error["kind"] == "ambiguous" and len(choices) == 2
+    made = []
+    for choice in choices:
+        assert main([*args, "--from", choice["source"], "--overwrite"]) == 0
+        made.append({n: x.copy() for n, x in tensors_of(tmp_path / "out").items()})
+    assert any(not np.array_equal(made[0][name], made[1][name]) for name in made[0])

@@ -34,6 +34,7 @@ from regraft.arrays.pieces import (
     same_pieces,
     take_part,
 )
+from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source
@@ -126,15 +127,18 @@ def verify_adapters(
     progress: Callable[[str, int, int], None] | None = None,
     foreign: Foreign | None = None,
     budget: float = BUDGET,
+    said: SourceName | None = None,
 ) -> AdapterVerification:
     """Check that every adapter of ``dst`` adds to its base what that of ``src`` adds to its own.
 
-    Every entry is compared for ``budget`` seconds; random vectors stand for the rest.
+    Every entry is compared for ``budget`` seconds; random vectors stand for the rest. ``said`` is what was said of the
+    source.
 
     Raises ``BadInputError`` and its kin where one of them cannot be read.
     """
     left = Budget(budget)
-    opened, there_opened = find_source(src), find_source(dst)
+    opened, there_opened = find_source(src, said), find_source(dst)
+    packing = said.packing if said is not None else None
     first, second = opened.found, there_opened.found
     config = load_model(model) if model is not None else None
     result: AdapterVerification | None = None
@@ -151,7 +155,7 @@ def verify_adapters(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
         pair = _open_for_reading(opened, folder), _open_for_reading(there_opened, other)
-        done = compare(*pair, config, tolerance, foreign, left)
+        done = compare(*pair, config, tolerance, foreign, left, packing)
         if result is None:
             result = done
         else:

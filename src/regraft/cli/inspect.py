@@ -13,6 +13,7 @@ from regraft.cli.output import Output
 
 @click.command(cls=options.WithArguments)
 @options.src
+@options.source
 @options.model
 @options.architecture
 @options.rules
@@ -21,6 +22,7 @@ from regraft.cli.output import Output
 @options.quiet
 def inspect(
     src: Path,
+    source: str | None,
     model: Path | None,
     architecture: str | None,
     rules: tuple[str, ...],
@@ -35,6 +37,7 @@ def inspect(
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
+    options.check_layouts(rules, from_=source)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -47,7 +50,7 @@ def inspect(
             with options.told(rules, architecture):
                 return _inspect_checkpoint(out, src, model, html)
         with options.told(rules, architecture), failure_page(html, "inspect", src):
-            inspection = inspect(src, model=model)
+            inspection = inspect(src, model=model, source=source)
         if json:
             out.data(inspection.to_dict())
         elif not quiet:

@@ -18,6 +18,7 @@ from regraft.cli.output import Output
 @options.argument(
     "dst", "The same in another layout, or in this one.", metavar="DST", type=options.FILE
 )
+@options.source
 @options.model
 @options.architecture
 @options.html
@@ -34,6 +35,7 @@ from regraft.cli.output import Output
 def verify(
     src: Path,
     dst: Path,
+    source: str | None,
     model: Path | None,
     architecture: str | None,
     html: Path | None,
@@ -50,44 +52,39 @@ def verify(
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
+    options.check_layouts(rules, from_=source)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.bridges.transformers.files import InstalledTransformers
-        from regraft.checkpoints.source import is_checkpoint
+        from regraft.checking.certificate import TOLERANCE, AdapterVerification
+        from regraft.checking.verify import verify
         from regraft.cli.pages import failure_page, show_page
-
-        foreign = InstalledTransformers()
-        if not is_checkpoint(src):
-            from regraft.checking.certificate import TOLERANCE, verify_adapters
-            from regraft.cli.words import show_adapter_verification
-
-            limit = TOLERANCE if tolerance is None else tolerance
-            with (
-                options.told(rules, architecture),
-                failure_page(html, "verify", src),
-                out.waiting("comparing", src) as progress,
-            ):
-                done = verify_adapters(src, dst, model, limit, progress, foreign, verify_budget)
-            if json:
-                out.data(done.to_dict())
-            elif not quiet:
-                show_adapter_verification(out, done)
-            show_page(out, html, done, src, dst)
-            return 0 if done.equal else 4
-        from regraft.checkpoints.verify import verify
-        from regraft.cli.checkpoint_words import show_verification
 
         with (
             options.told(rules, architecture),
             failure_page(html, "verify", src),
             out.waiting("comparing", src) as progress,
         ):
-            result = verify(src, dst, model=model, progress=progress, foreign=foreign)
+            result = verify(
+                src,
+                dst,
+                model=model,
+                source=source,
+                tolerance=TOLERANCE if tolerance is None else tolerance,
+                budget=verify_budget,
+                progress=progress,
+            )
         if json:
             out.data(result.to_dict())
         elif not quiet:
-            show_verification(out, result)
+            if isinstance(result, AdapterVerification):
+                from regraft.cli.words import show_adapter_verification
+
+                show_adapter_verification(out, result)
+            else:
+                from regraft.cli.checkpoint_words import show_verification
+
+                show_verification(out, result)
         show_page(out, html, result, src, dst)
         return 0 if result.equal else 4
 

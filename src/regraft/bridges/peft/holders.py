@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from regraft.adapters.protocol import Opened
 from regraft.bridges.peft.known import Adapter, below, convert_for
 from regraft.bridges.peft.slots import base_slots, inner_name
 from regraft.dialects.peft.scan import PREFIX
-from regraft.dialects.peft.source import Source
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.names.live import walk_modules
 
@@ -63,7 +63,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
+def choose(root: Any, source: Opened) -> tuple[Place, Adapter]:
     """The model in ``root`` that an adapter is for, and the adapter in its layout.
 
     An adapter fits where its names are there, as they are or without the model's path in the holder before them; it
@@ -108,7 +108,7 @@ def choose(root: Any, source: Source) -> tuple[Place, Adapter]:
     )
 
 
-def _fitted(place: Place, source: Source) -> Adapter:
+def _fitted(place: Place, source: Opened) -> Adapter:
     """The adapter for one model.
 
     Raises what the conversion raises, and ``BadInputError`` where names are not there.
@@ -122,7 +122,7 @@ def _fitted(place: Place, source: Source) -> Adapter:
     return _landing(place, bare)
 
 
-def _landing(place: Place, source: Source) -> Adapter:
+def _landing(place: Place, source: Opened) -> Adapter:
     adapter = convert_for(place.base, source)
     odd = strangers(place.base, adapter)
     if odd:
@@ -139,7 +139,7 @@ def _landing(place: Place, source: Source) -> Adapter:
     return adapter
 
 
-def _misfit(place: Place, why: str, source: Source) -> Finding:
+def _misfit(place: Place, why: str, source: Opened) -> Finding:
     return Finding(
         "wrong-base",
         f"it does not fit {place.label}: {why}",

@@ -18,15 +18,18 @@ from torch import nn
 
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.form import Array
+from regraft.adapters.protocol import Into, Opened
 from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
 from regraft.bridges.transformers.registry import warn_of_release
+from regraft.dialects.base import dialects
+from regraft.dialects.opening import find_source
 from regraft.dialects.peft.packing import packing_of_version
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding
-from regraft.layouts.names import Layout
+from regraft.layouts.names import DEFAULT, Layout
 from regraft.names.live import skeleton_of
 from regraft.planning.model import ModelConfig, Told
 from regraft.report import AdapterReport
@@ -76,8 +79,17 @@ class Adapter:
             yield folder
 
 
+def open_any(path: Path) -> Opened:
+    """The one adapter of a path, whatever dialect it is in.
+
+    Raises ``BadInputError``, or ``AmbiguousError`` where there are several.
+    """
+    opening = find_source(path)
+    return open_one(path) if opening.dialect.name == DEFAULT else opening.one()
+
+
 def open_one(path: Path) -> Source:
-    """The one adapter of a path.
+    """The one adapter of a path in PEFT's files.
 
     Raises ``BadInputError``, or ``AmbiguousError`` where there are several.
     """
@@ -162,21 +174,24 @@ def live_layout() -> Layout:
     return layout if packing == layout.usual_packing else replace(layout, packing=packing)
 
 
-def convert_for(model: Any, source: Source) -> Adapter:
-    """An adapter's files in the layout of ``model``, a transformers model.
+def convert_for(model: Any, source: Opened) -> Adapter:
+    """An adapter's files as PEFT has them in the layout of ``model``, a transformers model.
 
     Raises as ``convert_adapter`` does.
     """
     foreign = LiveTransformers(model)
-    done = convert_adapter(source, live_layout(), known_model(model), foreign=foreign)
+    into = None if isinstance(source, Source) else Into(dialects()[DEFAULT], own=False)
+    done = convert_adapter(source, live_layout(), known_model(model), foreign=foreign, into=into)
     tensors = {name: to_torch(tensor) for name, tensor in done.tensors.items()}
     return Adapter(done.config, tensors, source.where, done.report)
 
 
-def below(source: Source, path: str) -> Source | None:
+def below(source: Opened, path: str) -> Source | None:
     """The adapter as one of the model at ``path`` in a holder; ``None`` where its keys do not begin with that path."""
     start = f"{PREFIX}{path}."
-    if not path or not all(name.startswith(start) for name in source.tensors):
+    if not isinstance(source, Source) or not path:
+        return None
+    if not all(name.startswith(start) for name in source.tensors):
         return None
     tensors = {PREFIX + name.removeprefix(start): x for name, x in source.tensors.items()}
     return replace(source, tensors=tensors)

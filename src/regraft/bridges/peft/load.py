@@ -14,15 +14,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_ada
 from torch import nn
 from transformers import PreTrainedModel
 
+from regraft.adapters.protocol import Opened
 from regraft.bridges.peft.handing import handing
 from regraft.bridges.peft.holders import Place, choose
 from regraft.bridges.peft.hotswap import swap
-from regraft.bridges.peft.known import Adapter, open_one
+from regraft.bridges.peft.known import Adapter, open_any
 from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
 from regraft.bridges.peft.undo import undone_on_failure
-from regraft.dialects.peft.source import Source
 from regraft.errors import BadInputError, Finding, RefusedError
 
 
@@ -41,7 +41,7 @@ def load_adapter(
             data-parallel, sharded or compiled model, a value head, an object with a model as attribute. In a holder
             of several models the adapter goes into the one whose path its keys begin with, or else into the only one
             that it fits.
-        path: the folder that ``save_pretrained`` wrote, or its weights file.
+        path: the folder that ``save_pretrained`` wrote, its weights file, or an adapter of any other dialect.
         adapter_name: any name that torch takes for a module's child.
         hotswap: put the adapter in the place of a loaded one of that name, without new layers. Layers that it does
             not adapt are set to zero.
@@ -57,7 +57,7 @@ def load_adapter(
         AmbiguousError: the adapter fits several models, or the path holds several adapters.
         RefusedError: it has no exact image in this layout.
     """
-    source = open_one(Path(path))
+    source = open_any(Path(path))
     with alone_with(model):
         place, adapter = choose(model, source)
         with alone_with(place.base):
@@ -68,7 +68,7 @@ def _load(
     model: Any,
     place: Place,
     adapter: Adapter,
-    source: Source,
+    source: Opened,
     adapter_name: str,
     hotswap: bool,
     is_trainable: bool,
@@ -177,7 +177,7 @@ def changes_weights(adapter: Adapter) -> bool:
     return isinstance(adapter.config.get("init_lora_weights"), str)
 
 
-def check_name(adapter_name: str, source: Source) -> None:
+def check_name(adapter_name: str, source: Opened) -> None:
     """Raises ``BadInputError`` for a name that torch takes for no child of a module."""
     try:
         torch.nn.ModuleDict({adapter_name: torch.nn.Identity()})
@@ -209,7 +209,7 @@ def check_sharding(holder: Any, place: Place, adapter: Adapter) -> None:
         )
 
 
-def check_free(place: Place, adapter_name: str, source: Source) -> None:
+def check_free(place: Place, adapter_name: str, source: Opened) -> None:
     """Raises ``BadInputError`` where the model has an adapter of this name."""
     holder: Any = place.peft_model or place.base
     if adapter_name in (getattr(holder, "peft_config", None) or {}):

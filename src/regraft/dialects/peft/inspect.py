@@ -20,6 +20,7 @@ from regraft.adapters.families.lora_variants import changes_base
 from regraft.adapters.form import Array, Factors
 from regraft.adapters.protocol import Names, Opened
 from regraft.dialects.base import Dialect
+from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.reading import FactorReader
@@ -150,6 +151,7 @@ def inspect(
     *,
     model: str | os.PathLike[str] | None = None,
     foreign: Foreign | None = None,
+    said: SourceName | None = None,
 ) -> Inspection:
     """Tell what an adapter is, or each adapter of a folder.
 
@@ -160,11 +162,12 @@ def inspect(
         src: what `regraft.convert` takes.
         model: the base model's folder or its ``config.json``.
         foreign: asked for models that the library does not know.
+        said: what was said of the source.
 
     Raises:
         BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
     """
-    opening = find_source(Path(src))
+    opening = find_source(Path(src), said)
     found = opening.found
     config = load_model(Path(model)) if model is not None else None
     findings: list[Finding] = []

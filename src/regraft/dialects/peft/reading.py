@@ -19,7 +19,7 @@ from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
 from regraft.dialects.peft.targeting import Targeting, untargeted
 from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
-from regraft.errors import AmbiguousError, BadInputError, Finding
+from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.names.keys import Group
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers
@@ -440,6 +440,14 @@ class FactorReader:
                     key=name,
                     fix="put the peft_version that wrote it into adapter_config.json, or say which with "
                     f"--from {self.side.layout}/{PACKINGS[0]} (or /{PACKINGS[1]}), or give --model",
+                    choices=tuple(
+                        Choice(
+                            f"{self.side.layout}/{each}",
+                            "the shapes fit",
+                            f"experts are packed as by {each}",
+                        )
+                        for each in PACKINGS
+                    ),
                 )
             )
             return None
