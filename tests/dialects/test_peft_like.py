@@ -159,6 +159,27 @@ def test_nemo_has_whole_numbers_and_its_stamp(tmp_path):
     assert own["paramwrapper_layout"] == "peft-0.19.1"
 
 
+def test_experts_that_are_stacked_everywhere_are_split_and_come_back(tmp_path):
+    src, base = golden("qwen3_vl_moe__params")
+    regraft.convert(src, tmp_path / "made", to="sglang", model=base, verify=True)
+    assert not any(".experts.lora_" in name for name in tensors_of(tmp_path / "made"))
+    regraft.convert(tmp_path / "made", tmp_path / "back", to=V5, model=base, verify=True)
+    assert same(src, tmp_path / "back", base)
+
+
+def test_a_classifier_s_head_goes_to_vllm(tmp_path):
+    src, base = golden("qwen3_moe_seqcls__gud_attn")
+    regraft.convert(src, tmp_path / "made", to="vllm", model=base, verify=True)
+    assert config_of(tmp_path / "made")["modules_to_save"] == ["score"]
+    assert f"{PREFIX}score.weight" in tensors_of(tmp_path / "made")
+
+
+def test_repeated_layers_are_refused(tmp_path):
+    src, base = golden("mixtral__layer_replication")
+    with pytest.raises(regraft.RefusedError, match="repeated layers"):
+        regraft.convert(src, tmp_path / "made", to="vllm", model=base)
+
+
 # Unsloth's order of columns
 
 

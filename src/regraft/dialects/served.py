@@ -26,7 +26,7 @@ from regraft.dialects.base import Capabilities, PlainWriter, adjust
 from regraft.dialects.peft.packing import SINCE
 from regraft.dialects.peft.source import PeftNames
 from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result
-from regraft.dialects.tool_files import INNER, OUTER, PREFIX, WRITTEN_BY
+from regraft.dialects.tool_files import INNER, OUTER, PREFIX, SPLIT, WRITTEN_BY
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
 from regraft.names.keys import in_order
@@ -98,6 +98,17 @@ def model_types_of(known: Known) -> list[str]:
     return [name for book in known.books[:1] for name in book.model_types]
 
 
+def stacks_experts(known: Known, layout: str = "transformers-v4") -> bool:
+    """Whether the base has its experts in stacked parameters in a layout."""
+    return any(
+        side in table.sides and str(table.module).endswith("experts")
+        for book in known.books
+        for side, name in (("left", book.left), ("right", book.right))
+        if name == layout
+        for table in book.parameters
+    )
+
+
 def language_config(model: ModelConfig | None) -> Mapping[str, Any]:
     """The fields of the language model in a base's config; nothing where it is not known."""
     if model is None:
@@ -128,6 +139,8 @@ class Pieces:
     modules: dict[str, Lora] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     packed: dict[str, dict[str, Lora]] = field(default_factory=dict)
+    split_from: bool = False
+    """Whether experts were stacked in the layout, and were split."""
     filled: dict[str, int] = field(default_factory=dict)
     """How many blocks of zeros were added, by why."""
 
@@ -186,11 +199,27 @@ class ServedWriter(PlainWriter):
         adjust(made, self.capabilities)
         self.pieces = pieces = self.split(made)
         self.complete(pieces)
-        return self.put(pieces, returned, written)
+        blob = self.put(pieces, returned, written)
+        return self.put_saved(blob, saved) if saved else blob
+
+    def put_saved(self, blob: Blob, saved: Sequence[Saved]) -> Blob:
+        """Add saved tensors that can be written."""
+        tensors = {PREFIX + item.new: item.tensor for item in saved}
+        modules = dict.fromkeys(item.new.rpartition(".")[0] for item in saved)
+        config = blob.config | {"modules_to_save": list(modules)}
+        return replace(blob, config=config, tensors={**blob.tensors, **tensors})
 
     def refuse(self, made: Sequence[Images], saved: Sequence[Saved]) -> None:
         """Refuse by name everything that the tool's file cannot hold. Raises ``RefusedError``."""
-        findings = [self._refusal(item.new, self.why_not_saved(item)) for item in saved]
+        findings = [
+            self._refusal(item.new, self.why_not_saved(item))
+            for item in saved
+            if not self.can_save(item)
+        ]
+        if self.opened.hints().replicated:
+            findings.append(
+                self._refusal("layer_replication", "does not build a model of repeated layers")
+            )
         for image in made:
             for row, lora in enumerate(image.loras):
                 if lora is not None:
@@ -205,6 +234,10 @@ class ServedWriter(PlainWriter):
         return Finding(
             "no-image", f"{self.title} {why}", where=self.opened.where, key=key, fix=_MERGE
         )
+
+    def can_save(self, item: Saved) -> bool:
+        """Whether a saved tensor can be written beside the factors."""
+        return False
 
     def why_not_saved(self, item: Saved) -> str:
         """Why a saved tensor cannot be held."""
@@ -254,6 +287,7 @@ class ServedWriter(PlainWriter):
         return pieces
 
     def _split_experts(self, pieces: Pieces, module: str, leaf: str, lora: Lora) -> None:
+        pieces.split_from = True
         gate, up, down = self.demands.projections
         rows = lora.b.shape[1]
         parts = {down: slice(None)}
@@ -381,7 +415,10 @@ class ServedWriter(PlainWriter):
         tensors |= returned
         everything = (*done, *written)
         config = self.config(everything)
-        return Blob(config, tensors, {WRITTEN_BY: self.tool}, written=everything)
+        metadata = {WRITTEN_BY: self.tool}
+        if pieces.split_from:
+            metadata[SPLIT] = "true"
+        return Blob(config, tensors, metadata, written=everything)
 
     @property
     def side(self) -> Side:

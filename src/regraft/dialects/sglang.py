@@ -21,7 +21,13 @@ from regraft.dialects.base import Capabilities, Evidence, Found
 from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
-from regraft.dialects.served import Pieces, ServedWriter, language_config, zeros_like
+from regraft.dialects.served import (
+    Pieces,
+    ServedWriter,
+    language_config,
+    stacks_experts,
+    zeros_like,
+)
 from regraft.dialects.tool_files import ToolSource, find_files, look_at, tool_source
 from regraft.dialects.vllm import as_peft
 from regraft.errors import BadInputError, Finding
@@ -120,6 +126,10 @@ class Sglang:
     title = "SGLang: PEFT's files as its server takes them, one rank and one scale"
     layout = "transformers-v4"
     capabilities = SglangWriter.capabilities
+
+    def layout_for(self, known: Known) -> str | None:
+        """Where experts are stacked in every layout, names are those of transformers 5."""
+        return "transformers-v5" if stacks_experts(known) else None
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.form import Array
+from regraft.dialects.peft.config import LoraConfig
 from regraft.dialects.tool_files import INNER, OUTER, PREFIX
 from regraft.errors import BadInputError, Finding
 
@@ -111,6 +112,86 @@ def expand_stacks(
     if parameters:
         made["target_parameters"] = parameters
     return {"tensors": rest, "config": made}
+
+
+_ONE = re.compile(
+    r"(?P<module>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)\.lora_(?P<letter>[AB])\.weight"
+)
+
+
+def stack_split(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields ``tensors`` and ``config`` of a source whose experts were split for a server, stacked again.
+
+    The base has them stacked in every layout, gate before up; they come back packed as PEFT packs them since 0.19.
+    """
+    found: dict[str, dict[str, dict[str, dict[int, Array]]]] = {}
+    rest: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        hit = _ONE.fullmatch(name)
+        if hit is None:
+            rest[name] = tensor
+            continue
+        pair = found.setdefault(hit["module"], {}).setdefault(hit["leaf"], {})
+        pair.setdefault(hit["letter"], {})[int(hit["expert"])] = tensor
+    parameters: list[str] = []
+    made = dict(config)
+    ranks: dict[str, Any] = {}
+    for module, leaves in found.items():
+        whole: dict[str, tuple[Array, ...]] = {
+            leaf: tuple(np.stack([x for _, x in sorted(each[letter].items())]) for letter in "AB")
+            for leaf, each in leaves.items()
+        }
+        halves = [whole[leaf] for leaf in ("gate_proj", "up_proj") if leaf in whole]
+        alike = len(halves) == 2 and np.array_equal(halves[0][0], halves[1][0])
+        if alike:
+            joined = halves[0][0], np.concatenate([half[1] for half in halves], axis=1)
+            whole = {"gate_up_proj": joined, "down_proj": whole["down_proj"]}
+        else:
+            a, b = np.concatenate([half[0] for half in halves], axis=1), _diagonal(halves)
+            whole = {"gate_up_proj": (a, b), "down_proj": whole["down_proj"]}
+        for leaf, depth in ((INNER, 1), (OUTER, 0)):
+            a, b = whole[leaf]
+            place = module + ".base_layer" * depth
+            rest[f"{place}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
+            turned = np.ascontiguousarray(b.transpose(1, 2, 0))
+            rest[f"{place}.lora_B.weight"] = turned.reshape(b.shape[1], -1)
+            path = f"{module.removeprefix(PREFIX)}.{leaf}"
+            parameters.append(path)
+            ranks[path] = a.shape[1]
+    _rank_parameters(made, ranks)
+    made["target_parameters"] = parameters
+    made["peft_version"] = "0.19.0"
+    return {"tensors": rest, "config": made}
+
+
+def _diagonal(halves: list[tuple[Array, ...]]) -> Array:
+    """The B of gate and up one after the other, each with its own components."""
+    ranks = [half[0].shape[1] for half in halves]
+    rows = [half[1].shape[1] for half in halves]
+    b = np.zeros((len(halves[0][1]), sum(rows), sum(ranks)), halves[0][1].dtype)
+    row = column = 0
+    for half, size, rank in zip(halves, rows, ranks, strict=True):
+        b[:, row : row + size, column : column + rank] = half[1]
+        row, column = row + size, column + rank
+    return b
+
+
+def _rank_parameters(config: dict[str, Any], ranks: Mapping[str, int]) -> None:
+    """Give stacked parameters their ranks, at the scale that their experts had."""
+    lora = LoraConfig(config)
+    rank_pattern = {
+        f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != config["r"]
+    }
+    alpha_pattern = {}
+    for path, rank in ranks.items():
+        module, _, leaf = path.rpartition(".")
+        was = lora.scale(f"{module}.0.{'down_proj' if leaf == OUTER else 'gate_proj'}")
+        alpha = was.at_rank(rank).alpha
+        if alpha != config["lora_alpha"]:
+            alpha_pattern[f"^{re.escape(path)}"] = alpha
+    for name, more in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if more or config.get(name):
+            config[name] = {**more, **(config.get(name) or {})}
 
 
 def _count(pair: Mapping[str, Array]) -> int | None:

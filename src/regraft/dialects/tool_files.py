@@ -29,6 +29,9 @@ from regraft.storage.safetensors import read_header
 WRITTEN_BY = "regraft.dialect"
 """The metadata of a weights file that say which dialect regraft wrote it in."""
 
+SPLIT = "regraft.experts-split"
+"""The metadata of a file whose experts stand one by one, although the base has them stacked in every layout."""
+
 PACKED = re.compile(
     r"(?P<module>.+\.experts)(?P<depth>(?:\.base_layer)*)\.lora_(?P<letter>[AB])\.weight"
 )

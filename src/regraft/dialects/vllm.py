@@ -14,6 +14,7 @@ from typing import Any
 
 from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
+from regraft.adapters.form import Saved
 from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
 from regraft.dialects.judging import ToolReader
@@ -21,13 +22,14 @@ from regraft.dialects.peft.packing import SINCE
 from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.peft.writing import PEFT_VERSION
-from regraft.dialects.served import ServedWriter, demands_table, model_types_of
-from regraft.dialects.stacked import expand_stacks
+from regraft.dialects.served import ServedWriter, demands_table, model_types_of, stacks_experts
+from regraft.dialects.stacked import expand_stacks, stack_split
 from regraft.dialects.tool_files import (
     INNER,
     OUTER,
     PACKED,
     PREFIX,
+    SPLIT,
     ToolSource,
     find_files,
     look_at,
@@ -42,6 +44,15 @@ class VllmWriter(ServedWriter):
     title = "vLLM"
     tool = "vllm"
     capabilities = Capabilities(saved=False)
+
+    def can_save(self, item: Saved) -> bool:
+        """The heads of classifiers."""
+        return not item.rows and item.new in (
+            "score.weight",
+            "score.bias",
+            "classifier.weight",
+            "classifier.bias",
+        )
 
 
 def as_peft(source: Source) -> dict[str, Any]:
@@ -60,6 +71,8 @@ def as_peft(source: Source) -> dict[str, Any]:
             config["target_parameters"] = [
                 f"{m}.{x}" for m in sorted(modules) for x in (INNER, OUTER)
             ]
+    if source.metadata.get(SPLIT):
+        return stack_split(tensors, config)
     return expand_stacks(tensors, config)
 
 
@@ -74,7 +87,7 @@ class Vllm:
     def layout_for(self, known: Known) -> str | None:
         """Models whose experts stay packed are named as in transformers 5."""
         packed = demands_table("vllm").for_model(model_types_of(known)).packed
-        return "transformers-v5" if packed else None
+        return "transformers-v5" if packed or stacks_experts(known) else None
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:

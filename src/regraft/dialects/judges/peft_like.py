@@ -11,7 +11,7 @@ from typing import Any
 from regraft.adapters.form import Array
 from regraft.adapters.scale import Scale
 from regraft.dialects.judging import Files, Judgement
-from regraft.dialects.peft.config import LoraConfig
+from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.served import count_experts, language_config
 from regraft.dialects.tool_files import INNER, PACKED, PREFIX, parameter_of
 from regraft.errors import RegraftError
@@ -78,7 +78,9 @@ class PeftLike:
     def name_of(self, module: Module) -> str:
         """What PEFT's patterns are matched with: a parameter's name for packed experts."""
         if not module.packed:
-            return module.path
+            weight = f"{module.path}.weight"
+            named = targets_parameter(self.config.get("target_parameters"), weight)
+            return weight if named else module.path
         stem = module.path.removesuffix(".base_layer")
         both = f"{stem}.base_layer" in self.modules
         depth = ".base_layer" if module.path.endswith(".base_layer") else ""

@@ -36,8 +36,9 @@ class UnslothReader:
         config = source.config
         if files.dialect == "nemo" and any(m.packed for m in source.modules.values()):
             judged.notes.append("NeMo's stamp is not read: in and out are taken as PEFT has them")
+        replicated = bool(config.get("layer_replication"))
         for name in source.others:
-            known = "magnitude" in name or name.rpartition(".")[2] in ("weight", "bias")
+            known = "magnitude" in name or "lora_" not in name or ".lora_B.bias" in name
             judged.add(
                 name, LOADED if known else IGNORED, "" if known else "PEFT knows no such key"
             )
@@ -69,9 +70,9 @@ class UnslothReader:
                 judged.add(
                     module.path, IGNORED, "neither target_modules nor target_parameters name it"
                 )
-            elif doubled(module.path) or beyond_layers(module, files.model):
+            elif not replicated and (doubled(module.path) or beyond_layers(module, files.model)):
                 judged.add(module.path, IGNORED, "no module of the model has this path")
-            elif scale is not None and not module.packed and module.a[0] != scale.rank:
+            elif scale is not None and not module.packed and module.a[0] % scale.rank:
                 judged.add(
                     module.path, FAILS, f"its rank is {module.a[0]}, and the config's {scale.rank}"
                 )
