@@ -12,7 +12,7 @@ from regraft.learning.infer import Inferred
 from regraft.learning.naming import Rename, Titles, kept_rules, rename_rules
 from regraft.learning.relate import Names, carried
 from regraft.learning.roles import KindOf, Kinds, kinds_of
-from regraft.rules.book import Book, Drop, Rule
+from regraft.rules.book import Book, Drop, Rule, library
 
 Tensors = Mapping[str, Tensor]
 
@@ -48,6 +48,9 @@ def make_book(
     for each_name in found.kept:
         kept[carried([each_name], split)[0]].append(each_name)
     turned, carries = kept_rules(kept, known, titles, name)
+    books = [b for b in library() if set(b.reclaimed_model_types) & set(model_types)]
+    of_transformers = any(layout.startswith("transformers-") for layout in layouts)
+    reclaimed = sorted({n for b in books for n in b.reclaimed}) if of_transformers else []
     return Book(
         name,
         f"Learned: from {layouts[0]} to {layouts[1]}",
@@ -57,8 +60,8 @@ def make_book(
         tuple(carries),
         (),
         (),
-        (),
-        (),
+        tuple(reclaimed),
+        tuple(model_types) if reclaimed else (),
         "",
         source,
         tuple(_drops(found, split)),
