@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from regraft.bridges.peft.load import load_adapter
     from regraft.checking.check import check
     from regraft.checking.verify import verify
+    from regraft.explaining.diff import diff
     from regraft.explaining.explain import explain
-    from regraft.learning.diff import diff
     from regraft.learning.learn import learn
     from regraft.learning.watch import learn_from
     from regraft.live.load import from_pretrained, load_checkpoint
@@ -77,7 +77,7 @@ _LAZY = {
     "from_pretrained": "regraft.live.load",
     "load_checkpoint": "regraft.live.load",
     "mapping": "regraft.live.mapping",
-    "diff": "regraft.learning.diff",
+    "diff": "regraft.explaining.diff",
     "learn": "regraft.learning.learn",
     "learn_from": "regraft.learning.watch",
     "explain": "regraft.explaining.explain",

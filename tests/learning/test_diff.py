@@ -13,8 +13,8 @@ from making import Text
 
 import regraft
 from regraft.cli import main
+from regraft.explaining.diff import diff
 from regraft.learning.content import content_of
-from regraft.learning.diff import diff
 from regraft.learning.propose import check, propose
 from regraft.rules.book import library, load_book
 from regraft.rules.lint.book import lint_book

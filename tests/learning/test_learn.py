@@ -298,6 +298,17 @@ def test_numbers_computed_from_two_indices(number, text):
     assert texts(book) == [f"down.{{l}}.{{e}}.w : ... == in.{text}.w : ..."]
 
 
+def test_parts_around_others():
+    def convert(state):
+        a, b = (state[n].reshape(-1, 2, 5) for n in "ab")
+        return {"both": np.concatenate([a[:, :1], b, a[:, 1:]], axis=1)}
+
+    found = watch(convert, {"a": (6, 5), "b": (6, 5)}, torch=False)
+    assert found.sound
+    other = {"a": numbers(1, 8, 5), "b": numbers(2, 8, 5)}
+    assert same(applied(found.book, other), convert(other))
+
+
 def test_copies_padding_and_what_is_dropped():
     def convert(state):
         pad = np.zeros((3, state["emb"].shape[1]), np.float32)

@@ -11,7 +11,9 @@ import transformers
 from transformers import conversion_mapping, core_model_loading
 
 from regraft.arrays.apply import apply_plan
+from regraft.bridges.transformers import making
 from regraft.bridges.transformers.imported import import_model
+from regraft.bridges.transformers.operations import UnknownOperationError
 from regraft.errors import RegraftError
 from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
@@ -152,6 +154,11 @@ def _judge(verdict, cls, config, model):
         with refusals(verdict, "back"):
             _, back = convert(state, [book], OLD)
             compare(verdict, "back", back, file)
+    if theirs is not None and verdict.converted:
+        with refusals(verdict, "watched"), watched():
+            book = imported.book(list(file), {k: tuple(v.shape) for k, v in file.items()})
+            _, mine = convert(file, [book], NEW)
+            compare(verdict, "watched", mine, state)
     with refusals(verdict, "by itself"):
         book = imported.book()
         _, back = convert(state, [book], OLD)
@@ -162,6 +169,21 @@ def _judge(verdict, cls, config, model):
         compare(verdict, "by itself, forth", again, state)
         if back.keys() != file.keys():
             load(verdict, cls, config, back, state, "what regraft makes")
+
+
+@contextmanager
+def watched():
+    """Operations are learned by running them, also those that are known by name."""
+
+    def unknown(*_):
+        raise UnknownOperationError("asked for")
+
+    before = making.run, making.knows
+    making.run, making.knows = unknown, lambda operations: False
+    try:
+        yield
+    finally:
+        making.run, making.knows = before
 
 
 @contextmanager

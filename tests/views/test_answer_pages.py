@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import regraft
 from regraft.checking.rule_books import lint
 from regraft.cli import main
+from regraft.explaining.diff import diff
 from regraft.explaining.explain import explain
-from regraft.learning.diff import diff
 from regraft.names.patterns import group_alike
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.answers import (

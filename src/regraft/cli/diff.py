@@ -14,7 +14,7 @@ from regraft.cli.output import Output, visible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.learning.diff import Diff, Some
+    from regraft.explaining.diff import Diff, Some
 
 _SHOWN = 20
 
@@ -60,7 +60,7 @@ def diff(
 
         from regraft.cli.pages import failure_page, show_page
         from regraft.errors import BadInputError, Finding
-        from regraft.learning.diff import diff
+        from regraft.explaining.diff import diff
         from regraft.storage.beside import write_like
 
         if book is not None and book.exists():

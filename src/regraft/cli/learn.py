@@ -134,9 +134,9 @@ def _watched(
     layouts: tuple[str, str],
     name: str,
 ) -> Learned:
+    from regraft.bridges.transformers.outlines import outlines
     from regraft.learning.command import CommandConverter
     from regraft.learning.learn import learn_pairs
-    from regraft.learning.outlines import outlines
     from regraft.learning.watch import pair_of
 
     known = outlines(config, 3, layout, fields)

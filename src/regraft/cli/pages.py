@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
     from regraft.dialects.peft.inspect import Inspection
+    from regraft.explaining.diff import Diff
     from regraft.explaining.explanation import Explanation
-    from regraft.learning.diff import Diff
     from regraft.rules.lint.book import Linted
     from regraft.views.model import Page
 
@@ -42,8 +42,8 @@ def _page_of(result: Result | Answer) -> Page:
     from regraft.checking.certificate import AdapterVerification
     from regraft.checking.verdict import Check
     from regraft.dialects.peft.inspect import Inspection
+    from regraft.explaining.diff import Diff
     from regraft.explaining.explanation import Explanation
-    from regraft.learning.diff import Diff
     from regraft.rules.lint.book import Linted
     from regraft.views import answers, data
 

@@ -76,9 +76,9 @@ def probe(
     screen = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.bridges.transformers.outlines import outlines
         from regraft.errors import BadInputError, Finding
         from regraft.learning.command import write_probe
-        from regraft.learning.outlines import outlines
         from regraft.learning.probe import labels
 
         if out.exists():

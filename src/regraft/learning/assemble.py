@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.learning.index_map import AxisRun, Box, Component, NotABoxError, Stack
@@ -76,11 +76,67 @@ Tree = tuple[Any, ...]
 """An axis (``Ref``), or ``*`` or ``+`` and a list of what it is made of; of a sum also the boxes of each piece."""
 
 
+class _OverlapError(NotABoxError):
+    """Parts of a dim that lie in each other; it names axes of boxes that could be cut into single positions."""
+
+    def __init__(self, boxes: list[Box], cuts: list[Ref]) -> None:
+        super().__init__("its parts lie in each other in no order that an equation could say")
+        self.boxes, self.cuts = boxes, cuts
+
+
+_CUTS = 6
+"""How often boxes are cut before one gives up."""
+_LONGEST = 8
+"""Positions of an axis that is cut."""
+
+
 def draft(component: Component) -> Drafted:
     """The equation of a component.
 
     Raises ``NotABoxError`` where its boxes do not fit into sums and products of axes.
     """
+    for _ in range(_CUTS):
+        try:
+            return _draft(component)
+        except _OverlapError as error:
+            if not error.cuts:
+                raise
+            # [q, k, v, q] holds the two of q around the others: two boxes, not one with a step.
+            boxes = [
+                part
+                for number, box in enumerate(error.boxes)
+                for part in _cut(box, [at for n, at in error.cuts if n == number])
+            ]
+            component = replace(component, boxes=tuple(boxes))
+    return _draft(component)
+
+
+def _cut(box: Box, axes: Sequence[int]) -> list[Box]:
+    """A box as one for each position of some of its axes."""
+    parts = [box]
+    for at in axes:
+        axis = box.axes[at]
+        parts = [
+            replace(
+                part,
+                start_before=_moved(part.start_before, axis.before, index),
+                start_after=_moved(part.start_after, axis.after, index),
+            )
+            for part in parts
+            for index in range(axis.size)
+        ]
+    kept = [axis for at, axis in enumerate(box.axes) if at not in axes]
+    return [replace(part, axes=list(kept), copied=[]) for part in parts]
+
+
+def _moved(start: tuple[int, ...], place: tuple[int, int] | None, times: int) -> tuple[int, ...]:
+    if place is None:
+        return start
+    dim, step = place
+    return tuple(n + step * times * (d == dim) for d, n in enumerate(start))
+
+
+def _draft(component: Component) -> Drafted:
     work = _Draft(component, _refined(component.boxes))
     _mark_copies(work)
     trees: list[list[list[Tree]]] = [[], []]
@@ -239,9 +295,16 @@ def _tree(work: _Draft, pieces: list[_Piece], size: int, side: int, stack: int, 
             terms.append(_tag(work, cluster[0], side))
             continue
         if len(cluster) == len(pieces):
-            raise NotABoxError("its parts lie in each other in no order that an equation could say")
+            raise _OverlapError(work.boxes, _to_cut(cluster))
         terms.append(_tree(work, cluster, end - start, side, stack, dim))
     return ("+", terms, boxes)
+
+
+def _to_cut(pieces: Sequence[_Piece]) -> list[Ref]:
+    """The outermost axes of the piece that has the shortest one: cut there, it lies beside the others."""
+    outer = [next((a for a in p.axes if a[0] > 1), None) for p in pieces]
+    known = [a for a in outer if a is not None and a[0] <= _LONGEST and a[1] > 1]
+    return min(known, key=lambda a: a[0])[2] if known else []
 
 
 def _split_outer(work: _Draft, piece: _Piece, least: int) -> None:

@@ -100,6 +100,19 @@ def kinds_of(
     return result[0], result[1]
 
 
+def kinds_by_axes(
+    left: Sequence[Term], right: Sequence[Term], known: Sequence[str]
+) -> tuple[str, ...]:
+    """Kinds of the terms on the left, where those on the right are known: from where the axes go."""
+    roles: dict[str, str] = {}
+    for term, kind in zip(right, known, strict=True):
+        if KINDS[kind].roles and KINDS[kind].fits(term):
+            _note_roles(term, kind, roles)
+    return tuple(
+        _kind(term, None, "vector" if len(term.dims) == 1 else "any", roles) for term in left
+    )
+
+
 def _kind(term: Term, told: str | None, guessed: str, roles: Mapping[str, str]) -> str:
     """The kind that a live model tells, that the axes tell, or that the name tells."""
     if told is None and len(term.dims) > 1 and not term.ends_open:
@@ -131,4 +144,4 @@ def _is_of(name: str, term: Term) -> bool:
     return term.key is not None and match_group(term.key, group_names([name])[0]) is not None
 
 
-__all__ = ["KindOf", "Kinds", "guess", "kinds_of"]
+__all__ = ["KindOf", "Kinds", "guess", "kinds_by_axes", "kinds_of"]

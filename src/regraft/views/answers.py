@@ -15,8 +15,8 @@ from regraft.views.model import Fact, Flow, Page, Row, Rows, Runs, Side, Tone, r
 from regraft.views.wording import count_in_words, shape_in_words
 
 if TYPE_CHECKING:
+    from regraft.explaining.diff import Diff, Moved, Some
     from regraft.explaining.explanation import End, Explanation
-    from regraft.learning.diff import Diff, Moved, Some
     from regraft.rules.lint.book import Linted
 
 _PIECES = 40
@@ -193,7 +193,7 @@ def _state_of_moved(moved: Moved) -> str:
 
 def _without(targets: Iterable[Some], differ: Iterable[Some]) -> Iterable[Some]:
     """The targets that are equal."""
-    from regraft.learning.diff import Some
+    from regraft.explaining.diff import Some
 
     wrong = {name for some in differ for name in _names(some)}
     if not wrong:

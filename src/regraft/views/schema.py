@@ -25,9 +25,9 @@ from regraft.checkpoints.slices import SlicesReport
 from regraft.checkpoints.verify import Verification
 from regraft.dialects.peft.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.errors import Finding
+from regraft.explaining.diff import Diff
 from regraft.explaining.explanation import Explanation
 from regraft.layouts.catalog import Catalog
-from regraft.learning.diff import Diff
 from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
 from regraft.views.environment import Environment

@@ -11,8 +11,8 @@ import numpy as np
 
 from regraft.bridges.transformers.facts import file_name, module_name
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
-from regraft.bridges.transformers.operations import UnknownOperationError, run, write_dim
-from regraft.bridges.transformers.registry import check_version
+from regraft.bridges.transformers.operations import UnknownOperationError, knows, run, write_dim
+from regraft.bridges.transformers.registry import Transform, check_version
 from regraft.bridges.transformers.renaming import Renamed
 from regraft.bridges.transformers.scopes import Scoped
 from regraft.bridges.transformers.symbolic import (
@@ -330,7 +330,12 @@ class _Maker:
                 turned,
             )
         except UnknownOperationError as error:
-            self._stick(f"{origin.converter.transform}: {error}", new, old)
+            if knows(operations):
+                self._stick(f"{origin.converter.transform}: {error}", new, old)
+            else:
+                self._watch(
+                    origin.converter.transform, actual, shapes, kinds, new, old, bounds, where
+                )
             return
         index = write_dim(chain.index) if chain.index is not None else "e"
         left = "\n".join(
@@ -347,6 +352,43 @@ class _Maker:
             for name, axes in zip(old, chain.sources, strict=True)
         )
         self._rule(new[0], f"{left}\n    == {right}", clauses, left_kinds, tuple(kinds), where)
+
+    def _watch(
+        self,
+        transform: Transform,
+        actual: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        kinds: Sequence[str],
+        new: tuple[str, ...],
+        old: tuple[str, ...],
+        bounds: Sequence[str],
+        where: str,
+    ) -> None:
+        """The rules of a converter that nobody here knows by name, learned by running it."""
+        from regraft.bridges.transformers.watching import watch_converter
+
+        try:
+            found = watch_converter(transform, actual, shapes, kinds, self.imported.skeleton)
+        except (UnknownOperationError, BadInputError) as error:
+            self._stick(f"{transform}: {error}", new, old)
+            return
+        for number in {number for each in found for number in each.unread}:
+            names = ", ".join(type(operation).__name__ for operation in transform.operations)
+            why = f"{transform}: {names} computes values with it, which no layout change does"
+            key = _stack(holes(old[number], _loop), "e")
+            self.gaps.append(Gap(parse_key(key), why))
+        for each in found:
+            left = "\n".join(
+                f"{_stack(holes(old[term.number], _loop), term.index or 'e')} : {term.dims}"
+                for term in each.left
+            )
+            right = "\n".join(
+                f"{holes(new[term.number], _loop)} : {term.dims}" for term in each.right
+            )
+            right_kinds = tuple(kinds[term.number] for term in each.right)
+            text, clauses = f"{left}\n    == {right}", [*each.clauses, *bounds]
+            first = new[each.right[0].number]
+            self._rule(first, text, clauses, each.left_kinds, right_kinds, f"{where} (watched)")
 
     def _respell(self, old: Sequence[str], usual: Sequence[str], where: str) -> None:
         for spelled, name in zip(old, usual, strict=True):

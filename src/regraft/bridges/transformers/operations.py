@@ -148,6 +148,11 @@ def run(
     return chain
 
 
+def knows(operations: Sequence[Any]) -> bool:
+    """Whether an equation is known for each of some operations."""
+    return all(type(operation).__name__ in _STEPS for operation in operations)
+
+
 Tensors = list[list[Dim]]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,10 @@ _DESCRIBED = (
 
 _CAPTURE = re.compile(r"\(.+?\)")
 _GROUP = re.compile(r"\\(\d)")
+
+
+Rename = Callable[[str], tuple[str, int] | None]
+"""A key's other form, and which of the sources matched; ``None`` where none does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +100,8 @@ class Transform:
     adds_prefix: bool = False
     unknown: str | None = None
     """Why it cannot be described by patterns; ``None`` where it can."""
+    calls: tuple[Rename, Rename] | None = None
+    """The renaming's own functions, forth and back, where it has some that no pattern describes."""
 
     def __str__(self) -> str:
         return f"{self.entry} #{self.number}"
@@ -194,8 +200,10 @@ def _transform(entry: str, number: int, raw: Any) -> Transform:
     kind = type(raw).__name__
     grouped = kind == "GroupWeightRename"
     unknown = _why_unknown(type(raw))
+    nothing = Step(re.compile("(?P<g0>(?!))"), (), ())
+    if unknown is not None and _only_renames(type(raw)):
+        return Transform(entry, number, nothing, nothing, calls=_calls(raw))
     if unknown is not None:
-        nothing = Step(re.compile("(?P<g0>(?!))"), (), ())
         return Transform(entry, number, nothing, nothing, unknown=unknown)
     # A copy: in 5.4 a transform shares its lists with its reverse, which changes them.
     back = copy.deepcopy(raw).reverse_transform()
@@ -228,6 +236,31 @@ def _why_unknown(kind: type) -> str | None:
             f"{kind.__name__} has its own {' and '.join(changed)}, which this regraft does not know"
         )
     return None
+
+
+def _only_renames(kind: type) -> bool:
+    """Whether a class is a renaming with functions of its own for names, and nothing else: those can be called."""
+    renaming: Any = loading.WeightRenaming
+    own = ("_scoped_match", "materialize_tensors", "convert")
+    return issubclass(kind, renaming) and all(
+        getattr(kind, name, None) is getattr(renaming, name, None) for name in own
+    )
+
+
+def _calls(raw: Any) -> tuple[Rename, Rename]:
+    """A renaming's own functions: what it makes of a key when a file is loaded, and when one is saved."""
+    return _caller(copy.deepcopy(raw)), _caller(copy.deepcopy(raw).reverse_transform())
+
+
+def _caller(raw: Any) -> Rename:
+    def call(key: str) -> tuple[str, int] | None:
+        try:
+            new, _ = raw.rename_source_key(key)
+        except Exception:  # code that was not written for any key there is
+            return None
+        return None if new == key else (str(new), 0)
+
+    return call
 
 
 def _is_of_transformers(kind: type) -> bool:
@@ -265,9 +298,12 @@ def digits_spelled(transforms: Sequence[Transform]) -> frozenset[int]:
 
 
 def has_single_digits(transforms: Sequence[Transform]) -> bool:
-    """Whether a pattern looks at one digit of a number, so that numbers of two digits are not like the others."""
+    """Whether a pattern looks at one digit of a number, so that numbers of two digits are not like the others.
+
+    A renaming's own function may look at anything.
+    """
     lone = re.compile(r"(?:\[0-9\]|\\d)(?![+*{])")
-    return any(
+    return any(transform.calls for transform in transforms) or any(
         lone.search(text)
         for transform in transforms
         for step in (transform.forward, transform.backward)

@@ -176,6 +176,8 @@ class Renamer:
         family, where no prefix stood twice. What no rule tells is a fact in ``v4_files.toml``.
         """
         step = scoped.transform.forward
+        if scoped.transform.calls is not None:
+            return False
         if unwritten(scoped.transform.entry, step.sources[0], key):
             return True
         if any(

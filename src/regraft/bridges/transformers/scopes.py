@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from regraft.bridges.transformers.registry import (
+    Rename,
     Step,
     Transform,
     look_up,
@@ -56,11 +57,16 @@ class Scoped:
 
     def rename(self, key: str) -> tuple[str, int] | None:
         """An old key's new form, and which source matched; ``None`` where nothing does."""
+        if self.transform.calls is not None:
+            return _call(self.strip(key), self.transform.calls[0])
         return _rename(self.strip(key), self.transform.forward)
 
     def undo(self, key: str) -> str | None:
         """The old form of a key; ``None`` where it is not one that the transform makes."""
-        done = _rename(self.below(key), self.transform.backward)
+        if self.transform.calls is not None:
+            done = _call(self.below(key), self.transform.calls[1])
+        else:
+            done = _rename(self.below(key), self.transform.backward)
         return done[0] if done is not None else None
 
 
@@ -71,6 +77,11 @@ def _rename(parts: tuple[str, str] | None, step: Step) -> tuple[str, int] | None
     match, source = found
     target = source if step.paired else 0
     return parts[0] + step.write(parts[1], match, source, target), source
+
+
+def _call(parts: tuple[str, str] | None, function: Rename) -> tuple[str, int] | None:
+    done = function(parts[1]) if parts is not None else None
+    return (parts[0] + done[0], done[1]) if parts is not None and done is not None else None
 
 
 @dataclass(frozen=True, slots=True)
