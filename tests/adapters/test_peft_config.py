@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from regraft.adapters.families.settings import Patterns
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.targeting import Targeting
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 ALPHAS = st.one_of(
     st.integers(0, 64), st.floats(0, 64, allow_subnormal=False).filter(lambda x: x == 0 or x > 1e-3)
@@ -178,3 +180,15 @@ def test_without_target_modules_peft_would_take_its_own(tmp_path):
     with pytest.raises(regraft.BadInputError) as caught:
         regraft.convert(src, tmp_path / "new", to="transformers-v5")
     assert [(f.code, f.key) for f in caught.value.findings] == [("config", "target_modules")]
+
+
+def test_inspect_tells_what_a_family_lacks(tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__dora", src)
+    file = src / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in open_tensors(file).items()}
+    del tensors[next(name for name in tensors if "lora_magnitude" in name)]
+    write_tensors(file, tensors, {"format": "pt"})
+    base = GOLDEN / "bases" / "mixtral"
+    assert regraft.inspect(GOLDEN / "cases" / "mixtral__dora", model=base).problems == []
+    assert [f.code for f in regraft.inspect(src, model=base).problems] == ["shape"]

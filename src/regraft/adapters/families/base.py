@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from regraft.adapters.families.settings import Anchored, Patterns
 from regraft.adapters.form import Array, cast_down, common_dtype
+from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Ints
 
 FAMILY, LORA, BASE, DENSE, NONE = "family", "lora", "base", "dense", "none"
@@ -80,7 +81,13 @@ class Part:
     kind: str = "linear"
 
     def __getitem__(self, role: str) -> Array:
-        return self.tensors[role]
+        """A tensor of it. Raises ``BadInputError`` where the file has it not."""
+        found = self.tensors.get(role)
+        if found is None:
+            message = f"a module of the adapter lacks a tensor of its family ({role})"
+            fix = "use the adapter_config.json that was saved with these weights, or save the adapter again"
+            raise BadInputError(Finding("shape", message, fix=fix))
+        return found
 
     def with_tensors(self, out: int, into: int, **tensors: Array) -> Part:
         """The same settings with other tensors."""

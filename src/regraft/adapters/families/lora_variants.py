@@ -42,6 +42,10 @@ _ROLES = {
 }
 
 
+_NEEDED_BY = {"use_dora": "m", "lora_bias": "bias", "kasa_config": "diag"}
+"""What every module has where a field of the config says so, whatever else it is."""
+
+
 class LoraVariant(LowRank):
     """Factors A and B, and what a variant has beside them."""
 
@@ -78,7 +82,9 @@ class LoraVariant(LowRank):
         return {names.get(role, role): tensor for role, tensor in part.tensors.items()}
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
-        missing = [self.names[role] for role in self.needed if role not in tensors]
+        also = [role for field, role in _NEEDED_BY.items() if self.config.get(field)]
+        needed = dict.fromkeys([*self.needed, *also])
+        missing = [self.names[role] for role in needed if role not in tensors]
         if missing:
             raise UnreadableError(f"{' and '.join(missing)} is missing")
         a, b = tensors["A"], tensors["B"]

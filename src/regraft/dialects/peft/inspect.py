@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
-from regraft.errors import AmbiguousError, Finding, RegraftError
+from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
 from regraft.layouts.names import DEFAULT, known_layouts
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
@@ -276,6 +277,8 @@ def inspect_adapter(
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
         _note_idle(scan, tensors, result)
+    if source.family is not None and not result.problems:
+        _read_family(source, known, result)
     if source.provenance().layout:
         result.notes.append(f"regraft wrote it, from {source.provenance().source.layout}")
     return result
@@ -310,6 +313,17 @@ def _find_layouts(
     if detected.layout is not None:
         return [detected.layout]
     return list(dict.fromkeys(n for b in books for n in b.layouts) or known_layouts())
+
+
+def _read_family(source: Source, known: Known | None, result: Inspected) -> None:
+    """What is wrong with a family's tensors, where the converter would say it."""
+    books, scopes = (known.books, known.scopes) if known is not None else ((), {})
+    side = Side(books, result.layout or next((book.left for book in books), ""), scopes)
+    with suppress(AmbiguousError, RefusedError):
+        try:
+            source.read(side)
+        except BadInputError as error:
+            result.problems += error.findings
 
 
 def _read_targets(scan: Scan, source: Source, known: Known | None, result: Inspected) -> None:
