@@ -111,7 +111,8 @@ def convert_adapter(
     if not in_place:
         opened.check_convertible()
     known = find_books(names, opened.hints(), model, opened.where, foreign)
-    known = replace(known, notes=(*known.notes, *names.notes))
+    opened, known, settled = _settle_shared(opened, known, model, to, foreign)
+    known = replace(known, notes=(*known.notes, *names.notes, *settled))
     to = to if into is None else into.layout(to, known)
     into = None if into is None or into.own else into
     try:
@@ -143,6 +144,21 @@ def convert_adapter(
         raise RefusedError(
             replace(finding, where=finding.where or opened.where) for finding in error.findings
         ) from error
+
+
+def _settle_shared(
+    opened: Opened, known: Known, model: ModelConfig | None, to: Layout, foreign: Foreign | None
+) -> tuple[Opened, Known, list[str]]:
+    """The adapter with each module in the places that the result has for it, where the source's had it in two.
+
+    Raises ``BadInputError`` where two places of one module have other tensors.
+    """
+    shared = [each for book in known.books if book.left != to.name for each in book.shared]
+    settled, notes = opened.settle_shared(shared) if shared else (opened, [])
+    if not notes:
+        return opened, known, []
+    known = find_books(settled.names(), settled.hints(), model, settled.where, foreign)
+    return settled, known, notes
 
 
 def source_layout(

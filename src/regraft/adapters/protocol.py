@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regraft.planning.model import ModelConfig
     from regraft.planning.plan import Plan
     from regraft.planning.side import Side
+from regraft.rules.book import Shared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,6 +219,13 @@ class Opened(Protocol):
 
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
+        ...
+
+    def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
+        """The same with each module in the places that the result has for it, and what is said of it.
+
+        Raises ``BadInputError`` where the two places of one module have other tensors.
+        """
         ...
 
     def as_lora(self) -> Self:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from regraft.planning.families import Guess
     from regraft.planning.model import ModelConfig
     from regraft.planning.side import Side
+    from regraft.rules.book import Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +361,10 @@ class PlainFile:
     def unbound(self) -> list[tuple[str, Array]]:
         """Nothing."""
         return []
+
+    def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
+        """It names each module once."""
+        return self, []
 
     def guess(self) -> Guess:
         """No size is sure that the file does not show."""

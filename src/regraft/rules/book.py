@@ -221,6 +221,14 @@ class ModuleRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """A module that stands in two places in the left layout, and only in the second in the right one."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, slots=True)
 class Special:
     """A module that PEFT cannot treat like any other."""
 
@@ -270,6 +278,8 @@ class Book:
     right_adapters: str | None = None
     package: str | None = None
     """The installed package that it comes with; ``None`` for regraft's and a user's own."""
+    shared: tuple[Shared, ...] = ()
+    """Modules of the left layout that stand in two places."""
 
     if not TYPE_CHECKING:  # so that types are checked as if every slot were filled
 

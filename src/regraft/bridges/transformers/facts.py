@@ -28,6 +28,20 @@ def unwritten(entry: str, source: str, key: str) -> bool:
     )
 
 
+def shared_places(classes: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The modules of a class in transformers 4 that stood in two places: both paths."""
+    return next((found for n in classes if (found := _shared().get(n))), ())
+
+
+@lru_cache(maxsize=1)
+def _shared() -> dict[str, tuple[tuple[str, str], ...]]:
+    return {
+        name: tuple((first, second) for first, second in table["places"])
+        for table in _facts()["shared"]
+        for name in table["classes"]
+    }
+
+
 @lru_cache(maxsize=1)
 def _facts() -> dict[str, Any]:
     text = resources.files(__package__).joinpath("v4_files.toml").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from regraft.bridges.transformers.facts import file_name, module_name
+from regraft.bridges.transformers.facts import file_name, module_name, shared_places
 from regraft.bridges.transformers.imported import STACKED, Imported, Origin
 from regraft.bridges.transformers.operations import UnknownOperationError, knows, run, write_dim
 from regraft.bridges.transformers.registry import Transform, check_version
@@ -28,7 +28,7 @@ from regraft.bridges.transformers.symbolic import (
 from regraft.equation.lower import check_equation
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.errors import BadInputError
-from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, library
+from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Shared, library
 from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.mtp import is_mtp_module
@@ -485,7 +485,18 @@ class _Maker:
             tuple({str(rule.equation): rule for rule in self.respelled}.values()),
             left_adapters="peft-0.18",
             right_adapters="peft-0.19",
+            shared=tuple(self._shared()),
         )
+
+    def _shared(self) -> Iterable[Shared]:
+        """What stood in two places, and stands in the second only."""
+        tensors = self.imported.skeleton.tensors
+        for first, second in shared_places(self.imported.classes):
+            places = [
+                any(key.startswith(f"{path}.") for key in tensors) for path in (first, second)
+            ]
+            if places == [False, True]:
+                yield Shared(first, second)
 
     def _parameters(self) -> Iterable[Parameters]:
         skeleton = self.imported.skeleton

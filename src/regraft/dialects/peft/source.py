@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +25,7 @@ from regraft.dialects.peft.packing import BEFORE, SINCE, packing_of_version
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.saved import Style, names_of, saved_groups
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.shared import settle_shared
 from regraft.dialects.peft.stripped import Stripped, strip_tensors
 from regraft.dialects.peft.variants import claimed_names, refuse_attention
 from regraft.dialects.unread import find_dialect
@@ -41,6 +42,7 @@ from regraft.planning.families import Guess
 from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Plan
 from regraft.planning.side import Side
+from regraft.rules.book import Shared
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
@@ -330,6 +332,14 @@ class Source:
         return replace(
             self, tensors={name: x for name, x in self.tensors.items() if name not in gone}
         )
+
+    def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
+        """The same with each module in the places that the result has for it.
+
+        Raises ``BadInputError`` where the two places of one module have other tensors.
+        """
+        tensors, notes = settle_shared(self.tensors, shared, self.where)
+        return (replace(self, tensors=tensors), notes) if notes else (self, [])
 
     def as_lora(self) -> Self:
         """The same with the config of a plain LoRA on the same modules."""
