@@ -36,7 +36,7 @@ from regraft.dialects.image.delta import (
     Delta,
     whole_w1,
 )
-from regraft.dialects.image.families import DENOISER, Family
+from regraft.dialects.image.families import CLIP_V4, DENOISER, Family
 from regraft.dialects.image.moving import Ways, is_vector
 from regraft.dialects.image.read import ADAPTER_METADATA, Home
 from regraft.errors import RefusedError
@@ -195,9 +195,19 @@ def fit_to(deltas: Mapping[Home, Delta], how: Writing, ways: Ways) -> dict[Home,
 
     Raises ``RefusedError`` with everything that has none.
     """
+    made = _fit(deltas, how, ways, set())
+    if how.name == "diffusers":
+        mixed = _mixed_dora(made)
+        made = _fit(made, how, ways, mixed) if mixed else made
+    return made
+
+
+def _fit(
+    deltas: Mapping[Home, Delta], how: Writing, ways: Ways, mixed: set[str]
+) -> dict[Home, Delta]:
+    """``mixed`` are components of which DoRA cannot be held, because some of their modules are none."""
     made: dict[Home, Delta] = {}
     findings = []
-    mixed = _mixed_dora(deltas) if how.name == "diffusers" else set()
     for home, delta in deltas.items():
         why = _refused(home, delta, how)
         if why is None and home.component in mixed and delta.magnitude is not None:
@@ -399,8 +409,8 @@ def adapter_metadata(deltas: Mapping[Home, Delta], how: Writing) -> str | None:
     said: dict[str, Any] = {}
     plain = True
     for component, modules in components.items():
-        ranks = {home.module: delta.rank for home, delta in modules}
-        alphas = {home.module: _peft_alpha(delta.scale) for home, delta in modules}
+        ranks = {_path(home): delta.rank for home, delta in modules}
+        alphas = {_path(home): _peft_alpha(delta.scale) for home, delta in modules}
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(alphas.values()).most_common(1)[0][0]
         dora = any(delta.magnitude is not None for _, delta in modules)
@@ -419,6 +429,14 @@ def adapter_metadata(deltas: Mapping[Home, Delta], how: Writing) -> str | None:
         }
         said.update({f"{component}.{name}": value for name, value in settings.items()})
     return None if plain else json.dumps(said, indent=2, sort_keys=True)
+
+
+def _path(home: Home) -> str:
+    """A module for PEFT's config, which matches ends of paths.
+
+    transformers 5 has one level less in a CLIPTextModel than files have; without it both are matched.
+    """
+    return home.module if home.component == DENOISER else home.module.removeprefix(CLIP_V4)
 
 
 def _peft_alpha(scale: Scale) -> Number:
