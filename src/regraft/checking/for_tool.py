@@ -11,6 +11,7 @@ from typing import Any
 
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.base import dialect_of
 from regraft.dialects.judging import Files, Outcome, ToolReader, tool_readers
@@ -109,7 +110,7 @@ def check_for(
     )
     if asked and asked != version:
         result.notes.append(f"{name} {asked} was not looked at; this is what {version} does")
-    if files.model is None:
+    if files.model is None and getattr(reader, "needs_base", True):
         result.notes.append(
             "the base is not known, so names were compared with none: give it with --model"
         )
@@ -127,7 +128,7 @@ def _files(src: Path, model: str | os.PathLike[str] | None) -> Files:
         )
     dialect = dialect_of(src).name
     look = look_at(src)
-    weights = src if src.is_file() else src / WEIGHTS
+    weights = src if src.is_file() else _weights_in(src)
     tensors: Any = {}
     metadata: dict[str, str] = {}
     if weights.suffix == ".safetensors" and weights.is_file():
@@ -147,6 +148,12 @@ def _files(src: Path, model: str | os.PathLike[str] | None) -> Files:
         tensors, metadata = opened.tensors, opened.metadata
     base = Path(model) if model is not None else _named_base(config)
     return Files(src, config, tensors, dialect, load_model(base) if base else None, metadata)
+
+
+def _weights_in(folder: Path) -> Path:
+    """PEFT's file, or the only one there is."""
+    found = list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else folder / WEIGHTS
 
 
 def _named_base(config: Any) -> Path | None:
@@ -177,6 +184,11 @@ def _find_fix(
         opening = find_source(files.src)
         into = Target.writes(layout, opening)
         for opened in opening:
+            by_itself = getattr(opened, "convert", None)
+            if by_itself is not None:
+                by_itself(layout, None, None if base is None else Path(base), Options())
+                words = words[:-2] if base is None else words
+                continue
             foreign = InstalledTransformers()
             convert_adapter(opened, layout, files.model, None, None, foreign, into=into)
     except RegraftError as error:

@@ -33,6 +33,7 @@ from regraft.storage.safetensors import Header, read_header, write_tensors
 if TYPE_CHECKING:
     from regraft.adapters.detect import Known
     from regraft.adapters.ranks import Options
+    from regraft.dialects.judging import ToolReader
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file in a folder."""
@@ -169,6 +170,13 @@ class ImageDialect:
     title: str
     layout: str = "diffusers"
     capabilities: Capabilities = _FILES
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """What its tool does with files as they are; imported when it is asked."""
+        from regraft.dialects.image.judges import READERS
+
+        return READERS.get(self.name, ())
 
     def sniff(self, src: Path) -> Evidence | None:
         """A file, or a folder with one, whose names are those of this tool."""

@@ -1,0 +1,355 @@
+"""What diffusers, ComfyUI and sd-scripts do with a file as it is, where that is not what was trained.
+
+Everything here was found by running the loaders on genuine files: diffusers 0.42.1
+(``loaders/lora_conversion_utils.py``, ``loaders/lora_pipeline.py``, ``utils/peft_utils.py``), ComfyUI ``a125cd8``
+(``comfy/lora.py``, ``comfy/weight_adapter``); sd-scripts ``48d368f`` (``networks/lora*.py``) was read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from regraft.adapters.form import Array
+from regraft.dialects.image.delta import BOFT, FULL, IA3, LOHA, LOKR, LORA, NOTHING, OFT, SET, Delta
+from regraft.dialects.image.families import DENOISER
+from regraft.dialects.image.grouping import ModuleTensors, group_tensors
+from regraft.dialects.image.prefixes import Place, place_of
+from regraft.dialects.image.read import Home, candidates, read_adapter
+from regraft.dialects.judging import (
+    FAILS,
+    IGNORED,
+    LOADED,
+    WRONG_SCALE,
+    WRONG_VALUES,
+    Files,
+    Judgement,
+)
+from regraft.errors import RegraftError
+
+Verdict = tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapted:
+    """One module of a file: how it is named, and what it adds."""
+
+    stem: str
+    place: Place
+    tensors: ModuleTensors
+    home: Home
+    delta: Delta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFileView:
+    """A file, as a judge looks at it."""
+
+    family: str
+    unet: bool
+    modules: tuple[Adapted, ...]
+    keys: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+    def any(self, test: Callable[[Adapted], bool]) -> bool:
+        """Whether a module passes a test."""
+        return any(map(test, self.modules))
+
+    @property
+    def spellings(self) -> set[str]:
+        """How its leaves are spelled."""
+        return {s for each in self.modules for s in each.tensors.spellings}
+
+
+def look(files: Files) -> ImageFileView:
+    """A file by module, for the first family that it fits.
+
+    Raises what reading it raises.
+    """
+    tensors: dict[str, Array] = dict(files.tensors)
+    grouped = group_tensors(tensors, str(files.src))
+    fits, why = candidates(grouped, files.metadata, str(files.src))
+    adapter = read_adapter(fits[0], grouped, dict(files.metadata), str(files.src), why)
+    modules = tuple(
+        Adapted(
+            stem, place_of(stem), module, fits[0].homes[stem], adapter.deltas[fits[0].homes[stem]]
+        )
+        for stem, module in grouped.modules.items()
+    )
+    family = fits[0].family
+    return ImageFileView(
+        family.name, family.component == "unet", modules, tuple(tensors), files.metadata
+    )
+
+
+class Rules(Protocol):
+    """What is known of one loader."""
+
+    def failures(self, view: ImageFileView) -> Iterator[str]:
+        """Why it loads nothing."""
+        ...
+
+    def judge(self, view: ImageFileView, module: Adapted) -> Verdict:
+        """What becomes of a module; ``None`` where it is loaded as it is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """A loader of image LoRAs, for ``regraft check --for``."""
+
+    tool: str
+    versions: tuple[str, ...]
+    basis: str
+    to: str
+    rules: Rules
+    needs_base: bool = False
+    """Whether more can be told with the base; the names of these families are known without it."""
+
+    def judge(self, files: Files, version: str) -> Judgement:
+        """What it would do."""
+        judged = Judgement()
+        try:
+            view = look(files)
+        except RegraftError as error:
+            judged.failures.append(error.findings[0].message)
+            return judged
+        judged.failures += self.rules.failures(view)
+        for module in view.modules:
+            verdict = self.rules.judge(view, module)
+            judged.add(module.stem, *(verdict or (LOADED, "")))
+        return judged
+
+
+# -- diffusers
+
+
+_ATTENTION = re.compile(r".*\.attn\d?\.(?:to_[qkv]|to_out\.0)")
+_BLOCKS = re.compile(r"(?:.*\.)?(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)\..*")
+
+
+class DiffusersRules:
+    """diffusers 0.42.1, ``load_lora_weights``."""
+
+    def failures(self, view: ImageFileView) -> Iterator[str]:
+        """Exceptions."""
+        odd = [
+            m
+            for m in view.modules
+            if m.delta.algebra not in (LORA, SET) or "mid" in m.delta.tensors
+        ]
+        kohya = "lora_down" in view.spellings or any(m.place.flat for m in view.modules)
+        lokr = odd and all(m.delta.algebra == LOKR for m in odd)
+        if odd and view.unet and kohya:
+            yield f"ValueError: keys of {odd[0].delta.name} are not renamed"
+        elif (
+            odd
+            and not all("lora" in key for key in view.keys)
+            and not (lokr and view.family in ("flux2", "z-image"))
+        ):
+            yield f"ValueError: not all names contain 'lora', because it has {odd[0].delta.name}"
+        if view.unet and any("diffusion_model." in m.place.prefix for m in view.modules):
+            yield "ValueError: names with diffusion_model. are none of a UNet's"
+        if view.family == "hunyuan-video" and any(key.endswith(".alpha") for key in view.keys):
+            yield "IndexError: alpha has no dims to divide"
+        if view.family == "flux":
+            yield from self._flux(view)
+
+    @staticmethod
+    def _flux(view: ImageFileView) -> Iterator[str]:
+        stems = {m.home.module for m in view.modules}
+        rows = [m for m in view.modules if m.home.layout == "bfl"]
+        if any(m.home.key.endswith(".scale") for m in view.modules):
+            if "guidance_in.in_layer" not in stems or "double_blocks.18.img_mod.lin" not in stems:
+                yield "KeyError: it is read as a control adapter, which has every module of the model"
+        elif any(m.place.prefix.startswith("base_model.model.") for m in rows):
+            if any(_BLOCKS.fullmatch(m.home.module) is None for m in rows):
+                yield "ValueError: img_in and others are left over, which a Kontext adapter of fal has not"
+            elif "double_blocks.18.img_mod.lin" not in stems:
+                yield "KeyError: it is read as an adapter that has every module of all blocks"
+        if any(
+            m.place.prefix == "lora_transformer_" and _BLOCKS.fullmatch(m.home.module) is None
+            for m in view.modules
+        ):
+            yield "KeyError: embedders and the last layer have no such names in its converter"
+
+    def judge(self, view: ImageFileView, module: Adapted) -> Verdict:
+        """What becomes of a module."""
+        flat = module.place.flat
+        if view.family == "sd3" and flat:
+            return IGNORED, "no converter knows SD3's names in kohya's format"
+        if view.family == "flux":
+            verdict = self._judge_flux(view, module)
+            if verdict is not None:
+                return verdict
+        if view.unet:
+            verdict = self._judge_unet(view, module)
+            if verdict is not None:
+                return verdict
+        if view.family == "wan" and module.home.module.endswith(
+            ("k_img", "v_img", "add_k_proj", "add_v_proj")
+        ):
+            ends = {m.home.module.rpartition(".")[2] for m in view.modules}
+            if not ({"k_img", "v_img"} <= ends or {"add_k_proj", "add_v_proj"} <= ends):
+                return (
+                    IGNORED,
+                    "it is overwritten with zeros, because only one of add_k_proj and add_v_proj is there",
+                )
+        if "dora_scale" in module.tensors.tensors:
+            return WRONG_VALUES, "dora_scale is left out, and the rest is loaded as plain LoRA"
+        if module.delta.algebra in (FULL, NOTHING):
+            return IGNORED, "deltas of norms and biases are left out"
+        return self._judge_rank(view, module)
+
+    @staticmethod
+    def _judge_flux(view: ImageFileView, module: Adapted) -> Verdict:
+        inside = _BLOCKS.fullmatch(module.home.module) is not None
+        text = module.home.component != DENOISER
+        if text:
+            return None
+        if module.place.flat and module.delta.algebra != LORA:
+            return (
+                IGNORED,
+                f"its converter takes plain LoRA only, and this is {module.delta.algebra}",
+            )
+        if module.place.flat and not inside:
+            return IGNORED, "its name loses 'transformer.', and is then filtered out"
+        plain = "xlabs" not in module.tensors.spellings and not view.any(
+            lambda m: m.home.key.endswith(".scale") or m.place.prefix.startswith("base_model")
+        )
+        if module.home.layout == "bfl" and not module.place.flat and plain:
+            return IGNORED, "no converter knows FLUX's own names with lora_A and lora_B"
+        if module.home.module == "final_layer.adaLN_modulation.1" and not module.place.flat:
+            return WRONG_VALUES, "the halves of its A are exchanged, and not only those of its B"
+        return None
+
+    @staticmethod
+    def _judge_unet(view: ImageFileView, module: Adapted) -> Verdict:
+        if not module.place.prefix and module.home.component == DENOISER:
+            return IGNORED, "its name does not begin with 'unet.'"
+        names = {m.home.layout for m in view.modules if m.home.component == DENOISER}
+        if module.place.flat and module.home.layout == "ldm" and "diffusers" in names:
+            return (
+                IGNORED,
+                "the file has names of both kinds, and those of input_blocks are deleted",
+            )
+        if module.place.flat and _ATTENTION.fullmatch(module.home.module):
+            alphas = Counter(m.delta.scale.alpha for m in view.modules if m.delta.algebra == LORA)
+            usual = alphas.most_common(1)[0][0] if alphas else None
+            if usual is not None and module.delta.scale.alpha != usual:
+                return (
+                    WRONG_SCALE,
+                    f"it gets the most common alpha, {usual:g}, because its own is looked up by another name",
+                )
+        return None
+
+    @staticmethod
+    def _judge_rank(view: ImageFileView, module: Adapted) -> Verdict:
+        if "lora_A" not in module.tensors.spellings or "lora_adapter_metadata" in view.metadata:
+            return None
+        if any(key.endswith(".alpha") for key in view.keys):
+            return None
+        ranks = Counter(
+            m.delta.rank for m in view.modules if m.home.component == module.home.component
+        )
+        usual = ranks.most_common(1)[0][0]
+        if module.delta.rank != usual:
+            return (
+                WRONG_SCALE,
+                f"without metadata all modules get the most common rank, {usual}, as alpha",
+            )
+        return None
+
+
+# -- ComfyUI
+
+
+class ComfyRules:
+    """ComfyUI, ``load_lora_for_models``."""
+
+    def failures(self, view: ImageFileView) -> Iterator[str]:
+        """It logs what it does not know, and goes on."""
+        return iter(())
+
+    def judge(self, view: ImageFileView, module: Adapted) -> Verdict:
+        """What becomes of a module."""
+        prefix, delta = module.place.prefix, module.delta
+        denoiser = module.home.component == DENOISER
+        if prefix.startswith("base_model.model."):
+            return IGNORED, "no key begins with base_model.model."
+        if denoiser and prefix == "unet." and _ATTENTION.fullmatch(module.home.module):
+            return IGNORED, "attention is not known with 'unet.' and diffusers' names"
+        if denoiser and prefix == "transformer." and view.family == "wan":
+            return IGNORED, "Wan's modules are known by their own names only"
+        if (
+            denoiser
+            and not prefix
+            and module.home.layout not in ("diffusers",)
+            and "xlabs" not in module.tensors.spellings
+            and not view.any(lambda m: m.home.key.endswith(".scale"))
+        ):
+            return IGNORED, "names without 'diffusion_model.' are not known"
+        if delta.algebra == IA3:
+            return IGNORED, "it does not read IA3"
+        if delta.algebra in (OFT, BOFT) and (delta.alpha or "rescale" in delta.tensors):
+            return (
+                WRONG_VALUES,
+                "rescale is ignored, and the constraint is taken for another number",
+            )
+        if delta.magnitude is not None and not delta.magnitude_in:
+            return (
+                WRONG_VALUES,
+                "DoRA on the out axis is divided by the lengths of the base's rows, and not of the sum's",
+            )
+        if {"lokr_t2", "lokr_w1_a"} <= set(delta.tensors):
+            return (
+                IGNORED,
+                "LoKr with Tucker and a decomposed w1 is an error in its log, and the module stays as it is",
+            )
+        own = "alpha" in module.tensors.tensors
+        if delta.algebra in (LORA, LOHA) and not own and delta.scale.value != 1.0:
+            return WRONG_SCALE, "it reads no metadata, and alpha stands only there"
+        return None
+
+
+# -- sd-scripts
+
+
+class KohyaRules:
+    """sd-scripts, ``networks.lora*`` and ``--network_weights``."""
+
+    def failures(self, view: ImageFileView) -> Iterator[str]:
+        """It ignores what it does not know."""
+        return iter(())
+
+    def judge(self, view: ImageFileView, module: Adapted) -> Verdict:
+        """What becomes of a module."""
+        prefix = module.place.prefix
+        if not module.place.flat or prefix in ("lycoris_", "lora_transformer_"):
+            return IGNORED, "names begin with lora_unet_ or lora_te there, and have no dots"
+        if "lora_down" not in module.tensors.spellings:
+            return (
+                IGNORED,
+                f"networks.lora takes plain LoRA only, and this is {module.delta.algebra}",
+            )
+        if "mid" in module.delta.tensors:
+            return FAILS, "networks.lora has no lora_mid"
+        if module.delta.magnitude is not None:
+            return WRONG_VALUES, "dora_scale is left out, and the rest is loaded as plain LoRA"
+        wanted = {"sd15": "diffusers", "sd2": "diffusers"}.get(view.family)
+        if module.home.component == DENOISER and wanted and module.home.layout != wanted:
+            return IGNORED, "modules of Stable Diffusion 1 and 2 have diffusers' names there"
+        return None
+
+
+DIFFUSERS_READER = ImageReader(
+    "diffusers", ("0.42.1",), "its functions, run", "diffusers", DiffusersRules()
+)
+COMFYUI_READER = ImageReader(
+    "comfyui", ("2025.10.12",), "its functions, run", "comfyui", ComfyRules()
+)
+KOHYA_READER = ImageReader("kohya", ("2026.2.16",), "its source", "kohya", KohyaRules())
+READERS = {each.tool: (each,) for each in (DIFFUSERS_READER, COMFYUI_READER, KOHYA_READER)}
