@@ -192,3 +192,17 @@ def test_inspect_tells_what_a_family_lacks(tmp_path):
     base = GOLDEN / "bases" / "mixtral"
     assert regraft.inspect(GOLDEN / "cases" / "mixtral__dora", model=base).problems == []
     assert [f.code for f in regraft.inspect(src, model=base).problems] == ["shape"]
+
+
+def test_an_empty_tensor_of_a_family_is_an_error(tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__ia3_attn", src)
+    file = src / "adapter_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in open_tensors(file).items()}
+    name = next(iter(tensors))
+    tensors[name] = tensors[name][:0]
+    write_tensors(file, tensors, {"format": "pt"})
+    base = GOLDEN / "bases" / "mixtral"
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(src, tmp_path / "new", to="transformers-v5", model=base, via="dense")
+    assert [f.code for f in caught.value.findings] == ["shape"]

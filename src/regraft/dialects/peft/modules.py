@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.families.base import Family, Part, UnreadableError
+from regraft.adapters.families.base import RANK, Family, Part, UnreadableError
 from regraft.adapters.form import Array
 from regraft.adapters.tuned import TunedModules
 from regraft.dialects.peft.config import targets_module
@@ -142,6 +142,7 @@ class ModuleReader:
         self, tensors: Mapping[str, Array], settings: Mapping[str, Any], path: str
     ) -> Sizes | None:
         try:
+            self._check_filled(tensors)
             return self.family.sizes(tensors, settings)
         except (UnreadableError, KeyError, StopIteration, ValueError, IndexError) as error:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
@@ -155,6 +156,12 @@ class ModuleReader:
                 )
             )
             return None
+
+    def _check_filled(self, tensors: Mapping[str, Array]) -> None:
+        """Raise ``UnreadableError`` for an empty tensor; only a rank may be 0, where all of it was pruned."""
+        for role, tensor in tensors.items():
+            if 0 in tensor.shape and RANK not in (self.family.dims(role, tensor) or ()):
+                raise UnreadableError(f"one is empty ({role}, {list(tensor.shape)})")
 
     def _shape(
         self,
