@@ -183,6 +183,19 @@ def _(lab):
     _torch()
 
 
+@provokes("package-missing")
+def _(lab):
+    from regraft.dialects.gguf import _package
+
+    lab.patch.setitem(__import__("sys").modules, "gguf", None)
+    _package()
+
+
+@provokes("bad-gguf")
+def _(lab):
+    regraft.convert(lab.file(b"GGUF\x03", "adapter.gguf"), lab.path / "out", to="transformers-v5")
+
+
 @provokes("bad-torch-file")
 def _(lab):
     from regraft.storage.torch_file import open_torch

@@ -148,7 +148,7 @@ def test_a_book_of_the_library_is_sound(book):
     assert book.title
     assert book.source
     assert book.model_types
-    assert book.layouts == ("transformers-v4", "transformers-v5") or book.right == "diffusers"
+    assert book.left != book.right
     assert bool(book.reclaimed) >= bool(book.reclaimed_model_types)
     for rule in book.rules:
         check_equation(rule.equation)
@@ -170,7 +170,7 @@ def test_every_part_of_the_library_is_used():
 
 
 def test_a_model_type_belongs_to_one_book():
-    types = [t for book in library() for t in book.model_types]
+    types = [(t, book.left, book.right) for book in library() for t in book.model_types]
     assert len(types) == len(set(types))
 
 
@@ -203,7 +203,7 @@ def test_a_model_type_belongs_to_one_book():
     ],
 )
 def test_the_families_that_were_asked_for_have_a_book(model_type):
-    (book,) = books_for([model_type])
+    (book,) = (b for b in books_for([model_type]) if b.right == "transformers-v5")
     assert model_type in book.model_types
     assert book.rules
 

@@ -12,11 +12,16 @@ from regraft.rules.book import library, load_book
 from regraft.rules.write import write_book
 
 
+def named(rule):
+    return rule.name
+
+
 def without_places(book):
     return replace(
         book,
         path="",
-        rules=tuple(replace(rule, where="") for rule in book.rules),
+        rules=tuple(sorted((replace(rule, where="") for rule in book.rules), key=named)),
+        absents=tuple(replace(absent, where="") for absent in book.absents),
         carries=tuple(replace(carry, where="") for carry in book.carries),
         parameters=tuple(replace(table, where="") for table in book.parameters),
         specials=tuple(replace(table, where="") for table in book.specials),

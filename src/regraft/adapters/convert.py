@@ -37,7 +37,7 @@ from regraft.adapters.tuned import TunedModules
 from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
 from regraft.layouts.graph import Edge, Route, edges_to, route_between
-from regraft.layouts.names import Layout, joined_to
+from regraft.layouts.names import Layout, joined_to, known_layouts
 from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
@@ -183,10 +183,13 @@ def source_layout(
 def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> Identity:
     """The layout an adapter is in; where its names are the same in all, the one that makes work.
 
-    Raises ``BadInputError`` where ``given`` contradicts the names, or where it fits no layout.
+    Raises ``BadInputError`` where ``given`` contradicts the names, or where it fits no layout, ``RefusedError`` where
+    ``to`` is a layout that this model does not have.
     """
     for layout in (to, given) if given is not None else (to,):
         if not any(layout.name in book.layouts for book in known.books):
+            if layout is to and known.books and to.name in known_layouts():
+                raise _not_there(known, to)
             edges_to(known.books, layout.name)
     detected = detect_layout(opened.names(), opened.hints(), known.books, opened.where)
     if given is None:
@@ -205,6 +208,18 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
             )
         )
     return Identity(known, given.name, given.packing, (known.evidence,))
+
+
+def _not_there(known: Known, to: Layout) -> RefusedError:
+    """That a layout has no such model, as far as rule books know."""
+    model = known.model_type or " or ".join(dict.fromkeys(b.name for b in known.books))
+    return RefusedError(
+        Finding(
+            "no-image",
+            f"no rule book says how {model} is stored in {to.name}, which may not have this model at all",
+            fix="merge the adapter into its base and convert the base, or give a rule book with --rules",
+        )
+    )
 
 
 def _mixed_identity(opened: Opened, known: Known, to: str, detected: Detected) -> Identity:

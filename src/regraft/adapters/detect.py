@@ -110,9 +110,10 @@ def find_books(
             if imported is not None:
                 _check_family(hints, model, where)
                 told = f"{imported.evidence} ({model.path})"
+                others = [book for book in books if book.tells != "both"]
                 return Known(
-                    (imported.book,),
-                    {},
+                    (imported.book, *others),
+                    {book.name: model.scope_of(book.model_types) for book in others},
                     model,
                     model.model_type,
                     told,
@@ -236,7 +237,7 @@ def covers(books: Sequence[Book], model: ModelConfig) -> bool:
     own = {id(book) for book in own_books() if not book.is_addition}
     if is_complete() or any(id(book) in own for book in books):
         return True
-    known = {name for book in books for name in book.model_types}
+    known = {name for book in books for name in book.model_types if book.tells == "both"}
     return all(name in known for name in model.model_types())
 
 
@@ -343,6 +344,8 @@ def books_by_keys(names: Names) -> list[Book]:
 
 
 def _speaks_of(book: Book, names: Names) -> bool:
+    if book.tells != "both":
+        return _tells(book, names)
     keys = [
         term.key
         for rule in book.rules
@@ -352,6 +355,20 @@ def _speaks_of(book: Book, names: Names) -> bool:
     if any(match_group(key, group) for key in keys for group in _candidates(names)):
         return True
     return any(match_group(p.module, group) for p in book.parameters for group in names.modules)
+
+
+def _tells(book: Book, names: Names) -> bool:
+    """Whether names are among those that only the telling side of a book has."""
+    left, right = (
+        [term.key for rule in book.rules for term in rule.equation.sides(back)[0] if term.key]
+        for back in (False, True)
+    )
+    mine, other = (left, right) if book.tells == "left" else (right, left)
+    return any(
+        any(match_group(key, group) for key in mine)
+        and not any(match_group(key, group) for key in other)
+        for group in _candidates(names)
+    )
 
 
 def _outcome(book: Book, names: Names) -> object:

@@ -377,14 +377,27 @@ class _Comparison:
         return rounded - weight, there - weight
 
     def _adds(self, number: int, key: str) -> bool:
-        """Whether a target of the result that nothing leads to adds anything; what is no number does."""
-        shape = self.after.shape(number)
+        """Whether a target of the result that nothing leads to adds anything; what is no number does.
+
+        What multiplies its base weight by 1 leaves it as it is to rounding.
+        """
+        shape, least = self.after.shape(number), self._rounding(number)
         return any(
-            not (piece.values == 0).all()
+            not (abs(piece.values) <= least).all()
             for piece in same_pieces(
                 {key: number}, self.after.part, lambda _: shape, self.after.kind, self._sample
             )
         )
+
+    def _rounding(self, number: int) -> float:
+        """How much of a delta is rounding: nothing, where it does not depend on the base's weight."""
+        tuner = self.after.tuner
+        if tuner is None or tuner.adds:
+            return 0.0
+        weight = self.after.base.find(self.after.headers.name(number))
+        if weight is None:
+            return 0.0
+        return self.result.tolerance * float(abs(weight).max(initial=0))
 
     def _judge(self) -> None:
         for key, tally in self.tallies.items():

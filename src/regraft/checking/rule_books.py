@@ -78,6 +78,8 @@ def export(model: str) -> str:
     ``model`` is a model type, the name of a book, or a model's folder or ``config.json``. Where the library does not
     know it, the installed transformers is asked, which takes the names of its weights.
 
+    Of a model it is the book that speaks of transformers' own names; books for other tools go by their names.
+
     Raises ``UnmatchedKeysError`` where no book knows it, ``BadInputError`` where several do.
     """
     path = Path(model)
@@ -102,6 +104,7 @@ def export(model: str) -> str:
                 "or write a rule book for it",
             )
         )
+    books = [book for book in books if book.tells == "both"] or books
     if len(books) > 1:
         names = ", ".join(book.name for book in books)
         message = f"several rule books work together for it: {names}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,6 +202,9 @@ def how_to_load(report: Report) -> str:
     layouts = {adapter.target_layout for adapter in report.adapters}
     if "diffusers" in layouts:
         return f"Load with diffusers: pipeline.load_lora_weights({_quote(report.destination)})"
+    usage = _usage(next(iter(layouts), ""))
+    if usage:
+        return usage.format(path=shlex.quote(report.destination))
     if layouts & {"kohya", "comfyui", "ai-toolkit"}:
         return f"Written for {', '.join(sorted(layouts))}: {report.destination}"
     calls = []
@@ -218,6 +222,14 @@ def how_to_load(report: Report) -> str:
         calls = [calls[0].removeprefix("model = ")]
     version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
     return f"Load with transformers {version}: " + "; ".join(calls)
+
+
+def _usage(layout: str) -> str:
+    """How the tool of a dialect is given a result, with a place for its path; empty where nothing says it."""
+    from regraft.dialects.base import dialects
+
+    name = layout.partition("/")[0].rpartition(":")[2]
+    return str(getattr(dialects().get(name), "usage", ""))
 
 
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:

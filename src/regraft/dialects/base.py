@@ -103,9 +103,10 @@ class Dialect(Protocol):
     """How one tool, in some of its releases, writes adapters.
 
     What else it may have: ``versions`` (what may stand after the slash, the oldest first), ``layout`` (the layout that
-    its adapters usually are in), ``layout_for(known)`` (the layout for a base that is known, or ``None``) and
-    ``in_memory(result)`` (a result as it would be opened, where no files are needed for that). What it opens may have
-    ``convert(to, family, base, options)``, where its adapters are of more than one model (an image model's parts).
+    its adapters usually are in), ``usage`` (how its tool gets a result, with ``{path}``), ``layout_for(known)`` (the
+    layout for a base that is known, or ``None``) and ``in_memory(result)`` (a result as it would be opened, if no files
+    are needed for that). What it opens may have ``convert(to, family, base, options)``, where its adapters are of more
+    than one model (an image model's parts).
     """
 
     @property
@@ -157,14 +158,18 @@ _BUILT_IN = {
     "bfl": "regraft.dialects.image.dialect:BFL",
     "comfyui": "regraft.dialects.image.dialect:COMFYUI",
     "diffusers": "regraft.dialects.image.dialect:DIFFUSERS",
+    "gguf": "regraft.dialects.gguf:GGUF",
     "kohya": "regraft.dialects.image.dialect:KOHYA",
+    "litgpt": "regraft.dialects.litgpt:LITGPT",
     "megatron-bridge": "regraft.dialects.megatron_bridge:MEGATRON_BRIDGE",
+    "mlx": "regraft.dialects.mlx:MLX",
     "nemo": "regraft.dialects.nemo:NEMO",
     "onetrainer": "regraft.dialects.image.dialect:ONETRAINER",
     "peft": "regraft.dialects.peft.dialect:PEFT",
     "sglang": "regraft.dialects.sglang:SGLANG",
     "skyrl": "regraft.dialects.skyrl:SKYRL",
     "tinker": "regraft.dialects.tinker:TINKER",
+    "torchtune": "regraft.dialects.torchtune:TORCHTUNE",
     "unsloth": "regraft.dialects.unsloth:UNSLOTH",
     "unsloth-grouped": "regraft.dialects.unsloth:UNSLOTH_GROUPED",
     "vllm": "regraft.dialects.vllm:VLLM",
@@ -492,6 +497,11 @@ class PlainWriter:
         """The module itself."""
         return module
 
+    def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
+        """The LoRAs as the dialect can hold them: of one rank, or of one scale, where it has one for all."""
+        adjust(made, self.capabilities)
+        return made
+
     def write_lora(
         self,
         made: Sequence[Images],
@@ -501,9 +511,8 @@ class PlainWriter:
         written: Sequence[Written],
     ) -> Blob:
         """Adjust, then write."""
-        adjust(made, self.capabilities)
-        deltas = list(_deltas(made))
-        self._check(deltas, saved)
+        deltas = list(_deltas(self.arrange(made)))
+        self.check(deltas, saved)
         blob = self.blob(deltas, saved)
         tensors = {**blob.tensors, **returned}
         done = [Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas]
@@ -532,7 +541,8 @@ class PlainWriter:
         """What the user should know of the written file."""
         return []
 
-    def _check(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> None:
+    def check(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> None:
+        """Raise ``RefusedError`` for everything that the dialect cannot hold."""
         can = self.capabilities
         findings = [
             Finding(

@@ -796,6 +796,19 @@ class Code(Enum):
         "`pip install 'regraft[torch]'`",
         "the matrices of this family are drawn by it",
     )
+    PACKAGE_MISSING = (
+        "package-missing",
+        Part.FILES,
+        "a package that reads a format is not installed",
+        "install the extra that the message names",
+        "GGUF files need gguf, LitGPT's settings PyYAML",
+    )
+    BAD_GGUF = (
+        "bad-gguf",
+        Part.FILES,
+        "the GGUF file cannot be read",
+        "check that the file is complete; convert it again",
+    )
     BAD_TORCH_FILE = (
         "bad-torch-file",
         Part.FILES,

@@ -52,7 +52,7 @@ class Layout:
         return self.packing or adapters_in(self.name)
 
     def __str__(self) -> str:
-        plain = self.dialect in (None, DEFAULT)
+        plain = self.dialect in (None, DEFAULT, self.name)
         text = self.name if plain else f"{self.name}:{self.dialect}"
         return text if self.packing is None else f"{text}/{self.packing}"
 

@@ -24,7 +24,7 @@ from regraft.equation.sizes import (
     limit_of,
     solve_sizes,
 )
-from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
 from regraft.planning.families import Claim, Family, Guess, Sources
@@ -60,7 +60,8 @@ def build_plan(
     everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
     in messages, ``unmatched_fix`` what to do about keys that nothing explains.
 
-    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, otherwise ``BadInputError``.
+    Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, ``RefusedError`` where all is well but for
+    keys that the target has no place for, otherwise ``BadInputError``.
     """
     builder = _Builder(headers, tuple(edges), scopes or {}, partial, guess, where, unmatched_fix)
     builder.mixed = mixed
@@ -84,6 +85,7 @@ class _Builder:
         self.scopes, self.where = scopes, where
         self.sources = Sources(headers, partial, guess, where)
         self.unmatched: list[Finding] = []
+        self.refused: list[Finding] = []
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
         self.owner = np.full(count, -1, dtype=np.int64)
         self.dropped: list[Dropped] = []
@@ -100,7 +102,9 @@ class _Builder:
             kind: type[RegraftError] = (
                 BadInputError if self.sources.findings else UnmatchedKeysError
             )
-            raise kind([*self.sources.findings, *self.unmatched])
+            raise kind([*self.sources.findings, *self.unmatched, *self.refused])
+        if self.refused:
+            raise RefusedError(self.refused)
         return Plan(self.edges, self.headers, tuple(entries), tuple(carried), tuple(self.dropped))
 
     def claims(self) -> dict[Rule, list[Claim]]:
@@ -388,6 +392,22 @@ class _Builder:
                             fix="keep one of the two and remove the other",
                         )
                         return
+        for edge in self.edges:
+            for absent in edge.book.absents:
+                if edge.reads in absent.sides and match_group(absent.key, group) is not None:
+                    self.refused.append(
+                        Finding(
+                            "no-image",
+                            f"{edge.target} has no place for it{_others(group)}: {absent.why}",
+                            where=self.where,
+                            key=group.name(0),
+                            rule=f"{edge.book.name} ({absent.where})",
+                            fix="merge the adapter into its base and convert the base"
+                            if self.sources.partial
+                            else "convert this checkpoint with the tool itself",
+                        )
+                    )
+                    return
         for book in self.books:
             for gap in book.gaps:
                 if match_group(gap.key, group) is not None:

@@ -71,6 +71,7 @@ def detect_layouts(
     layouts = tuple(dict.fromkeys(name for book in books for name in book.layouts))
     if len(layouts) > 2:
         ruled_out |= _unexplained(books, layouts, tensors, admits)
+        ruled_out |= _without_parameters(books, layouts, modules, admits)
     possible = tuple(name for name in layouts if name not in ruled_out)
     told = {name: key for name, key in evidence.items() if not possible or name in possible}
     if not possible:
@@ -174,6 +175,41 @@ def _unexplained(
         if ruled:
             found |= set(layouts) - explained
     return found
+
+
+def _without_parameters(
+    books: Sequence[Book], layouts: Sequence[str], modules: Sequence[Group], admits: _Admits
+) -> set[str]:
+    """Layouts in which a module that has parameters of its own in another is neither such a one nor has a weight."""
+    found: set[str] = set()
+    for group in modules:
+        weight = Group(f"{group.template}.weight", group.ids, group.numbers)
+        having = {
+            book.layout(side)
+            for book in books
+            if admits(book, group)
+            for table in book.parameters
+            if match_group(table.module, group) is not None
+            for side in table.sides
+        }
+        if having:
+            found |= set(layouts) - having - _explaining(books, weight, admits)
+    return found
+
+
+def _explaining(books: Sequence[Book], group: Group, admits: _Admits) -> set[str]:
+    """The layouts in which a book has a rule or a carry-over for a key."""
+    explained: set[str] = set()
+    for book in books:
+        if not admits(book, group):
+            continue
+        if any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries):
+            explained.update(book.layouts)
+        for rule in book.rules:
+            for side, terms in zip(SIDES, (rule.equation.left, rule.equation.right), strict=True):
+                if any(t.key is not None and match_group(t.key, group) for t in terms):
+                    explained.add(book.layout(side))
+    return explained
 
 
 __all__ = ["Told", "detect_layouts", "mixed_layouts"]

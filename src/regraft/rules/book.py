@@ -80,6 +80,12 @@ class _DropTable(msgspec.Struct, forbid_unknown_fields=True):
     why: str
 
 
+class _AbsentTable(msgspec.Struct, forbid_unknown_fields=True):
+    side: Literal["left", "right"]
+    keys: list[str]
+    why: str
+
+
 class _ParametersTable(msgspec.Struct, forbid_unknown_fields=True):
     side: Literal["left", "right", "both"]
     module: str
@@ -109,6 +115,7 @@ class _PartTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     equation: list[Any] = []
     carry: list[Any] = []
     drop: list[Any] = []
+    absent: list[Any] = []
     parameters: list[Any] = []
     module: list[Any] = []
     special: list[Any] = []
@@ -129,6 +136,7 @@ class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
     reclaimed: list[str] = []
     reclaimed_model_types: list[str] = []
     source: str = ""
+    tells: Literal["left", "right", "both"] = "both"
     include: list[str] = []
 
 
@@ -179,6 +187,16 @@ class Carry:
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Keys of one layout that the other has no use for."""
+
+    sides: tuple[Side, ...]
+    key: Key
+    why: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Keys of one layout for which the other has no place, so that what stands on them is refused."""
 
     sides: tuple[Side, ...]
     key: Key
@@ -276,6 +294,9 @@ class Book:
     left_adapters: str | None = None
     """The dialect and version that adapters of the left layout usually are in (``peft-0.18``); ``None`` for any."""
     right_adapters: str | None = None
+    absents: tuple[Absent, ...] = ()
+    tells: Literal["left", "right", "both"] = "both"
+    """The side whose own names tell that something is of these models; other books speak of the other one."""
     package: str | None = None
     """The installed package that it comes with; ``None`` for regraft's and a user's own."""
     shared: tuple[Shared, ...] = ()
@@ -387,6 +408,7 @@ def load_book(
     rules: list[Rule] = []
     carries: list[Carry] = []
     drops: list[Drop] = []
+    absents: list[Absent] = []
     parameters: list[Parameters] = []
     specials: list[Special] = []
     module_rules: list[ModuleRule] = []
@@ -408,6 +430,7 @@ def load_book(
         rules += filter(None, (loader.rule(i, raw) for i, raw in enumerate(part_table.equation)))
         carries += [c for i, raw in enumerate(part_table.carry) for c in loader.carry(i, raw)]
         drops += [d for i, raw in enumerate(part_table.drop) for d in loader.drop(i, raw)]
+        absents += [a for i, raw in enumerate(part_table.absent) for a in loader.absent(i, raw)]
         parameters += filter(
             None, (loader.parameters(i, raw) for i, raw in enumerate(part_table.parameters))
         )
@@ -436,6 +459,7 @@ def load_book(
         specials=tuple(specials),
         drops=tuple(drops),
         module_rules=tuple(module_rules),
+        absents=tuple(absents),
     )
 
 
@@ -539,6 +563,7 @@ def _head(table: _BookTable, shown: str) -> dict[str, Any]:
         "reclaimed_model_types": tuple(table.reclaimed_model_types),
         "path": shown,
         "source": table.source,
+        "tells": table.tells,
         "left_adapters": adapters.left,
         "right_adapters": adapters.right,
         "package": None,
@@ -608,7 +633,7 @@ class _Loader:
                 self.text.count("\n", 0, m.start()) + 1
                 for m in re.finditer(rf"^[ \t]*\[\[{name}\]\]", self.text, re.MULTILINE)
             ]
-            for name in ("equation", "carry", "drop", "parameters", "module", "special")
+            for name in ("equation", "carry", "drop", "absent", "parameters", "module", "special")
         }
 
     def line(self, table: str, number: int) -> int:
@@ -710,6 +735,14 @@ class _Loader:
             key = self.key(text, line)
             if key is not None:
                 yield Drop(_sides(table.side), key, table.why, f"{self.path}:{line}")
+
+    def absent(self, number: int, raw: Any) -> Iterable[Absent]:
+        line = self.line("absent", number)
+        table = self.convert("absent", number, raw, _AbsentTable)
+        for text in table.keys if table is not None else ():
+            key = self.key(text, line)
+            if key is not None:
+                yield Absent(_sides(table.side), key, table.why, f"{self.path}:{line}")
 
     def parameters(self, number: int, raw: Any) -> Parameters | None:
         line = self.line("parameters", number)

@@ -10,6 +10,7 @@ from tomlkit.items import AoT, Array, Item, Table
 
 from regraft.rules.book import (
     PLAIN,
+    Absent,
     Book,
     Carry,
     Drop,
@@ -44,10 +45,13 @@ def write_book(book: Book, comment: str = "") -> str:
         document["reclaimed_model_types"] = _array(book.reclaimed_model_types)
     if book.source:
         document["source"] = book.source
+    if book.tells != "both":
+        document["tells"] = book.tells
     _add(document, "module", map(_module, book.module_rules))
     _add(document, "equation", (_equation(rule) for rule in book.rules if not rule.module))
     _add(document, "carry", (_carry(list(same)) for _, same in groupby(book.carries, _alike)))
     _add(document, "drop", map(_drop, book.drops))
+    _add(document, "absent", map(_absent, book.absents))
     _add(document, "parameters", map(_parameters, book.parameters))
     _add(document, "special", map(_special, book.specials))
     if book.left_adapters or book.right_adapters:
@@ -102,6 +106,14 @@ def _drop(drop: Drop) -> Table:
     table["side"] = drop.sides[0]
     table["keys"] = _array([str(drop.key)])
     table["why"] = drop.why
+    return table
+
+
+def _absent(absent: Absent) -> Table:
+    table = tomlkit.table()
+    table["side"] = absent.sides[0]
+    table["keys"] = _array([str(absent.key)])
+    table["why"] = absent.why
     return table
 
 

@@ -131,7 +131,7 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
 
     Raises ``BadInputError`` for a file that holds anything but plain tensors by name, each with its bytes in a row.
     """
-    tensors, _ = _find_tensors(path, nested=True)
+    tensors, _ = _find_tensors(path, "state_dict")
     scattered = [
         Finding("not-tensors", "its elements do not lie in a row", str(path), key, fix=_FIX)
         for key, tensor in tensors.items()
@@ -145,8 +145,12 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def open_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+def open_torch(
+    path: str | os.PathLike[str], inside: str | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
     """Read the tensors of an adapter that ``torch.save`` wrote, as read-only arrays.
+
+    They may be one level down, under the key ``inside``.
 
     Bits are kept; bfloat16 and the 8-bit floats come as ml_dtypes types. Tensors that shared memory when they were
     saved still do.
@@ -159,7 +163,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
             safetensors has no name for; or it changed meanwhile.
     """
     path = Path(path)
-    tensors, stamp = _find_tensors(path, nested=False)
+    tensors, stamp = _find_tensors(path, inside)
     wanted = {tensor.storage for tensor in tensors.values() if tensor.size}
     total = sum(end - start for start, end in wanted)
     if total > stamp.size:
@@ -235,8 +239,8 @@ class _RefusedError(Exception):
     pass
 
 
-def _find_tensors(path: Path, nested: bool) -> tuple[dict[str, TorchTensor], Stamp]:
-    """The tensors by name, and what the file was. ``nested``: they may be one level down, under ``state_dict``."""
+def _find_tensors(path: Path, inside: str | None) -> tuple[dict[str, TorchTensor], Stamp]:
+    """The tensors by name, and what the file was. They may be one level down, under ``inside``."""
     where = str(path)
     file, _ = open_regular(path)
     with file:
@@ -247,8 +251,8 @@ def _find_tensors(path: Path, nested: bool) -> tuple[dict[str, TorchTensor], Sta
         if known is not None and not is_zip:
             raise BadInputError(known)
         loaded, places = _load(file, is_zip, stamp.size, where)
-        if nested and isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-            loaded = loaded["state_dict"]
+        if inside and isinstance(loaded, dict) and isinstance(loaded.get(inside), dict):
+            loaded = loaded[inside]
         if not isinstance(loaded, dict):
             message = (
                 f"expected a dict of names and tensors, and the file holds {_describe(loaded)}"

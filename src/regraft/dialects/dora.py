@@ -1,0 +1,139 @@
+"""DoRA in files that are not PEFT's: factors and a magnitude for each module.
+
+``W' = m / |V| * V`` with ``V = W + scale B A`` and the lengths of V's rows, as in PEFT, so factors and magnitudes are
+moved as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from regraft.adapters.families.base import Family, Part
+from regraft.adapters.families.lora.dora import Dora
+from regraft.adapters.form import Adapter, Array, Images, Lora
+from regraft.adapters.ladder import Carried
+from regraft.adapters.protocol import Reading
+from regraft.adapters.scale import Scale
+from regraft.adapters.tuned import TunedModules
+from regraft.dialects.base import Capabilities, Delta, PlainFile, adjust
+from regraft.errors import Finding, RefusedError
+from regraft.names.keys import Group, group_names
+from regraft.planning.plan import Headers
+from regraft.planning.side import Side
+
+
+@dataclass(slots=True)
+class DoraFile(PlainFile):
+    """An opened adapter whose modules are plain LoRAs, or, where there are magnitudes, DoRAs."""
+
+    magnitudes: dict[str, Array] = field(default_factory=dict)
+    """By the key of the base tensor, one number for each row."""
+
+    @property
+    def family(self) -> type[Family] | None:
+        """DoRA where there are magnitudes."""
+        return Dora if self.magnitudes else None
+
+    def read(
+        self,
+        side: Side,
+        packing: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Reading:
+        """The modules by base tensor."""
+        # Named in full: a dataclass with slots is made anew, and super() without arguments knows only the first one.
+        reading = PlainFile.read(self, side, packing, shapes)
+        if not self.magnitudes:
+            return reading
+        factors = reading.adapter.factors
+        assert factors is not None
+        headers: Headers = factors.headers
+        kinds = []
+        for group, kind in factors.kinds:
+            kinds.append((group, "linear" if kind == "any" else kind))
+        self._refuse_embeddings(kinds)
+        by_id = {i: kind for group, kind in kinds for i in group.ids.tolist()}
+        parts = []
+        for number, (key, lora) in enumerate(self.loras.items()):
+            settings = {"r": lora.scale.rank, "lora_alpha": lora.scale.alpha}
+            tensors = {"A": lora.a, "B": lora.b, "m": self.magnitudes[key].reshape(-1)}
+            parts.append(Part(tensors, lora.b.shape[0], lora.a.shape[1], settings, by_id[number]))
+        forms: list[object] = [
+            (
+                tuple((role, x.shape, x.dtype.name) for role, x in part.tensors.items()),
+                tuple(part.settings.values()),
+            )
+            for part in parts
+        ]
+        modules = TunedModules(headers, parts, kinds, forms)
+        return Reading(Adapter(modules=modules, family=Dora(self.config, {})))
+
+    def _refuse_embeddings(self, kinds: Sequence[tuple[Group, str]]) -> None:
+        findings = [embedding_finding(g.name(0), self.where) for g, k in kinds if k == "embedding"]
+        if findings:
+            raise RefusedError(findings)
+
+    def as_lora(self) -> DoraFile:
+        """The same without magnitudes."""
+        config = {name: value for name, value in self.config.items() if name != "use_dora"}
+        return replace(self, magnitudes={}, config=config)
+
+
+DORA_CONFIG = {"peft_type": "LORA", "use_dora": True, "rank_pattern": {}, "alpha_pattern": {}}
+"""What PEFT's config says of a DoRA."""
+
+
+def arranged(
+    carried: Carried, family: Family, can: Capabilities, title: str, where: str
+) -> tuple[list[Delta], dict[str, Array]]:
+    """The modules of a DoRA as a writer gets them: factors of one rank and scale, and the magnitudes.
+
+    Raises ``RefusedError`` for what is not DoRA, and for embeddings, whose rows have another length in PEFT.
+    """
+    if not isinstance(family, Dora):
+        raise RefusedError(
+            Finding(
+                "no-image",
+                f"{title} has LoRA and DoRA only, and this is {family.title}",
+                where=where,
+                fix="ask for deltas of full rank (--via dense), or for an approximation (--via svd:RANK)",
+            )
+        )
+    parts = carried.parts.items()
+    findings = [embedding_finding(key, where) for key, part in parts if part.kind == "embedding"]
+    if findings:
+        raise RefusedError(findings)
+    loras: list[Lora | None] = [
+        Lora(part["A"], part["B"], family.scale(part)) for part in carried.parts.values()
+    ]
+    names = list(carried.parts)
+    images = [
+        Images(group_names([name])[0], "linear", [lora])
+        for name, lora in zip(names, loras, strict=True)
+    ]
+    adjust(images, can)
+    deltas = [
+        Delta(name, "linear", lora)
+        for name, lora in zip(names, loras, strict=True)
+        if lora is not None
+    ]
+    return deltas, {name: part["m"].reshape(-1) for name, part in carried.parts.items()}
+
+
+def embedding_finding(key: str, where: str) -> Finding:
+    """That DoRA of an embedding is another thing in each tool."""
+    return Finding(
+        "no-image",
+        "DoRA of an embedding: MLX measures the row of each token, and PEFT the columns",
+        where=where,
+        key=key,
+        fix="merge the adapter into its base and convert the base",
+    )
+
+
+def zero_like(rank: int, out: int, into: int, scale: Scale, dtype: np.dtype[np.generic]) -> Lora:
+    """A LoRA that adds nothing."""
+    return Lora(np.zeros((rank, into), dtype), np.zeros((out, rank), dtype), scale)

@@ -1,0 +1,405 @@
+"""llama.cpp, MLX, torchtune and LitGPT: what is written is what the tools read, and comes back with the same deltas."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import regraft
+from regraft.storage.safetensors import open_tensors, write_tensors
+from regraft.storage.torch_file import open_torch
+from regraft.storage.torch_write import write_torch
+
+HIDDEN, HEADS, GROUPS, INNER, LAYERS, EXPERTS, WORDS = 16, 4, 2, 12, 2, 3, 20
+SIZES = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": 4,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": WORDS,
+    "tie_word_embeddings": False,
+}
+MORE = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER},
+    "deepseek_v3": {"n_routed_experts": EXPERTS, "moe_intermediate_size": INNER, "q_lora_rank": 8},
+}
+ATTENTION = {
+    "self_attn.q_proj": (16, 16),
+    "self_attn.k_proj": (8, 16),
+    "self_attn.v_proj": (8, 16),
+    "self_attn.o_proj": (16, 16),
+}
+MLP = {"mlp.gate_proj": (12, 16), "mlp.up_proj": (12, 16), "mlp.down_proj": (16, 12)}
+PREFIX = "base_model.model.model.layers"
+TOOLS = ("gguf", "mlx", "torchtune", "litgpt")
+
+
+def modules_of(model_type):
+    """The modules of a layer in transformers 4, with their shapes."""
+    if model_type == "mixtral":
+        shapes = {"w1": (INNER, HIDDEN), "w3": (INNER, HIDDEN), "w2": (HIDDEN, INNER)}
+        inside, router = "block_sparse_moe", {"block_sparse_moe.gate": (EXPERTS, HIDDEN)}
+    elif model_type == "qwen3_moe":
+        shapes = {f"{k.removeprefix('mlp.')}": v for k, v in MLP.items()}
+        inside, router = "mlp", {"mlp.gate": (EXPERTS, HIDDEN)}
+    else:
+        return ATTENTION | MLP
+    experts = {f"{inside}.experts.{e}.{n}": s for e in range(EXPERTS) for n, s in shapes.items()}
+    return ATTENTION | experts | router
+
+
+def make_base(folder, model_type, **fields):
+    folder.mkdir(exist_ok=True)
+    data = {"model_type": model_type} | SIZES | MORE.get(model_type, {}) | fields
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
+def make_adapter(
+    folder, shapes, ranks=4, alpha=8, dtype=np.float32, layers=range(LAYERS), **config
+):
+    """A PEFT adapter; ``ranks`` is one for all, or by module."""
+    random, tensors, patterns = np.random.default_rng(0), {}, {}
+    for layer in layers:
+        for name, (out, into) in shapes.items():
+            rank = ranks if isinstance(ranks, int) else ranks[name]
+            path = f"{PREFIX}.{layer}.{name}" if "." in name else f"base_model.model.{name}"
+            path = path.replace("EMBED", "model.embed_tokens")
+            tensors[f"{path}.lora_A.weight"] = random.integers(-9, 9, (rank, into)) / 16
+            tensors[f"{path}.lora_B.weight"] = random.integers(-9, 9, (out, rank)) / 16
+            patterns[path.removeprefix("base_model.model.")] = rank
+    folder.mkdir(exist_ok=True)
+    made = {k: x.astype(dtype) for k, x in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", made, {"format": "pt"})
+    first = next(iter(patterns.values()))
+    about = {
+        "peft_type": "LORA",
+        "r": first,
+        "lora_alpha": alpha,
+        "target_modules": sorted(patterns),
+        "rank_pattern": {k: r for k, r in patterns.items() if r != first},
+        "peft_version": "0.18.0",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about | config))
+    return folder
+
+
+def through(tmp, adapter, base, *tools, **options):
+    """Convert along some names, each step verified; the last folder."""
+    at = adapter
+    for number, tool in enumerate(tools):
+        made = tmp / f"{number}-{tool}"
+        regraft.convert(at, made, to=tool, model=base, verify=True, overwrite=True, **options)
+        at = made
+    return at
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_there_and_back(tmp_path, tool, model_type):
+    base = make_base(tmp_path / "base", model_type)
+    shapes = modules_of(model_type)
+    if (tool == "torchtune" and "mo" in model_type) or (tool, model_type) == (
+        "torchtune",
+        "mixtral",
+    ):
+        with pytest.raises(regraft.RefusedError, match="no rule book says"):
+            through(tmp_path, make_adapter(tmp_path / "lora", shapes), base, tool)
+        return
+    ranks = {name: 2 + number % 3 for number, name in enumerate(shapes)}
+    if tool == "gguf":
+        ranks = {name: 2 if "expert" in name else rank for name, rank in ranks.items()}
+    adapter = make_adapter(tmp_path / "lora", shapes, ranks)
+    for target in ("transformers-v4", "transformers-v5"):
+        through(tmp_path, adapter, base, tool, target)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        (np.float16, {}),
+        (np.float32, {"use_rslora": True}),
+        (np.float32, {"alpha_pattern": {"model.layers.1.self_attn.v_proj": 3}}),
+        (np.float64, {"lora_alpha": 0.5}),
+    ],
+)
+def test_scales_and_dtypes(tmp_path, tool, dtype, config):
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "lora", ATTENTION | MLP, dtype=dtype, **config)
+    through(tmp_path, adapter, base, tool, "transformers-v5")
+
+
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_chains_keep_deltas(tmp_path_factory, data):
+    """Random modules, ranks and scales, over three tools and back."""
+    tmp = tmp_path_factory.mktemp("chain")
+    model_type = data.draw(st.sampled_from(["llama", "mixtral"]))
+    tools = TOOLS if model_type == "llama" else ("gguf", "mlx", "litgpt")
+    shapes = modules_of(model_type)
+    names = data.draw(st.lists(st.sampled_from(list(shapes)), min_size=1, unique=True))
+    ranks = {name: data.draw(st.integers(1, 4)) for name in names}
+    layers = data.draw(st.sampled_from([[0], [1], [0, 1]]))
+    adapter = make_adapter(
+        tmp / "lora",
+        {name: shapes[name] for name in names},
+        ranks,
+        data.draw(st.sampled_from([1, 3, 8, 0.25])),
+        layers=layers,
+        use_rslora=data.draw(st.booleans()),
+    )
+    chain = data.draw(st.permutations(tools).map(lambda each: each[:3]))
+    through(tmp, adapter, make_base(tmp / "base", model_type), *chain, "transformers-v5")
+
+
+# What the files say, in plain numpy
+
+
+def delta(a, b, scale):
+    return scale * b.astype(np.float64) @ a.astype(np.float64)
+
+
+def the_adapter(tmp_path, **config):
+    adapter = make_adapter(tmp_path / "lora", ATTENTION | MLP, **config)
+    tensors = open_tensors(adapter / "adapter_model.safetensors")
+    return adapter, lambda layer, name: delta(
+        tensors[f"{PREFIX}.{layer}.{name}.lora_A.weight"],
+        tensors[f"{PREFIX}.{layer}.{name}.lora_B.weight"],
+        2.0,
+    )
+
+
+def turned(rows, heads):
+    """Rows (heads, two halves, d/2) as (heads, d/2, two)."""
+    return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def test_gguf_says_what_llama_cpp_reads(tmp_path):
+    import gguf
+
+    adapter, wanted = the_adapter(tmp_path)
+    base = make_base(tmp_path / "base", "llama")
+    out = tmp_path / "lora.gguf"
+    regraft.convert(adapter, out, to="gguf", model=base)
+    reader = gguf.GGUFReader(str(out))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
+    assert fields["general.architecture"] == "llama" and fields["adapter.lora.alpha"] == 8.0
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    for name, ours in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj")):
+        a, b = (tensors[f"blk.1.{name}.weight.lora_{x}"] for x in "ab")
+        heads = HEADS if name == "attn_q" else GROUPS
+        assert np.allclose(delta(a, b, 8 / b.shape[-1]), turned(wanted(1, ours), heads))
+    a, b = (tensors[f"blk.0.ffn_down.weight.lora_{x}"] for x in "ab")
+    assert np.allclose(delta(a, b, 8 / b.shape[-1]), wanted(0, "mlp.down_proj"))
+
+
+def test_mlx_says_what_mlx_lm_reads(tmp_path):
+    adapter, wanted = the_adapter(tmp_path, layers=[1])
+    out = through(tmp_path, adapter, make_base(tmp_path / "base", "llama"), "mlx")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["num_layers"] == 1 and config["fine_tune_type"] == "lora"
+    assert config["lora_parameters"] == {
+        "rank": 4,
+        "scale": 2.0,
+        "dropout": 0.0,
+        "keys": sorted(ATTENTION | MLP),
+    }
+    tensors = open_tensors(out / "adapters.safetensors")
+    a, b = (tensors[f"model.layers.1.mlp.up_proj.lora_{x}"] for x in "ab")
+    assert np.allclose(2.0 * (a @ b).T, wanted(1, "mlp.up_proj"))
+
+
+def test_torchtune_says_what_torchtune_reads(tmp_path):
+    shapes = {"self_attn.q_proj": (16, 16), "mlp.down_proj": (16, 12)}
+    adapter = make_adapter(tmp_path / "lora", shapes, layers=[0])
+    out = through(tmp_path, adapter, make_base(tmp_path / "base", "llama"), "torchtune")
+    tensors = open_torch(out / "adapter_model.pt")
+    assert {name.split(".", 2)[2].rsplit(".", 2)[0] for name in tensors} == {
+        "attn.q_proj",
+        "mlp.w1",
+        "mlp.w2",
+        "mlp.w3",
+    }
+    assert len(tensors) == LAYERS * 4 * 2
+    assert not tensors["layers.1.attn.q_proj.lora_b.weight"].any()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+def test_litgpt_says_what_litgpt_reads(tmp_path):
+    adapter, wanted = the_adapter(tmp_path)
+    out = through(tmp_path, adapter, make_base(tmp_path / "base", "llama"), "litgpt")
+    said = yaml.safe_load((out / "hyperparameters.yaml").read_text())
+    assert said["lora_query"] and said["lora_key"] and said["lora_value"] and said["lora_mlp"]
+    assert said["lora_projection"] and not said["lora_head"]
+    assert (said["lora_r"], said["lora_alpha"]) == (4, 8)
+    tensors = open_torch(out / "lit_model.pth.lora", "model")
+    a, b = (tensors[f"transformer.h.0.attn.qkv.lora_{x}"] for x in "AB")
+    assert a.shape == (12, 16) and b.shape == (32, 4)
+    rows = {"q": slice(0, 16), "k": slice(16, 24), "v": slice(24, 32)}
+    for number, part in enumerate("qkv"):
+        got = delta(a[4 * number : 4 * number + 4], b[rows[part]], 2.0)
+        assert np.allclose(got, wanted(0, f"self_attn.{part}_proj"))
+
+
+# What the tools have besides
+
+
+@pytest.mark.parametrize("tool", ["mlx", "torchtune"])
+def test_dora_goes_over_and_back(tmp_path, tool):
+    base = make_base(tmp_path / "base", "llama")
+    random = np.random.default_rng(1)
+    weights = {
+        f"model.layers.{layer}.{name}.weight": random.normal(size=shape).astype(np.float32)
+        for layer in range(LAYERS)
+        for name, shape in (ATTENTION | MLP).items()
+    }
+    write_tensors(base / "model.safetensors", weights, {"format": "pt"})
+    shapes = {"self_attn.q_proj": (16, 16), "mlp.up_proj": (12, 16)}
+    adapter = make_adapter(tmp_path / "lora", shapes, use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    tensors = dict(open_tensors(file))
+    for layer in range(LAYERS):
+        for name, (out, _) in shapes.items():
+            path = f"{PREFIX}.{layer}.{name}.lora_magnitude_vector"
+            tensors[path] = np.arange(1, out + 1, dtype=np.float32)
+    write_tensors(file, tensors, {"format": "pt"})
+    back = through(tmp_path, adapter, base, tool, "transformers-v5")
+    got = open_tensors(back / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        assert np.array_equal(got[name], tensor), name
+    assert json.loads((back / "adapter_config.json").read_text())["use_dora"] is True
+    for other in ("gguf", "litgpt"):
+        with pytest.raises(regraft.RefusedError, match="DoRA"):
+            regraft.convert(adapter, tmp_path / "no", to=other, model=base)
+    if tool == "torchtune":
+        (base / "model.safetensors").unlink()
+        with pytest.raises(regraft.RefusedError, match="lengths of its rows"):
+            regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_a_tool_cannot_hold_is_refused_by_name(tmp_path, tool):
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "lora", ATTENTION, modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": np.ones((WORDS, HIDDEN), np.float32)}
+    write_tensors(file, {**open_tensors(file), **head}, {"format": "pt"})
+    with pytest.raises(regraft.RefusedError, match="whole weights of the base"):
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("tool", ["gguf", "mlx"])
+def test_a_key_without_a_place_is_refused_with_the_reason(tmp_path, tool):
+    base = make_base(tmp_path / "base", "deepseek_v3", kv_lora_rank=6)
+    adapter = make_adapter(tmp_path / "lora", {"self_attn.kv_b_proj": (40, 6)})
+    with pytest.raises(regraft.RefusedError, match=r"has no place for it.*two"):
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+
+
+@pytest.mark.parametrize("tool", ["gguf", "mlx", "torchtune"])
+def test_a_tied_head_is_refused(tmp_path, tool):
+    adapter = make_adapter(tmp_path / "lora", {"lm_head": (WORDS, HIDDEN)}, layers=[0])
+    tied = make_base(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    with pytest.raises(regraft.RefusedError, match="tie_word_embeddings"):
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=tied)
+    through(tmp_path, adapter, make_base(tmp_path / "base", "llama"), tool, "transformers-v5")
+
+
+def test_litgpt_asks_whether_it_is_k_or_v(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    shapes = {name: ATTENTION[name] for name in ("self_attn.q_proj", "self_attn.v_proj")}
+    out = through(tmp_path, make_adapter(tmp_path / "lora", shapes), base, "litgpt")
+    file = out / "hyperparameters.yaml"
+    said = yaml.safe_load(file.read_text())
+    kept = {k: v for k, v in said.items() if k not in ("lora_query", "lora_key", "lora_value")}
+    file.write_text(yaml.safe_dump(kept))
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.convert(out, tmp_path / "no", to="transformers-v5", model=base)
+    (finding,) = caught.value.findings
+    assert {choice.source for choice in finding.choices} == {"litgpt/qk", "litgpt/qv"}
+    report = regraft.convert(
+        out, tmp_path / "v", to="transformers-v5", model=base, source="litgpt/qv"
+    )
+    assert any("v_proj" in target.key for target in report.adapters[0].targets)
+    with pytest.raises(regraft.BadInputError, match="are not theirs"):
+        regraft.convert(out, tmp_path / "no", to="transformers-v5", model=base, source="litgpt/k")
+
+
+def test_quantised_factors_and_norms_are_told(tmp_path):
+    import gguf
+
+    base = make_base(tmp_path / "base", "qwen2", hidden_size=32, head_dim=8)
+    writer = gguf.GGUFWriter(str(tmp_path / "q8.gguf"), "qwen2")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    a = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    for name, data in (("a", a), ("b", np.zeros((32, 32), np.float32) + 0.5)):
+        kind = gguf.GGMLQuantizationType.Q8_0
+        packed = gguf.quants.quantize(data if name == "a" else data[:, :32], kind)
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", packed, raw_dtype=kind)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(regraft.BadInputError, match="do not fit together"):
+        regraft.convert(tmp_path / "q8.gguf", tmp_path / "no", to="mlx", model=base)
+
+
+def test_damaged_files_are_findings(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "lora", ATTENTION)
+    cut = tmp_path / "cut.gguf"
+    regraft.convert(adapter, tmp_path / "whole.gguf", to="gguf", model=base)
+    cut.write_bytes((tmp_path / "whole.gguf").read_bytes()[:-200])
+    with pytest.raises(regraft.BadInputError, match="gguf"):
+        regraft.convert(cut, tmp_path / "no", to="mlx", model=base)
+    made = through(tmp_path, adapter, base, "mlx")
+    config = json.loads((made / "adapter_config.json").read_text())
+    config["lora_parameters"] |= {"rank": 8, "keys": ["self_attn.q_proj"]}
+    (made / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(made, tmp_path / "no", to="transformers-v5", model=base)
+    assert {finding.code for finding in caught.value.findings} == {"rank", "not-targeted"}
+    made = through(tmp_path, adapter, base, "torchtune")
+    tensors = dict(open_torch(made / "adapter_model.pt"))
+    tensors.pop("layers.0.attn.q_proj.lora_b.weight")
+    write_torch(made / "adapter_model.pt", tensors)
+    with pytest.raises(regraft.BadInputError, match="not there"):
+        regraft.convert(made, tmp_path / "no", to="transformers-v5", model=base)
+
+
+def test_old_mlx_files(tmp_path):
+    """Experts one below the other, and a scale that alpha / rank multiplies."""
+    base = make_base(tmp_path / "base", "qwen3_moe")
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(EXPERTS * 2, 16)), random.normal(size=(EXPERTS, 12, 2))
+    old = tmp_path / "old"
+    old.mkdir()
+    made = {f"{path}.lora_a": a.astype("f"), f"{path}.lora_b": b.astype("f")}
+    write_tensors(old / "adapters.safetensors", made, {})
+    parameters = {"rank": 2, "alpha": 4, "scale": 3.0, "dropout": 0.0}
+    config = {"lora_layers": 2, "lora_parameters": parameters}
+    (old / "adapter_config.json").write_text(json.dumps(config))
+    new = through(tmp_path, old, base, "transformers-v4")
+    got = open_tensors(new / "adapter_model.safetensors")
+    about = json.loads((new / "adapter_config.json").read_text())
+    name = f"{PREFIX}.0.mlp.experts.1.up_proj.lora_"
+    found = delta(got[f"{name}A.weight"], got[f"{name}B.weight"], about["lora_alpha"] / 2)
+    assert np.allclose(found, 6.0 * b[1] @ a[2:4], rtol=1e-5)
