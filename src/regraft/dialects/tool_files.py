@@ -22,6 +22,7 @@ from regraft.dialects.peft.source import CONFIG, WEIGHTS, WEIGHTS_BIN, Source, f
 from regraft.dialects.peft.writer import PeftWriter
 from regraft.errors import AmbiguousError, Choice, Finding, RefusedError, RegraftError
 from regraft.layouts.names import Layout
+from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import read_header
@@ -49,7 +50,7 @@ class Look:
     config: Mapping[str, Any] | None
     """``None`` where there is no ``adapter_config.json``."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the tensors in ``adapter_model.safetensors``."""
+    """Of tensors in ``adapter_model.safetensors``: one of each kind, where names that differ in digits are of one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -91,7 +92,8 @@ def _look(
             config = load_json(folder / CONFIG)
         if weights_state is not None and weights.suffix == ".safetensors":
             header = read_header(weights)
-            shapes = {name: tuple(info.shape) for name, info in header.tensors.items()}
+            few = one_of_each(header.tensors)
+            shapes = {name: tuple(header.tensors[name].shape) for name in few}
             metadata = dict(header.metadata)
     except RegraftError:
         return None

@@ -12,12 +12,13 @@ litgpt 0.5.13.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.form import Array
 from regraft.errors import Finding, RegraftError
+from regraft.names.keys import one_of_each
 from regraft.storage.folder import load_json
 
 NEMO_CONFIG = "automodel_peft_config.json"
@@ -58,10 +59,11 @@ def find_dialect(
     config: Mapping[str, Any], tensors: Mapping[str, Array], folder: Path
 ) -> Finding | None:
     """What says that an adapter is in another tool's form, and in whose; ``None`` where nothing does."""
-    packed = any(map(_PACKED.search, tensors))
+    names = one_of_each(tensors)
+    packed = any(map(_PACKED.search, names))
     found = _unsloth(config) or _nemo(config, folder) if packed else None
     if found is None:
-        found = _by_keys(tensors)
+        found = _by_keys(names, tensors)
     if found is None:
         return None
     tool, key, mark = found
@@ -137,8 +139,8 @@ def _nemo(config: Mapping[str, Any], folder: Path) -> _Mark | None:
     return None
 
 
-def _by_keys(tensors: Mapping[str, Array]) -> _Mark | None:
-    for name in tensors:
+def _by_keys(names: Sequence[str], tensors: Mapping[str, Array]) -> _Mark | None:
+    for name in names:
         for pattern, dims, tool in _KEYS:
             if pattern.search(name) and (dims is None or tensors[name].ndim == dims):
                 return tool, name, "only it names tensors so"

@@ -38,6 +38,7 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts.names import Layout, layout_of_packing
+from regraft.names.keys import one_of_each
 from regraft.planning.families import Guess
 from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Plan
@@ -142,7 +143,7 @@ class Source:
         """The adapter that this one says that it was made of. Raises ``BadInputError``."""
         made = Source(self.name, self.where, dict(config), tensors)
         wrong = check_fields(config, self.where) + _check_names(tensors, self.where)
-        wrong = wrong or find_slow(patterns_of(config), modules_in(tensors))
+        wrong = wrong or _find_slow(config, tensors)
         if wrong:
             raise BadInputError(wrong)
         return made
@@ -464,9 +465,8 @@ def _check_names(tensors: Mapping[str, Array], where: str) -> list[Finding]:
     """Names that are not text, or that hold a number which nothing can have."""
     if not tensors:
         return []
-    joined = "\n".join(tensors)
     odd = []
-    if _NUMBER.search(joined) or not _is_text(joined):
+    if any(_NUMBER.search(name) or not _is_text(name) for name in one_of_each(tensors)):
         odd = [name for name in tensors if _NUMBER.search(name) or not _is_text(name)]
     return [
         Finding(
@@ -491,6 +491,12 @@ def modules_in(tensors: Iterable[str]) -> set[str]:
             found.add(path)
             path = path.rpartition(".")[0]
     return found
+
+
+def _find_slow(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Finding]:
+    """The regular expressions of a config that take too long for the modules of a file."""
+    patterns = list(patterns_of(config))
+    return find_slow(patterns, modules_in(tensors)) if patterns else []
 
 
 def _is_text(name: str) -> bool:
@@ -568,7 +574,7 @@ def open_adapter(
         findings += error.findings
     findings += _check_names(tensors, str(file))
     if not findings:
-        findings += find_slow(patterns_of(config), modules_in(tensors))
+        findings += _find_slow(config, tensors)
     if findings:
         raise BadInputError(findings)
     dialect = None if foreign else find_dialect(config, tensors, folder)

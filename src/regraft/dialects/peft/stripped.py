@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from regraft.adapters.form import Array
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
+from regraft.names.keys import one_of_each
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _MODULE = "module"
@@ -106,6 +107,9 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
     ``family`` is what the segments begin with that a family's tensors have below their modules. Several adapters'
     names in one file stay, for they are several adapters.
     """
+    few = one_of_each(names)
+    if len(few) < len(names) and not strip_names(few, family):
+        return Stripped(list(names), tuple(names))
     split = [name.split(".") for name in names]
     gone: dict[str, None] = {}
     named = {found for segments in split if (found := _adapter_in(segments, family)) is not None}
