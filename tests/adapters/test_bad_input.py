@@ -350,9 +350,17 @@ def test_a_doubled_prefix(adapter, wrapper):
     adapter.fails(adapter.folder, PREFIX + wrapper, code="prefix")
 
 
-def test_no_prefix(adapter):
+def test_no_prefix_is_another_tools_file(adapter):
+    """PEFT would load nothing of it; Megatron-Bridge exports keys like these, and its reader takes them."""
+    adapter.convert()
+    want = dict(open_tensors(adapter.new / "adapter_model.safetensors"))
     adapter.rename(lambda name: name.removeprefix(PREFIX))
-    adapter.fails(adapter.folder, repr(PREFIX), code="prefix")
+    report = adapter.convert(overwrite=True)
+    made = dict(open_tensors(adapter.new / "adapter_model.safetensors"))
+    assert {n: x.tobytes() for n, x in made.items()} == {n: x.tobytes() for n, x in want.items()}
+    assert report.written
+    shutil.rmtree(adapter.new)
+    adapter.fails(repr(PREFIX), code="prefix", source="peft")
 
 
 def test_two_adapters_in_one_file(adapter):
