@@ -201,13 +201,12 @@ def elsewhere(book, three):
 
 def judge(cls):
     """What a learned book is worth, as a line of the output; ``None`` where nothing is registered."""
-    with torch.device("meta"):
-        model = cls(config_of(cls, FIRST[0]))
-    if not registered(model):
-        return None
     sizes = buildable(cls)
     with torch.device("meta"):
-        count = sum(p.numel() for p in cls(config_of(cls, sizes[0])).parameters())
+        model = cls(config_of(cls, sizes[0]))
+    if not registered(model):
+        return None
+    count = sum(p.numel() for p in model.parameters())
     row = {"elements": count}
     if count > LARGEST:
         return {**row, "verdict": "not built", "why": f"{count} elements at its smallest"}

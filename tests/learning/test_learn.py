@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,6 +401,36 @@ def test_pairs_of_different_models():
     with pytest.raises(BadInputError) as caught:
         regraft.learn({"a": a}, {"b": a.T}, ({"a": b}, {"b": b}), configs=[config, config])
     assert caught.value.findings[0].code == "not-verified"
+
+
+BOOKS = Path(__file__).parents[2] / "scripts/learn/books"
+
+
+@pytest.mark.parametrize("book", ["gguf_llama", "megatron_llama"])
+def test_books_of_other_tools_lead_there_and_back(book):
+    """The q/k permutation of llama.cpp and Megatron's grouped qkv, against plain numpy."""
+    book = regraft.load_book(BOOKS / f"{book}.toml")
+    config = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+    p = "model.layers.0.self_attn."
+    old = {
+        p + "q_proj.weight": (24, 10),
+        p + "k_proj.weight": (8, 10),
+        p + "v_proj.weight": (8, 10),
+    }
+    old = {k: numbers(n, *shape) for n, (k, shape) in enumerate(old.items())}
+    made = applied(book, old, config, to=book.right)
+    q, k, v = old.values()
+    if book.right == "gguf":
+        turned = [
+            x.reshape(h, 2, 2, 10).swapaxes(1, 2).reshape(-1, 10) for x, h in ((q, 6), (k, 2))
+        ]
+        wanted = dict(zip((f"blk.0.attn_{n}.weight" for n in "qkv"), (*turned, v), strict=True))
+    else:
+        parts = [x.reshape(2, -1, 4, 10) for x in (q, k, v)]
+        fused = np.concatenate(parts, 1).reshape(-1, 10)
+        wanted = {"decoder.layers.0.self_attention.linear_qkv.weight": fused}
+    assert same(made, wanted)
+    assert same(applied(book, made, config, to=book.left), old)
 
 
 CONVERTER = """

@@ -214,8 +214,7 @@ def learn_pairs(
         source=source,
     )
     counts = len(shown.after) - len(first.odd), len(shown.after)
-    text = write_book(book, comment(len(pairs), counts, first, notes, kind_of is not None))
-    loaded = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
+    loaded = load_book(cast(Traversable, _Text(write_book(book))), f"{name}.toml")
     verified = []
     for number, pair in enumerate(pairs):
         dropped = set(found[number].unused) if number < naming else dropped_names(loaded, pair)
@@ -235,8 +234,10 @@ def learn_pairs(
             source=source,
             naming=len(pairs),
         )
+    seen = [(each.learned_from, each.equal) for each in verified]
+    text = write_book(book, comment(seen, counts, first, notes, kind_of is not None))
     return Learned(
-        loaded,
+        load_book(cast(Traversable, _Text(text)), f"{name}.toml"),
         text,
         *counts,
         dict(first.odd),

@@ -87,13 +87,24 @@ def _drop(side: str, key: str, why: str) -> Drop:
 
 
 def comment(
-    pairs: int, counts: tuple[int, int], first: Inferred, notes: Sequence[str], live: bool
+    seen: Sequence[tuple[bool, bool]],
+    counts: tuple[int, int],
+    first: Inferred,
+    notes: Sequence[str],
+    live: bool,
 ) -> str:
-    """What stands above a learned book: its evidence, and what to check."""
+    """What stands above a learned book: its evidence, and what to check.
+
+    ``seen`` says of each size whether it was learned from, and whether the book is right there.
+    """
+    pairs = len(seen)
+    right = sum(equal for _, equal in seen)
+    fresh = sum(equal for learned_from, equal in seen if not learned_from)
     lines = [
         "Learned by regraft from what a converter made of weights.",
         f"Seen at {pairs} size{'s' if pairs > 1 else ''}; "
         f"{counts[0]} of {counts[1]} tensors explained.",
+        f"Equal bit for bit, both ways, at {right} of them, {fresh} of which it was not learned from.",
     ]
     if not live:
         lines.append(

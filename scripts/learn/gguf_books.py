@@ -1,0 +1,98 @@
+"""Learn what llama.cpp's converter makes of llama and mixtral: names, the q/k permutation, stacked experts.
+
+pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.16      (its sdist has llama.cpp in vendor/)
+python scripts/learn/gguf_books.py OUT WHERE/vendor/llama.cpp
+
+The converter's own methods are run on labels (``modify_tensors``); its tokenizers, which are no part of that, are
+stood in for. What it computes and adds by itself (``rope_freqs``) is no weight of the model.
+"""
+
+import re
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+from regraft.bridges.transformers.probing import outline_of
+from regraft.learning.learn import learn_pairs
+from regraft.learning.shrink import shrink
+from regraft.learning.watch import pair_of
+
+TOKENIZERS = ("base", "multimodal", "tekken", "sentencepiece")
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {
+    "llama": LLAMA,
+    "mixtral": {
+        **LLAMA,
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+def load_converter(where):
+    """llama.cpp's converter as a module."""
+    for name in ("mistral_common", "mistral_common.tokens", "mistral_common.tokens.tokenizers"):
+        sys.modules[name] = MagicMock()
+    for name in TOKENIZERS:
+        sys.modules[f"mistral_common.tokens.tokenizers.{name}"] = MagicMock()
+    sys.path[:0] = [str(where / "gguf-py"), str(where)]
+    import convert_hf_to_gguf
+
+    return convert_hf_to_gguf
+
+
+def converter(module, config):
+    """The tensors of a file as the converter names and permutes them, before it quantises any."""
+
+    def convert(state):
+        model = object.__new__(module.LlamaModel)
+        model.hparams, model.hf_arch = config, config["architectures"][0]
+        model.block_count = config["num_hidden_layers"]
+        model.tensor_map = module.gguf.get_tensor_name_map(model.model_arch, model.block_count)
+        made = {}
+        for name, tensor in state.items():
+            block = re.search(r"\.(\d+)\.", name)
+            for new, data in model.modify_tensors(tensor, name, int(block[1]) if block else None):
+                made[new] = data
+        return made
+
+    return convert
+
+
+def main():
+    """Learn one book for each config."""
+    out, module = Path(sys.argv[1]), load_converter(Path(sys.argv[2]))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in CONFIGS.items():
+        pairs, kinds = [], {}
+        for size in range(3):
+            known = outline_of(shrink(data, size), name, "transformers-v4")
+            kinds = kinds or known.kinds
+            convert = converter(module, known.config)
+            pairs.append(pair_of(convert, known.shapes, known.config, True, f"size {size + 1}"))
+        found = learn_pairs(
+            pairs,
+            layouts=("transformers-v4", "gguf"),
+            name=f"gguf_{name}",
+            kind_of=(kinds.get, lambda _: None),
+            source="llama.cpp in llama-cpp-python 0.3.16, run on labels by scripts/learn/gguf_books.py",
+        )
+        (out / f"gguf_{name}.toml").write_text(found.text)
+        seen = [(v.equal, v.learned_from) for v in found.verified]
+        print(f"{name}: {found.explained} of {found.total} tensors, verified {seen}", found.odd)
+
+
+if __name__ == "__main__":
+    main()
