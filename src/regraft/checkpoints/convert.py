@@ -13,7 +13,7 @@ from regraft.checkpoints.memory import peak, resident
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.sharding import parse_size
-from regraft.checkpoints.source import CONFIG, INDEX
+from regraft.checkpoints.source import CONFIG, INDEX, PIPELINE
 from regraft.checkpoints.units import Cutter
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign
@@ -118,12 +118,15 @@ def _carry_out(
         work.begin(ready.job(), resume)
         ready.report.resumed = work.resumed
         _check_space(work, ready)
+        for made in ready.layout.files:
+            (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
         Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
         for file in ready.source.files:
             file.stamp.check()
         if not work.file:
             _write_others(work, ready)
-        narrow(work.new, sources, kept=[*ready.source.others, Path(CONFIG)])
+        kept = [*ready.source.others, Path(CONFIG), *map(Path, ready.copied)]
+        narrow(work.new, sources, kept=kept)
         work.place(overwrite)
     except OSError as error:
         raise cannot_write(work.dst, error) from error
@@ -148,7 +151,7 @@ def _file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
         raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
     if dst.suffix != ".safetensors" or dst.is_dir():
         return None
-    if not src.is_file():
+    if not src.is_file() and not (src / PIPELINE).is_file():
         message = f"{src} is a folder, with more than weights in it, and this is a file's name"
         fix = "name a folder to write, or give the weights file that is to be converted"
         raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
@@ -160,19 +163,25 @@ def _file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
 
 def _check_space(work: Work, ready: Prepared) -> None:
     others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
+    others += sum(path.stat().st_size for path in ready.copied.values())
+    others += sum(map(len, ready.written.values()))
     needed = ready.layout.size + others + len(ready.layout.index or b"")
-    done = sum(path.stat().st_blocks * 512 for path in work.new.iterdir() if path.is_file())
+    done = sum(path.stat().st_blocks * 512 for path in work.new.rglob("*") if path.is_file())
     work.check_space(needed - done)
 
 
 def _write_others(work: Work, ready: Prepared) -> None:
     """Everything beside the weights; the index, which says that they are complete, comes last."""
-    for path in ready.source.others:
+    others = {str(path): ready.source.root / path for path in ready.source.others}
+    for path, origin in {**others, **ready.copied}.items():
         target = work.new / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        copy_file(ready.source.root / path, target)
+        copy_file(origin, target)
         sync_path(target)
+    for path, text in ready.written.items():
+        (work.new / path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(work.new / path, text)
     if ready.config is not None and ready.source.config is not None:
         write_file(work.new / CONFIG, ready.config)
         shutil.copymode(ready.source.config, work.new / CONFIG)

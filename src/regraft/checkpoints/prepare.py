@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import regraft
 from regraft.adapters.detect import load_model
 from regraft.adapters.provenance import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
@@ -25,16 +23,16 @@ from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.moves import (
-    Moves,
-    Runs,
-    Strided,
     finish,
     identity,
     moves_of,
     pairs_from,
 )
+from regraft.checkpoints.parts import is_parted
+from regraft.checkpoints.prepare_parts import prepare_parts
+from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.reads import check_writable
-from regraft.checkpoints.sharding import Layout, lay_out
+from regraft.checkpoints.sharding import lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.ties import (
@@ -45,7 +43,6 @@ from regraft.checkpoints.ties import (
     unequal_ties,
     without_ties,
 )
-from regraft.checkpoints.units import UNIT
 from regraft.checkpoints.wrappers import strip_wrappers
 from regraft.errors import BadInputError
 from regraft.names.keys import Group
@@ -60,42 +57,6 @@ _UNUSED = (
     "check the prefix and the model; if the model does not use it, leave it out with --drop PATTERN or carry it over "
     "as it is with --keep PATTERN; or add the key to a rule book"
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A conversion that is ready to be carried out."""
-
-    source: Source
-    known: Detected
-    plan: Plan | None
-    """``None`` where the checkpoint is in the layout already."""
-    moves: Moves
-    dtypes: list[str]
-    """Those to write, target by target."""
-    layout: Layout
-    config: bytes | None
-    report: CheckpointReport
-    note: str | None = None
-    """For the metadata of the result."""
-
-    def job(self) -> bytes:
-        """What identifies the work: the same job makes the same bytes."""
-        digest = hashlib.sha256()
-        parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
-        for part in parts:
-            for field in fields(part):
-                value = getattr(part, field.name)
-                digest.update(
-                    value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
-                )
-        for file in self.layout.files:
-            digest.update(file.head)
-        files = [(str(f.path.resolve()), f.size, f.stamp.modified) for f in self.source.files]
-        out = [(file.name, file.size) for file in self.layout.files]
-        return json.dumps(
-            [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1
-        ).encode()
 
 
 def prepare(
@@ -120,7 +81,19 @@ def prepare(
 
     Raises what opening, detecting and planning raise.
     """
-    source, stripped = strip_wrappers(open_checkpoint(path))
+    opened = open_checkpoint(path)
+    if to is not None and is_parted(opened):
+        return prepare_parts(
+            opened,
+            to,
+            model=model,
+            source_layout=source_layout,
+            shard_size=shard_size,
+            casts=casts,
+            name=name,
+            drop=drop,
+        )
+    source, stripped = strip_wrappers(opened)
     config = model_of(source, model)
     ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
     aside = find_aside(source, drop, keep)

@@ -76,8 +76,11 @@ def lay_out(
     shard_size: int | None,
     name: str | None = None,
     note: str | None = None,
+    stem: str | None = None,
 ) -> Layout:
     """Distribute the targets over files: as the source does, or by size, or into one with a ``name``.
+
+    With a ``stem``, files are called like it, in whatever way they are distributed.
 
     ``dtypes`` are those to write. Metadata is kept; entries that name tensors get their new names. ``note`` is
     written into the first file.
@@ -99,22 +102,26 @@ def lay_out(
         names = [file.name for file in source.files] if kept else None
     else:
         shard, names = _fill(sizes[order], shard_size), None
+    names = names if stem is None else None
     _, shard = np.unique(shard, return_inverse=True)
     count = int(shard.max()) + 1
     if names is None:
+        called = stem or "model"
         names = (
-            [SINGLE]
+            [f"{called}.safetensors"]
             if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+            else [f"{called}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
     metadata = _merge_metadata(source, moves)
     result = []
     bounds = np.searchsorted(shard, np.arange(count + 1))
     for number, file in enumerate(names):
         targets = order[bounds[number] : bounds[number + 1]]
-        same = shard_size is None and file == source.files[number].name
+        same = shard_size is None and stem is None and file == source.files[number].name
         own = rename_aliases(source.files[number].metadata, moves) if same else metadata
         own = with_note(own, None if number else note)
+        if stem is not None:
+            own = {**own, "format": "pt"}  # transformers reads no file without it
         result.append(_make_file(file, targets, sizes, moves, dtypes, own))
     if count == 1 and source.index is None:
         return Layout(tuple(result), None)

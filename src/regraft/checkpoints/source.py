@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ UNFINISHED = ".regraft-in-place"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _BINS = (_BIN, "pytorch_model_fsdp.bin")
 """What torch writes as one file; the second is accelerate's, of a whole FSDP state dict."""
+PIPELINE = "model_index.json"
+"""What says which parts a folder of diffusers has."""
+_PART = "diffusion_pytorch_model"
+"""What diffusers calls the weights of a part."""
+_PART_INDEX = f"{_PART}.safetensors.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 ADAPTER = "adapter_config.json"
 # The same weights in another form: carried over, they would be in the old layout beside the new one.
@@ -103,6 +108,8 @@ class Source:
     """Weights in other forms that stay behind."""
     notes: tuple[str, ...] = ()
     """What is not as it should be, and does not matter: an index that is not right."""
+    parted: bool = False
+    """Whether it is a folder with a folder for each part of a pipeline: names begin with the part's and a slash."""
 
     @property
     def is_bin(self) -> bool:
@@ -118,7 +125,7 @@ def is_checkpoint(path: Path) -> bool:
         return path.suffix in (".safetensors", ".bin") and not sniffed(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
-    if any((path / name).is_file() for name in (INDEX, SINGLE, *_BINS, _BIN_INDEX)):
+    if any((path / name).is_file() for name in (INDEX, SINGLE, *_BINS, _BIN_INDEX, PIPELINE)):
         return True
     if not path.is_dir() or any(path.rglob(ADAPTER)) or sniffed(path):
         return False
@@ -132,6 +139,8 @@ def open_checkpoint(path: Path) -> Source:
 
     Raises ``BadInputError``.
     """
+    if (path / PIPELINE).is_file():
+        return _open_pipeline(path)
     index: _Index | None = None
     notes: list[str] = []
     others: tuple[Path, ...] = ()
@@ -184,6 +193,42 @@ def open_checkpoint(path: Path) -> Source:
     return Source(str(path), root, tuple(files), columns, config, metadata, others, left_out, said)
 
 
+def _open_pipeline(root: Path) -> Source:
+    """All parts of a folder of diffusers as one checkpoint."""
+    parts: list[tuple[str, Source]] = []
+    findings: list[Finding] = []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if not any(f.suffix in (".safetensors", ".bin") for f in folder.iterdir()):
+            continue
+        try:
+            parts.append((folder.name, open_checkpoint(folder)))
+        except RegraftError as error:
+            findings += error.findings
+    if not parts and not findings:
+        message = f"there are no weights in the folders beside {PIPELINE}"
+        findings.append(Finding("no-weights", message, where=str(root)))
+    if findings:
+        raise BadInputError(findings)
+    starts = np.cumsum([0, *(len(part.files) for _, part in parts)])
+    tables = [part.tensors for _, part in parts]
+    joined = Tensors(
+        [f"{name}/{tensor}" for name, part in parts for tensor in part.tensors.names],
+        [dtype for table in tables for dtype in table.dtypes],
+        [shape for table in tables for shape in table.shapes],
+        np.concatenate([t.files + start for t, start in zip(tables, starts, strict=False)]),
+        np.concatenate([table.starts for table in tables]),
+        np.concatenate([table.sizes for table in tables]),
+    )
+    files = tuple(
+        replace(file, name=f"{name}/{file.name}") for name, part in parts for file in part.files
+    )
+    left_out = tuple(f"{name}/{path}" for name, part in parts for path in part.left_out)
+    own = {file.path for file in files} | {root / path for path in left_out}
+    others = tuple(path for path in _list_others(root, ())[0] if root / path not in own)
+    notes = tuple(f"{name}: {note}" for name, part in parts for note in part.notes)
+    return Source(str(root), root, files, joined, None, None, others, left_out, notes, parted=True)
+
+
 def open_weights(paths: Iterable[Path]) -> Source:
     """The weights files that somebody else has found, as one checkpoint without a config; see `open_checkpoint`.
 
@@ -215,10 +260,11 @@ class _Index(msgspec.Struct):
 
 def _find_index(root: Path, notes: list[str]) -> _Index | None:
     """The index that a loader goes by: one whole file comes before it, as in ``from_pretrained``."""
-    file = next((root / n for n in (INDEX, _BIN_INDEX) if (root / n).is_file()), None)
+    known = (INDEX, _PART_INDEX, _BIN_INDEX)
+    file = next((root / n for n in known if (root / n).is_file()), None)
     if file is None or (file.name == _BIN_INDEX and (root / SINGLE).is_file()):
         return None
-    whole = SINGLE if file.name == INDEX else _BIN
+    whole = file.name.removesuffix(".index.json")
     if (root / whole).is_file():
         named = load_json(file).get("weight_map")
         if not isinstance(named, dict) or set(named.values()) != {whole}:
@@ -259,7 +305,7 @@ def _is_plain(name: str) -> bool:
 def _list_shards(root: Path, index: _Index | None, notes: list[str]) -> list[str]:
     if index is not None:
         return sorted(set(index.weight_map.values()))
-    for name in (SINGLE, *_BINS):
+    for name in (SINGLE, f"{_PART}.safetensors", *_BINS, f"{_PART}.bin"):
         if (root / name).is_file():
             return [name]
     names = sorted(path.name for path in root.glob("*.safetensors"))
@@ -321,7 +367,7 @@ def _absent(found: list[Path], index: _Index | None) -> list[Finding]:
 
 
 def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    own = {*weights, INDEX, _BIN_INDEX, CONFIG}
+    own = {*weights, INDEX, _PART_INDEX, _BIN_INDEX, CONFIG}
     others, left_out = [], []
     for folder, names, files in os.walk(root):
         inside = Path(folder).relative_to(root)

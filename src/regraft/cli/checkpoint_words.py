@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
 _SHOWN, _FILES = 50, 6
+_RULES = 60
+"""So many rules are shown one by one."""
 
 
 def merged_in_words(adapter: AdapterReport, checkpoint: CheckpointReport) -> str:
@@ -28,6 +30,14 @@ def merged_in_words(adapter: AdapterReport, checkpoint: CheckpointReport) -> str
     if adapter.carried:
         words += f", and {count_in_words(adapter.carried, 'tensor')} replaced"
     return words + f"; {checkpoint.tensors_out} in all"
+
+
+def by_book(fired: dict[str, int]) -> dict[str, int]:
+    """How often the rules of each book fired."""
+    books: dict[str, list[int]] = {}
+    for rule, times in fired.items():
+        books.setdefault(rule.partition("/")[0], []).append(times)
+    return {f"{book} ({len(times)} rules)": sum(times) for book, times in books.items()}
 
 
 def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
@@ -42,6 +52,8 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
         table.add_column("rule", overflow="fold")
         table.add_column("times", justify="right", no_wrap=True)
+        if len(fired) > _RULES:
+            fired = by_book(fired)
         for rule, times in fired.items():
             table.add_row(Text(visible(rule)), str(times))
         if checkpoint.carried:

@@ -525,6 +525,11 @@ def only_family(model_type: str | None) -> Iterator[None]:
         _FAMILY.reset(token)
 
 
+def asked_family() -> str | None:
+    """The model type that alone may speak, where the user named one."""
+    return _FAMILY.get()
+
+
 def library() -> tuple[Book, ...]:
     """The rule books in force: those that come with regraft and with installed packages, or what stands in for them."""
     books, family = _ONLY.get() or built_in(), _FAMILY.get()

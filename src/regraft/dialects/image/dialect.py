@@ -93,6 +93,8 @@ def recognised_header(header: Header) -> str | None:
         if leaf.role.partition(".")[0] == "set":
             module.scale_key = True
     grouped = Grouped(modules, {})
+    if all(module.spellings == {"bfl"} for module in modules.values()):
+        return None  # norms of a base model are named like what takes the place of them
     if not modules or not _is_image(grouped):
         return None
     return dialect_of(grouped, header.metadata)

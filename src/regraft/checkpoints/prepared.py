@@ -1,0 +1,58 @@
+"""What is known of a conversion before a byte is moved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import regraft
+from regraft.checkpoints.detect import Detected
+from regraft.checkpoints.moves import Moves, Runs, Strided
+from regraft.checkpoints.sharding import Layout
+from regraft.checkpoints.source import Source
+from regraft.checkpoints.units import UNIT
+from regraft.planning.plan import Plan
+from regraft.report import CheckpointReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A conversion that is ready to be carried out."""
+
+    source: Source
+    known: Detected
+    plan: Plan | None
+    """``None`` where the checkpoint is in the layout already."""
+    moves: Moves
+    dtypes: list[str]
+    """Those to write, target by target."""
+    layout: Layout
+    config: bytes | None
+    report: CheckpointReport
+    note: str | None = None
+    """For the metadata of the result."""
+    written: Mapping[str, bytes] = field(default_factory=dict)
+    """Files beside the weights that are made: where they go in the result's folder, and what is in them."""
+    copied: Mapping[str, Path] = field(default_factory=dict)
+    """Files beside the weights that are copied from elsewhere."""
+
+    def job(self) -> bytes:
+        """What identifies the work: the same job makes the same bytes."""
+        digest = hashlib.sha256()
+        parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
+        for part in parts:
+            for column in fields(part):
+                value = getattr(part, column.name)
+                digest.update(
+                    value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+                )
+        for file in self.layout.files:
+            digest.update(file.head)
+        files = [(str(f.path.resolve()), f.size, f.stamp.modified) for f in self.source.files]
+        out = [(file.name, file.size) for file in self.layout.files]
+        return json.dumps(
+            [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1
+        ).encode()
