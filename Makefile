@@ -75,7 +75,7 @@ fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs a
 	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
 
 consumers: .venv-consumers/.done ## compare with the tools that read what regraft writes: diffusers
-	@set -e; for file in scripts/consumers/*.py; do \
+	@set -e; for file in scripts/consumers/diffusers_*.py; do \
 		echo; echo "==> $$file"; .venv-consumers/bin/python "$$file"; \
 	done
 

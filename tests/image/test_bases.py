@@ -4,16 +4,12 @@
 its converter undoes; `scripts/consumers/diffusers_bases.py` compares the two and writes them.
 """
 
-import gzip
 import hashlib
-import json
-from math import prod
-from pathlib import Path
 
 import numpy as np
 import pytest
+from image_models import FOLDER, cases, labelled, through
 
-from regraft.arrays.apply import apply_plan
 from regraft.errors import BadInputError
 from regraft.layouts.graph import edges_to
 from regraft.names.keys import group_names
@@ -21,23 +17,7 @@ from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers
 from regraft.rules.book import books_for, built_in
 
-FILES = sorted((Path(__file__).parent / "bases").glob("*.json.gz"))
-
-
-def labelled(shapes):
-    """Tensors in which every element is another number."""
-    state, first = {}, 0
-    for name, shape in shapes.items():
-        count = prod(shape)
-        state[name] = np.arange(first, first + count, dtype=np.int32).reshape(shape)
-        first += count
-    return state
-
-
-def through(book, state, layout):
-    tensors = list(state.values())
-    headers = Headers(group_names(list(state)), [t.shape for t in tensors], ["int32"] * len(state))
-    return apply_plan(build_plan(headers, edges_to([book], layout)), tensors)
+FILES = sorted(FOLDER.glob("*.json.gz"))
 
 
 def digest(state):
@@ -48,16 +28,25 @@ def digest(state):
     return found.hexdigest()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name.partition(".")[0])
-def test_a_book_does_what_diffusers_does(file):
-    (book,) = books_for([file.name.partition(".")[0]], built_in())
-    for case in json.loads(gzip.decompress(file.read_bytes())):
-        state = labelled(case["diffusers"])
-        native = through(book, state, book.left)
-        assert digest(native) == case["native"], case["size"]
-        back = through(book, native, book.right)
-        assert sorted(back) == sorted(state)
-        assert all(np.array_equal(back[name], state[name]) for name in state)
+def each():
+    """Every family at two sizes; the smaller one is quick."""
+    for file in FILES:
+        family = file.name.partition(".")[0]
+        sizes = sorted(cases(family), key=lambda case: len(case["diffusers"]))
+        for number, case in enumerate(sizes):
+            slow = (pytest.mark.slow,) if number else ()
+            yield pytest.param(family, case, id=f"{family} {case['size']}", marks=slow)
+
+
+@pytest.mark.parametrize(("family", "case"), list(each()))
+def test_a_book_does_what_diffusers_does(family, case):
+    (book,) = books_for([family], built_in())
+    state = labelled(case["diffusers"])
+    native = through(book, state, book.left)
+    assert digest(native) == case["native"]
+    back = through(book, native, book.right)
+    assert back.keys() == state.keys()
+    assert all(np.array_equal(back[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize(

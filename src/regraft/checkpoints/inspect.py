@@ -13,6 +13,7 @@ import numpy as np
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
+from regraft.checkpoints.parts import find_parts, is_parted
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.wrappers import strip_wrappers
@@ -124,6 +125,12 @@ def _find_layout(
     foreign: Foreign | None,
 ) -> None:
     try:
+        if is_parted(source):
+            found = find_parts(source)
+            result.layouts, result.model_types = [found.layout], [found.pipeline.name]
+            parts = ", ".join(piece.part.name for piece in found.pieces)
+            result.evidence = [found.evidence, f"its parts: {parts}"]
+            return
         companions = find_companions(source, config.data if config is not None else None)
         known = detect(
             companions.headers, config, source.where, None, foreign, companions=companions

@@ -43,6 +43,41 @@ def files_beside(pipeline: Pipeline, moved: Sequence[MovedPiece], model: Path | 
     return _made(pipeline, shapes) if model is None else _taken(shapes, model)
 
 
+def files_of_part(family: str, part: Part, shapes: Shapes, model: Path | None) -> PartFiles:
+    """The config of one part by itself; ``model`` is diffusers' folder of that part, or its ``config.json``.
+
+    Raises ``BadInputError`` where that is the config of a model of other sizes.
+    """
+    files = PartFiles()
+    if model is not None:
+        file = model / CONFIG if model.is_dir() else model
+        findings = _compare(file, load_json(file), seen_config(part.cls, shapes))
+        if findings:
+            raise BadInputError(findings)
+        files.copied[CONFIG] = file
+        return files
+    config = known_config(family, part, shapes)
+    if config is None:
+        files.notes.append(
+            f"no {CONFIG}: shapes do not tell all of it. Fix: give diffusers' one with --model"
+        )
+    else:
+        files.written[CONFIG] = _json(config)
+        files.notes.append(f"made from shapes that are those of a published model: {CONFIG}")
+    return files
+
+
+def is_of_diffusers(path: Path) -> bool:
+    """Whether a config, or that of a folder, is one of diffusers."""
+    file = path / CONFIG if path.is_dir() else path
+    if (path / PIPELINE).is_file():
+        return True
+    if file.name != CONFIG or not file.is_file():
+        return False
+    data = load_json(file)
+    return "_class_name" in data and "model_type" not in data
+
+
 def _taken(parts: dict[str, tuple[Part, Shapes]], model: Path) -> PartFiles:
     """The files of another folder, checked against the shapes that are there."""
     if not (model / PIPELINE).is_file():

@@ -37,6 +37,7 @@ from regraft.names.keys import Ints, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, asked_family, built_in, library
+from regraft.rules.templates import match_group
 
 _SHOWN = 20
 _Part = TypeVar("_Part", Runs, Strided)
@@ -193,6 +194,8 @@ def _choose(
         if denoiser not in places(part):
             continue
         piece = _piece(source, part, denoiser, groups[denoiser])
+        if len(known) > 1 and not _may_explain(piece, to_diffusers=not source.parted):
+            continue
         try:
             fitting.append((pipeline, _plan(piece, source.where, to_diffusers=not source.parted)))
         except RegraftError as error:
@@ -297,6 +300,18 @@ def _plan(piece: Piece, where: str, *, to_diffusers: bool) -> Plan:
     book = _book(piece.part.book)
     edge = Edge.to(book, DIFFUSERS) if to_diffusers else Edge.out_of(book, DIFFUSERS)
     return build_plan(piece.headers, [edge], where=where, unmatched_fix=_UNUSED)
+
+
+def _may_explain(piece: Piece, *, to_diffusers: bool) -> bool:
+    """Whether a part's rule book has a rule for every kind of name, as a glance at the names says."""
+    book = _book(piece.part.book)
+    edge = Edge.to(book, DIFFUSERS) if to_diffusers else Edge.out_of(book, DIFFUSERS)
+    keys = [term.key for rule in book.rules for term in edge.sides(rule)[0] if term.key]
+    keys += [carry.term.key for carry in book.carries if carry.term.key]
+    keys += [drop.key for drop in book.drops]
+    return all(
+        any(match_group(key, group) is not None for key in keys) for group in piece.headers.groups
+    )
 
 
 def _piece(source: Source, part: Part, place: str, rows: list[int]) -> Piece:

@@ -11,7 +11,10 @@ Sources: diffusers 0.42.1 (``loaders/single_file_utils.py``; the ``model_index.j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from regraft.rules.book import Book
 
 DIFFUSERS = "diffusers"
 DENOISER = "model.diffusion_model."
@@ -268,6 +271,13 @@ PIPELINES: tuple[Pipeline, ...] = (
         (_transformer("LTXVideoTransformer3DModel", "ltx_video"),),
     ),
 )
+
+
+def part_by_book(books: Sequence[Book]) -> Part | None:
+    """The part that a rule book is for; ``None`` for other books."""
+    names = {book.name for book in books}
+    return next((x for p in PIPELINES for x in p.parts if x.book and x.book in names), None)
+
 
 EXTRAS: tuple[tuple[str, str], ...] = (
     ("model_ema.*", "the moving average of the weights is for training"),

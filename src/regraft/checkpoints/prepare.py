@@ -28,7 +28,9 @@ from regraft.checkpoints.moves import (
     moves_of,
     pairs_from,
 )
+from regraft.checkpoints.part_files import PartFiles, files_of_part, is_of_diffusers
 from regraft.checkpoints.parts import is_parted
+from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.reads import check_writable
@@ -141,7 +143,10 @@ def prepare(
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
     note = _note(source, known, plan, to, aside)
-    layout = lay_out(source, moves, dtypes, shard_size, name, note)
+    part = part_by_book(known.books) if to == DIFFUSERS and plan is not None else None
+    part = None if name is not None else part
+    stem = part.stem if part is not None else None
+    layout = lay_out(source, moves, dtypes, shard_size, name, note, stem)
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -159,6 +164,13 @@ def prepare(
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
+    files = PartFiles()
+    if part is not None and (text is None or model is not None):
+        text = None
+        shapes = dict(zip(moves.names, moves.shapes, strict=True))
+        files = files_of_part(known.books[0].model_types[0], part, shapes, model)
+        report.others += [*files.written, *files.copied]
+        report.notes += files.notes
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
     report.notes += [*known.notes, *source.notes, *stripped, *said, *aside.words()]
     if len(known.mtp) and plan is not None:
@@ -198,7 +210,19 @@ def prepare(
             "adapters beside the weights stay in their own layout, convert each of them by itself: "
             + ", ".join(adapters)
         )
-    return Prepared(source, known, plan, moves, dtypes, layout, text, report, note)
+    return Prepared(
+        source,
+        known,
+        plan,
+        moves,
+        dtypes,
+        layout,
+        text,
+        report,
+        note,
+        files.written,
+        files.copied,
+    )
 
 
 def _read_there(config: ModelConfig | None, to: str | None) -> ModelConfig | None:
@@ -251,10 +275,14 @@ def _words(plan: Plan) -> list[str]:
 
 
 def model_of(source: Source, model: Path | None) -> ModelConfig | None:
-    """The config of the model: the one that was given, or the one beside the weights."""
-    if model is not None:
-        return load_model(model)
-    return load_model(source.config) if source.config is not None else None
+    """The config of the model: the one that was given, or the one beside the weights.
+
+    ``None`` for one of diffusers: names tell its books.
+    """
+    path = model if model is not None else source.config
+    if path is None or is_of_diffusers(path):
+        return None
+    return load_model(path)
 
 
 def _convert_config(

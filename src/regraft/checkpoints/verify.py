@@ -14,7 +14,9 @@ from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.prepare import Prepared, model_of, prepare
+from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.prepare import model_of, prepare
+from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.ties import FIELD, unequal_ties
@@ -90,6 +92,9 @@ def _verify(
     foreign: Foreign | None,
 ) -> Verification:
     other = open_checkpoint(dst)
+    if is_parted(other):
+        first = prepare(src, find_parts(other).layout, model=told, name=_one_file(dst))
+        return _compare(first, other, Verification(str(src), str(dst), "", ""), progress)
     config = model_of(other, told) or model_of(open_checkpoint(src), None)
     companions = find_companions(other, config.data if config is not None else None)
     target = detect(
@@ -100,8 +105,21 @@ def _verify(
     drop += [name for entry in asked for name in entry.dropped if name not in drop]
     keep = [name for entry in asked for name in entry.set_aside]
     first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop, keep=keep)
-    layouts = first.report.source_layout, first.report.target_layout
-    result = Verification(str(src), str(dst), *layouts)
+    return _compare(first, other, Verification(str(src), str(dst), "", ""), progress)
+
+
+def _one_file(path: Path) -> str | None:
+    return path.name if path.is_file() else None
+
+
+def _compare(
+    first: Prepared,
+    other: Source,
+    result: Verification,
+    progress: Callable[[str, int, int], None] | None,
+) -> Verification:
+    result.source_layout = first.report.source_layout
+    result.target_layout = first.report.target_layout
     same = _compare_names(first, other, result)
     result.trace = first.report.trace
     _Comparison(first, other, result, progress).run(same)
