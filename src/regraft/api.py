@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from regraft.adapters.convert import Converted, convert_adapter
-from regraft.adapters.detect import load_model
-from regraft.adapters.protocol import Opened
-from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.checkpoints.convert import convert_checkpoint
-from regraft.checkpoints.dequantize import dequantize_checkpoint
-from regraft.checkpoints.in_place import convert_in_place
 from regraft.checkpoints.source import is_checkpoint
-from regraft.dialects.base import Found
-from regraft.dialects.names import SourceName, layout_named, source_named
-from regraft.dialects.opening import Opening, Target, find_source, reopened
-from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
+from regraft.dialects.names import layout_named, source_named
+from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
-from regraft.layouts.names import Layout
-from regraft.planning.model import ModelConfig, taken_for
+from regraft.planning.model import taken_for
 from regraft.report import Report
 from regraft.rules.book import Rules, only_books, only_family
-from regraft.storage.beside import narrow
-from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder
-from regraft.storage.stale import sort_files
-from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
-    from regraft.checking.certificate import Budget
     from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
@@ -133,18 +115,16 @@ def convert(
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
         stack.enter_context(taken_for(architecture))
-        asked = Options(via, compact, uniform_rank)
         src_path, dst_path = Path(src), Path(dst)
         adapter = not is_checkpoint(src_path)
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
-        source_layout = given.layout
+        told = Path(model) if model is not None else None
         stack.enter_context(only_family(given.family))
         stack.enter_context(going_over(given.via))
         if not adapter:
-            told = Path(model) if model is not None else None
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
             options["foreign"] = InstalledTransformers()
-            options["source"] = source_layout.name if source_layout is not None else None
+            options["source"] = given.name
             options["untie"] = untie
             if in_place:
                 _check_options(
@@ -158,10 +138,14 @@ def convert(
                     overwrite=overwrite,
                     dequantize=dequantize,
                 )
+                from regraft.checkpoints.in_place import convert_in_place
+
                 done = convert_in_place(src_path, dst_path, **options)
             elif dequantize:
                 _check_options("they do not go with --dequantize", dry_run=dry_run, resume=resume)
                 del options["dry_run"]
+                from regraft.checkpoints.dequantize import dequantize_checkpoint
+
                 done = dequantize_checkpoint(
                     src_path,
                     dst_path,
@@ -176,6 +160,8 @@ def convert(
                     **options,
                 )
             else:
+                from regraft.checkpoints.convert import convert_checkpoint
+
                 done = convert_checkpoint(
                     src_path,
                     dst_path,
@@ -205,73 +191,23 @@ def convert(
             keep=keep,
             dequantize=dequantize,
         )
-        opening = find_source(src_path, given)
-        found = opening.found
-        foreign = InstalledTransformers()
-        if merge:
-            return _merge(opening, dst_path, layout, given, model, overwrite, progress, foreign)
-        target = Target.of(layout, opening, dst_path)
-        check_destination(src_path, dst_path, overwrite, file=target.file)
-        base = Path(model) if model is not None else None
-        config: ModelConfig | None = None
-        report = Report(str(src_path), str(dst_path), written=not dry_run)
-        report.files = [str(path) for path in found.others]
-        left = _budget(verify_budget) if verify else None
-        converted: list[tuple[Opened, Converted]] = []
-        stamps: list[Stamp] = []
-        findings: list[Finding] = []
-        failed: list[RegraftError] = []
-        for number, folder in enumerate(found.folders):
-            if progress is not None:
-                progress(folder.name, number, len(found.folders))
-            stamps += _stamp(folder, found)
-            try:
-                opened = opening.open(folder)
-                by_itself = getattr(opened, "convert", None)
-                if by_itself is not None:
-                    _check_options("not for LoRAs of image models", verify=verify)
-                    result = by_itself(layout, given.family, base, asked)
-                else:
-                    config = load_model(base) if base is not None and config is None else config
-                    result = convert_adapter(
-                        opened,
-                        layout,
-                        config,
-                        source_layout,
-                        asked,
-                        foreign,
-                        packing=given.packing,
-                        into=target.into,
-                    )
-            except RegraftError as error:
-                failed.append(error)
-                findings += error.findings
-                continue
-            if not result.report.copied or not dry_run:
-                _note_values(opened, result)
-            if left is not None:
-                _certify(opened, result, target, config, via, foreign, left, given.packing)
-            converted.append((opened, result))
-            report.adapters.append(result.report)
-        if failed:
-            kinds = {type(error) for error in failed}
-            raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
-        _note_company(report, [result for _, result in converted])
-        others = list(found.others)
-        if not all(result.report.copied for _, result in converted):
-            others, notes = sort_files(found.root, found.others)
-            report.adapters[0].notes += notes
-        if target.file and others:
-            report.adapters[0].notes.append(
-                f"left out, because one file is written: {', '.join(map(str, others))}"
-            )
-            others = []
-        report.files = [str(path) for path in others]
-        if not dry_run:
-            _write(found.root, others, dst_path, target, converted, stamps, overwrite)
-        if progress is not None:
-            progress("", len(found.folders), len(found.folders))
-        return report
+        from regraft.adapters.ranks import Options
+        from regraft.adapting import convert_adapters
+
+        return convert_adapters(
+            src_path,
+            dst_path,
+            layout,
+            given,
+            told,
+            Options(via, compact, uniform_rank),
+            foreign=InstalledTransformers(),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            merge=merge,
+            verify_for=verify_budget if verify else None,
+            progress=progress,
+        )
 
 
 def inspect(
@@ -305,145 +241,8 @@ def inspect(
             return inspect_adapters(src, model=model, foreign=InstalledTransformers(), said=said)
 
 
-def _merge(
-    opening: Opening,
-    dst: Path,
-    layout: Layout,
-    given: SourceName,
-    model: str | os.PathLike[str] | None,
-    overwrite: bool,
-    progress: Progress | None,
-    foreign: InstalledTransformers,
-) -> Report:
-    from regraft.merging import merge_adapter
-
-    src = opening.src
-    if model is None or len(opening.found.folders) != 1:
-        raise BadInputError(
-            Finding(
-                "option",
-                "merging takes one adapter, and its base with weights",
-                where=str(src),
-                fix="give the base's folder as --model, and one adapter's folder as SRC",
-            )
-        )
-    _check_folder(dst)
-    check_destination(src, dst, overwrite)
-    check_destination(Path(model), dst, overwrite)
-    files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
-    adapter, checkpoint = merge_adapter(
-        opening.one(),
-        dst,
-        layout,
-        Path(model),
-        given.layout,
-        overwrite,
-        progress,
-        foreign,
-        files,
-    )
-    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
-    report.files = list(checkpoint.others)
-    return report
-
-
-def _budget(seconds: float) -> Budget:
-    from regraft.checking.certificate import Budget
-
-    return Budget(seconds)
-
-
-def _certify(
-    source: Opened,
-    result: Converted,
-    target: Target,
-    model: ModelConfig | None,
-    via: str | None,
-    foreign: InstalledTransformers,
-    left: Budget,
-    packing: str | None,
-) -> None:
-    """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
-
-    The result is opened by its dialect; where that needs files, they are written for this and removed.
-    """
-    from regraft.checking.certificate import TOLERANCE, compare
-
-    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
-    with reopened(target.dialect, source, result) as made:
-        done = compare(source, made, model, tolerance, foreign, left, packing)
-    result.report.error = done.error
-    result.report.verified = len(done.targets) + done.others
-    result.report.sampled = done.sampled
-    if not done.equal:
-        raise NotEqualError(done.differences)
-
-
-def _note_company(report: Report, results: list[Converted]) -> None:
-    """Adapters that PEFT cannot hold on one model at a time."""
-    targets = {tuple(sorted(r.config.get("target_parameters") or ())) for r in results}
-    if len(targets - {()}) > 1:
-        report.adapters[0].notes.append(
-            "these adapters name different target_parameters: load each on a model of its own, because PEFT "
-            "does not hold two such adapters on one model"
-        )
-
-
 def _check_options(why: str, **given: object) -> None:
+    """Raise ``BadInputError`` for options that were given and do not apply."""
     wrong = [name for name, value in given.items() if value]
     if wrong:
         raise BadInputError(Finding("option", f"{' and '.join(wrong)}: {why}"))
-
-
-def _note_values(source: Opened, result: Converted) -> None:
-    for name, tensor in source.tensors.items():
-        if tensor.dtype.kind in "fV" and not np.isfinite(
-            np.add.reduce(tensor, axis=None, dtype=float)
-        ):
-            bad = ~np.isfinite(tensor.astype(np.float32))
-            if bad.any():
-                result.report.notes.append(
-                    f"{name} holds {int(bad.sum())} values that are NaN or infinite; they were kept"
-                )
-
-
-def _check_folder(dst: Path) -> None:
-    if dst.suffix == ".safetensors" and not dst.is_dir():
-        message = "a merged model is a folder, and this is a file's name"
-        fix = "name a folder to write"
-        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
-
-
-def _stamp(folder: Path, found: Found) -> list[Stamp]:
-    """What an adapter's files are now, to be compared when the result is written."""
-    if found.weights is not None:
-        return [Stamp.of(path) for path in (found.weights, *found.beside)]
-    others = {found.root / path for path in found.others}
-    files = (path for path in folder.iterdir() if path.is_file() and path not in others)
-    return [Stamp.of(path) for path in files]
-
-
-def _write(
-    root: Path,
-    others: Sequence[Path],
-    dst: Path,
-    target: Target,
-    converted: list[tuple[Opened, Converted]],
-    stamps: list[Stamp],
-    overwrite: bool,
-) -> None:
-    size = sum((root / path).stat().st_size for path in others)
-    for _, result in converted:
-        size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
-    staged_place = staged_file if target.file else staged_folder
-    with staged_place(dst, overwrite, size) as staged:
-        for source, result in converted:
-            inner = staged / source.name
-            inner.mkdir(parents=True, exist_ok=True)
-            target.dialect.save(inner, source, result)
-        for path in others:
-            (staged / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(root / path, staged / path)
-        narrow(staged, [stamp.path for stamp in stamps], kept=others)
-        for stamp in stamps:
-            stamp.check()

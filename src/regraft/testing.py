@@ -18,6 +18,7 @@ from regraft.adapters.form import Array, Lora, delta
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Dialect, PlainFile
+from regraft.dialects.registry import registered
 from regraft.layouts.graph import edges_to
 from regraft.layouts.names import Layout
 from regraft.planning.side import Side
@@ -162,4 +163,4 @@ def _compare(name: str, want: dict[str, Array], got: dict[str, Array], scales: b
         assert off <= limit, f"{name}: {key} is off by {off:.3g}, its largest entry is {most:.3g}"
 
 
-__all__ = ["check_book", "check_dialect", "deltas_of", "write_and_open"]
+__all__ = ["check_book", "check_dialect", "deltas_of", "registered", "write_and_open"]

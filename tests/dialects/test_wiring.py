@@ -11,7 +11,7 @@ import regraft
 from regraft.cli import main
 from regraft.dialects import base
 from regraft.errors import BadInputError
-from regraft.testing import check_dialect
+from regraft.testing import check_dialect, registered
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASE = GOLDEN / "cases/mixtral__gud_attn"
@@ -19,11 +19,9 @@ BASE = GOLDEN / "bases/mixtral"
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    known = {**base.dialects(), "pairs": Pairs()}
-    monkeypatch.setattr(base, "dialects", lambda: known)
-    for module in ("names", "opening"):
-        monkeypatch.setattr(f"regraft.dialects.{module}.dialects", lambda: known)
+def pairs():
+    with registered(Pairs()):
+        yield
 
 
 def test_the_kit_passes_it(tmp_path):
@@ -158,13 +156,15 @@ def test_it_loads_into_a_live_model(tmp_path):
     )
 
 
-def test_every_answer_to_which_dialect_answers(tmp_path, capsys, monkeypatch):
+def test_every_answer_to_which_dialect_answers(tmp_path, capsys):
     class Alike(Pairs):
         name = "alike"
 
-    known = {**base.dialects(), "alike": Alike()}
-    for module in ("base", "names", "opening"):
-        monkeypatch.setattr(f"regraft.dialects.{module}.dialects", lambda: known)
+    with registered(Alike()):
+        check_answers(tmp_path, capsys)
+
+
+def check_answers(tmp_path, capsys):
     made = tmp_path / "made"
     regraft.convert(CASE, made, to="pairs", model=BASE)
     args = ["convert", str(made), str(tmp_path / "out"), "--to", "peft", "--model", str(BASE)]

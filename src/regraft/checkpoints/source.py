@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from regraft.dialects.base import sniffed
+from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.names.keys import Ints
 from regraft.names.patterns import patterns

@@ -4,7 +4,7 @@ A dialect is one object with the methods of `Dialect`. Most formats of plain LoR
 `PlainFile` is an opened adapter whose factors are known by base tensor, and `PlainWriter` gets factors by base tensor
 and says what they are called. `regraft.testing.check_dialect` tries one out.
 
-Built-in dialects stand in `_BUILT_IN`; others come from installed packages through the entry point
+Which dialects there are, `dialects/registry` says; others come from installed packages through the entry point
 ``regraft.dialects`` (a name, and an object or a function without arguments that makes one).
 """
 
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from importlib import import_module
-from importlib.metadata import entry_points
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -37,6 +35,7 @@ from regraft.adapters.protocol import Hints, Names, Opened, Reading, Spelling, W
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.ranks import make_uniform
 from regraft.adapters.scale import Scale
+from regraft.dialects.registry import Evidence, dialect_of, dialects, sniffed
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group, group_names
 from regraft.planning.plan import Headers, Plan
@@ -53,15 +52,6 @@ if TYPE_CHECKING:
     from regraft.planning.model import ModelConfig
     from regraft.planning.side import Side
     from regraft.rules.book import Shared
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """Why a file is taken for one of a dialect."""
-
-    certain: bool
-    """Whether nothing else can be meant; otherwise it gives way to a dialect that is certain."""
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,81 +139,6 @@ class Dialect(Protocol):
         Where one file was asked for, the file with its suffix is taken out of the folder, and must be all there is.
         """
         ...
-
-
-# -- the registry
-
-_BUILT_IN = {
-    "ai-toolkit": "regraft.dialects.image.dialect:AI_TOOLKIT",
-    "bfl": "regraft.dialects.image.dialect:BFL",
-    "comfyui": "regraft.dialects.image.dialect:COMFYUI",
-    "diffusers": "regraft.dialects.image.dialect:DIFFUSERS",
-    "gguf": "regraft.dialects.gguf:GGUF",
-    "kohya": "regraft.dialects.image.dialect:KOHYA",
-    "litgpt": "regraft.dialects.litgpt:LITGPT",
-    "megatron-bridge": "regraft.dialects.megatron_bridge:MEGATRON_BRIDGE",
-    "mlx": "regraft.dialects.mlx:MLX",
-    "nemo": "regraft.dialects.nemo:NEMO",
-    "onetrainer": "regraft.dialects.image.dialect:ONETRAINER",
-    "peft": "regraft.dialects.peft.dialect:PEFT",
-    "sglang": "regraft.dialects.sglang:SGLANG",
-    "skyrl": "regraft.dialects.skyrl:SKYRL",
-    "tinker": "regraft.dialects.tinker:TINKER",
-    "torchtune": "regraft.dialects.torchtune:TORCHTUNE",
-    "unsloth": "regraft.dialects.unsloth:UNSLOTH",
-    "unsloth-grouped": "regraft.dialects.unsloth:UNSLOTH_GROUPED",
-    "vllm": "regraft.dialects.vllm:VLLM",
-    "xlabs": "regraft.dialects.image.dialect:XLABS",
-}
-
-
-@lru_cache(maxsize=1)
-def dialects() -> Mapping[str, Dialect]:
-    """All dialects by name: the built-in ones, then those of installed packages."""
-    made: dict[str, Dialect] = {}
-    for name, place in _BUILT_IN.items():
-        module, _, attribute = place.partition(":")
-        made[name] = getattr(import_module(module), attribute)
-    for entry in entry_points(group="regraft.dialects"):
-        if entry.name in made:
-            raise BadInputError(
-                Finding(
-                    "option",
-                    f"the installed package {entry.value!r} brings a dialect {entry.name!r}, and there is one already",
-                    fix="uninstall one of them",
-                )
-            )
-        found = entry.load()
-        made[entry.name] = found() if isinstance(found, type) else found
-    return made
-
-
-def dialect_of(src: Path) -> Dialect:
-    """The dialect that a path is written in; PEFT's where none recognises it, so that its errors are seen.
-
-    Raises ``AmbiguousError`` where more than one is certain.
-    """
-    from regraft.errors import AmbiguousError, Choice
-
-    found = sniffed(src)
-    certain = [name for name, told in found.items() if told.certain]
-    if len(certain) > 1:
-        raise AmbiguousError(
-            Finding(
-                "which-dialect",
-                "it may be of several dialects",
-                where=str(src),
-                fix="say which it is with --from",
-                choices=tuple(Choice(name, found[name].why) for name in certain),
-            )
-        )
-    chosen = certain or list(found) or ["peft"]
-    return dialects()[chosen[0]]
-
-
-def sniffed(src: Path) -> dict[str, Evidence]:
-    """The dialects that recognise a path as theirs, by name, with why."""
-    return {name: told for name, d in dialects().items() if (told := d.sniff(src)) is not None}
 
 
 # -- what most dialects of plain LoRA have in common

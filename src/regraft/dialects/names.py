@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from regraft.dialects.base import dialects
+from regraft.dialects.registry import dialects
 from regraft.errors import BadInputError
 from regraft.layouts.names import (
     DEFAULT,
@@ -17,17 +18,27 @@ from regraft.layouts.names import (
 )
 
 
-def dialect_names() -> dict[str, DialectName]:
+class _DialectNames(Mapping[str, DialectName]):
+    """What dialects are called; one is imported only where more than its name is asked for."""
+
+    def __getitem__(self, name: str) -> DialectName:
+        dialect = dialects()[name]
+        versions = tuple(getattr(dialect, "versions", ()))
+        return DialectName(name, dialect.title, versions, getattr(dialect, "layout", None))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dialects())
+
+    def __len__(self) -> int:
+        return len(dialects())
+
+    def __contains__(self, name: object) -> bool:
+        return name in dialects()
+
+
+def dialect_names() -> Mapping[str, DialectName]:
     """The dialects by name, with the ``versions`` and the usual ``layout`` of those that have them."""
-    return {
-        name: DialectName(
-            name,
-            dialect.title,
-            tuple(getattr(dialect, "versions", ())),
-            getattr(dialect, "layout", None),
-        )
-        for name, dialect in dialects().items()
-    }
+    return _DialectNames()
 
 
 def layout_named(text: str, *, adapter: bool = True) -> Layout:

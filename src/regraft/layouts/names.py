@@ -133,7 +133,7 @@ def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool 
     if not colon and (spoken is None or (not adapter and head in known)):
         if head not in known:
             raise _unknown(text, head, [*known, *dialects])
-        return Layout(head, version_of(text, version, dialects.get(DEFAULT)))
+        return Layout(head, version_of(text, version, dialects.get(DEFAULT)) if version else None)
     if spoken is None:
         raise _unknown(text, dialect, dialects)
     written = version_of(text, version, spoken)

@@ -1,0 +1,258 @@
+"""An adapter's files converted: opened by their dialect, moved, compared where that is asked for, and written whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from regraft.adapters.convert import Converted, convert_adapter
+from regraft.adapters.detect import load_model
+from regraft.adapters.protocol import Opened
+from regraft.adapters.ranks import Options
+from regraft.dialects.base import Found
+from regraft.dialects.names import SourceName
+from regraft.dialects.opening import Opening, Target, find_source, reopened
+from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
+from regraft.layouts.names import Layout
+from regraft.planning.model import Foreign, ModelConfig
+from regraft.report import Report
+from regraft.storage.beside import narrow
+from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder
+from regraft.storage.stale import sort_files
+from regraft.storage.stamp import Stamp
+
+if TYPE_CHECKING:
+    from regraft.checking.certificate import Budget
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and how much there is."""
+
+
+def convert_adapters(
+    src: Path,
+    dst: Path,
+    to: Layout,
+    given: SourceName,
+    model: Path | None,
+    asked: Options,
+    *,
+    foreign: Foreign,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    merge: bool = False,
+    verify_for: float | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert the adapters of a path; ``given`` is what was said of them, ``verify_for`` the seconds for a certificate.
+
+    Raises what `regraft.convert` raises, with the findings of all adapters together.
+    """
+    opening = find_source(src, given)
+    found = opening.found
+    if merge:
+        return _merge(opening, dst, to, given, model, overwrite, progress, foreign)
+    target = Target.of(to, opening, dst)
+    check_destination(src, dst, overwrite, file=target.file)
+    config: ModelConfig | None = None
+    report = Report(str(src), str(dst), written=not dry_run)
+    report.files = [str(path) for path in found.others]
+    left = _budget(verify_for) if verify_for is not None else None
+    converted: list[tuple[Opened, Converted]] = []
+    stamps: list[Stamp] = []
+    findings: list[Finding] = []
+    failed: list[RegraftError] = []
+    for number, folder in enumerate(found.folders):
+        if progress is not None:
+            progress(folder.name, number, len(found.folders))
+        stamps += _stamp(folder, found)
+        try:
+            opened = opening.open(folder)
+            by_itself = getattr(opened, "convert", None)
+            if by_itself is not None:
+                if left is not None:
+                    message = "verify: not for LoRAs of image models"
+                    raise BadInputError(Finding("option", message, where=opened.where))
+                result = by_itself(to, given.family, model, asked)
+            else:
+                config = load_model(model) if model is not None and config is None else config
+                result = convert_adapter(
+                    opened,
+                    to,
+                    config,
+                    given.layout,
+                    asked,
+                    foreign,
+                    packing=given.packing,
+                    into=target.into,
+                )
+        except RegraftError as error:
+            failed.append(error)
+            findings += error.findings
+            continue
+        if not result.report.copied or not dry_run:
+            _note_values(opened, result)
+        if left is not None:
+            _certify(opened, result, target, config, asked.via, foreign, left, given.packing)
+        converted.append((opened, result))
+        report.adapters.append(result.report)
+    if failed:
+        kinds = {type(error) for error in failed}
+        raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+    _note_company(report, [result for _, result in converted])
+    others = list(found.others)
+    if not all(result.report.copied for _, result in converted):
+        others, notes = sort_files(found.root, found.others)
+        report.adapters[0].notes += notes
+    if target.file and others:
+        report.adapters[0].notes.append(
+            f"left out, because one file is written: {', '.join(map(str, others))}"
+        )
+        others = []
+    report.files = [str(path) for path in others]
+    if not dry_run:
+        _write(found.root, others, dst, target, converted, stamps, overwrite)
+    if progress is not None:
+        progress("", len(found.folders), len(found.folders))
+    return report
+
+
+def _merge(
+    opening: Opening,
+    dst: Path,
+    layout: Layout,
+    given: SourceName,
+    model: Path | None,
+    overwrite: bool,
+    progress: Progress | None,
+    foreign: Foreign,
+) -> Report:
+    from regraft.merging import merge_adapter
+
+    src = opening.src
+    if model is None or len(opening.found.folders) != 1:
+        raise BadInputError(
+            Finding(
+                "option",
+                "merging takes one adapter, and its base with weights",
+                where=str(src),
+                fix="give the base's folder as --model, and one adapter's folder as SRC",
+            )
+        )
+    _check_folder(dst)
+    check_destination(src, dst, overwrite)
+    check_destination(model, dst, overwrite)
+    files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
+    adapter, checkpoint = merge_adapter(
+        opening.one(),
+        dst,
+        layout,
+        model,
+        given.layout,
+        overwrite,
+        progress,
+        foreign,
+        files,
+    )
+    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
+    report.files = list(checkpoint.others)
+    return report
+
+
+def _budget(seconds: float) -> Budget:
+    from regraft.checking.certificate import Budget
+
+    return Budget(seconds)
+
+
+def _certify(
+    source: Opened,
+    result: Converted,
+    target: Target,
+    model: ModelConfig | None,
+    via: str | None,
+    foreign: Foreign,
+    left: Budget,
+    packing: str | None,
+) -> None:
+    """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
+
+    The result is opened by its dialect; where that needs files, they are written for this and removed.
+    """
+    from regraft.checking.certificate import TOLERANCE, compare
+
+    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
+    with reopened(target.dialect, source, result) as made:
+        done = compare(source, made, model, tolerance, foreign, left, packing)
+    result.report.error = done.error
+    result.report.verified = len(done.targets) + done.others
+    result.report.sampled = done.sampled
+    if not done.equal:
+        raise NotEqualError(done.differences)
+
+
+def _note_company(report: Report, results: list[Converted]) -> None:
+    """Adapters that PEFT cannot hold on one model at a time."""
+    targets = {tuple(sorted(r.config.get("target_parameters") or ())) for r in results}
+    if len(targets - {()}) > 1:
+        report.adapters[0].notes.append(
+            "these adapters name different target_parameters: load each on a model of its own, because PEFT "
+            "does not hold two such adapters on one model"
+        )
+
+
+def _note_values(source: Opened, result: Converted) -> None:
+    for name, tensor in source.tensors.items():
+        if tensor.dtype.kind in "fV" and not np.isfinite(
+            np.add.reduce(tensor, axis=None, dtype=float)
+        ):
+            bad = ~np.isfinite(tensor.astype(np.float32))
+            if bad.any():
+                result.report.notes.append(
+                    f"{name} holds {int(bad.sum())} values that are NaN or infinite; they were kept"
+                )
+
+
+def _check_folder(dst: Path) -> None:
+    if dst.suffix == ".safetensors" and not dst.is_dir():
+        message = "a merged model is a folder, and this is a file's name"
+        fix = "name a folder to write"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+
+
+def _stamp(folder: Path, found: Found) -> list[Stamp]:
+    """What an adapter's files are now, to be compared when the result is written."""
+    if found.weights is not None:
+        return [Stamp.of(path) for path in (found.weights, *found.beside)]
+    others = {found.root / path for path in found.others}
+    files = (path for path in folder.iterdir() if path.is_file() and path not in others)
+    return [Stamp.of(path) for path in files]
+
+
+def _write(
+    root: Path,
+    others: Sequence[Path],
+    dst: Path,
+    target: Target,
+    converted: list[tuple[Opened, Converted]],
+    stamps: list[Stamp],
+    overwrite: bool,
+) -> None:
+    size = sum((root / path).stat().st_size for path in others)
+    for _, result in converted:
+        size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
+    staged_place = staged_file if target.file else staged_folder
+    with staged_place(dst, overwrite, size) as staged:
+        for source, result in converted:
+            inner = staged / source.name
+            inner.mkdir(parents=True, exist_ok=True)
+            target.dialect.save(inner, source, result)
+        for path in others:
+            (staged / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(root / path, staged / path)
+        narrow(staged, [stamp.path for stamp in stamps], kept=others)
+        for stamp in stamps:
+            stamp.check()
