@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _HOME = Path(__file__).resolve().parents[1]
 """Where regraft was imported from, and so are other packages; it stays on the path."""
@@ -38,6 +42,35 @@ def clean_path(entries: Sequence[str], without: Sequence[Path]) -> list[str]:
         and Path(entry).is_absolute()
         and os.path.realpath(entry) not in unwanted
     ]
+
+
+def entry_points_of(group: str) -> Iterable[EntryPoint]:
+    """The entry points of a group, of all installed packages.
+
+    ``importlib.metadata`` is imported only where a package has some: its import takes longer than this look.
+    """
+    if not any(_declares(Path(entry), f"[{group}]") for entry in sys.path):
+        return ()
+    from importlib.metadata import entry_points
+
+    return entry_points(group=group)
+
+
+def _declares(folder: Path, section: str) -> bool:
+    """Whether a package in a folder of the import path has a section of entry points."""
+    try:
+        if folder.is_file():
+            return True  # a zip file, which only importlib.metadata reads
+        packages = [p for p in folder.iterdir() if p.suffix in (".dist-info", ".egg-info")]
+    except OSError:
+        return False
+    for package in packages:
+        try:
+            if section in (package / "entry_points.txt").read_text(encoding="utf-8"):
+                return True
+        except (OSError, UnicodeDecodeError):
+            continue
+    return False
 
 
 def leave_current_folder() -> None:

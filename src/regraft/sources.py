@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.checkpoints.source import is_checkpoint
-from regraft.dialects.base import sniffed
+from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding
 
 DEPTH = 4

@@ -98,7 +98,7 @@ def lay_out(
         shard, names = np.zeros(len(sizes), dtype=np.int64), [name]
     elif shard_size is None:
         shard = files[order]
-        kept = not source.is_bin and len(np.unique(shard)) == len(source.files)
+        kept = not source.is_bin and len(set(shard.tolist())) == len(source.files)
         names = [file.name for file in source.files] if kept else None
     else:
         shard, names = _fill(sizes[order], shard_size), None

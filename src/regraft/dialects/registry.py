@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
+from regraft.import_path import entry_points_of
 
 if TYPE_CHECKING:
     from regraft.dialects.base import Dialect
@@ -52,6 +53,11 @@ _BUILT_IN = {
     "xlabs": "regraft.dialects.image.dialect:XLABS",
 }
 
+_ALONE = frozenset(
+    name for name, place in _BUILT_IN.items() if place.startswith("regraft.dialects.image.")
+)
+"""Dialects whose files never have an ``adapter_config.json`` beside them; where there is one, they are not asked."""
+
 
 class _Registry(Mapping[str, "Dialect"]):
     """Dialects by name, each imported when it is asked for."""
@@ -88,10 +94,8 @@ class _Registry(Mapping[str, "Dialect"]):
 @lru_cache(maxsize=1)
 def _installed() -> _Registry:
     """The built-in dialects, then those of installed packages."""
-    from importlib.metadata import entry_points
-
     places: dict[str, Any] = dict(_BUILT_IN)
-    for entry in entry_points(group="regraft.dialects"):
+    for entry in entry_points_of("regraft.dialects"):
         if entry.name in places:
             raise BadInputError(
                 Finding(
@@ -145,7 +149,14 @@ def dialect_of(src: Path) -> Dialect:
 
 def sniffed(src: Path) -> dict[str, Evidence]:
     """The dialects that recognise a path as theirs, by name, with why."""
-    return {name: told for name, d in dialects().items() if (told := d.sniff(src)) is not None}
+    folder = src if src.is_dir() else src.parent
+    left_out = _ALONE if (folder / "adapter_config.json").is_file() else frozenset()
+    found: dict[str, Evidence] = {}
+    for name in dialects():
+        told = None if name in left_out else dialects()[name].sniff(src)
+        if told is not None:
+            found[name] = told
+    return found
 
 
 __all__ = ["Evidence", "dialect_of", "dialects", "registered", "sniffed"]

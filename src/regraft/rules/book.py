@@ -36,7 +36,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
-from importlib.metadata import entry_points
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -55,6 +54,7 @@ from regraft.equation.notation import (
 )
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
+from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
 from regraft.rules.kinds import KINDS, OUT
 from regraft.storage.probe import open_regular
@@ -589,7 +589,7 @@ def installed_books() -> tuple[Book, ...]:
     Raises ``BadInputError`` where one of them cannot be loaded.
     """
     found: list[Book] = []
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points_of(GROUP):
         package = entry.dist.name if entry.dist is not None else entry.value
         try:
             folder = resources.files(entry.value)

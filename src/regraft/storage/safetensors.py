@@ -7,7 +7,6 @@ is in `regraft.storage.header`.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from itertools import accumulate
@@ -184,7 +183,7 @@ def write_tensors(
     """
     path = Path(path)
     head, arrays = _lay_out(str(path), tensors, metadata)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:100]}.{os.urandom(4).hex()}.tmp")
     try:
         try:
             with temporary.open("xb", buffering=0) as file:
