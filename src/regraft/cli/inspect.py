@@ -33,7 +33,8 @@ def inspect(
     """Show what an adapter or a checkpoint is.
 
     Shows its layout, with the evidence; of an adapter its ranks, scales and targets, of a checkpoint its model,
-    files and tensors.
+    files and tensors. Of a LoRA of an image or video model, or of a folder of such files: family, tool, algorithms,
+    ranks, alphas, base and text encoders, one file a line (--json: one object a line).
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
@@ -46,6 +47,9 @@ def inspect(
         from regraft.cli.pages import failure_page, show_page
         from regraft.cli.words import show_findings, show_inspection
 
+        if html is None and _is_image(src):
+            with options.told(rules, architecture):
+                return _inspect_image(out, src)
         if is_checkpoint(src):
             with options.told(rules, architecture):
                 return _inspect_checkpoint(out, src, model, html)
@@ -82,3 +86,39 @@ def _inspect_checkpoint(out: Output, src: Path, model: Path | None, html: Path |
         show_findings(out, "bad input", result.problems)
         return 1
     return 0
+
+
+def _is_image(src: Path) -> bool:
+    """Whether a path is a LoRA of an image model, or a folder with several files of which one is."""
+    from regraft.dialects.image.dialect import recognise
+
+    if src.is_file() or not src.is_dir() or (src / "adapter_config.json").exists():
+        return recognise(src) is not None
+    if (src / "config.json").exists() or any(src.glob("*.index.json")):
+        return False
+    found = sorted(src.rglob("*.safetensors"))[:20]
+    return any(recognise(path) is not None for path in found)
+
+
+def _inspect_image(out: Output, src: Path) -> int:
+    from regraft.cli.image_words import show_image, show_images
+    from regraft.dialects.image.inspect import summaries, summarize
+
+    if src.is_file():
+        summary = summarize(src)
+        if out.json:
+            out.data(summary.to_dict())
+        elif not out.quiet:
+            show_image(out, summary)
+        return 1 if summary.problem else 0
+    wrong = False
+    rows = []
+    for summary in summaries(src):
+        wrong |= bool(summary.problem)
+        if out.json:
+            out.line(summary.to_dict())
+        else:
+            rows.append(summary)
+    if not out.json and not out.quiet:
+        show_images(out, rows)
+    return 1 if wrong else 0

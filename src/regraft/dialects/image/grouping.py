@@ -120,6 +120,23 @@ def number_of(alpha: Array) -> Number:
     return int(value) if value.is_integer() else value
 
 
+def size_of(module: ModuleTensors) -> tuple[int, int] | None:
+    """Out and in of a module's weight, where its tensors' shapes show both."""
+    own = {role: t for role, t in module.tensors.items() if role not in AROUND}
+    try:
+        algebra = algebra_of(own)
+        if algebra not in (LORA, LOHA, LOKR, FULL):
+            return None
+        out, into, _ = _sizes(algebra, own, None)
+    except (MalformedError, IndexError):
+        return None
+    return (out, into) if 1 not in (out, into) else None
+
+
+AROUND = frozenset({"alpha", "magnitude", "dora_scale", "diff_b", "up_bias", "reshape"})
+"""Roles of what stands around an algebra's own tensors."""
+
+
 class MalformedError(Exception):
     """A module's tensors do not fit together."""
 
@@ -144,7 +161,7 @@ def delta_of(
     bias = t.pop("diff_b", None)
     up_bias = t.pop("up_bias", None)
     reshape = t.pop("reshape", None)
-    algebra = _algebra(t)
+    algebra = algebra_of(t)
     conv = kind == "conv"
     if algebra == LORA:
         t = _lora_tensors(t, conv, kernel)
@@ -176,7 +193,11 @@ def delta_of(
     return _with_magnitude(delta, magnitude, dora_scale)
 
 
-def _algebra(t: Mapping[str, Array]) -> str:
+def algebra_of(t: Mapping[str, Array]) -> str:
+    """The algebra that tensors of these roles are.
+
+    Raises ``MalformedError`` where some are missing, or do not belong together.
+    """
     roles = set(t)
     if not roles:
         return NOTHING

@@ -110,13 +110,18 @@ def names_of(family: Family, layout: str) -> Names | None:
         if family.modules and layout == "diffusers":
             return _plain_names(family.modules)
         return None
-    return _book_names(
-        book, layout, family if family.comfy_names and layout == family.native else None
-    )
+    place = (id(book), layout)
+    known = _KNOWN.get(place)
+    if known is None or known[0] is not book:
+        known = _KNOWN[place] = book, _book_names(book, layout, family)
+    return known[1]
 
 
-@lru_cache(maxsize=128)
-def _book_names(book: Book, layout: str, named_by_comfy: Family | None) -> Names:
+_KNOWN: dict[tuple[int, str], tuple[Book, Names]] = {}
+"""The modules by book and layout; a book is large, and to compare two takes longer than to read one."""
+
+
+def _book_names(book: Book, layout: str, family: Family) -> Names:
     left = book.left == layout
     templates = []
     for rule in book.rules:
@@ -129,9 +134,9 @@ def _book_names(book: Book, layout: str, named_by_comfy: Family | None) -> Names
         if carry.term.key is not None:
             templates.append(_of_key(carry.term.key, carry.kind))
     found = [t for t in templates if t is not None]
-    if named_by_comfy is None:
-        return Names(layout, found)
-    return Names(layout, found, named_by_comfy.in_comfy)
+    if family.comfy_names and layout == family.native:
+        return Names(layout, found, family.in_comfy)
+    return Names(layout, found)
 
 
 def _of_key(key: Key, kind: str) -> _Template | None:

@@ -22,8 +22,14 @@ from regraft.dialects.image.families import (
     TextEncoder,
     family_named,
 )
-from regraft.dialects.image.grouping import Grouped, MalformedError, ModuleTensors, delta_of
-from regraft.dialects.image.modules import Module, body_names, names_of
+from regraft.dialects.image.grouping import (
+    Grouped,
+    MalformedError,
+    ModuleTensors,
+    delta_of,
+    size_of,
+)
+from regraft.dialects.image.modules import Module, Names, body_names, names_of
 from regraft.dialects.image.origin import read_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
@@ -97,9 +103,10 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
     homes: dict[str, Home] = {}
     missing = []
     excluded = re.compile(family.excludes) if family.excludes else None
+    known = [names for layout in family.layouts if (names := names_of(family, layout)) is not None]
     for stem, place in places.items():
         if place.component in (DENOISER, "transformer_2"):
-            modules = _modules(family, place, grouped.modules[stem], excluded)
+            modules = _modules(known, place, grouped.modules[stem], excluded)
             if modules:
                 found[stem] = modules
                 continue
@@ -120,13 +127,12 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
 
 
 def _modules(
-    family: Family, place: Place, tensors: ModuleTensors, excluded: re.Pattern[str] | None
+    known: Sequence[Names], place: Place, tensors: ModuleTensors, excluded: re.Pattern[str] | None
 ) -> list[Module]:
     """The module in every layout that has it; those with the right kind of parameter first."""
     found = []
-    for layout in family.layouts:
-        names = names_of(family, layout)
-        module = None if names is None else names.find(place.module, flat=place.flat)
+    for names in known:
+        module = names.find(place.module, flat=place.flat)
         if module is None or (excluded is not None and excluded.fullmatch(module.path)):
             continue
         if tensors.scale_key == module.key.endswith(".scale"):
@@ -176,20 +182,11 @@ def _misfits(family: Family, home: Home, module: ModuleTensors) -> bool:
     down = module.tensors.get("down")
     if down is not None and (down.ndim > 2) != (home.kind == "conv"):
         return True
-    size = _size(module)
+    size = size_of(module)
     return size is not None and any(
         re.fullmatch(pattern, home.module) is not None and size[0] != ratio * size[1]
         for pattern, ratio in family.ratios
     )
-
-
-def _size(module: ModuleTensors) -> tuple[int, int] | None:
-    """Out and in of a module, as far as its tensors show them."""
-    try:
-        delta = delta_of(module, "linear", None, None, False)
-    except (MalformedError, IndexError):
-        return None
-    return (delta.out, delta.into) if 1 not in (delta.out, delta.into) else None
 
 
 def hinted_families(metadata: Mapping[str, str]) -> tuple[list[Family], str]:
