@@ -14,7 +14,7 @@ from regraft.adapters.form import Array
 from regraft.adapters.provenance import digest_all
 from regraft.adapters.scale import Number
 from regraft.dialects.image.delta import LORA, Delta
-from regraft.dialects.image.families import DENOISER
+from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.grouping import Grouped, group_tensors
 from regraft.dialects.image.moving import Ways, move_deltas
 from regraft.dialects.image.origin import KEY, Origin, read_origin, unfolded, write_origin
@@ -193,7 +193,9 @@ def _converted(
     ways = Ways(opened.where, None if base is None else ImageBase(base, family), via)
     origin = read_origin(opened.metadata)
     back = origin if origin is not None and to in origin.names else None
-    homes = adapter.deltas
+    homes: Mapping[Home, Delta] = adapter.deltas
+    if origin is not None:
+        homes = _without_partner(homes, origin)
     if back is not None and any(layout in how.also for layout in back.layouts):
         how = replace(how, layout=next(x for x in back.layouts if x in how.also))
     stays = back is None and bool(how.also) and (opened.form == to or len(names) > 1)
@@ -205,12 +207,45 @@ def _converted(
         fitted = {
             home: unfolded(delta, back.alphas.get(how.stem(home))) for home, delta in fitted.items()
         }
+    fitted = _with_image_partner(fitted, family, how)
     written = write_deltas(fitted, how, None if back is None else back.alpha_dtype)
     tensors = {**written.tensors, **adapter.others}
     layouts = tuple(dict.fromkeys(h.layout for h in homes if h.component == DENOISER))
     alphas = _alphas(opened, fit, adapter) if _lost_alphas(fitted, written) else {}
-    metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names)
+    added = tuple(h.key for h in fitted if h.key.endswith("_proj.weight") and h not in moved)
+    metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names, added)
     return Made(tensors, metadata, _report(opened, adapter, fitted, how, ways, written, tensors))
+
+
+def _with_image_partner(
+    deltas: Mapping[Home, Delta], family: Family, how: Writing
+) -> dict[Home, Delta]:
+    """Wan's projections of an image come in pairs for diffusers.
+
+    diffusers 0.42.1 (``_maybe_expand_t2v_lora_for_i2v``) overwrites what there is with zeros where a file has
+    add_k_proj or add_v_proj alone; a partner of zeros adds nothing and prevents it.
+    """
+    made = dict(deltas)
+    ends = {home.module.rpartition(".")[2] for home in deltas}
+    both = {"add_k_proj", "add_v_proj"}
+    if family.name != "wan" or how.name != "diffusers" or len(ends & both) != 1:
+        return made
+    (missing,) = both - ends
+    home = next(h for h in deltas if h.module.rpartition(".")[2] in both)
+    delta = deltas[home]
+    zeros = {role: np.zeros_like(tensor) for role, tensor in delta.tensors.items()}
+    partner = replace(home, key=home.key.replace((ends & both).pop(), missing))
+    made[partner] = replace(delta, tensors=zeros, magnitude=None)
+    return made
+
+
+def _without_partner(deltas: Mapping[Home, Delta], origin: Origin) -> dict[Home, Delta]:
+    """The same without a partner that we added."""
+    return {
+        home: delta
+        for home, delta in deltas.items()
+        if home.key not in origin.added or any(t.any() for t in delta.tensors.values())
+    }
 
 
 def _padded_shape(deltas: Mapping[Home, Delta], how: Writing) -> dict[Home, Delta]:
@@ -236,6 +271,7 @@ def _metadata(
     alphas: Mapping[str, Number],
     layouts: tuple[str, ...],
     families: tuple[str, ...],
+    added: tuple[str, ...],
 ) -> dict[str, str]:
     """The header: the old one without what is of the old bytes, what the dialect needs, and what the way back needs.
 
@@ -246,7 +282,7 @@ def _metadata(
         return dict(origin.header)
     kept = {k: v for k, v in old.items() if not _STALE.fullmatch(k) and k != ADAPTER_METADATA}
     names = tuple(dict.fromkeys((opened.form, opened.dialect)))
-    entry = write_origin(names, layouts, families, old, opened.tensors, alphas)
+    entry = write_origin(names, layouts, families, added, old, opened.tensors, alphas)
     return {"format": "pt", **kept, **written.header, KEY: entry}
 
 

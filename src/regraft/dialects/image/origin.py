@@ -28,6 +28,8 @@ class Origin:
     """The layouts that its denoiser's modules are named in."""
     families: tuple[str, ...] = ()
     """The families that it was for; where there are several, the file is the same for all of them."""
+    added: tuple[str, ...] = ()
+    """Keys of weights whose LoRA of zeros the dialect asks for."""
     header: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
     """The dtype of most of its alphas."""
@@ -54,7 +56,7 @@ def read_origin(metadata: Mapping[str, str]) -> Origin | None:
     tables = {k: v for k in ("header", "dtypes", "alphas") if isinstance(v := data.get(k), dict)}
     lists = {
         k: tuple(map(str, v))
-        for k in ("names", "layouts", "families")
+        for k in ("names", "layouts", "families", "added")
         if isinstance(v := data.get(k), list)
     }
     texts = {k: v for k in ("dtype", "digest") if isinstance(v := data.get(k), str)}
@@ -66,6 +68,7 @@ def write_origin(
     names: tuple[str, ...],
     layouts: tuple[str, ...],
     families: tuple[str, ...],
+    added: tuple[str, ...],
     header: Mapping[str, str],
     tensors: Mapping[str, Array],
     alphas: Mapping[str, Number],
@@ -77,6 +80,7 @@ def write_origin(
         "names": list(names),
         "layouts": list(layouts),
         "families": list(families),
+        "added": list(added),
         "header": dict(header),
         "digest": digest_all(tensors),
     }

@@ -324,6 +324,11 @@ def read_adapter(
         except MalformedError as error:
             findings.append(Finding("shape", str(error), where=where, key=stem, fix=_AGAIN))
             continue
+        except (IndexError, ValueError, ZeroDivisionError):
+            shapes = ", ".join(f"{role} {t.shape}" for role, t in module.tensors.items())
+            message = f"its tensors have shapes that no tool writes: {shapes}"
+            findings.append(Finding("shape", message, where=where, key=stem, fix=_AGAIN))
+            continue
         if "xlabs" in module.spellings and home.module.endswith(".linear1"):
             delta = _whole_linear1(delta)
         if home in deltas:
