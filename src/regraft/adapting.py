@@ -11,6 +11,7 @@ import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
 from regraft.adapters.ranks import Options
 from regraft.dialects.base import Found
@@ -79,6 +80,7 @@ def convert_adapters(
                 result = by_itself(to, given.family, model, asked)
             else:
                 config = load_model(model) if model is not None and config is None else config
+                opened, moved = at_home(opened, config, foreign)
                 result = convert_adapter(
                     opened,
                     to,
@@ -89,6 +91,7 @@ def convert_adapters(
                     packing=given.packing,
                     into=target.into,
                 )
+                result.report.notes += [moved] if moved is not None else []
         except RegraftError as error:
             failed.append(error)
             findings += error.findings
@@ -146,8 +149,9 @@ def _merge(
     check_destination(src, dst, overwrite)
     check_destination(model, dst, overwrite)
     files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
+    opened, moved = at_home(opening.one(), load_model(Path(model)), foreign)
     adapter, checkpoint = merge_adapter(
-        opening.one(),
+        opened,
         dst,
         layout,
         model,
@@ -157,6 +161,7 @@ def _merge(
         foreign,
         files,
     )
+    adapter.notes += [moved] if moved is not None else []
     report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
     report.files = list(checkpoint.others)
     return report

@@ -5,7 +5,7 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -215,6 +215,10 @@ class Opened(Protocol):
 
     def roles(self) -> Mapping[str, tuple[str, str]]:
         """For every tensor of the file the base tensor that it is about, and what it is to it (``lora_A``, say)."""
+        ...
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same with other paths of the modules of its base."""
         ...
 
     def without(self, names: Iterable[str]) -> Self:

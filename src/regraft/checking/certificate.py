@@ -21,6 +21,7 @@ from regraft.adapters.deltas import Deltas
 from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, Saved
+from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
 from regraft.adapters.roundtrip import comes_back, take_back
 from regraft.arrays.apply import apply_plan
@@ -154,8 +155,11 @@ def verify_adapters(
             raise BadInputError(
                 Finding("not-found", "this adapter is not there", where=str(dst / name))
             )
-        pair = _open_for_reading(opened, folder), _open_for_reading(there_opened, other)
-        done = compare(*pair, config, tolerance, foreign, left, packing)
+        pair = [
+            at_home(_open_for_reading(opening, each), config, foreign)[0]
+            for opening, each in ((opened, folder), (there_opened, other))
+        ]
+        done = compare(pair[0], pair[1], config, tolerance, foreign, left, packing)
         if result is None:
             result = done
         else:

@@ -10,7 +10,7 @@ Which dialects there are, `dialects/registry` says; others come from installed p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -312,6 +312,16 @@ class PlainFile:
         for key in self.replaced:
             found[self.spelling.spell(key)] = key, "saved whole"
         return {name: told for name, told in found.items() if name in self.tensors}
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same with its factors at other keys of the base."""
+        return replace(
+            self,
+            loras={rename(key): lora for key, lora in self.loras.items()},
+            shapes={rename(key): shape for key, shape in self.shapes.items()},
+            kinds={rename(key): kind for key, kind in self.kinds.items()},
+            said=replace(self.said, model_type=None, classes=()),
+        )
 
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -326,6 +326,19 @@ class Source:
                 found[names[a]] = f"{path}.weight", "A"
                 found[names[b]] = f"{path}.weight", "B"
         return found
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same with other paths of its modules; the config says the same of them as before."""
+        from regraft.dialects.peft.renaming import RenamedTensors, renamed_config
+
+        config = renamed_config(self, rename)
+        names = {
+            PREFIX + rename(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name: name
+            for name in self.tensors
+        }
+        return replace(
+            self, config=config, tensors=RenamedTensors(self.tensors, names), weights=None
+        )
 
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""

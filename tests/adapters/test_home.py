@@ -1,0 +1,113 @@
+"""A language model's LoRA for the bigger model that has it inside, and back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import regraft
+from regraft.cli import main
+from regraft.storage.safetensors import open_tensors, write_tensors
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+V4, V5 = "transformers-v4", "transformers-v5"
+BIG, TEXT = GOLDEN / "bases/llava_mixtral", GOLDEN / "bases/mixtral"
+HOME = "base_model.model.model.language_model."
+
+
+def text_config():
+    """The config of the language model in the big one, as a base of its own."""
+    config = json.loads((BIG / "config.json").read_text())["text_config"]
+    return config
+
+
+@pytest.fixture
+def text_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(text_config()))
+    return tmp_path / "base"
+
+
+def names_of(folder):
+    return set(open_tensors(folder / "adapter_model.safetensors"))
+
+
+def adapter(folder, prefix="model.", **fields):
+    """A LoRA on attention and on the experts of a Mixtral, with a pattern that is tied to its path."""
+    config = text_config()
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    random, tensors = np.random.default_rng(0), {}
+    sizes = {"self_attn.o_proj": (None, hidden)}
+    for e in range(config["num_local_experts"]):
+        for name, (out, into) in {
+            "w1": (inner, hidden),
+            "w3": (inner, hidden),
+            "w2": (hidden, inner),
+        }.items():
+            sizes[f"block_sparse_moe.experts.{e}.{name}"] = into, out
+    heads = config["num_attention_heads"] * (
+        config.get("head_dim") or hidden // config["num_attention_heads"]
+    )
+    for layer in range(config["num_hidden_layers"]):
+        for module, (into, out) in sizes.items():
+            path = f"base_model.model.{prefix}layers.{layer}.{module}"
+            rank = 4 if layer == 0 and "o_proj" in module else 2
+            shape = (rank, into or heads)
+            tensors[f"{path}.lora_A.weight"] = random.standard_normal(shape).astype(np.float32)
+            tensors[f"{path}.lora_B.weight"] = random.standard_normal((out, rank)).astype(
+                np.float32
+            )
+    folder.mkdir()
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    said = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "peft_version": "0.18.1",
+        "target_modules": ["o_proj", "w1", "w2", "w3"],
+        "rank_pattern": {rf"^{prefix}layers.0.self_attn.o_proj": 4},
+    } | fields  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("to", [V5, V4, "vllm", "unsloth"])
+def test_in_and_out_again(to, text_base, tmp_path):
+    src = adapter(tmp_path / "src")
+    report = regraft.convert(src, tmp_path / "big", to=to, model=BIG, verify=True)
+    assert "its paths were moved there" in " ".join(report.notes)
+    assert all("language_model." in name for name in names_of(tmp_path / "big"))
+    assert main(["verify", str(src), str(tmp_path / "big"), "--model", str(BIG)]) == 0
+    report = regraft.convert(
+        tmp_path / "big", tmp_path / "out", to=V5, model=text_base, verify=True
+    )
+    assert "its paths were moved out" in " ".join(report.notes)
+    assert main(["verify", str(src), str(tmp_path / "out"), "--model", str(text_base)]) == 0
+
+
+def test_expressions_follow(text_base, tmp_path):
+    src = adapter(tmp_path / "src", target_modules=r"model\.layers\.\d+\..*(o_proj|w[123])")
+    regraft.convert(src, tmp_path / "big", to=V4, model=BIG, verify=True)
+    config = json.loads((tmp_path / "big/adapter_config.json").read_text())
+    assert isinstance(config["target_modules"], list)
+
+
+def test_a_tower_has_no_place_in_a_text_model(text_base, tmp_path):
+    src = adapter(tmp_path / "src", "model.language_model.")
+    tensors = dict(open_tensors(src / "adapter_model.safetensors"))
+    a, b = (
+        next(x for n, x in tensors.items() if n.endswith(end)) for end in ("A.weight", "B.weight")
+    )
+    path = "base_model.model.model.vision_tower.o_proj.lora_"
+    write_tensors(
+        src / "adapter_model.safetensors",
+        tensors | {f"{path}A.weight": a, f"{path}B.weight": b},
+        {},
+    )
+    with pytest.raises(regraft.RefusedError, match="no part of the language model"):
+        regraft.convert(src, tmp_path / "out", to=V5, model=text_base)
+
+
+def test_a_repeated_language_model_is_told(tmp_path):
+    src = adapter(tmp_path / "src", "model.language_model.language_model.")
+    report = regraft.convert(src, tmp_path / "big", to=V5, model=BIG, verify=True)
+    assert "several times" in " ".join(report.notes)
+    assert all(name.startswith(HOME + "layers") for name in names_of(tmp_path / "big"))
