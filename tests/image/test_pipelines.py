@@ -220,6 +220,22 @@ def test_text_encoders_that_transformers_5_saved_get_their_old_names(folder, tmp
     assert same(read(tmp_path / "back.safetensors"), read(flux[0]))
 
 
+def test_a_vae_that_an_older_diffusers_saved_is_read(folder, tmp_path, flux):
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = read(file)
+    for old, new in (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    ):
+        state = {name.replace(f".{new}.", f".{old}."): t for name, t in state.items()}
+    assert any(".proj_attn." in name for name in state)
+    write(file, state)
+    regraft.convert(folder, tmp_path / "back.safetensors", to="bfl")
+    assert same(read(tmp_path / "back.safetensors"), read(flux[0]))
+
+
 def test_parts_that_no_single_file_holds_are_left_out_and_said(folder, tmp_path):
     write(folder / "image_encoder/model.safetensors", {"a": np.zeros(2, np.float32)})
     report = regraft.convert(folder, tmp_path / "back.safetensors", to="bfl")
@@ -281,3 +297,14 @@ def test_configs_of_published_models_are_made_from_their_shapes():
     shapes["text_model.embeddings.token_embedding.weight"] = (20, 768)
     assert known_config("sd15", clip, shapes) is None
     assert seen_config(clip.cls, {}) == {}
+
+
+def test_a_family_answers_where_its_layout_has_the_same_name(tmp_path):
+    native, new = both("wan")
+    src = write(tmp_path / "wan.safetensors", new)
+    regraft.convert(src, tmp_path / "out.safetensors", to="wan", source="wan")
+    assert same(read(tmp_path / "out.safetensors"), native)
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in native.items()}
+    src = write(tmp_path / "prefixed.safetensors", prefixed)
+    regraft.convert(src, tmp_path / "new.safetensors", to="diffusers", source="wan")
+    assert same(read(tmp_path / "new.safetensors"), new)

@@ -92,6 +92,11 @@ def test_a_source_may_be_a_family():
         source_named("no such family")
 
 
+def test_a_family_that_has_a_layout_of_its_name_is_a_checkpoints_family():
+    assert source_named("wan", adapter=False).family == "wan"
+    assert source_named("wan", adapter=False).layout is None
+
+
 def test_books_stand_in_for_the_library_or_beside_it(book):
     with only_books([book]):
         assert [b.name for b in library()] == ["mine"]

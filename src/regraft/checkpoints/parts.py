@@ -130,7 +130,7 @@ def _in_file(source: Source, layout: str | None) -> Parted:
                 else:
                     dropped.setdefault(why, []).append(source.tensors.names[row])
             if kept:
-                pieces.append(_with_root(_piece(source, part, prefix, kept)))
+                pieces.append(_usual(_piece(source, part, prefix, kept)))
     loose: list[str] = []
     for row in sorted([*rest, *(row for rows in groups.values() for row in rows)]):
         name = source.tensors.names[row]
@@ -156,7 +156,7 @@ def _in_folder(source: Source, layout: str | None) -> Parted:
         raise BadInputError(Finding("no-weights", message, where=source.where, fix=fix))
     pipeline = _choose(source, groups, denoiser, layout, lambda part: (f"{part.name}/",))
     pieces = [
-        _with_root(_piece(source, part, f"{part.name}/", groups.pop(f"{part.name}/")))
+        _usual(_piece(source, part, f"{part.name}/", groups.pop(f"{part.name}/")))
         for part in pipeline.parts
         if f"{part.name}/" in groups
     ]
@@ -331,12 +331,15 @@ def _piece(source: Source, part: Part, place: str, rows: list[int]) -> Piece:
     )
 
 
-def _with_root(piece: Piece) -> Piece:
-    """A part by the names that it has everywhere but in files that transformers 5 saved."""
+def _usual(piece: Piece) -> Piece:
+    """A part by its usual names: with what transformers 5 leaves out, and not as older releases have them."""
     root, tensors = piece.part.root, piece.tensors
-    if not root or any(name.startswith(root) for name in tensors.names):
-        return piece
-    return replace(piece, tensors=replace(tensors, names=[root + name for name in tensors.names]))
+    names = tensors.names
+    if root and not any(name.startswith(root) for name in names):
+        names = [root + name for name in names]
+    for old, new in piece.part.older:
+        names = [name.replace(old, new) for name in names]
+    return replace(piece, tensors=replace(tensors, names=names))
 
 
 def _book(name: str) -> Book:

@@ -39,6 +39,8 @@ class Part:
 
     root: str = ""
     """What all its names begin with, and what transformers 5 leaves out where it saves them."""
+    older: tuple[tuple[str, str], ...] = ()
+    """What names of older releases have in them, and what stands there since."""
 
     @property
     def stem(self) -> str:
@@ -72,6 +74,18 @@ _FLOW = ("scheduler", DIFFUSERS, "FlowMatchEulerDiscreteScheduler")
 _EULER = ("scheduler", DIFFUSERS, "EulerDiscreteScheduler")
 
 
+_ATTENTION = tuple(
+    (f".attentions.0.{old}.", f".attentions.0.{new}.")
+    for old, new in (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    )
+)
+"""Names of a VAE's attention up to diffusers 0.16 (``models/modeling_utils.py``: deprecated attention blocks)."""
+
+
 def _unet(book: str) -> Part:
     return Part("unet", DIFFUSERS, "UNet2DConditionModel", (DENOISER,), book)
 
@@ -81,7 +95,7 @@ def _transformer(cls: str, book: str) -> Part:
 
 
 def _vae(*prefixes: str) -> Part:
-    return Part("vae", DIFFUSERS, "AutoencoderKL", prefixes, "autoencoder_kl")
+    return Part("vae", DIFFUSERS, "AutoencoderKL", prefixes, "autoencoder_kl", older=_ATTENTION)
 
 
 def _encoder(name: str, cls: str, *prefixes: str) -> Part:
