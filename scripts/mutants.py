@@ -42,6 +42,9 @@ class Mutant:
     tests: tuple[str, ...]
     verify: str = ""
     """The golden case, or ``WOVEN``, whose conversion with ``--verify`` notices it."""
+    unguarded: tuple[str, str, str] | None = None
+    """A check of the converter's own, as file, old and new, that is off while the certificate is asked: it alone is
+    to notice."""
 
 
 PLAN = ("tests/planning/test_plan.py",)
@@ -204,6 +207,8 @@ MUTANTS = [
         "if pair[1] != common[1]:",
         "if False:",
         WRITING,
+        "mixtral__patterns_layer",
+        ("dialects/peft/writer.py", "        if wrong:\n", "        if False:\n"),
     ),
     Mutant(
         "writing: a bottom factor doubled",
@@ -222,18 +227,27 @@ def try_mutant(mutant: Mutant) -> tuple[Mutant, str, str, float]:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-        file = source / "regraft" / mutant.file
-        text = file.read_text(encoding="utf-8")
-        if text.count(mutant.old) != 1:
-            return mutant, f"occurs {text.count(mutant.old)} times", "", 0.0
-        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        missed = change(source, mutant.file, mutant.old, mutant.new)
+        if missed:
+            return mutant, missed, "", 0.0
         path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+        tests = run_tests(mutant.tests, env)
         told = ""
         if mutant.verify:
-            told = certificate(mutant.verify, Path(folder), env)
-        tests = run_tests(mutant.tests, env)
+            missed = change(source, *mutant.unguarded) if mutant.unguarded else ""
+            told = missed or certificate(mutant.verify, Path(folder), env)
     return mutant, tests, told, time.monotonic() - begin
+
+
+def change(source: Path, name: str, old: str, new: str) -> str:
+    """Change a file of the copy; what is wrong where the old text is not there exactly once."""
+    file = source / "regraft" / name
+    text = file.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        return f"occurs {text.count(old)} times"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    return ""
 
 
 def run_tests(tests: Sequence[str], env: Mapping[str, str]) -> str:
