@@ -17,6 +17,7 @@ from pathlib import Path
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding
+from regraft.storage.formats import is_run
 
 DEPTH = 4
 """How many folders deep is looked where nothing else is said."""
@@ -71,7 +72,9 @@ def _is_one(path: Path) -> bool:
         return True
     if (path / "adapter_config.json").is_file() or any(path.glob("adapter_model*")):
         return True
-    return (is_checkpoint(path) and not _is_collection(path)) or _has_own_files(path)
+    if is_checkpoint(path) and not _is_collection(path):
+        return True
+    return _has_own_files(path) or is_run(path)
 
 
 def _is_collection(path: Path) -> bool:

@@ -384,3 +384,10 @@ def _(lab):
     src = lab.checkpoint()
     other = write_folder(lab.path / "other", {n: t + 1 for n, t in mixtral().items()})
     return lab.run("verify", src, other)
+
+
+@provokes("other-format")
+def _(lab):
+    file = lab.path / "tf_model.h5"
+    file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60))
+    lab.convert(file)

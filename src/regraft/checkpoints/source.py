@@ -24,6 +24,7 @@ from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
+from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, read_header
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
@@ -41,6 +42,8 @@ PIPELINE = "model_index.json"
 _PART = "diffusion_pytorch_model"
 """What diffusers calls the weights of a part."""
 _PART_INDEX = f"{_PART}.safetensors.index.json"
+_TORCH_ONLY = (".pt", ".pth", ".ckpt")
+"""What torch's files are called elsewhere: read where they are given by name."""
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 ADAPTER = "adapter_config.json"
 # The same weights in another form: carried over, they would be in the old layout beside the new one.
@@ -114,7 +117,7 @@ class Source:
     @property
     def is_bin(self) -> bool:
         """Whether torch wrote it."""
-        return self.files[0].path.suffix == ".bin"
+        return self.files[0].path.suffix in (".bin", *_TORCH_ONLY)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -122,7 +125,9 @@ def is_checkpoint(path: Path) -> bool:
     if path.is_file():
         if path.name.startswith("adapter_model") or (path.parent / ADAPTER).is_file():
             return False
-        return path.suffix in (".safetensors", ".bin") and not sniffed(path)
+        if path.suffix in _TORCH_ONLY and (path.stat().st_size == 0 or not is_torch(path)):
+            return False
+        return path.suffix in (".safetensors", ".bin", *_TORCH_ONLY) and not sniffed(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
     if any((path / name).is_file() for name in (INDEX, SINGLE, *_BINS, _BIN_INDEX, PIPELINE)):
@@ -313,7 +318,7 @@ def _list_shards(root: Path, index: _Index | None, notes: list[str]) -> list[str
         return names
     if not names:
         message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
-        raise BadInputError(Finding("no-weights", message, where=str(root)))
+        raise BadInputError(find_form(root) or Finding("no-weights", message, where=str(root)))
     sets: dict[tuple[str, int], list[str]] = {}
     for name in names:
         part = _SHARD.fullmatch(name)
@@ -393,7 +398,7 @@ def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
     file, _ = open_regular(path)
     with file:
         stamp = Stamp.of(path, file.fileno())
-    if path.suffix == ".bin":
+    if path.suffix in (".bin", *_TORCH_ONLY):
         from regraft.storage.torch_file import read_torch
 
         tensors: Mapping[str, TensorInfo] = read_torch(path)

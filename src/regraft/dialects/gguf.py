@@ -46,6 +46,7 @@ from regraft.dialects.halves import (
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
+from regraft.storage.formats import GGUF as FORM
 
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
@@ -268,9 +269,10 @@ class Gguf:
             raise BadInputError(
                 Finding(
                     "not-an-adapter",
-                    f"it is no LoRA: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}",
+                    f"this is {FORM.what} and no LoRA (general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}); "
+                    "models in it are not read",
                     where=where,
-                    fix="give a file that convert_lora_to_gguf.py wrote",
+                    fix=f"{FORM.fix}; of LoRAs those are read that convert_lora_to_gguf.py wrote",
                 )
             )
         alpha = fields.get(_ALPHA)

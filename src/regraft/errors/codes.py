@@ -264,6 +264,13 @@ class Code(Enum):
         "give the folder that `save_pretrained` wrote",
         "a file that is neither `.safetensors` nor `.bin`",
     )
+    OTHER_FORMAT = (
+        "other-format",
+        Part.FILES,
+        "a form of weights that is not read",
+        "make a checkpoint of it, as the message says",
+        "GGUF, HDF5, flax, ONNX, numpy, DCP, DeepSpeed, Megatron, Meta's own form, ranks' files",
+    )
     NO_CONFIG = (
         "no-config",
         Part.ADAPTER,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from regraft.errors import BadInputError, Finding
+from regraft.storage.formats import form_of_start
 
 _READING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -72,7 +73,8 @@ def recognize_content(start: bytes, where: str) -> Finding | None:
             where=where,
             fix="name it adapter_model.bin if torch saved it, or save it again as safetensors",
         )
-    return None
+    form = form_of_start(start)
+    return form.finding(where) if form is not None else None
 
 
 def describe_kind(where: str, mode: int) -> Finding:

@@ -15,7 +15,7 @@ import io
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -131,7 +131,7 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
 
     Raises ``BadInputError`` for a file that holds anything but plain tensors by name, each with its bytes in a row.
     """
-    tensors, _ = _find_tensors(path, "state_dict")
+    tensors, _ = _find_tensors(path, _NESTED)
     scattered = [
         Finding("not-tensors", "its elements do not lie in a row", str(path), key, fix=_FIX)
         for key, tensor in tensors.items()
@@ -163,7 +163,7 @@ def open_torch(
             safetensors has no name for; or it changed meanwhile.
     """
     path = Path(path)
-    tensors, stamp = _find_tensors(path, inside)
+    tensors, stamp = _find_tensors(path, () if inside is None else (inside,))
     wanted = {tensor.storage for tensor in tensors.values() if tensor.size}
     total = sum(end - start for start, end in wanted)
     if total > stamp.size:
@@ -235,12 +235,16 @@ class _Refused:
     what: str
 
 
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+"""Under what trainers keep the weights beside other things: Lightning, plain loops, DeepSpeed."""
+
+
 class _RefusedError(Exception):
     pass
 
 
-def _find_tensors(path: Path, inside: str | None) -> tuple[dict[str, TorchTensor], Stamp]:
-    """The tensors by name, and what the file was. They may be one level down, under ``inside``."""
+def _find_tensors(path: Path, inside: Sequence[str]) -> tuple[dict[str, TorchTensor], Stamp]:
+    """The tensors by name, and what the file was. They may be one level down, under one of ``inside``."""
     where = str(path)
     file, _ = open_regular(path)
     with file:
@@ -251,8 +255,8 @@ def _find_tensors(path: Path, inside: str | None) -> tuple[dict[str, TorchTensor
         if known is not None and not is_zip:
             raise BadInputError(known)
         loaded, places = _load(file, is_zip, stamp.size, where)
-        if inside and isinstance(loaded, dict) and isinstance(loaded.get(inside), dict):
-            loaded = loaded[inside]
+        if isinstance(loaded, dict):
+            loaded = next((loaded[n] for n in inside if isinstance(loaded.get(n), dict)), loaded)
         if not isinstance(loaded, dict):
             message = (
                 f"expected a dict of names and tensors, and the file holds {_describe(loaded)}"

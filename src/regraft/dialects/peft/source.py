@@ -47,6 +47,7 @@ from regraft.rules.book import Shared
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import load_json
+from regraft.storage.formats import find_form
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
 
@@ -415,7 +416,8 @@ def find_adapters(src: Path) -> Found:
     if src.is_file():
         if src.suffix not in (".safetensors", ".bin"):
             raise BadInputError(
-                Finding(
+                find_form(src)
+                or Finding(
                     "not-an-adapter",
                     "an adapter is a folder, a .safetensors file or an adapter_model.bin",
                     where=str(src),
@@ -444,8 +446,10 @@ def find_adapters(src: Path) -> Found:
     folders = sorted({path.parent for path in src.rglob(CONFIG)})
     if not folders:
         has = any((src / name).exists() for name in (WEIGHTS, WEIGHTS_BIN))
+        known = None if has else find_form(src)
         raise BadInputError(
-            Finding(
+            known
+            or Finding(
                 "no-config",
                 f"there is no {CONFIG} here" + (", and rank and alpha stand there" if has else ""),
                 where=str(src),

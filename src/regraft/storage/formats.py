@@ -1,0 +1,207 @@
+"""Forms of weights that are not read, told by what is in a file or a folder: what it is, and what to do.
+
+Only first bytes and names of files are looked at. Sources: the formats' own headers (GGUF's and HDF5's magic numbers,
+numpy's ``format``, zip's central directory), and what their writers call files: DeepSpeed, torch's DCP, verl, Megatron,
+NeMo, flax, orbax.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from regraft.errors import Finding
+
+_MOST = 2000
+"""How many names of a folder are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of weights that regraft does not read."""
+
+    what: str
+    fix: str
+
+    def finding(self, where: str) -> Finding:
+        """The finding for it."""
+        return Finding(
+            "other-format", f"this is {self.what}, which is not read", where=where, fix=self.fix
+        )
+
+
+GGUF = Form(
+    "a GGUF file (llama.cpp)",
+    "give the checkpoint that it was made of; transformers makes one of most: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(DIR), with rounded numbers",
+)
+HDF5 = Form(
+    "an HDF5 file (weights of TensorFlow or Keras)",
+    "load it with from_tf=True in transformers 4 and save it with save_pretrained",
+)
+MSGPACK = Form(
+    "flax's msgpack",
+    "load it with from_flax=True in transformers 4 and save it with save_pretrained",
+)
+ONNX = Form(
+    "an ONNX model: a graph with weights in it", "give the checkpoint that it was exported from"
+)
+NUMPY = Form(
+    "an array of numpy",
+    "save it as safetensors with its tensor's name: safetensors.numpy.save_file({NAME: array}, FILE)",
+)
+NPZ = Form(
+    "a numpy archive",
+    "save it as safetensors: safetensors.numpy.save_file(dict(numpy.load(FILE)), 'model.safetensors')",
+)
+TORCHSCRIPT = Form(
+    "a TorchScript program", "save its weights: save_file(torch.jit.load(FILE).state_dict(), FILE)"
+)
+TAR = Form("a tar archive (NeMo packs models so)", "unpack it, and give the weights in it")
+DCP = Form(
+    "a distributed checkpoint of torch (DCP)",
+    "join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.bin (accelerate "
+    "merge-weights for FSDP), and give the file",
+)
+ZERO = Form(
+    "a checkpoint of DeepSpeed's: parts of weights and optimizer states of each rank",
+    "join it with the zero_to_fp32.py that lies in it: python zero_to_fp32.py . OUT --safe_serialization",
+)
+RANKS = Form(
+    "one file for each rank of a training run (verl writes them so)",
+    "join them: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT",
+)
+MEGATRON = Form(
+    "a checkpoint of Megatron-LM's",
+    "export it to Hugging Face's form with Megatron Bridge or the tool that trained it",
+)
+META = Form(
+    "the form in which Meta publishes Llama (consolidated.NN.pth with params.json)",
+    "convert it with transformers: python -m transformers.models.llama.convert_llama_weights_to_hf "
+    "--input_dir FOLDER --output_dir OUT, or download the repository's -hf form",
+)
+ORBAX = Form("a checkpoint of orbax (JAX)", "export it with the library that wrote it")
+OPTIMIZER = Form(
+    "an optimizer's state, without the model's weights",
+    "give the folder that holds model.safetensors",
+)
+
+_STARTS: tuple[tuple[bytes, Form], ...] = (
+    (b"GGUF", GGUF),
+    (b"GGML", GGUF),
+    (b"ggjt", GGUF),
+    (b"lmgg", GGUF),
+    (b"\x89HDF\r\n\x1a\n", HDF5),
+    (b"\x93NUMPY", NUMPY),
+)
+_NAMES: tuple[tuple[str, Form], ...] = (
+    (r"(.*/)?(mp_rank_\d+_model_states|.*_optim_states|zero_pp_rank_\d+_.*)\.pt", ZERO),
+    (r"(.*/)?zero_to_fp32\.py", ZERO),
+    (r"(.*/)?(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt", RANKS),
+    (r"(.*/)?(__\d+_\d+\.distcp|\.metadata)", DCP),
+    (
+        r"(.*/)?(mp_rank_\d+(_\d+)?/.*\.pt|latest_checkpointed_iteration\.txt|model_optim_rng\.pt)",
+        MEGATRON,
+    ),
+    (r"(.*/)?consolidated\.\d+\.pth", META),
+    (r"(.*/)?(manifest\.ocdbt|_CHECKPOINT_METADATA)", ORBAX),
+    (r"(.*/)?flax_model.*\.msgpack", MSGPACK),
+)
+_OPTIMIZERS = re.compile(r"(.*/)?(optimizer|scheduler|rng_state.*|training_args)\.(pt|bin|pth)")
+
+
+def find_form(path: Path) -> Finding | None:
+    """What a file or a folder is, if it is a form of weights that is known and not read."""
+    form = None
+    with suppress(OSError):
+        form = _of_folder(path) if path.is_dir() else _of_file(path, path.name)
+    return form.finding(str(path)) if form is not None else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one checkpoint of a form that is known and not read, whatever files are in it."""
+    with suppress(OSError):
+        names = [each.relative_to(folder).as_posix() for each in islice(folder.glob("*"), _MOST)]
+        names += [each.relative_to(folder).as_posix() for each in islice(folder.glob("*/*"), _MOST)]
+        return any(_by_name(name) is not None for name in names)
+    return False
+
+
+def form_of_start(start: bytes) -> Form | None:
+    """What a file is by its first bytes, if it is no form that is read."""
+    if len(start) > 262 and start[257:262] == b"ustar":
+        return TAR
+    return next((form for magic, form in _STARTS if start.startswith(magic)), None)
+
+
+def is_torch(path: Path) -> bool:
+    """Whether a file is one that ``torch.save`` wrote, as far as its first bytes and its directory tell."""
+    if _by_name(path.name) is not None or _OPTIMIZERS.fullmatch(path.name):
+        return False
+    with suppress(OSError, zipfile.BadZipFile):
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start != b"PK\x03\x04":
+            return start[:1] == b"\x80"
+        names = _zipped(path)
+        return any(n.endswith("/data.pkl") for n in names) and not _is_program(names)
+    return False
+
+
+def _of_file(path: Path, name: str) -> Form | None:
+    named = _by_name(name)
+    if named is not None:
+        return named
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = file.read(512)
+    found = form_of_start(start)
+    if found is not None:
+        return found
+    if start.startswith(b"PK\x03\x04"):
+        with suppress(zipfile.BadZipFile):
+            names = _zipped(path)
+            if names and all(n.endswith(".npy") for n in names):
+                return NPZ
+            if _is_program(names):
+                return TORCHSCRIPT
+    if path.suffix == ".onnx":
+        return ONNX
+    if path.suffix == ".msgpack":
+        return MSGPACK
+    if _OPTIMIZERS.fullmatch(name):
+        return OPTIMIZER
+    return None
+
+
+def _of_folder(path: Path) -> Form | None:
+    names = sorted(islice(_files(path), _MOST))
+    for pattern, named in _NAMES:
+        if any(re.fullmatch(pattern, name) for name in names):
+            return named
+    return next((form for name in names if (form := _of_file(path / name, name))), None)
+
+
+def _files(path: Path) -> Iterator[str]:
+    for file in path.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            yield file.relative_to(path).as_posix()
+
+
+def _by_name(name: str) -> Form | None:
+    return next((form for pattern, form in _NAMES if re.fullmatch(pattern, name)), None)
+
+
+def _zipped(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()[:_MOST]
+
+
+def _is_program(names: list[str]) -> bool:
+    return any("/code/" in name or name.endswith("constants.pkl") for name in names)
