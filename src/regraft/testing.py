@@ -7,18 +7,21 @@ check_dialect(MyDialect(), tmp_path)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from regraft.adapters.detect import Known
+from regraft.adapters.families.base import Family, NoImageError, Part
+from regraft.adapters.families.table import also
 from regraft.adapters.form import Array, Lora, delta
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Dialect, PlainFile
-from regraft.dialects.registry import registered
+from regraft.dialects.registry import registered as also_dialect
 from regraft.layouts.graph import edges_to
 from regraft.layouts.names import Layout
 from regraft.planning.side import Side
@@ -88,6 +91,50 @@ def deltas_of(opened: Opened) -> dict[str, Array]:
         for key, i in zip(keys.names(), keys.ids.tolist(), strict=True):
             found[key] = delta(Lora(factors.a[i], factors.b[i], factors.scales[i]))
     return found
+
+
+@contextmanager
+def registered(what: Dialect | type[Family]) -> Iterator[None]:
+    """Let there be a dialect or a family more, in this thread, as long as this lasts."""
+    added = also(what) if isinstance(what, type) else also_dialect(what)
+    with added:
+        yield
+
+
+def check_family(family: Family, parts: Sequence[Part]) -> list[str]:
+    """Compare what a family makes of rows, columns, transposes and joints with the same done to its deltas, in float64.
+
+    ``parts`` are two modules of one size. A family may have no image (`NoImageError`); what it has must be exact.
+
+    Returns the names of the operations that it follows. Raises ``AssertionError`` where one is wrong.
+    """
+    one, other = parts
+    deltas = [family.delta(part, None) for part in parts]
+    rows, columns = np.arange(one.out)[::-2], np.arange(one.into)[1::2]
+    operations: dict[str, tuple[Callable[[], Part], npt.NDArray[np.float64]]] = {
+        "take": (lambda: family.take(one, rows, columns), deltas[0][np.ix_(rows, columns)]),
+        "turn": (lambda: family.turn(one), deltas[0].T),
+        "join out": (
+            lambda: family.join_out([one, other], [one.out, other.out]),
+            np.concatenate(deltas),
+        ),
+        "join in": (
+            lambda: family.join_in([one, other], [one.into, other.into]),
+            np.concatenate(deltas, axis=1),
+        ),
+    }
+    follows = []
+    for name, (operate, want) in operations.items():
+        try:
+            made = operate()
+        except NoImageError:
+            continue
+        got = family.delta(made, None)
+        assert got.shape == want.shape == (made.out, made.into), f"{name}: {got.shape}"
+        assert np.allclose(got, want, rtol=1e-5, atol=1e-6), f"{name}: another delta"
+        assert dict(family.read(family.write(made))).keys() == made.tensors.keys(), name
+        follows.append(name)
+    return follows
 
 
 def check_book(
@@ -163,4 +210,11 @@ def _compare(name: str, want: dict[str, Array], got: dict[str, Array], scales: b
         assert off <= limit, f"{name}: {key} is off by {off:.3g}, its largest entry is {most:.3g}"
 
 
-__all__ = ["check_book", "check_dialect", "deltas_of", "registered", "write_and_open"]
+__all__ = [
+    "check_book",
+    "check_dialect",
+    "check_family",
+    "deltas_of",
+    "registered",
+    "write_and_open",
+]

@@ -144,3 +144,12 @@ def test_every_answer_to_which_packing_answers(tmp_path, capsys):
         assert main([*args, "--from", choice["source"], "--overwrite"]) == 0
         made.append({n: x.copy() for n, x in tensors_of(tmp_path / "out").items()})
     assert any(not np.array_equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_names_that_another_tools_layout_shares_tell_the_layout_of_adapters(tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    case = GOLDEN / "cases/mixtral__router"
+    report = regraft.convert(case, there, to="transformers-v5", model=BASE, verify=True)
+    assert "is a name of transformers-v4" in report.adapters[0].evidence[1]
+    regraft.convert(there, back, to="transformers-v4", model=BASE, verify=True)
+    assert tensors_of(back).keys() == tensors_of(case).keys()

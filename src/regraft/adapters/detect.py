@@ -443,6 +443,12 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
     if hints.layout in known:
         written = f"regraft wrote it as {hints.layout}"
         return Detected(hints.layout, [written], possible=known)
+    # Names that a layout shares with another tool's are of the one in which adapters usually are.
+    usual = tuple(name for name in known if any(book.adapters(name) for book in books))
+    known = usual or known
+    if len(known) == 1 and known[0] in told.evidence:
+        shown = f"{told.evidence[known[0]]} is a name of {known[0]}"
+        return Detected(known[0], [shown], by_names=True, possible=known)
     same = "all its names are the same in every layout"
     if hints.likely is None or hints.likely[0] not in known:
         return Detected(None, [same], possible=known)

@@ -6,7 +6,9 @@ A family is found by its file: that of ``peft_type`` ``VERA`` is ``vera.py``, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,9 +30,27 @@ def family_of(config: Mapping[str, Any]) -> type[Family] | None:
     >>> family_of({"peft_type": "LORA", "use_dora": False}) is None
     True
     """
-    named = families_in(str(config.get("peft_type")).lower())
+    named = families_in(str(config.get("peft_type")).lower()) + _ADDED.get()
     found = [family for family in named if family.covers(config)]
     return found[0] if len(found) == 1 else Mixed if found else None
+
+
+_ADDED: ContextVar[tuple[type[Family], ...]] = ContextVar("added", default=())
+
+
+@contextmanager
+def also(family: type[Family]) -> Iterator[None]:
+    """Let there be a family more, in this thread, as long as this lasts."""
+    token = _ADDED.set((*_ADDED.get(), family))
+    try:
+        yield
+    finally:
+        _ADDED.reset(token)
+
+
+def added_families() -> tuple[type[Family], ...]:
+    """Those that stand beside this room's."""
+    return _ADDED.get()
 
 
 def all_families() -> tuple[type[Family], ...]:

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from regraft.adapters.families.settings import whole_path
+from regraft.adapters.families.table import added_families
 from regraft.dialects.peft.config import ALL_LINEAR
 from regraft.errors import Finding
 from regraft.storage.expressions import is_expression
@@ -88,7 +89,8 @@ def check_fields(config: Mapping[str, Any], where: str) -> list[Finding]:
     """
     peft_type = config.get("peft_type")
     findings = []
-    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
+    known = PEFT_TYPES.union(*(family.types for family in added_families()))
+    if not isinstance(peft_type, str) or peft_type not in known:
         findings.append(
             Finding(
                 "peft-type",
