@@ -51,10 +51,11 @@ from regraft.storage.formats import GGUF as FORM
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
     from regraft.adapters.detect import Known
+    from regraft.dialects.judging import ToolReader
     from regraft.layouts.names import Layout
 
 FILE = "adapter.gguf"
-_ARCHITECTURE, _ALPHA = "general.architecture", "adapter.lora.alpha"
+ARCHITECTURE, _ALPHA = "general.architecture", "adapter.lora.alpha"
 _TOKENS = "adapter.alora.invocation_tokens"
 _NORM = "_norm.weight"
 _PROVENANCE = "regraft."
@@ -201,12 +202,12 @@ class GgufWriter(PlainWriter):
             tensors[f"{delta.key}.lora_a"] = a.T if embedding else a
             tensors[f"{delta.key}.lora_b"] = b
         alpha = deltas[0].lora.scale.alpha if deltas else 1
-        config = {"dialect": "gguf", _ARCHITECTURE: self._architecture(), _ALPHA: alpha}
+        config = {"dialect": "gguf", ARCHITECTURE: self._architecture(), _ALPHA: alpha}
         return Blob(config, tensors)
 
     def _architecture(self) -> str:
         model_type = self.known.model_type or ""
-        found = architectures().get(model_type) or self.opened.config.get(_ARCHITECTURE)
+        found = architectures().get(model_type) or self.opened.config.get(ARCHITECTURE)
         if not isinstance(found, str):
             raise BadInputError(
                 Finding(
@@ -239,6 +240,13 @@ class Gguf:
     usage = "Use it with: llama-cli -m BASE.gguf --lora {path}"
     capabilities = GgufWriter.capabilities
     spelling = PlainNames("", "weight.lora_a", "weight.lora_b")
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.llama_cpp import READER
+
+        return (READER,)
 
     def sniff(self, src: Path) -> Evidence | None:
         """A file that begins as GGUF does, or a folder with one."""
@@ -290,7 +298,7 @@ class Gguf:
             loras[key] = Lora(a, b, Scale(rank, whole(alpha) if alpha else rank))
         if findings:
             raise BadInputError(findings)
-        architecture = fields.get(_ARCHITECTURE)
+        architecture = fields.get(ARCHITECTURE)
         types = [name for name, arch in architectures().items() if arch == architecture]
         metadata = {
             name.removeprefix(_PROVENANCE): value
@@ -300,7 +308,7 @@ class Gguf:
         return GgufFile(
             "",
             where,
-            {"dialect": self.name, _ARCHITECTURE: architecture, _ALPHA: alpha},
+            {"dialect": self.name, ARCHITECTURE: architecture, _ALPHA: alpha},
             tensors,
             loras,
             kinds={_EMBEDDING: "embedding"},
@@ -323,7 +331,7 @@ class Gguf:
             copy_file(Path(opened.where), path)
             return
         gguf = _package()
-        writer = gguf.GGUFWriter(None, result.config[_ARCHITECTURE])
+        writer = gguf.GGUFWriter(None, result.config[ARCHITECTURE])
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(_ALPHA, float(result.config[_ALPHA]))

@@ -11,6 +11,7 @@ import numpy as np
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array, cast_down, common_dtype, is_float
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.planning.model import ModelConfig
 
 
 def pairs(
@@ -62,9 +63,12 @@ def shape_finding(where: str, key: str, a: Array, b: Array) -> Finding:
 
 def config_of(known: Known) -> Mapping[str, Any]:
     """The config of the base's language model; empty where the base is not known."""
-    if known.model is None:
-        return {}
-    data = known.model.data
+    return {} if known.model is None else config_of_model(known.model)
+
+
+def config_of_model(model: ModelConfig) -> Mapping[str, Any]:
+    """The config of a model's language model."""
+    data = model.data
     inner = data.get("text_config")
     return inner if isinstance(inner, Mapping) else data
 

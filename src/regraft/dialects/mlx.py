@@ -41,11 +41,12 @@ from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
     from regraft.adapters.detect import Known
+    from regraft.dialects.judging import ToolReader
     from regraft.layouts.names import Layout
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _CHECKPOINT = "_adapters.safetensors"
-_BLOCK = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)")
+BLOCK = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
@@ -127,8 +128,8 @@ def _targets(modules: Sequence[str], count: int | None) -> tuple[list[str], int]
     >>> _targets(["model.layers.3.mlp.up_proj", "lm_head"], 4)
     (['lm_head', 'mlp.up_proj'], 1)
     """
-    inside = [match for match in map(_BLOCK.fullmatch, modules) if match is not None]
-    outside = {module for module in modules if _BLOCK.fullmatch(module) is None}
+    inside = [match for match in map(BLOCK.fullmatch, modules) if match is not None]
+    outside = {module for module in modules if BLOCK.fullmatch(module) is None}
     keys = sorted(outside | {match[2] for match in inside})
     if not inside or count is None:
         return keys, -1
@@ -144,6 +145,13 @@ class Mlx:
     usage = "Use it with: mlx_lm.generate --model BASE --adapter-path {path}"
     capabilities = MlxWriter.capabilities
     spelling = PlainNames("", "lora_a", "lora_b")
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.mlx import READER
+
+        return (READER,)
 
     def sniff(self, src: Path) -> Evidence | None:
         """Tensors that end in ``.lora_a``."""
@@ -310,7 +318,7 @@ def _not_made(keys: Sequence[str], config: Mapping[str, Any], where: str) -> lis
     missed = []
     for key in keys:
         module = key.removesuffix(".weight")
-        match = _BLOCK.fullmatch(module)
+        match = BLOCK.fullmatch(module)
         if module not in wanted and (match is None or match[2] not in wanted):
             missed.append(module)
     if not missed:

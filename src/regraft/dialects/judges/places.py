@@ -1,0 +1,83 @@
+"""Whether a base has a weight under a tool's name, by the rule books for its names and the base's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regraft.equation.notation import Bound, ConfigPath, Equation, Term, loops_of
+from regraft.equation.sizes import Lookup, known_dims, limit_of
+from regraft.layouts.graph import Edge
+from regraft.names.keys import Group, Ints, group_names
+from regraft.planning.model import ModelConfig, Scope
+from regraft.rules.book import books_for
+from regraft.rules.indices import reading_of
+from regraft.rules.kinds import IN, KINDS, OUT
+from regraft.rules.templates import match_group
+
+
+class Places:
+    """The weights of a base in a layout, as far as rule books know them."""
+
+    def __init__(self, model: ModelConfig, layout: str) -> None:
+        books = [b for b in books_for(model.model_types()) if layout in b.layouts]
+        self.known = bool(books)
+        """Whether any book knows the base in the layout."""
+        self._terms: list[tuple[Equation, Term, str, Scope]] = []
+        for book in books:
+            scope = model.scope_of(book.model_types)
+            edge = Edge.out_of(book, layout)
+            for rule in book.rules:
+                terms, kinds = edge.sides(rule)[0], rule.kinds(edge.direction)[0]
+                self._terms += [
+                    (rule.equation, t, k, scope) for t, k in zip(terms, kinds, strict=True)
+                ]
+            self._terms += [(c.equation, c.term, c.kind, scope) for c in book.carries]
+
+    def problem(self, key: str, out: int, into: int) -> str | None:
+        """Why there is no weight of this name and these sizes; ``None`` where there is one, or nothing tells."""
+        if not self.known:
+            return None
+        (group,) = group_names([key])
+        found = list(self._found(group))
+        if not found:
+            return "the base has no such weight"
+        for equation, term, kind, scope in found:
+            dims = known_dims(equation, term, _look_up(scope))
+            roles = KINDS[kind].roles or (OUT, IN)
+            if len(dims) != len(roles):
+                return None
+            sizes = dict(zip(roles, dims, strict=True))
+            wrong = [
+                f"{size} where the base has {sizes[role]}"
+                for role, size in ((OUT, out), (IN, into))
+                if sizes[role] is not None and sizes[role] != size
+            ]
+            return f"its shape is another one: {', '.join(wrong)}" if wrong else None
+        return None
+
+    def _found(self, group: Group) -> Iterator[tuple[Equation, Term, str, Scope]]:
+        for each in self._terms:
+            equation, term, _, scope = each
+            match = None if term.key is None else match_group(term.key, group)
+            if match is None or term.key is None:
+                continue
+            loops = reading_of(equation, term.key).read(match.holes, {})[0].loops
+            if all(_inside(bound, equation, loops, scope) for bound in equation.bounds):
+                yield each
+
+
+def _look_up(scope: Scope) -> Lookup:
+    """The numbers that a base's config says."""
+    return lambda value: scope.look_up(value) if isinstance(value, ConfigPath) else None
+
+
+def _inside(bound: Bound, equation: Equation, loops: Ints, scope: Scope) -> bool:
+    """Whether a number, that of a layer, is one that the base has."""
+    limit = limit_of(bound, _look_up(scope))
+    names = loops_of(equation)
+    if limit is None or bound.axis not in names:
+        return True
+    return bool((loops[:, names.index(bound.axis)] < limit).all())
+
+
+__all__ = ["Places"]

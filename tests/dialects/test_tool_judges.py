@@ -1,0 +1,85 @@
+"""`check --for llama.cpp` and `--for mlx`: what these tools do with files as they are."""
+
+import json
+
+import numpy as np
+import pytest
+from dialects.test_tools import ATTENTION, make_adapter, make_base, through
+
+import regraft
+from regraft.storage.safetensors import open_tensors, write_tensors
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_base(tmp_path / "base", "llama")
+
+
+@pytest.fixture
+def lora(tmp_path):
+    return make_adapter(tmp_path / "lora", ATTENTION)
+
+
+def outcomes(check):
+    return {target.outcome for target in check.targets}
+
+
+@pytest.mark.parametrize(("tool", "to"), [("llama.cpp", "gguf"), ("mlx", "mlx")])
+def test_a_peft_adapter_fails_and_what_is_written_loads(tmp_path, lora, base, tool, to):
+    found = regraft.check(lora, tool=tool, model=base)
+    assert found.verdict == "fails" and f"--to {to}" in found.fix
+    made = through(tmp_path, lora, base, to)
+    found = regraft.check(made, tool=tool, model=base)
+    assert (found.verdict, outcomes(found), found.failures) == ("full", {"loaded"}, [])
+
+
+def test_llama_cpp_takes_its_base_only(tmp_path, lora, base):
+    made = through(tmp_path, lora, base, "gguf")
+    other = make_base(tmp_path / "other", "qwen2")
+    found = regraft.check(made, tool="llama.cpp", model=other)
+    assert found.verdict == "fails" and "architecture" in found.failures[0]
+    small = make_base(tmp_path / "small", "llama", num_hidden_layers=1)
+    found = regraft.check(made, tool="llama.cpp", model=small)
+    assert found.verdict == "fails"
+    assert {t.key for t in found.targets if t.outcome == "fails"} == {
+        f"blk.1.attn_{x}.weight" for x in ("q", "k", "v", "output")
+    }
+    wide = make_base(tmp_path / "wide", "llama", hidden_size=32)
+    reasons = {t.reason for t in regraft.check(made, tool="llama.cpp", model=wide).targets}
+    assert any("16 where the base has 32" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "new", "old"),
+    [
+        ({"keys": ["self_attn.q_proj"]}, "fails", "partial"),
+        ({"rank": 8}, "fails", "wrong-scale"),
+        ({"scale": ...}, "fails", "fails"),
+    ],
+)
+def test_mlx_makes_layers_by_its_config(tmp_path, lora, base, change, new, old):
+    made = through(tmp_path, lora, base, "mlx")
+    file = made / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"] |= change
+    config["lora_parameters"] = {k: v for k, v in config["lora_parameters"].items() if v is not ...}
+    file.write_text(json.dumps(config))
+    assert regraft.check(made, tool="mlx", model=base).verdict == new
+    assert regraft.check(made, tool="mlx@0.31.3", model=base).verdict == old
+
+
+def test_mlx_looks_at_the_last_blocks_only(tmp_path, lora, base):
+    made = through(tmp_path, lora, base, "mlx")
+    file = made / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 1}))
+    found = regraft.check(made, tool="mlx@0.31.3", model=base)
+    assert found.verdict == "partial"
+    assert {t.key.split(".")[2] for t in found.targets if t.outcome == "ignored"} == {"0"}
+
+
+def test_mlx_has_no_parameter_of_another_name(tmp_path, lora, base):
+    made = through(tmp_path, lora, base, "mlx")
+    file = made / "adapters.safetensors"
+    more = {"model.layers.0.self_attn.q_proj.m": np.ones(16, np.float32)}
+    write_tensors(file, {**open_tensors(file), **more}, {})
+    assert regraft.check(made, tool="mlx", model=base).verdict == "fails"
