@@ -74,7 +74,7 @@ parity: .venv/.done ## compare with transformers, for every class that it conver
 fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs and wrong results (SECONDS=600)
 	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
 
-consumers: .venv-consumers/.done ## compare with the tools that read what regraft writes: diffusers
+consumers: .venv-consumers/.done ## compare with the tools that read what regraft writes: diffusers, mlx-lm, torchtune, LitGPT, llama.cpp (LLAMA_CPP=FOLDER)
 	@set -e; for file in scripts/consumers/diffusers_*.py; do \
 		echo; echo "==> $$file"; .venv-consumers/bin/python "$$file"; \
 	done
@@ -124,7 +124,8 @@ python:
 	@.venv-golden/bin/python $(PIP) -r requirements/golden.txt
 	@touch $@
 
-.venv-consumers/.done: pyproject.toml requirements/consumers.txt .venv-consumers/.torch
+.venv-consumers/.done: pyproject.toml requirements/consumers.txt requirements/consumers-alone.txt .venv-consumers/.torch
 	@echo "==> installing the consumers into .venv-consumers"
 	@.venv-consumers/bin/python $(PIP) -r requirements/consumers.txt -e .
+	-@.venv-consumers/bin/python $(PIP) --no-deps -r requirements/consumers-alone.txt
 	@touch $@

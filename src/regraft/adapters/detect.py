@@ -11,7 +11,7 @@ from regraft.adapters.protocol import Hints, Names
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
-from regraft.planning.detect import detect_layouts
+from regraft.planning.detect import detect_layouts, names_tell
 from regraft.planning.model import (
     Foreign,
     ModelConfig,
@@ -345,7 +345,7 @@ def books_by_keys(names: Names) -> list[Book]:
 
 def _speaks_of(book: Book, names: Names) -> bool:
     if book.tells != "both":
-        return _tells(book, names)
+        return names_tell(book, _candidates(names))
     keys = [
         term.key
         for rule in book.rules
@@ -355,20 +355,6 @@ def _speaks_of(book: Book, names: Names) -> bool:
     if any(match_group(key, group) for key in keys for group in _candidates(names)):
         return True
     return any(match_group(p.module, group) for p in book.parameters for group in names.modules)
-
-
-def _tells(book: Book, names: Names) -> bool:
-    """Whether names are among those that only the telling side of a book has."""
-    left, right = (
-        [term.key for rule in book.rules for term in rule.equation.sides(back)[0] if term.key]
-        for back in (False, True)
-    )
-    mine, other = (left, right) if book.tells == "left" else (right, left)
-    return any(
-        any(match_group(key, group) for key in mine)
-        and not any(match_group(key, group) for key in other)
-        for group in _candidates(names)
-    )
 
 
 def _outcome(book: Book, names: Names) -> object:

@@ -22,7 +22,7 @@ from regraft.layouts.graph import Edge, edges_to, route_between
 from regraft.names.keys import MARK, Group
 from regraft.planning.build import UNMATCHED_FIX, build_plan
 from regraft.planning.compose import plan_along
-from regraft.planning.detect import detect_layouts
+from regraft.planning.detect import detect_layouts, names_tell, telling
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
@@ -161,6 +161,7 @@ def _layout_of(
         if not any(given in book.layouts for book in books):
             edges_to(books, given)
         return given, "its layout was given", ()
+    books = telling(books, headers.groups)
     told = detect_layouts(books, headers.groups, where, scopes=scopes)
     if told.layout is not None:
         return told.layout, f"{told.evidence[told.layout]} is a name of {told.layout}", ()
@@ -295,8 +296,9 @@ def _book_by_names(headers: Headers, where: str) -> Book:
     outcomes: dict[frozenset[str], Book] = {}
     mtp = find_mtp(headers.groups, Counts(), where)
     for book in library():
-        evidence = _evidence(book, _without(mtp, headers).groups, Scope())
-        if not evidence:
+        groups = _without(mtp, headers).groups
+        evidence = _evidence(book, groups, Scope())
+        if not evidence or (book.tells != "both" and not names_tell(book, groups)):
             continue
         layout = evidence[0][0]
         try:

@@ -143,8 +143,9 @@ def _find_layout(
 
 
 def _joined(books: Sequence[Book]) -> list[str]:
-    """The layouts that some books lead between."""
-    return list(dict.fromkeys(name for book in books for name in (book.left, book.right)))
+    """The layouts that some books lead between; other tools' names would have told themselves."""
+    own = [book for book in books if book.tells == "both"] or books
+    return list(dict.fromkeys(name for book in own for name in (book.left, book.right)))
 
 
 def _elements(dtype: str, size: int) -> int:

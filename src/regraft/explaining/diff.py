@@ -14,12 +14,12 @@ from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.opening import find_source
 from regraft.errors import RegraftError
 from regraft.explaining.subject import Subject, open_subject
-from regraft.layouts.graph import edges_to
+from regraft.layouts.graph import route_between
 from regraft.layouts.names import Layout
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
-from regraft.planning.build import build_plan
+from regraft.planning.compose import plan_along
 from regraft.planning.model import taken_for
 from regraft.rules.book import Rules, only_books
 
@@ -175,12 +175,8 @@ class _Comparison:
             self.convert_adapter(one, other.layout)
             return
         try:
-            plan = build_plan(
-                one.headers,
-                edges_to(one.books, other.layout),
-                scopes=one.scopes,
-                where=one.where,
-            )
+            route = route_between(one.books, one.layout, other.layout, one.where)
+            plan = plan_along(one.headers, route.steps, scopes=one.scopes, where=one.where)
         except RegraftError as error:
             self.notes.append(f"the rule books of {one.layout} do not fit: {error.findings[0]}")
             return

@@ -160,7 +160,10 @@ def route_between(books: Sequence[Book], source: str | None, target: str, where:
         edges_to([b for b in books if target in b.layouts] or books, target)
         return Route(())
     if source is None:
-        return Route((edges_to([b for b in books if target in b.layouts] or books, target),))
+        leading = [b for b in books if target in b.layouts]
+        # A book for another tool's names leads to these, not from them: there its names would have told.
+        own = [b for b in leading if b.tells == "both" or b.layout(b.tells) == target]
+        return Route((edges_to(own or leading or books, target),))
     routes = find_routes(books, source, target)
     wanted = _VIA.get()
     if wanted:

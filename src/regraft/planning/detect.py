@@ -81,6 +81,29 @@ def detect_layouts(
     return Told(possible, told)
 
 
+def telling(books: Sequence[Book], groups: Sequence[Group]) -> tuple[Book, ...]:
+    """The books that may tell a layout: of those for another tool's names only the ones whose own names are there.
+
+    All of them where nothing else is left.
+    """
+    found = tuple(b for b in books if b.tells == "both" or names_tell(b, groups))
+    return found or tuple(books)
+
+
+def names_tell(book: Book, groups: Sequence[Group]) -> bool:
+    """Whether names are among those that only the telling side of a book has."""
+    left, right = (
+        [term.key for rule in book.rules for term in rule.equation.sides(back)[0] if term.key]
+        for back in (False, True)
+    )
+    mine, other = (left, right) if book.tells == "left" else (right, left)
+    return any(
+        any(match_group(key, group) for key in mine)
+        and not any(match_group(key, group) for key in other)
+        for group in groups
+    )
+
+
 def mixed_layouts(found: Mapping[str, str], where: str) -> BadInputError:
     """The error for keys of two layouts that stand together."""
     (one, key), (other, rival) = sorted(found.items())[:2]
@@ -212,4 +235,4 @@ def _explaining(books: Sequence[Book], group: Group, admits: _Admits) -> set[str
     return explained
 
 
-__all__ = ["Told", "detect_layouts", "mixed_layouts"]
+__all__ = ["Told", "detect_layouts", "mixed_layouts", "names_tell", "telling"]
