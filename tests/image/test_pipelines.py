@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from image_models import both, labelled
+from image_models import both, cases, labelled
 
 import regraft
 from regraft.checkpoints.inspect import inspect_checkpoint
@@ -308,3 +308,11 @@ def test_a_family_answers_where_its_layout_has_the_same_name(tmp_path):
     src = write(tmp_path / "prefixed.safetensors", prefixed)
     regraft.convert(src, tmp_path / "new.safetensors", to="diffusers", source="wan")
     assert same(read(tmp_path / "new.safetensors"), new)
+
+
+@pytest.mark.parametrize(
+    ("family", "depth"), [("sd15", 1), ("sdxl_refiner", 2), ("sdxl", [1, 2, 3])]
+)
+def test_how_deep_attention_is_in_each_level_of_a_unet(family, depth):
+    shapes = {name: tuple(shape) for name, shape in cases(family)[1]["diffusers"].items()}
+    assert seen_config("UNet2DConditionModel", shapes)["transformer_layers_per_block"] == depth

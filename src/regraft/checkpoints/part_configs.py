@@ -56,10 +56,13 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
     levels = _count(shapes, "down_blocks.")
     down = [_count(shapes, f"down_blocks.{b}.attentions.") for b in range(levels)]
     up = [_count(shapes, f"up_blocks.{b}.attentions.") for b in range(levels)]
+    middle = _count(shapes, "mid_block.attentions.0.transformer_blocks.")
     depth = [
-        _count(shapes, f"down_blocks.{b}.attentions.0.transformer_blocks.") or 1
-        for b in range(levels)
+        _count(shapes, f"down_blocks.{b}.attentions.0.transformer_blocks.") for b in range(levels)
     ]
+    each = [n or 1 for n in depth[:-1]] + [depth[-1] or middle]
+    # One number is meant for all levels, those without attention among them.
+    depth = [middle] if {*depth, middle} - {0} == {middle} else each
     crossing = next(n for n in shapes if n.endswith("attn2.to_k.weight"))
     config: dict[str, Any] = {
         "in_channels": shapes["conv_in.weight"][1],
@@ -70,7 +73,7 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
         "layers_per_block": _count(shapes, "down_blocks.0.resnets."),
         "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in down],
         "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in up],
-        "transformer_layers_per_block": depth if len(set(depth)) > 1 else depth[0],
+        "transformer_layers_per_block": depth if len(depth) > 1 else depth[0],
         "cross_attention_dim": shapes[crossing][1],
         "use_linear_projection": any(
             n.endswith("proj_in.weight") and len(s) == 2 for n, s in shapes.items()
