@@ -111,3 +111,10 @@ def test_a_repeated_language_model_is_told(tmp_path):
     report = regraft.convert(src, tmp_path / "big", to=V5, model=BIG, verify=True)
     assert "several times" in " ".join(report.notes)
     assert all(name.startswith(HOME + "layers") for name in names_of(tmp_path / "big"))
+
+
+def test_a_config_in_the_adapter_s_own_folder_is_its_base(tmp_path):
+    src = adapter(tmp_path / "src")
+    (src / "config.json").write_text(json.dumps(text_config()))
+    report = regraft.convert(src, tmp_path / "made", to=V5)
+    assert "src/config.json" in " ".join(report.adapters[0].evidence)

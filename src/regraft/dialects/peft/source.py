@@ -167,7 +167,14 @@ class Source:
 
     def hints(self) -> Hints:
         """What its config and metadata say of the base."""
-        return hints_of(self.config, self.provenance())
+        hints = hints_of(self.config, self.provenance())
+        beside = Path(self.where) / "config.json"
+        named = hints.base is not None and (Path(hints.base) / "config.json").is_file()
+        if not named and beside.is_file():
+            return replace(
+                hints, base=self.where
+            )  # a base's config that was saved with the adapter
+        return hints
 
     def stands_alone(self, model: ModelConfig | None) -> bool:
         """Whether it means the same in every layout. Raises ``RefusedError``, ``UnmatchedKeysError``."""

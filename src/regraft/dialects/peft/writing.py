@@ -149,6 +149,9 @@ class ConfigWriter:
         rank, alpha, ranks, alphas = self.patterns(scales)
         config["r"], config["lora_alpha"] = rank, alpha
         config["rank_pattern"], config["alpha_pattern"] = ranks, alphas
+        rslora = any(scale.rslora for scale in scales.values())
+        if scales and bool(config.get("use_rslora")) != rslora:
+            config["use_rslora"] = rslora
         modules = [w.module for w in self.result.written if w.parameter is None]
         parameters = [w.path for w in self.result.written if w.parameter is not None]
         config["target_modules"] = self.target_modules(modules)
