@@ -320,6 +320,26 @@ def test_a_tied_head_is_refused(tmp_path, tool):
     through(tmp_path, adapter, make_base(tmp_path / "base", "llama"), tool, "transformers-v5")
 
 
+@pytest.mark.parametrize("tool", ["gguf", "mlx"])
+def test_an_embedding_that_is_adapted_as_a_parameter(tmp_path, tool):
+    base = make_base(tmp_path / "base", "llama")
+    random = np.random.default_rng(0)
+    path = "base_model.model.model.embed_tokens.lora_"
+    a, b = random.normal(size=(2, HIDDEN)), random.normal(size=(WORDS, 2))
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    made = {f"{path}A.weight": a.astype("f"), f"{path}B.weight": b.astype("f")}
+    write_tensors(adapter / "adapter_model.safetensors", made, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": []}
+    config["target_parameters"] = ["model.embed_tokens.weight"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    out = through(tmp_path, adapter, base, tool)
+    opened = regraft.dialects.base.dialects()[tool]
+    found = opened.find(out)
+    (lora,) = opened.open(found.folders[0], found.root, found.weights).loras.values()
+    assert np.allclose((lora.scale.value * lora.b @ lora.a).T, b @ a, atol=1e-5)
+
+
 def test_litgpt_asks_whether_it_is_k_or_v(tmp_path):
     base = make_base(tmp_path / "base", "llama")
     shapes = {name: ATTENTION[name] for name in ("self_attn.q_proj", "self_attn.v_proj")}

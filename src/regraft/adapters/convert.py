@@ -41,7 +41,7 @@ from regraft.layouts.names import Layout, joined_to, known_layouts
 from regraft.names.keys import Group, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
-from regraft.planning.plan import Headers, Plan
+from regraft.planning.plan import Entry, Headers, Plan
 from regraft.planning.side import Side
 from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
@@ -910,10 +910,25 @@ def _trace_of(tensors: Mapping[str, Array]) -> Trace:
     return Trace(Headers(group_names(list(tensors)), shapes, dtypes))
 
 
+def _turned_embeddings(entry: Entry, factors: Factors, kinds: Mapping[str, str]) -> Factors:
+    """Factors of an embedding that was adapted as a parameter, (vocabulary, hidden), as those of the module."""
+    turned: Factors | None = None
+    for term, kind in zip(entry.read, entry.read_kinds, strict=True):
+        if kind != "embedding":
+            continue
+        for number in entry.sources[entry.read.index(term)].reshape(-1).tolist():
+            group, _ = factors.headers.find(number) if number >= 0 else (None, 0)
+            if group is None or kinds.get(group.template) != "parameter":
+                continue
+            turned = turned or replace(factors, a=list(factors.a), b=list(factors.b))
+            turned.a[number], turned.b[number] = factors.b[number].T, factors.a[number].T
+    return turned or factors
+
+
 def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
     kinds = {keys.template: kind for keys, kind in factors.kinds}
     for entry in plan.entries:
-        yield from images(entry, factors, record)
+        yield from images(entry, _turned_embeddings(entry, factors, kinds), record)
     for carried in plan.carried:
         keys = carried.group
         kind = kinds[keys.template]

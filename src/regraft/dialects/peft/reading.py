@@ -155,6 +155,10 @@ class FactorReader:
         found = self.side.find(keys)
         unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
         kind = found[2] if found is not None else unruled
+        if as_parameter and kind == "embedding":
+            kind = (
+                "parameter"  # PEFT adds B A to the parameter as it is stored, (vocabulary, hidden)
+            )
         scales = self._scales(pairs, keys)
         flat = any(x.ndim > 2 for x in a) and self.side.carried_kind(keys)
         stored = self._check_pairs(pairs, a, b, scales, flat or kind)
