@@ -266,17 +266,51 @@ def test_factors_are_read_when_they_are_compared_and_not_kept(tmp_path, monkeypa
 def test_a_file_that_is_cut_during_the_comparison_is_noticed(tmp_path, monkeypatch):
     name = "mixtral__gud_attn"
     adapter, out = converted(name, tmp_path)
-    real = verify.moved_pieces
+    real = verify.carried
 
     def cut(*given, **options):
         file = out / "adapter_model.safetensors"
         os.truncate(file, file.stat().st_size - 1000)
-        yield from real(*given, **options)
+        return real(*given, **options)
 
-    monkeypatch.setattr(verify, "moved_pieces", cut)
+    monkeypatch.setattr(verify, "carried", cut)
     with pytest.raises(regraft.BadInputError) as caught:
         verify_adapters(adapter, out, base_of(name))
     assert [f.code for f in caught.value.findings] == ["file-changed"]
+
+
+def test_the_time_is_looked_at_between_the_slices_of_one_tensor(tmp_path, monkeypatch):
+    few_vectors(monkeypatch)
+    name = "mixtral__gud_attn"
+    adapter, out = converted(name, tmp_path)
+    monkeypatch.setattr(verify.Budget, "left", lambda _: 1e9)
+    whole = verify_adapters(adapter, out, base_of(name))
+    assert whole.sampled == []
+    for end in (0, 3):
+        asked = iter(range(10**6))
+        monkeypatch.setattr(verify.Budget, "spent", lambda _, a=asked, e=end: next(a) >= e)
+        told = verify_adapters(adapter, out, base_of(name))
+        assert told.equal
+        assert len(told.targets) == len(whole.targets)
+        assert told.sampled
+
+
+def test_where_time_is_short_the_vectors_come_first(tmp_path, monkeypatch):
+    few_vectors(monkeypatch)
+    name = "mixtral__gud_attn"
+    adapter, out = converted(name, tmp_path)
+    monkeypatch.setattr(verify, "PACE", 1e-9)
+    real, sampled = verify._Comparison._add, []
+    monkeypatch.setattr(
+        verify._Comparison,
+        "_add",
+        lambda self, piece, tallies: sampled.append(piece.sampled) or real(self, piece, tallies),
+    )
+    told = verify_adapters(adapter, out, base_of(name))
+    assert told.equal
+    assert told.sampled == []
+    assert sampled[0]
+    assert not sampled[-1]
 
 
 @settings(max_examples=60, deadline=None)

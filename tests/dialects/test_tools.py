@@ -404,6 +404,19 @@ def test_damaged_files_are_findings(tmp_path):
         regraft.convert(made, tmp_path / "no", to="transformers-v5", model=base)
 
 
+def test_a_scale_that_becomes_infinite_is_a_finding(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    made = through(tmp_path, make_adapter(tmp_path / "lora", ATTENTION), base, "mlx")
+    file = made / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["scale"] = 1e308
+    file.write_text(json.dumps(config))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(made, tmp_path / "no", to="peft", model=base)
+    assert {finding.code for finding in caught.value.findings} == {"config"}
+    assert not (tmp_path / "no").exists()
+
+
 def test_old_mlx_files(tmp_path):
     """Experts one below the other, and a scale that alpha / rank multiplies."""
     base = make_base(tmp_path / "base", "qwen3_moe")

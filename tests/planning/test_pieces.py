@@ -82,7 +82,7 @@ def test_random_vectors_stand_for_an_axis(reverse):
         tensors = apply_plan(plan, list(tensors.values()))
         plan = plan_of(rule_book(EXPERTS), tensors, "old")
     want = apply_plan(plan, list(tensors.values()))
-    pieces = list(sliced(plan, list(tensors.values()), sample=lambda keys: True))
+    pieces = list(sliced(plan, list(tensors.values()), ask=lambda keys: "vectors"))
     assert {piece.key for piece in pieces} == want.keys()
     for piece in pieces:
         assert piece.sampled

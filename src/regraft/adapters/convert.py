@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -310,7 +311,28 @@ def read(opened: Opened, identity: Identity, base: BaseWeights) -> Reading:
                 for number, part in enumerate(modules.parts)
             }
         )
+    _check_scales(reading, opened.where)
     return reading
+
+
+def _check_scales(reading: Reading, where: str) -> None:
+    """A scale that its file makes infinite, or NaN, is no number to count with.
+
+    Raises ``BadInputError``.
+    """
+    factors = reading.adapter.factors
+    if factors is None:
+        return
+    wrong = [i for i, scale in enumerate(factors.scales) if not isfinite(scale.alpha)]
+    if wrong:
+        message = "what multiplies its factors is no finite number"
+        fix = "correct alpha, or the scale, where the adapter says it"
+        raise BadInputError(
+            [
+                Finding("config", message, where=where, key=factors.headers.name(i), fix=fix)
+                for i in wrong
+            ]
+        )
 
 
 def _check_readable(opened: Opened, identity: Identity) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -51,49 +52,89 @@ def _apply_entry(
         ids = entry.sources[0].reshape(-1).tolist()
         result.update(zip(keys[0], (tensors[i] for i in ids), strict=True))
         return
-    work = [
+    work = work_of(entry)
+    for loop in range(len(entry)):
+        made = _apply_loop(entry, loop, plan, tensors, work, findings)
+        if made is None:
+            continue
+        for names, count, arrays in zip(keys, slots, made, strict=True):
+            result.update(zip(names[loop * count : (loop + 1) * count], arrays, strict=True))
+
+
+Work = Sequence[tuple[int, int, Nest, list[int], list[int], list[int], list[int]]]
+"""The copies of an entry, ready to be carried out, whatever the loop value is."""
+
+
+def work_of(entry: Entry) -> Work:
+    """What carrying out an entry takes, of which nothing depends on its tensors."""
+    return [
         (copy.source, copy.target, nest_of(copy, *_shapes(entry, copy)), *_steps(entry, copy))
         for copy in entry.copies
     ]
-    for loop in range(len(entry)):
-        used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
-        wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
-        if wrong is not None:
-            code, message, term, slot = wrong
-            key = plan.headers.name(used[term][slot])
-            findings.append(Finding(code, message, key=key, rule=str(entry.rule), fix=FIXES[code]))
-            continue
-        dtypes = {str(tensors[i].dtype): i for ids in used for i in ids}
-        if len(dtypes) > 1:
-            findings.append(
-                Finding(
-                    "mixed-dtypes",
-                    f"tensors of {', '.join(dtypes)} would become one tensor",
-                    key=plan.headers.name(next(iter(dtypes.values()))),
-                    rule=str(entry.rule),
-                    fix="cast them to one dtype first",
-                )
+
+
+def apply_loop(
+    entry: Entry, loop: int, plan: Plan, tensors: Sequence[Any], work: Work
+) -> list[list[Any]]:
+    """What one loop value of an entry makes: for every term that is written, its tensors in order.
+
+    Raises as `apply_plan` does.
+    """
+    if entry.renames:
+        return [[tensors[i] for i in entry.sources[0][loop].reshape(-1).tolist()]]
+    findings: list[Finding] = []
+    made = _apply_loop(entry, loop, plan, tensors, work, findings)
+    if made is None:
+        mixed = all(finding.code == "mixed-dtypes" for finding in findings)
+        raise (RefusedError if mixed else BadInputError)(findings)
+    return made
+
+
+def _apply_loop(
+    entry: Entry,
+    loop: int,
+    plan: Plan,
+    tensors: Sequence[Any],
+    work: Work,
+    findings: list[Finding],
+) -> list[list[Any]] | None:
+    """The same; ``None`` and a finding where something is wrong."""
+    used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
+    wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
+    if wrong is not None:
+        code, message, term, slot = wrong
+        key = plan.headers.name(used[term][slot])
+        findings.append(Finding(code, message, key=key, rule=str(entry.rule), fix=FIXES[code]))
+        return None
+    dtypes = {str(tensors[i].dtype): i for ids in used for i in ids}
+    if len(dtypes) > 1:
+        findings.append(
+            Finding(
+                "mixed-dtypes",
+                f"tensors of {', '.join(dtypes)} would become one tensor",
+                key=plan.headers.name(next(iter(dtypes.values()))),
+                rule=str(entry.rule),
+                fix="cast them to one dtype first",
             )
-            continue
-        like = tensors[used[0][0]]
-        made = [
-            [_empty(entry.shape(term), like) for _ in range(slots[number])]
-            for number, term in enumerate(entry.written)
-        ]
-        for padding in entry.paddings(written=True):
-            pad(entry, padding, made[padding.term])
-        for source, target, nest, from_slots, to_slots, from_at, to_at in work:
-            for i in range(len(from_slots)):
-                _move(
-                    nest,
-                    tensors[used[source][from_slots[i]]],
-                    made[target][to_slots[i]],
-                    from_at[i],
-                    to_at[i],
-                )
-        for number, names in enumerate(keys):
-            first = loop * slots[number]
-            result.update(zip(names[first : first + slots[number]], made[number], strict=True))
+        )
+        return None
+    like = tensors[used[0][0]]
+    made = [
+        [_empty(entry.shape(term), like) for _ in range(prod(entry.stack(term)))]
+        for term in entry.written
+    ]
+    for padding in entry.paddings(written=True):
+        pad(entry, padding, made[padding.term])
+    for source, target, nest, from_slots, to_slots, from_at, to_at in work:
+        for i in range(len(from_slots)):
+            _move(
+                nest,
+                tensors[used[source][from_slots[i]]],
+                made[target][to_slots[i]],
+                from_at[i],
+                to_at[i],
+            )
+    return made
 
 
 def _shapes(entry: Entry, copy: Copy) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import prod
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from regraft.arrays.apply import apply_plan
+from regraft.arrays.apply import Work, apply_loop, work_of
 from regraft.equation.lower import Copy, lower, stacked_holes
 from regraft.equation.notation import REST, Axis, Expr, Product, Sum, Term, axes_of
 from regraft.equation.sizes import extent
@@ -37,6 +38,19 @@ HELD = 1 << 19
 VECTORS = 16
 """Random vectors that stand for an axis."""
 
+Want = Literal["entries", "vectors", "nothing"]
+"""How tensors are asked for: every entry, random vectors in the place of an axis, or not (any more)."""
+
+Ask = Callable[[Sequence[str]], Want]
+"""How the tensors of some keys are wanted. It is asked before every slice; where its answer changes, they end."""
+
+
+def every_entry(keys: Sequence[str]) -> Want:
+    """The answer where no time is short."""
+    return "entries"
+
+
+_Lowered = dict[tuple[int, ...], tuple[tuple[Copy, ...], Work]]
 _Windows = Mapping[str, tuple[int, int]]
 
 
@@ -61,30 +75,27 @@ def carry_pieces(
     make: Make,
     shape_of: Callable[[int], tuple[int, ...]],
     kind_of: Callable[[int], str],
-    sample: Callable[[Sequence[str]], bool] = lambda keys: False,
+    ask: Ask = every_entry,
     held: int = HELD,
 ) -> Iterator[Piece]:
-    """The result of a plan, slice by slice; tensors that nothing is read for are left out.
-
-    ``sample`` is asked before the tensors of some keys begin, and tells whether random vectors are enough for them.
-    """
+    """The result of a plan, slice by slice; tensors that nothing is read for are left out."""
     for entry in plan.entries:
         keys = [entry.keys(term).names() for term in entry.written]
         slots = [len(names) // len(entry) for names in keys]
-        lowered: dict[tuple[int, ...], tuple[Copy, ...]] = {}
+        lowered: _Lowered = {}
         for loop in range(len(entry)):
             if all((ids[loop] < 0).all() for ids in entry.sources):
                 continue
             here = [names[loop * n : (loop + 1) * n] for names, n in zip(keys, slots, strict=True)]
-            combined = _combined(entry) if sample([k for names in here for k in names]) else None
-            yield from _carry_one(plan, entry, loop, here, make, combined, held, lowered)
+            slices = partial(_carry_one, plan, entry, loop, here, make, held, lowered)
+            yield from _while_wanted([key for names in here for key in names], ask, slices)
     for carried in plan.carried:
         for key, number in zip(carried.group.names(), carried.group.ids.tolist(), strict=True):
             kind = kind_of(number)
             kind = carried.carry.kind if kind == "any" and carried.carry.kind else kind
-            takes = cut(shape_of(number), sample([key]), held)
-            for take in takes:
-                yield _whole(key, kind, carried.carry.why, shape_of(number), take, make, number)
+            why, shape = carried.carry.why, shape_of(number)
+            slices = partial(_slices_of, key, kind, why, shape, make, number, held)
+            yield from _while_wanted([key], ask, slices)
 
 
 def same_pieces(
@@ -92,26 +103,43 @@ def same_pieces(
     make: Make,
     shape_of: Callable[[int], tuple[int, ...]],
     kind_of: Callable[[int], str],
-    sample: Callable[[Sequence[str]], bool] = lambda keys: False,
+    ask: Ask = every_entry,
     held: int = HELD,
 ) -> Iterator[Piece]:
     """Tensors that stay where they are, slice by slice."""
     for key, number in ids.items():
-        for take in cut(shape_of(number), sample([key]), held):
-            yield _whole(key, kind_of(number), "unchanged", shape_of(number), take, make, number)
+        shape, kind = shape_of(number), kind_of(number)
+        slices = partial(_slices_of, key, kind, "unchanged", shape, make, number, held)
+        yield from _while_wanted([key], ask, slices)
 
 
-def _whole(
+def _while_wanted(
+    keys: Sequence[str], ask: Ask, slices: Callable[[bool], Iterator[Piece]]
+) -> Iterator[Piece]:
+    """The slices of some tensors, until they are wanted in another way."""
+    want = ask(keys)
+    if want == "nothing":
+        return
+    for piece in slices(want == "vectors"):
+        yield piece
+        if ask(keys) != want:
+            return
+
+
+def _slices_of(
     key: str,
     kind: str,
     rule: str,
     shape: tuple[int, ...],
-    takes: tuple[Take, ...],
     make: Make,
     number: int,
-) -> Piece:
-    sampled = any(take is not None and take.dtype.kind == "f" for take in takes)
-    return Piece(key, kind, rule, shape, takes, make(number, takes), sampled)
+    held: int,
+    sampled: bool,
+) -> Iterator[Piece]:
+    """A tensor that stays as it is."""
+    for takes in cut(shape, sampled, held):
+        combined = any(take is not None and take.dtype.kind == "f" for take in takes)
+        yield Piece(key, kind, rule, shape, takes, make(number, takes), combined)
 
 
 def cut(shape: Sequence[int], sampled: bool, held: int = HELD) -> Iterator[tuple[Take, ...]]:
@@ -208,27 +236,29 @@ def _carry_one(
     loop: int,
     keys: Sequence[Sequence[str]],
     make: Make,
-    combined: str | None,
     held: int,
-    lowered: dict[tuple[int, ...], tuple[Copy, ...]],
+    lowered: _Lowered,
+    sampled: bool,
 ) -> Iterator[Piece]:
-    """The slices of all tensors that one loop value of an entry writes."""
+    """The slices of all tensors that one loop value of an entry writes; ``lowered`` keeps what slices share."""
+    combined = _combined(entry) if sampled else None
     sizes = dict(entry.sizes)
     if combined is not None:
         sizes[combined] = VECTORS
+    holes = {
+        term: stacked_holes(entry.rule.equation, term) for term in (*entry.read, *entry.written)
+    }
+    stacks = [entry.stack(term) for term in entry.written]
+    slots = [np.arange(prod(stack)).reshape(stack) for stack in stacks]
+    shapes = [entry.shape(term) for term in entry.written]
     for windows in _windows(entry, sizes, held):
         small = {**sizes, **{name: stop - start for name, (start, stop) in windows.items()}}
-        part = replace(
-            entry,
-            loops=entry.loops[loop : loop + 1],
-            sizes=small,
-            copies=_copies(entry, small, lowered),
-        )
+        part, work = _part(entry, loop, small, lowered)
         tensors: list[Wide] = []
         sources: list[Ints] = []
         for term, ids in zip(entry.read, entry.sources, strict=True):
             takes = _takes(term, entry, windows, combined)
-            some = _some(ids[loop], _holes(term, entry, windows))
+            some = _some(ids[loop], _holes(holes[term], entry, windows))
             absent: Wide | None = None
             places = np.empty(some.size, dtype=np.int64)
             for at, number in enumerate(some.reshape(-1).tolist()):
@@ -240,32 +270,32 @@ def _carry_one(
                 tensors.append(absent)
             sources.append(places.reshape(1, *some.shape))
         part = replace(part, sources=tuple(sources))
-        done = apply_plan(replace(plan, entries=(part,), carried=(), dropped=()), tensors)
+        done = apply_loop(part, 0, plan, tensors, work)
         del tensors
         for number, term in enumerate(entry.written):
             takes = _takes(term, entry, windows, combined)
-            stack = entry.stack(term)
-            rows = _some(np.arange(prod(stack)).reshape(stack), _holes(term, entry, windows))
-            for name, row in zip(part.keys(term).names(), rows.reshape(-1).tolist(), strict=True):
+            rows = _some(slots[number], _holes(holes[term], entry, windows)).reshape(-1).tolist()
+            for row, values in zip(rows, done[number], strict=True):
                 yield Piece(
                     keys[number][row],
                     entry.written_kinds[number],
                     str(entry.rule),
-                    entry.shape(term),
+                    shapes[number],
                     takes,
-                    done.pop(name),
+                    values,
                     combined is not None,
                 )
 
 
-def _copies(
-    entry: Entry, sizes: Mapping[str, int], lowered: dict[tuple[int, ...], tuple[Copy, ...]]
-) -> tuple[Copy, ...]:
-    """The copies of an entry whose axes have other sizes; ``lowered`` keeps those of one entry."""
+def _part(entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered) -> tuple[Entry, Work]:
+    """One loop value of an entry whose axes have other sizes, and what carries it out."""
     key = tuple(sizes.values())
-    if key not in lowered:
-        lowered[key] = lower(entry.rule.equation, sizes, entry.direction.backward)
-    return lowered[key]
+    found = lowered.get(key)
+    copies = found[0] if found else lower(entry.rule.equation, sizes, entry.direction.backward)
+    part = replace(entry, loops=entry.loops[loop : loop + 1], sizes=sizes, copies=copies)
+    if found is None:
+        found = lowered[key] = copies, () if part.renames else work_of(part)
+    return part, found[1]
 
 
 def _some(ids: Ints, holes: Sequence[Ints | None]) -> Ints:
@@ -275,10 +305,8 @@ def _some(ids: Ints, holes: Sequence[Ints | None]) -> Ints:
     return ids
 
 
-def _holes(term: Term, entry: Entry, windows: _Windows) -> list[Ints | None]:
-    return [
-        _positions(hole, entry.sizes, windows) for hole in stacked_holes(entry.rule.equation, term)
-    ]
+def _holes(holes: Sequence[Expr], entry: Entry, windows: _Windows) -> list[Ints | None]:
+    return [_positions(hole, entry.sizes, windows) for hole in holes]
 
 
 def _takes(term: Term, entry: Entry, windows: _Windows, combined: str | None) -> tuple[Take, ...]:

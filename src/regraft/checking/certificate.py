@@ -8,9 +8,10 @@ is short, 16 random vectors stand for an axis, and the result names the targets 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import inf, isfinite
+from functools import partial
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ from regraft.adapters.protocol import Opened
 from regraft.adapters.roundtrip import comes_back, take_back
 from regraft.arrays.apply import apply_plan
 from regraft.arrays.pieces import (
+    Ask,
     Make,
     Piece,
     Take,
+    Want,
     Wide,
     carry_pieces,
     cut,
+    every_entry,
     same_pieces,
     take_part,
 )
@@ -56,6 +60,10 @@ deltas count as equal."""
 
 BUDGET = 300.0
 """Seconds after which random vectors stand for the rest."""
+
+PACE = 4e6
+"""Entries that are compared in a second, at least. What may take longer than there is time is compared by random
+vectors first, so that the time is enough for all of it."""
 
 
 @dataclass(slots=True)
@@ -115,9 +123,13 @@ class Budget:
     def __init__(self, seconds: float = BUDGET) -> None:
         self._end = time.monotonic() + seconds
 
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._end - time.monotonic()
+
     def spent(self) -> bool:
         """Whether random vectors have to do from now on."""
-        return time.monotonic() >= self._end
+        return self.left() <= 0
 
 
 def verify_adapters(
@@ -159,7 +171,8 @@ def verify_adapters(
             at_home(_open_for_reading(opening, each), config, foreign)[0]
             for opening, each in ((opened, folder), (there_opened, other))
         ]
-        done = compare(pair[0], pair[1], config, tolerance, foreign, left, packing)
+        share = Budget(max(0.0, left.left() / (len(first.folders) - number)))
+        done = compare(pair[0], pair[1], config, tolerance, foreign, share, packing)
         if result is None:
             result = done
         else:
@@ -275,10 +288,10 @@ class _Tally:
         at = slice(None) if matrices is None else matrices
         want, got = (np.ascontiguousarray(x).reshape(rows, -1) for x in (want, got))
         with np.errstate(all="ignore"):
-            for values, most, norm in (
-                (want, self.largest, self.norm),
-                (want - got, self.off, self.off_norm),
-            ):
+            pairs = [(want, self.largest, self.norm)]
+            if not np.array_equal(want, got):
+                pairs.append((want - got, self.off, self.off_norm))
+            for values, most, norm in pairs:
                 # A maximum hands on NaN, and so does everything that is compared with it.
                 largest = np.abs(np.maximum(values.max(axis=1), -values.min(axis=1)))
                 most[at] = np.maximum(most[at], largest)
@@ -325,38 +338,66 @@ class _Comparison:
         self.left = dict(after.ids)
         self.others = after.others()
         self.tallies: dict[str, _Tally] = {}
+        self.whole: set[str] = set()
+        """Targets of which every entry was compared."""
         self.saved: dict[str, Wide | None] = {}
-        self.sampled: dict[str, None] = {}
         self.other_shape: set[str] = set()
 
     def run(self, kept: Mapping[str, Wide]) -> None:
-        for key, delta in kept.items():
-            for takes in cut(delta.shape, False):
-                self._add(Piece(key, "linear", "", delta.shape, takes, take_part(delta, takes)))
-        for piece in moved_pieces(self.before, self.after.layout, sample=self._sample):
-            self._add(piece)
+        self._add_all(_pieces_of(kept))
+        self._compare_deltas()
         for key, number in self.left.items():
             if key not in self.tallies and self._adds(number, key):
                 self._differs("extra", key, "nothing in the source leads to this delta")
         self._judge()
-        self.result.sampled += list(self.sampled)
+        self.result.sampled += [key for key in self.tallies if key not in self.whole]
         self._compare_biases()
         moved = self.before.moved_others(self.after.layout)
         self._compare_others(moved)
         self._compare_switches(moved)
 
-    def _sample(self, keys: Sequence[str]) -> bool:
-        """Whether random vectors do for some targets: the time is spent, and factors are what is compared."""
-        return self.budget.spent() and all(key in self.left for key in keys)
+    def _compare_deltas(self) -> None:
+        """Compare every entry while there is time, and by random vectors what was not reached.
 
-    def _add(self, piece: Piece) -> None:
+        Where the time may be too short for every entry the vectors come first, so that none is needed at its end.
+        """
+        before, entries = self.before, 0
+        if before.tuned is None:
+            entries = sum(prod(before.shape(number)) for number in before.ids.values())
+        pieces = carried(before, self.after.layout)
+        if entries > PACE * self.budget.left():
+            self._add_all(pieces(self._vectors))
+        self._add_all(pieces(self._entries))
+        self._add_all(pieces(self._vectors))
+
+    def _entries(self, keys: Sequence[str]) -> Want:
+        """Every entry, while there is time."""
+        return "nothing" if self.budget.spent() or self.whole.issuperset(keys) else "entries"
+
+    def _vectors(self, keys: Sequence[str]) -> Want:
+        """Random vectors for what nothing is known of; every entry of what is no factors' product."""
+        if all(key in self.tallies for key in keys):
+            return "nothing"
+        return "vectors" if all(key in self.left for key in keys) else "entries"
+
+    def _add_all(self, pieces: Iterable[Piece]) -> None:
+        """Compare slices of what the source adds; a target of which entries are missing counts for nothing."""
+        tallies: dict[str, _Tally] = {}
+        missing: dict[str, int] = {}
+        for piece in pieces:
+            self._add(piece, tallies)
+            if not piece.sampled:
+                rest = missing.get(piece.key, prod(piece.shape))
+                missing[piece.key] = rest - piece.values.size
+        self.whole.update(key for key, count in missing.items() if not count)
+        self.tallies.update((k, t) for k, t in tallies.items() if not missing.get(k))
+
+    def _add(self, piece: Piece, tallies: dict[str, _Tally]) -> None:
         """Compare a slice of what the source adds."""
-        tally = self.tallies.get(piece.key)
+        tally = tallies.get(piece.key)
         stacked = KINDS[piece.kind].roles is not None and KINDS[piece.kind].role(0) == BATCH
         if tally is None:
-            tally = self.tallies[piece.key] = _Tally(piece.shape[0] if stacked else 1)
-        if piece.sampled:
-            self.sampled.setdefault(piece.key)
+            tally = tallies[piece.key] = _Tally(piece.shape[0] if stacked else 1)
         want, got = self._both(piece)
         tally.add(want, got, piece.takes[0] if stacked else None)
 
@@ -386,10 +427,11 @@ class _Comparison:
         What multiplies its base weight by 1 leaves it as it is to rounding.
         """
         shape, least = self.after.shape(number), self._rounding(number)
+        want: Want = "vectors" if self.budget.spent() else "entries"
         return any(
             not (abs(piece.values) <= least).all()
             for piece in same_pieces(
-                {key: number}, self.after.part, lambda _: shape, self.after.kind, self._sample
+                {key: number}, self.after.part, lambda _: shape, self.after.kind, lambda _: want
             )
         )
 
@@ -553,24 +595,38 @@ def _idle(source: Source, others: Mapping[str, Array]) -> set[str]:
     return found
 
 
+def _pieces_of(deltas: Mapping[str, Wide]) -> Iterator[Piece]:
+    for key, delta in deltas.items():
+        for takes in cut(delta.shape, False):
+            yield Piece(key, "linear", "", delta.shape, takes, take_part(delta, takes))
+
+
 def moved_pieces(
     before: Deltas,
     target: str,
     make: Make | None = None,
     shape_of: Callable[[int], tuple[int, ...]] | None = None,
-    sample: Callable[[Sequence[str]], bool] = lambda keys: False,
 ) -> Iterator[Piece]:
     """What an adapter adds to the tensors of a layout, in slices.
 
     ``make`` gives something else of a base tensor than what is added to it, laid out like it.
     """
+    return carried(before, target, make, shape_of)(every_entry)
+
+
+def carried(
+    before: Deltas,
+    target: str,
+    make: Make | None = None,
+    shape_of: Callable[[int], tuple[int, ...]] | None = None,
+) -> Callable[[Ask], Iterator[Piece]]:
+    """The same for who says how much of it is wanted."""
     make, shape_of = make or before.part, shape_of or before.shape
     if before.layout == target:
-        yield from same_pieces(before.ids, make, shape_of, before.kind, sample)
-        return
+        return partial(same_pieces, before.ids, make, shape_of, before.kind)
     known, headers, kind_of = before.known, before.headers, before.kind
     steps = route_between(known.books, before.layout, target, before.source.where).steps
-    for number, edges in enumerate(steps):
+    for number, edges in enumerate(steps, 1):
         plan = build_plan(
             headers,
             edges,
@@ -580,11 +636,11 @@ def moved_pieces(
             where=before.source.where,
             unmatched_fix=known.unmatched_fix,
         )
-        if number == len(steps) - 1:
-            yield from carry_pieces(plan, make, shape_of, kind_of, sample)
-            return
-        there = _Between(carry_pieces(plan, make, shape_of, kind_of, lambda keys: False))
-        headers, make, shape_of, kind_of = there.headers, there.part, there.shape, there.kind
+        pieces = partial(carry_pieces, plan, make, shape_of, kind_of)
+        if number < len(steps):
+            there = _Between(pieces(every_entry))
+            headers, make, shape_of, kind_of = there.headers, there.part, there.shape, there.kind
+    return pieces
 
 
 class _Between:
