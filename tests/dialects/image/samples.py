@@ -89,7 +89,8 @@ def read_diffusers(tensors, metadata):
         up = tensors[f"{path}.lora_B.weight"]
         escaped = module.replace(".", r"\.")
         usual = said.get(f"{component}.lora_alpha", len(down))
-        alpha = said.get(f"{component}.alpha_pattern", {}).get(escaped, usual)
+        patterns = said.get(f"{component}.alpha_pattern", {})
+        alpha = patterns.get(f"^{escaped}", patterns.get(escaped, usual))
         added[module if component in ("unet", "transformer") else path] = product(
             down, up, alpha / len(down)
         )

@@ -273,8 +273,8 @@ def test_ranks_that_differ_are_said_in_the_header(convert):
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = pair(H, H, rank)
     _, header = convert(tensors, "diffusers")
     said = json.loads(header["lora_adapter_metadata"])
-    assert said["transformer.rank_pattern"] == {r"transformer_blocks\.0\.attn\.to_v": 3}
-    assert said["transformer.alpha_pattern"] == {r"transformer_blocks\.0\.attn\.to_v": 3}
+    assert said["transformer.rank_pattern"] == {r"^transformer_blocks\.0\.attn\.to_v": 3}
+    assert said["transformer.alpha_pattern"] == {r"^transformer_blocks\.0\.attn\.to_v": 3}
 
 
 # -- what cannot be

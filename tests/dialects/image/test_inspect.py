@@ -97,3 +97,14 @@ def test_wans_image_projections_come_in_pairs(convert):
     made, header = convert(tensors, "diffusers")
     assert not made["transformer.blocks.0.attn2.add_v_proj.lora_B.weight"].any()
     same_bits(convert(made, "kohya", header)[0], tensors)
+
+
+def test_a_weight_that_is_adapted_under_two_names_is_an_error(convert):
+    """One of them would be lost: the fused weight, and a part of it by diffusers' name."""
+    tensors, _ = kohya_flux()
+    down, up = pair(H, H)
+    stem = "lora_transformer_transformer_blocks_0_attn_to_k"
+    tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    for to in ("diffusers", "kohya"):
+        with pytest.raises(regraft.BadInputError, match="twice"):
+            convert(tensors, to)

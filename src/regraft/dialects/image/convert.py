@@ -201,6 +201,7 @@ def _converted(
     stays = back is None and bool(how.also) and (opened.form == to or len(names) > 1)
     kept = {h: d for h, d in homes.items() if stays and h.layout in how.also}
     rest = {h: d for h, d in homes.items() if h not in kept}
+    _check_apart(kept, rest, family, ways)
     moved = {**kept, **move_deltas(rest, family, how.layout, ways)}
     fitted = fit_to(_padded_shape(moved, how), how, ways)
     if back is not None:
@@ -215,6 +216,14 @@ def _converted(
     added = tuple(h.key for h in fitted if h.key.endswith("_proj.weight") and h not in moved)
     metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names, added)
     return Made(tensors, metadata, _report(opened, adapter, fitted, how, ways, written, tensors))
+
+
+def _check_apart(
+    kept: Mapping[Home, Delta], rest: Mapping[Home, Delta], family: Family, ways: Ways
+) -> None:
+    """Raise ``BadInputError`` where a weight is adapted under its names in two layouts."""
+    if kept and rest:
+        move_deltas({**rest, **kept}, family, next(iter(kept)).layout, ways)
 
 
 def _with_image_partner(

@@ -38,7 +38,7 @@ from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.modules import book_of
 from regraft.dialects.image.read import Home, model_config
 from regraft.dialects.image.weights import ImageBase, as_matrix
-from regraft.errors import Finding, RefusedError
+from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
 from regraft.planning.build import build_plan
@@ -205,8 +205,21 @@ def move_deltas(
         config = Scope(model_config(family, some))
         route = _Route((Edge.to(book, to),), {book.name: config})
         for key, (delta, kind) in _move(some, route, ways).items():
-            made[Home(component, to, key, kind)] = delta
+            home = Home(component, to, key, kind)
+            if home in made:
+                raise BadInputError(_doubled(home, ways.where))
+            made[home] = delta
     return made
+
+
+def _doubled(home: Home, where: str) -> Finding:
+    return Finding(
+        "doubled-target",
+        f"the file adapts {home.key} twice, once by its name in another layout, and one would be lost",
+        where=where,
+        key=home.key,
+        fix="take one of the two out",
+    )
 
 
 @dataclass(frozen=True, slots=True)

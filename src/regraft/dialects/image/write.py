@@ -416,11 +416,12 @@ def adapter_metadata(deltas: Mapping[Home, Delta], how: Writing) -> str | None:
         dora = any(delta.magnitude is not None for _, delta in modules)
         bias = any(delta.bias is not None for _, delta in modules)
         plain &= not dora and not bias and set(ranks.values()) == {rank} == set(alphas.values())
+        start = not component.startswith("text_encoder")
         settings = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
-            "alpha_pattern": {_exactly(m): a for m, a in alphas.items() if a != alpha},
+            "rank_pattern": {_exactly(m, start): r for m, r in ranks.items() if r != rank},
+            "alpha_pattern": {_exactly(m, start): a for m, a in alphas.items() if a != alpha},
             "target_modules": sorted(ranks),
             "use_dora": dora,
             "lora_bias": bias,
@@ -444,9 +445,9 @@ def _peft_alpha(scale: Scale) -> Number:
     return int(value) if float(value).is_integer() else value
 
 
-def _exactly(module: str) -> str:
-    """A pattern that fits one path only."""
-    return module.replace(".", r"\.")
+def _exactly(module: str, start: bool) -> str:
+    """A pattern that fits one path only: PEFT looks at ends of paths, and ``proj_out`` is the end of many."""
+    return ("^" if start else "") + module.replace(".", r"\.")
 
 
 def layouts_of(homes: Sequence[Home]) -> list[str]:
