@@ -310,6 +310,25 @@ def test_parts_around_others():
     assert same(applied(found.book, other), convert(other))
 
 
+def test_whole_rows_tell_large_tensors_turned_or_not(monkeypatch):
+    """What is too large to look every element up, and in bfloat16, where many are alike."""
+    monkeypatch.setattr("regraft.learning.infer._FEW", 0)
+    monkeypatch.setattr("regraft.learning.infer._MANY", 0)
+
+    def convert(state):
+        both = np.concatenate([state["a"], state["b"]])
+        return {"both": both.T.copy(), "c": np.stack([state["c.0"].T, state["c.1"].T])}
+
+    shapes = {"a": (40, 30), "b": (25, 30), "c.0": (20, 16), "c.1": (20, 16)}
+    before = {
+        k: numbers(n, *shape).astype(np.float16) for n, (k, shape) in enumerate(shapes.items())
+    }
+    found = learn_pairs([Pair.of(before, convert(before))], layouts=("before", "after"))
+    assert found.sound
+    other = {k: numbers(n + 9, *shape) for n, (k, shape) in enumerate(shapes.items())}
+    assert same(applied(found.book, other), convert(other))
+
+
 def test_copies_padding_and_what_is_dropped():
     def convert(state):
         pad = np.zeros((3, state["emb"].shape[1]), np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 
 from regraft.learning.content import Bits, Tensor
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

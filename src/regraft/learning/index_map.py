@@ -138,9 +138,10 @@ def _cleared(origin: Ints, bits: npt.NDArray[Any], flat: npt.NDArray[Any]) -> In
 
     In a layout change the origin is a sum of functions of the dims, so three corners of a rectangle tell the fourth.
     """
-    unclear = np.argwhere(origin == UNCLEAR)
-    if not len(unclear) or len(unclear) > _SHARE * origin.size or origin.ndim == 0:
+    count = int(np.count_nonzero(origin == UNCLEAR))
+    if not count or count > _SHARE * origin.size or origin.ndim == 0:
         return origin
+    unclear = np.argwhere(origin == UNCLEAR)
     random = np.random.default_rng(len(flat))
     result = origin.copy()
     for index in unclear:

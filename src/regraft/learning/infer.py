@@ -29,7 +29,7 @@ from regraft.learning.relate import Names, writable
 
 _FEW = 1 << 22
 """Elements that are looked up one by one; of more, rows are."""
-_MANY = 1 << 25
+_MANY = 1 << 23
 
 Tensors = Mapping[str, Tensor]
 
@@ -98,42 +98,71 @@ def _by_rows(
     """Rows of the last dim as they are: most layout changes move whole rows."""
     if sum(t.bits.size for t in mine.values()) <= _FEW:
         return
-    widths = {t.shape[-1] for t in mine.values() if t.whole and len(t.shape) > 1}
-    for width in sorted(widths):
-        some = {
-            n: t for n, t in mine.items() if t.whole and len(t.shape) > 1 and t.shape[-1] == width
-        }
-        others = {
-            n: t for n, t in yours.items() if t.whole and len(t.shape) > 1 and t.shape[-1] == width
-        }
-        if not others:
-            continue
-        rows = [{n: _rows(t) for n, t in each.items()} for each in (some, others)]
-        drafts = _solve(rows[0], rows[1], names, {})
-        for each in drafts:
-            result.drafts.append(_wider(each, width))
-            for name in each.names[0]:
-                mine.pop(name, None)
-            for name in each.names[1]:
-                yours.pop(name, None)
+    for turned in (False, True):
+        widths = {t.shape[-1] for t in mine.values() if t.whole and len(t.shape) > 1}
+        for width in sorted(widths):
+            some = _of_width(mine, width, False)
+            others = _of_width(yours, width, turned)
+            if not some or not others:
+                continue
+            left = {n: _rows(t, False) for n, t in some.items()}
+            right = {n: _rows(t, turned) for n, t in others.items()}
+            _take(_solve(left, right, names, {}), width, turned, mine, yours, result)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """A tensor of one number for each row."""
-    shape = tensor.shape[:-1]
-    marks = _marks(tensor.bits.reshape(-1, tensor.shape[-1])).reshape(shape)
-    return Tensor(tensor.name, "uint64", shape, marks)
+def _of_width(tensors: dict[str, Tensor], width: int, turned: bool) -> dict[str, Tensor]:
+    """Tensors whose rows have so many elements, or whose columns."""
+    dim = -2 if turned else -1
+    return {
+        n: t for n, t in tensors.items() if t.whole and len(t.shape) > 1 and t.shape[dim] == width
+    }
 
 
-def _wider(each: Drafted, width: int) -> Drafted:
-    """The same with the last dim."""
+def _take(
+    drafts: list[Drafted],
+    width: int,
+    turned: bool,
+    mine: dict[str, Tensor],
+    yours: dict[str, Tensor],
+    result: Inferred,
+) -> None:
+    for each in drafts:
+        result.drafts.append(_wider(each, width, turned))
+        for name in each.names[0]:
+            mine.pop(name, None)
+        for name in each.names[1]:
+            yours.pop(name, None)
 
-    def wide(terms: tuple[Written, ...]) -> tuple[Written, ...]:
-        return tuple(replace(t, dims=f"{t.dims} z9".strip()) for t in terms)
 
-    return replace(
-        each, left=wide(each.left), right=wide(each.right), sizes=(*each.sizes, ("z9", width))
-    )
+def _rows(tensor: Tensor, turned: bool) -> Tensor:
+    """A tensor of one number for each row, or for each column."""
+    bits = tensor.bits.swapaxes(-1, -2) if turned else tensor.bits
+    shape = bits.shape[:-1]
+    if len(shape) == 1:
+        marks = _marks(bits)
+    else:
+        marks = np.concatenate([_marks(part) for part in bits.reshape(-1, *bits.shape[-2:])])
+    return Tensor(tensor.name, "uint64", shape, marks.reshape(shape))
+
+
+def _wider(each: Drafted, width: int, turned: bool) -> Drafted:
+    """The same with the dim in which rows lie: the last one, of turned tensors after the one before it."""
+
+    def wide(terms: tuple[Written, ...], turned: bool) -> tuple[Written, ...]:
+        return tuple(replace(t, dims=_with_last(t.dims, turned)) for t in terms)
+
+    sizes = (*each.sizes, ("z9", width))
+    return replace(each, left=wide(each.left, False), right=wide(each.right, turned), sizes=sizes)
+
+
+def _with_last(dims: str, turned: bool) -> str:
+    if not turned:
+        return f"{dims} z9".strip()
+    depth, at = 0, len(dims)
+    while at and (depth or dims[at - 1] != " "):
+        at -= 1
+        depth += (dims[at] == ")") - (dims[at] == "(")
+    return f"{dims[:at]}z9 {dims[at:]}"
 
 
 def _by_elements(
@@ -144,7 +173,10 @@ def _by_elements(
         for name, tensor in tensors.items():
             by_word[tensor.dtype][side][name] = tensor
     for some, others in by_word.values():
-        if sum(t.bits.size for t in some.values()) > _MANY or not some:
+        if not some or max(sum(t.bits.size for t in x.values()) for x in (some, others)) > _MANY:
+            why = "it is made of no whole rows, and there are too many elements to look each up: learn from a probe"
+            for name in others:
+                result.odd.setdefault(name, why)
             continue
         for each in _solve(some, others, names, result.odd):
             result.drafts.append(each)
