@@ -66,12 +66,14 @@ class Tensor:
 def digest(bits: Bits) -> bytes:
     """A hash of an array's elements, row major."""
     made = hashlib.blake2b(digest_size=16)
+    if bits.ndim < 2 or bits.flags.c_contiguous:
+        made.update(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
+        return made.digest()
     # A copy of a part at a time: what is turned has no bytes in order.
-    whole = bits.ndim < 2 or bits.flags.c_contiguous
-    step = max(1, len(bits)) if whole else max(1, _PART * len(bits) // max(1, bits.size))
-    for start in range(0, max(1, len(bits)) if bits.ndim else 1, step):
-        part = bits[start : start + step] if bits.ndim else bits
-        made.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    step = max(1, _PART * len(bits) // max(1, bits.size))
+    for start in range(0, len(bits), step):
+        part = np.ascontiguousarray(bits[start : start + step])
+        made.update(part.reshape(-1).view(np.uint8).data)
     return made.digest()
 
 
