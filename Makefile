@@ -75,9 +75,9 @@ fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs a
 	@.venv/bin/python scripts/fuzz.py --seconds $(SECONDS)
 
 consumers: .venv-consumers/.done ## compare with the tools that read what regraft writes: diffusers, mlx-lm, torchtune, LitGPT, llama.cpp (LLAMA_CPP=FOLDER)
-	@set -e; for file in scripts/consumers/diffusers_*.py; do \
-		echo; echo "==> $$file"; .venv-consumers/bin/python "$$file"; \
-	done
+	@failed=; for file in scripts/consumers/*.py; do \
+		echo; echo "==> $$file"; .venv-consumers/bin/python "$$file" || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 mutants: .venv/.done ## change the code in small ways that the tests must notice
 	@.venv/bin/python scripts/mutants.py

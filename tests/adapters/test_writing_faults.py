@@ -10,7 +10,7 @@ import pytest
 from killing import run_killed
 
 import regraft
-from regraft import api
+from regraft import adapting
 from regraft.dialects.peft import saving
 from regraft.errors import BadInputError
 from regraft.storage.work import open_work, work_folder
@@ -61,7 +61,7 @@ def fail_after(monkeypatch, after, error):
 
         return run
 
-    for module, name in ((saving, "write_tensors"), (api, "copy_file")):
+    for module, name in ((saving, "write_tensors"), (adapting, "copy_file")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
 
@@ -94,15 +94,15 @@ def test_a_disk_that_is_really_full(lora, wanted, tmp_path):
         with pytest.raises(BadInputError, match="are free") as caught:
             regraft.convert(lora, disk / "out", to=V5)
         assert caught.value.findings[0].code == "no-space"
-        before, api.staged_folder = (
-            api.staged_folder,
+        before, adapting.staged_folder = (
+            adapting.staged_folder,
             lambda dst, overwrite, size: before(dst, overwrite, -(1 << 20)),
         )
         try:
             with pytest.raises(BadInputError, match="No space left"):
                 regraft.convert(lora, disk / "out", to=V5)
         finally:
-            api.staged_folder = before
+            adapting.staged_folder = before
         assert [*disk.iterdir()] == [filler]
         filler.unlink()
         regraft.convert(lora, disk / "out", to=V5)

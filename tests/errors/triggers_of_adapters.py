@@ -6,7 +6,7 @@ import numpy as np
 from errors.lab import EXPERT, QUERY, START, V4, V5, kept, provokes, renamed, without
 
 from regraft.adapters.detect import load_model
-from regraft.dialects import base
+from regraft.dialects import registry
 from regraft.dialects.peft.source import find_adapters
 from regraft.storage import expressions
 
@@ -108,8 +108,8 @@ def _(lab):
         def sniff(self, src):
             return SimpleNamespace(certain=True, why="its own file is there")
 
-    lab.patch.setattr(base, "dialects", lambda: {"one": Sure(), "other": Sure()})
-    base.dialect_of(lab.adapter())
+    lab.patch.setattr(registry, "dialects", lambda: {"one": Sure(), "other": Sure()})
+    registry.dialect_of(lab.adapter())
 
 
 @provokes("which-layout")

@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 from contextlib import suppress
@@ -19,13 +20,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from threading import Lock, Timer
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from regraft.errors import RegraftError
 from regraft.import_path import import_path
-
-if TYPE_CHECKING:
-    import subprocess
 
 SECONDS = 600.0
 """How long one answer may take, unless ``REGRAFT_HELPER_SECONDS`` says another number."""
@@ -126,8 +124,6 @@ class Helper:
             timer.cancel()
 
     def _begin(self) -> None:
-        import subprocess
-
         self._owner = os.getpid()
         atexit.register(self.close)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
@@ -142,8 +138,6 @@ class Helper:
 
     def _last_words(self) -> str:
         """The last lines that the process wrote to its standard error."""
-        import subprocess
-
         process = self._process
         if process is not None:
             # Its pipe is closed or broken; it is about to end, and may still be writing why.
@@ -161,8 +155,6 @@ class Helper:
 
     def close(self) -> None:
         """End the process, if there is one."""
-        import subprocess
-
         process, self._process = self._process, None
         said, self._said = self._said, None
         if said is not None:

@@ -104,14 +104,14 @@ def _check_one(out: Output, src: Path, model: Path | None, to: str, html: Path |
 def _check_many(out: Output, items: Sequence[Item], model: Path | None, to: str) -> int:
     from regraft.checking.check import check
     from regraft.cli.many import run_many
-    from regraft.views.outcome import Outcome
+    from regraft.views.outcome import SourceOutcome
 
-    def work(item: Item) -> Outcome:
+    def work(item: Item) -> SourceOutcome:
         result = check(item.path, model=model, to=to)
         findings = [finding for verdict in result.verdicts for finding in verdict.findings]
         why = "" if result.healthy or not findings else findings[0].message
         verdict: Verdict = "healthy" if result.healthy else "not healthy"
-        return Outcome(item.name, str(item.path), None, verdict, why, result)
+        return SourceOutcome(item.name, str(item.path), None, verdict, why, result)
 
     return run_many(out, items, work)
 

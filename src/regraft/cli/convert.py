@@ -206,11 +206,11 @@ def _convert_many(
     from regraft.api import convert
     from regraft.cli.many import run_many
     from regraft.cli.words import how_to_load
-    from regraft.views.outcome import Outcome, Verdict
+    from regraft.views.outcome import SourceOutcome, Verdict
 
     options_for_each = {**given, "jobs": None}
 
-    def work(item: Item) -> Outcome:
+    def work(item: Item) -> SourceOutcome:
         place = _place_of(item, dst, given["to"])
         report = convert(item.path, place, **options_for_each)
         made = report.checkpoint
@@ -226,7 +226,7 @@ def _convert_many(
         if same:
             verdict, why = "unchanged", f"it is in {why.partition(' -> ')[2]} already; copied"
         load = how_to_load(report) if report.written and made is None else ""
-        return Outcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
+        return SourceOutcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
 
     with options.own_books(rules):
         return run_many(out, items, work, jobs=given["jobs"] or 1, fail_fast=fail_fast)

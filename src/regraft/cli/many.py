@@ -15,7 +15,7 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.views.outcome import Outcome, failure
+from regraft.views.outcome import SourceOutcome, failure
 
 if TYPE_CHECKING:
     from regraft.sources import Item
@@ -29,7 +29,7 @@ _LEVEL = 3
 def run_many(
     out: Output,
     items: Sequence[Item],
-    work: Callable[[Item], Outcome],
+    work: Callable[[Item], SourceOutcome],
     *,
     jobs: int = 1,
     fail_fast: bool = False,
@@ -39,7 +39,7 @@ def run_many(
     With ``--json`` each outcome is a line of its own, as soon as it is there. The exit status is 0 where all went
     well, and 1 otherwise.
     """
-    done: list[Outcome] = []
+    done: list[SourceOutcome] = []
     for outcome in _outcomes(items, work, jobs):
         done.append(outcome)
         if out.json:
@@ -56,9 +56,9 @@ def run_many(
 
 
 def _outcomes(
-    items: Sequence[Item], work: Callable[[Item], Outcome], jobs: int
-) -> Iterator[Outcome]:
-    def guarded(item: Item) -> Outcome:
+    items: Sequence[Item], work: Callable[[Item], SourceOutcome], jobs: int
+) -> Iterator[SourceOutcome]:
+    def guarded(item: Item) -> SourceOutcome:
         try:
             return work(item)
         except RegraftError as error:
@@ -81,7 +81,7 @@ def _outcomes(
                 one.cancel()
 
 
-def _line(outcome: Outcome) -> Text:
+def _line(outcome: SourceOutcome) -> Text:
     color = _COLORS.get(outcome.verdict, BAD)
     text = Text.assemble((visible(outcome.name), NAME), ": ", (outcome.verdict, color))
     if outcome.good and outcome.why:
@@ -89,7 +89,7 @@ def _line(outcome: Outcome) -> Text:
     return text
 
 
-def _show_table(out: Output, done: Sequence[Outcome], asked: int) -> None:
+def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("source", "result", "why"):
         table.add_column(title, overflow="fold", header_style=FAINT)

@@ -116,7 +116,7 @@ class _Search:
         claims = self.claims(group)
         if claims:
             return self.moved(claims, group)
-        for book in self.subject.books:
+        for book in (edge.book for edge in self.edges):
             scope = self.subject.scopes.get(book.name, Scope())
             for carry in book.carries:
                 if carry.term.key is not None and scope.admits(base):

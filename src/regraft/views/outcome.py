@@ -43,7 +43,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SourceOutcome:
     """What became of one source among many; one line of JSON each."""
 
     name: str
@@ -85,7 +85,7 @@ class Outcome:
         }
 
 
-def failure(name: str, path: Path, error: RegraftError) -> Outcome:
+def failure(name: str, path: Path, error: RegraftError) -> SourceOutcome:
     """A source that gave an error: refused, not known well enough, or wrong."""
     codes = {finding.code for finding in error.findings}
     verdict: Verdict = "failed"
@@ -96,4 +96,4 @@ def failure(name: str, path: Path, error: RegraftError) -> Outcome:
     first = error.findings[0]
     more = f" (and {len(error.findings) - 1} more)" if len(error.findings) > 1 else ""
     problem = Problem(error.kind, list(error.findings))  # type: ignore[arg-type]
-    return Outcome(name, str(path), None, verdict, first.message + more, error=problem)
+    return SourceOutcome(name, str(path), None, verdict, first.message + more, error=problem)

@@ -31,7 +31,7 @@ from regraft.layouts.catalog import Catalog
 from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
 from regraft.views.environment import Environment
-from regraft.views.outcome import Outcome, Problem
+from regraft.views.outcome import Problem, SourceOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +159,10 @@ class CodeList:
 
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
-    "convert": (Report, Outcome),
+    "convert": (Report, SourceOutcome),
     "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
-    "check": (Check, ToolCheck, Outcome),
+    "check": (Check, ToolCheck, SourceOutcome),
     "explain": (Explanation,),
     "diff": (Diff,),
     "learn": (LearnedBook,),

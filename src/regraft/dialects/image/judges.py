@@ -348,8 +348,6 @@ class KohyaRules:
 DIFFUSERS_READER = ImageReader(
     "diffusers", ("0.42.1",), "its functions, run", "diffusers", DiffusersRules()
 )
-COMFYUI_READER = ImageReader(
-    "comfyui", ("2025.10.12",), "its functions, run", "comfyui", ComfyRules()
-)
+COMFYUI_READER = ImageReader("comfyui", ("2025.10.12",), "its source", "comfyui", ComfyRules())
 KOHYA_READER = ImageReader("kohya", ("2026.2.16",), "its source", "kohya", KohyaRules())
 READERS = {each.tool: (each,) for each in (DIFFUSERS_READER, COMFYUI_READER, KOHYA_READER)}

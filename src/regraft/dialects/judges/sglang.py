@@ -37,7 +37,7 @@ class SglangReader:
 
     tool = "sglang"
     versions = ("0.5.23",)
-    basis = "its functions, run"
+    basis = "its source"
     to = "sglang"
 
     def judge(self, files: Files, version: str) -> Judgement:

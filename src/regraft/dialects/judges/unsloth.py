@@ -24,7 +24,7 @@ class UnslothReader:
 
     tool = "unsloth"
     versions = ("2026.10.9",)
-    basis = "its functions, run"
+    basis = "its source"
     to = "unsloth"
 
     def judge(self, files: Files, version: str) -> Judgement:

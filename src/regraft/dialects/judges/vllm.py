@@ -44,7 +44,7 @@ class VllmReader:
 
     tool = "vllm"
     versions = ("0.33.0",)
-    basis = "its functions, run"
+    basis = "its source"
     to = "vllm"
 
     def judge(self, files: Files, version: str) -> Judgement:
