@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from regraft.arrays.lazy import Lazy
-from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.bridges.transformers.making import LEFT, RIGHT
 from regraft.checkpoints.gather import Files, Fill, fill_slices
 from regraft.checkpoints.moves import Moves
-from regraft.checkpoints.prepare import prepare
-from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.slices import slicer_of, strips_of
 from regraft.checkpoints.source import Source
 from regraft.errors import RegraftError
@@ -65,6 +61,12 @@ class LazyFiles:
 
 def by_books(lazy: LazyFiles, path: Path) -> dict[str, Lazy] | None:
     """The tensors of a checkpoint of another tool in transformers' layout; ``None`` where it is none of those."""
+    # Hardly any load comes here, and these take as long to import as a small model to load.
+    from regraft.bridges.transformers.files import InstalledTransformers
+    from regraft.bridges.transformers.making import LEFT, RIGHT
+    from regraft.checkpoints.prepare import prepare
+    from regraft.checkpoints.reads import check_reads
+
     try:
         ready = prepare(path, RIGHT, foreign=InstalledTransformers())
     except RegraftError:

@@ -13,7 +13,6 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,6 @@ from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 
 PAGE = mmap.PAGESIZE
-_HUGE = 2 << 20
 SMALLEST = 8 * PAGE
 """A piece of fewer bytes is copied sooner than mapped."""
 _SPARE = 8192
@@ -190,22 +188,11 @@ def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched 
         if at < end:
             made._reads.append((file, source, at, end - at))
             made.copied += end - at
-    if max((size for *_, size in made._reads), default=0) > 2 * _HUGE:
-        _use_huge_pages(memory)
     with memoryview(memory) as view:
         for file, source, at, size in made._reads:
             read_scattered(files, file, [view[at : at + size]], source)
     made._reads.clear()
     return made
-
-
-def _use_huge_pages(memory: mmap.mmap) -> None:
-    """Let what is copied have few large pages; touching each of many small ones takes as long as the copy."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
-        return
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(advice)
 
 
 def _map(address: int, size: int, file: int, at: int) -> bool:
