@@ -376,6 +376,11 @@ class Delta:
     lora: Lora
 
 
+def written_of(deltas: Iterable[Delta]) -> tuple[Written, ...]:
+    """What a report says of LoRAs that were written, one for each module."""
+    return tuple(Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas)
+
+
 class PlainWriter:
     """Writes plain LoRAs; a subclass says what a file has (`blob`) and what it can hold.
 
@@ -440,8 +445,7 @@ class PlainWriter:
         self.check(deltas, saved)
         blob = self.blob(deltas, saved)
         tensors = {**blob.tensors, **returned}
-        done = [Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas]
-        return replace(blob, tensors=tensors, written=(*done, *written))
+        return replace(blob, tensors=tensors, written=(*written_of(deltas), *written))
 
     def write_family(
         self,

@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from regraft.adapters.families.base import Family, Part
 from regraft.adapters.families.lora.dora import Dora
-from regraft.adapters.form import Adapter, Array, Images, Lora
+from regraft.adapters.form import Adapter, Array, Blob, Lora, Saved
 from regraft.adapters.ladder import Carried
 from regraft.adapters.protocol import Reading
-from regraft.adapters.scale import Scale
 from regraft.adapters.tuned import TunedModules
-from regraft.dialects.base import Capabilities, Delta, PlainFile, adjust
+from regraft.dialects.base import (
+    Capabilities,
+    Delta,
+    PlainFile,
+    PlainWriter,
+    adjust,
+    written_of,
+)
+from regraft.dialects.everywhere import as_images
 from regraft.errors import Finding, RefusedError
-from regraft.names.keys import Group, group_names
-from regraft.planning.plan import Headers
+from regraft.names.keys import Group
+from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
 
 
@@ -86,6 +91,45 @@ DORA_CONFIG = {"peft_type": "LORA", "use_dora": True, "rank_pattern": {}, "alpha
 """What PEFT's config says of a DoRA."""
 
 
+class DoraWriter(PlainWriter):
+    """Writes plain LoRAs and DoRAs; a subclass says what a file has (`file`) and what its tool adapts besides."""
+
+    def holds(self, family: Family) -> bool:
+        """DoRA."""
+        return bool(getattr(family, "switches", ()) == ("use_dora",))
+
+    def file(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
+        """The file; ``magnitudes`` are by the key of the base tensor, and there are none in a plain LoRA."""
+        raise NotImplementedError
+
+    def completed(
+        self, deltas: list[Delta], magnitudes: dict[str, Array]
+    ) -> tuple[list[Delta], dict[str, Array]]:
+        """What is written of a DoRA, with what the tool adapts besides."""
+        return deltas, magnitudes
+
+    def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
+        """A plain LoRA."""
+        return self.file(deltas, {})
+
+    def write_family(
+        self,
+        carried: Carried,
+        plan: Plan | None,
+        modules: TunedModules,
+        family: Family,
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+    ) -> tuple[Blob, bool]:
+        """A DoRA. Whether its config was checked: there is nothing in it that could be read differently."""
+        can, where = self.capabilities, self.opened.where
+        deltas, magnitudes = arranged(carried, family, can, self.title, where)
+        self.check(deltas, saved)
+        deltas, magnitudes = self.completed(deltas, magnitudes)
+        blob = self.file(deltas, magnitudes)
+        return Blob(blob.config, blob.tensors, blob.metadata, written=written_of(deltas)), True
+
+
 def arranged(
     carried: Carried, family: Family, can: Capabilities, title: str, where: str
 ) -> tuple[list[Delta], dict[str, Array]]:
@@ -106,20 +150,9 @@ def arranged(
     findings = [embedding_finding(key, where) for key, part in parts if part.kind == "embedding"]
     if findings:
         raise RefusedError(findings)
-    loras: list[Lora | None] = [
-        Lora(part["A"], part["B"], family.scale(part)) for part in carried.parts.values()
-    ]
-    names = list(carried.parts)
-    images = [
-        Images(group_names([name])[0], "linear", [lora])
-        for name, lora in zip(names, loras, strict=True)
-    ]
-    adjust(images, can)
-    deltas = [
-        Delta(name, "linear", lora)
-        for name, lora in zip(names, loras, strict=True)
-        if lora is not None
-    ]
+    loras = {name: Lora(part["A"], part["B"], family.scale(part)) for name, part in parts}
+    adjust(as_images(loras), can)
+    deltas = [Delta(name, "linear", lora) for name, lora in loras.items()]
     return deltas, {name: part["m"].reshape(-1) for name, part in carried.parts.items()}
 
 
@@ -132,8 +165,3 @@ def embedding_finding(key: str, where: str) -> Finding:
         key=key,
         fix="merge the adapter into its base and convert the base",
     )
-
-
-def zero_like(rank: int, out: int, into: int, scale: Scale, dtype: np.dtype[np.generic]) -> Lora:
-    """A LoRA that adds nothing."""
-    return Lora(np.zeros((rank, into), dtype), np.zeros((out, rank), dtype), scale)

@@ -16,14 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adapters.families.base import Family
-from regraft.adapters.form import Array, Blob, Lora, Saved, Written
-from regraft.adapters.ladder import Carried
+from regraft.adapters.form import Array, Blob, Lora
 from regraft.adapters.protocol import Hints, Opened
 from regraft.adapters.scale import Scale
-from regraft.adapters.tuned import TunedModules
-from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames, PlainWriter
-from regraft.dialects.dora import DORA_CONFIG, DoraFile, arranged
+from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames
+from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
 from regraft.dialects.halves import (
     config_of,
     narrow,
@@ -34,7 +31,6 @@ from regraft.dialects.halves import (
     whole,
 )
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
-from regraft.planning.plan import Plan
 from regraft.storage.folder import copy_file, load_json
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
@@ -50,40 +46,14 @@ BLOCK = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-class MlxWriter(PlainWriter):
+class MlxWriter(DoraWriter):
     """Writes factors turned over, and the config that makes modules of them."""
 
     title = "MLX"
     capabilities = Capabilities(scales=False, ranks=False, saved=False)
 
-    def holds(self, family: Family) -> bool:
-        """DoRA."""
-        return bool(getattr(family, "switches", ()) == ("use_dora",))
-
-    def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
-        """A plain LoRA."""
-        return self._blob(deltas, {})
-
-    def write_family(
-        self,
-        carried: Carried,
-        plan: Plan | None,
-        modules: TunedModules,
-        family: Family,
-        saved: Sequence[Saved],
-        entries: Sequence[str],
-    ) -> tuple[Blob, bool]:
-        """A DoRA. Whether its config was checked: there is nothing in it that could be read differently."""
-        can, where = self.capabilities, self.opened.where
-        deltas, magnitudes = arranged(carried, family, can, self.title, where)
-        self.check(deltas, saved)
-        blob = self._blob(deltas, magnitudes)
-        written = tuple(
-            Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas
-        )
-        return Blob(blob.config, blob.tensors, blob.metadata, written=written), True
-
-    def _blob(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
+    def file(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
+        """Factors with modules' inputs first, and a config whose keys cover them."""
         modules = [delta.key for delta in deltas]
         for head in _HEADS:
             refuse_tied_head(self.known, modules, head, self.title, self.opened.where)
@@ -116,10 +86,6 @@ class MlxWriter(PlainWriter):
     def _layers(self) -> int | None:
         count = config_of(self.known).get("num_hidden_layers")
         return count if isinstance(count, int) else None
-
-    def notes(self, blob: Blob, made: Sequence[Any]) -> list[str]:
-        """What the user should know."""
-        return []
 
 
 def _targets(modules: Sequence[str], count: int | None) -> tuple[list[str], int]:

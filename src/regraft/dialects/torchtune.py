@@ -18,18 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.adapters.families.base import Family
-from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
-from regraft.adapters.ladder import Carried
+from regraft.adapters.form import Array, Blob, Images, Lora
 from regraft.adapters.protocol import Hints, Opened
 from regraft.adapters.scale import Scale
-from regraft.adapters.tuned import TunedModules
-from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames, PlainWriter
-from regraft.dialects.dora import DORA_CONFIG, DoraFile, arranged
+from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames
+from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
 from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common, zeros
 from regraft.dialects.halves import narrow, one_file, pairs, refuse_tied_head, shape_finding, whole
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
-from regraft.planning.plan import Plan
 from regraft.storage.folder import copy_file, load_json
 from regraft.storage.torch_file import open_torch, read_torch
 from regraft.storage.torch_write import write_torch
@@ -57,17 +53,13 @@ _TARGETS = {
 """What torchtune calls its modules in PEFT's ``target_modules``."""
 
 
-class TorchtuneWriter(PlainWriter):
+class TorchtuneWriter(DoraWriter):
     """Writes the same modules in all layers."""
 
     title = "torchtune"
     capabilities = Capabilities(
         scales=False, ranks=False, embeddings=False, experts=False, saved=False
     )
-
-    def holds(self, family: Family) -> bool:
-        """DoRA."""
-        return bool(getattr(family, "switches", ()) == ("use_dora",))
 
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
         """LoRAs of one rank and scale, and zeros where a recipe would adapt and the source does not."""
@@ -92,23 +84,13 @@ class TorchtuneWriter(PlainWriter):
         names = [f"layers.{layer}.{module}.weight" for layer in range(count) for module in wanted]
         return [name for name in names if name not in keys]
 
-    def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
-        """A plain LoRA."""
-        return self._blob(deltas, {})
+    def completed(
+        self, deltas: list[Delta], magnitudes: dict[str, Array]
+    ) -> tuple[list[Delta], dict[str, Array]]:
+        """With DoRAs that change nothing, where a recipe would adapt and the source does not.
 
-    def write_family(
-        self,
-        carried: Carried,
-        plan: Plan | None,
-        modules: TunedModules,
-        family: Family,
-        saved: Sequence[Saved],
-        entries: Sequence[str],
-    ) -> tuple[Blob, bool]:
-        """A DoRA. Whether its config was checked: there is nothing in it that could be read differently."""
-        can, where = self.capabilities, self.opened.where
-        deltas, magnitudes = arranged(carried, family, can, self.title, where)
-        self.check(deltas, saved)
+        Raises ``RefusedError`` where the base's weights are not at hand, whose rows' lengths are their magnitudes.
+        """
         loras = {delta.key: delta.lora for delta in deltas}
         for key in self._missing(loras):
             like = most_common(list(loras.values()))
@@ -119,11 +101,7 @@ class TorchtuneWriter(PlainWriter):
             lora = zeros(like.a.shape[0], shape, like.scale, like.a.dtype)
             deltas.append(Delta(key, "linear", lora))
             magnitudes[key] = np.linalg.norm(weight, axis=1).astype(np.float32)
-        blob = self._blob(deltas, magnitudes)
-        written = tuple(
-            Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas
-        )
-        return Blob(blob.config, blob.tensors, blob.metadata, written=written), True
+        return deltas, magnitudes
 
     def _needs_weights(self, key: str) -> RefusedError:
         return RefusedError(
@@ -137,7 +115,8 @@ class TorchtuneWriter(PlainWriter):
             )
         )
 
-    def _blob(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
+    def file(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
+        """Factors in the order of layers, and PEFT's config."""
         keys = [delta.key for delta in deltas]
         refuse_tied_head(self.known, keys, _HEAD, self.title, self.opened.where)
         tensors = {}
