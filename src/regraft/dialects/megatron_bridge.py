@@ -12,10 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.convert import Converted
-from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
-from regraft.adapters.protocol import Opened, Writer
 from regraft.dialects.base import Capabilities, Evidence, Found
 from regraft.dialects.peft.family_config import fresh_config
 from regraft.dialects.peft.source import Source, open_adapter
@@ -23,14 +20,13 @@ from regraft.dialects.tool_files import (
     CONFIG,
     PREFIX,
     WEIGHTS,
+    ReadOnly,
     ToolSource,
     find_weights,
     look_at,
-    refuse_writing,
     tool_source,
 )
 from regraft.errors import BadInputError, Finding
-from regraft.layouts.names import Layout
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import open_tensors, read_header
 
@@ -80,13 +76,18 @@ def _with_prefix(tensors: Mapping[str, Array]) -> dict[str, Array]:
     return {n if n.startswith(PREFIX) else PREFIX + n: x for n, x in tensors.items()}
 
 
-class MegatronBridge:
+class MegatronBridge(ReadOnly):
     """NVIDIA's Megatron-Bridge."""
 
     name = "megatron-bridge"
     title = "Megatron-Bridge's export of a LoRA: Hugging Face's names, no config (to read)"
     layout = "transformers-v4"
     capabilities = Capabilities()
+    unwritten = (
+        "Megatron-Bridge's",
+        "it imports the checkpoints of its own trainer only",
+        "convert it to transformers-v5 or vllm",
+    )
 
     def sniff(self, src: Path) -> Evidence | None:
         """Factors under Hugging Face's names, all of them without PEFT's prefix."""
@@ -116,18 +117,6 @@ class MegatronBridge:
         config["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})
         source = Source("", str(folder), config, tensors, dict(header.metadata), file)
         return tool_source(source, self.name, [f"rank and alpha are those of {RUN}"])
-
-    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
-        """There is none."""
-        raise refuse_writing(
-            "Megatron-Bridge's",
-            "it imports the checkpoints of its own trainer only",
-            "convert it to transformers-v5 or vllm",
-        )
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """There is nothing to save."""
-        raise AssertionError("it has no writer")
 
 
 MEGATRON_BRIDGE = MegatronBridge()

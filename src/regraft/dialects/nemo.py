@@ -25,8 +25,8 @@ from regraft.adapters.form import Array, Images, Lora, Written, rescale
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.peft.dialect import PeftFiles
 from regraft.dialects.peft.packing import BEFORE, SINCE
-from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.peft.writing import PEFT_VERSION
 from regraft.dialects.served import Pieces, ServedWriter
@@ -34,7 +34,6 @@ from regraft.dialects.tool_files import (
     PACKED,
     PREFIX,
     ToolSource,
-    find_files,
     look_at,
     tool_source,
 )
@@ -262,7 +261,6 @@ def own_config_for(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": 0.0,
         "dropout_position": "post",
         "exclude_modules": [],
-        "expert_weight_format": None,
         "lora_A_init": "xavier",
         "lora_dtype": None,
         "match_all_linear": False,
@@ -271,7 +269,6 @@ def own_config_for(config: Mapping[str, Any]) -> dict[str, Any]:
         "use_dora": False,
         "use_triton": False,
     }
-    del made["expert_weight_format"]
     if config.get("target_parameters"):
         made["target_modules"] += sorted(
             {entry.rpartition(".")[0] for entry in config["target_parameters"]}, key=in_order
@@ -280,7 +277,7 @@ def own_config_for(config: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-class Nemo:
+class Nemo(PeftFiles):
     """NVIDIA's NeMo Automodel."""
 
     name = "nemo"
@@ -305,7 +302,7 @@ class Nemo:
 
     def find(self, src: Path) -> Found:
         """A folder, one weights file, or a folder with adapters in subfolders."""
-        found = find_files(src)
+        found = super().find(src)
         others = tuple(path for path in found.others if path.name != OWN)
         return Found(found.root, found.folders, found.weights, others)
 
@@ -321,7 +318,7 @@ class Nemo:
 
     def save(self, folder: Path, opened: Opened, result: Converted) -> None:
         """The three files."""
-        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
+        super().save(folder, opened, result)
         text = json.dumps(own_config_for(result.config), indent=2, sort_keys=True) + "\n"
         (folder / OWN).write_text(text, encoding="utf-8")
 

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Lora, Written
-from regraft.adapters.protocol import Opened
-from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.base import Capabilities
 from regraft.dialects.judging import ToolReader
-from regraft.dialects.peft.saving import save_adapter
-from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.served import (
     Pieces,
     ServedWriter,
@@ -28,10 +23,8 @@ from regraft.dialects.served import (
     stacks_experts,
     zeros_like,
 )
-from regraft.dialects.tool_files import ToolSource, find_files, look_at, tool_source
-from regraft.dialects.vllm import as_peft
+from regraft.dialects.vllm import Server
 from regraft.errors import BadInputError, Finding
-from regraft.layouts.names import Layout
 
 
 class SglangWriter(ServedWriter):
@@ -119,12 +112,13 @@ class SglangWriter(ServedWriter):
         return made
 
 
-class Sglang:
+class Sglang(Server):
     """SGLang's server."""
 
     name = "sglang"
     title = "SGLang: PEFT's files as its server takes them, one rank and one scale"
     layout = "transformers-v4"
+    writes = SglangWriter
     capabilities = SglangWriter.capabilities
 
     def layout_for(self, known: Known) -> str | None:
@@ -137,30 +131,6 @@ class Sglang:
         from regraft.dialects.judges.sglang import READER
 
         return (READER,)
-
-    def sniff(self, src: Path) -> Evidence | None:
-        """Only what regraft wrote says so."""
-        look = look_at(src)
-        if look is None or look.written_by != self.name:
-            return None
-        return Evidence(True, "regraft wrote it for SGLang")
-
-    def find(self, src: Path) -> Found:
-        """A folder, one weights file, or a folder with adapters in subfolders."""
-        return find_files(src)
-
-    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
-        """One adapter."""
-        source = open_adapter(folder, root, weights, foreign=True)
-        return tool_source(source, self.name, **as_peft(source))
-
-    def writer(self, opened: Opened, known: Known, to: Layout) -> SglangWriter:
-        """What writes it."""
-        return SglangWriter(opened, known, to)
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """The two files."""
-        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
 
 
 SGLANG = Sglang()

@@ -12,25 +12,23 @@ import re
 import tarfile
 from pathlib import Path
 
-from regraft.adapters.convert import Converted
-from regraft.adapters.detect import Known
-from regraft.adapters.protocol import Opened, Writer
+from regraft.adapters.protocol import Opened
 from regraft.dialects.base import Capabilities, Evidence, Found
-from regraft.dialects.tool_files import find_weights, look_at, refuse_writing
+from regraft.dialects.tool_files import ReadOnly, find_weights, look_at
 from regraft.errors import Finding, RefusedError
-from regraft.layouts.names import Layout
 
 _EXPERT = re.compile(r"model\.layers\.\d+\..*\.experts\.\d+\.\w+\.lora_[AB]")
 _ARCHIVES = (".tar.gz", ".tgz")
 
 
-class Skyrl:
+class Skyrl(ReadOnly):
     """SkyRL's JAX trainer."""
 
     name = "skyrl"
     title = "SkyRL-tx (recognised, and refused)"
     layout = "transformers-v4"
     capabilities = Capabilities()
+    unwritten = ("SkyRL-tx", "its own reader cuts them", "convert it to transformers-v5")
 
     def sniff(self, src: Path) -> Evidence | None:
         """Experts' keys without an end, or its archive."""
@@ -68,16 +66,6 @@ class Skyrl:
                 fix="save it with SkyRL's torch trainer, which writes PEFT's files",
             )
         )
-
-    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
-        """There is none."""
-        raise refuse_writing(
-            "SkyRL-tx", "its own reader cuts them", "convert it to transformers-v5"
-        )
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """There is nothing to save."""
-        raise AssertionError("it has no writer")
 
 
 def _holds_adapter(file: Path) -> bool:

@@ -11,23 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.convert import Converted
-from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
-from regraft.adapters.protocol import Opened, Writer
-from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.base import Capabilities, Evidence
+from regraft.dialects.peft.dialect import PeftFiles
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.stacked import expand_stacks, has_stacks
 from regraft.dialects.tool_files import (
     PREFIX,
+    ReadOnly,
     ToolSource,
-    find_files,
     look_at,
-    refuse_writing,
     tool_source,
 )
 from regraft.errors import Finding, RefusedError
-from regraft.layouts.names import Layout
 from regraft.storage.folder import load_json
 
 HEAD = ".unembed_tokens."
@@ -122,13 +118,14 @@ def _join_parts(tensors: dict[str, Array], where: str) -> dict[str, Array]:
     return made
 
 
-class Tinker:
+class Tinker(ReadOnly, PeftFiles):
     """Thinking Machines' Tinker."""
 
     name = "tinker"
     title = "Tinker: experts as w1, w2 and w3, the head as unembed_tokens (to read)"
     layout = "transformers-v4"
     capabilities = Capabilities()
+    unwritten = ("Tinker", "only its service writes them", "convert it to vllm or transformers-v5")
 
     def sniff(self, src: Path) -> Evidence | None:
         """Keys that only Tinker, and servers that follow it, write."""
@@ -140,24 +137,10 @@ class Tinker:
             return None
         return Evidence(True, f"it has {key}")
 
-    def find(self, src: Path) -> Found:
-        """A folder, one weights file, or a folder with adapters in subfolders."""
-        return find_files(src)
-
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""
         source = open_adapter(folder, root, weights, foreign=True)
         return tool_source(source, self.name, **as_peft(source))
-
-    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
-        """There is none."""
-        raise refuse_writing(
-            "Tinker", "only its service writes them", "convert it to vllm or transformers-v5"
-        )
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """There is nothing to save."""
-        raise AssertionError("it has no writer")
 
 
 TINKER = Tinker()

@@ -13,13 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.protocol import Opened, Reading, Writer
 from regraft.dialects.base import Found, dialects
-from regraft.dialects.peft.family_config import fresh_config
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, WEIGHTS, WEIGHTS_BIN, Source, find_adapters
-from regraft.dialects.peft.writer import PeftWriter
 from regraft.errors import AmbiguousError, Choice, Finding, RefusedError, RegraftError
 from regraft.layouts.names import Layout
 from regraft.names.keys import one_of_each
@@ -102,11 +101,6 @@ def _look(
     return Look(folder, config, shapes, metadata)
 
 
-def find_files(src: Path) -> Found:
-    """The adapters of a path, as PEFT's: a folder, one weights file, or a folder with several."""
-    return find_adapters(src)
-
-
 def find_weights(src: Path) -> Found:
     """One adapter that may have no ``adapter_config.json``; raises what `find_adapters` raises."""
     folder = src if src.is_dir() else src.parent
@@ -179,26 +173,21 @@ def tool_source(source: Source, tool: str, told: Iterable[str] = (), **changed: 
     return ToolSource(**(fields | changed), tool=tool, told=tuple(told))
 
 
-def peft_source(opened: Opened) -> tuple[Source, bool]:
-    """What PEFT's writer starts from, and whether its config was made from nothing."""
-    if isinstance(opened, Source):
-        return opened, False
-    hints = opened.hints()
-    config = fresh_config(hints.base, hints.task, opened.kind, opened.config)
-    return Source(opened.name, opened.where, config, {}), True
+class ReadOnly:
+    """What dialects have in common that are read and not written."""
 
+    unwritten: tuple[str, str, str]
+    """Whose adapters they are, why they are not written, and what to do instead."""
 
-def peft_writer(kind: type[PeftWriter], opened: Opened, known: Known, to: Layout) -> PeftWriter:
-    """A writer of PEFT's files, or of something like them, for an adapter of any dialect."""
-    source, fresh = peft_source(opened)
-    return kind(source, known, to, fresh=fresh)
+    def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
+        """There is none. Raises ``RefusedError``."""
+        whose, why, instead = self.unwritten
+        message = f"{whose} adapters are read, and not written: {why}"
+        raise RefusedError(Finding("dialect", message, fix=instead))
 
-
-def refuse_writing(name: str, why: str, instead: str) -> RefusedError:
-    """A dialect that is read and not written."""
-    return RefusedError(
-        Finding("dialect", f"{name} adapters are read, and not written: {why}", fix=instead)
-    )
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """There is nothing to save."""
+        raise AssertionError("it has no writer")
 
 
 def parameter_of(module: str, depth: str, both: bool, entries: Iterable[str] | None) -> str:
@@ -239,12 +228,10 @@ __all__ = [
     "WEIGHTS_BIN",
     "WRITTEN_BY",
     "Look",
+    "ReadOnly",
     "ToolSource",
-    "find_files",
     "find_weights",
     "look_at",
     "packed_parameters",
-    "peft_source",
-    "peft_writer",
     "tool_source",
 ]

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array, Blob, Images, Saved, Written
 from regraft.adapters.protocol import Opened
-from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.base import Capabilities, Evidence
 from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.config import LoraConfig
-from regraft.dialects.peft.saving import save_adapter
+from regraft.dialects.peft.dialect import PeftFiles, writer_for
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.peft.writer import PeftWriter
 from regraft.dialects.tool_files import (
@@ -33,10 +32,8 @@ from regraft.dialects.tool_files import (
     PREFIX,
     WRITTEN_BY,
     ToolSource,
-    find_files,
     look_at,
     packed_parameters,
-    peft_writer,
     tool_source,
 )
 from regraft.errors import BadInputError, Finding, RefusedError
@@ -249,7 +246,7 @@ def record_of(experts: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-class Unsloth:
+class Unsloth(PeftFiles):
     """Unsloth and unsloth-zoo."""
 
     name = "unsloth"
@@ -276,10 +273,6 @@ class Unsloth:
         if not is_marked(look.config):
             return None
         return Evidence(True, "adapter_config.json has Unsloth's marks")
-
-    def find(self, src: Path) -> Found:
-        """A folder, one weights file, or a folder with adapters in subfolders."""
-        return find_files(src)
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""
@@ -309,11 +302,7 @@ class Unsloth:
 
     def writer(self, opened: Opened, known: Known, to: Layout) -> PeftWriter:
         """What writes it."""
-        return peft_writer(UnslothWriter, opened, known, to)
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """The two files."""
-        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
+        return writer_for(UnslothWriter, opened, known, to)
 
 
 class UnslothGrouped(Unsloth):

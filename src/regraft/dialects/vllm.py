@@ -12,14 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Saved
 from regraft.adapters.protocol import Opened
-from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.base import Capabilities, Evidence
 from regraft.dialects.judging import ToolReader
+from regraft.dialects.peft.dialect import PeftFiles
 from regraft.dialects.peft.packing import SINCE
-from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.source import Source, open_adapter
 from regraft.dialects.peft.writing import PEFT_VERSION
 from regraft.dialects.served import ServedWriter, demands_table, model_types_of, stacks_experts
@@ -31,7 +30,6 @@ from regraft.dialects.tool_files import (
     PREFIX,
     SPLIT,
     ToolSource,
-    find_files,
     look_at,
     tool_source,
 )
@@ -76,12 +74,36 @@ def as_peft(source: Source) -> dict[str, Any]:
     return expand_stacks(tensors, config)
 
 
-class Vllm:
+class Server(PeftFiles):
+    """What servers have in common: PEFT's two files, of which only those that regraft wrote say whom they are for."""
+
+    name: str
+    writes: type[ServedWriter]
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """Only what regraft wrote says so."""
+        look = look_at(src)
+        if look is None or look.written_by != self.name:
+            return None
+        return Evidence(True, f"regraft wrote it for {self.writes.title}")
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
+        """One adapter."""
+        source = open_adapter(folder, root, weights, foreign=True)
+        return tool_source(source, self.name, **as_peft(source))
+
+    def writer(self, opened: Opened, known: Known, to: Layout) -> ServedWriter:
+        """What writes it."""
+        return self.writes(opened, known, to)
+
+
+class Vllm(Server):
     """vLLM's server."""
 
     name = "vllm"
     title = "vLLM: PEFT's files as its server takes them"
     layout = "transformers-v4"
+    writes = VllmWriter
     capabilities = VllmWriter.capabilities
 
     def layout_for(self, known: Known) -> str | None:
@@ -95,30 +117,6 @@ class Vllm:
         from regraft.dialects.judges.vllm import READER
 
         return (READER,)
-
-    def sniff(self, src: Path) -> Evidence | None:
-        """Only what regraft wrote says so."""
-        look = look_at(src)
-        if look is None or look.written_by != self.name:
-            return None
-        return Evidence(True, "regraft wrote it for vLLM")
-
-    def find(self, src: Path) -> Found:
-        """A folder, one weights file, or a folder with adapters in subfolders."""
-        return find_files(src)
-
-    def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
-        """One adapter."""
-        source = open_adapter(folder, root, weights, foreign=True)
-        return tool_source(source, self.name, **as_peft(source))
-
-    def writer(self, opened: Opened, known: Known, to: Layout) -> VllmWriter:
-        """What writes it."""
-        return VllmWriter(opened, known, to)
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """The two files."""
-        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
 
 
 VLLM = Vllm()

@@ -16,7 +16,28 @@ from regraft.dialects.peft.writer import PeftWriter
 from regraft.layouts.names import Layout
 
 
-class Peft:
+def writer_for(kind: type[PeftWriter], opened: Opened, known: Known, to: Layout) -> PeftWriter:
+    """A writer of PEFT's files, or of something like them; an adapter of another dialect gets a new config."""
+    if isinstance(opened, Source):
+        return kind(opened, known, to)
+    hints = opened.hints()
+    config = fresh_config(hints.base, hints.task, opened.kind, opened.config)
+    return kind(Source(opened.name, opened.where, config, {}), known, to, fresh=True)
+
+
+class PeftFiles:
+    """What all dialects have in common whose adapters are PEFT's two files."""
+
+    def find(self, src: Path) -> Found:
+        """A folder, one weights file, or a folder with adapters in subfolders."""
+        return find_adapters(src)
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """Write config and weights; what needed no conversion is copied."""
+        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
+
+
+class Peft(PeftFiles):
     """Hugging Face PEFT."""
 
     name = "peft"
@@ -33,10 +54,6 @@ class Peft:
             return Evidence(False, f"there is a {CONFIG}")
         return None
 
-    def find(self, src: Path) -> Found:
-        """A folder, one weights file, or a folder with adapters in subfolders."""
-        return find_adapters(src)
-
     def open(self, folder: Path, root: Path, weights: Path | None) -> Source:
         """One adapter."""
         return open_adapter(folder, root, weights)
@@ -47,21 +64,13 @@ class Peft:
 
     def writer(self, opened: Opened, known: Known, to: Layout) -> PeftWriter:
         """What writes a PEFT adapter; one of another dialect gets a new config."""
-        if isinstance(opened, Source):
-            return PeftWriter(opened, known, to)
-        hints = opened.hints()
-        config = fresh_config(hints.base, hints.task, opened.kind, opened.config)
-        return PeftWriter(Source(opened.name, opened.where, config, {}), known, to, fresh=True)
+        return writer_for(PeftWriter, opened, known, to)
 
     def in_memory(self, result: Converted) -> Source:
         """A result as it would be opened."""
         return Source(
             "", "the result", result.config, result.tensors, result.metadata, aside=result.aside
         )
-
-    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
-        """Write config and weights; what needed no conversion is copied."""
-        save_adapter(folder, opened if isinstance(opened, Source) else None, result)
 
 
 PEFT = Peft()
