@@ -12,10 +12,7 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
-from regraft.bridges.transformers.probing import outline_of
-from regraft.learning.learn import learn_pairs
-from regraft.learning.shrink import shrink
-from regraft.learning.watch import pair_of
+from sizes import learn_config
 
 TOKENIZERS = ("base", "multimodal", "tekken", "sentencepiece")
 LLAMA = {
@@ -76,17 +73,12 @@ def main():
     out, module = Path(sys.argv[1]), load_converter(Path(sys.argv[2]))
     out.mkdir(parents=True, exist_ok=True)
     for name, data in CONFIGS.items():
-        pairs, kinds = [], {}
-        for size in range(3):
-            known = outline_of(shrink(data, size), name, "transformers-v4")
-            kinds = kinds or known.kinds
-            convert = converter(module, known.config)
-            pairs.append(pair_of(convert, known.shapes, known.config, True, f"size {size + 1}"))
-        found = learn_pairs(
-            pairs,
-            layouts=("transformers-v4", "gguf"),
-            name=f"gguf_{name}",
-            kind_of=(kinds.get, lambda _: None),
+        found = learn_config(
+            name,
+            data,
+            lambda config: converter(module, config),
+            "gguf",
+            with_torch=True,
             source="llama.cpp in llama-cpp-python 0.3.16, run on labels by scripts/learn/gguf_books.py",
         )
         (out / f"gguf_{name}.toml").write_text(found.text)

@@ -19,10 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-from regraft.bridges.transformers.probing import outline_of
-from regraft.learning.learn import learn_pairs
-from regraft.learning.shrink import shrink
-from regraft.learning.watch import pair_of
+from sizes import learn_config
 
 REAL = ("megatron.bridge.models.conversion.param_mapping", "_bridge")
 """Modules that are run; the rest of the package is stood in for."""
@@ -167,18 +164,12 @@ def main():
     sys.meta_path.insert(0, StandIns(where))
     out.mkdir(parents=True, exist_ok=True)
     for name, data in CONFIGS.items():
-        pairs, kinds = [], {}
-        for size in range(3):
-            known = outline_of(shrink(data, size), name, "transformers-v4")
-            kinds = kinds or known.kinds
-            convert = converter(name, known.config)
-            where_seen = f"size {size + 1}"
-            pairs.append(pair_of(convert, known.shapes, known.config, True, where_seen))
-        found = learn_pairs(
-            pairs,
-            layouts=("transformers-v4", "megatron"),
-            name=f"megatron_{name}",
-            kind_of=(kinds.get, lambda _: None),
+        found = learn_config(
+            name,
+            data,
+            lambda config, name=name: converter(name, config),
+            "megatron",
+            with_torch=True,
             source="megatron-bridge 0.3.1, its mappings on one rank, run on labels by scripts/learn/megatron_books.py",
         )
         (out / f"megatron_{name}.toml").write_text(found.text)

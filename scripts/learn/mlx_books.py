@@ -10,11 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-
-from regraft.bridges.transformers.probing import outline_of
-from regraft.learning.learn import learn_pairs
-from regraft.learning.shrink import shrink
-from regraft.learning.watch import pair_of
+from sizes import learn_config
 
 CONFIGS = {
     "llama": {
@@ -65,20 +61,12 @@ def main():
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     for name, data in CONFIGS.items():
-        pairs, kinds = [], {}
-        for size in range(3):
-            known = outline_of(shrink(data, size), name, "transformers-v4")
-            kinds = kinds or known.kinds
-            pairs.append(
-                pair_of(
-                    converter(known.config), known.shapes, known.config, False, f"size {size + 1}"
-                )
-            )
-        found = learn_pairs(
-            pairs,
-            layouts=("transformers-v4", "mlx"),
-            name=f"mlx_{name}",
-            kind_of=(kinds.get, lambda _: None),
+        found = learn_config(
+            name,
+            data,
+            converter,
+            "mlx",
+            with_torch=False,
             source=f"mlx-lm 0.32.2, mlx_lm/models/{name}.py: Model.sanitize",
         )
         (out / f"mlx_{name}.toml").write_text(found.text)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _LOADS = 20
 _COLORS = {"converted": GOOD, "healthy": GOOD, "unchanged": FAINT, "refused": WARNING}
-_LEVEL = 3
-"""Folders below these are not listed."""
+_SHOWN = 3
+"""How many folders that were not looked into are named."""
 
 
 def run_many(
@@ -112,8 +112,8 @@ def warn_of_rest(out: Output, sources: Iterable[Path], deeper: Sequence[Path]) -
     if out.quiet:
         return
     if deeper:
-        shown = ", ".join(visible(str(path)) for path in deeper[:_LEVEL])
-        more = f" and {len(deeper) - _LEVEL} more" if len(deeper) > _LEVEL else ""
+        shown = ", ".join(visible(str(path)) for path in deeper[:_SHOWN])
+        more = f" and {len(deeper) - _SHOWN} more" if len(deeper) > _SHOWN else ""
         out.warn(f"Not looked into, because they are deep inside: {shown}{more}\n")
     for folder in sources:
         if not folder.is_dir():
