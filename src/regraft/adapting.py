@@ -27,7 +27,7 @@ from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
-    from regraft.checking.certificate import Budget
+    from regraft.checking.certificate import AdapterVerification, Budget
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -74,9 +74,6 @@ def convert_adapters(
             opened = opening.open(folder)
             by_itself = getattr(opened, "convert", None)
             if by_itself is not None:
-                if left is not None:
-                    message = "verify: not for LoRAs of image models"
-                    raise BadInputError(Finding("option", message, where=opened.where))
                 result = by_itself(to, given.family, model, asked)
             else:
                 config = load_model(model) if model is not None and config is None else config
@@ -98,7 +95,9 @@ def convert_adapters(
             continue
         if not result.report.copied or not dry_run:
             _note_values(opened, result)
-        if left is not None:
+        if left is not None and by_itself is not None:
+            _certify_image(opened, result, target, model, asked.via, left, given.family)
+        elif left is not None:
             _certify(opened, result, target, config, asked.via, foreign, left, given.packing)
         converted.append((opened, result))
         report.adapters.append(result.report)
@@ -187,11 +186,42 @@ def _certify(
 
     The result is opened by its dialect; where that needs files, they are written for this and removed.
     """
-    from regraft.checking.certificate import TOLERANCE, compare
+    from regraft.checking.certificate import compare
 
-    tolerance = TOLERANCE if via is None or via == "dense" else math.inf
     with reopened(target.dialect, source, result) as made:
-        done = compare(source, made, model, tolerance, foreign, left, packing)
+        done = compare(source, made, model, _tolerance(via), foreign, left, packing)
+    _report_certificate(result, done)
+
+
+def _certify_image(
+    source: Opened,
+    result: Converted,
+    target: Target,
+    base: Path | None,
+    via: str | None,
+    left: Budget,
+    family: str | None,
+) -> None:
+    """The same of a LoRA of an image model."""
+    from regraft.checking.image import compare_images
+    from regraft.dialects.image.dialect import ImageFile
+
+    assert isinstance(source, ImageFile)
+    with reopened(target.dialect, source, result) as made:
+        assert isinstance(made, ImageFile)
+        done = compare_images(source, made, base, _tolerance(via), left, family)
+    _report_certificate(result, done)
+
+
+def _tolerance(via: str | None) -> float:
+    """How far deltas may be off; an approximation that was asked for is only measured."""
+    from regraft.checking.certificate import TOLERANCE
+
+    return TOLERANCE if via is None or via == "dense" else math.inf
+
+
+def _report_certificate(result: Converted, done: AdapterVerification) -> None:
+    """Put it into the report. Raises ``NotEqualError``."""
     result.report.error = done.error
     result.report.verified = len(done.targets) + done.others
     result.report.sampled = done.sampled

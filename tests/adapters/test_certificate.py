@@ -300,9 +300,9 @@ def test_where_time_is_short_the_vectors_come_first(tmp_path, monkeypatch):
     name = "mixtral__gud_attn"
     adapter, out = converted(name, tmp_path)
     monkeypatch.setattr(verify, "PACE", 1e-9)
-    real, sampled = verify._Comparison._add, []
+    real, sampled = verify.Comparison._add, []
     monkeypatch.setattr(
-        verify._Comparison,
+        verify.Comparison,
         "_add",
         lambda self, piece, tallies: sampled.append(piece.sampled) or real(self, piece, tallies),
     )

@@ -43,6 +43,7 @@ from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, find_source
 from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source
+from regraft.dialects.registry import IMAGE
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import route_between
 from regraft.layouts.names import joined_to
@@ -151,6 +152,10 @@ def verify_adapters(
     """
     left = Budget(budget)
     opened, there_opened = find_source(src, said), find_source(dst)
+    if opened.dialect.name in IMAGE or there_opened.dialect.name in IMAGE:
+        from regraft.checking.image import verify_images
+
+        return verify_images(opened, there_opened, model, tolerance, left, said)
     packing = said.packing if said is not None else None
     first, second = opened.found, there_opened.found
     config = load_model(model) if model is not None else None
@@ -221,7 +226,7 @@ def compare(
     )
     result = AdapterVerification(one.where, other.where, *layouts, tolerance)
     try:
-        _Comparison(before, after, result, budget or Budget()).run(kept)
+        Comparison(before, after, result, budget or Budget()).run(kept)
     except NoImageError as error:
         raise BadInputError(
             Finding(
@@ -330,7 +335,9 @@ def _norms(values: Wide, largest: Wide) -> Wide:
     return np.asarray(norms)
 
 
-class _Comparison:
+class Comparison:
+    """Two adapters of one base, compared target by target; `run` puts what it finds into ``result``."""
+
     def __init__(
         self, before: Deltas, after: Deltas, result: AdapterVerification, budget: Budget
     ) -> None:
@@ -344,6 +351,7 @@ class _Comparison:
         self.other_shape: set[str] = set()
 
     def run(self, kept: Mapping[str, Wide]) -> None:
+        """Compare everything; ``kept`` are deltas of the source that other tensors stand in for."""
         self._add_all(_pieces_of(kept))
         self._compare_deltas()
         for key, number in self.left.items():

@@ -317,8 +317,6 @@ def test_bookkeeping_is_copied(convert):
 def test_other_commands_say_what_is_possible(tmp_path, capsys):
     tensors, _ = kohya_flux()
     write_tensors(tmp_path / "a.safetensors", tensors, {})
-    assert main(["verify", *[str(tmp_path / "a.safetensors")] * 2]) == 3
-    assert "converted and inspected" in capsys.readouterr().err
     assert (
         main(["convert", *[str(tmp_path / x) for x in ("a.safetensors", "b")], "--to", "diffusers"])
         == 0

@@ -67,20 +67,20 @@ def open_image(path: Path) -> OpenedImage:
     be read.
     """
     header = read_header(path)
-    tensors = open_tensors(path, header)
-    grouped = group_tensors(tensors, str(path))
+    return opened_image(str(path), open_tensors(path, header), dict(header.metadata))
+
+
+def opened_image(where: str, tensors: dict[str, Array], metadata: dict[str, str]) -> OpenedImage:
+    """The tensors and the header of a file, opened.
+
+    Raises what `open_image` raises.
+    """
+    grouped = group_tensors(tensors, where)
     if not grouped.modules:
-        raise BadInputError(
-            Finding(
-                "empty",
-                "there is no adapter in this file",
-                where=str(path),
-                fix="check the path",
-            )
-        )
-    metadata = dict(header.metadata)
+        message = "there is no adapter in this file"
+        raise BadInputError(Finding("empty", message, where=where, fix="check the path"))
     whose, form = dialect_of(grouped, metadata), form_of(grouped)
-    return OpenedImage(str(path), tensors, metadata, grouped, whose, form)
+    return OpenedImage(where, tensors, metadata, grouped, whose, form)
 
 
 def form_of(grouped: Grouped) -> str:

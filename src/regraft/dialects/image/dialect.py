@@ -20,6 +20,7 @@ from regraft.dialects.image.convert import (
     convert_image,
     dialect_of,
     open_image,
+    opened_image,
 )
 from regraft.dialects.image.grouping import Grouped, ModuleTensors
 from regraft.dialects.image.leaves import split_key
@@ -210,10 +211,16 @@ class ImageDialect:
     def open(self, folder: Path, root: Path, weights: Path | None) -> ImageFile:
         """All of its tensors, by module."""
         assert weights is not None
-        image = open_image(weights)
+        return self._file(open_image(weights))
+
+    def in_memory(self, result: Converted) -> ImageFile:
+        """A result, as it would be opened."""
+        return self._file(opened_image("the result", result.tensors, result.metadata))
+
+    def _file(self, image: OpenedImage) -> ImageFile:
         return ImageFile(
             "",
-            str(weights),
+            image.where,
             {"dialect": self.name},
             image.tensors,
             {},

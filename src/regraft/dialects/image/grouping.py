@@ -207,7 +207,8 @@ def algebra_of(t: Mapping[str, Array]) -> str:
             raise MalformedError(f"it has one half of a LoRA ({have}) and lacks the other")
         return LORA
     if roles <= {f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}:
-        if len(roles) < 4 or len(roles & {"hada_t1", "hada_t2"}) == 1:
+        whole = {f"hada_w{n}_{x}" for n in "12" for x in "ab"}
+        if not whole <= roles or len(roles - whole) == 1:
             raise MalformedError("some of its LoHa tensors are missing")
         return LOHA
     if all(role.startswith("lokr_") for role in roles):
@@ -215,6 +216,8 @@ def algebra_of(t: Mapping[str, Array]) -> str:
             pair = {f"{name}_a", f"{name}_b"}
             if (name in roles) == (pair <= roles):
                 raise MalformedError(f"its LoKr has no {name}, or has it twice")
+        if "lokr_t2" in roles and "lokr_w2" in roles:
+            raise MalformedError("its LoKr has lokr_t2 beside a whole lokr_w2")
         return LOKR
     if roles == {"a1", "a2", "b1", "b2"}:
         return GLORA
