@@ -205,6 +205,12 @@ def _(lab):
     regraft.learn({"a": one}, {"b": one.T}, ({"a": two}, {"b": two}))
 
 
+@provokes("which-reading")
+def _(lab):
+    one = np.ones(3, np.float32)
+    regraft.learn({"a": one, "b": one}, {"x": one, "y": one})
+
+
 @provokes("not-a-number")
 def _(lab):
     regraft.learn({"a": np.array([np.nan])}, {"b": np.array([1.0])})

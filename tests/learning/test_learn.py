@@ -532,3 +532,58 @@ def test_usage(folder, capsys):
     assert main(["learn", "--config", "c", "-o", book]) == 2
     assert main(["probe", "NoSuchModel", str(folder / "x")]) == 1
     assert "no class NoSuchModel" in capsys.readouterr().err
+
+
+def test_equal_tensors_that_no_name_tells_apart_are_asked():
+    """Norms that are all ones: which of them is which is a question, not a guess."""
+    before = {f"l.{n}.{k}": np.ones(4, np.float32) for n in range(3) for k in ("alpha", "omega")}
+    after = {f"h.{n}.{k}": np.ones(4, np.float32) for n in range(3) for k in ("first", "second")}
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.learn(before, after)
+    found = caught.value.findings
+    assert {f.code for f in found} == {"which-reading"}
+    assert [f.key for f in found] == ["h.0.first", "h.0.second"]
+    assert {c.source for c in found[0].choices} == {"h.0.first=l.0.alpha", "h.0.first=l.0.omega"}
+    assert "; --choose h.0.first=l.0.alpha" in str(found[0])
+    for one, other in (("alpha", "omega"), ("omega", "alpha")):
+        book = regraft.learn(before, after, choose=[f"h.1.first=l.1.{one}"])
+        state = {f"l.{n}.{k}": numbers(n, 4) for n in range(2) for k in ("alpha", "omega")}
+        made = applied(book, state)
+        assert np.array_equal(made["h.1.first"], state[f"l.1.{one}"])
+        assert np.array_equal(made["h.1.second"], state[f"l.1.{other}"])
+    with pytest.raises(BadInputError) as caught:
+        regraft.learn(before, after, choose=["h.9.first=l.0.alpha", "x=l.0.alpha", "what"])
+    assert len(caught.value.findings) == 3
+
+
+def test_equal_tensors_whose_names_say_it_are_not_asked():
+    before = {f"l.{n}.{k}": np.ones(4, np.float32) for n in range(3) for k in ("norm1", "norm2")}
+    after = {k.replace("l.", "h.").replace("norm", "ln_"): x for k, x in before.items()}
+    state = {k: numbers(n, 4) for n, k in enumerate(before)}
+    made = applied(regraft.learn(before, after), state)
+    assert np.array_equal(made["h.2.ln_1"], state["l.2.norm1"])
+
+
+def by_groups(config):
+    def convert(state):
+        x = state["k"].reshape(config["groups"], -1, 5)
+        return {"t": x.swapaxes(0, 1).reshape(-1, 5).copy()}
+
+    return convert
+
+
+def test_two_fields_with_the_same_sizes_are_asked_or_told_apart_by_one_more_pair():
+    configs = [{"groups": 3, "parts": 3}, {"groups": 5, "parts": 5}, {"groups": 2, "parts": 4}]
+    pairs = []
+    for number, config in enumerate(configs):
+        before = labels({"k": (8 * config["groups"] + 8 * (number == 2) * 2, 5)}, number)
+        pairs.append((before, by_groups(config)(before)))
+    given = {"configs": configs[:2], "layouts": ("old", "new")}
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.learn(*pairs[0], pairs[1], **given)
+    (finding,) = caught.value.findings
+    assert [c.source for c in finding.choices] == ["config.groups", "config.parts"]
+    chosen = regraft.learn(*pairs[0], pairs[1], choose=["config.parts"], **given)
+    assert "config.parts" in texts(chosen)[0]
+    told = regraft.learn(*pairs[0], *pairs[1:], configs=configs, layouts=("old", "new"))
+    assert "config.groups" in texts(told)[0]

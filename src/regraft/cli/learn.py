@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from regraft.cli.output import Output, visible
 from regraft.cli.probe import fixed_fields, set_option
 
 if TYPE_CHECKING:
+    from regraft.bridges.transformers.probing import Outline
     from regraft.learning.learn import Learned
 
 
@@ -62,6 +64,12 @@ if TYPE_CHECKING:
 )
 @set_option
 @click.option(
+    "--choose",
+    metavar="ANSWER",
+    multiple=True,
+    help="Where two readings fit: AFTER=BEFORE for tensors that are equal to others, config.FIELD for a size.",
+)
+@click.option(
     "--partial", is_flag=True, help="Write a book even if it does not explain everything."
 )
 @options.json
@@ -76,6 +84,7 @@ def learn(
     layout: str | None,
     timeout: float,
     settings: tuple[str, ...],
+    choose: tuple[str, ...],
     partial: bool,
     json: bool,
     quiet: bool,
@@ -109,10 +118,10 @@ def learn(
             raise BadInputError(finding)
         title = name or book.stem
         if config is not None and command is not None:
-            found = _watched(config, command, layout, timeout, fields, layouts, title)
+            found = _watched(config, command, layout, timeout, fields, layouts, title, choose)
         else:
             pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
-            found = learn_pairs(pairs, layouts=layouts, name=title)
+            found = learn_pairs(pairs, layouts=layouts, name=title, choose=choose)
         if not partial:
             require_sound(found)
         write_like(book, found.text, [Path(name) for name in files])
@@ -133,29 +142,42 @@ def _watched(
     fields: dict[str, object],
     layouts: tuple[str, str],
     name: str,
+    choose: tuple[str, ...],
 ) -> Learned:
     from regraft.bridges.transformers.outlines import outlines
+    from regraft.errors import BadInputError
     from regraft.learning.command import CommandConverter
-    from regraft.learning.learn import learn_pairs
+    from regraft.learning.learn import Pair, learn_pairs
     from regraft.learning.watch import pair_of
 
     known = outlines(config, 3, layout, fields)
     CommandConverter(command, None, timeout).words()
-    pairs = [
-        pair_of(
-            CommandConverter(command, each.config, timeout),
-            each.shapes,
-            each.config,
-            False,
-            f"size {n}",
+
+    def watched(outline: Outline, where: str) -> Pair:
+        converter = CommandConverter(command, outline.config, timeout)
+        return pair_of(converter, outline.shapes, outline.config, False, where)
+
+    def found() -> Learned:
+        return learn_pairs(
+            pairs,
+            layouts=layouts,
+            name=name,
+            kind_of=tell,
+            source=f"regraft learn --with {command!r}",
+            choose=choose,
         )
-        for n, each in enumerate(known, 1)
-    ]
+
     kinds = known[0].kinds
     tell = (kinds.get, lambda _: None) if kinds else None
-    return learn_pairs(
-        pairs, layouts=layouts, name=name, kind_of=tell, source=f"regraft learn --with {command!r}"
-    )
+    pairs = [watched(each, f"size {n}") for n, each in enumerate(known, 1)]
+    learned = found()
+    for field, value in learned.differing(known[0].config):
+        # Two fields that say the same sizes are told apart by a model in which they differ, if there can be one.
+        with suppress(BadInputError):
+            (more,) = outlines(config, 1, layout, {**fields, field: value})
+            pairs.insert(1, watched(more, f"size 1 with {field} = {value}"))
+            learned = found()
+    return learned
 
 
 def _data(found: Learned, book: Path) -> dict[str, object]:

@@ -29,6 +29,8 @@ class Choice:
     """What speaks for it."""
     differs: str = ""
     """What becomes different with it."""
+    option: str = "--from"
+    """The command's option that takes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Finding:
             text += f" [rule {self.rule}]"
         for choice in self.choices:
             differs = f": {choice.differs}" if choice.differs else ""
-            text += f"; --from {choice.source} ({choice.why}{differs})"
+            text += f"; {choice.option} {choice.source} ({choice.why}{differs})"
         return f"{text}. Fix: {self.fix}" if self.fix else text
 
     def to_dict(self) -> dict[str, Any]:

@@ -461,6 +461,13 @@ class Code(Enum):
         "accept a book without them with `--partial` (`partial=True`), and write the rest by hand",
         "the message has the reason: values that change, or an order that no equation says",
     )
+    WHICH_READING = (
+        "which-reading",
+        Part.LEARN,
+        "two readings of what a converter did fit alike",
+        "say which with `--choose`, or give one more pair in which they differ",
+        "tensors are equal to others and no name tells them apart, or two fields of the config have the same sizes",
+    )
     NOT_VERIFIED = (
         "not-verified",
         Part.LEARN,

@@ -21,6 +21,7 @@ from regraft.equation.notation import (
     parse_equation,
 )
 from regraft.equation.sizes import undetermined
+from regraft.learning.choosing import Doubt
 from regraft.learning.loops import Looped
 
 Config = Mapping[str, Any]
@@ -50,10 +51,65 @@ class Clauses:
 
     where: tuple[str, ...]
     notes: tuple[str, ...]
+    doubts: tuple[Doubt, ...] = ()
 
 
-def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
-    """Clauses with which the equation can be read in both directions; ``None`` where members need different ones."""
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A clause for an axis."""
+
+    rank: int
+    """How good it is; less is better."""
+    clause: str
+    note: str = ""
+    alike: tuple[str, ...] = ()
+    """Fields that say the size as well, the clause's first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Favour:
+    """What makes one field better than another that says the same size."""
+
+    words: frozenset[str]
+    """Those of the names in the equation."""
+    chosen: frozenset[str]
+    """Fields that were chosen."""
+
+    def rank(self, field: str) -> int:
+        """The place among the fields that are known for sizes; less is better."""
+        if field in self.chosen:
+            return -1
+        name = field.rpartition(".")[2]
+        return _HINTS.index(name) if name in _HINTS else len(_HINTS)
+
+    def distance(self, field: str) -> int:
+        """0 for a field of the part of the model that names speak of, 1 for the model's own, 2 for another part's."""
+        if field in self.chosen:
+            return 0
+        *parts, _ = field.removeprefix("config.").split(".")
+        if not parts:
+            return 1
+        part = parts[0].removesuffix("_config")
+        return 0 if self.words & {part, *_PARTS.get(part, ())} else 2
+
+    def order(self, field: str) -> tuple[int, int, int, str]:
+        """Less for what is better."""
+        return self.distance(field), self.rank(field), field.count("."), field
+
+    def alike(self, fields: Sequence[str]) -> tuple[str, ...]:
+        """Those of sorted fields that only the alphabet tells from the first."""
+        first = self.order(fields[0])[:3]
+        found = tuple(field for field in fields if self.order(field)[:3] == first)
+        return found if len(found) > 1 and fields[0] not in self.chosen else ()
+
+
+def clauses_of(
+    looped: Looped, seen: Sequence[Seen], chosen: frozenset[str] = frozenset()
+) -> Clauses | None:
+    """Clauses with which the equation can be read in both directions; ``None`` where members need different ones.
+
+    ``chosen`` are fields of the config that come before others.
+    """
     first = looped.members[0]
     where = [f"{tag} = 1" for tag in first.tags]
     where += [f"copies {axis}" for axis in first.copies]
@@ -61,7 +117,8 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
     notes: list[str] = []
     done = set(first.tags)
     lonely = {*first.copies, *(axis for axis, _ in first.fills)}
-    words = frozenset(re.findall("[a-z]+", looped.sides))
+    favour = _Favour(frozenset(re.findall("[a-z]+", looped.sides)), chosen)
+    doubts: list[Doubt] = []
     beside = _beside(parse_equation(looped.sides))
     while True:
         text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
@@ -73,20 +130,22 @@ def clauses_of(looped: Looped, seen: Sequence[Seen]) -> Clauses | None:
             if name not in done
         ]
         if not loose:
-            counts = _counts(equation, done, lonely, seen, words)
-            return Clauses((*where, *counts), tuple(notes))
+            counts = _counts(equation, done, lonely, seen, favour)
+            return Clauses((*where, *counts), tuple(notes), tuple(doubts))
         options = [
             (axis, found)
             for axis in dict.fromkeys(loose)
-            if (found := _clause(axis, loose, lonely, seen, words, beside.get(axis, ())))
+            if (found := _clause(axis, loose, lonely, seen, favour, beside.get(axis, ())))
         ]
         if not options:
             return None
-        axis, (_, clause, note) = min(options, key=lambda o: o[1][0])
-        where.append(clause)
+        axis, best = min(options, key=lambda o: o[1].rank)
+        where.append(best.clause)
         done.add(axis)
-        if note:
-            notes.append(note)
+        if best.note:
+            notes.append(best.note)
+        if best.alike:
+            doubts.append(Doubt(axis, looped.sides, best.alike))
 
 
 def _counts(
@@ -94,7 +153,7 @@ def _counts(
     done: set[str],
     lonely: set[str],
     seen: Sequence[Seen],
-    words: frozenset[str],
+    favour: _Favour,
 ) -> Iterator[str]:
     """How many tensors are stacked, where a field of the config says it: otherwise the last may be missing."""
     loops = {*loops_of(equation), *indices_of(equation)}
@@ -107,7 +166,7 @@ def _counts(
     }
     for axis in sorted(keyed - loops - done - lonely):
         fields = _fields(axis, seen) if len(seen) > 1 else []
-        fields.sort(key=lambda field: ("expert" not in field, _preference(field, words)))
+        fields.sort(key=lambda field: ("expert" not in field, favour.order(field)))
         if fields:
             yield f"{axis} = {fields[0]}"
 
@@ -132,25 +191,30 @@ def _clause(
     loose: Sequence[str],
     lonely: set[str],
     seen: Sequence[Seen],
-    words: frozenset[str],
+    favour: _Favour,
     beside: Sequence[str],
-) -> tuple[int, str, str] | None:
-    """How good a clause for an axis is (less is better), the clause, and what is not sure."""
+) -> _Option | None:
+    """The best clause for an axis, and what is not sure."""
     tables = [table for each in seen for table in each.sizes]
     for other in beside if axis not in lonely else ():
         # Pieces of one sum that are alike wherever they were seen are so by themselves.
         if other in loose and all(t.get(axis) == t.get(other) for t in tables):
-            return -1, f"{axis} = {other}", ""
-    fields = sorted(_fields(axis, seen), key=lambda field: _preference(field, words))
+            return _Option(-1, f"{axis} = {other}")
+    fields = sorted(_fields(axis, seen), key=favour.order)
     wanted = _wanted(axis, seen)
     fixed = len(seen) > 1 and wanted is not None and len(set(wanted)) == 1
-    if fixed and wanted is not None and (not fields or _rank(fields[0]) == len(_HINTS)):
+    if fixed and wanted is not None and (not fields or favour.rank(fields[0]) == len(_HINTS)):
         # The same at every size: a number, unless it is what a well-known field says.
-        return 2, f"{axis} = {wanted[0]}", ""
-    own = [field for field in fields if _distance(field, words) < 2]
+        return _Option(2, f"{axis} = {wanted[0]}")
+    own = [field for field in fields if favour.distance(field) < 2]
     if own:
-        rank = 0 if _rank(own[0]) < len(_HINTS) else 1
-        return rank, f"{axis} = {own[0]}", ""
+        rank = 0 if favour.rank(own[0]) < len(_HINTS) else 1
+        note = ""
+        if fixed and wanted is not None:
+            note = f"{axis} = {own[0]} was {wanted[0]} at every size: it may be that number"
+        elif len(seen) == 1 and wanted is not None:
+            note = f"{axis} = {own[0]} was seen at one size only: it may be the number {wanted[0]}"
+        return _Option(rank, f"{axis} = {own[0]}", note, favour.alike(own))
     names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
     if axis in lonely:
         names = []  # copies and padding are as many as they are, not as many as something else
@@ -160,24 +224,24 @@ def _clause(
             continue
         (ratio,) = ratios
         if ratio == 1 and (other in loose):
-            return 2, f"{axis} = {other}", ""
+            return _Option(2, f"{axis} = {other}")
     if fields:
-        return 3, f"{axis} = {fields[0]}", ""
-    composed = next(_composed(axis, seen, words), None)
+        return _Option(3, f"{axis} = {fields[0]}", "", favour.alike(fields))
+    composed = next(_composed(axis, seen, favour), None)
     if composed is not None:
-        return 4, f"{axis} = {composed}", ""
+        return _Option(4, f"{axis} = {composed}")
     for other in names:
         ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
         if len(ratios) == 1 and len(seen) > 1:
             (ratio,) = ratios
             if ratio.denominator == 1 and 1 <= ratio.numerator <= 64:
                 times = other if ratio == 1 else f"{ratio.numerator} {other}"
-                return 5, f"{axis} = {times}", ""
+                return _Option(5, f"{axis} = {times}")
     sizes = {table[axis] for table in tables}
     if len(sizes) == 1:
         (size,) = sizes
         note = "" if len(seen) > 1 else f"{axis} = {size} was seen at one size only"
-        return 6, f"{axis} = {size}", note
+        return _Option(6, f"{axis} = {size}", note)
     return None
 
 
@@ -240,13 +304,13 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
     return found
 
 
-def _composed(axis: str, seen: Sequence[Seen], words: frozenset[str]) -> Iterator[str]:
+def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> Iterator[str]:
     """Products and quotients of two fields, and multiples of one."""
     wanted = _wanted(axis, seen)
     table = _numbers(seen)
     if wanted is None or not table or len(seen) < 2:
         return
-    order = sorted(table, key=lambda path: _preference(f"config.{path}", words))
+    order = sorted(table, key=lambda path: favour.order(f"config.{path}"))
     for path in order:
         for times in (2, 3, 4):
             if [times * v for v in table[path]] == wanted:
@@ -263,11 +327,6 @@ def _composed(axis: str, seen: Sequence[Seen], words: frozenset[str]) -> Iterato
                 return
 
 
-def _rank(field: str) -> int:
-    name = field.rpartition(".")[2]
-    return _HINTS.index(name) if name in _HINTS else len(_HINTS)
-
-
 _PARTS = {
     "text": ("text", "language", "llm", "lm"),
     "vision": ("vision", "visual", "image", "vit"),
@@ -276,16 +335,3 @@ _PARTS = {
     "encoder": ("encoder",),
 }
 """What a part of a model is called in names, by what its config is called."""
-
-
-def _distance(field: str, words: frozenset[str]) -> int:
-    """0 for a field of the part of the model that names speak of, 1 for the model's own, 2 for another part's."""
-    *parts, _ = field.removeprefix("config.").split(".")
-    if not parts:
-        return 1
-    part = parts[0].removesuffix("_config")
-    return 0 if words & {part, *_PARTS.get(part, ())} else 2
-
-
-def _preference(field: str, words: frozenset[str]) -> tuple[int, int, int, str]:
-    return _distance(field, words), _rank(field), field.count("."), field

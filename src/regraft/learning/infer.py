@@ -13,6 +13,7 @@ from regraft.equation.notation import parse_equation
 from regraft.errors import BadInputError
 from regraft.learning.assemble import Drafted, Written, draft
 from regraft.learning.blocks import _marks
+from regraft.learning.choosing import NOTHING_CHOSEN, Chosen
 from regraft.learning.content import Tensor
 from regraft.learning.index_map import (
     UNCLEAR,
@@ -24,7 +25,7 @@ from regraft.learning.index_map import (
     stacks_of,
 )
 from regraft.learning.loops import with_loops
-from regraft.learning.propose import _pairs
+from regraft.learning.propose import Tied, pair_equal
 from regraft.learning.relate import Names, writable
 
 _FEW = 1 << 22
@@ -47,10 +48,12 @@ class Inferred:
     """Names before from which nothing is taken."""
     by_name: int = 0
     """How many tensors are equal to others, so that only their names told which is which."""
+    tied: list[Tied] = field(default_factory=list)
+    """Those whose names do not tell it."""
 
 
-def infer(before: Tensors, after: Tensors) -> Inferred:
-    """Equations that make the tensors after of those before."""
+def infer(before: Tensors, after: Tensors, chosen: Chosen = NOTHING_CHOSEN) -> Inferred:
+    """Equations that make the tensors after of those before; ``chosen`` tells equal tensors apart."""
     result = Inferred()
     mine = {n: t for n, t in before.items() if writable(n)}
     yours = {n: t for n, t in after.items() if writable(n)}
@@ -62,7 +65,7 @@ def infer(before: Tensors, after: Tensors) -> Inferred:
     mine = {n: t for n, t in mine.items() if n not in same}
     yours = {n: t for n, t in yours.items() if n not in same}
     names = Names([*before, *after])
-    _equal(mine, yours, names, result)
+    _equal(mine, yours, names, result, chosen)
     _by_rows(mine, yours, names, result)
     _by_elements(mine, yours, names, result)
     _again(before, after, mine, yours, names, result)
@@ -73,12 +76,16 @@ def infer(before: Tensors, after: Tensors) -> Inferred:
 
 
 def _equal(
-    mine: dict[str, Tensor], yours: dict[str, Tensor], names: Names, result: Inferred
+    mine: dict[str, Tensor],
+    yours: dict[str, Tensor],
+    names: Names,
+    result: Inferred,
+    chosen: Chosen,
 ) -> None:
     """Tensors that only get another name."""
     looks = {t.look for t in yours.values()}
     ours = {n: t for n, t in mine.items() if t.look in looks}
-    pairs, result.by_name = _pairs(ours, yours, names)
+    pairs, result.by_name, result.tied = pair_equal(ours, yours, names, chosen)
     used: set[str] = set()
     for one, other in pairs:
         if mine[one].look != yours[other].look:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,8 +19,9 @@ import msgspec
 import numpy as np
 
 from regraft.equation.notation import Key, parse_equation, parse_key
-from regraft.errors import BadInputError, Finding
+from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
+from regraft.learning.choosing import Chosen, Doubts
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.infer import Inferred, infer
@@ -86,6 +87,17 @@ class Learned:
     """Tensors before from which nothing is taken."""
     verified: tuple[Verified, ...] = ()
     notes: tuple[str, ...] = ()
+    questions: tuple[Finding, ...] = ()
+    """Readings that fit alike, of which one was taken."""
+
+    def differing(self, config: Config) -> Iterator[tuple[str, int]]:
+        """Fields that are in question, each with another value, for a probe that answers."""
+        for question in self.questions:
+            for choice in question.choices[1:]:
+                name = choice.source.removeprefix("config.")
+                value = config.get(name)
+                if choice.source != name and isinstance(value, int):
+                    yield name, 2 * value
 
     @property
     def sound(self) -> bool:
@@ -102,12 +114,14 @@ def learn(
     configs: Sequence[Config | None] = (),
     model_types: Sequence[str] | None = None,
     partial: bool = False,
+    choose: Sequence[str] = (),
 ) -> Book:
     """A rule book that leads from one file to another, learned from both.
 
     ``more`` are pairs of other sizes: from them sizes are named by the config's fields, and the book is verified on
     them. Each file is a checkpoint (a path) or a state dict; ``configs`` are those of the pairs, where they are not
-    beside the files. ``partial`` accepts a book that does not explain everything.
+    beside the files. ``partial`` accepts a book that does not explain everything. ``choose`` answers questions about
+    readings that fit alike: ``AFTER=BEFORE`` for tensors that are equal to others, ``config.FIELD`` for sizes.
 
     >>> import numpy as np
     >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
@@ -115,12 +129,13 @@ def learn(
     >>> str(book.rules[0].equation)
     'k : a b, q : c b == qk : (c + a) b where a = 2'
 
-    Raises ``BadInputError`` where a file cannot be read, or something is not explained.
+    Raises ``BadInputError`` where a file cannot be read, or something is not explained, ``AmbiguousError`` where two
+    readings fit.
     """
     given = [(before, after), *more]
     known = [*configs, *[None] * (len(given) - len(configs))]
     pairs = [Pair.of(a, b, config) for (a, b), config in zip(given, known, strict=True)]
-    found = learn_pairs(pairs, layouts=layouts, name=name, model_types=model_types)
+    found = learn_pairs(pairs, layouts=layouts, name=name, model_types=model_types, choose=choose)
     if not partial:
         require_sound(found)
     return found.book
@@ -129,7 +144,7 @@ def learn(
 def require_sound(found: Learned) -> None:
     """Raise what keeps a book from being whole.
 
-    Raises ``BadInputError``.
+    Raises ``BadInputError``, or ``AmbiguousError`` where all is explained, but not in one way only.
     """
     findings = [
         Finding(
@@ -153,6 +168,8 @@ def require_sound(found: Learned) -> None:
     ]
     if findings:
         raise BadInputError(findings)
+    if found.questions:
+        raise AmbiguousError(found.questions)
 
 
 def _by_reason(odd: Mapping[str, str]) -> dict[str, list[str]]:
@@ -171,6 +188,7 @@ def learn_pairs(
     kind_of: tuple[KindOf, KindOf] | None = None,
     source: str = "regraft learn",
     naming: int = 2,
+    choose: Sequence[str] = (),
 ) -> Learned:
     """A rule book from pairs of files; the first ``naming`` of them name its sizes, all of them verify it.
 
@@ -180,14 +198,20 @@ def learn_pairs(
     ``kind_of`` tells kinds of tensors before and after, where live models say them.
     """
     _check_pairs(pairs)
-    found = [infer(pair.before, pair.after) for pair in pairs[:naming]]
+    chosen = Chosen.of(
+        choose,
+        {name: None for pair in pairs for name in pair.before},
+        {name: None for pair in pairs for name in pair.after},
+    )
+    found = [infer(pair.before, pair.after, chosen) for pair in pairs[:naming]]
     looped = [list(with_loops(each.drafts)) for each in found]
     notes: list[str] = []
+    doubts = Doubts()
     rules: list[tuple[str, Drafted]] = []
     for number, each in enumerate(looped):
         for one in each:
             if number == 0 or not _is_made(one, rules):
-                rules += _with_sizes(one, number, looped, pairs, notes)
+                rules += _with_sizes(one, number, looped, pairs, notes, doubts, chosen)
     kinds = kind_of or (lambda _: None, lambda _: None)
     for inferred, pair in zip(found, pairs, strict=False):
         _value_changes(inferred, pair)
@@ -224,7 +248,8 @@ def learn_pairs(
             loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
         )
         verified.append(Verified(pair.where, number < naming, equal))
-    if naming < len(pairs) and verified[0].equal and not all(each.equal for each in verified):
+    wrong = verified[0].equal and not all(each.equal for each in verified)
+    if naming < len(pairs) and (wrong or doubts.sizes):
         return learn_pairs(
             pairs,
             layouts=layouts,
@@ -233,6 +258,7 @@ def learn_pairs(
             kind_of=kind_of,
             source=source,
             naming=len(pairs),
+            choose=choose,
         )
     seen = [(each.learned_from, each.equal) for each in verified]
     text = write_book(book, comment(seen, counts, first, notes, kind_of is not None))
@@ -244,6 +270,7 @@ def learn_pairs(
         tuple(first.unused),
         tuple(verified),
         tuple(dict.fromkeys(notes)),
+        tuple(doubts.findings([(t.target, t.sources) for t in first.tied], pairs[0].where)),
     )
 
 
@@ -333,6 +360,8 @@ def _with_sizes(
     looped: Sequence[Sequence[Looped]],
     pairs: Sequence[Pair],
     notes: list[str],
+    doubts: Doubts,
+    chosen: Chosen,
 ) -> list[tuple[str, Drafted]]:
     """The equation with clauses; by itself for each of its members where their sizes differ.
 
@@ -343,8 +372,8 @@ def _with_sizes(
         same = [each for each in others if each.sides == one.sides and number != base]
         if same:
             seen.append(_seen(same[0], pairs[number]))
-    found: Clauses | None = clauses_of(one, seen) or (
-        clauses_of(one, seen[:1]) if len(seen) > 1 else None
+    found: Clauses | None = clauses_of(one, seen, chosen.fields) or (
+        clauses_of(one, seen[:1], chosen.fields) if len(seen) > 1 else None
     )
     if found is None:
         if len(one.members) == 1:
@@ -359,9 +388,10 @@ def _with_sizes(
             rule
             for part in parts.values()
             for again in with_loops(part)
-            for rule in _with_sizes(again, base, looped, pairs, notes)
+            for rule in _with_sizes(again, base, looped, pairs, notes, doubts, chosen)
         ]
     notes += found.notes
+    doubts.sizes += found.doubts if len(seen) > 1 else ()
     where = f"\nwhere {', '.join(found.where)}" if found.where else ""
     return [(one.sides + where + "\n", one.members[0])]
 

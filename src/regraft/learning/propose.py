@@ -7,9 +7,10 @@ loaded and carried out, and what it makes is compared with the file that is ther
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from importlib.resources.abc import Traversable
 from itertools import chain
@@ -22,6 +23,7 @@ from regraft.equation.notation import parse_equation
 from regraft.errors import RegraftError
 from regraft.layouts.graph import Edge
 from regraft.learning.blocks import Finder, natural
+from regraft.learning.choosing import NOTHING_CHOSEN, Chosen
 from regraft.learning.content import Bits, Tensor, digest
 from regraft.learning.relate import (
     Names,
@@ -144,7 +146,7 @@ def _of(relation: Relation, left: bool) -> tuple[str, ...]:
 def relate(left: Tensors, right: Tensors) -> tuple[list[Relation], int]:
     """Which tensors of one file are made of which of the other, and how many only their names told apart."""
     names = Names([*left, *right])
-    pairs, ambiguous = _pairs(left, right, names)
+    pairs, ambiguous, _ = pair_equal(left, right, names)
     relations = []
     for one, other in pairs:
         relation = pair(left[one], right[other], names)
@@ -166,8 +168,24 @@ def relate(left: Tensors, right: Tensors) -> tuple[list[Relation], int]:
     return relations, ambiguous
 
 
-def _pairs(left: Tensors, right: Tensors, names: Names) -> tuple[list[tuple[str, str]], int]:
-    """Tensors with the same elements, whatever their order of dims; names decide between equal ones."""
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A tensor after that is equal to several before, and names do not tell to which it belongs."""
+
+    target: str
+    sources: tuple[str, ...]
+    """The one that was taken first."""
+
+
+def pair_equal(
+    left: Tensors, right: Tensors, names: Names, chosen: Chosen = NOTHING_CHOSEN
+) -> tuple[list[tuple[str, str]], int, list[Tied]]:
+    """Tensors with the same elements, whatever their order of dims.
+
+    Names decide between equal ones, and what was chosen before them. The second result counts those, the third has
+    them whose names say nothing.
+    """
+    tied: list[Tied] = []
     pairs: list[tuple[str, str]] = []
     taken: set[str] = set()
     ambiguous = 0
@@ -179,20 +197,24 @@ def _pairs(left: Tensors, right: Tensors, names: Names) -> tuple[list[tuple[str,
                 if side + name not in taken:
                     table[look(tensor)].append(name)
         single = [(ours[k][0], theirs[k][0]) for k in ours if len(ours[k]) == len(theirs[k]) == 1]
-        known = {(names[a][0], names[b][0]) for a, b in chain(pairs, single)}
-        moves: dict[object, set[object]] = defaultdict(set)
+        scores = _Scores(
+            names,
+            {(names[a][0], names[b][0]) for a, b in chain(pairs, single)},
+            {(names[a][0], names[b][0]) for a, b in chosen.tensors if a in left and b in right},
+            chosen.tensors,
+        )
         for a, b in chain(pairs, single):
-            moves[names[a][1]].add(names[b][1])
+            scores.moves[names[a][1]].add(names[b][1])
         found = list(single)
         for key, mine in ours.items():
             yours = theirs.get(key, [])
             if not yours or len(mine) == len(yours) == 1:
                 continue
             ambiguous += len(mine)
-            found += _closest(mine, yours, known, names, moves)
+            found += _closest(mine, yours, scores, tied)
         pairs += found
         taken |= {"l" + a for a, _ in found} | {"r" + b for _, b in found}
-    return pairs, ambiguous
+    return pairs, ambiguous, tied
 
 
 def _as_it_is(tensor: Tensor) -> object:
@@ -214,28 +236,77 @@ def _in_any_order(tensor: Tensor) -> object:
     return tensor.dtype, flat.size, plain % 2**64, mixed % 2**64
 
 
+@dataclass(slots=True)
+class _Scores:
+    """How much two names are alike; templates and numbers that go together elsewhere count more than words."""
+
+    names: Names
+    known: set[tuple[str, str]]
+    """Templates that go together elsewhere."""
+    wanted: set[tuple[str, str]]
+    """Templates of what was chosen."""
+    exact: frozenset[tuple[str, str]]
+    """Names that were chosen."""
+    moves: dict[object, set[object]] = field(default_factory=lambda: defaultdict(set))
+    words: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+
+    def told(self, a: str, b: str) -> float:
+        """What speaks for a pair: that it was chosen, numbers and templates, and words in common."""
+        (one, numbers), (other, others) = self.names[a], self.names[b]
+        pair = one, other
+        if pair not in self.words:
+            ratio = SequenceMatcher(None, one, other, autojunk=False).ratio()
+            both = [set(_WORD.findall(name)) for name in pair]
+            self.words[pair] = len(both[0] & both[1]) / max(1, len(both[0] | both[1])), ratio
+        together = others in self.moves[numbers] if numbers in self.moves else numbers == others
+        chosen = 2 * _CHOSEN * ((a, b) in self.exact) + _CHOSEN * (pair in self.wanted)
+        return chosen + 4.0 * (pair in self.known) + 2.0 * together + self.words[pair][0]
+
+    def of(self, a: str, b: str) -> float:
+        """The same, and how alike the letters are, which tells nothing for sure."""
+        told = self.told(a, b)
+        return told + self.words[self.names[a][0], self.names[b][0]][1]
+
+
+_CHOSEN = 8.0
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+
+
 def _closest(
-    mine: Sequence[str],
-    yours: Sequence[str],
-    known: set[tuple[str, str]],
-    names: Names,
-    moves: Mapping[object, set[object]],
+    mine: Sequence[str], yours: Sequence[str], scores: _Scores, tied: list[Tied]
 ) -> Iterator[tuple[str, str]]:
-    """Pairs of names that are most alike; templates and numbers that go together elsewhere come first."""
-    scored = []
-    for a in mine:
-        for b in yours:
-            (one, numbers), (other, others) = names[a], names[b]
-            words = SequenceMatcher(None, one, other, autojunk=False).ratio()
-            together = others in moves[numbers] if numbers in moves else numbers == others
-            score = 2.0 * ((one, other) in known) + together + words
-            scored.append((score, a, b))
-    scored.sort(key=lambda each: (-each[0], natural(each[1]), natural(each[2])))
-    seen: set[str] = set()
-    for _, a, b in scored:
-        if "l" + a not in seen and "r" + b not in seen:
-            seen |= {"l" + a, "r" + b}
-            yield a, b
+    """Pairs of names that are most alike; where others are as good, that is noted."""
+    table = {(a, b): scores.of(a, b) for a in mine for b in yours}
+    told = {(a, b): scores.told(a, b) for a in mine for b in yours}
+    order = sorted(table, key=lambda pair: (-table[pair], natural(pair[0]), natural(pair[1])))
+    partner: dict[str, str] = {}
+    taken: set[str] = set()
+    for a, b in order:
+        if b not in partner and a not in taken:
+            partner[b] = a
+            taken.add(a)
+    back = {a: b for b, a in partner.items()}
+    for b, a in partner.items():
+        others = [o for o in mine if o != a and not _decided(told, a, b, o, back.get(o))]
+        if others:
+            tied.append(Tied(b, (a, *others)))
+        yield a, b
+
+
+def _decided(
+    told: Mapping[tuple[str, str], float], a: str, b: str, other: str, its: str | None
+) -> bool:
+    """Whether names tell that ``a`` is ``b``, and not ``other``, which would be ``its`` where it is anything.
+
+    Both must speak for it: a post_attention_layernorm is no attention_norm only because that is left over.
+    """
+    if its is None:
+        return told[a, b] > told[other, b]
+    right = told[a, b], told[other, its]
+    wrong = told[other, b], told[a, its]
+    if max(right) >= _CHOSEN > max(wrong):
+        return True
+    return right[0] > wrong[0] and right[1] > wrong[1]
 
 
 def _write(
@@ -407,4 +478,4 @@ def _equal(tensor: Tensor | None, bits: Bits) -> bool:
     return tensor.bits.shape == bits.shape and digest(bits) == tensor.digest
 
 
-__all__ = ["Proposal", "check", "compare", "plan_names", "propose", "relate"]
+__all__ = ["Proposal", "Tied", "check", "compare", "pair_equal", "plan_names", "propose", "relate"]

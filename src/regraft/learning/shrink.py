@@ -54,6 +54,7 @@ def shrink(
     {'hidden_size': 48, 'num_attention_heads': 6, 'rms_norm_eps': 1e-06}
     """
     small: dict[str, Any] = {}
+    others = _others(config)
     layers = _layers(config, size)
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -61,11 +62,32 @@ def shrink(
         elif isinstance(value, list) and name.endswith("layer_types") and layers is not None:
             small[name] = _some(value, layers)
         elif isinstance(value, int) and not isinstance(value, bool):
-            small[name] = _size(name, value, size, config)
+            small[name] = _size(name, value, size, config) * others.get(name, 1)
         else:
             small[name] = value
     small.update(fixed or {})
     return small
+
+
+_FREE = re.compile(
+    r"\w*(intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|feedforward|mlp_dim|lora_rank|vocab_size)\w*"
+)
+"""Sizes that nothing else has to divide."""
+
+
+def _others(config: Mapping[str, Any]) -> dict[str, int]:
+    """By what the small sizes of fields are multiplied that would be alike although the model's differ."""
+    seen: dict[object, list[int]] = {}
+    times: dict[str, int] = {}
+    for name, value in config.items():
+        if not _FREE.fullmatch(name) or not isinstance(value, int) or isinstance(value, bool):
+            continue
+        rule = next((number for number, (p, _) in enumerate(_RULES) if p.fullmatch(name)), None)
+        known = seen.setdefault(rule, [])
+        if value > 1 and value not in known:
+            known.append(value)
+        times[name] = known.index(value) + 1 if value in known else 1
+    return times
 
 
 def _layers(config: Mapping[str, Any], size: int) -> int | None:

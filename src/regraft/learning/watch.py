@@ -35,13 +35,14 @@ def learn_from(
     configs: Sequence[Config | None] = (),
     model_types: Sequence[str] | None = None,
     partial: bool = False,
+    choose: Sequence[str] = (),
     torch: bool | None = None,
 ) -> Book:
     """A rule book learned by calling a converter with labelled tensors.
 
     ``headers`` are names and shapes (or tensors, of which only the shapes count), one mapping or one for each of
     several sizes; ``convert`` gets and returns a state dict, of torch's tensors where torch is installed, unless
-    ``torch`` is false. Configs that belong to the sizes name them.
+    ``torch`` is false. Configs that belong to the sizes name them; ``choose`` is that of `learn`.
 
     >>> def convert(state):
     ...     return {"both": np.concatenate([state["a"], state["b"]])}
@@ -50,7 +51,8 @@ def learn_from(
     >>> str(book.rules[0].equation)
     'a : a b, b : c b == both : (a + c) b where a = 2 * c'
 
-    Raises ``BadInputError`` where the converter fails, or something is not explained.
+    Raises ``BadInputError`` where the converter fails, or something is not explained, ``AmbiguousError`` where two
+    readings fit.
     """
     found = watch(
         convert,
@@ -59,6 +61,7 @@ def learn_from(
         name=name,
         configs=configs,
         model_types=model_types,
+        choose=choose,
         torch=torch,
     )
     if not partial:
@@ -74,6 +77,7 @@ def watch(
     name: str = "learned",
     configs: Sequence[Config | None] = (),
     model_types: Sequence[str] | None = None,
+    choose: Sequence[str] = (),
     torch: bool | None = None,
     kind_of: tuple[KindOf, KindOf] | None = None,
     source: str = "regraft.learn_from",
@@ -93,6 +97,7 @@ def watch(
         model_types=model_types,
         kind_of=kind_of,
         source=source,
+        choose=choose,
     )
 
 
