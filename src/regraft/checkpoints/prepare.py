@@ -42,6 +42,7 @@ from regraft.checkpoints.ties import (
     leave_out,
     nothing_to_untie,
     refuse,
+    refuse_rest,
     unequal_ties,
     without_ties,
 )
@@ -101,6 +102,7 @@ def prepare(
     aside = find_aside(source, drop, keep)
     dropped = set(aside.dropped)
     halves = [tie for tie in ties if len(dropped & {tie.kept, tie.other}) == 1]
+    refuse_rest(source, ties, aside.dropped)
     source, said = leave_out(source, halves, aside.dropped)
     halved = {name for tie in halves for name in (tie.kept, tie.other)}
     source = drop_rows(source, dropped - halved)
@@ -120,9 +122,16 @@ def prepare(
         plan = aside.beside(plan, headers)
     if untie and not left:
         raise BadInputError(nothing_to_untie(source))
-    if left and not untie and plan is not None:
-        refuse(source.where, left)
-    said += [f"untied: {t.other} and {t.kept} are both kept, with their own values" for t in left]
+    if plan is not None and (
+        asked := [t for t in left if not untie or (to == V4 and not t.is_head)]
+    ):
+        refuse(source.where, asked)
+    said += [
+        f"untied: {t.other} and {t.kept} are both kept, with their own values"
+        if untie
+        else f"{t.other} is tied to {t.kept}, and the two have other values; both stay as they are"
+        for t in left
+    ]
     untied: list[str] = []
     if plan is None:
         moves = identity(tensors)

@@ -22,16 +22,17 @@ from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.source import Source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
-from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig, TiedNames
 from regraft.rules.book import books_for
 
 FIELD = "tie_word_embeddings"
 _TEXT = ("decoder", "generator", "text_config")
 """What ``get_text_config(decoder=True)`` takes for the text model's part, in this order."""
-_TIED_TYPES = frozenset({"ernie4_5_moe", "jetmoe"})
+_TIED_TYPES = frozenset({"ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "jetmoe", "smollm3"})
 """The model types that a book of the library knows and that are tied where the config does not say it."""
-_OUTPUTS = ("lm_head", "embed_out", "output_projection", "decoder")
-_INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+_OUTPUTS = frozenset({"lm_head", "embed_out", "output_projection", "decoder"})
+_INPUTS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
+_SHARED = "shared"
 _BUFFER = 4 << 20
 
 
@@ -40,59 +41,78 @@ class Tie:
     """Two tensors that are one in the model, and have other values; names of the source."""
 
     kept: str
-    """The input embeddings, whose values transformers 4 takes for both."""
+    """The one that the other follows: of embeddings the input's, whose values transformers 4 takes for both."""
     other: str
+    is_head: bool
+    """Whether the other is the output embeddings, which only the config ties in transformers 4."""
 
 
 def unequal_ties(source: Source, model: ModelConfig | None, foreign: Foreign | None) -> list[Tie]:
     """The tied weights of a checkpoint that have other values.
 
-    Only tensors with a row for each token are read, and only where nothing says that they are not tied; two that
-    differ are told by their first bytes. ``foreign`` is asked which are tied, where names do not tell it: of models
-    that the library does not know.
+    None where the config says that nothing is tied. ``foreign`` is asked for the ties of the model's class, whatever
+    they are; of models that the library knows, only the embeddings are ever tied, and names tell them. Two that
+    differ are told by their first bytes.
     """
     if model is None or _says_tied(model.data) is False:
         return []
-    unequal = [
-        (first, other)
-        for alike in _candidates(source, model)
-        for first in alike[:1]
-        for other in alike[1:]
-        if not same_values(source, first, other)
-    ]
-    if not unequal:
-        return []
-    names = source.tensors.names
-    rows = sorted({row for pair in unequal for row in pair})
-    keys = [names[row] for row in rows]
-    groups = None
+    groups: list[TiedNames] | None = None
     if foreign is not None and not covers(books_for(model.model_types()), model):
-        groups = foreign.tied(model, keys, model.architectures())
+        groups = foreign.tied(model, source.tensors.names, model.architectures())
     if groups is None:
-        groups = _tied_by_names(model, keys)
-    at = dict(zip(keys, rows, strict=True))
+        groups = _tied_by_names(source, model)
+    at = {name: row for row, name in enumerate(source.tensors.names)} if groups else {}
+    shapes = source.tensors.shapes
     return [
-        Tie(kept, other)
-        for kept, *others in groups
+        Tie(kept, other, other in group.heads)
+        for group in groups
+        for kept, *others in [group.names]
         for other in others
-        if not same_values(source, at[kept], at[other])
+        # A loader refuses other shapes by itself.
+        if shapes[at[kept]] == shapes[at[other]] and not same_values(source, at[kept], at[other])
     ]
 
 
 def refuse(where: str, ties: Sequence[Tie]) -> None:
     """Raises ``BadInputError`` for tied weights with other values, of which nobody said what is meant."""
-    raise BadInputError(
-        Finding(
-            "two-values",
-            f"config.json ties it to {tie.kept}, and the two have other values: transformers 4 takes {tie.kept} for "
-            "both, transformers 5 keeps both",
-            where=where,
-            key=tie.other,
-            fix=f"say --untie to keep both and write {FIELD}: false, or leave one out: --drop {tie.other} (as "
-            f"transformers 4 does) or --drop {tie.kept}",
-        )
-        for tie in ties
+    raise BadInputError(_two_values(where, tie) for tie in ties)
+
+
+def _two_values(where: str, tie: Tie) -> Finding:
+    old = (
+        f"takes {tie.kept} for both"
+        if tie.is_head
+        else "may have one tensor for both, with the values that it reads last"
     )
+    return Finding(
+        "two-values",
+        f"the model's class and config.json tie it to {tie.kept}, and the two have other values: transformers 4 {old}, "
+        "transformers 5 keeps both",
+        where=where,
+        key=tie.other,
+        fix=f"say --untie to keep both and write {FIELD}: false, or leave one out: --drop {tie.other} (as "
+        f"transformers 4 does) or --drop {tie.kept}"
+        if tie.is_head
+        else f"leave one out: --drop {tie.other} or --drop {tie.kept}; or, for transformers 5 alone, say --untie to "
+        f"keep both and write {FIELD}: false",
+    )
+
+
+def refuse_rest(source: Source, ties: Sequence[Tie], drop: Sequence[str]) -> None:
+    """Raises ``BadInputError`` where what stays, when a tensor is left out that others follow, still has two values."""
+    at = {name: row for row, name in enumerate(source.tensors.names)} if ties else {}
+    left: dict[str, list[Tie]] = {}
+    for tie in ties:
+        if tie.kept in drop and tie.other not in drop:
+            left.setdefault(tie.kept, []).append(tie)
+    findings = [
+        _two_values(source.where, replace(tie, kept=first.other))
+        for first, *others in left.values()
+        for tie in others
+        if not same_values(source, at[first.other], at[tie.other])
+    ]
+    if findings:
+        raise BadInputError(findings)
 
 
 def leave_out(source: Source, ties: Sequence[Tie], drop: Sequence[str]) -> tuple[Source, list[str]]:
@@ -168,36 +188,41 @@ def _says_tied(config: Mapping[str, Any]) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _candidates(source: Source, model: ModelConfig) -> list[list[int]]:
-    """Tensors of one shape that have a row, or a number, for each token: those that may be tied."""
-    names, shapes = source.tensors.names, source.tensors.shapes
+def _tied_by_names(source: Source, model: ModelConfig) -> list[TiedNames]:
+    """The embeddings by their names, where the model ties them: where no class can be asked.
+
+    The output's follow the input's; where a model has one for several inputs, these follow it, too.
+    """
+    if _says_tied(model.data) is None and not _TIED_TYPES & set(model.model_types()):
+        return []
+    tensors = source.tensors
     sizes = {part.get("vocab_size") for _, part in model.parts()}
     # Vocabularies are resized without the config.
     sizes |= {
-        s[0] for n, s in zip(names, shapes, strict=True) if n.endswith("lm_head.weight") and s
+        shape[0]
+        for name, shape in zip(tensors.names, tensors.shapes, strict=True)
+        if shape and name.endswith("lm_head.weight")
     }
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for row, shape in enumerate(shapes):
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, shape in zip(tensors.names, tensors.shapes, strict=True):
         if shape and shape[0] in sizes:
-            alike.setdefault(tuple(shape), []).append(row)
-    return [sorted(rows, key=lambda r: _is_output(names[r])) for rows in alike.values() if rows[1:]]
+            alike.setdefault(tuple(shape), []).append(name)
+    return [tied for names in alike.values() if (tied := _by_roles(names)) is not None]
 
 
-def _is_output(name: str) -> bool:
-    return _leaf(name) in _OUTPUTS
+def _by_roles(names: Sequence[str]) -> TiedNames | None:
+    """Those of some names of one shape that are embeddings, and tied."""
+    shared = [name for name in names if _leaf(name) == _SHARED]
+    inputs = sorted((n for n in names if _leaf(n) in _INPUTS), key=lambda n: n.count("."))
+    outputs = [name for name in names if _leaf(name) in _OUTPUTS]
+    found = [*shared, *inputs] if shared else inputs[:1]
+    if not found or len(found) + len(outputs) < 2:
+        return None
+    return TiedNames((*found, *outputs), frozenset(outputs))
 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
-
-
-def _tied_by_names(model: ModelConfig, keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """The input and the output embeddings by their names, where the model ties them."""
-    if _says_tied(model.data) is None and not _TIED_TYPES & set(model.model_types()):
-        return []
-    inputs = [key for key in keys if _leaf(key) in _INPUTS]
-    outputs = [key for key in keys if _is_output(key)]
-    return [(inputs[0], *outputs)] if inputs and outputs else []
 
 
 def nothing_to_untie(source: Source) -> Finding:

@@ -224,6 +224,16 @@ class Told:
     """The class that the model was taken for."""
 
 
+@dataclass(frozen=True, slots=True)
+class TiedNames:
+    """Names of a file that are one tensor in the model."""
+
+    names: tuple[str, ...]
+    """The one that the others follow first."""
+    heads: frozenset[str] = frozenset()
+    """Those of them that are output embeddings: in transformers 4, only the config ties them."""
+
+
 class Foreign(Protocol):
     """Something outside that knows how a model's layout changed: the installed transformers."""
 
@@ -247,8 +257,8 @@ class Foreign(Protocol):
 
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
-    ) -> list[tuple[str, ...]] | None:
-        """Which of some names are one tensor in the model, the one that the others follow first.
+    ) -> list[TiedNames] | None:
+        """Which of a file's names are one tensor in the model, by its class and its config.
 
         ``None`` where it does not know the model.
         """

@@ -31,7 +31,7 @@ from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_ada
 from regraft.errors import AmbiguousError, Finding
 from regraft.layouts.names import DEFAULT, Layout
 from regraft.names.live import skeleton_of
-from regraft.planning.model import ModelConfig, Told
+from regraft.planning.model import ModelConfig, TiedNames, Told
 from regraft.report import AdapterReport
 from regraft.storage.dtypes import DTYPES
 
@@ -161,7 +161,7 @@ class LiveTransformers:
 
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
-    ) -> list[tuple[str, ...]] | None:
+    ) -> list[TiedNames] | None:
         """A live model's tied tensors are one; nobody asks."""
         return None
 

@@ -11,13 +11,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from regraft.bridges.helper import Helper, HelperEndedError
+from regraft.bridges.transformers.symbolic import put
 from regraft.checkpoints.config import V5, convert_config
-from regraft.checkpoints.ties import FIELD
 from regraft.errors import AmbiguousError, BadInputError, Finding
-from regraft.planning.model import ModelConfig, Told
+from regraft.planning.model import ModelConfig, TiedNames, Told
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.choosing import Guessed
+    from regraft.bridges.transformers.imported import Imported
+    from regraft.bridges.transformers.tying import Ties
 
 
 class InstalledTransformers:
@@ -53,12 +55,12 @@ class InstalledTransformers:
 
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
-    ) -> list[tuple[str, ...]] | None:
-        """Which of some names are one tensor in the model; see `planning.model.Foreign`.
+    ) -> list[TiedNames] | None:
+        """Which of a file's names are one tensor in the model; see `planning.model.Foreign`.
 
         Raises ``BadInputError`` where the model cannot be built from its config.
         """
-        found: list[tuple[str, ...]] | None = _ask(
+        found: list[TiedNames] | None = _ask(
             _Question(model, list(keys), {}, list(classes), False, about_ties=True)
         )
         return found
@@ -94,6 +96,8 @@ class _Question:
 @dataclass(slots=True)
 class _InProcess:
     _made: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _ties: dict[tuple[str, str], Ties] = field(default_factory=dict)
+    """Of what was made, which of its tensors are one."""
 
     def answer(self, question: _Question) -> Told | None:
         """What transformers says, in this process."""
@@ -116,31 +120,26 @@ class _InProcess:
         notes = [newer_than_tested(), guessed.note(question.model) if guessed is not None else None]
         return Told(book, told, tuple(note for note in notes if note), imported.name)
 
-    def tied(self, question: _Question) -> list[tuple[str, ...]] | None:
-        """Which of some names are tied, by the text model's config as transformers 4 reads it."""
-        from regraft.bridges.transformers.building import build, model_class
-
+    def tied(self, question: _Question) -> list[TiedNames] | None:
+        """Which of a file's names are tied, by the text model's config as transformers 4 reads it."""
         config = self._config(question.model)
         chosen = None
         with suppress(AmbiguousError):
             chosen = self.choose(question, config) if config is not None else None
         if chosen is None:
             return None
-        text = config.get_text_config(decoder=True)
-        if not getattr(text, FIELD, False):
-            return []
         imported = chosen[0]
-        for part in (config, text):
-            setattr(part, FIELD, True)
-        built = build(model_class(imported.name), config)
-        twins = built.get_expanded_tied_weights_keys(all_submodels=True)
+        ties = self._ties[_made_from(question.model, imported.name)]
         groups: dict[str, list[str]] = {}
-        for key, own in zip(question.keys, imported.rename(question.keys), strict=True):
-            if own is not None:
-                first = own not in twins
-                group = groups.setdefault(twins.get(own, own), [])
-                group.insert(0 if first else len(group), key)
-        return [tuple(group) for group in groups.values() if len(group) > 1]
+        heads: set[str] = set()
+        for own, keys in _spelled(imported, question.keys).items():
+            first = ties.owners.get(own, own)
+            group = groups.setdefault(first, [])
+            group[:] = [*keys, *group] if own == first else [*group, *keys]
+            if own in ties.heads:
+                heads.update(keys)
+        found = [tuple(group) for group in groups.values() if len(group) > 1]
+        return [TiedNames(names, frozenset(heads.intersection(names))) for names in found]
 
     def choose(self, question: _Question, config: Any) -> tuple[Any, Guessed | None] | None:
         """The class of a model, and how it was guessed where none of transformers' is named."""
@@ -185,16 +184,37 @@ class _InProcess:
     def _imported(self, model: ModelConfig, config: Any, name: str) -> Any:
         from regraft.bridges.transformers.building import build, model_class
         from regraft.bridges.transformers.imported import import_model
+        from regraft.bridges.transformers.tying import ties_of
         from regraft.names.live import skeleton_of
 
-        made = json.dumps(dict(model.data), sort_keys=True, default=str), name
+        made = _made_from(model, name)
         if made not in self._made:
             try:
                 built = build(model_class(name), config)
             except Exception as error:
                 raise _unusable(model, f"{name} cannot be built from it: {error}") from error
             self._made[made] = import_model(skeleton_of(built))
+            self._ties[made] = ties_of(built, config)
         return self._made[made]
+
+
+def _made_from(model: ModelConfig, name: str) -> tuple[str, str]:
+    """What a model of a class was made from."""
+    return json.dumps(dict(model.data), sort_keys=True, default=str), name
+
+
+def _spelled(imported: Imported, keys: Sequence[str]) -> dict[str, list[str]]:
+    """The file's keys of each tensor of the model; none of a tensor that is put together from several."""
+    found: dict[str, list[str]] = {}
+    joined: set[str] = set()
+    for rows, landed in imported.landings(keys):
+        if landed is not None:
+            for number, row in zip(rows.ids.tolist(), rows.numbers.tolist(), strict=True):
+                own = put(landed.key, row)
+                found.setdefault(own, []).append(keys[number])
+                if landed.hit is not None:
+                    joined.add(own)
+    return {own: old for own, old in found.items() if own not in joined or len(old) == 1}
 
 
 def class_by_names(
@@ -225,7 +245,7 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-def answer(question: _Question) -> Told | list[tuple[str, ...]] | None:
+def answer(question: _Question) -> Told | list[TiedNames] | None:
     """What the installed transformers says, in this process."""
     return _HERE.tied(question) if question.about_ties else _HERE.answer(question)
 
