@@ -1,6 +1,7 @@
 """What holds for every test: no network, one thread, steady property tests."""
 
 import contextlib
+import gc
 import os
 
 # Read when the libraries are imported, so set before anything else.
@@ -19,3 +20,10 @@ with contextlib.suppress(ImportError):
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

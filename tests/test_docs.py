@@ -191,17 +191,22 @@ def codes_in_source():
             for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
                 if arg.arg == "code":
                     codes.add(ast.literal_eval(default))
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":
+        elif isinstance(node, ast.Assign) and last_name(node.targets[0]) == "code":
             codes |= literals(node.value)
     for node in nodes:
         if isinstance(node, ast.Call):
-            place = makers.get(ast.unparse(node.func).rpartition(".")[2])
+            place = makers.get(last_name(node.func))
             if place is not None and len(node.args) > place:
                 codes |= literals(node.args[place])
             for keyword in node.keywords:
                 if keyword.arg == "code":
                     codes |= literals(keyword.value)
     return codes
+
+
+def last_name(node):
+    """`c` of `c` and of `a.b.c`."""
+    return getattr(node, "attr", None) or getattr(node, "id", "")
 
 
 def literals(node):

@@ -120,7 +120,7 @@ def uneven(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=250)
+@settings(max_examples=100)
 @given(cases(equal_scales(3)))
 def test_the_law_holds_exactly_where_scales_are_equal(case):
     made, low, reverse = case
@@ -130,7 +130,7 @@ def test_the_law_holds_exactly_where_scales_are_equal(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(uneven())
 def test_the_law_holds_to_rounding_where_scales_differ(case):
     made, low, reverse = case
@@ -215,7 +215,7 @@ def test_the_fast_path_is_the_general_path_bit_for_bit(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(cases(equal_scales(1)))
 def test_there_and_back_without_a_record_gives_the_same_deltas(case):
     made, low, reverse = case
@@ -233,7 +233,7 @@ def test_there_and_back_without_a_record_gives_the_same_deltas(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.data())
 def test_with_the_record_the_way_back_gives_the_same_bits(data):
     made = data.draw(kind_equations(gathers=True))

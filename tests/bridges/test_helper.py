@@ -1,5 +1,6 @@
 """Helper processes: what they import, what they may do, and how they die."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def helper():
         one.close()
 
 
+@functools.cache
 def imported_by_a_helper():
     """Every top-level module that a helper imports while it answers."""
     code = (

@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-import torch.multiprocessing
 import transformers
+from processes import run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def two_ranks(rank, store, folder):
 
 @pytest.mark.slow
 def test_two_ranks(saved, tmp_path):
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"), str(saved)), nprocs=2)
+    run(two_ranks, str(tmp_path / "store"), str(saved), count=2)
 
 
 def fsdp(folder, device):
@@ -151,7 +151,7 @@ def meshes(rank, store, folder):
 
 @pytest.mark.slow
 def test_meshes_of_two_dims(saved, tmp_path):
-    torch.multiprocessing.spawn(meshes, (str(tmp_path / "store"), str(saved)), nprocs=4)
+    run(meshes, str(tmp_path / "store"), str(saved), count=4)
 
 
 def gathered(folder):

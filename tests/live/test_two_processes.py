@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.multiprocessing
 from holders import Holder, mixtral, vit
+from processes import run
 
 import regraft
 
@@ -47,4 +47,4 @@ def test_a_model_over_two_processes(tmp_path):
         model = make()
         old = regraft.convert_state_dict(model.state_dict(), to="transformers-v4", model=model)
         saved[family] = {k: t.clone() for k, t in model.state_dict().items()}, dict(old)
-    torch.multiprocessing.spawn(check, (str(tmp_path / "store"), saved), nprocs=2)
+    run(check, str(tmp_path / "store"), saved, count=2)
