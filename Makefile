@@ -66,9 +66,9 @@ bench: .venv/.done ## run every benchmark
 		echo; echo "==> $$file"; .venv/bin/python "$$file"; \
 	done
 
-RELEASES = 5.4.0,5.12.0,5.16.0,5.23.0
+RELEASES = 5.4.0,5.12.0,5.16.0,5.20.0,5.23.0,5.24.0
 
-parity: .venv/.done ## compare with transformers, for every class that it converts, in several releases
+parity: .venv/.done ## compare with transformers, for every class that it converts, in several releases; a stopped run goes on
 	@.venv/bin/python scripts/parity.py --releases $(RELEASES) --out docs/parity.md
 
 fuzz: .venv/.done ## change sound inputs at random and look for crashes, hangs and wrong results (SECONDS=600)

@@ -105,7 +105,9 @@ def test_an_unknown_class_around_a_known_one_is_not_taken_for_it(tmp_path):
     base = folder(tmp_path / "base", "ColThing")
     with pytest.raises(AmbiguousError) as caught:
         told(base, WRAPPED, "FEATURE_EXTRACTION")
-    assert "called like" in caught.value.findings[0].message
+    assert f"{BASE} at model, {HEAD} at model" in caught.value.findings[0].message
+    with taken_for(HEAD):
+        assert told(base, WRAPPED).architecture == "ColThing"
 
 
 @pytest.mark.parametrize("architecture", ["Nope", "LlamaModel", "pipeline"])

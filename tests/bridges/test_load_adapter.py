@@ -10,7 +10,7 @@ import pytest
 from making import quick_cases
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft", minversion="0.19")
 
 from golden_models import (  # noqa: E402
@@ -25,10 +25,12 @@ from golden_models import (  # noqa: E402
     tree_of,
     two_adapters,
 )
+from peft.tuners.tuners_utils import set_adapter  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 import regraft  # noqa: E402
+from regraft.bridges.peft.load import active_adapters  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,7 +77,7 @@ def test_the_model_itself_is_adapted_in_a_holder(name):
     holder = nn.Sequential(model)
     assert regraft.load_adapter(holder, case_folder(name)) is holder
     assert is_adapted(model, name)
-    assert model.active_adapters() == ["default"]
+    assert active_adapters(model) == ["default"]
 
 
 def test_the_class_is_the_one_that_the_task_asks_for():
@@ -231,9 +233,24 @@ def test_a_second_adapter_in_the_model_itself():
     regraft.load_adapter(holder, case_folder("mixtral__patterns_layer"), adapter_name="other")
     assert is_adapted(model, CASE)
     assert [path for path, p in model.named_parameters() if p.requires_grad] == trained
-    model.set_adapter("other")
+    set_adapter(model, "other")
     assert is_adapted(model, "mixtral__patterns_layer")
     assert regraft.load_adapter(model, case_folder(SAME), adapter_name="third") is model
+
+
+def test_a_second_adapter_needs_no_newer_peft_than_there_is(monkeypatch):
+    """transformers 5.24 asks for a PEFT that is not published, in all its own methods for adapters."""
+    monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "99.0.0")
+    model = base_model(CASE)
+    regraft.load_adapter(nn.Sequential(model), case_folder(CASE))
+    regraft.load_adapter(model, case_folder("mixtral__patterns_layer"), adapter_name="other")
+    assert is_adapted(model, CASE)
+    with regraft.installed():
+        model.load_adapter(case_folder(SAME), adapter_name="third")
+        with pytest.raises(regraft.RefusedError, match=r"wants PEFT 99\.0\.0") as caught:
+            model.load_adapter(peft_config=peft.LoraConfig(), adapter_state_dict={})
+    assert caught.value.findings[0].code == "needs-newer-peft"
+    assert peft.__version__ in caught.value.findings[0].message
 
 
 def test_a_name_that_is_taken_is_an_error():

@@ -177,6 +177,13 @@ def _(lab):
     regraft.load_adapter(data_parallel(golden_model(lab)), lab.path / "prompts")
 
 
+@provokes("needs-newer-peft")
+def _(lab):
+    lab.patch.setattr(hook.transformers.integrations.peft, "MIN_PEFT_VERSION", "99.0.0", False)
+    with regraft.installed():
+        golden_model(lab).load_adapter(adapter_state_dict={}, peft_config=peft.LoraConfig())
+
+
 @provokes("flattened")
 def _(lab):
     regraft.load_adapter(fsdp1(golden_model(lab)), CASE)

@@ -20,8 +20,10 @@ from regraft.planning.model import (
     asked_architecture,
     check_sizes,
 )
+from regraft.planning.own_class import own_modules, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.templates import match_group
+from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import load_json
 
 
@@ -99,6 +101,59 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
+    return _with_own(_find_books(names, hints, model, where, foreign), names, foreign)
+
+
+def _with_own(known: Known, names: Names, foreign: Foreign | None) -> Known:
+    """With what the base's class adds to the model that the books explain, where it is a class of its own."""
+    model = known.model
+    if model is None or not known.books:
+        return known
+    own = own_modules(
+        _candidates(names),
+        known.books,
+        known.scopes,
+        model,
+        foreign,
+        adapted={f"{group.template}.weight" for group in names.modules},
+        there=lambda: _names_of_base(model),
+    )
+    if own.note is None:
+        return known
+    return replace(
+        known,
+        books=(*known.books, *own.books),
+        scopes={**known.scopes, **own.scopes},
+        notes=(*known.notes, own.note),
+    )
+
+
+def _of_unknown_type(names: Names, model: ModelConfig, foreign: Foreign | None) -> Known:
+    """What is known of an adapter for a model of a type that no rule book knows.
+
+    Raises ``UnmatchedKeysError`` where the names of the base's own weights do not tell that nothing moves.
+    """
+    adapted = {f"{group.template}.weight" for group in names.modules}
+    own = whole_class(
+        _candidates(names), model, foreign, adapted=adapted, there=lambda: _names_of_base(model)
+    )
+    if own.note is None:
+        raise _unknown_model(model.model_types(), model.path, True)
+    said = f"the base is {model.architectures()[0]} ({model.path})"
+    return Known(own.books, own.scopes, model, model.model_type, said, notes=(own.note,))
+
+
+def _names_of_base(model: ModelConfig) -> list[str]:
+    return model.weights.names() if model.weights is not None else names_beside(Path(model.path))
+
+
+def _find_books(
+    names: Names,
+    hints: Hints,
+    model: ModelConfig | None,
+    where: str,
+    foreign: Foreign | None,
+) -> Known:
     if not names.bound:
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
@@ -122,7 +177,7 @@ def find_books(
                     imported.architecture,
                 )
         if not books:
-            raise _unknown_model(model.model_types(), model.path, True)
+            return _of_unknown_type(names, model, foreign)
         _check_family(hints, model, where)
         model = _replicate_layers(model, hints.replicated)
         scopes = {book.name: model.scope_of(book.model_types) for book in books}

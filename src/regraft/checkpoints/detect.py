@@ -24,6 +24,7 @@ from regraft.planning.build import UNMATCHED_FIX, build_plan
 from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts, names_tell, telling
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
+from regraft.planning.own_class import own_modules
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.mtp import Counts, MtpKeys, find_mtp, with_mtp
@@ -108,22 +109,26 @@ def detect(
         book = _book_by_names(headers, where)
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
-    own = (key for book in books for key in _own_keys(book)) if imported is not None else ()
+    keys = (key for book in books for key in _own_keys(book)) if imported is not None else ()
     counts = Counts.of(part for _, part in model.parts()) if model is not None else Counts()
-    mtp = find_mtp(headers.groups, counts, where, own)
+    mtp = find_mtp(headers.groups, counts, where, keys)
     books = tuple(with_mtp(book, mtp) for book in books)
+    own = own_modules(headers.groups, books, scopes, model, foreign)
+    books, scopes = (*books, *own.books), {**scopes, **own.scopes}
     unstacked = Unstacked()
     if companions is not None:
         unstacked = find_unstacked(books, scopes, companions, where)
     layout, evidence, mixed = _layout_of(
         books, scopes, _without(mtp, unstacked.without(headers)), where, source
     )
+    said = () if own.note is None else (own.note,)
     found = Detected(
-        books, scopes, layout, (told, evidence), unstacked=unstacked, mtp=mtp, mixed=mixed
+        books, scopes, layout, (told, evidence), False, said, None, unstacked, mixed, mtp
     )
     if imported is None:
         return found
-    return replace(found, imported=True, notes=imported.notes, architecture=imported.architecture)
+    notes = (*imported.notes, *said)
+    return replace(found, imported=True, notes=notes, architecture=imported.architecture)
 
 
 def _own_keys(book: Book) -> Iterator[Key]:

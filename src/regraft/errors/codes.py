@@ -207,7 +207,7 @@ class Code(Enum):
         "transformers-version",
         Part.READING,
         "this release of transformers is not supported",
-        "install 5.4 to 5.23",
+        "install 5.4 to 5.24",
         "it has no registry that regraft knows",
     )
     UNMATCHED = (
@@ -636,6 +636,14 @@ class Code(Enum):
         "load it into the model itself",
         "an adapter that works around a model (prompts), or shares tensors between layers, and the model "
         "is in a holder",
+        Status.REFUSED,
+    )
+    NEEDS_NEWER_PEFT = (
+        "needs-newer-peft",
+        Part.LIVE,
+        "a newer PEFT is wanted",
+        "give the adapter's files, or install another release of PEFT or transformers",
+        "something that only transformers' own functions can load, and they want a newer PEFT than there is",
         Status.REFUSED,
     )
     FLATTENED = (

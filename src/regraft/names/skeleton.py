@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -38,3 +38,21 @@ class Skeleton:
     """Module and the names of its own matrices, in the order in which it registers them."""
     computed: frozenset[str] = frozenset()
     """What the model fills itself and neither saves nor loads: its buffers that are not persistent."""
+    holds: str | None = None
+    """The path of a known model in a class of somebody's own, of which nothing else is known."""
+
+    def held(self, path: str, name: str) -> Skeleton:
+        """The model in a class of somebody's own, at a path."""
+
+        def place(key: str) -> str:
+            return f"{path}.{key}" if key else path
+
+        around = SubModel("", (name,), None, None, self.submodels[0].config, "")
+        return Skeleton(
+            (around, *(replace(model, path=place(model.path)) for model in self.submodels)),
+            {place(key): shape for key, shape in self.tensors.items()},
+            {place(key): kind for key, kind in self.kinds.items()},
+            {place(module): names for module, names in self.parameters.items()},
+            frozenset(place(key) for key in self.computed),
+            path,
+        )

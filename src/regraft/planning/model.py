@@ -255,6 +255,9 @@ class Foreign(Protocol):
         ``task`` what PEFT calls its task.
         """
 
+    def has_class(self, names: Sequence[str]) -> bool | None:
+        """Whether one of the names is that of a class of its models; ``None`` where it cannot say."""
+
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
     ) -> list[TiedNames] | None:

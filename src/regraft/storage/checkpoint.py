@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.storage.folder import load_json
 from regraft.storage.header import Header, read_header
 from regraft.storage.safetensors import read_tensor
@@ -15,6 +15,15 @@ from regraft.storage.safetensors import read_tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _AGAIN = "download the index again"
+
+
+def names_beside(config: Path) -> list[str]:
+    """The names of the weights beside a config; none where there are none that can be read."""
+    try:
+        weights = Checkpoint.find(config.parent)
+    except (RegraftError, OSError, ValueError):
+        return []
+    return weights.names() if weights is not None else []
 
 
 class Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -254,6 +255,7 @@ def _load_into_model(original: Function) -> Function:
         name = adapter_name or "default"
         with alone_with(self):
             if found is None:
+                _check_release()
                 return original(self, peft_model_id, adapter_name, *args, **options)
             _put(self, found, name, given)
         return _loading_info()
@@ -283,6 +285,27 @@ def _put(self: Any, found: tuple[Place, Adapter, Source], name: str, given: dict
         autocast=False,
         keeps_active=False,
     )
+
+
+def _check_release() -> None:
+    """Raises ``RefusedError`` where only transformers can load what was given, and wants another PEFT for it."""
+    wanted = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
+    if wanted is None or _release(peft.__version__) >= _release(wanted):
+        return
+    raise RefusedError(
+        Finding(
+            "needs-newer-peft",
+            f"only transformers itself can load this, and transformers {transformers.__version__} wants PEFT "
+            f"{wanted} or newer for that; PEFT {peft.__version__} is installed",
+            key="load_adapter",
+            fix="give the adapter's folder or file, which regraft loads with this PEFT, or install another release of "
+            "one of the two",
+        )
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _loading_info() -> Any:

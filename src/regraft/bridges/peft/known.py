@@ -159,6 +159,10 @@ class LiveTransformers:
         warn_of_release()
         return Told(imported.book(keys, shapes, adapter=adapter), told, architecture=imported.name)
 
+    def has_class(self, names: Sequence[str]) -> bool | None:
+        """A live model has its own modules itself; nobody asks."""
+        return None
+
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
     ) -> list[TiedNames] | None:

@@ -150,7 +150,7 @@ def inject(
             )
         )
     config.inference_mode = not is_trainable
-    before = base.active_adapters() if is_adapted(base) and keeps_active else None
+    before = active_adapters(base) if keeps_active else None
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     with undone_on_failure(base, changes_weights(adapter)):
         with wrappers_aside(base), handing(adapter, base):
@@ -165,6 +165,15 @@ def inject(
                 parameter.requires_grad_(requires_grad)
         if not is_trainable:
             base.train(False)
+
+
+def active_adapters(base: nn.Module) -> list[str] | None:
+    """The adapters that are switched on in a model, as PEFT's layers have them; ``None`` where it has no adapters.
+
+    transformers' own method of this name wants the PEFT that its release was made for.
+    """
+    layers = (module for module in base.modules() if isinstance(module, BaseTunerLayer))
+    return next((list(layer.active_adapters) for layer in layers), None)
 
 
 def is_adapted(base: nn.Module) -> bool:

@@ -2,23 +2,27 @@
 
 What is at hand decides, in this order: which class has a place for most of the file's names, which has or had tensors
 of these very names, what an unknown class is called, the task that an adapter was trained for, and the names of the
-base's own weights. Where what is left would lead to different results, the user is asked; so too where an unknown
-class is named and none that is known ever had such names, for then the model is built otherwise.
+base's own weights. Where what is left would lead to different results, the user is asked.
+
+A class that is not transformers' own may hold one that is: its names are then those of that class below a path, and
+what stands beside is its own. That is so where the names below some path are, all of them, names that a known class
+has or had, and more of them than without a path.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.bridges.transformers.building import model_class
-from regraft.bridges.transformers.imported import Imported
+from regraft.bridges.transformers.imported import Imported, import_model
 from regraft.bridges.transformers.symbolic import put
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.planning.model import ModelConfig
-from regraft.storage.checkpoint import Checkpoint
+from regraft.storage.checkpoint import names_beside
 
 _TABLES = {
     "CAUSAL_LM": ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT"),
@@ -31,6 +35,8 @@ _TABLES = {
 """The tasks of PEFT, and the tables of transformers' auto classes that go with them."""
 _PURPOSE = re.compile(r"(For[A-Z]\w*|Model|WithLMHead\w*|LMHeadModel)$")
 _SHOWN = 8
+_DEEPEST = 5
+"""How many segments of a name are looked at for the path of a model in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +54,17 @@ class Guessed:
         what = f"names {named}, which transformers does not have" if named else "names no class"
         others = f" ({', '.join(self.others[:_SHOWN])})" if self.others else ""
         return (
-            f"the class had to be guessed, because {model.path} {what}: it was taken for a {self.imported.name}, "
+            f"the class had to be guessed, because {model.path} {what}: it was taken for {self.taken}, "
             f"{self.why}; say --architecture CLASS if it is another{others}"
         )
+
+    @property
+    def taken(self) -> str:
+        """What it was taken for, in words."""
+        held = self.imported.held
+        if held is None:
+            return f"a {self.imported.name}"
+        return f"a class that has a {held.classes[0]} at {held.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,15 @@ class _Candidate:
 
     @property
     def name(self) -> str:
-        return self.imported.name
+        """Of the class that is known."""
+        held = self.imported.held
+        return self.imported.name if held is None else held.classes[0]
+
+    @property
+    def shown(self) -> str:
+        """The class, and where it stands."""
+        held = self.imported.held
+        return self.name if held is None else f"{self.name} at {held.path}"
 
 
 def classes_of_type(model_type: str) -> list[str]:
@@ -118,9 +140,12 @@ def guess(
 
     Raises ``AmbiguousError`` where the classes that fit best lead to different results.
     """
-    candidates = _candidates(model, keys, make, adapter)
+    candidates = _candidates(classes_of_type(model.model_type or ""), keys, make, adapter)
     if not candidates:
         return None
+    held = find_held(model, [c.imported for c in candidates], keys, adapter=adapter)
+    if held is not None:
+        return held
     most = max(c.landed for c in candidates)
     left = [c for c in candidates if c.landed == most]
     why = f"which has a place for {most} of {len(keys)} names"
@@ -144,11 +169,11 @@ def guess(
 
 
 def _candidates(
-    model: ModelConfig, keys: Sequence[str], make: Callable[[str], Imported], adapter: bool
+    classes: Sequence[str], keys: Sequence[str], make: Callable[[str], Imported], adapter: bool
 ) -> list[_Candidate]:
     candidates: list[_Candidate] = []
     failed: RegraftError | None = None
-    for name in classes_of_type(model.model_type or ""):
+    for name in classes:
         try:
             candidates.append(_candidate(make(name), keys, adapter))
         except RegraftError as error:
@@ -161,9 +186,7 @@ def _candidates(
 def _candidate(imported: Imported, keys: Sequence[str], adapter: bool) -> _Candidate:
     outcome: list[object] = [None] * len(keys)
     landed = known = exact = 0
-    had = {
-        _numberless(name) for _, origin in imported.origins for name in (*origin.new, *origin.old)
-    }
+    had = _spelled(imported)
     for rows, new in imported.landings(keys):
         if new is None:
             continue
@@ -178,6 +201,61 @@ def _candidate(imported: Imported, keys: Sequence[str], adapter: bool) -> _Candi
         for number, row in zip(rows.ids.tolist(), rows.numbers.tolist(), strict=True):
             outcome[number] = (put(text, row), rule)
     return _Candidate(imported, tuple(outcome), landed, known, exact)
+
+
+def find_held(
+    model: ModelConfig, classes: Sequence[Imported], keys: Sequence[str], *, adapter: bool
+) -> Guessed | None:
+    """The known class that one of somebody's own holds at a path; ``None`` where names fit as well without one.
+
+    All names below the path must be such as the known class has or had. Only the base's own weights tell several
+    classes apart.
+
+    Raises ``AmbiguousError`` where they do not.
+    """
+    texts = Counter(map(_numberless, keys))
+    spelled = [(imported, _spelled(imported)) for imported in classes]
+    most = max(sum(n for text, n in texts.items() if text in known) for _, known in spelled)
+    named = next(iter(model.architectures()), "a class of its own")
+    found: list[_Candidate] = []
+    for path in _places(texts):
+        below = {
+            text[len(path) + 1 :]: n for text, n in texts.items() if text.startswith(f"{path}.")
+        }
+        if sum(below.values()) > most:
+            fitting = [imported for imported, known in spelled if below.keys() <= known]
+            held = (import_model(imported.skeleton.held(path, named)) for imported in fitting)
+            found += (_candidate(imported, keys, adapter) for imported in held)
+    if not found:
+        return None
+    best = max(candidate.known for candidate in found)
+    left = [candidate for candidate in found if candidate.known == best]
+    why = f"which is how {best} of {len(keys)} names are"
+    for reason, fits in _hints_of_weights(model, left):
+        kept = [c for c in left if fits(c)]
+        if kept and len(kept) < len(left):
+            left, why = kept, f"{why}, and {reason}"
+    if len({c.outcome for c in left}) > 1:
+        raise _undecided(model, left, "with different results")
+    return Guessed(left[0].imported, why, ())
+
+
+def _places(texts: Iterable[str]) -> set[str]:
+    """The paths that names begin with, as far as they have no index.
+
+    >>> sorted(_places(["model.layers.#.q.weight", "proj.weight"]))
+    ['model', 'model.layers', 'proj']
+    """
+    found: set[str] = set()
+    for text in texts:
+        segments = text.split("#")[0].split(".")[:_DEEPEST]
+        found.update(".".join(segments[:end]) for end in range(1, len(segments)))
+    return found
+
+
+def _spelled(imported: Imported) -> set[str]:
+    """The names that a class has or had, with one sign for every index."""
+    return {_numberless(n) for _, origin in imported.origins for n in (*origin.new, *origin.old)}
 
 
 def _numberless(name: str) -> str:
@@ -201,7 +279,14 @@ def _hints(
     if task in _TABLES:
         wanted = _of_task(task, model.model_type or "")
         yield f"is for the adapter's task {task}", lambda c: c.name in wanted
-    names = _names_beside(model)
+    yield from _hints_of_weights(model, left)
+
+
+def _hints_of_weights(
+    model: ModelConfig, left: Sequence[_Candidate]
+) -> Iterator[tuple[str, Callable[[_Candidate], bool]]]:
+    """What the names of the base's own weights tell."""
+    names = names_beside(Path(model.path))
     if names:
         landed = {c.name: sum(c.imported.lands(names)) for c in left}
         best = max(landed.values(), default=0)
@@ -221,17 +306,8 @@ def _of_task(task: str, model_type: str) -> set[str]:
     return found
 
 
-def _names_beside(model: ModelConfig) -> list[str]:
-    """The names of the weights beside a config; none where there are none that can be read."""
-    try:
-        weights = Checkpoint.find(Path(model.path).parent)
-    except (RegraftError, OSError, ValueError):
-        return []
-    return weights.names() if weights is not None else []
-
-
 def _undecided(model: ModelConfig, left: Sequence[_Candidate], but: str) -> AmbiguousError:
-    names = ", ".join(c.name for c in left)
+    names = ", ".join(c.shown for c in left)
     named = ", ".join(model.architectures())
     what = f"names {named}, which transformers does not have" if named else "names no class"
     return AmbiguousError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.bridges.transformers.symbolic import put
@@ -53,6 +53,13 @@ class InstalledTransformers:
         found: Told | None = _ask(question)
         return found
 
+    def has_class(self, names: Sequence[str]) -> bool | None:
+        """Whether transformers has a class of one of the names; ``None`` without transformers."""
+        found: bool | None = _ask(
+            _Question(ModelConfig({}, ""), [], {}, list(names), False, about="class")
+        )
+        return found
+
     def tied(
         self, model: ModelConfig, keys: Sequence[str], classes: Sequence[str]
     ) -> list[TiedNames] | None:
@@ -60,8 +67,13 @@ class InstalledTransformers:
 
         Raises ``BadInputError`` where the model cannot be built from its config.
         """
+<<<<<<< HEAD
         found: list[TiedNames] | None = _ask(
             _Question(model, list(keys), {}, list(classes), False, about_ties=True)
+=======
+        found: list[tuple[str, ...]] | None = _ask(
+            _Question(model, list(keys), {}, list(classes), False, about="ties")
+>>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
         )
         return found
 
@@ -87,8 +99,8 @@ class _Question:
     classes: list[str]
     adapter: bool
     task: str | None = None
-    about_ties: bool = False
-    """Whether it is which of the names are tied."""
+    about: Literal["book", "ties", "class"] = "book"
+    """A rule book; which of the names are tied; whether there is one of the classes."""
     spelled: list[str] = field(default_factory=list)
     """Names that the file had before."""
 
@@ -129,7 +141,17 @@ class _InProcess:
         if chosen is None:
             return None
         imported = chosen[0]
+<<<<<<< HEAD
         ties = self._ties[_made_from(question.model, imported.name)]
+=======
+        held = imported.held
+        name, path = (imported.name, "") if held is None else (held.classes[0], f"{held.path}.")
+        for part in (config, text):
+            setattr(part, FIELD, True)
+        built = build(model_class(name), config)
+        tied = built.get_expanded_tied_weights_keys(all_submodels=True)
+        twins = {path + one: path + other for one, other in tied.items()}
+>>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
         groups: dict[str, list[str]] = {}
         heads: set[str] = set()
         for own, keys in _spelled(imported, question.keys).items():
@@ -144,7 +166,7 @@ class _InProcess:
     def choose(self, question: _Question, config: Any) -> tuple[Any, Guessed | None] | None:
         """The class of a model, and how it was guessed where none of transformers' is named."""
         from regraft.bridges.transformers.building import known_classes
-        from regraft.bridges.transformers.choosing import check_architecture, guess
+        from regraft.bridges.transformers.choosing import check_architecture, find_held, guess
 
         model = question.model
         check_architecture(model)
@@ -157,6 +179,11 @@ class _InProcess:
                 imported, most = candidate, count
             if count == len(question.keys):
                 break
+        named = known_classes(model, question.classes)
+        if imported is not None and model.architecture is not None and not named:
+            held = find_held(model, [imported], question.keys, adapter=question.adapter)
+            if held is not None:
+                return held.imported, held
         if imported is not None:
             return imported, None
         guessed = guess(
@@ -245,9 +272,17 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
+<<<<<<< HEAD
 def answer(question: _Question) -> Told | list[TiedNames] | None:
+=======
+def answer(question: _Question) -> Told | list[tuple[str, ...]] | bool | None:
+>>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
     """What the installed transformers says, in this process."""
-    return _HERE.tied(question) if question.about_ties else _HERE.answer(question)
+    if question.about == "class":
+        from regraft.bridges.transformers.building import model_class
+
+        return any(model_class(name) is not None for name in question.classes)
+    return _HERE.tied(question) if question.about == "ties" else _HERE.answer(question)
 
 
 _HERE, _THERE = _InProcess(), Helper(__name__, "answer")

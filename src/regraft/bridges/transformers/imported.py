@@ -87,6 +87,12 @@ class Imported:
         return root.classes[0] if root.classes else root.model_type or "model"
 
     @property
+    def held(self) -> SubModel | None:
+        """The model of transformers in a class of somebody's own that was not built, but told by its names."""
+        models, path = self.skeleton.submodels, self.skeleton.holds
+        return next((m for m in models if path is not None and m.path == path), None)
+
+    @property
     def layout(self) -> str:
         """The layout of the model itself."""
         from regraft.bridges.transformers.making import RIGHT

@@ -1,6 +1,6 @@
 """The conversion registry of the installed transformers, as plain data.
 
-Source: ``transformers.conversion_mapping`` and ``transformers.core_model_loading`` (5.4 to 5.23): a list of
+Source: ``transformers.conversion_mapping`` and ``transformers.core_model_loading`` (5.4 to 5.24): a list of
 transforms for each model type or class name, each with regular expressions for the old names and templates for the
 new ones. Renamings are applied in order, then at most one converter.
 """
@@ -22,7 +22,7 @@ from transformers import core_model_loading as loading
 from regraft.errors import BadInputError, Finding
 from regraft.storage.expressions import Expression, expression, start_file
 
-OLDEST, NEWEST = (5, 4), (5, 23)
+OLDEST, NEWEST = (5, 4), (5, 24)
 """The releases whose registry is known."""
 
 _KNOWN_KINDS = (

@@ -1,0 +1,164 @@
+"""What a class of its own adds to a model: a head, a projection, another tower beside a model that is known.
+
+A config may name a class that is not transformers' own: a subclass, or code that comes with the model
+(``auto_map``). Where the rule books explain the model that it is built of, what they do not explain are modules of
+that class; no release changes their names, so they stay as they are, and it is said which they are. Where the base's
+own weights are at hand, a module must be among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from regraft.equation.notation import Key, parse_equation
+from regraft.names.keys import MARK, Group
+from regraft.names.patterns import patterns
+from regraft.planning.model import Foreign, ModelConfig, Scope
+from regraft.rules.book import Book, Carry
+from regraft.rules.templates import match_group
+
+_TRANSFORMERS = ("transformers-v4", "transformers-v5")
+"""The layouts of which it is known that they leave a class of somebody's own as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModules:
+    """Books that carry over what a class of its own adds, with their scopes, and what is said of it."""
+
+    books: tuple[Book, ...] = ()
+    note: str | None = None
+
+    @property
+    def scopes(self) -> dict[str, Scope]:
+        """A scope for each of the books: they speak of the whole model."""
+        return {book.name: Scope() for book in self.books}
+
+
+def own_modules(
+    groups: Sequence[Group],
+    books: Sequence[Book],
+    scopes: Mapping[str, Scope],
+    model: ModelConfig | None,
+    foreign: Foreign | None,
+    *,
+    adapted: Collection[str] = (),
+    there: Callable[[], Collection[str]] = tuple,
+) -> OwnModules:
+    """What a model's class adds to the one that ``books`` explain; nothing for transformers' own classes.
+
+    ``groups`` are names of tensors, ``adapted`` the templates of those that are weights of modules that an adapter
+    adapts; ``there`` gives the names of the base's own weights, where these are known.
+    """
+    left = [group for group in groups for group in _unexplained(group, books, scopes)]
+    if not left or sum(map(len, left)) == sum(map(len, groups)) or model is None:
+        return OwnModules()
+    if not is_own_class(model, foreign):
+        return OwnModules()
+    base = set(there())
+    if base:
+        left = [_among(group, base) for group in left]
+    left = [group for group in left if len(group)]
+    if not left:
+        return OwnModules()
+    name = model.architectures()[0]
+    ends = dict.fromkeys(book.layouts for book in books)
+    carries = tuple(_carry(group.template, group.template in adapted, name) for group in left)
+    made = tuple(_book(name, number, *end, carries) for number, end in enumerate(ends))
+    names = [name for group in left for name in group.names()]
+    shown = ", ".join(pattern for pattern, _ in patterns(names))
+    return OwnModules(
+        made,
+        f"{name} is not a class of transformers; these are modules that it adds to the model it is built of, and "
+        f"they stay as they are: {shown}",
+    )
+
+
+def whole_class(
+    groups: Sequence[Group],
+    model: ModelConfig,
+    foreign: Foreign | None,
+    *,
+    adapted: Collection[str],
+    there: Callable[[], Collection[str]],
+) -> OwnModules:
+    """A model of which no rule book knows anything, whose class comes with it: no release changes its names.
+
+    The base's own weights must have all names of the adapter; nothing otherwise.
+    """
+    if not groups or not is_own_class(model, foreign):
+        return OwnModules()
+    base = set(there())
+    if any(name not in base for group in groups for name in group.names()):
+        return OwnModules()
+    name = model.architectures()[0]
+    carries = tuple(_carry(group.template, group.template in adapted, name) for group in groups)
+    return OwnModules(
+        (_book(name, 0, *_TRANSFORMERS, carries),),
+        f"{name} is not a class of transformers, and its weights have these very names, so nothing moves",
+    )
+
+
+def is_own_class(model: ModelConfig, foreign: Foreign | None) -> bool:
+    """Whether a config names classes, and the installed transformers has none of them."""
+    named = model.architectures()
+    if not named or model.architecture is not None or foreign is None:
+        return False
+    return foreign.has_class(named) is False
+
+
+def _unexplained(
+    group: Group, books: Sequence[Book], scopes: Mapping[str, Scope]
+) -> Iterator[Group]:
+    """The part of a group that no book has a word for, bounds aside."""
+    free = np.ones(len(group), dtype=bool)
+    for book in books:
+        scope = scopes.get(book.name)
+        if scope is not None and not scope.admits(group.template):
+            continue
+        for key in _keys(book):
+            match = match_group(key, group)
+            if match is not None:
+                free[match.rows] = False
+    if free.any():
+        yield group.take(free)
+
+
+def _keys(book: Book) -> Iterator[Key]:
+    terms = [t for rule in book.rules for t in (*rule.equation.left, *rule.equation.right)]
+    terms += [carry.term for carry in book.carries]
+    yield from (term.key for term in terms if term.key is not None)
+    yield from (drop.key for drop in book.drops)
+    yield from (gap.key for gap in book.gaps)
+
+
+def _among(group: Group, there: Collection[str]) -> Group:
+    return group.take(np.array([name in there for name in group.names()], dtype=bool))
+
+
+def _carry(template: str, is_adapted: bool, name: str) -> Carry:
+    pieces = template.split(MARK)
+    key = pieces[0] + "".join(f"{{n{i}}}{text}" for i, text in enumerate(pieces[1:]))
+    dims, kind = ("o i", "linear") if is_adapted else ("...", "any")
+    equation = parse_equation(f"{key} : {dims} == {key} : {dims}")
+    return Carry(equation.left[0], equation, f"a module of {name}'s own", kind, name)
+
+
+def _book(name: str, number: int, left: str, right: str, carries: tuple[Carry, ...]) -> Book:
+    return Book(
+        f"{name} ({number})" if number else name,
+        f"{name}: modules of its own",
+        left,
+        right,
+        (),
+        (),
+        carries,
+        (),
+        (),
+        (),
+        (),
+        name,
+        "the names of the file",
+    )
