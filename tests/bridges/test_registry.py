@@ -466,7 +466,7 @@ def test_a_rename_with_methods_of_its_own_is_refused_and_not_read_as_identity(re
     (finding,) = caught.value.findings
     assert finding.code == "unknown-transform"
     assert f"{kind.__name__} has its own {own}" in finding.message
-    assert "5.4 to 5.23" in finding.fix
+    assert "5.4 to 5.24" in finding.fix
     with pytest.raises(RefusedError):
         regraft.convert_state_dict(model.state_dict(), to=OLD, model=model)
 
