@@ -3,7 +3,7 @@
 The chain is run on named axes instead of tensors: a source begins with one axis for each dim; an operation that
 cuts or turns an axis writes the axis down as the sum or the product that it must have been.
 
-Source: the operations of ``transformers.core_model_loading`` (5.4 to 5.23).
+Source: the operations of ``transformers.core_model_loading`` (5.4 to 5.24).
 """
 
 from __future__ import annotations
