@@ -67,13 +67,8 @@ class InstalledTransformers:
 
         Raises ``BadInputError`` where the model cannot be built from its config.
         """
-<<<<<<< HEAD
         found: list[TiedNames] | None = _ask(
-            _Question(model, list(keys), {}, list(classes), False, about_ties=True)
-=======
-        found: list[tuple[str, ...]] | None = _ask(
             _Question(model, list(keys), {}, list(classes), False, about="ties")
->>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
         )
         return found
 
@@ -141,17 +136,11 @@ class _InProcess:
         if chosen is None:
             return None
         imported = chosen[0]
-<<<<<<< HEAD
-        ties = self._ties[_made_from(question.model, imported.name)]
-=======
         held = imported.held
-        name, path = (imported.name, "") if held is None else (held.classes[0], f"{held.path}.")
-        for part in (config, text):
-            setattr(part, FIELD, True)
-        built = build(model_class(name), config)
-        tied = built.get_expanded_tied_weights_keys(all_submodels=True)
-        twins = {path + one: path + other for one, other in tied.items()}
->>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
+        name = imported.name if held is None else held.classes[0]
+        ties = self._ties[_made_from(question.model, name)]
+        if held is not None:
+            ties = ties.below(held.path)
         groups: dict[str, list[str]] = {}
         heads: set[str] = set()
         for own, keys in _spelled(imported, question.keys).items():
@@ -272,11 +261,7 @@ def _unusable(model: ModelConfig, message: str) -> BadInputError:
     )
 
 
-<<<<<<< HEAD
-def answer(question: _Question) -> Told | list[TiedNames] | None:
-=======
-def answer(question: _Question) -> Told | list[tuple[str, ...]] | bool | None:
->>>>>>> 6e29cf4 (Classes of somebody's own are told by their names and the base's weights)
+def answer(question: _Question) -> Told | list[TiedNames] | bool | None:
     """What the installed transformers says, in this process."""
     if question.about == "class":
         from regraft.bridges.transformers.building import model_class

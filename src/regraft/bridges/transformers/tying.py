@@ -22,6 +22,11 @@ class Ties:
     heads: frozenset[str]
     """The weights of output embeddings."""
 
+    def below(self, path: str) -> Ties:
+        """The same in a model that has this one at a path."""
+        owners = {f"{path}.{one}": f"{path}.{other}" for one, other in self.owners.items()}
+        return Ties(owners, frozenset(f"{path}.{name}" for name in self.heads))
+
 
 def ties_of(built: Any, config: Any) -> Ties:
     """The ties of a model that was built from a config, as the text model's part of the config has it.
