@@ -481,6 +481,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--strict", action="store_true", help="nothing here is skipped")
     options = parser.parse_args()
     status = 0
     for family in options.families:

@@ -3,106 +3,26 @@
     python scripts/consumers/llm_tools.py [TOOL ...] [--strict]
 
 A PEFT adapter of a tiny model is converted and loaded by the tool's own functions; what they add to the base's weights
-is compared with B A in numpy. llama.cpp's `convert_lora_to_gguf.py`, in the folder LLAMA_CPP, writes the same, and
-the tensors are compared. A tool that is not installed is skipped by name; with `--strict` that is a failure.
+is compared with B A in numpy. llama.cpp's `convert_lora_to_gguf.py`, from the folder LLAMA_CPP or a pinned archive,
+writes the same, and the tensors are compared. A tool that is not there is skipped by name; with `--strict` that is a
+failure.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
+from shared.pinned import NotThereError, archive
+from shared.running import rows
+from shared.tiny import EXPERTS, GROUPS, HEADS, INNER, LAYERS, SIZE, WORDS, adapter, off
 
 import regraft
-from regraft.storage.safetensors import write_tensors
-
-HEADS, GROUPS, SIZE, INNER, LAYERS, WORDS, EXPERTS = 4, 2, 32, 48, 2, 96, 4
-DENSE = {
-    "self_attn.q_proj": (HEADS * 8, SIZE),
-    "self_attn.k_proj": (GROUPS * 8, SIZE),
-    "self_attn.v_proj": (GROUPS * 8, SIZE),
-    "self_attn.o_proj": (SIZE, HEADS * 8),
-}
-MLP = {"mlp.gate_proj": (INNER, SIZE), "mlp.up_proj": (INNER, SIZE), "mlp.down_proj": (SIZE, INNER)}
-
-
-def config_of(model_type):
-    """A tiny config that transformers, mlx-lm and llama.cpp take."""
-    from transformers import CONFIG_MAPPING
-
-    fields = {
-        "hidden_size": SIZE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": 8,
-        "intermediate_size": INNER,
-        "moe_intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "vocab_size": WORDS,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 128,
-        "num_experts": EXPERTS,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-    }
-    made = CONFIG_MAPPING[model_type]().to_dict()
-    made |= {k: v for k, v in fields.items() if k in made or k == "head_dim"}
-    made |= {
-        "model_type": model_type,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-    }
-    names = {"qwen3_moe": "Qwen3MoeForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
-    made["architectures"] = [names.get(model_type, f"{model_type.title()}ForCausalLM")]
-    return made
-
-
-def modules_of(model_type):
-    """The modules of a layer, as transformers 4 names them."""
-    if model_type == "mixtral":
-        each = {"w1": (INNER, SIZE), "w3": (INNER, SIZE), "w2": (SIZE, INNER)}
-        inside = "block_sparse_moe"
-    elif model_type == "qwen3_moe":
-        each, inside = {k.removeprefix("mlp."): v for k, v in MLP.items()}, "mlp"
-    else:
-        return DENSE | MLP
-    experts = {f"{inside}.experts.{e}.{n}": s for e in range(EXPERTS) for n, s in each.items()}
-    return DENSE | experts | {f"{inside}.gate": (EXPERTS, SIZE)}
-
-
-def adapter(folder, model_type, rank=4, only=None):
-    """A base's folder, a PEFT adapter's, and what it adds, by the names of transformers 4."""
-    random, tensors, wanted = np.random.default_rng(3), {}, {}
-    (folder / "base").mkdir(parents=True)
-    (folder / "base/config.json").write_text(json.dumps(config_of(model_type)))
-    (folder / "lora").mkdir()
-    names = []
-    for layer in range(LAYERS):
-        for name, (out, into) in modules_of(model_type).items():
-            if only is not None and not re.search(only, name):
-                continue
-            path = f"model.layers.{layer}.{name}"
-            a, b = (random.integers(-9, 9, s) / 16 for s in ((rank, into), (out, rank)))
-            wanted[path] = 2.0 * b @ a
-            tensors[f"base_model.model.{path}.lora_A.weight"] = a.astype(np.float32)
-            tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
-            names.append(path)
-    write_tensors(folder / "lora/adapter_model.safetensors", tensors, {"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
-    config |= {"peft_version": "0.18.0", "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
-    (folder / "lora/adapter_config.json").write_text(json.dumps(config))
-    return folder / "base", folder / "lora", wanted
-
-
-def off(got, wanted):
-    """The largest difference, relative to the largest entry."""
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 def with_mlx(folder, model_type):
@@ -235,14 +155,19 @@ def with_litgpt(folder, model_type):
     return worst
 
 
+def llama_cpp():
+    """The folder of llama.cpp: LLAMA_CPP, or the one in the archive of llama-cpp-python."""
+    given = os.environ.get("LLAMA_CPP")
+    return Path(given) if given else archive("llama-cpp-python", source=True) / "vendor/llama.cpp"
+
+
 def with_llama_cpp(folder, model_type):
     """llama.cpp's own converter writes the same adapter; both files have the same tensors."""
     import gguf
 
     base, lora, _ = adapter(folder, model_type)
     regraft.convert(lora, folder / "ours.gguf", to="gguf", model=base)
-    where = Path(os.environ["LLAMA_CPP"])
-    command = [sys.executable, str(where / "convert_lora_to_gguf.py"), str(lora)]
+    command = [sys.executable, str(llama_cpp() / "convert_lora_to_gguf.py"), str(lora)]
     command += ["--base", str(base), "--outfile", str(folder / "theirs.gguf"), "--outtype", "f32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-600:]
@@ -267,30 +192,21 @@ TOOLS = {
 }
 
 
+def ready(tool, package):
+    """Raises `NotThereError` where a tool is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NotThereError("it is not installed")
+    if tool == "llama.cpp":
+        llama_cpp()
+
+
 def main():
     """One line for each tool and model."""
     asked = [name for name in sys.argv[1:] if not name.startswith("-")]
-    strict, wrong = "--strict" in sys.argv, []
+    wrong = []
     for tool, (package, run, models) in TOOLS.items():
-        if asked and tool not in asked:
-            continue
-        there = importlib.util.find_spec(package) is not None
-        if not there or (tool == "llama.cpp" and "LLAMA_CPP" not in os.environ):
-            print(f"{tool:10} skipped: it is not installed")
-            wrong += [tool] * strict
-            continue
-        for model_type in models:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    error = run(Path(folder), model_type)
-                except Exception as problem:
-                    # Whatever a tool raises is its verdict on what it was given.
-                    error, why = None, f"{type(problem).__name__}: {str(problem)[:300]}"
-            fine = error is not None and error < 1e-5
-            wrong += [] if fine else [f"{tool} {model_type}"]
-            print(
-                f"{tool:10} {model_type:12} {f'off by {error:.1e}' if error is not None else why}"
-            )
+        if not asked or tool in asked:
+            wrong += rows(tool, models, run, functools.partial(ready, tool, package))
     sys.exit(bool(wrong))
 
 

@@ -444,3 +444,15 @@ def test_no_warning_about_missing_keys():
         loaded = regraft.load_adapter(base_model(CASE), case_folder(CASE))
     assert not [str(w.message) for w in told if "missing" in str(w.message)]
     assert reference(CASE)[1].shape == outputs(loaded, CASE).shape
+
+
+def test_adalora_needs_a_model_of_its_own_around(tmp_path):
+    options = {"target_modules": ["q_proj"], "total_step": 10, "init_r": 3, "target_r": 2}
+    made = peft.get_peft_model(base_model(CASE), peft.AdaLoraConfig(**options))
+    made.save_pretrained(tmp_path)
+    holder = Plain(base_model(CASE))
+    with pytest.raises(regraft.RefusedError) as raised:
+        regraft.load_adapter(holder, tmp_path)
+    assert raised.value.findings[0].code == "needs-peft-model"
+    assert is_bare(holder.net["inner"], CASE)
+    regraft.load_adapter(holder.net["inner"], tmp_path)

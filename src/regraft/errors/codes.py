@@ -634,8 +634,8 @@ class Code(Enum):
         Part.LIVE,
         "only in the model itself",
         "load it into the model itself",
-        "an adapter that works around a model (prompts), or shares tensors between layers, and the model "
-        "is in a holder",
+        "an adapter that works around a model (prompts), shares tensors between layers, or allocates ranks "
+        "(AdaLoRA), and the model is in a holder",
         Status.REFUSED,
     )
     NEEDS_NEWER_PEFT = (

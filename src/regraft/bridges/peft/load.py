@@ -140,7 +140,9 @@ def inject(
         config = PeftConfig.from_pretrained(folder)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     shares = getattr(tuner, "uses_shared_state", False)
-    if config.is_prompt_learning or config.is_adaption_prompt or shares:
+    # AdaLoRA divides by numbers of ranks that its files do not have: its own model keeps them, with its allocator.
+    allocates = config.peft_type == "ADALORA"
+    if config.is_prompt_learning or config.is_adaption_prompt or shares or allocates:
         raise RefusedError(
             Finding(
                 "needs-peft-model",

@@ -20,6 +20,7 @@ from regraft.dialects.peft.complete import check_complete, guess_count
 from regraft.dialects.peft.config import patterns_of, targets_module
 from regraft.dialects.peft.config_check import check_fields
 from regraft.dialects.peft.family_config import lora_config
+from regraft.dialects.peft.merged import unmerged
 from regraft.dialects.peft.modules import ModuleReader
 from regraft.dialects.peft.packing import BEFORE, SINCE, packing_of_version
 from regraft.dialects.peft.reading import FactorReader
@@ -94,6 +95,8 @@ class Source:
     """Factors that regraft kept in a file beside the weights."""
     stripped: Stripped | None = None
     """What was taken out of its keys."""
+    unmerged: str | None = None
+    """What was done to fused layers whose parts are adapted each by itself."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -162,7 +165,8 @@ class Source:
 
     def names(self) -> Names:
         """What its keys say of the base. Raises ``BadInputError``."""
-        notes = (str(self.stripped),) if self.stripped else ()
+        said = (str(self.stripped) if self.stripped else None, self.unmerged)
+        notes = tuple(note for note in said if note)
         return replace(names_of_scan(self.scan()), notes=notes)
 
     def hints(self) -> Hints:
@@ -226,7 +230,7 @@ class Source:
 
     def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
         """Whether PEFT would load it rightly in its layout, with experts packed as they are to be."""
-        if self.stripped:
+        if self.stripped or self.unmerged:
             return False
         if self.plain and self._is_claimed(to.name, known):
             return False
@@ -609,6 +613,7 @@ def open_adapter(
         family = family_of(config)
         prefix = family.prefix if family is not None else "lora_" * (config["peft_type"] == "LORA")
         tensors, stripped = strip_tensors(tensors, prefix, str(folder))
+    config, tensors, told = unmerged(config, tensors, str(folder))
     name = str(folder.relative_to(root))
     name = "" if name == "." else name
-    return Source(name, str(folder), config, tensors, metadata, file, aside, stripped)
+    return Source(name, str(folder), config, tensors, metadata, file, aside, stripped, told)
