@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.live.load import from_pretrained, load_checkpoint
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
+    from regraft.merging.merge import merge
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
     from regraft.slicing import slices
@@ -57,6 +58,7 @@ __all__ = [
     "load_book",
     "load_checkpoint",
     "mapping",
+    "merge",
     "only_books",
     "slices",
     "uninstall",
@@ -81,6 +83,7 @@ _LAZY = {
     "learn": "regraft.learning.learn",
     "learn_from": "regraft.learning.watch",
     "explain": "regraft.explaining.explain",
+    "merge": "regraft.merging.merge",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
     "slices": "regraft.slicing",

@@ -132,7 +132,7 @@ def _merge(
     progress: Progress | None,
     foreign: Foreign,
 ) -> Report:
-    from regraft.merging import merge_adapter
+    from regraft.merging.converted import merge_adapter
 
     src = opening.src
     if model is None or len(opening.found.folders) != 1:

@@ -25,6 +25,8 @@ from regraft.storage.work import Work, cannot_write, open_work, write_file
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+Finish = Callable[[Path], None]
+"""Called with the folder of the weights files when they are written."""
 
 _TORCH = (".bin", ".pt", ".pth")
 _SLACK = 2 << 20
@@ -62,7 +64,7 @@ def convert_checkpoint(
     jobs = _count_jobs(jobs)
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
-    name = _file_name(src, dst, limit)
+    name = file_name(src, dst, limit)
     if not dry_run:
         check_destination(src, dst, overwrite, file=name is not None)
     ready = prepare(
@@ -96,6 +98,28 @@ def convert_checkpoint(
     return report
 
 
+def write_prepared(
+    ready: Prepared,
+    dst: Path,
+    name: str | None,
+    *,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    finish: Finish | None = None,
+) -> None:
+    """Write what was prepared, as one file where it has a ``name``; ``dst`` appears whole or not at all.
+
+    ``finish`` gets the folder of the weights files when they are written, and may change numbers in them.
+
+    Raises what writing raises, and what ``finish`` raises.
+    """
+    dst = Path(os.path.realpath(dst))
+    cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
+    with open_work(dst, name is not None) as work:
+        _carry_out(work, ready, cutter, _count_jobs(jobs), False, overwrite, progress, finish)
+
+
 def _carry_out(
     work: Work,
     ready: Prepared,
@@ -104,6 +128,7 @@ def _carry_out(
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
+    finish: Finish | None = None,
 ) -> None:
     done = [0]
 
@@ -121,6 +146,9 @@ def _carry_out(
         for made in ready.layout.files:
             (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
         Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
+        if finish is not None:
+            work.forget()
+            finish(work.new)
         for file in ready.source.files:
             file.stamp.check()
         if not work.file:
@@ -143,7 +171,7 @@ def _count_jobs(jobs: int | None) -> int:
     return jobs
 
 
-def _file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
+def file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
     """The name of the one file to write; ``None`` where that is a folder."""
     if dst.suffix in _TORCH and src.is_file() and not dst.is_dir():
         message = "torch's files are read, and never written"

@@ -214,11 +214,21 @@ def _by_roles(names: Sequence[str]) -> TiedNames | None:
     """Those of some names of one shape that are embeddings, and tied."""
     shared = [name for name in names if _leaf(name) == _SHARED]
     inputs = sorted((n for n in names if _leaf(n) in _INPUTS), key=lambda n: n.count("."))
-    outputs = [name for name in names if _leaf(name) in _OUTPUTS]
+    outputs = [name for name in names if is_output(name)]
     found = [*shared, *inputs] if shared else inputs[:1]
     if not found or len(found) + len(outputs) < 2:
         return None
     return TiedNames((*found, *outputs), frozenset(outputs))
+
+
+def is_output(name: str) -> bool:
+    """Whether a name is that of an output that models tie to their input embeddings."""
+    return _leaf(name) in _OUTPUTS
+
+
+def is_input(name: str) -> bool:
+    """Whether a name is that of input embeddings."""
+    return _leaf(name) in _INPUTS and name.endswith(".weight")
 
 
 def _leaf(name: str) -> str:

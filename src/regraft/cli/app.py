@@ -22,6 +22,9 @@ Look at an adapter, convert it, and convert it back:
   $ regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
   $ regraft convert out back --to transformers-v4        the very bits you had
 
+Adapters and their base:
+  $ regraft merge model my-lora=0.8 -o merged            the base with adapters added
+
 Whole checkpoints:
   $ regraft convert model out --to transformers-v5       file to file, in little memory
   $ regraft verify model out                             compare every element, bit for bit
@@ -46,6 +49,7 @@ Nothing is guessed: what has no exact image is refused, with the reason.
 _COMMANDS = {
     "convert": "regraft.cli.convert",
     "inspect": "regraft.cli.inspect",
+    "merge": "regraft.cli.merge",
     "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
     "explain": "regraft.cli.explain",

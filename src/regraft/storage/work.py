@@ -116,6 +116,10 @@ class Work:
             os.write(self._journal, "".join(f"u {f} {n}\n" for f, n in units).encode())
             os.fdatasync(self._journal)
 
+    def forget(self) -> None:
+        """Note that nothing is done: what is written will change, so no later run may go on from it."""
+        os.ftruncate(self._journal, 0)
+
     def close(self) -> None:
         """Close the journal."""
         if self._journal >= 0:

@@ -162,6 +162,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report, SourceOutcome),
     "inspect": (Inspection, CheckpointInspection),
     "verify": (Verification, AdapterVerification),
+    "merge": (Report,),
     "check": (Check, ToolCheck, SourceOutcome),
     "explain": (Explanation,),
     "diff": (Diff,),

@@ -19,6 +19,7 @@ import numpy as np
 from regraft.adapters.families.base import NoImageError, Wide, as_wide, joined, same_bits
 from regraft.adapters.form import Array, common_dtype
 from regraft.adapters.scale import Number, Scale
+from regraft.arrays.pieces import multiply
 from regraft.names.keys import Ints
 
 Weight = Callable[[], Wide] | None
@@ -206,9 +207,9 @@ def _added(delta: Delta, base: Wide | None) -> Wide:
     """The delta without magnitude, scaled."""
     t = delta.tensors
     if delta.algebra == LORA:
-        plain = plain_lora(delta).tensors
-        up, down = as_wide(_matrix(plain["up"]), _matrix(plain["down"]))
-        return np.asarray(up @ down * delta.scale.value)
+        (up,) = as_wide(_matrix(t["up"]))
+        down = _down_with_mid(t) if "mid" in t else t["down"].astype(np.float64)
+        return multiply(up, _matrix(down)) * delta.scale.value
     if delta.algebra == LOHA:
         if "hada_t1" in t:
             one, two = (
@@ -242,10 +243,15 @@ def _matrix(array: Array) -> Array:
     return array.reshape(len(array), -1)
 
 
+def _down_with_mid(t: Mapping[str, Array]) -> Wide:
+    """A Tucker LoRA's down with its kernel."""
+    mid, down = as_wide(t["mid"], t["down"])
+    return np.asarray(np.einsum("ab...,bi->ai...", mid, _matrix(down)))
+
+
 def _without_mid(delta: Delta) -> Delta:
     """A Tucker LoRA as a LoRA whose down has the kernel."""
-    mid, down = as_wide(delta.tensors["mid"], delta.tensors["down"])
-    whole = np.einsum("ab...,bi->ai...", mid, _matrix(down))
+    whole = _down_with_mid(delta.tensors)
     dtype = common_dtype({delta.tensors["mid"].dtype, np.dtype(np.float32)})
     tensors = {"down": whole.astype(dtype), "up": delta.tensors["up"]}
     return replace(delta, tensors=tensors, exact=False)

@@ -1,0 +1,186 @@
+"""`regraft merge`: adapters added to a base, as a new checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from regraft.report import CheckpointReport, Report
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "base",
+    "The base: a model's folder or weights file; of image and video models one file with all parts or one, or a "
+    "folder of diffusers.",
+    metavar="BASE",
+    type=options.FILE,
+)
+@options.argument(
+    "loras",
+    "An adapter, and what multiplies what it adds (style.safetensors=0.8); 1 if omitted, and it may be negative. Any "
+    "number of them.",
+    metavar="LORA[=WEIGHT]...",
+    nargs=-1,
+    required=True,
+)
+@click.option(
+    "--output",
+    "-o",
+    metavar="OUT",
+    type=options.FILE,
+    required=True,
+    help="The folder to write, or the file where BASE is one.",
+)
+@click.option(
+    "--dtype",
+    metavar="[PATTERN=]DTYPE",
+    multiple=True,
+    help="Cast floating-point tensors (bfloat16), or those whose names fit a pattern. A sum is rounded once, to this "
+    "type. May be given more than once.",
+)
+@click.option(
+    "--clip-weight",
+    metavar="W",
+    type=float,
+    help="Image models: the weight for text encoders, in place of each LoRA's own.",
+)
+@options.source
+@options.architecture
+@options.rules
+@click.option(
+    "--shard-size",
+    metavar="SIZE",
+    help="The size of a weights file, such as 200MB or 5GB. As BASE is sharded if omitted.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything that fits or not, and write nothing."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@options.json
+@options.quiet
+def merge(
+    base: Path,
+    loras: tuple[str, ...],
+    output: Path,
+    dtype: tuple[str, ...],
+    clip_weight: float | None,
+    source: str | None,
+    architecture: str | None,
+    rules: tuple[str, ...],
+    shard_size: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Add adapters to a base, each with a weight, and write a checkpoint like the base.
+
+    What all adapters add to a tensor is summed up in float64 and rounded once; other tensors stay bit for bit. An
+    adapter that does not fit the base, or of which nothing is for it, is an error, and then nothing is written.
+
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because it cannot be added to weights.
+    """
+    options.check_layouts(rules, from_=source)
+    if shard_size is not None:
+        from regraft.checkpoints.sharding import parse_size
+
+        with options.usage("--shard-size"):
+            parse_size(shard_size)
+    adapters = [weighted(text) for text in loras]
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.merging.merge import merge as merge_adapters
+
+        with options.own_books(rules), out.waiting("merging", base) as progress:
+            report = merge_adapters(
+                base,
+                adapters,
+                output,
+                dtype=list(dtype) or None,
+                clip_weight=clip_weight,
+                source=source,
+                shard_size=shard_size,
+                architecture=architecture,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        if json:
+            out.data(report.to_dict())
+        elif not quiet:
+            assert report.checkpoint is not None
+            _show(out, report, report.checkpoint, adapters)
+        return 0
+
+    return job
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """A path and a weight; what follows the last ``=`` is one where it is a number and no such file is there.
+
+    >>> weighted("style.safetensors=0.8")
+    (PosixPath('style.safetensors'), 0.8)
+    >>> weighted("style.safetensors")
+    (PosixPath('style.safetensors'), 1.0)
+    """
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(number)
+    except ValueError:
+        if Path(path).exists():
+            message = f"{number!r} is no number"
+            raise click.BadParameter(message, param_hint="LORA=WEIGHT") from None
+        return Path(text), 1.0
+
+
+def _show(
+    out: Output,
+    report: Report,
+    checkpoint: CheckpointReport,
+    adapters: Sequence[tuple[Path, float]],
+) -> None:
+    from rich.text import Text
+
+    from regraft.cli.words import show_notes
+    from regraft.report import show_size
+    from regraft.views.wording import count_in_words
+
+    out.show(Text(visible(Path(report.source).name or report.source), "bold"))
+    for line in checkpoint.evidence:
+        out.show(Text(f"  {visible(line)}", "dim"))
+    for adapter in report.adapters:
+        weights = sorted({target.scale for target in adapter.targets})
+        times = " and ".join(f"{weight:g}" for weight in weights)
+        name = visible(Path(adapter.name).name or adapter.name)
+        added = count_in_words(len({t.key for t in adapter.targets}), "tensor")
+        words = f"  {name}: added to {added}" + (f", times {times}" if times else "")
+        if adapter.carried:
+            words += f"; {count_in_words(adapter.carried, 'tensor')} replaced"
+        out.show(Text(words))
+    changed = {target.key for target in report.targets}
+    summary = (
+        f"{checkpoint.tensors_out} tensors in "
+        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
+        f"{show_size(checkpoint.bytes)}; {len(changed)} changed, each rounded once"
+    )
+    if checkpoint.casts:
+        casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
+        summary += f"; cast: {casts}"
+    out.show(Text(summary, "green"))
+    for change in checkpoint.config:
+        out.show(Text(f"config.json: {visible(change)}"))
+    show_notes(out, report.notes)
+    if not report.written:
+        out.show(Text("Nothing was written: this was a dry run.", "yellow"))

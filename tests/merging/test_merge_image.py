@@ -1,0 +1,144 @@
+"""LoRAs of image models added to their base: one file, a folder, any tool's names; checked by plain numpy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from merge_samples import flux_file, kohya_flux, read, write
+
+import regraft
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return flux_file(tmp_path_factory.mktemp("flux") / "flux.safetensors")
+
+
+def summed(before, *weighted):
+    made = dict(before)
+    for name in {name for added, _ in weighted for name in added}:
+        total = sum(added[name] * weight for added, weight in weighted if name in added)
+        made[name] = (before[name].astype(float) + total).astype(before[name].dtype)
+    return made
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return [n for n in one if one[n].tobytes() != other[n].tobytes()]
+
+
+def test_two_loras_are_numpy_s_sum_rounded_once(flux, tmp_path):
+    one, added = kohya_flux(tmp_path / "one.safetensors")
+    two, more = kohya_flux(tmp_path / "two.safetensors", alpha=3.0, seed=50)
+    out = tmp_path / "out.safetensors"
+    report = regraft.merge(flux, [one, (two, -0.3)], out)
+    want = summed(read(flux), (added, 1.0), (more, -0.3))
+    assert same(read(out), want) == []
+    assert len({t.key for t in report.targets}) == len(added) == 6
+    assert [a.targets[0].scale for a in report.adapters] == [1.0, -0.3]
+
+
+def test_a_folder_gets_the_same_numbers_as_a_file(flux, tmp_path):
+    lora, _ = kohya_flux(tmp_path / "one.safetensors")
+    other = tmp_path / "in_diffusers.safetensors"
+    regraft.convert(lora, other, to="diffusers")
+    regraft.convert(flux, tmp_path / "folder", to="diffusers")
+    regraft.merge(flux, [(lora, 0.5)], tmp_path / "out.safetensors")
+    regraft.convert(tmp_path / "out.safetensors", tmp_path / "want", to="diffusers")
+    for name, path in {"kohya": lora, "diffusers": other}.items():
+        regraft.merge(tmp_path / "folder", [(path, 0.5)], tmp_path / name)
+        assert same(read(tmp_path / name), read(tmp_path / "want")) == []
+    names = {str(f.relative_to(tmp_path / "kohya")) for f in (tmp_path / "kohya").rglob("*.json")}
+    assert "model_index.json" in names
+    regraft.merge(flux, [(other, 0.5)], tmp_path / "back.safetensors")
+    assert same(read(tmp_path / "back.safetensors"), read(tmp_path / "out.safetensors")) == []
+
+
+def test_text_encoders_have_a_weight_of_their_own(flux, tmp_path):
+    lora, added = kohya_flux(tmp_path / "one.safetensors")
+    regraft.merge(flux, [lora], tmp_path / "out.safetensors", clip_weight=0.25)
+    text = {n: x for n, x in added.items() if n.startswith("text")}
+    rest = {n: x for n, x in added.items() if n not in text}
+    want = summed(read(flux), (rest, 1.0), (text, 0.25))
+    assert same(read(tmp_path / "out.safetensors"), want) == []
+
+
+def test_a_sum_is_rounded_once_to_the_type_that_is_asked_for(flux, tmp_path):
+    lora, added = kohya_flux(tmp_path / "one.safetensors")
+    regraft.merge(flux, [lora], tmp_path / "out.safetensors", dtype="bfloat16")
+    got, before = read(tmp_path / "out.safetensors"), read(flux)
+    for name, tensor in before.items():
+        want = (tensor.astype(float) + added.get(name, 0.0)).astype(ml_dtypes.bfloat16)
+        assert got[name].tobytes() == want.tobytes()
+
+
+def test_everything_that_does_not_fit_is_said_at_once_and_nothing_is_written(flux, tmp_path):
+    lora, _ = kohya_flux(tmp_path / "one.safetensors")
+    tensors = read(lora)
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors[f"{stem}.lora_up.weight"] = np.ones((27, 2), np.float32)
+    far = {n.replace("double_blocks_1_", "double_blocks_18_"): x for n, x in tensors.items()}
+    wrong = write(tmp_path / "wrong.safetensors", far, {"ss_base_model_version": "flux1"})
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.merge(flux, [lora, wrong, wrong], tmp_path / "out.safetensors")
+    said = {(f.key, f.message) for f in caught.value.findings}
+    assert len(said) == 2
+    assert len(caught.value.findings) == 4
+    assert any("(27, 8)" in message and "(24, 8)" in message for _, message in said)
+    assert any("double_blocks.18" in key and "no weight" in message for key, message in said)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_lora_of_another_family_is_refused_by_name(flux, tmp_path):
+    sdxl = {
+        f"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.{leaf}": np.ones(
+            shape, np.float32
+        )
+        for leaf, shape in (("lora_down.weight", (2, 2048)), ("lora_up.weight", (640, 2)))
+    }
+    path = write(tmp_path / "sdxl.safetensors", sdxl)
+    with pytest.raises(regraft.BadInputError, match=r"Stable Diffusion XL.*FLUX\.1") as caught:
+        regraft.merge(flux, [path], tmp_path / "out.safetensors")
+    assert caught.value.findings[0].code == "wrong-base"
+
+
+def test_a_part_that_the_base_has_not_is_missed(flux, tmp_path):
+    state = {n: x for n, x in read(flux).items() if n.startswith("model.")}
+    base = write(tmp_path / "denoiser.safetensors", state)
+    lora, added = kohya_flux(tmp_path / "one.safetensors")
+    with pytest.raises(regraft.BadInputError, match="the base has none"):
+        regraft.merge(base, [lora], tmp_path / "out.safetensors")
+    regraft.merge(base, [lora], tmp_path / "out.safetensors", clip_weight=0)
+    mine = {n: x for n, x in added.items() if n in state}
+    assert same(read(tmp_path / "out.safetensors"), summed(state, (mine, 1.0))) == []
+
+
+def test_deltas_that_depend_on_the_base_and_norms_and_biases(flux, tmp_path):
+    before = read(flux)
+    stem, module = "lora_unet_double_blocks_0_img_attn_proj", "double_blocks.0.img_attn.proj"
+    key = f"model.diffusion_model.{module}"
+    random = np.random.default_rng(3)
+    down, up = random.standard_normal((2, 8)), random.standard_normal((8, 2))
+    magnitude = random.standard_normal((8, 1)).astype(np.float32)
+    tensors = {
+        f"{stem}.lora_down.weight": down.astype(np.float32),
+        f"{stem}.lora_up.weight": up.astype(np.float32),
+        f"{stem}.dora_scale": magnitude,
+        f"{stem}.diff_b": np.arange(8, dtype=np.float32),
+    }
+    lora = write(tmp_path / "dora.safetensors", tensors, {"ss_base_model_version": "flux1"})
+    regraft.merge(flux, [(lora, 0.5)], tmp_path / "out.safetensors")
+    w = before[f"{key}.weight"].astype(float)
+    whole = w + up.astype(np.float32).astype(float) @ down.astype(np.float32).astype(float)
+    whole *= magnitude / np.linalg.norm(whole, axis=1, keepdims=True)
+    got = read(tmp_path / "out.safetensors")
+    assert np.allclose(got[f"{key}.weight"], w + (whole - w) / 2, rtol=1e-6, atol=1e-6)
+    bias = before[f"{key}.bias"].astype(float) + np.arange(8) / 2
+    assert (got[f"{key}.bias"] == bias.astype(np.float32)).all()
+
+
+def test_dry_run_writes_nothing(flux, tmp_path):
+    lora, _ = kohya_flux(tmp_path / "one.safetensors")
+    report = regraft.merge(flux, [lora], tmp_path / "out.safetensors", dry_run=True)
+    assert not report.written
+    assert len(report.targets) == 6
+    assert list(tmp_path.iterdir()) == [lora]
