@@ -38,7 +38,8 @@ from compare import classes, old_file, registered, why_not
 from explained import explain
 
 from regraft.errors import RegraftError
-from regraft.learning.learn import Pair, dropped_names, learn_pairs
+from regraft.learning.learn import dropped_names, learn_pairs
+from regraft.learning.pairs import Pair
 from regraft.learning.probe import MOST, labels
 from regraft.learning.propose import compare, plan_names
 

@@ -4,18 +4,22 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from generated import equations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import plan_of
+from safetensors.numpy import load_file, save_file
 
 import regraft
 from regraft import BadInputError
 from regraft.arrays.apply import apply_plan
 from regraft.cli import main
-from regraft.learning.learn import Pair, learn_pairs
+from regraft.learning.command import write_probe
+from regraft.learning.learn import learn_pairs
+from regraft.learning.pairs import Pair
 from regraft.learning.probe import DIGIT, digits, join_digits, labels
 from regraft.learning.watch import watch
 
@@ -455,6 +459,7 @@ def test_books_of_other_tools_lead_there_and_back(book):
 CONVERTER = """
 import json, sys
 from pathlib import Path
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 src, dst = map(Path, sys.argv[1:3])
@@ -463,9 +468,9 @@ state, made = load_file(src / "model.safetensors"), {}
 for key, x in state.items():
     if key.endswith("gate_proj.weight"):
         up = state[key.replace("gate", "up")]
-        made[key.replace("gate_proj", "gate_up")] = np.concatenate([x, up])
+        made[key.replace("gate_proj", "gate_up")] = np.concatenate([x, up]).astype(sys.argv[3])
     elif not key.endswith("up_proj.weight"):
-        made[key.removeprefix("model.")] = x
+        made[key.removeprefix("model.")] = x.astype(sys.argv[3])
 dst.mkdir()
 save_file(made, dst / "weights.safetensors")
 """
@@ -481,16 +486,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def command(folder, *more):
-    given = f"{sys.executable} {folder / 'convert.py'} {{src}} {{dst}}"
+def command(folder, *more, dtype="float32"):
+    given = f"{sys.executable} {folder / 'convert.py'} {{src}} {{dst}} {dtype}"
     return ["learn", "--config", str(folder / "config.json"), "--with", given, *more]
 
 
 @pytest.mark.slow
 def test_a_command_is_watched_and_its_book_converts(folder, capsys):
     book = folder / "book.toml"
-    assert main([*command(folder, "-o", str(book), "--layouts", "hf", "mine")]) == 0
+    given = command(folder, "-o", str(book), "--layouts", "hf", "mine", dtype="float16")
+    assert main(given) == 0
     shown = capsys.readouterr().out
+    assert "to F16: the book moves them" in shown
     assert "size 3: equal, bit for bit, both ways (not seen before)" in shown
     assert main(["probe", str(folder / "config.json"), str(folder / "probes"), "--sizes", "3"]) == 0
     out = folder / "out"
@@ -587,3 +594,67 @@ def test_two_fields_with_the_same_sizes_are_asked_or_told_apart_by_one_more_pair
     assert "config.parts" in texts(chosen)[0]
     told = regraft.learn(*pairs[0], *pairs[1:], configs=configs, layouts=("old", "new"))
     assert "config.groups" in texts(told)[0]
+
+
+def casting(dtype, spoil=lambda x: x):
+    """Everything but norms in a smaller type, joined, and padded with a number."""
+
+    def convert(state):
+        pad = np.full((3, state["emb"].shape[1]), 2.5, np.float32)
+        return {
+            "norm": state["n"],
+            "emb": np.concatenate([spoil(state["emb"]), pad]).astype(dtype),
+            "kq": np.concatenate([state["k"], state["q"]]).astype(dtype),
+        }
+
+    return convert
+
+
+@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+def test_what_is_cast_is_learned_beside_what_is_not(dtype):
+    given = getattr(ml_dtypes, dtype) if isinstance(dtype, str) else dtype
+    shapes = {"emb": (40, 9), "q": (6, 9), "k": (4, 9), "n": (9,)}
+    found = watch(
+        casting(given), [shapes, {k: (*s[:-1], 11) for k, s in shapes.items()}], torch=False
+    )
+    assert found.sound
+    assert "casts 2 tensors" in found.text
+    assert "= 2.5" in found.text
+    other = {k: numbers(n, *s) for n, (k, s) in enumerate(shapes.items())}
+    assert same(applied(found.book, other), casting(np.float32)(other))
+
+
+@pytest.mark.parametrize("spoil", [np.round, lambda x: np.floor(8 * x) / 8, lambda x: x + 1])
+def test_a_cast_does_not_hide_what_changes_values(spoil):
+    shapes = {"emb": (40, 9), "q": (6, 9), "k": (4, 9), "n": (9,)}
+    found = watch(casting(np.float16, spoil), shapes, torch=False)
+    assert list(found.odd) == ["emb"]
+
+
+def test_constants_of_a_cast_are_no_padding_where_something_else_changed():
+    def convert(state):
+        return {"x": np.concatenate([state["a"], 3 * state["b"]]).astype(np.float16)}
+
+    found = watch(convert, {"a": (4, 5), "b": (3, 5)}, torch=False)
+    assert list(found.odd) == ["x"]
+
+
+def test_digits_on_disk(folder):
+    """A converter that casts, run by hand on the probes of two sizes."""
+    fields = json.loads((folder / "config.json").read_text())
+    small = {"l.0.k": (64, 96), "l.0.v": (96, 64), "n": (64,)}
+    write_probe(folder / "model", labels(small), {**fields, "model_type": "none"})
+    assert main(["probe", str(folder / "model"), str(folder / "p"), "--digits"]) == 0
+    pairs = []
+    for path in sorted((folder / "p").iterdir()):
+        made = {
+            "x." + k: x.T.astype(np.float16) if x.ndim > 1 else x
+            for k, x in load_file(path / "model.safetensors").items()
+        }
+        save_file({k: x.copy() for k, x in made.items()}, folder / f"{path.name}.safetensors")
+        pairs += [str(path), str(folder / f"{path.name}.safetensors")]
+    assert len(pairs) == 14
+    assert main(["learn", *pairs, "-o", str(folder / "book.toml")]) == 0
+    text = (folder / "book.toml").read_text()
+    assert "Seen at 2 sizes" in text
+    assert "to F16" in text

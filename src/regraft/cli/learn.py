@@ -107,7 +107,8 @@ def learn(
 
     def job() -> int:
         from regraft.errors import BadInputError, Finding
-        from regraft.learning.learn import Pair, learn_pairs, require_sound
+        from regraft.learning.learn import learn_pairs, require_sound
+        from regraft.learning.pairs import Pair
         from regraft.storage.beside import write_like
 
         if book.exists():
@@ -147,7 +148,8 @@ def _watched(
     from regraft.bridges.transformers.outlines import outlines
     from regraft.errors import BadInputError
     from regraft.learning.command import CommandConverter
-    from regraft.learning.learn import Pair, learn_pairs
+    from regraft.learning.learn import learn_pairs
+    from regraft.learning.pairs import Pair
     from regraft.learning.watch import pair_of
 
     known = outlines(config, 3, layout, fields)

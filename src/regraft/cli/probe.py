@@ -54,6 +54,12 @@ set_option = click.option(
 @click.option(
     "--sizes", metavar="N", type=click.IntRange(1, 3), default=2, help="How many sizes (2)."
 )
+@click.option(
+    "--digits",
+    is_flag=True,
+    help="For a converter that casts to bfloat16 or float16: more probes of each size, which carry the digits of what "
+    "these types cannot tell apart. Convert them all.",
+)
 @set_option
 @options.json
 @options.quiet
@@ -62,6 +68,7 @@ def probe(
     out: Path,
     layout: str | None,
     sizes: int,
+    digits: bool,
     settings: tuple[str, ...],
     json: bool,
     quiet: bool,
@@ -78,8 +85,8 @@ def probe(
     def job() -> int:
         from regraft.bridges.transformers.outlines import outlines
         from regraft.errors import BadInputError, Finding
+        from regraft.learning import probe as probes
         from regraft.learning.command import write_probe
-        from regraft.learning.probe import labels
 
         if out.exists():
             fix = "choose another"
@@ -89,9 +96,14 @@ def probe(
             raise BadInputError(finding)
         made = []
         for number, outline in enumerate(outlines(model, sizes, layout, fields), 1):
-            folder = out / f"size-{number}"
-            write_probe(folder, labels(outline.shapes, number), outline.config)
-            made.append({"folder": str(folder), "tensors": len(outline.shapes)})
+            states = {f"size-{number}": probes.labels(outline.shapes, number)}
+            if digits:
+                parts = probes.digits(outline.shapes, number)
+                states |= {f"size-{number}-digit-{n}": part for n, part in enumerate(parts, 1)}
+            for name, state in states.items():
+                folder = out / name
+                write_probe(folder, state, outline.config)
+                made.append({"folder": str(folder), "tensors": len(outline.shapes)})
         if json:
             screen.data({"probes": made})
         elif not quiet:

@@ -181,7 +181,7 @@ def families(origins: Origins) -> Iterator[tuple[list[str], list[str]]]:
 
     for name, origin in origins.of.items():
         known = origin[origin >= 0]
-        for number in np.unique(origins.tensor(known)).tolist():
+        for number in np.flatnonzero(np.bincount(origins.tensor(known))).tolist():
             parent[root("<" + origins.names[number])] = root(">" + name)
     groups: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     for name in list(parent):
@@ -280,7 +280,7 @@ def decompose(
         tensor = origins.tensor(origin)
         whose = np.where(origin >= 0, owner[tensor], -1)
         flat = np.where(origin >= 0, origin - origins.starts[tensor] + offset[tensor], 0)
-        for source in np.unique(whose).tolist():
+        for source in (np.flatnonzero(np.bincount(whose.reshape(-1) + 1)) - 1).tolist():
             mask = whose == source
             if source < 0:
                 values = np.stack([tensors[name].bits for name in stack.names]).reshape(stack.shape)
@@ -302,8 +302,8 @@ def _product_set(mask: npt.NDArray[np.bool_]) -> list[Ints]:
 def _padding(
     mask: npt.NDArray[np.bool_], values: npt.NDArray[Any], after: int, like: Tensor
 ) -> Iterator[Box]:
-    held = np.unique(values[mask])
-    if len(held) != 1:
+    held = values[mask]
+    if (held != held[0]).any():
         raise NotABoxError("some of its values are nowhere before")
     sides = _product_set(mask)
     each = [_axes_of(side, np.zeros((len(side), 0), dtype=np.int64)) for side in sides]

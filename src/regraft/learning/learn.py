@@ -6,27 +6,23 @@ loaded as any other, and carried out on every pair, in both directions; what it 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
-from pathlib import Path
-from typing import Any, cast
-
-import ml_dtypes
-import msgspec
-import numpy as np
+from typing import cast
 
 from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
+from regraft.learning.casts import joined
 from regraft.learning.choosing import Chosen, Doubts
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
-from regraft.learning.content import Content, Tensor, content_of, open_content
+from regraft.learning.content import Tensor
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.loops import Looped, with_loops
 from regraft.learning.making import comment, make_book
+from regraft.learning.pairs import Pair, Source
 from regraft.learning.propose import check
 from regraft.learning.relate import Names, carried
 from regraft.learning.roles import KindOf
@@ -35,29 +31,6 @@ from regraft.names.patterns import patterns
 from regraft.rules.book import Book, Drop, load_book
 from regraft.rules.templates import match_group
 from regraft.rules.write import write_book
-
-State = Mapping[str, Any]
-Source = str | os.PathLike[str] | State
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The same weights before and after, and the config that goes with them."""
-
-    before: Mapping[str, Tensor]
-    after: Mapping[str, Tensor]
-    config: Config | None
-    where: str
-
-    @staticmethod
-    def of(before: Source, after: Source, config: Config | None = None) -> Pair:
-        """A pair of files, or of state dicts in memory."""
-        one, other = _open(before, "before"), _open(after, "after")
-        if config is None and not isinstance(before, Mapping):
-            config = _config_beside(Path(before))
-        if config is None and not isinstance(after, Mapping):
-            config = _config_beside(Path(after))
-        return Pair(one.tensors, other.tensors, config, one.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +96,7 @@ def learn(
     beside the files. ``partial`` accepts a book that does not explain everything. ``choose`` answers questions about
     readings that fit alike: ``AFTER=BEFORE`` for tensors that are equal to others, ``config.FIELD`` for sizes.
 
-    >>> import numpy as np
-    >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
+    >>>     >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
     >>> book = learn({"q": q, "k": k}, {"qk": np.concatenate([q, k])})
     >>> str(book.rules[0].equation)
     'k : a b, q : c b == qk : (c + a) b where a = 2'
@@ -198,6 +170,7 @@ def learn_pairs(
     ``kind_of`` tells kinds of tensors before and after, where live models say them.
     """
     _check_pairs(pairs)
+    pairs = joined(pairs)
     chosen = Chosen.of(
         choose,
         {name: None for pair in pairs for name in pair.before},
@@ -205,7 +178,7 @@ def learn_pairs(
     )
     found = [infer(pair.before, pair.after, chosen) for pair in pairs[:naming]]
     looped = [list(with_loops(each.drafts)) for each in found]
-    notes: list[str] = []
+    notes: list[str] = [*pairs[0].notes]
     doubts = Doubts()
     rules: list[tuple[str, Drafted]] = []
     for number, each in enumerate(looped):
@@ -412,47 +385,11 @@ def _value_changes(found: Inferred, pair: Pair) -> None:
             found.odd[name] = "its values change, so that is no layout change"
 
 
-def _open(source: Source, where: str) -> Content:
-    if isinstance(source, Mapping):
-        return Content("checkpoint", where, content_of(arrays_of(source), where))
-    return open_content(Path(source))
-
-
-def arrays_of(state: State) -> dict[str, Any]:
-    """A state dict as numpy's arrays; torch's tensors without a copy where that can be."""
-    arrays = {}
-    for key, value in state.items():
-        arrays[key] = _array(value) if hasattr(value, "detach") else np.asarray(value)
-    return arrays
-
-
-def _array(tensor: Any) -> Any:
-    """A torch tensor as an array, types that numpy has not among them."""
-    import torch
-
-    name = str(tensor.dtype).removeprefix("torch.")
-    plain = tensor.detach().cpu().contiguous()
-    if not name.startswith(("bfloat16", "float8")):
-        return plain.numpy()
-    word = torch.int16 if name == "bfloat16" else torch.uint8
-    return plain.view(word).numpy().view(getattr(ml_dtypes, name))
-
-
-def _config_beside(path: Path) -> Config | None:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        data = msgspec.json.decode(file.read_bytes())
-    except (OSError, msgspec.DecodeError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
 __all__ = [
     "Config",
     "Learned",
     "Pair",
     "Verified",
-    "arrays_of",
     "dropped_names",
     "learn",
     "learn_pairs",

@@ -51,8 +51,16 @@ def _distinct(random: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
     """So many different numbers below 2**23, in random order."""
     if count > 1 << 20:
         return random.permutation(1 << 23)[:count]
-    chosen = np.unique(random.integers(0, 1 << 23, 2 * count + 16))
+    chosen = _once(random.integers(0, 1 << 23, 2 * count + 16))
     return random.permutation(chosen)[:count]
+
+
+def _once(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Each value once, in order; numpy's unique takes twenty times as long."""
+    values = np.sort(values)
+    first = np.ones(len(values), dtype=bool)
+    first[1:] = values[1:] != values[:-1]
+    return values[first]
 
 
 def digits(shapes: Shapes, seed: int = 0) -> list[Arrays]:
@@ -68,7 +76,9 @@ def digits(shapes: Shapes, seed: int = 0) -> list[Arrays]:
         number += 1
     random = np.random.default_rng(seed)
     limit = DIGIT**number
-    chosen: npt.NDArray[np.int64] = np.unique(random.integers(0, limit, 2 * count + 16))
+    chosen = _once(random.integers(0, limit, 2 * count + 16))
+    # Where all digits are one number it might be a constant that a converter pads with.
+    chosen = chosen[chosen % ((limit - 1) // (DIGIT - 1)) != 0]
     chosen = random.permutation(chosen)[:count]
     return [
         _cut((chosen // DIGIT**place % DIGIT + 1).astype(np.float32), shapes)

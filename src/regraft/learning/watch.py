@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.learning.casts import with_digits
 from regraft.learning.content import content_of
 from regraft.learning.learn import (
     Config,
     Learned,
-    Pair,
-    arrays_of,
     learn_pairs,
     require_sound,
 )
-from regraft.learning.probe import Arrays, digits, join_digits, labels
+from regraft.learning.pairs import Pair, arrays_of
+from regraft.learning.probe import Arrays, digits, labels
 from regraft.learning.roles import KindOf
 from regraft.rules.book import Book
 
@@ -126,12 +126,9 @@ def pair_of(
             Finding("unsteady", message, where=where, key=next(iter(unsteady), None))
         )
     if any(array.dtype != np.float32 for array in after.values()):
-        parts = digits(shapes)
-        made = [_call(convert, part, with_torch, where) for part in parts]
-        cast = {k: v for k, v in after.items() if v.dtype != np.float32}
-        joined = join_digits([{k: m[k] for k in cast if k in m} for m in made])
-        if len(cast) == len(after):
-            return _pair(join_digits(parts), {**cast, **joined}, config, where)
+        made = [(part, _call(convert, part, with_torch, where)) for part in digits(shapes)]
+        labelled = _pair(before, after, config, where)
+        return with_digits(labelled, [_pair(*each, config, where) for each in made])
     return _pair(before, after, config, where)
 
 

@@ -22,7 +22,8 @@ from regraft.bridges.transformers.operations import UnknownOperationError
 from regraft.bridges.transformers.registry import Transform
 from regraft.equation.notation import ConfigPath, Equation, Term, Where, parse_equation
 from regraft.equation.sizes import SizeError, evaluate, solve_sizes
-from regraft.learning.learn import Pair, learn_pairs
+from regraft.learning.learn import learn_pairs
+from regraft.learning.pairs import Pair
 from regraft.learning.probe import MOST, labels
 from regraft.learning.roles import kinds_by_axes
 from regraft.learning.shrink import shrink
