@@ -14,7 +14,9 @@ import numpy as np
 
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.dialects.names import layout_named, source_named
+from regraft.dialects.opening import find_source
 from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.registry import IMAGE
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.explaining.explanation import End, Explanation, Near
@@ -56,6 +58,12 @@ def explain(
         adapter = not is_checkpoint(Path(src))
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
         with only_family(given.family), going_over(given.via):
+            if adapter:
+                opening = find_source(Path(src), given)
+                if opening.dialect.name in IMAGE:
+                    from regraft.explaining.image import explain_image
+
+                    return explain_image(opening.one(), key, layout, given.family, known)
             subject = open_subject(Path(src), layout, known, given.layout, given)
             return _Search(subject, key, layout.name).explain()
 

@@ -44,6 +44,10 @@ class Made:
     tensors: dict[str, Array]
     metadata: dict[str, str]
     report: AdapterReport
+    deltas: Mapping[Home, Delta]
+    """The modules that it has."""
+    how: Writing
+    ways: Ways
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,7 +219,8 @@ def _converted(
     alphas = _alphas(opened, fit, adapter) if _lost_alphas(fitted, written) else {}
     added = tuple(h.key for h in fitted if h.key.endswith("_proj.weight") and h not in moved)
     metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names, added)
-    return Made(tensors, metadata, _report(opened, adapter, fitted, how, ways, written, tensors))
+    report = _report(opened, adapter, fitted, how, ways, written, tensors)
+    return Made(tensors, metadata, report, fitted, how, ways)
 
 
 def _check_apart(

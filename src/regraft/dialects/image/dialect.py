@@ -115,6 +115,18 @@ def _is_image(grouped: Grouped) -> bool:
     return 2 * len(best.missing) < len(grouped.modules)
 
 
+def refused_layout(to: Layout, where: str) -> RefusedError:
+    """That a layout is none of image models."""
+    return RefusedError(
+        Finding(
+            "dialect",
+            f"this is a LoRA of an image or video model, and {to} does not have these",
+            where=where,
+            fix=f"convert it to one of {', '.join(DIALECTS)}",
+        )
+    )
+
+
 @dataclass(slots=True)
 class ImageFile(PlainFile):
     """An opened file, for `regraft.api`: it converts itself, because its parts are of several models."""
@@ -130,14 +142,7 @@ class ImageFile(PlainFile):
         """
         assert self.image is not None
         if to.dialect not in DIALECTS:
-            raise RefusedError(
-                Finding(
-                    "dialect",
-                    f"this is a LoRA of an image or video model, and {to} does not have these",
-                    where=self.where,
-                    fix=f"convert it to one of {', '.join(DIALECTS)}",
-                )
-            )
+            raise refused_layout(to, self.where)
         if asked.compact or asked.uniform:
             raise BadInputError(
                 Finding(
@@ -155,9 +160,9 @@ class ImageFile(PlainFile):
         raise RefusedError(
             Finding(
                 "dialect",
-                "a LoRA of an image or video model can be converted and inspected, and nothing else so far",
+                "this command is not for LoRAs of image and video models",
                 where=self.where,
-                fix=f"convert it to one of {', '.join(DIALECTS)}",
+                fix="use convert, verify, explain, inspect, or check --for",
             )
         )
 

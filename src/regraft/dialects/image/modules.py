@@ -84,6 +84,11 @@ class Names:
         if all(meant != other for _, other in found):
             found.append((spelled.pattern(flat=flat), meant))
 
+    def spellings(self, *, flat: bool) -> list[str]:
+        """Names of all modules, with 0 for every index."""
+        found = [name.replace(_MARK, "0") for is_flat, name in self._index if is_flat == flat]
+        return list(dict.fromkeys(found))
+
     def find(self, name: str, *, flat: bool) -> Module | None:
         """The module that a name stands for."""
         fits = []
