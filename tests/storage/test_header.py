@@ -82,6 +82,17 @@ def test_accepts_what_only_looks_like_a_duplicate(tmp_path: Path) -> None:
     assert header.metadata == metadata
 
 
+def test_a_model_called_v1_0_is_read_as_quickly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ``-0`` in the metadata is none of a number."""
+    monkeypatch.setattr("regraft.storage.header.check_header", None)
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
+    text = {"__metadata__": metadata, "a": entry("U8", [1], 0, 1)}
+    (tmp_path / "x.safetensors").write_bytes(pack(text, b"x"))
+    assert read_header(tmp_path / "x.safetensors").metadata == metadata
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"nothing\.safetensors: the file does not exist"):
         read_header(tmp_path / "nothing.safetensors")

@@ -177,9 +177,10 @@ def _decode_sound(
     text: bytes, data_size: int
 ) -> tuple[dict[str, TensorInfo], dict[str, str]] | None:
     """The tensors and the metadata of a header that is sound beyond doubt, or else None."""
-    # A `-0` is no whole number of the format, and the decoder would take it for 0.
-    if not text.startswith(b"{") or (b"-" in text and b"-0" in text):
+    if not text.startswith(b"{"):
         return None
+    # A `-0` is no whole number of the format, and the decoder would take it for 0.
+    odd = text.count(b"-0") if b"-" in text else 0
     try:
         text.decode()
         entries = _decode_entries(text)
@@ -191,7 +192,10 @@ def _decode_sound(
             if json.loads(raw, object_pairs_hook=len) != len(metadata):
                 return None
             colons -= 1 + raw.count(b":")
+            odd -= raw.count(b"-0") if odd else 0
     except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    if odd:
         return None
     # A duplicate key leaves no other trace than its colon. An entry with all three fields has four
     # colons, its own among them; a field or an entry that was written twice adds at least one more,

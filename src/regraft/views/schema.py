@@ -23,6 +23,7 @@ from regraft.checking.verdict import Check, Row, Verdict
 from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.slices import SlicesReport
 from regraft.checkpoints.verify import Verification
+from regraft.dialects.image.inspect import ImageSummary
 from regraft.dialects.peft.inspect import Inspected, Inspection, TargetPattern, TensorPattern
 from regraft.errors import Finding
 from regraft.explaining.diff import Diff
@@ -160,7 +161,7 @@ class CodeList:
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report, SourceOutcome),
-    "inspect": (Inspection, CheckpointInspection),
+    "inspect": (Inspection, CheckpointInspection, ImageSummary),
     "verify": (Verification, AdapterVerification),
     "merge": (Report,),
     "check": (Check, ToolCheck, SourceOutcome),

@@ -3,6 +3,7 @@
 import json
 import time
 
+import jsonschema
 import numpy as np
 import pytest
 from dialects.image.samples import H, kohya_flux, numbers, pair
@@ -12,6 +13,7 @@ import regraft
 from regraft.cli import main
 from regraft.dialects.image.inspect import summarize
 from regraft.storage.safetensors import write_tensors
+from regraft.views.schema import schema_of
 
 __all__ = ["convert"]
 
@@ -39,6 +41,8 @@ def folder(tmp_path):
 def test_a_folder_line_by_line(folder, capsys):
     assert main(["inspect", str(folder), "--json"]) == 1
     a, b, c, d = map(json.loads, capsys.readouterr().out.splitlines())
+    for line in (a, b, c, d):
+        jsonschema.validate(line, schema_of("inspect"))
     assert (a["family"], a["dialect"], a["trainer"], a["alphas"]) == (
         "flux",
         "kohya",
@@ -55,13 +59,32 @@ def test_a_folder_line_by_line(folder, capsys):
     assert "lora_te1, lora_te2" in capsys.readouterr().out
 
 
+def test_a_file_with_other_names_of_each_kind(tmp_path):
+    """Most leaves are told once for all names that are alike; some tell by a number what they are."""
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_{}_attn1_to_q"
+    tensors = {}
+    for n in range(3):
+        shapes = {
+            "hada_w1_a": (8, 2),
+            "hada_w1_b": (2, 8),
+            "hada_w2_a": (8, 2),
+            "hada_w2_b": (2, 8),
+        }
+        tensors |= {f"{stem.format(n)}.{role}": numbers(*s) for role, s in shapes.items()}
+        tensors[f"{stem.format(n)}.alpha"] = np.float32(n)
+    write_tensors(tmp_path / "a.safetensors", tensors, {"ss_base_model_version": "sdxl_base_v1-0"})
+    found = summarize(tmp_path / "a.safetensors")
+    assert (found.family, found.algorithms, found.ranks) == ("sdxl", {"LoHa": 3}, {"2": 3})
+    assert found.alphas == {"0": 1, "1": 1, "2": 1}
+
+
 def test_it_is_quick(folder):
-    """Two hundred files a second on a quiet core; a tenth of it is asked for, because cores are shared."""
+    """Two hundred files a second on a quiet core; a fifth of it is asked for, because cores are shared."""
     summarize(folder / "b.safetensors")
     start = time.process_time()
     for _ in range(5):
         summarize(folder / "b.safetensors")
-    assert time.process_time() - start < 5 / 20
+    assert time.process_time() - start < 5 / 40
 
 
 @pytest.mark.parametrize(

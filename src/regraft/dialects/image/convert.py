@@ -18,7 +18,7 @@ from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.grouping import Grouped, group_tensors
 from regraft.dialects.image.moving import Ways, move_deltas
 from regraft.dialects.image.origin import KEY, Origin, read_origin, unfolded, write_origin
-from regraft.dialects.image.prefixes import place_of
+from regraft.dialects.image.prefixes import Place, place_of
 from regraft.dialects.image.read import (
     ADAPTER_METADATA,
     Fit,
@@ -89,28 +89,33 @@ def opened_image(where: str, tensors: dict[str, Array], metadata: dict[str, str]
 
 def form_of(grouped: Grouped) -> str:
     """The dialect of a file's names: what stands before most of its modules."""
-    found: Counter[str] = Counter()
-    for stem in grouped.modules:
-        place = place_of(stem)
-        prefix = place.prefix.removeprefix("base_model.model.")
-        if place.flat:
-            found["kohya"] += 1
-        elif prefix.startswith("text_encoders."):
-            found["comfyui"] += 1
-        else:
-            found[_FORMS.get(prefix, "bfl" if _BFL.match(place.module) else "diffusers")] += 1
+    found = Counter(form_of_place(place_of(stem)) for stem in grouped.modules)
     return found.most_common(1)[0][0]
+
+
+def form_of_place(place: Place) -> str:
+    """The dialect of a name."""
+    prefix = place.prefix.removeprefix("base_model.model.")
+    if place.flat:
+        return "kohya"
+    if prefix.startswith("text_encoders."):
+        return "comfyui"
+    return _FORMS.get(prefix, "bfl" if _BFL.match(place.module) else "diffusers")
 
 
 def dialect_of(grouped: Grouped, metadata: Mapping[str, str]) -> str:
     """Whose file it is: by what only one tool writes, and otherwise by its names."""
-    if any("xlabs" in module.spellings for module in grouped.modules.values()):
+    spellings = {s for module in grouped.modules.values() for s in module.spellings}
+    return tool_of(spellings, metadata) or form_of(grouped)
+
+
+def tool_of(spellings: set[str], metadata: Mapping[str, str]) -> str:
+    """The tool that a file says it is of; empty where it does not."""
+    if "xlabs" in spellings:
         return "xlabs"
     if "ot_revision" in metadata:
         return "onetrainer"
-    if "ai-toolkit" in metadata.get("software", ""):
-        return "ai-toolkit"
-    return form_of(grouped)
+    return "ai-toolkit" if "ai-toolkit" in metadata.get("software", "") else ""
 
 
 _BFL = re.compile(r"(?:double|single)_blocks\.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from regraft.dialects.image.convert import form_of_place, tool_of
 from regraft.dialects.image.delta import LORA
-from regraft.dialects.image.families import DENOISER
+from regraft.dialects.image.families import DENOISER, FAMILIES
 from regraft.dialects.image.grouping import (
     AROUND,
     Grouped,
@@ -25,7 +27,13 @@ from regraft.dialects.image.grouping import (
     algebra_of,
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
-from regraft.dialects.image.read import ADAPTER_METADATA, fit_families, hinted_families, places_of
+from regraft.dialects.image.prefixes import FLAT, Place, place_of
+from regraft.dialects.image.read import (
+    ADAPTER_METADATA,
+    families_with,
+    fit_families,
+    hinted_families,
+)
 from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.storage.dtypes import DTYPES
@@ -45,9 +53,10 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class ImageSummary:
-    """One file."""
+    """A file of LoRAs for an image or video model; a folder of them has one in each line."""
 
     file: str
+    """Its name, or its path in the folder."""
     family: str = ""
     """The family, or several that all of its names fit."""
     dialect: str = ""
@@ -120,26 +129,7 @@ def _named(summary: ImageSummary, name: str) -> ImageSummary:
 
 
 def _summary(path: Path, header: Header) -> ImageSummary:
-    from regraft.dialects.image.convert import dialect_of
-
-    modules: dict[str, ModuleTensors] = {}
-    unknown = ""
-    unread = ""
-    for key, info in header.tensors.items():
-        leaf = split_key(key)
-        if leaf is None:
-            kind = unread_kind(key)
-            unread = unread or (kind or "")
-            unknown = unknown or ("" if kind or has_no_weights(key) else key)
-            continue
-        module = modules.get(leaf.stem)
-        if module is None:
-            module = modules[leaf.stem] = ModuleTensors(leaf.stem)
-        role, _, parameter = leaf.role.partition(".")
-        outline: Any = _Outline(info.shape)
-        module.tensors[role] = outline
-        module.scale_key |= bool(parameter)
-        module.spellings.add(leaf.spelling)
+    modules, spellings, unknown, unread = _modules(header)
     size = header.size
     if not modules or (unknown and len(modules) * 2 < len(header.tensors) // 4):
         return ImageSummary(
@@ -148,9 +138,8 @@ def _summary(path: Path, header: Header) -> ImageSummary:
             size=size,
             problem="no adapter of an image model",
         )
-    grouped = Grouped(modules, {})
-    family, problem = _family(grouped, header.metadata)
-    algorithms = Counter(_algorithm(module) for module in modules.values())
+    heads = _heads(modules)
+    family, problem = _family(modules, header.metadata)
     problem = (
         (unread and f"{unread} is not supported")
         or (unknown and f"unknown key: {unknown}")
@@ -159,34 +148,107 @@ def _summary(path: Path, header: Header) -> ImageSummary:
     return ImageSummary(
         path.name,
         family,
-        dialect_of(grouped, header.metadata),
-        _trainer(header.metadata, grouped),
-        dict(algorithms.most_common()),
+        _dialect(heads, spellings, header.metadata),
+        _trainer(header.metadata, spellings),
+        dict(_algorithms(modules).most_common()),
         len(modules),
         _ranks(modules),
         _alphas(path, header, modules),
         _base(header.metadata),
-        _text_encoders(grouped),
+        _text_encoders(heads),
         len(header.tensors),
         size,
         problem,
     )
 
 
-def _family(grouped: Grouped, metadata: Mapping[str, str]) -> tuple[str, str]:
+_Roles = dict[str, tuple[TensorInfo, str]]
+"""A module's tensors by role, each with the spelling that it belongs to."""
+
+
+def _modules(header: Header) -> tuple[dict[str, _Roles], set[str], str, str]:
+    """The modules by name, their spellings, the first key that no tool writes, the first kind that is not read.
+
+    Names that differ in numbers only are alike, so most leaves are told once for all of them.
+    """
+    names, infos = list(header.tensors), list(header.tensors.values())
+    modules: dict[str, _Roles] = {}
+    spellings: set[str] = set()
+    unknown = unread = ""
+    for group in group_names(names):
+        ids = group.ids.tolist()
+        first = names[ids[0]]
+        leaf = split_key(first)
+        end = None if leaf is None else first.removeprefix(leaf.stem)
+        if leaf is None or end is None or end == first or _DIGIT.search(end) is not None:
+            for i in ids:
+                leaf = split_key(names[i])
+                if leaf is not None:
+                    modules.setdefault(leaf.stem, {})[leaf.role] = infos[i], leaf.spelling
+                    spellings.add(leaf.spelling)
+                    continue
+                kind = unread_kind(names[i])
+                unread = unread or (kind or "")
+                unknown = unknown or ("" if kind or has_no_weights(names[i]) else names[i])
+            continue
+        role, spelling, cut = leaf.role, leaf.spelling, -len(end)
+        spellings.add(spelling)
+        for i in ids:
+            modules.setdefault(names[i][:cut], {})[role] = infos[i], spelling
+    return modules, spellings, unknown, unread
+
+
+_DIGIT = re.compile("[0-9]")
+_HEAD = re.compile(r"text_encoders\.\w+\.\w+\.|base_model\.model\.\w+\.|\w+?[a-z]\.|")
+"""What stands before a module; the component, and the form of a name, are told by it."""
+
+
+def _heads(modules: Mapping[str, _Roles]) -> dict[str, tuple[Place, int]]:
+    """A module's place for each of the ways that names begin, and how many begin so."""
+    counts: Counter[str] = Counter()
+    samples: dict[str, str] = {}
+    for stem in modules:
+        found = FLAT.match(stem) or _HEAD.match(stem)
+        head = found[0] if found is not None else ""
+        counts[head] += 1
+        samples.setdefault(head, stem)
+    return {head: (place_of(samples[head]), count) for head, count in counts.items()}
+
+
+def _dialect(
+    heads: Mapping[str, tuple[Place, int]], spellings: set[str], metadata: Mapping[str, str]
+) -> str:
+    forms: Counter[str] = Counter()
+    for place, count in heads.values():
+        forms[form_of_place(place)] += count
+    return tool_of(spellings, metadata) or forms.most_common(1)[0][0]
+
+
+def _outlined(stem: str, roles: _Roles) -> ModuleTensors:
+    """A module of which only shapes are known."""
+    module = ModuleTensors(stem)
+    for name, (info, spelling) in roles.items():
+        role, _, parameter = name.partition(".")
+        outline: Any = _Outline(info.shape)
+        module.tensors[role] = outline
+        module.scale_key |= bool(parameter)
+        module.spellings.add(spelling)
+    return module
+
+
+def _family(modules: Mapping[str, _Roles], metadata: Mapping[str, str]) -> tuple[str, str]:
     """The families that names fit, judged by some names of every kind; and what is wrong."""
     first: dict[str, ModuleTensors] = {}
     some: dict[str, ModuleTensors] = {}
-    for group in group_names(list(grouped.modules)):
-        step = max(len(group) // _SHOWN, 1)
-        for row in {*range(0, len(group), step), len(group) - 1}:
-            name = group.name(row)
-            some[name] = grouped.modules[name]
-        name = group.name(len(group) - 1)
-        first[name] = grouped.modules[name]
-    fits = fit_families(Grouped(first, {}))
-    likely = [fit.family for fit in fits if not fit.missing]
-    fits = fit_families(Grouped(some, {}), likely) if likely else fits
+    stems = list(modules)
+    for group in group_names(stems):
+        ids = group.ids.tolist()
+        step = max(len(ids) // _SHOWN, 1)
+        for i in (*ids[::step], ids[-1]):
+            some.setdefault(stems[i], _outlined(stems[i], modules[stems[i]]))
+        first[stems[ids[-1]]] = some[stems[ids[-1]]]
+    likely = families_with(Grouped(first, {}))
+    fits = fit_families(Grouped(some, {}), likely or FAMILIES)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
         return "", f"no family has a module {fits[0].missing[0]}"
@@ -198,6 +260,22 @@ def _family(grouped: Grouped, metadata: Mapping[str, str]) -> tuple[str, str]:
     chosen = said or certain or whole
     problem = f"the header says {hinted[0].title}" if wrong else ""
     return " or ".join(fit.family.name for fit in chosen), problem
+
+
+def _algorithms(modules: Mapping[str, _Roles]) -> Counter[str]:
+    """How many modules each algorithm has; those with the same roles have the same one."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    samples: dict[tuple[str, ...], _Roles] = {}
+    for roles in modules.values():
+        kind = tuple(roles)
+        if "oft_blocks" in roles:  # of how many dimensions it is tells OFT from BOFT
+            kind = (*kind, str(len(roles["oft_blocks"][0].shape)))
+        counts[kind] += 1
+        samples.setdefault(kind, roles)
+    found: Counter[str] = Counter()
+    for kind, count in counts.items():
+        found[_algorithm(_outlined("", samples[kind]))] += count
+    return found
 
 
 def _algorithm(module: ModuleTensors) -> str:
@@ -213,38 +291,39 @@ def _algorithm(module: ModuleTensors) -> str:
     return f"{found} with DoRA" if dora else found
 
 
-def _ranks(modules: Mapping[str, ModuleTensors]) -> dict[str, int]:
+def _ranks(modules: Mapping[str, _Roles]) -> dict[str, int]:
     """The ranks, most common first."""
     found: Counter[int] = Counter()
-    for module in modules.values():
-        for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2"):
-            tensor = module.tensors.get(role)
-            if tensor is not None and tensor.shape:
-                found[tensor.shape[0]] += 1
+    for roles in modules.values():
+        for role in _RANKED:
+            if role in roles:
+                shape = roles[role][0].shape
+                if shape:
+                    found[shape[0]] += 1
                 break
     return {str(rank): count for rank, count in found.most_common()}
 
 
-def _alphas(path: Path, header: Header, modules: Mapping[str, ModuleTensors]) -> dict[str, int]:
-    keys = [key for key in header.tensors if key.endswith(".alpha")]
-    if not keys:
-        return _said_alphas(header.metadata, modules)
+_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
+"""Roles of tensors whose first size is the rank."""
+
+
+def _alphas(path: Path, header: Header, modules: Mapping[str, _Roles]) -> dict[str, int]:
+    infos = [roles["alpha"][0] for roles in modules.values() if "alpha" in roles]
+    if not infos:
+        return _said_alphas(header.metadata, len(modules))
     found: Counter[float] = Counter()
     with path.open("rb") as file:
-        for key in keys:
-            found[_number(file.fileno(), header, header.tensors[key])] += 1
+        number = file.fileno()
+        for dtype in {info.dtype for info in infos}:
+            numpy = np.dtype(DTYPES[dtype].numpy)
+            size, starts = numpy.itemsize, [x.start for x in infos if x.dtype == dtype]
+            first = b"".join([os.pread(number, size, header.data_start + x) for x in starts])
+            found.update(np.frombuffer(first, numpy).astype(float).tolist())
     return {f"{alpha:g}": count for alpha, count in found.most_common()}
 
 
-def _number(file: int, header: Header, info: TensorInfo) -> float:
-    data = os.pread(file, info.end - info.start, header.data_start + info.start)
-    values = np.frombuffer(data, DTYPES[info.dtype].numpy)
-    return float(values.reshape(-1)[0]) if values.size else float("nan")
-
-
-def _said_alphas(
-    metadata: Mapping[str, str], modules: Mapping[str, ModuleTensors]
-) -> dict[str, int]:
+def _said_alphas(metadata: Mapping[str, str], modules: int) -> dict[str, int]:
     """What the header says where no tensor does."""
     try:
         said = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
@@ -256,11 +335,11 @@ def _said_alphas(
         else set()
     )
     if not alphas:
-        return {"rank": len(modules)}
-    return {f"{alpha} (header)": len(modules) for alpha in alphas}
+        return {"rank": modules}
+    return {f"{alpha} (header)": modules for alpha in alphas}
 
 
-def _trainer(metadata: Mapping[str, str], grouped: Grouped) -> str:
+def _trainer(metadata: Mapping[str, str], spellings: set[str]) -> str:
     module = metadata.get("ss_network_module", "")
     if "ot_revision" in metadata:
         return "OneTrainer"
@@ -276,7 +355,6 @@ def _trainer(metadata: Mapping[str, str], grouped: Grouped) -> str:
         return "musubi-tuner" if name in _MUSUBI else "sd-scripts"
     if ADAPTER_METADATA in metadata:
         return "diffusers"
-    spellings = {s for m in grouped.modules.values() for s in m.spellings}
     return "x-flux" if "xlabs" in spellings else ""
 
 
@@ -286,9 +364,9 @@ def _base(metadata: Mapping[str, str]) -> str:
     return found[0] if found else ""
 
 
-def _text_encoders(grouped: Grouped) -> tuple[str, ...]:
+def _text_encoders(heads: Mapping[str, tuple[Place, int]]) -> tuple[str, ...]:
     """The components besides the denoiser, as the file names them."""
-    found = (p.component for p in places_of(grouped).values() if p.component != DENOISER)
+    found = (place.component for place, _ in heads.values() if place.component != DENOISER)
     return tuple(sorted({c.removeprefix("te:").strip("_") for c in found}))
 
 

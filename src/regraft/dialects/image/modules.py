@@ -104,8 +104,7 @@ class Names:
 
 def book_of(family: Family) -> Book | None:
     """The rule book of a family; ``None`` where there is none (all tools name its modules alike)."""
-    named = [book for book in library() if book.name == family.book]
-    return named[0] if named else None
+    return next((book for book in library() if book.name == family.book), None)
 
 
 def names_of(family: Family, layout: str) -> Names | None:

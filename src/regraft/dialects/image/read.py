@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -98,15 +99,37 @@ def fit_families(grouped: Grouped, families: Iterable[Family] = FAMILIES) -> lis
     return sorted(fits, key=lambda fit: len(fit.missing))
 
 
+def families_with(grouped: Grouped) -> list[Family]:
+    """The families that have every module of a file; each is left at the first module that it has not."""
+    places = [(place, grouped.modules[stem]) for stem, place in places_of(grouped).items()]
+    return [family for family in FAMILIES if _has_all(family, places)]
+
+
+def _has_all(family: Family, places: Sequence[tuple[Place, ModuleTensors]]) -> bool:
+    known = _layouts_of(family)
+    return all(
+        _modules(known, place.module, place.flat, module.scale_key, family.excludes)
+        if place.component in (DENOISER, "transformer_2")
+        else _text_home(family, place) is not None
+        for place, module in places
+    )
+
+
+def _layouts_of(family: Family) -> tuple[Names, ...]:
+    """The modules of a family in each layout."""
+    found = (names_of(family, layout) for layout in family.layouts)
+    return tuple(names for names in found if names is not None)
+
+
 def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
-    found: dict[str, list[Module]] = {}
+    found: dict[str, tuple[Module, ...]] = {}
     homes: dict[str, Home] = {}
     missing = []
-    excluded = re.compile(family.excludes) if family.excludes else None
-    known = [names for layout in family.layouts if (names := names_of(family, layout)) is not None]
+    known = _layouts_of(family)
     for stem, place in places.items():
         if place.component in (DENOISER, "transformer_2"):
-            modules = _modules(known, place, grouped.modules[stem], excluded)
+            module = grouped.modules[stem]
+            modules = _modules(known, place.module, place.flat, module.scale_key, family.excludes)
             if modules:
                 found[stem] = modules
                 continue
@@ -118,26 +141,30 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
         missing.append(stem)
     usual = Counter(modules[0].layout for modules in found.values() if len(modules) == 1)
     for stem, modules in found.items():
-        module = max(modules, key=lambda m: usual[m.layout])
-        homes[stem] = Home(places[stem].component, module.layout, module.key, module.kind)
+        most = modules[0] if len(modules) == 1 else max(modules, key=lambda m: usual[m.layout])
+        homes[stem] = Home(places[stem].component, most.layout, most.key, most.kind)
     certain = sum(_has_context(family, home, grouped.modules[stem]) for stem, home in homes.items())
     misfits = sum(_misfits(family, home, grouped.modules[stem]) for stem, home in homes.items())
     others = sum(modules[0].other_name for modules in found.values())
     return Fit(family, homes, tuple(missing), certain, others, misfits)
 
 
+@lru_cache(maxsize=1 << 15)
 def _modules(
-    known: Sequence[Names], place: Place, tensors: ModuleTensors, excluded: re.Pattern[str] | None
-) -> list[Module]:
-    """The module in every layout that has it; those with the right kind of parameter first."""
+    known: tuple[Names, ...], name: str, flat: bool, scale_key: bool, excludes: str
+) -> tuple[Module, ...]:
+    """The module in every layout that has it, with the right kind of parameter.
+
+    Files of one family have the same names, and what was looked up for one is remembered for the next.
+    """
     found = []
     for names in known:
-        module = names.find(place.module, flat=place.flat)
-        if module is None or (excluded is not None and excluded.fullmatch(module.path)):
+        module = names.find(name, flat=flat)
+        if module is None or (excludes and re.fullmatch(excludes, module.path) is not None):
             continue
-        if tensors.scale_key == module.key.endswith(".scale"):
+        if scale_key == module.key.endswith(".scale"):
             found.append(module)
-    return found
+    return tuple(found)
 
 
 def _text_home(family: Family, place: Place) -> Home | None:
@@ -182,7 +209,7 @@ def _misfits(family: Family, home: Home, module: ModuleTensors) -> bool:
     down = module.tensors.get("down")
     if down is not None and (down.ndim > 2) != (home.kind == "conv"):
         return True
-    size = size_of(module)
+    size = size_of(module) if family.ratios else None
     return size is not None and any(
         re.fullmatch(pattern, home.module) is not None and size[0] != ratio * size[1]
         for pattern, ratio in family.ratios
