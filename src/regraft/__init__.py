@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.live.load import from_pretrained, load_checkpoint
     from regraft.live.mapping import mapping
     from regraft.live.state_dict import convert_state_dict
+    from regraft.merging.extract import extract
     from regraft.merging.merge import merge
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
@@ -48,6 +49,7 @@ __all__ = [
     "convert_state_dict",
     "diff",
     "explain",
+    "extract",
     "from_pretrained",
     "inspect",
     "install",
@@ -83,6 +85,7 @@ _LAZY = {
     "learn": "regraft.learning.learn",
     "learn_from": "regraft.learning.watch",
     "explain": "regraft.explaining.explain",
+    "extract": "regraft.merging.extract",
     "merge": "regraft.merging.merge",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",

@@ -150,17 +150,17 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        data: dict[str, Any] = _plain(self)
+        data: dict[str, Any] = plain_data(self)
         return data
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """What ``asdict`` gives, without traces."""
     if is_dataclass(value) and not isinstance(value, type):
         names = (field.name for field in fields(value) if field.name != "trace")
-        return {name: _plain(getattr(value, name)) for name in names}
+        return {name: plain_data(getattr(value, name)) for name in names}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_data(item) for item in value]
     return dict(value) if isinstance(value, dict) else value
 
 

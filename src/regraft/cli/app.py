@@ -24,6 +24,7 @@ Look at an adapter, convert it, and convert it back:
 
 Adapters and their base:
   $ regraft merge model my-lora=0.8 -o merged            the base with adapters added
+  $ regraft extract model tuned -o lora --rank 32        what tuning changed, as a LoRA
 
 Whole checkpoints:
   $ regraft convert model out --to transformers-v5       file to file, in little memory
@@ -50,6 +51,7 @@ _COMMANDS = {
     "convert": "regraft.cli.convert",
     "inspect": "regraft.cli.inspect",
     "merge": "regraft.cli.merge",
+    "extract": "regraft.cli.extract",
     "verify": "regraft.cli.verify",
     "check": "regraft.cli.check",
     "explain": "regraft.cli.explain",

@@ -29,6 +29,7 @@ from regraft.errors import Finding
 from regraft.explaining.diff import Diff
 from regraft.explaining.explanation import Explanation
 from regraft.layouts.catalog import Catalog
+from regraft.merging.extraction import Extraction
 from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
 from regraft.views.environment import Environment
@@ -164,6 +165,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "inspect": (Inspection, CheckpointInspection, ImageSummary),
     "verify": (Verification, AdapterVerification),
     "merge": (Report,),
+    "extract": (Extraction,),
     "check": (Check, ToolCheck, SourceOutcome),
     "explain": (Explanation,),
     "diff": (Diff,),

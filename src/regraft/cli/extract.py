@@ -1,0 +1,173 @@
+"""`regraft extract`: what tuning changed in a model, as an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regraft.cli import options
+from regraft.cli.app import Job
+from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from regraft.merging.extraction import Extraction
+
+_SHOWN = 50
+
+
+@click.command(cls=options.WithArguments)
+@options.argument(
+    "base",
+    "The model that was tuned: a folder or a weights file of a language, image or video model.",
+    metavar="BASE",
+    type=options.FILE,
+)
+@options.argument(
+    "tuned",
+    "What became of it, in the same layout, with the same tensors of the same shapes.",
+    metavar="TUNED",
+    type=options.FILE,
+)
+@click.option(
+    "--output",
+    "-o",
+    metavar="OUT",
+    type=options.FILE,
+    required=True,
+    help="The adapter's folder, or its file where the dialect is one file.",
+)
+@click.option("--rank", metavar="R", type=click.IntRange(min=1), help="The rank of the factors.")
+@click.option(
+    "--error",
+    metavar="E",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    help="Instead of a rank: the lowest one for each matrix that is off by no more than this, relative to its change "
+    "(0.1).",
+)
+@options.layout(
+    "--to",
+    "The dialect, or the layout, to write; PEFT for language models, diffusers for others if omitted.",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Keep as a whole what is no matrix of a module (norms, biases) where it changed. Refused otherwise.",
+)
+@click.option(
+    "--skip",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave out what changed in tensors whose names it matches (first_stage_model.*), and say so. May be given "
+    "more than once.",
+)
+@click.option(
+    "--dtype", metavar="DTYPE", default="float32", help="The type of the factors (float32)."
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="FAMILY",
+    help="The family of the models, where names don't tell it.",
+)
+@options.architecture
+@options.rules
+@click.option("--dry-run", is_flag=True, help="Run without writing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@options.json
+@options.quiet
+def extract(
+    base: Path,
+    tuned: Path,
+    output: Path,
+    rank: int | None,
+    error: float | None,
+    to: str | None,
+    full: bool,
+    skip: tuple[str, ...],
+    dtype: str,
+    source: str | None,
+    architecture: str | None,
+    rules: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    json: bool,
+    quiet: bool,
+) -> Job:
+    """Take what tuning changed in a model, as a LoRA of a rank or within an error.
+
+    Each matrix's change is replaced by the best factors of low rank; its error and its share of the singular values
+    are told. What changed and is no matrix is refused by name, unless --full keeps it or --skip leaves it out.
+
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because something changed that is no matrix.
+    """
+    options.check_layouts(rules, to=to)
+    if (rank is None) == (error is None):
+        raise click.UsageError("give one of --rank and --error")
+    out = Output(json=json, quiet=quiet)
+
+    def job() -> int:
+        from regraft.merging.extract import extract as extract_adapter
+
+        with options.own_books(rules), out.waiting("extracting") as progress:
+            report = extract_adapter(
+                base,
+                tuned,
+                output,
+                rank=rank,
+                error=error,
+                to=to,
+                full=full,
+                skip=skip,
+                dtype=dtype,
+                source=source,
+                architecture=architecture,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        if json:
+            out.data(report.to_dict())
+        elif not quiet:
+            _show(out, report)
+        return 0
+
+    return job
+
+
+def _show(out: Output, report: Extraction) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from regraft.cli.words import show_notes
+    from regraft.views.wording import count_in_words
+
+    name = visible(Path(report.tuned).name or report.tuned)
+    out.show(Text.assemble((name, "bold"), f": extracted, {report.layout} -> {report.to}"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    for column in ("rank", "error", "mass"):
+        table.add_column(column, justify="right", no_wrap=True)
+    worst = sorted(report.targets, key=lambda target: -target.error)
+    for target in worst[:_SHOWN]:
+        row = str(target.rank), f"{target.error:.3g}", f"{target.mass:.1%}"
+        table.add_row(Text(visible(target.key)), *row)
+    out.show(table)
+    if len(worst) > _SHOWN:
+        out.show(
+            Text(f"… and {len(worst) - _SHOWN} more, with smaller errors; --json lists them all")
+        )
+    matrices = "1 matrix" if len(report.targets) == 1 else f"{len(report.targets)} matrices"
+    words = f"{matrices}, off by {report.error:.3g} together"
+    words += f"; {report.unchanged} tensors did not change"
+    if report.whole:
+        words += f"; {count_in_words(len(report.whole), 'tensor')} kept as a whole"
+    out.show(Text(words, "green"))
+    if report.skipped:
+        shown = ", ".join(map(visible, report.skipped[:6]))
+        more = f" and {len(report.skipped) - 6} more" if len(report.skipped) > 6 else ""
+        out.show(Text(f"Left out, although they changed: {shown}{more}", "yellow"))
+    show_notes(out, report.notes)
+    if not report.written:
+        out.show(Text("Nothing was written: this was a dry run.", "yellow"))
