@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from holders import Holder, data_parallel, fsdp1, vit  # noqa: E402
+from safetensors.torch import save_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import regraft  # noqa: E402
@@ -182,6 +183,15 @@ def _(lab):
     lab.patch.setattr(hook.transformers.integrations.peft, "MIN_PEFT_VERSION", "99.0.0", False)
     with regraft.installed():
         golden_model(lab).load_adapter(adapter_state_dict={}, peft_config=peft.LoraConfig())
+
+
+@provokes("adapter-inside")
+def _(lab):
+    model = peft.get_peft_model(golden_model(lab), peft.LoraConfig(target_modules=["q_proj"]))
+    model.config.save_pretrained(lab.path / "full")
+
+    save_model(model, lab.path / "full" / "model.safetensors")
+    regraft.convert(lab.path / "full", lab.path / "new", to="transformers-v5")
 
 
 @provokes("flattened")

@@ -46,7 +46,7 @@ from regraft.checkpoints.ties import (
     unequal_ties,
     without_ties,
 )
-from regraft.checkpoints.wrappers import strip_wrappers
+from regraft.checkpoints.wrappers import refuse_adapters, strip_wrappers
 from regraft.errors import BadInputError
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
@@ -97,6 +97,8 @@ def prepare(
             drop=drop,
         )
     source, stripped = strip_wrappers(opened)
+    if to is not None:
+        refuse_adapters(source)
     config = model_of(source, model)
     ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
     aside = find_aside(source, drop, keep)

@@ -56,6 +56,27 @@ def strip_wrappers(source: Source) -> tuple[Source, list[str]]:
     return replace(source, tensors=replace(source.tensors, names=made)), [said]
 
 
+def refuse_adapters(source: Source) -> None:
+    """Raises ``BadInputError`` for a checkpoint with an adapter's factors beside the weights that they are around.
+
+    Their scale is nowhere in it, so the file alone does not say what the adapter adds.
+    """
+    names = source.tensors.names
+    inside = [name for name in names if ".lora_A." in name or ".lora_B." in name]
+    if inside and len(inside) < len(names) and any(".base_layer." in name for name in names):
+        raise BadInputError(
+            Finding(
+                "adapter-inside",
+                f"{len(inside)} of its {len(names)} tensors are factors of a LoRA, around the weights of its base: it "
+                "is the state dict of a model with an adapter inside, and does not say how the adapter is scaled",
+                where=source.where,
+                key=inside[0],
+                fix="make the model with its adapter, and load it there: model.load_state_dict("
+                "regraft.convert_state_dict(state_dict, to=model)); then save what you need of it",
+            )
+        )
+
+
 def _strip(segments: Iterable[str], gone: set[str]) -> Iterator[str]:
     """The segments without wrappers'; of ``module`` only those in front."""
     front = True

@@ -950,6 +950,13 @@ class Code(Enum):
         "leave it out",
         "an option that is for checkpoints only, or that does not go with another",
     )
+    ADAPTER_INSIDE = (
+        "adapter-inside",
+        Part.CHECKPOINTS,
+        "a checkpoint with an adapter inside",
+        "load it into the model with its adapter, by `convert_state_dict`, and save the two apart",
+        "the state dict of a model with a LoRA inside, which does not say how that is scaled",
+    )
     BAD_SIZE = (
         "bad-size",
         Part.CHECKPOINTS,

@@ -20,6 +20,7 @@ from regraft.errors import (
     UnmatchedKeysError,
 )
 from regraft.layouts.graph import Edge
+from regraft.live.inside import Moved, move_factors
 from regraft.live.left_out import left_out, mtp_of
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
@@ -172,6 +173,10 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     from regraft.bridges.torch_tensors import parameters_of, place, state_of
 
     resolved = target.resolve(list(state_dict))
+    inside = move_factors(target, resolved, state_dict, None)
+    if inside is not None:
+        state_dict = inside.state_dict
+        resolved = target.resolve(list(state_dict))
     layouts = dict.fromkeys(imported.layout for imported in target.imported)
     report = StateDictReport(" and ".join(layouts), carried=list(resolved.carried))
     quiet, loud = left_out(target, resolved)
@@ -191,6 +196,8 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
             made.update(dict.fromkeys(live.keys.get(key, ()), tensor))
     for key, place_ in resolved.carried.items():
         made[place_] = state_dict[key]
+    if inside is not None:
+        findings += _other_ranks(inside, resolved, state_of(target.live.root))
     weights = parameters_of(target.live.root)
     spoken: dict[int, str] = {}
     for key in made:
@@ -217,6 +224,22 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
     )
     result.report = report
     return result
+
+
+def _other_ranks(inside: Moved, resolved: Resolved, live: Mapping[str, Any]) -> Iterator[Finding]:
+    """Factors that moved, and that the model's layers are too small or too large for."""
+    for key in inside.made:
+        place = resolved.carried.get(key)
+        if place is None:
+            continue
+        made, there = list(inside.state_dict[key].shape), list(live[place].shape)
+        if made != there:
+            yield Finding(
+                "shape",
+                f"the LoRA here comes to the shape {made}, and the model's layer has {there}",
+                key=place,
+                fix="make the layer with this rank: the ranks of fused projections add up",
+            )
 
 
 def _models(
@@ -270,6 +293,12 @@ def _warn(keys: Iterable[str], message: str) -> None:
 def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
     resolved = _with_mtp(source, source.resolve(list(state_dict)))
+    inside = move_factors(source, resolved, state_dict, layout)
+    if inside is not None:
+        state_dict = inside.state_dict
+        resolved = _with_mtp(source, source.resolve(list(state_dict)))
+        without = tuple(key for key in resolved.unmatched if key not in inside.made)
+        resolved = replace(resolved, unmatched=without)
     report = StateDictReport(layout)
     report.left_out, _ = left_out(source, resolved)
     _check(source, resolved, state_dict, report.left_out)
@@ -288,6 +317,13 @@ def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> C
             name = source.live.own.get(place, place)
         result[name] = state_dict[key]
         report.carried.append(name)
+    for key in () if inside is None else inside.made:
+        if key not in resolved.carried:
+            name = next(
+                key.removeprefix(p.prefix) for p in resolved.parts if key.startswith(p.prefix)
+            )
+            result[name] = state_dict[key]
+            report.carried.append(name)
     _raise(findings)
     result.report = report
     return result
