@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,11 @@ from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
-from regraft.adapters.ranks import Options
+from regraft.adapters.ranks import MERGE, Options
 from regraft.dialects.base import Found
 from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, Target, find_source, reopened
-from regraft.errors import BadInputError, Finding, NotEqualError, RegraftError
+from regraft.errors import BadInputError, Finding, NotEqualError, RefusedError, RegraftError
 from regraft.layouts.names import Layout
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Report
@@ -28,6 +29,9 @@ from regraft.storage.stamp import Stamp
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification, Budget
+
+IMAGES = frozenset({"kohya", "diffusers", "comfyui", "ai-toolkit", "onetrainer", "xlabs", "bfl"})
+"""The dialects of image and video models."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -52,6 +56,10 @@ def convert_adapters(
 
     Raises what `regraft.convert` raises, with the findings of all adapters together.
     """
+    if asked.via == MERGE:
+        return _held_or_merged(
+            src, dst, to, given, model, asked, foreign, overwrite, dry_run, verify_for, progress
+        )
     opening = find_source(src, given)
     found = opening.found
     if merge:
@@ -122,6 +130,52 @@ def convert_adapters(
     return report
 
 
+def _held_or_merged(
+    src: Path,
+    dst: Path,
+    to: Layout,
+    given: SourceName,
+    model: Path | None,
+    asked: Options,
+    foreign: Foreign,
+    overwrite: bool,
+    dry_run: bool,
+    verify_for: float | None,
+    progress: Progress | None,
+) -> Report:
+    """The adapter where the result can hold it, and otherwise the base with the adapter in its weights."""
+    try:
+        return convert_adapters(
+            src,
+            dst,
+            to,
+            given,
+            model,
+            replace(asked, via=None),
+            foreign=foreign,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verify_for=verify_for,
+            progress=progress,
+        )
+    except RefusedError as error:
+        if model is None:
+            raise
+        if dry_run:
+            from regraft.merging.merge import merge as merge_into
+
+            report = merge_into(model, [src], dst, source=given.family, dry_run=True)
+        else:
+            opening = find_source(src, given)
+            report = _merge(opening, dst, to, given, model, overwrite, progress, foreign)
+        why = error.findings[0]
+        where = f"{why.key}: " if why.key else ""
+        report.adapters[0].notes.append(
+            f"merged into the base, as was asked for: {where}{why.message}"
+        )
+        return report
+
+
 def _merge(
     opening: Opening,
     dst: Path,
@@ -143,6 +197,12 @@ def _merge(
                 where=str(src),
                 fix="give the base's folder as --model, and one adapter's folder as SRC",
             )
+        )
+    if opening.dialect.name in IMAGES:
+        from regraft.merging.merge import merge as merge_into
+
+        return merge_into(
+            model, [src], dst, source=given.family, overwrite=overwrite, progress=progress
         )
     _check_folder(dst)
     check_destination(src, dst, overwrite)

@@ -78,7 +78,8 @@ def convert(
             ``dst`` is ``src`` then.
         via: adapters only: allow what is not done by itself. ``"dense"``: a LoRA of full rank, where a family has no
             exact image otherwise; ``"svd:16"``: the best LoRA of a rank; ``"svd:1e-3"``: of the lowest rank within
-            a relative error. Families that multiply their base weight take its weights as ``model``.
+            a relative error; ``"merge"``: the base at ``model`` with the adapter in its weights, where the result
+            cannot hold the adapter. Families that multiply their base weight take its weights as ``model``.
         compact: adapters only: leave out components of a LoRA that add nothing, to rounding (its rank becomes
             the numerical one).
         uniform_rank: adapters only: give all targets one rank, with zeros, so that no ``rank_pattern`` is needed.

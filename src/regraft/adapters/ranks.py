@@ -13,7 +13,12 @@ from regraft.adapters.follow import trimmed
 from regraft.adapters.form import Array, Images, Lora, is_finite
 from regraft.errors import BadInputError, Finding, RefusedError
 
-_VIA = re.compile(r"dense|svd:(?:[1-9][0-9]*|0?\.[0-9]*[1-9][0-9]*|[1-9](?:\.[0-9]+)?[eE]-[0-9]+)")
+MERGE = "merge"
+"""What cannot be held is added to the base's weights."""
+
+_VIA = re.compile(
+    r"dense|merge|svd:(?:[1-9][0-9]*|0?\.[0-9]*[1-9][0-9]*|[1-9](?:\.[0-9]+)?[eE]-[0-9]+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class Options:
     """What a conversion does only where it is asked to."""
 
     via: str | None = None
-    """``dense``: deltas of full rank; ``svd:RANK`` or ``svd:TOLERANCE``: the best ones of a lower rank."""
+    """``dense``: deltas of full rank; ``svd:RANK`` or ``svd:TOLERANCE``: the best ones of a lower rank; ``merge``: the
+    base with the adapter in its weights, where the result cannot hold it."""
     compact: bool = False
     """Leave out components that add nothing, to rounding."""
     uniform: bool = False
@@ -38,7 +44,7 @@ class Options:
                 Finding(
                     "option",
                     f"there is no way {self.via!r}",
-                    fix="use dense, svd:RANK (svd:16) or svd:TOLERANCE (svd:1e-3)",
+                    fix="use dense, svd:RANK (svd:16), svd:TOLERANCE (svd:1e-3) or merge",
                 )
             )
 

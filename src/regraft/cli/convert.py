@@ -119,7 +119,8 @@ if TYPE_CHECKING:
     "--via",
     metavar="WAY",
     help="Adapters: what is done only by name. dense: a LoRA of full rank; svd:RANK (svd:16) or svd:TOLERANCE "
-    "(svd:1e-3): the best one of a lower rank, with its error.",
+    "(svd:1e-3): the best one of a lower rank, with its error; merge: the base of --model with the adapter in its "
+    "weights, where the result cannot hold the adapter.",
 )
 @options.json
 @options.quiet

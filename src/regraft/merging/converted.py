@@ -195,8 +195,8 @@ def _absent(key: str, where: str) -> Finding:
         "the base has no weight that this could be merged into",
         where=where,
         key=key,
-        fix="check that --model is the base it was trained on; prompts, routers and rows of single tokens cannot be "
-        "merged",
+        fix="check that --model is the base it was trained on; rows of single tokens are merged by 'regraft merge', "
+        "prompts and routers by nothing",
     )
 
 
