@@ -28,7 +28,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
+
+from regraft.values import replace
 
 Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]

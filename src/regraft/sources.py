@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.registry import sniffed
@@ -24,8 +25,7 @@ DEPTH = 4
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(Struct, frozen=True):
     """One adapter or checkpoint."""
 
     path: Path

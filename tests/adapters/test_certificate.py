@@ -3,7 +3,6 @@
 import json
 import os
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from regraft.dialects.peft.source import Source
 from regraft.planning.model import ModelConfig
 from regraft.storage import safetensors
 from regraft.storage.safetensors import write_tensors
+from regraft.values import replace
 
 V4, V5 = "transformers-v4", "transformers-v5"
 

@@ -1,10 +1,9 @@
-import dataclasses
-
 import pytest
 
 from regraft.equation import check_equation, parse_equation, parse_key
 from regraft.equation.lower import lower
 from regraft.errors import BadInputError
+from regraft.values import replace
 
 BAD = [
     # equation, message, the text at which the mark stands
@@ -90,8 +89,7 @@ def test_what_is_printed_reads_as_the_same_equation(text):
     again = parse_equation(str(equation))
     assert str(again) == str(equation)
     assert again.where == tuple(
-        dataclasses.replace(w, start=a.start)
-        for w, a in zip(equation.where, again.where, strict=True)
+        replace(w, start=a.start) for w, a in zip(equation.where, again.where, strict=True)
     )
     assert [t.dims for t in again.left] == [t.dims for t in equation.left]
     assert [t.key for t in again.right] == [t.key for t in equation.right]
@@ -113,7 +111,7 @@ def test_commas_and_line_ends_both_part_terms():
 def test_an_equation_is_parsed_once_and_cannot_be_changed():
     equation = parse_equation("o i == i o")
     assert parse_equation("o i == i o") is equation
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         equation.left = ()
     assert hash(equation) == hash(parse_equation("o i == i o"))
 

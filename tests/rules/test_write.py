@@ -1,7 +1,5 @@
 """A book that was written is the book that is read."""
 
-from dataclasses import replace
-
 import pytest
 from generated import equations
 from hypothesis import given
@@ -10,6 +8,7 @@ from making import Text, book_of, equation_of
 
 from regraft.rules.book import library, load_book
 from regraft.rules.write import write_book
+from regraft.values import replace
 
 
 def named(rule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from regraft.planning.model import Weights
 from regraft.planning.plan import Entry, Headers, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.storage.checkpoint import Checkpoint
+from regraft.values import replace
 
 
 class _Lazy:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from regraft.adapters.scale import Number, Scale
 from regraft.names.keys import MARK, fill
@@ -15,8 +16,7 @@ _MOST = 1 << 20
 Noted = tuple[str, int, int, Number, int | list[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """A source's components in a target: the target's component ``places[i]`` is the source's i-th."""
 
     key: str
@@ -26,8 +26,7 @@ class Part:
     scale: Scale
 
 
-@dataclass(slots=True)
-class Record:
+class Record(Struct):
     """Parts by the key of the tensor they came from (``recorded``), and what this conversion notes.
 
     What is recorded is a hint that is checked: components that it leaves out must be without effect, otherwise it

@@ -9,11 +9,11 @@ leaves through its `Writer`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.components import Record
@@ -46,10 +46,10 @@ from regraft.planning.plan import Entry, Headers, Plan
 from regraft.planning.side import Side
 from regraft.report import AdapterReport, Target, Trace
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 
-@dataclass(slots=True)
-class Converted:
+class Converted(Struct):
     """An adapter in its new layout, ready to be written."""
 
     config: dict[str, Any]
@@ -61,8 +61,7 @@ class Converted:
     """Factors that the layout cannot hold, for a file beside the result."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Identity:
+class Identity(Struct, frozen=True, eq=False):
     """What an adapter is: the books for its base, and the layout that it is in."""
 
     known: Known
@@ -454,8 +453,7 @@ def modules_after(carried: Carried, plan: Plan) -> TunedModules:
 # -- adjust
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Adjusted:
+class _Adjusted(Struct, frozen=True, eq=False):
     """What is to be written, after what only the base's weights or an option can change."""
 
     made: list[Images]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from regraft.adapters.protocol import Hints, Names
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
@@ -25,6 +26,7 @@ from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import load_json
+from regraft.values import replace
 
 
 def load_model(path: Path | str) -> ModelConfig:
@@ -57,8 +59,7 @@ def load_model(path: Path | str) -> ModelConfig:
     return ModelConfig(data, str(file), architecture=asked_architecture())
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(Struct, frozen=True):
     """The rule books that apply and what told it."""
 
     books: tuple[Book, ...]
@@ -454,8 +455,7 @@ def _parameter_kinds(book: Book, key: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Detected:
+class Detected(Struct, frozen=True):
     """The layout an adapter is in; ``None`` where nothing tells, because its names are the same in all."""
 
     layout: str | None

@@ -7,10 +7,10 @@ and what is joined is joined; each family says how. Where one cannot, all of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.families.base import Family, NoImageError, Part, Wide, as_wide, narrowed
 from regraft.adapters.form import Array, Factors, is_finite, is_float
@@ -21,13 +21,13 @@ from regraft.errors import RefusedError
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Entry, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
+from regraft.values import replace
 
 WeightOf = Callable[[str, str], Wide | None]
 """A base weight as a matrix (out, in), by its key and kind; ``None`` where it is not at hand."""
 
 
-@dataclass(slots=True)
-class Followed:
+class Followed(Struct):
     """Parts by the key of their target, and what could not follow."""
 
     parts: dict[str, Part] = field(default_factory=dict)
@@ -35,8 +35,7 @@ class Followed:
     """By the id of a source: why, and by which rule."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """A block of a target matrix and where it comes from."""
 
     source: int
@@ -253,8 +252,7 @@ def _some(index: Ints, size: int) -> Ints | None:
     return None if len(index) == size and np.array_equal(index, np.arange(size)) else index
 
 
-@dataclass(slots=True)
-class Factored:
+class Factored(Struct):
     """All modules as LoRAs, or why some are none."""
 
     factors: Factors

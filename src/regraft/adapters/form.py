@@ -6,11 +6,11 @@ base weight is ``scale * B @ A`` in (out, in) orientation, whatever way the base
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from regraft.adapters.scale import Scale
 from regraft.errors import Finding, RefusedError
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 
-@dataclass(slots=True)
-class Factors:
+class Factors(Struct):
     """LoRA factors by the id of their base tensor in ``headers``."""
 
     headers: Headers
@@ -36,8 +35,7 @@ class Factors:
     """The base keys of each kind."""
 
 
-@dataclass(slots=True)
-class Lora:
+class Lora(Struct):
     """The LoRA of one base tensor."""
 
     a: Array
@@ -49,8 +47,7 @@ class Lora:
     """The sources whose factors got other bits or another dtype, so that they alone do not give them back."""
 
 
-@dataclass(slots=True)
-class Images:
+class Images(Struct):
     """LoRAs of base tensors whose keys share a template; row i belongs to key i, ``None`` where it has none."""
 
     keys: Group
@@ -153,8 +150,7 @@ def delta(lora: Lora) -> npt.NDArray[np.float64]:
     return np.asarray(product * lora.scale.value)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedGroup:
+class SavedGroup(Struct, frozen=True, eq=False):
     """Saved tensors whose keys share a template: they take the place of tensors of the base, or of some rows of one."""
 
     keys: Group
@@ -165,8 +161,7 @@ class SavedGroup:
     """How the dialect spells them; nobody else reads it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Struct, frozen=True):
     """One saved tensor: the base tensor that it stands for, before and after a move."""
 
     old: str
@@ -178,8 +173,7 @@ class Saved:
     """Whether it belongs to a module of the base at all; a prompt does not."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+class Adapter(Struct, frozen=True, eq=False):
     """What an adapter adds to its base, free of any file's form.
 
     A plain LoRA is ``factors``; every other family is ``modules``, which ``family`` understands. Ids in both are
@@ -198,8 +192,7 @@ class Adapter:
         return adapted.headers
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(Struct, frozen=True):
     """One delta of a result: the base tensor's key, where the dialect put it, and its scale."""
 
     key: str
@@ -214,8 +207,7 @@ class Written:
         return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Blob:
+class Blob(Struct, frozen=True, eq=False):
     """An adapter as a dialect writes it: a config, tensors by their names in the file, and the file's metadata."""
 
     config: dict[str, Any]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
@@ -47,8 +47,7 @@ _CLAIMED = (
 )
 
 
-@dataclass(slots=True)
-class Carried:
+class Carried(Struct):
     """What became of a family's modules: parts of the family by key, or LoRA factors by base weight."""
 
     rung: str

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import log2, prod
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.components import Part, Record
 from regraft.adapters.form import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
@@ -27,14 +27,14 @@ from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, walk
 from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT, Kind
+from regraft.values import replace
 
 _DTYPE = attrgetter("dtype")
 _TILE = 32
 """Experts that are turned at a time, so that what is read stays in the cache."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
+class Block(Struct, frozen=True, eq=False):
     """A copy seen as blocks of matrices: one for each value of the iterated axes.
 
     Rows are the target's out index, columns its in index. Crosswise, rows come from the source's in index.
@@ -132,8 +132,7 @@ def _block(entry: Entry, copy: Copy) -> Block:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Walked:
+class _Walked(Struct, frozen=True, eq=False):
     """One side of a copy at every value of the iterated axes: key slot, batch index, out and in index."""
 
     slot: Ints
@@ -181,8 +180,7 @@ def _no_image(entry: Entry, why: str) -> RefusedError:
     )
 
 
-@dataclass(slots=True)
-class _Contribution:
+class _Contribution(Struct):
     source: int
     a: Array
     b: Array
@@ -192,14 +190,12 @@ class _Contribution:
     """The iteration of the block."""
 
 
-@dataclass(slots=True)
-class _Component:
+class _Component(Struct):
     rows: set[int]
     columns: set[int]
 
 
-@dataclass(slots=True)
-class _Stack:
+class _Stack(Struct):
     """The components of one matrix of a target."""
 
     rank: int = 0
@@ -592,8 +588,7 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
     return stack
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Whole:
+class _Whole(Struct, frozen=True, eq=False):
     """The fast path: experts that stand in keys on one side and are a whole stack on the other."""
 
     entry: Entry

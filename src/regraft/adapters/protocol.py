@@ -6,8 +6,9 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from msgspec import Struct
 
 from regraft.names.keys import Group
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from regraft.planning.plan import Plan
     from regraft.planning.side import Side
 from regraft.rules.book import Shared
+from regraft.values import replace
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Names:
+class Names(Struct, frozen=True, eq=False):
     """What an adapter's keys say of its base, without any file's spelling."""
 
     modules: tuple[Group, ...]
@@ -42,8 +43,7 @@ class Names:
     """What was done to the keys, for the report."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hints:
+class Hints(Struct, frozen=True):
     """What an adapter's config and metadata say of its base."""
 
     source: str
@@ -64,8 +64,7 @@ class Hints:
     """A layout that something else makes likely, and what."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class Reading(Struct, frozen=True, eq=False):
     """An adapter in the internal form, and what reading it told."""
 
     adapter: Adapter
@@ -258,8 +257,7 @@ class Writing(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Into:
+class Into(Struct, frozen=True, eq=False):
     """The dialect that a result is to be in."""
 
     dialect: Writing

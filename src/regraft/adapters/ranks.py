@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
@@ -21,8 +21,7 @@ _VIA = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """What a conversion does only where it is asked to."""
 
     via: str | None = None

@@ -7,10 +7,10 @@ original is restored (``restore``); after it, what the result alone would not gi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.form import Array, Blob, Factors, Images, Lora, Written, delta
@@ -32,8 +32,7 @@ _STEPS = {"float16": 2.0**-9, "bfloat16": 2.0**-6, "float32": 2.0**-22, "float64
 """Two steps of the greatest number of a dtype: a sum that another machine made may be rounded otherwise."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Returned:
+class Returned(Struct, frozen=True, eq=False):
     """Factors that come back from the sidecar, under the names they had."""
 
     tensors: Mapping[str, Array]

@@ -7,7 +7,6 @@ where the weight that it stands on is the same in both layouts, and refused othe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 
 def move_saved(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 from math import inf, isclose, isfinite, sqrt
+
+from msgspec import Struct
 
 from regraft.errors import Finding, RefusedError
 
@@ -14,8 +15,7 @@ _SAME_SCALE = 1e-12
 """Closer than this, scales differ only because an alpha of rsLoRA is irrational."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(Struct, frozen=True):
     """A LoRA's rank and alpha; what multiplies ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA."""
 
     rank: int

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from regraft.adapters.families.base import Part
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers
 
 
-@dataclass(slots=True)
-class TunedModules:
+class TunedModules(Struct):
     """All adapted modules. Id i of ``headers`` is a base weight; its adapter is ``parts[i]``."""
 
     headers: Headers

@@ -8,9 +8,9 @@ other; what is missing is filled in from the base. The original factors go into 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
@@ -23,8 +23,7 @@ from regraft.rules.book import Special
 from regraft.rules.templates import match_group
 
 
-@dataclass(slots=True)
-class Kept:
+class Kept(Struct):
     """What goes into the sidecar (by names in the file), and digests of what stands in its place."""
 
     tensors: dict[str, Array] = field(default_factory=dict)

@@ -9,7 +9,7 @@ vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from math import prod
@@ -24,6 +24,7 @@ from regraft.equation.notation import REST, Axis, Expr, Product, Sum, Term, axes
 from regraft.equation.sizes import extent
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, Plan
+from regraft.values import replace
 
 Wide = npt.NDArray[np.float64]
 Take = Ints | Wide | None

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from threading import Lock, Timer
 from typing import IO, Any
+
+from msgspec import Struct, field
 
 from regraft.errors import RegraftError
 from regraft.import_path import import_path
@@ -57,8 +58,7 @@ class HelperEndedError(Exception):
     """The process ended without an answer."""
 
 
-@dataclass(slots=True)
-class Helper:
+class Helper(Struct):
     """A Python process that answers with ``function`` of ``module``.
 
     It is begun when it is first asked, shared by all threads, and ended with this one.

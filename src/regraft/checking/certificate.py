@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf, isfinite, prod
 from pathlib import Path
@@ -54,6 +54,7 @@ from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers
 from regraft.rules.book import library
 from regraft.rules.kinds import BATCH, KINDS
+from regraft.values import replace
 
 TOLERANCE = 1e-5
 """The relative error of a matrix, in its Frobenius norm and in each entry (of the greatest one), up to which two

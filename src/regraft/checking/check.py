@@ -11,7 +11,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 from typing import Any, overload
@@ -44,6 +44,7 @@ from regraft.names.keys import group_names
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 
 @overload

@@ -8,7 +8,6 @@ Source: ``save_model`` and ``load_model`` of safetensors 0.6.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from regraft.checkpoints.moves import Moves, is_whole
 from regraft.checkpoints.source import Source, Tensors
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Plan
+from regraft.values import replace
 
 
 def find_aliases(source: Source) -> dict[str, int]:

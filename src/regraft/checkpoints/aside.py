@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import translate
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.detect import Detected
@@ -25,12 +25,12 @@ from regraft.planning.plan import Carried, Headers, Plan
 from regraft.rules.book import Book, Carry
 from regraft.rules.mtp import mtp_among
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 _KEPT = "kept as it is, as was asked for (--keep)"
 
 
-@dataclass(frozen=True, slots=True)
-class Aside:
+class Aside(Struct, frozen=True):
     """What patterns of the user set aside in a checkpoint, key by key."""
 
     dropped: tuple[str, ...] = ()

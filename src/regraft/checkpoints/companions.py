@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.config import V4, V5
@@ -62,8 +62,7 @@ _USUAL_BLOCK = 128
 _MODELOPT = "hf_quant_config.json"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Companions:
+class Companions(Struct, frozen=True, eq=False):
     """Which tensors belong to which; ``of[suffix]`` maps a weight's row to its companion's."""
 
     of: Mapping[str, Mapping[int, int]]

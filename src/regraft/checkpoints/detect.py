@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
 
 from regraft.adapters.detect import covers
 from regraft.checkpoints.companions import Companions
@@ -29,10 +30,10 @@ from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.mtp import Counts, MtpKeys, find_mtp, with_mtp
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 
-@dataclass(frozen=True, slots=True)
-class Detected:
+class Detected(Struct, frozen=True):
     """What a checkpoint is."""
 
     books: tuple[Book, ...]

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -25,6 +25,7 @@ from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_int
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 from regraft.storage.stamp import changed
+from regraft.values import replace
 
 Bytes = npt.NDArray[np.uint8]
 

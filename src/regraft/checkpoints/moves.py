@@ -7,9 +7,9 @@ nothing of rules or models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.checkpoints.source import Tensors
 from regraft.equation.lower import Copy, Nest, nest_of, strides_of
@@ -17,13 +17,13 @@ from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Entry, Plan, index_grid, walk
 from regraft.storage.dtypes import DTYPES
+from regraft.values import replace
 
 LONG_RUN = 1 << 16
 """Runs of so many bytes are worth a system call each; shorter ones are gathered in memory."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Runs:
+class Runs(Struct, frozen=True, eq=False):
     """Contiguous runs, one a row. Bytes are counted in the source's type."""
 
     sources: Ints
@@ -35,8 +35,7 @@ class Runs:
     sizes: Ints
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Strided:
+class Strided(Struct, frozen=True, eq=False):
     """One loop nest at many places. Sizes and strides count elements, offsets bytes of the source's type."""
 
     sizes: tuple[int, ...]
@@ -48,8 +47,7 @@ class Strided:
     target_at: Ints
 
 
-@dataclass(slots=True, eq=False)
-class Moves:
+class Moves(Struct, eq=False):
     """The result's tensors, and what they are made of."""
 
     names: list[str] = field(default_factory=list)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from regraft.checkpoints.part_configs import Shapes, known_config, seen_config
 from regraft.checkpoints.parts import MovedPiece
@@ -22,8 +23,7 @@ from regraft.storage.folder import load_json
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".index.json")
 
 
-@dataclass(slots=True)
-class PartFiles:
+class PartFiles(Struct):
     """Files to make and to copy, by where they go, and what is to be said of them."""
 
     written: dict[str, bytes] = field(default_factory=dict)

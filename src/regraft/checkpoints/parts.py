@@ -7,11 +7,11 @@ is one `Prepared`, so that writing and comparing know nothing of parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.checkpoints.moves import Moves, Runs, Strided, finish, identity, moves_of
 from regraft.checkpoints.pipelines import (
@@ -38,6 +38,7 @@ from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, asked_family, built_in, library
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 _SHOWN = 20
 _Part = TypeVar("_Part", Runs, Strided)
@@ -46,8 +47,7 @@ _UNUSED = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Piece(Struct, frozen=True, eq=False):
     """The tensors of one part, by their own names."""
 
     part: Part
@@ -64,8 +64,7 @@ class Piece:
         return Headers(group_names(tensors.names), list(tensors.shapes), list(tensors.dtypes))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parted:
+class Parted(Struct, frozen=True, eq=False):
     """A pipeline that was found."""
 
     pipeline: Pipeline
@@ -84,8 +83,7 @@ class Parted:
         return self.pipeline.native if self.layout == DIFFUSERS else DIFFUSERS
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MovedPiece:
+class MovedPiece(Struct, frozen=True, eq=False):
     """A part that was planned."""
 
     piece: Piece

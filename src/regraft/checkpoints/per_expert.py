@@ -9,10 +9,10 @@ Source: ``HfQuantizer.update_weight_conversions`` and ``get_load_operations`` of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.quantization import Quantization
@@ -26,12 +26,12 @@ from regraft.planning.plan import Carried, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.direction import Direction
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 Flags = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Unstacked:
+class Unstacked(Struct, frozen=True, eq=False):
     """Experts that stay one by one in every layout."""
 
     carried: tuple[Carried, ...] = ()

@@ -12,7 +12,8 @@ Sources: diffusers 0.42.1 (``loaders/single_file_utils.py``; the ``model_index.j
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from regraft.rules.book import Book
 
@@ -21,8 +22,7 @@ DENOISER = "model.diffusion_model."
 """What stands before a denoiser's names in a single file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """One model of a pipeline."""
 
     name: str
@@ -48,8 +48,7 @@ class Part:
         return "diffusion_pytorch_model" if self.library == DIFFUSERS else "model"
 
 
-@dataclass(frozen=True, slots=True)
-class Pipeline:
+class Pipeline(Struct, frozen=True):
     """A family of pipelines with the same parts."""
 
     name: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.mtp import WHY as MTP
 from regraft.storage.folder import load_json
+from regraft.values import replace
 
 _UNUSED = (
     "check the prefix and the model; if the model does not use it, leave it out with --drop PATTERN or carry it over "

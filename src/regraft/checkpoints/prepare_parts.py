@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from regraft.checkpoints.aside import drop_rows, find_aside
@@ -27,6 +26,7 @@ from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding
 from regraft.names.patterns import patterns
 from regraft.report import CheckpointReport
+from regraft.values import replace
 
 
 def prepare_parts(

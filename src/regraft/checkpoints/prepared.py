@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from msgspec import Struct, field, structs
 
 import regraft
 from regraft.checkpoints.detect import Detected
@@ -18,8 +19,7 @@ from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class Prepared(Struct, frozen=True, eq=False):
     """A conversion that is ready to be carried out."""
 
     source: Source
@@ -44,10 +44,9 @@ class Prepared:
         digest = hashlib.sha256()
         parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
         for part in parts:
-            for column in fields(part):
-                value = getattr(part, column.name)
+            for column in structs.astuple(part):
                 digest.update(
-                    value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+                    column.tobytes() if hasattr(column, "tobytes") else repr(column).encode()
                 )
         for file in self.layout.files:
             digest.update(file.head)

@@ -12,8 +12,9 @@ compressed-tensors, HQQ, torchao, quanto, EETQ, AQLM and ModelOpt save.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from regraft.checkpoints.config import V5
 
@@ -83,8 +84,7 @@ _COLLECTED_FORMATS = ("float-quantized", "pack-quantized")
 """Formats of compressed-tensors whose experts transformers 5.23 reads one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantization:
+class Quantization(Struct, frozen=True):
     """A method, as far as a conversion must know it.
 
     >>> read_quantization({"quantization_config": {"quant_method": "awq"}}, {"@qweight"}).title

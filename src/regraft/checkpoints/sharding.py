@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from regraft.checkpoints.moves import Moves, size_of
 from regraft.checkpoints.source import SINGLE, Source
@@ -40,8 +40,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OutFile:
+class OutFile(Struct, frozen=True, eq=False):
     """One file to write."""
 
     name: str
@@ -55,8 +54,7 @@ class OutFile:
     """In bytes."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class Layout(Struct, frozen=True, eq=False):
     """The files of a result, and what an index says of them."""
 
     files: tuple[OutFile, ...]

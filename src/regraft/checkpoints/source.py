@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -28,6 +28,7 @@ from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, read_header
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
+from regraft.values import replace
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -54,8 +55,7 @@ _MAX_INDEX_BYTES = 100_000_000
 _SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(Struct, frozen=True):
     """One file of a checkpoint, as it was when its header was read."""
 
     path: Path
@@ -72,8 +72,7 @@ class File:
         return self.stamp.size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensors:
+class Tensors(Struct, frozen=True, eq=False):
     """All tensors of a checkpoint, in columns; row i is the tensor ``names[i]``."""
 
     names: list[str]
@@ -92,8 +91,7 @@ class Tensors:
         return len(self.names)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True):
     """A checkpoint to read."""
 
     where: str

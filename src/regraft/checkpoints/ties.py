@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.detect import covers
 from regraft.checkpoints.aside import drop_rows
@@ -24,6 +24,7 @@ from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign, ModelConfig, TiedNames
 from regraft.rules.book import books_for
+from regraft.values import replace
 
 FIELD = "tie_word_embeddings"
 _TEXT = ("decoder", "generator", "text_config")
@@ -36,8 +37,7 @@ _SHARED = "shared"
 _BUFFER = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Tie:
+class Tie(Struct, frozen=True):
     """Two tensors that are one in the model, and have other values; names of the source."""
 
     kept: str

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 from numpy.lib.stride_tricks import as_strided
 
 from regraft.arrays.transpose import copy_strided
@@ -26,8 +26,7 @@ _SHORT = 512
 """Pieces of fewer bytes are read and written together with what lies between them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """How the elements of a tile lie in a file, and in the buffer that holds them."""
 
     span: int
@@ -122,8 +121,7 @@ def parts_of(
         yield part, start
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """A loop nest between two files; offsets in bytes, the rest in elements."""
 
     sizes: tuple[int, ...]

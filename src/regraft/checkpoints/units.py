@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.checkpoints.moves import Moves, Strided
 from regraft.checkpoints.sharding import OutFile
@@ -20,8 +20,7 @@ UNIT = 1 << 25
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Struct, frozen=True):
     """A contiguous run: bytes from a place in one file to a place in another."""
 
     file: int

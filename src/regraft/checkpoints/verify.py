@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from regraft.planning.model import Foreign, taken_for
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
 from regraft.storage.stamp import changed
+from regraft.values import replace
 
 _BUFFER = 4 << 20
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book, own_books
+from regraft.values import replace
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Segments that no model of transformers has: of ``torch.compile``, FSDP and activation checkpointing."""

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from regraft.cli.output import Output, visible
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, show_size
+from regraft.values import replace
 from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ Which dialects there are, `dialects/registry` says; others come from installed p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.families.base import Family
 from regraft.adapters.form import (
@@ -39,6 +39,7 @@ from regraft.dialects.registry import Evidence, dialect_of, dialects, sniffed
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group, group_names
 from regraft.planning.plan import Headers, Plan
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.adapters.base_weights import BaseWeights
@@ -54,8 +55,7 @@ if TYPE_CHECKING:
     from regraft.rules.book import Shared
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(Struct, frozen=True):
     """What a dialect can hold; the rest is adjusted where that is exact, and refused by name otherwise."""
 
     families: frozenset[str] = frozenset()
@@ -76,8 +76,7 @@ class Capabilities:
     """Whether a destination may be a folder."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """The adapters of a source, by folder, and the files to copy as they are (relative to ``root``)."""
 
     root: Path
@@ -144,8 +143,7 @@ class Dialect(Protocol):
 # -- what most dialects of plain LoRA have in common
 
 
-@dataclass(frozen=True, slots=True)
-class PlainNames:
+class PlainNames(Struct, frozen=True):
     """Names in a file for base tensors: a prefix, and what follows a module for its A and B."""
 
     prefix: str = ""
@@ -165,8 +163,7 @@ class PlainNames:
         return f"{self.prefix}{module}.{self.a}", f"{self.prefix}{module}.{self.b}"
 
 
-@dataclass(slots=True)
-class PlainFile:
+class PlainFile(Struct):
     """An opened adapter of plain LoRAs whose factors are known by base tensor.
 
     A is (rank, in) and B is (out, rank); for stacked experts (E, rank, in) and (E, out, rank).
@@ -365,8 +362,7 @@ def _stored(lora: Lora, kind: str) -> tuple[int, ...]:
     return tuple(sizes[role] for role in roles)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """One LoRA as a writer gets it, adjusted to what its dialect can hold."""
 
     key: str

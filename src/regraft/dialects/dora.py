@@ -7,7 +7,8 @@ moved as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import field
 
 from regraft.adapters.families.base import Family, Part
 from regraft.adapters.families.lora.dora import Dora
@@ -28,9 +29,9 @@ from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
+from regraft.values import replace
 
 
-@dataclass(slots=True)
 class DoraFile(PlainFile):
     """An opened adapter whose modules are plain LoRAs, or, where there are magnitudes, DoRAs."""
 
@@ -49,8 +50,7 @@ class DoraFile(PlainFile):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Reading:
         """The modules by base tensor."""
-        # Named in full: a dataclass with slots is made anew, and super() without arguments knows only the first one.
-        reading = PlainFile.read(self, side, packing, shapes)
+        reading = super().read(side, packing, shapes)
         if not self.magnitudes:
             return reading
         factors = reading.adapter.factors

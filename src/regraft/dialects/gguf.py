@@ -13,7 +13,6 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from importlib import resources
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
+from msgspec import field
 
 from regraft.adapters.form import Array, Blob, Images, Lora, Saved, rescale
 from regraft.adapters.protocol import Hints, Opened, Reading
@@ -118,7 +118,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array], dict[str, str]]
     return fields, tensors, quantised
 
 
-@dataclass(slots=True)
 class GgufFile(PlainFile):
     """A LoRA from a GGUF file."""
 
@@ -150,8 +149,7 @@ class GgufFile(PlainFile):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Reading:
         """The factors; that they were quantised is told, and what llama.cpp ignores."""
-        # Named in full: a dataclass with slots is made anew, and super() without arguments knows only the first one.
-        reading = PlainFile.read(self, side, packing, shapes)
+        reading = super().read(side, packing, shapes)
         told = list(reading.evidence)
         if self.quantised:
             kinds = ", ".join(sorted(set(self.quantised.values())))

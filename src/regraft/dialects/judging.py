@@ -7,9 +7,10 @@ of that name. A judge looks at the files and not at what regraft makes of them, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct, field
 
 from regraft.adapters.form import Array
 from regraft.dialects.base import dialects
@@ -27,8 +28,7 @@ OUTCOMES = {
 """What can become of a module's LoRA."""
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
+class Files(Struct, frozen=True):
     """An adapter's files, as a tool that is pointed at them finds them."""
 
     src: Path
@@ -49,8 +49,7 @@ class Files:
         return self.src if self.src.is_dir() else self.src.parent
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What becomes of one module's LoRA."""
 
     key: str
@@ -60,8 +59,7 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass(slots=True)
-class Judgement:
+class Judgement(Struct):
     """What a tool does with all of a file."""
 
     targets: list[Outcome] = field(default_factory=list)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
 from regraft.adapters.protocol import Hints, Opened, Reading
@@ -38,6 +38,7 @@ from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.torch_file import open_torch
 from regraft.storage.torch_write import write_torch
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
@@ -88,8 +89,7 @@ def _load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Struct, frozen=True):
     """How many rows q, k and v have."""
 
     q: int
@@ -105,7 +105,6 @@ class Rows:
         return sum(getattr(self, part) for part in parts)
 
 
-@dataclass(slots=True)
 class LitgptFile(PlainFile):
     """A LoRA of LitGPT's: the factors of qkv are told apart when the base's sizes are known."""
 

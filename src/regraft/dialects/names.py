@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
 
 from regraft.dialects.registry import dialects
 from regraft.errors import BadInputError
@@ -16,6 +17,7 @@ from regraft.layouts.names import (
     parse_name,
     version_of,
 )
+from regraft.values import replace
 
 
 class _DialectNames(Mapping[str, DialectName]):
@@ -52,8 +54,7 @@ def layout_named(text: str, *, adapter: bool = True) -> Layout:
     return parse_name(text, dialect_names(), adapter=adapter)
 
 
-@dataclass(frozen=True, slots=True)
-class SourceName:
+class SourceName(Struct, frozen=True):
     """What was said of a source: its layout, its dialect, or the family of its model."""
 
     layout: Layout | None = None

@@ -12,9 +12,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from regraft.adapters.protocol import Into, Opened
 from regraft.dialects.base import Dialect, Found, dialect_of, dialects
@@ -45,8 +46,7 @@ _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 """Endings of the name of a file with weights; a folder that is called so is meant as a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(Struct, frozen=True):
     """The adapters of a path, to be opened one by one."""
 
     src: Path
@@ -81,8 +81,7 @@ def find_source(src: Path, said: SourceName | None = None) -> Opening:
     return Opening(src, dialect, dialect.find(src))
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """What adapters are written in, and as what."""
 
     dialect: Dialect

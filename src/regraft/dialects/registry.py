@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.import_path import entry_points_of
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from regraft.dialects.base import Dialect
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """Why a file is taken for one of a dialect."""
 
     certain: bool

@@ -11,12 +11,12 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
@@ -33,14 +33,14 @@ from regraft.names.keys import in_order
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
+from regraft.values import replace
 
 _MERGE = "merge the adapter into its base and serve that"
 _EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 _COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Struct, frozen=True):
     """What a tool in one release demands, by model type; `for_model` has the row for one."""
 
     tool: str
@@ -57,11 +57,10 @@ class Table:
         merged["projections"] = tuple(merged["projections"])
         for name in ("embeddings", "unknown"):
             merged[name] = tuple(merged.get(name, ()))
-        return Demands(**{k: v for k, v in merged.items() if k in Demands.__dataclass_fields__})
+        return Demands(**{k: v for k, v in merged.items() if k in Demands.__struct_fields__})
 
 
-@dataclass(frozen=True, slots=True)
-class Demands:
+class Demands(Struct, frozen=True):
     """How one tool wants the adapter of one model."""
 
     packed: bool
@@ -132,8 +131,7 @@ def count_experts(model: ModelConfig | None) -> int | None:
     return None
 
 
-@dataclass(slots=True)
-class Pieces:
+class Pieces(Struct):
     """A LoRA as a tool's file has it: modules by path, and packed parameters by module and name."""
 
     modules: dict[str, Lora] = field(default_factory=dict)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
@@ -25,6 +27,7 @@ from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import load_json
 from regraft.storage.safetensors import read_header
+from regraft.values import replace
 
 WRITTEN_BY = "regraft.dialect"
 """The metadata of a weights file that say which dialect regraft wrote it in."""
@@ -41,8 +44,7 @@ INNER, OUTER = "gate_up_proj", "down_proj"
 """The parameters of stacked experts: where both are adapted, PEFT's names have the first one inside."""
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """What the heads of an adapter's files say."""
 
     folder: Path

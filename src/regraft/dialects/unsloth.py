@@ -202,7 +202,7 @@ def as_peft(
     return tensors, config
 
 
-class UnslothWriter(PeftWriter):
+class UnslothWriter(PeftWriter, frozen=True):
     """PEFT's files, with a record that packed experts are as PEFT has them."""
 
     def write_lora(

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
+
+from msgspec import Struct
 
 from regraft.equation.notation import (
     Affine,
@@ -33,10 +34,10 @@ from regraft.equation.notation import (
     notation_error,
 )
 from regraft.equation.sizes import extent, shape_of
+from regraft.values import replace
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where an axis stands in a tensor: in a dim, or in a hole of its key."""
 
     in_key: bool
@@ -46,8 +47,7 @@ class Place:
     """How far one step along the axis moves in that dim's (or hole's) index; 0 for copies of one element."""
 
 
-@dataclass(frozen=True, slots=True)
-class CopyAxis:
+class CopyAxis(Struct, frozen=True):
     """One axis of a copy and where it stands on either side."""
 
     name: str
@@ -56,8 +56,7 @@ class CopyAxis:
     target: Place
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True):
     """A dense block that moves from a term of the side that is read to a term of the other.
 
     ``*_start`` holds the block's first index in every dim, ``*_key_start`` in every stacked hole.
@@ -72,8 +71,7 @@ class Copy:
     target_key_start: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
+class Padding(Struct, frozen=True):
     """A dense block of a term that holds one value."""
 
     term: int
@@ -84,8 +82,7 @@ class Padding:
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class Nest:
+class Nest(Struct, frozen=True):
     """A strided copy inside one pair of tensors: offsets and strides count elements."""
 
     source_offset: int
@@ -122,8 +119,7 @@ def expand(expr: Expr, sizes: Mapping[str, int] | None) -> Iterator[_Expanded]:
             yield axes, sum(off * s for (_, off), s in zip(choice, strides, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class _Box:
+class _Box(Struct, frozen=True):
     term: int
     places: dict[str, Place]
     start: tuple[int, ...]

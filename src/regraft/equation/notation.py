@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+
+from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 
@@ -31,8 +32,7 @@ _KEY_ENDS = " \t\r\n:,()"
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
+class Axis(Struct, frozen=True):
     """A named axis; ``...`` is one too."""
 
     name: str
@@ -41,8 +41,7 @@ class Axis:
         return self.name
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(Struct, frozen=True):
     """Axes laid out row major: the last one runs fastest."""
 
     factors: tuple[Expr, ...]
@@ -51,8 +50,7 @@ class Product:
         return "(" + " ".join(map(str, self.factors)) + ")" if self.factors else "1"
 
 
-@dataclass(frozen=True, slots=True)
-class Sum:
+class Sum(Struct, frozen=True):
     """Pieces laid one after the other."""
 
     terms: tuple[Expr, ...]
@@ -65,8 +63,7 @@ class Sum:
         return "(" + " + ".join(inner) + ")"
 
 
-@dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(Struct, frozen=True):
     """A number in a key, computed from indices: ``3 b + r + 1``. It stands in holes only."""
 
     terms: tuple[tuple[int, str], ...]
@@ -91,8 +88,7 @@ Expr = Axis | Product | Sum | Affine
 UNIT = Product(())
 
 
-@dataclass(frozen=True, slots=True)
-class Hole:
+class Hole(Struct, frozen=True):
     """An index in a key: an axis, or a product or sum of axes."""
 
     expr: Expr
@@ -101,8 +97,7 @@ class Hole:
         return "{" + str(self.expr) + "}"
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
+class Segments(Struct, frozen=True):
     """``{*p}``: any number of whole segments, the same text on both sides."""
 
     name: str
@@ -111,8 +106,7 @@ class Segments:
         return "{*" + self.name + "}"
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(Struct, frozen=True, cache_hash=True):
     """A key template: text, holes and ``{*p}`` in order."""
 
     parts: tuple[str | Hole | Segments, ...]
@@ -131,8 +125,7 @@ class Key:
         return tuple(part.name for part in self.parts if isinstance(part, Segments))
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(Struct, frozen=True, cache_hash=True):
     """One tensor of a side: its key (``None`` where only dims were written) and one expression per dim."""
 
     key: Key | None
@@ -150,8 +143,7 @@ class Term:
         return f"{self.key} : {dims}" if self.key is not None else dims
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigPath:
+class ConfigPath(Struct, frozen=True):
     """``config.a.b | config.c``: the first field that the model's config has."""
 
     paths: tuple[tuple[str, ...], ...]
@@ -160,8 +152,7 @@ class ConfigPath:
         return " | ".join("config." + ".".join(path) for path in self.paths)
 
 
-@dataclass(frozen=True, slots=True)
-class ShapeOf:
+class ShapeOf(Struct, frozen=True):
     """``shape(KEY, dim)``: a size of a tensor of the target."""
 
     key: Key
@@ -174,8 +165,7 @@ class ShapeOf:
 Value = int | Axis | ConfigPath | ShapeOf
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(Struct, frozen=True):
     """``axis = value * value / value``, several of them added or subtracted."""
 
     axis: str
@@ -198,8 +188,7 @@ class Where:
         return f"{self.axis} {'is' if self.one else '='} {text}{last}"
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(Struct, frozen=True):
     """``loop < value``: an index that the base model does not have is an error."""
 
     axis: str
@@ -210,15 +199,13 @@ class Bound:
         return f"{self.axis} < " + "".join(f" {op} {value}" for op, value in self.values)[3:]
 
 
-@dataclass(frozen=True, slots=True)
-class Copies:
+class Copies(Struct, frozen=True):
     """``copies t``: along an axis that only one side has, the elements are the same each time."""
 
     axis: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Struct, frozen=True):
     """``fill p = 0``: along an axis that only one side has there is padding, all of one value."""
 
     axis: str
@@ -229,8 +216,7 @@ class Fill:
         return f"fill {self.axis} = {self.value:g}"
 
 
-@dataclass(frozen=True, slots=True)
-class Equation:
+class Equation(Struct, frozen=True, cache_hash=True):
     """Two sides that hold the same elements. Its inverse is itself, read right to left."""
 
     text: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Carry, Rules, only_books, only_family
 from regraft.rules.templates import Match, match_group, specificity
+from regraft.values import replace
 
 _NEAR = 3
 _TOO_FAR = 2.0

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from regraft.equation.notation import Term
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
@@ -20,8 +21,7 @@ from regraft.rules.book import Book, Rule
 from regraft.rules.direction import Direction, Side
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(Struct, frozen=True):
     """A rule book, read in one direction: from the layout ``source`` to the layout ``target``."""
 
     book: Book
@@ -96,8 +96,7 @@ def other_end(book: Book, layout: str) -> str:
     return Edge.to(book, layout).source
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """How to get from a layout to another: steps, each along the edges of all books that join its two layouts."""
 
     steps: tuple[tuple[Edge, ...], ...]

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from msgspec import Struct
+
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book, built_in, library
 from regraft.rules.direction import SIDES
@@ -22,8 +24,7 @@ DEFAULT = "peft"
 """The dialect that is meant where none is named."""
 
 
-@dataclass(frozen=True, slots=True)
-class DialectName:
+class DialectName(Struct, frozen=True):
     """What a dialect is called, and which releases of its tool write adapters differently."""
 
     name: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.learning.index_map import AxisRun, Box, Component, NotABoxError, Stack
+from regraft.values import replace
 
 _NAMES = "abcdfghijkmnopqstuvwxyz"
 

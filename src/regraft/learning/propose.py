@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib.resources.abc import Traversable
 from itertools import chain
@@ -40,6 +40,7 @@ from regraft.planning.model import Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Carry, Rule, load_book
 from regraft.rules.write import write_book
+from regraft.values import replace
 
 _COMMENT = (
     "Proposed by regraft diff from two files, by content. It holds for these two; read it before you use it\n"

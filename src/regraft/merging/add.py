@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from math import prod
@@ -28,6 +28,7 @@ from regraft.merging.addends import Addend, Replacement
 from regraft.merging.base import Base, Reader, float_type, read_exactly
 from regraft.merging.language import cannot
 from regraft.storage.dtypes import DTYPES
+from regraft.values import replace
 
 Progress = Callable[[str, int, int], None]
 

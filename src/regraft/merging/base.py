@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from regraft.report import CheckpointReport
 from regraft.rules.book import Book, library
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
+from regraft.values import replace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import mmap
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import staged_folder
 from regraft.storage.header import read_header
+from regraft.values import replace
 
 Progress = Callable[[str, int, int], None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from regraft.merging.extraction import Extraction
 from regraft.planning.model import Foreign
 from regraft.storage.folder import staged_file, staged_folder
 from regraft.storage.safetensors import write_tensors
+from regraft.values import replace
 
 
 class ImageOutput:

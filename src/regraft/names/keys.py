@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 
@@ -24,8 +24,7 @@ Ints = npt.NDArray[np.int64]
 _NUMBER = re.compile(r"[0-9]+")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class Group(Struct, frozen=True, eq=False):
     """All names of one template. Row i is the name number ``ids[i]``, its numbers are ``numbers[i]``."""
 
     template: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
+
+from msgspec import Struct
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 _SHOWN = 8
@@ -18,8 +19,7 @@ _SHOWN = 8
 Row = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(Struct, frozen=True):
     """Names that differ in numbers only, and have every choice of them."""
 
     texts: tuple[str, ...]

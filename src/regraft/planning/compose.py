@@ -12,12 +12,12 @@ from, and where the second puts it. Such a table is made of few loops, and the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.equation.lower import Copy, CopyAxis, Place
 from regraft.equation.notation import Axis, Equation, Key, Term
@@ -29,6 +29,7 @@ from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan, walk
 from regraft.planning.slices import without_rest
 from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
+from regraft.values import replace
 
 _NONE = np.zeros((1, 0), dtype=np.int64)
 
@@ -45,8 +46,7 @@ def plan_along(headers: Headers, steps: Sequence[Sequence[Edge]], **options: Any
     return plan
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(Struct, frozen=True):
     """A tensor in the middle that an entry of the first plan makes: which term, loop value, and slot of its key."""
 
     entry: Entry
@@ -59,8 +59,7 @@ _Origin = int | _Made
 """Where a tensor in the middle comes from: the source that it is as it stands, or what makes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Middle:
+class Middle(Struct, frozen=True):
     """What the first plan makes, for the second one to read."""
 
     headers: Headers
@@ -139,8 +138,7 @@ def _first(origin: _Origin) -> int:
     return int(origin.entry.sources[0][origin.loop].reshape(-1)[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(Struct, frozen=True):
     """Elements of one tensor that go to one place of another, dim by dim of the first."""
 
     other: int

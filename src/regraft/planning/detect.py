@@ -12,7 +12,8 @@ itself. The keys of one rule in two layouts are an error, because there a tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from regraft.equation.notation import Key
 from regraft.errors import BadInputError, Finding
@@ -23,8 +24,7 @@ from regraft.rules.direction import SIDES, Side
 from regraft.rules.templates import match_group
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Struct, frozen=True):
     """What names tell."""
 
     possible: tuple[str, ...]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from regraft.equation.lower import lower, stacked_holes
 from regraft.equation.notation import (
@@ -29,13 +29,13 @@ from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
 from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import Match, match_group, write_group
+from regraft.values import replace
 
 Guess = Callable[[Rule, str, int], int | None]
 """How many values a stacked index has where nothing else says so: rule, axis, and how many were seen."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Claim:
+class Claim(Struct, frozen=True, eq=False):
     """The tensors of a group that one term of a rule speaks of."""
 
     rule: Rule

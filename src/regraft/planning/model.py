@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from regraft.equation.notation import ConfigPath
 from regraft.errors import BadInputError, Finding
@@ -101,8 +101,7 @@ def _numbers(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, in
                 yield above + name, number, most
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Struct, frozen=True):
     """A model's ``config.json`` and the part of it that a rule book speaks of.
 
     A composite model (a vision-language model, say) has one config inside another; a rule's ``config.x`` is
@@ -171,8 +170,7 @@ class ModelConfig:
         return len(self.model_types()) > 1
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(Struct, frozen=True):
     """What a rule book's ``config.x`` and ``shape(x)`` mean here."""
 
     config: Mapping[str, Any] | None = None
@@ -211,8 +209,7 @@ class Scope:
         return node if isinstance(node, int) and not isinstance(node, bool) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Struct, frozen=True):
     """What something outside knows of a model."""
 
     book: Book
@@ -224,8 +221,7 @@ class Told:
     """The class that the model was taken for."""
 
 
-@dataclass(frozen=True, slots=True)
-class TiedNames:
+class TiedNames(Struct, frozen=True):
     """Names of a file that are one tensor in the model."""
 
     names: tuple[str, ...]

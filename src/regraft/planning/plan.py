@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.equation.lower import (
     Copy,
@@ -65,8 +65,7 @@ class Headers:
         return sum(map(len, self.groups))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
+class Entry(Struct, frozen=True, eq=False):
     """One rule at work: all values of its loops that have the same sizes.
 
     ``sources[t]`` holds the ids of the tensors of term ``t`` of the side that is read, shaped (loop values,
@@ -211,24 +210,21 @@ def keys_of(
     return write_group(term.key, rests, rest_numbers, holes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Carried:
+class Carried(Struct, frozen=True, eq=False):
     """Keys that stay what they are, and the line of the book that says so."""
 
     group: Group
     carry: Carry
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dropped:
+class Dropped(Struct, frozen=True, eq=False):
     """Keys that the other layout has no use for, and the line of the book that says so."""
 
     group: Group
     drop: Drop
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class Plan(Struct, frozen=True, eq=False):
     """Where everything goes. Frozen, printable, and splittable: entries do not depend on each other."""
 
     edges: tuple[Edge, ...]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from regraft.equation.notation import Hole, Segments, Term
 from regraft.layouts.graph import Edge
@@ -16,8 +17,7 @@ from regraft.rules.templates import match_group
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """One side of some rule books: the layout that is read, with each book's config."""
 
     books: tuple[Book, ...]

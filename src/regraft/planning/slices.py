@@ -8,15 +8,16 @@ digit. Nothing here knows of files, processes or models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.equation.lower import Copy, CopyAxis, Place, strides_of
 from regraft.equation.notation import REST
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.values import replace
 
 Box = tuple[tuple[int, int], ...]
 """A range of indices for each dim: from, and up to but without."""
@@ -52,8 +53,7 @@ def _boxes_of(region: Region) -> Iterator[tuple[Box, tuple[int, ...]]]:
         yield tuple(span for span, _ in choice), tuple(at for _, at in choice)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Strips:
+class Strips(Struct, frozen=True, eq=False):
     """One loop nest at several places: strided copies out of sources into a slice.
 
     Sizes, strides and offsets count elements; a slice is row major and holds nothing but its box. Row i copies from
@@ -113,8 +113,7 @@ class Strips:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Making:
+class Making(Struct, frozen=True, eq=False):
     """How one target comes about: a term of an entry, at one value of its loops and one slot of its key."""
 
     entry: Entry

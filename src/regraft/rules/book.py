@@ -33,7 +33,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from regraft.equation.lower import check_equation
 from regraft.equation.notation import (
@@ -58,6 +59,7 @@ from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
 from regraft.rules.kinds import KINDS, OUT
 from regraft.storage.probe import open_regular
+from regraft.values import replace
 
 
 class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -146,8 +148,7 @@ GROUP = "regraft.books"
 """The entry points of packages that bring rule books."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Struct, frozen=True, cache_hash=True):
     """One equation of a book, with the kinds of its tensors and the line it stands on."""
 
     name: str
@@ -173,8 +174,7 @@ class Rule:
         return f"{self.book}/{self.name} ({self.where})"
 
 
-@dataclass(frozen=True, slots=True)
-class Carry:
+class Carry(Struct, frozen=True):
     """Keys that are the same in both layouts. ``term`` has dims where the book knows their sizes."""
 
     term: Term
@@ -184,8 +184,7 @@ class Carry:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(Struct, frozen=True):
     """Keys of one layout that the other has no use for."""
 
     sides: tuple[Side, ...]
@@ -194,8 +193,7 @@ class Drop:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class Absent:
+class Absent(Struct, frozen=True):
     """Keys of one layout for which the other has no place, so that what stands on them is refused."""
 
     sides: tuple[Side, ...]
@@ -204,16 +202,14 @@ class Absent:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(Struct, frozen=True):
     """A key of the right layout for which there is no rule, and why."""
 
     key: Key
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(Struct, frozen=True):
     """The parameters of a module in the order in which the module registers them."""
 
     sides: tuple[Side, ...]
@@ -223,8 +219,7 @@ class Parameters:
     """``file:line``."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleRule:
+class ModuleRule(Struct, frozen=True):
     """A rule for whole modules: their weights, and the biases, move as the equation says.
 
     The equation's keys are paths of modules, its dims those of their weights.
@@ -238,16 +233,14 @@ class ModuleRule:
     """``file:line``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
+class Shared(Struct, frozen=True):
     """A module that stands in two places in the left layout, and only in the second in the right one."""
 
     first: str
     second: str
 
 
-@dataclass(frozen=True, slots=True)
-class Special:
+class Special(Struct, frozen=True):
     """A module that PEFT cannot treat like any other."""
 
     sides: tuple[Side, ...]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from regraft.equation.lower import is_stacked
 from regraft.equation.notation import Affine, Axis, Equation, Expr, Key, givens_of, loops_of
@@ -17,8 +17,7 @@ Givens = Mapping[str, int]
 """The values of the indices that a clause gives one value."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Indices:
+class Indices(Struct, frozen=True, eq=False):
     """What the numbers in the holes of some keys say."""
 
     loops: Ints
@@ -27,8 +26,7 @@ class Indices:
     """(keys, stacked holes)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """How the holes of one key template are read and written."""
 
     equation: Equation

@@ -7,16 +7,16 @@ Source: how torch's and transformers' modules store their weights, and how PEFT 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
+
+from msgspec import Struct
 
 from regraft.equation.notation import Term
 
 BATCH, OUT, IN, NONE = "batch", "out", "in", "none"
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """The role of every dim of a tensor.
 
     ``module`` is True where PEFT adapts the module (``target_modules``), False where it adapts the parameter

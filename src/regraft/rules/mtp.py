@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.equation.notation import (
     Axis,
@@ -35,6 +35,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.names.keys import MARK, Group, fill, group_names
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.templates import match_group
+from regraft.values import replace
 
 WHY = "layers for predicting further tokens (MTP), which the model leaves aside when it loads"
 
@@ -52,8 +53,7 @@ _JOINT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:eh_proj|enorm|hnorm|shared_head)
 """What an MTP layer has and no other: it joins a token's embedding with the hidden states of the layers before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(Struct, frozen=True):
     """How many layers a model's config tells of; ``None`` where it says nothing."""
 
     layers: int | None = None
@@ -72,8 +72,7 @@ class Counts:
         return cls(layers, mtp)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MtpKeys:
+class MtpKeys(Struct, frozen=True, eq=False):
     """The keys of a file's MTP layers."""
 
     groups: tuple[Group, ...] = ()

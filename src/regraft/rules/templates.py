@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from regraft.equation.notation import Equation, Hole, Key, Segments, Term
 from regraft.names.keys import MARK, Group, Ints
@@ -18,8 +18,7 @@ from regraft.rules.indices import given_names
 _DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Match:
+class Match(Struct, frozen=True, eq=False):
     """The rows of a group that a key template matches."""
 
     rows: npt.NDArray[np.intp]
@@ -32,8 +31,7 @@ class Match:
     """(rows, holes): the index in each hole."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Compiled:
+class _Compiled(Struct, frozen=True):
     pattern: re.Pattern[str]
     kinds: tuple[str, ...]
     """What each capture group is: ``hole``, ``rest``, or the digits of a literal number."""

@@ -13,17 +13,16 @@ structured dtype fails, so a packed tensor can be carried along and cannot be mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(Struct, frozen=True):
     """One element type of the format."""
 
     name: str

@@ -11,11 +11,11 @@ import re
 import threading
 import time
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import regex
+from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 
@@ -31,8 +31,7 @@ _INVOLVED = re.compile(r"\)[*+{]|\(\?P=|\\[1-9]")
 _SHORT = 256
 
 
-@dataclass(slots=True)
-class _Spent:
+class _Spent(Struct):
     """How long the expressions of the file that is being read have run, on this thread."""
 
     seconds: float = 0.0
@@ -52,8 +51,7 @@ def start_file(where: str) -> None:
     _local.spent = _Spent(where=where)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Expression:
+class Expression(Struct, frozen=True, eq=False):
     """One expression, with the meaning that it has for ``re``.
 
     >>> expression("(?!.*mlp).*q_proj", "target_modules").fullmatch("layers.0.q_proj") is not None

@@ -11,9 +11,10 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from msgspec import Struct
 
 from regraft.errors import Finding
 
@@ -21,8 +22,7 @@ _MOST = 2000
 """How many names of a folder are looked at."""
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(Struct, frozen=True):
     """A form of weights that regraft does not read."""
 
     what: str

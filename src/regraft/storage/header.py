@@ -15,13 +15,13 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from operator import eq, mul, sub
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
@@ -56,8 +56,7 @@ class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     """Where they end, one past the last byte."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """The checked header of one file."""
 
     path: Path

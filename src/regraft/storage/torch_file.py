@@ -16,11 +16,11 @@ import os
 import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from msgspec import Struct, field
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS, DTYPES, describe_unknown_dtype
@@ -89,8 +89,7 @@ _SUMMARY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TorchTensor:
+class TorchTensor(Struct, frozen=True):
     """One tensor of the file."""
 
     dtype: str
@@ -202,16 +201,14 @@ def _to_array(
 # ---------------------------------------------------------------------------------------------- the file
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(Struct, frozen=True):
     """A name of torch's: of a type (``dtype``) or of what is called."""
 
     kind: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
+class _Storage(Struct, frozen=True):
     dtype: str
     """Torch's name."""
     key: str
@@ -219,8 +216,7 @@ class _Storage:
     """In elements."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Tensor(Struct, frozen=True):
     storage: _Storage
     dtype: str
     offset: int
@@ -228,8 +224,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Refused:
+class _Refused(Struct, frozen=True):
     """Something that is no plain tensor: nothing is wrong with it unless it is one of the tensors."""
 
     what: str
@@ -489,8 +484,7 @@ def _opcodes(stream: io.BytesIO) -> Iterator[tuple[Any, Any, Any]]:
     yield from pickletools.genops(stream)
 
 
-@dataclass(slots=True)
-class _Machine:
+class _Machine(Struct):
     """A stack machine for the few opcodes that a plain state dict has."""
 
     storages: dict[str, _Storage]

@@ -8,16 +8,17 @@ rank, with the base's weights or without; otherwise only a dense delta is left.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from regraft.adapters.families.settings import Anchored, Patterns
 from regraft.adapters.form import Array, cast_down, common_dtype
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Ints
+from regraft.values import replace
 
 FAMILY, LORA, BASE, DENSE, NONE = "family", "lora", "base", "dense", "none"
 """The rungs: in the family itself, as a LoRA of known rank, the same with the base's weights, only as a dense delta
@@ -58,8 +59,7 @@ Sizes = tuple[int | None, int | None]
 """Out and in of a weight, as far as they are known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """What a family can do under one operation.
 
     ``rung`` is reached always; ``better`` is reached where ``when`` holds.
@@ -70,8 +70,7 @@ class Cell:
     when: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """One module's adapter: tensors by their role, the size of its matrix, and its own settings."""
 
     tensors: Mapping[str, Array]

@@ -6,7 +6,6 @@ Source: PEFT 0.21.2, ``peft/tuners/deft/layer.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from regraft.adapters.families.base import (
 )
 from regraft.adapters.families.low_rank import LowRank, multiplied
 from regraft.names.keys import Ints
+from regraft.values import replace
 
 
 class Deft(LowRank):

@@ -14,7 +14,6 @@ With ``roles = {"lora_A": (RANK, IN), "lora_B": (OUT, RANK)}`` and the delta ``B
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +32,7 @@ from regraft.adapters.families.base import (
 )
 from regraft.adapters.form import Array, common_dtype, rescale
 from regraft.adapters.scale import Scale
+from regraft.values import replace
 
 _OTHER = {OUT: IN, IN: OUT}
 

@@ -6,7 +6,6 @@ Source: PEFT 0.21.2, ``peft/tuners/oft/layer.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -42,6 +41,7 @@ from regraft.adapters.families.orthogonal import (
 )
 from regraft.adapters.form import Array
 from regraft.names.keys import Ints
+from regraft.values import replace
 
 
 class Oft(Family):

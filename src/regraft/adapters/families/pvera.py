@@ -5,8 +5,6 @@ Source: PEFT 0.21.2, ``peft/tuners/pvera/layer.py``.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from regraft.adapters.families.base import (
     OUT,
     RANK,
@@ -16,6 +14,7 @@ from regraft.adapters.families.base import (
     Weight,
 )
 from regraft.adapters.families.vera import Vera
+from regraft.values import replace
 
 
 class PVera(Vera):

@@ -6,7 +6,6 @@ Source: PEFT 0.21.2, ``peft/tuners/vblora/layer.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from regraft.adapters.families.base import (
 from regraft.adapters.families.low_rank import LowRank
 from regraft.adapters.form import Array
 from regraft.names.keys import Ints
+from regraft.values import replace
 
 
 class VbLora(LowRank):

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from regraft.names.live import skeleton_of
 from regraft.planning.model import ModelConfig, TiedNames, Told
 from regraft.report import AdapterReport
 from regraft.storage.dtypes import DTYPES
+from regraft.values import replace
 
 _CARRIED = {
     DTYPES[name].numpy: (carrier, dtype)

@@ -6,9 +6,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import Struct, field
 
 from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.bridges.transformers.symbolic import put
@@ -86,8 +87,7 @@ def _ask(question: _Question) -> Any:
         raise _unusable(question.model, message) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(Struct, frozen=True):
     model: ModelConfig
     keys: list[str]
     shapes: dict[str, tuple[int, ...]]
@@ -100,8 +100,7 @@ class _Question:
     """Names that the file had before."""
 
 
-@dataclass(slots=True)
-class _InProcess:
+class _InProcess(Struct):
     _made: dict[tuple[str, str], Any] = field(default_factory=dict)
     _ties: dict[tuple[str, str], Ties] = field(default_factory=dict)
     """Of what was made, which of its tensors are one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -32,6 +32,7 @@ from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Shared,
 from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.mtp import is_mtp_module
+from regraft.values import replace
 
 LEFT, RIGHT = "transformers-v4", "transformers-v5"
 _LOOPS = "lmnqw"

@@ -10,7 +10,7 @@ multiplies by alpha / rank twice in LoHa and LoKr; PEFT 0.21.2 for the magnitude
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ from regraft.adapters.form import Array, common_dtype
 from regraft.adapters.scale import Number, Scale
 from regraft.arrays.pieces import multiply
 from regraft.names.keys import Ints
+from regraft.values import replace
 
 Weight = Callable[[], Wide] | None
 """Gives the base weight as a matrix (out, in); ``None`` where no base was given."""

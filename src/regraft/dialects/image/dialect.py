@@ -6,10 +6,11 @@ written. Four can be written: kohya's, diffusers', ComfyUI's and ai-toolkit's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from msgspec import Struct, field
 
 from regraft.adapters.convert import Converted
 from regraft.adapters.protocol import Names, Opened, Writer
@@ -127,7 +128,6 @@ def refused_layout(to: Layout, where: str) -> RefusedError:
     )
 
 
-@dataclass(slots=True)
 class ImageFile(PlainFile):
     """An opened file, for `regraft.api`: it converts itself, because its parts are of several models."""
 
@@ -170,8 +170,7 @@ class ImageFile(PlainFile):
 _FILES = Capabilities(experts=False, embeddings=False, suffixes=(".safetensors",))
 
 
-@dataclass(frozen=True, slots=True)
-class ImageDialect:
+class ImageDialect(Struct, frozen=True):
     """One tool's files."""
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -26,6 +26,7 @@ from regraft.dialects.image.delta import (
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.values import replace
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.safetensors import Header, TensorInfo, read_header
+from regraft.values import replace
 
 _MUSUBI = (
     "lora_wan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.adapters.form import Array, rescale
@@ -13,6 +13,7 @@ from regraft.adapters.provenance import digest_all
 from regraft.adapters.scale import Number, Scale
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.errors import RefusedError
+from regraft.values import replace
 
 KEY = "regraft.origin"
 """Our entry of the header."""

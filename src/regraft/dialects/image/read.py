@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +34,7 @@ from regraft.dialects.image.modules import Module, Names, body_names, names_of
 from regraft.dialects.image.origin import read_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.values import replace
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """diffusers' entry of the header: the PEFT config of each component, as JSON with prefixed keys."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from regraft.dialects.image.families import CLIP_V4, DENOISER, Family
 from regraft.dialects.image.moving import Ways, is_vector
 from regraft.dialects.image.read import ADAPTER_METADATA, Home
 from regraft.errors import RefusedError
+from regraft.values import replace
 
 KEYED, HEADER, FOLDED = "key", "header", "folded"
 """Where a dialect has alpha."""

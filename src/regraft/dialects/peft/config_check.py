@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
+
+from msgspec import Struct
 
 from regraft.adapters.families.settings import whole_path
 from regraft.adapters.families.table import added_families
@@ -73,8 +74,7 @@ _LARGEST = 2**31 - 1
 """Of whole numbers: sizes of tensors, ranks and layer numbers are far below it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Type:
+class _Type(Struct, frozen=True):
     """What the value of a field must be: a predicate, and its description."""
 
     accepts: Callable[[Any], bool]

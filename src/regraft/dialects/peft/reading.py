@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -26,6 +25,7 @@ from regraft.planning.plan import Headers
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
 from regraft.rules.kinds import KINDS
+from regraft.values import replace
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")

@@ -8,8 +8,9 @@ are trained (``trainable_token_indices``) under a name of their own. Source: PEF
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from regraft.adapters.form import Saved, SavedGroup
 from regraft.dialects.peft.scan import PREFIX, Others
@@ -20,8 +21,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 """What PEFT puts after an embedding's path for the rows of single tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
+class Style(Struct, frozen=True):
     """Where a saved tensor stood in its module."""
 
     wrapped: bool

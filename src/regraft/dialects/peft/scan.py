@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.errors import Finding
 from regraft.names.keys import MARK, Group, Ints, fill, group_names
@@ -26,8 +26,7 @@ _WRAPPERS = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
+class Pairs(Struct, frozen=True, eq=False):
     """The LoRA factors of modules of one template.
 
     Row i of ``modules`` has the tensors number ``a[i]`` and ``b[i]`` of the file.
@@ -41,8 +40,7 @@ class Pairs:
     embedding: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tuned:
+class Tuned(Struct, frozen=True, eq=False):
     """Modules of one template that a family other than plain LoRA adapts.
 
     ``tensors`` has, for each end of a key, the tensor's number in the file for each module; -1 where it has none.
@@ -52,8 +50,7 @@ class Tuned:
     tensors: Mapping[str, Ints]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Others:
+class Others(Struct, frozen=True, eq=False):
     """Tensors that are no LoRA factors. ``keys`` are their names without the prefix and without ``base_layer``."""
 
     keys: Group
@@ -64,8 +61,7 @@ class Others:
     """A segment before the last one that was taken out: what PEFT holds a base tensor in."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scan:
+class Scan(Struct, frozen=True, eq=False):
     """The tensors of an adapter by what they are."""
 
     pairs: tuple[Pairs, ...]

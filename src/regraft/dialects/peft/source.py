@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,6 +51,7 @@ from regraft.storage.folder import load_json
 from regraft.storage.formats import find_form
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.adapters.deltas import Deltas

@@ -15,7 +15,8 @@ segments of wrappers (_fsdp_wrapped_module, _orig_mod) and the adapter's name 'd
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from regraft.adapters.form import Array
 from regraft.dialects.peft.scan import PREFIX
@@ -28,8 +29,7 @@ _SAVED = "modules_to_save"
 _PATH = PREFIX.rstrip(".").split(".")
 
 
-@dataclass(frozen=True, slots=True)
-class Stripped:
+class Stripped(Struct, frozen=True):
     """Keys without what does not belong in them, in the order of the file."""
 
     names: list[str]

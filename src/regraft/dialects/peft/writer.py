@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import Family
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from regraft.dialects.peft.source import PeftNames, Source
 
 
-@dataclass(frozen=True, slots=True)
-class PeftWriter:
+class PeftWriter(Struct, frozen=True):
     """Writes one adapter for one base in one layout; what need not change of its config stays."""
 
     source: Source

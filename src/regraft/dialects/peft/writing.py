@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
@@ -27,8 +28,7 @@ PEFT_VERSION = {BEFORE: "0.18.1", SINCE: "0.19.0"}
 """The ``peft_version`` that tells a packing to whoever reads the file."""
 
 
-@dataclass(slots=True)
-class Result:
+class Result(Struct):
     """An adapter's tensors and what they adapt."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
