@@ -1,4 +1,4 @@
-"""Frozen values: `msgspec.Struct`, where a dataclass would do, and copies of both with other fields.
+"""Frozen values: ``msgspec.Struct``, where a dataclass would do, and copies of both with other fields.
 
 A dataclass is compiled whenever its module is imported, by some twenty times the time that a struct takes; of the two
 hundred that a conversion needs, that was a third of the start.

@@ -37,6 +37,8 @@ class _Compiled(Struct, frozen=True):
     """What each capture group is: ``hole``, ``rest``, or the digits of a literal number."""
     head: str
     """What every name begins with that matches: it is faster to look at than the pattern."""
+    tail: str
+    """What every name ends with that matches."""
 
 
 @lru_cache(maxsize=4096)
@@ -77,13 +79,22 @@ def _compile(key: Key, lengths: tuple[int, ...] = ()) -> _Compiled:
     first = key.parts[0] if key.parts and isinstance(key.parts[0], str) else ""
     if len(key.parts) > 1 and isinstance(key.parts[1], Segments):
         first = first.removesuffix(".")  # a rest may hold nothing
-    return _Compiled(re.compile("".join(pieces), re.DOTALL), tuple(kinds), _head(first))
+    last = key.parts[-1] if key.parts and isinstance(key.parts[-1], str) else ""
+    if len(key.parts) > 1 and isinstance(key.parts[-2], Segments):
+        last = last.removeprefix(".")
+    pattern = re.compile("".join(pieces), re.DOTALL)
+    return _Compiled(pattern, tuple(kinds), _head(first), _tail(last))
 
 
 def _head(text: str) -> str:
     """A literal text up to its first number, which stands as a mark in templates."""
     number = _DIGITS.search(text)
     return text if number is None else text[: number.start()]
+
+
+def _tail(text: str) -> str:
+    """A literal text from its last number on."""
+    return _DIGITS.split(text)[-1]
 
 
 def _held(segments: int) -> tuple[str, str]:
@@ -96,14 +107,10 @@ _MOST_SEGMENTS = 64
 
 
 def _lengths(key: Key, template: str) -> Iterator[tuple[int, ...]]:
-    """The ways to share a name's segments among the rests of a key, but for the last one, which takes what is left.
-
-    A key with one rest has one way, which its pattern finds by itself.
-    """
-    yield ()
-    rests = sum(isinstance(part, Segments) for part in key.parts)
+    """The ways to share a name's segments among the rests of a key, but for the last one, which takes what is left."""
+    rests = len(key.rests)
     most = template.count(".") + 1
-    if rests > 1 and most <= _MOST_SEGMENTS:
+    if most <= _MOST_SEGMENTS:
         segments = range(most, -1, -1)
         yield from (each for each in product(segments, repeat=rests - 1) if sum(each) <= most)
 
@@ -137,19 +144,27 @@ def match_group(key: Key, group: Group) -> Match | None:
     >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
     (('model',), [0, 1], [0, 1])
     """
-    for lengths in _lengths(key, group.template):
-        match = _match(_compile(key, lengths), group)
+    compiled = _compile(key)
+    template = group.template
+    if not (template.startswith(compiled.head) and template.endswith(compiled.tail)):
+        return None
+    found = compiled.pattern.fullmatch(template)
+    if found is None:
+        return None
+    match = _match(compiled, found, group)
+    if match is not None or compiled.kinds.count("rest") < 2:
+        return match
+    for lengths in _lengths(key, template):
+        compiled = _compile(key, lengths)
+        found = compiled.pattern.fullmatch(template)
+        match = None if found is None else _match(compiled, found, group)
         if match is not None:
             return match
     return None
 
 
-def _match(compiled: _Compiled, group: Group) -> Match | None:
-    if not group.template.startswith(compiled.head):
-        return None
-    found = compiled.pattern.fullmatch(group.template)
-    if found is None:
-        return None
+def _match(compiled: _Compiled, found: re.Match[str], group: Group) -> Match | None:
+    """The rows of a group whose numbers are those that the key spells out."""
     mask: npt.NDArray[np.bool_] | None = None
     hole_columns: list[int] = []
     rests: list[str] = []
