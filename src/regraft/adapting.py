@@ -264,10 +264,11 @@ def _certify_image(
 ) -> None:
     """The same of a LoRA of an image model."""
     from regraft.checking.image import compare_images
-    from regraft.dialects.image.dialect import ImageFile
+    from regraft.dialects.image.dialect import PEFT_IMAGE, ImageFile
 
     assert isinstance(source, ImageFile)
-    with reopened(target.dialect, source, result) as made:
+    dialect = PEFT_IMAGE if target.dialect.name == "peft" else target.dialect
+    with reopened(dialect, source, result) as made:
         assert isinstance(made, ImageFile)
         done = compare_images(source, made, base, _tolerance(via), left, family)
     _report_certificate(result, done)

@@ -203,6 +203,9 @@ def how_to_load(report: Report) -> str:
     layouts = {adapter.target_layout for adapter in report.adapters}
     if "diffusers" in layouts:
         return f"Load with diffusers: pipeline.load_lora_weights({_quote(report.destination)})"
+    if "peft-image" in layouts:
+        call = f"PeftModel.from_pretrained(denoiser, {_quote(report.destination)})"
+        return f"Load with PEFT: {call}, on a pipeline's transformer or unet"
     usage = _usage(next(iter(layouts), ""))
     if usage:
         return usage.format(path=shlex.quote(report.destination))

@@ -43,6 +43,7 @@ _BUILT_IN = {
     "nemo": "regraft.dialects.nemo:NEMO",
     "onetrainer": "regraft.dialects.image.dialect:ONETRAINER",
     "peft": "regraft.dialects.peft.dialect:PEFT",
+    "peft-image": "regraft.dialects.image.dialect:PEFT_IMAGE",
     "sglang": "regraft.dialects.sglang:SGLANG",
     "skyrl": "regraft.dialects.skyrl:SKYRL",
     "tinker": "regraft.dialects.tinker:TINKER",
@@ -56,8 +57,10 @@ _BUILT_IN = {
 IMAGE = frozenset(
     name for name, place in _BUILT_IN.items() if place.startswith("regraft.dialects.image.")
 )
-"""Dialects of image and video models. Their files never have an ``adapter_config.json`` beside them; where there is
-one, they are not asked."""
+"""Dialects of image and video models."""
+
+_ALONE = IMAGE - {"peft-image"}
+"""Dialects whose files never have an ``adapter_config.json`` beside them; where there is one, they are not asked."""
 
 
 class _Registry(Mapping[str, "Dialect"]):
@@ -151,7 +154,7 @@ def dialect_of(src: Path) -> Dialect:
 def sniffed(src: Path) -> dict[str, Evidence]:
     """The dialects that recognise a path as theirs, by name, with why."""
     folder = src if src.is_dir() else src.parent
-    left_out = IMAGE if (folder / "adapter_config.json").is_file() else frozenset()
+    left_out = _ALONE if (folder / "adapter_config.json").is_file() else frozenset()
     found: dict[str, Evidence] = {}
     for name in dialects():
         told = None if name in left_out else dialects()[name].sniff(src)

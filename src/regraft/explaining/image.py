@@ -10,7 +10,7 @@ from regraft.adapters.form import Array
 from regraft.adapters.protocol import Opened
 from regraft.dialects.image.convert import Made, OpenedImage, convert_image
 from regraft.dialects.image.delta import Delta
-from regraft.dialects.image.dialect import ImageFile, refused_layout
+from regraft.dialects.image.dialect import ImageFile, refused_layout, written_as
 from regraft.dialects.image.families import DENOISER
 from regraft.dialects.image.leaves import split_key
 from regraft.dialects.image.modules import book_of, names_of
@@ -23,7 +23,7 @@ from regraft.dialects.image.read import (
     model_config,
     read_adapter,
 )
-from regraft.dialects.image.write import DIALECTS, Writing, writing
+from regraft.dialects.image.write import Writing, writing
 from regraft.errors import AmbiguousError, Finding, RegraftError, UnmatchedKeysError
 from regraft.explaining.explanation import End, Explanation
 from regraft.explaining.near import closest
@@ -47,11 +47,12 @@ def explain_image(
 
     Raises ``RefusedError`` where ``to`` is no format of image models, ``BadInputError`` for a file that cannot be read.
     """
-    if to.dialect not in DIALECTS:
+    name = written_as(to)
+    if name is None:
         raise refused_layout(to, opened.where)
     assert isinstance(opened, ImageFile)
     assert opened.image is not None
-    return _Search(opened.image, key, to.dialect, family, base).explain()
+    return _Search(opened.image, key, name, family, base).explain()
 
 
 @dataclass(slots=True)

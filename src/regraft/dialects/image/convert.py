@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,8 @@ class Made:
     """The modules that it has."""
     how: Writing
     ways: Ways
+    config: dict[str, Any]
+    """A config beside the file, where the dialect has one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,7 +229,7 @@ def _converted(
     added = tuple(h.key for h in fitted if h.key.endswith("_proj.weight") and h not in moved)
     metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names, added)
     report = _report(opened, adapter, fitted, how, ways, written, tensors)
-    return Made(tensors, metadata, report, fitted, how, ways)
+    return Made(tensors, metadata, report, fitted, how, ways, written.config)
 
 
 def _check_apart(
@@ -386,6 +389,8 @@ def _notes(
             yield f"this rounds in {_count(written.rounded, 'module')}, whose factors are float32 now"
     if opened.dialect == "diffusers" and ADAPTER_METADATA in opened.metadata and how.alpha == KEYED:
         yield f"alpha was in the header only ({ADAPTER_METADATA}), and has a key for each module now"
+    if written.config.get("lora_bias"):
+        yield "the base's modules need biases, to which lora_bias adds"
     if adapter.others:
         first = next(iter(adapter.others))
         yield f"{len(adapter.others)} tensors that are no weights of the model were copied: {first}"

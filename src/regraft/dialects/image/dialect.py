@@ -25,9 +25,11 @@ from regraft.dialects.image.convert import (
 )
 from regraft.dialects.image.grouping import Grouped, ModuleTensors
 from regraft.dialects.image.leaves import split_key
+from regraft.dialects.image.peft import CONFIG, open_folder, opened_folder, weights_in
 from regraft.dialects.image.prefixes import FLAT, place_of
 from regraft.dialects.image.read import fit_families
-from regraft.dialects.image.write import DIALECTS
+from regraft.dialects.image.write import DIALECTS, PEFT
+from regraft.dialects.peft.saving import save_adapter
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
 from regraft.storage.safetensors import Header, read_header, write_tensors
@@ -116,6 +118,13 @@ def _is_image(grouped: Grouped) -> bool:
     return 2 * len(best.missing) < len(grouped.modules)
 
 
+def written_as(to: Layout) -> str | None:
+    """The dialect of image models that is meant; ``None`` where it is none. PEFT's folder has the name of PEFT."""
+    if to.dialect == "peft":
+        return PEFT
+    return to.dialect if to.dialect in DIALECTS else None
+
+
 def refused_layout(to: Layout, where: str) -> RefusedError:
     """That a layout is none of image models."""
     return RefusedError(
@@ -123,7 +132,7 @@ def refused_layout(to: Layout, where: str) -> RefusedError:
             "dialect",
             f"this is a LoRA of an image or video model, and {to} does not have these",
             where=where,
-            fix=f"convert it to one of {', '.join(DIALECTS)}",
+            fix=f"convert it to one of {', '.join(('peft', *DIALECTS[:-1]))}",
         )
     )
 
@@ -141,7 +150,8 @@ class ImageFile(PlainFile):
         Raises what `regraft.dialects.image.convert.convert_image` raises.
         """
         assert self.image is not None
-        if to.dialect not in DIALECTS:
+        name = written_as(to)
+        if name is None:
             raise refused_layout(to, self.where)
         if asked.compact or asked.uniform:
             raise BadInputError(
@@ -149,8 +159,9 @@ class ImageFile(PlainFile):
                     "option", "ranks of image LoRAs are not changed by --compact or --uniform-rank"
                 )
             )
-        made: Made = convert_image(self.image, to.dialect, family=family, base=base, via=asked.via)
-        return Converted({"dialect": to.dialect}, made.tensors, made.metadata, made.report)
+        made: Made = convert_image(self.image, name, family=family, base=base, via=asked.via)
+        config = made.config or {"dialect": name}
+        return Converted(config, made.tensors, made.metadata, made.report)
 
     def names(self) -> Names:
         """Not for the commands that see one model only."""
@@ -248,6 +259,57 @@ class ImageDialect(Struct, frozen=True):
         write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
 
 
+class PeftImageDialect(ImageDialect):
+    """PEFT's folder, for the denoiser of an image model."""
+
+    __slots__ = ()
+
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """None of its own."""
+        return ()
+
+    def sniff(self, src: Path) -> Evidence | None:
+        """A folder with a config of PEFT, and names of an image model."""
+        if weights_in(src) is None:
+            return None
+        return Evidence(True, "PEFT saved it of a denoiser of diffusers")
+
+    def find(self, src: Path) -> Found:
+        """The weights; the config is read with them."""
+        path = weights_in(src)
+        if path is None:
+            raise BadInputError(
+                Finding(
+                    "not-an-adapter",
+                    "there is no adapter here that PEFT saved of an image model",
+                    where=str(src),
+                    fix="give its folder, or its weights file with adapter_config.json beside it",
+                )
+            )
+        own = {path, path.parent / CONFIG}
+        others: tuple[Path, ...] = ()
+        if src.is_dir():
+            others = tuple(
+                p.relative_to(src) for p in sorted(src.rglob("*")) if p.is_file() and p not in own
+            )
+        return Found(path.parent, (path.parent,), path, others, (path.parent / CONFIG,))
+
+    def open(self, folder: Path, root: Path, weights: Path | None) -> ImageFile:
+        """All of its tensors, by module, with what the config says."""
+        assert weights is not None
+        return self._file(open_folder(weights))
+
+    def in_memory(self, result: Converted) -> ImageFile:
+        """A result, as it would be opened."""
+        config = result.config
+        return self._file(opened_folder("the result", result.tensors, result.metadata, config))
+
+    def save(self, folder: Path, opened: Opened, result: Converted) -> None:
+        """Weights and config."""
+        save_adapter(folder, None, result)
+
+
 KOHYA = ImageDialect("kohya", "sd-scripts, LyCORIS and musubi-tuner: flat names and .alpha")
 DIFFUSERS = ImageDialect("diffusers", "diffusers: save_lora_weights, with alpha in the header")
 COMFYUI = ImageDialect("comfyui", "ComfyUI: diffusion_model. and the model's own names")
@@ -255,3 +317,8 @@ AI_TOOLKIT = ImageDialect("ai-toolkit", "ai-toolkit: lora_A and lora_B, no alpha
 ONETRAINER = ImageDialect("onetrainer", "OneTrainer, in its five forms (read only)")
 XLABS = ImageDialect("xlabs", "x-flux: LoRAs of FLUX's attention processors (read only)")
 BFL = ImageDialect("bfl", "FLUX's own names, as in BFL's control adapters (read only)")
+PEFT_IMAGE = PeftImageDialect(
+    PEFT,
+    "PEFT on a denoiser of diffusers: adapter_config.json and adapter_model.safetensors",
+    capabilities=Capabilities(experts=False, embeddings=False),
+)

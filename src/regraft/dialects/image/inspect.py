@@ -27,6 +27,7 @@ from regraft.dialects.image.grouping import (
     algebra_of,
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
+from regraft.dialects.image.peft import config_beside, said_in_header
 from regraft.dialects.image.prefixes import FLAT, Place, place_of
 from regraft.dialects.image.read import (
     ADAPTER_METADATA,
@@ -112,6 +113,10 @@ def summarize(path: Path) -> ImageSummary:
     """Tell what is in a file."""
     try:
         header = read_header(path)
+        config = config_beside(path)
+        if config is not None:
+            header = replace(header, metadata={**header.metadata, **said_in_header(config)})
+            return replace(_summary(path, header), dialect="peft-image", trainer="PEFT")
         return _summary(path, header)
     except RegraftError as error:
         return ImageSummary(path.name, problem=error.findings[0].message)

@@ -134,6 +134,16 @@ class Ways:
         }
         return replace(delta, tensors=tensors, alpha=lora.scale.alpha, exact=False)
 
+    def elsewhere(self, home: Home, delta: Delta, why: str, dialects: str, title: str) -> Finding:
+        """That a format has no place for a component, and which have one."""
+        return Finding(
+            "no-image",
+            f"{delta.name} has no exact equivalent in {title}: {why}",
+            where=self.where,
+            key=f"{home.component}.{home.key}",
+            fix=f"convert it to {dialects}, or take the {home.component}'s tensors out first",
+        )
+
     def finding(self, home: Home, delta: Delta, error: NoImageError, what: str = "") -> Finding:
         """Why a module has no exact equivalent."""
         if delta.algebra == SET or is_vector(delta):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,11 @@ from regraft.dialects.image.read import ADAPTER_METADATA, Home
 from regraft.errors import RefusedError
 from regraft.values import replace
 
-KEYED, HEADER, FOLDED = "key", "header", "folded"
+KEYED, HEADER, CONFIG, FOLDED = "key", "header", "config", "folded"
 """Where a dialect has alpha."""
 
-DIALECTS = ("kohya", "diffusers", "comfyui", "ai-toolkit")
+PEFT = "peft-image"
+DIALECTS = ("kohya", "diffusers", "comfyui", "ai-toolkit", PEFT)
 """Those that can be written."""
 
 
@@ -69,6 +70,11 @@ class Writing:
     stem: Callable[[Home], str]
     refuses: Callable[[Delta], str | None]
     """Why a module cannot be held; ``None`` where it can."""
+
+    @property
+    def as_peft(self) -> bool:
+        """Whether PEFT reads it, with one config for all modules of a component."""
+        return self.alpha in (HEADER, CONFIG)
 
 
 _DOWN_UP = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"}
@@ -94,6 +100,7 @@ def writing(dialect: str, family: Family) -> Writing:
         "diffusers": _diffusers,
         "comfyui": _comfyui,
         "ai-toolkit": _ai_toolkit,
+        PEFT: _peft,
     }[dialect](family)
 
 
@@ -124,6 +131,15 @@ def _diffusers(family: Family) -> Writing:
 
     return Writing(
         "diffusers", "diffusers", "diffusers", (), HEADER, _A_B, stem, _refused_by_diffusers
+    )
+
+
+def _peft(family: Family) -> Writing:
+    def stem(home: Home) -> str:
+        return f"base_model.model.{home.module}"
+
+    return Writing(
+        PEFT, "a PEFT folder", "diffusers", (), CONFIG, _A_B, stem, _refused_by_diffusers
     )
 
 
@@ -197,7 +213,7 @@ def fit_to(deltas: Mapping[Home, Delta], how: Writing, ways: Ways) -> dict[Home,
     Raises ``RefusedError`` with everything that has none.
     """
     made = _fit(deltas, how, ways, set())
-    if how.name == "diffusers":
+    if how.as_peft:
         mixed = _mixed_dora(made)
         made = _fit(made, how, ways, mixed) if mixed else made
     return made
@@ -210,7 +226,11 @@ def _fit(
     made: dict[Home, Delta] = {}
     findings = []
     for home, delta in deltas.items():
-        why = _refused(home, delta, how)
+        elsewhere = _no_place(home, how)
+        if elsewhere is not None:
+            findings.append(ways.elsewhere(home, delta, *elsewhere, how.title))
+            continue
+        why = how.refuses(delta)
         if why is None and home.component in mixed and delta.magnitude is not None:
             why = "its config says DoRA for all modules of a component, and some here are none"
         if why is None:
@@ -218,7 +238,7 @@ def _fit(
             continue
         try:
             lower = ways.lower(home, delta, NoImageError(why))
-            again = _refused(home, lower, how)
+            again = how.refuses(lower)
             if again is not None:
                 raise NoImageError(again)
         except NoImageError as error:
@@ -230,12 +250,26 @@ def _fit(
     return made
 
 
-def _refused(home: Home, delta: Delta, how: Writing) -> str | None:
+def _no_place(home: Home, how: Writing) -> tuple[str, str] | None:
+    """Why a dialect has no place for a component, and which dialects have one; ``None`` where it has."""
     if home.component == "transformer_2" and how.name != "diffusers":
-        return "one file is for one model, and this is the second transformer of a pipeline"
-    if how.alpha == FOLDED and home.component != DENOISER:
-        return "it is known to write the denoiser's adapters only"
-    return how.refuses(delta)
+        return (
+            "one file is for one model, and this is the second transformer of a pipeline",
+            "diffusers",
+        )
+    if home.component == DENOISER:
+        return None
+    if how.alpha == FOLDED:
+        return (
+            "it is known to write the denoiser's adapters only",
+            "kohya, diffusers or comfyui",
+        )
+    if how.alpha == CONFIG:
+        return (
+            f"it is for one model, and this is of the {home.component}",
+            "kohya, diffusers or comfyui",
+        )
+    return None
 
 
 def _mixed_dora(deltas: Mapping[Home, Delta]) -> set[str]:
@@ -259,6 +293,8 @@ class Written:
     """Modules whose scale went into their up."""
     rounded: list[Home]
     """Those of them whose numbers changed by more than a power of two."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """A config beside the file, where the dialect has one."""
 
 
 def write_deltas(deltas: Mapping[Home, Delta], how: Writing, alpha_dtype: AlphaDtype) -> Written:
@@ -272,11 +308,14 @@ def write_deltas(deltas: Mapping[Home, Delta], how: Writing, alpha_dtype: AlphaD
         if how.alpha == FOLDED and delta.algebra == LORA:
             delta = _folded(home, delta, written)
         _write_module(stem, home, delta, how, alpha_dtype, written)
-    if how.alpha == HEADER:
+    if how.as_peft:
         _add_missing_biases(deltas, how, written)
+    if how.alpha == HEADER:
         said = adapter_metadata(deltas, how)
         if said is not None:
             written.header[ADAPTER_METADATA] = said
+    if how.alpha == CONFIG:
+        written.config = _peft_config(list(deltas.items()))
     return written
 
 
@@ -311,7 +350,7 @@ def _write_module(
         leaves = {"diff": ".w_norm" if vector else ".diff"}
     for role, tensor in tensors.items():
         written.tensors[stem + leaves[role]] = tensor
-    if how.alpha != HEADER and _has_alpha(delta, how):
+    if not how.as_peft and _has_alpha(delta, how):
         written.tensors[f"{stem}.alpha"] = _alpha(delta, f"{stem}.alpha", alpha_dtype)
     if delta.magnitude is not None:
         written.tensors[stem + _magnitude_leaf(how)] = _magnitude(delta, how)
@@ -362,7 +401,7 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
 
 
 def _magnitude_leaf(how: Writing) -> str:
-    return ".lora_magnitude_vector" if how.name == "diffusers" else ".dora_scale"
+    return ".lora_magnitude_vector" if how.as_peft else ".dora_scale"
 
 
 def _magnitude(delta: Delta, how: Writing) -> Array:
@@ -370,14 +409,14 @@ def _magnitude(delta: Delta, how: Writing) -> Array:
     assert delta.magnitude is not None
     kernel = delta.tensors["down"].ndim - 2 if delta.algebra == LORA else len(delta.kernel)
     ones = (1,) * kernel
-    if how.name == "diffusers":
+    if how.as_peft:
         return delta.magnitude.reshape(1, -1, *ones) if kernel else delta.magnitude
     return delta.magnitude.reshape(*((1, -1) if delta.magnitude_in else (-1, 1)), *ones)
 
 
 def _bias(delta: Delta, home: Home, how: Writing) -> tuple[str, Array]:
     assert delta.bias is not None
-    if how.name == "diffusers":
+    if how.as_peft:
         if delta.bias_scaled:
             return ".lora_B.bias", delta.bias
         return ".lora_B.bias", (delta.bias.astype(np.float64) / delta.scale.value).astype(
@@ -410,27 +449,45 @@ def adapter_metadata(deltas: Mapping[Home, Delta], how: Writing) -> str | None:
     said: dict[str, Any] = {}
     plain = True
     for component, modules in components.items():
-        ranks = {_path(home): delta.rank for home, delta in modules}
-        alphas = {_path(home): _peft_alpha(delta.scale) for home, delta in modules}
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        alpha = Counter(alphas.values()).most_common(1)[0][0]
-        dora = any(delta.magnitude is not None for _, delta in modules)
-        bias = any(delta.bias is not None for _, delta in modules)
-        plain &= not dora and not bias and set(ranks.values()) == {rank} == set(alphas.values())
-        start = not component.startswith("text_encoder")
-        settings = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {_exactly(m, start): r for m, r in ranks.items() if r != rank},
-            "alpha_pattern": {_exactly(m, start): a for m, a in alphas.items() if a != alpha},
-            "target_modules": sorted(ranks),
-            "use_dora": dora,
-            "lora_bias": bias,
-            "use_rslora": False,
-            "bias": "none",
-        }
+        settings = _settings(modules, start=not component.startswith("text_encoder"))
+        plain &= settings["r"] == settings["lora_alpha"] and not any(
+            settings[name] for name in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias")
+        )
         said.update({f"{component}.{name}": value for name, value in settings.items()})
     return None if plain else json.dumps(said, indent=2, sort_keys=True)
+
+
+def _settings(modules: Sequence[tuple[Home, Delta]], *, start: bool) -> dict[str, Any]:
+    """PEFT's settings of one component; ``start`` says whether paths begin where the component does."""
+    ranks = {_path(home): delta.rank for home, delta in modules}
+    alphas = {_path(home): _peft_alpha(delta.scale) for home, delta in modules}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(m, start): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(m, start): a for m, a in alphas.items() if a != alpha},
+        "target_modules": sorted(ranks),
+        "use_dora": any(delta.magnitude is not None for _, delta in modules),
+        "lora_bias": any(delta.bias is not None for _, delta in modules),
+        "use_rslora": False,
+        "bias": "none",
+    }
+
+
+def _peft_config(modules: Sequence[tuple[Home, Delta]]) -> dict[str, Any]:
+    """An ``adapter_config.json`` for a denoiser.
+
+    PEFT looks for targets at ends of paths, so a path of one segment (``proj_out``) would be that of many modules:
+    then an expression names them, which is compared with whole paths.
+    """
+    settings = _settings(modules, start=True)
+    paths: list[str] = settings["target_modules"]
+    if any("." not in path for path in paths):
+        settings["target_modules"] = "|".join(path.replace(".", r"\.") for path in paths)
+    usual = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None}
+    return {**usual, "inference_mode": True, "lora_dropout": 0.0, **settings}
 
 
 def _path(home: Home) -> str:

@@ -1,0 +1,167 @@
+"""PEFT's own folder for the denoiser of an image model: an ``adapter_config.json`` beside diffusers' names.
+
+What ``get_peft_model(pipeline.unet, config).save_pretrained`` writes. The config says what files of other tools have in
+tensors or in their header; here it is put there when a folder is opened, so that one reader serves all.
+
+Sources: PEFT 0.21.2 (``tuners/lora/config.py``, ``tuners/loha``, ``tuners/lokr``, ``utils/other.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regraft.adapters.families.settings import Patterns
+from regraft.adapters.form import Array
+from regraft.dialects.image.convert import OpenedImage, opened_image
+from regraft.dialects.image.families import FAMILIES
+from regraft.dialects.image.grouping import Grouped, ModuleTensors
+from regraft.dialects.image.leaves import split_key
+from regraft.dialects.image.read import ADAPTER_METADATA, families_with
+from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.storage.safetensors import open_tensors, read_header
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_SCALED = ("LOHA", "LOKR")
+"""Kinds beside LoRA that are read."""
+_COMPONENTS = tuple(dict.fromkeys(family.component for family in FAMILIES))
+
+
+def weights_in(src: Path) -> Path | None:
+    """The weights of a folder, or of a file in it; ``None`` where this is no adapter of a denoiser of diffusers."""
+    path = src if src.is_file() else src / WEIGHTS
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        config = config_beside(path)
+        if config is None or config.get("task_type") is not None:
+            return None
+        mapping = config.get("auto_mapping")
+        library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+        if library is not None and not str(library).startswith("diffusers"):
+            return None
+        header = read_header(path)
+    except (BadInputError, OSError):
+        return None
+    return path if _is_of_a_denoiser(header.tensors, library is not None) else None
+
+
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """PEFT's config in the folder of a weights file; ``None`` where there is none."""
+    try:
+        data = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and isinstance(data.get("peft_type"), str) else None
+
+
+def _is_of_a_denoiser(names: Mapping[str, object], said: bool) -> bool:
+    """Whether a family has all modules that names are about; one is enough where the config names diffusers."""
+    modules: dict[str, ModuleTensors] = {}
+    for name in names:
+        leaf = split_key(name)
+        if leaf is None:
+            continue
+        modules.setdefault(leaf.stem, ModuleTensors(leaf.stem))
+        if said or (len(modules) == 1 and not families_with(Grouped(modules, {}))):
+            break
+    return bool(modules) and bool(families_with(Grouped(modules, {})))
+
+
+def open_folder(path: Path) -> OpenedImage:
+    """Open an adapter by its weights file.
+
+    Raises ``BadInputError``, and ``RefusedError`` for families that are not read.
+    """
+    header = read_header(path)
+    config = config_beside(path)
+    if config is None:
+        message = f"{CONFIG} is not there, or no JSON object with a peft_type"
+        fix = f"put the {CONFIG} that was saved with these weights beside them"
+        raise BadInputError(Finding("config", message, where=str(path.parent), fix=fix))
+    return opened_folder(str(path), open_tensors(path, header), dict(header.metadata), config)
+
+
+def opened_folder(
+    where: str, tensors: dict[str, Array], metadata: dict[str, str], config: Mapping[str, Any]
+) -> OpenedImage:
+    """The same from what the files have. Raises what `open_folder` raises."""
+    kind = config["peft_type"]
+    if kind in _SCALED:
+        return opened_image(where, _with_alphas(tensors, config), metadata)
+    if kind != "LORA":
+        raise RefusedError(
+            Finding(
+                "dialect",
+                f"this is PEFT's {kind} on an image model, which regraft does not read",
+                where=where,
+                fix="export it as LoRA, or merge it with PEFT and convert the base",
+            )
+        )
+    return opened_image(where, tensors, {**metadata, **said_in_header(config)})
+
+
+def said_in_header(config: Mapping[str, Any]) -> dict[str, str]:
+    """What diffusers would have in the header of a file with this adapter."""
+    if config["peft_type"] != "LORA":
+        return {}
+    settings = {"lora_alpha": 8, **{k: v for k, v in config.items() if v is not None}}
+    said = {
+        f"{component}.{name}": settings[name]
+        for component in _COMPONENTS
+        for name in ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+        if name in settings
+    }
+    return {ADAPTER_METADATA: json.dumps(said)}
+
+
+def _with_alphas(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
+    """LoHa's and LoKr's with a key for each alpha, as LyCORIS has them.
+
+    A LoKr whose factors are both whole has no scale there, and PEFT's is alpha / rank: it goes into the first one.
+    """
+    alphas, ranks = (_Setting.of(config, *names) for names in (("alpha", 8), ("r", 8)))
+    modules: dict[str, set[str]] = {}
+    for name in tensors:
+        leaf = split_key(name)
+        if leaf is not None:
+            modules.setdefault(leaf.stem, set()).add(leaf.role)
+    made = dict(tensors)
+    for stem, roles in modules.items():
+        path = stem.removeprefix("base_model.model.")
+        alpha = alphas.find(path)
+        if {"lokr_w1", "lokr_w2"} <= roles:
+            key = next(n for n in tensors if n.startswith(f"{stem}.lokr_w1"))
+            scale = alpha / ranks.find(path)
+            if scale != 1:
+                made[key] = (tensors[key].astype(np.float64) * scale).astype(np.float32)
+        made[f"{stem}.alpha"] = np.array(alpha, np.float32)
+    return made
+
+
+class _Setting:
+    """A number of the config, and the modules that have another one."""
+
+    def __init__(self, usual: float, patterns: Patterns) -> None:
+        self.usual, self.patterns = usual, patterns
+
+    @staticmethod
+    def of(config: Mapping[str, Any], name: str, default: float) -> _Setting:
+        """A number by its name."""
+        value = config.get(name)
+        field = "rank_pattern" if name == "r" else f"{name}_pattern"
+        patterns = config.get(field)
+        return _Setting(
+            float(default if value is None else value),
+            Patterns(patterns if isinstance(patterns, dict) else None, field),
+        )
+
+    def find(self, path: str) -> float:
+        """That of a module."""
+        found = self.patterns.find(path)
+        return self.usual if found is None else float(found)
