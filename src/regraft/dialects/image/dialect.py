@@ -259,10 +259,8 @@ class ImageDialect(Struct, frozen=True):
         write_tensors(folder / WEIGHTS, result.tensors, result.metadata)
 
 
-class PeftImageDialect(ImageDialect):
+class PeftImageDialect(ImageDialect, frozen=True):
     """PEFT's folder, for the denoiser of an image model."""
-
-    __slots__ = ()
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:
