@@ -6,19 +6,24 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.source import is_checkpoint
+from regraft.checkpoints.upload import check_free, chunks_of
 from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
+from regraft.places import address_of, file_named, locate, no_address, store_for, traffic, visiting
 from regraft.planning.model import taken_for
 from regraft.report import Report
 from regraft.rules.book import Rules, only_books, only_family
+from regraft.storage.stand_ins import named
 
 if TYPE_CHECKING:
     from regraft.dialects.peft.inspect import Inspection
+    from regraft.storage.objects import Client
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -58,9 +63,10 @@ def convert(
     Args:
         src: a folder that PEFT's ``save_pretrained`` wrote, one ``.safetensors`` (or ``adapter_model.bin``) with its
             ``adapter_config.json`` beside it, or a folder with several adapters in sub-folders; or a model's
-            checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file.
-        dst: the folder to write. It appears whole or not at all. Where ``src`` is one weights file of a model, a
-            name that ends in ``.safetensors`` is the file to write.
+            checkpoint: a folder, or one ``.safetensors`` or ``.bin`` file. Or the address of any of these in a store
+            (``"s3://bucket/model"``), of which only what is needed is read.
+        dst: the folder to write, or its address in a store. It appears whole or not at all. Where ``src``
+            is one weights file of a model, a name that ends in ``.safetensors`` is the file to write.
         to: the layout to convert to, such as ``"transformers-v5"``: one that a rule book leads to, of an adapter also
             with the release of PEFT that it is for (``"transformers-v4/peft-0.18"``). ``regraft layouts`` lists them.
         model: the base model's folder or its ``config.json``, of either version. Needed where the adapter itself
@@ -116,10 +122,15 @@ def convert(
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
         stack.enter_context(taken_for(architecture))
-        src_path, dst_path = Path(src), Path(dst)
+        stack.enter_context(visiting())
+        if in_place:
+            no_address(src, "--in-place")
+        src_path, dst_path = locate(src, whole=not dry_run), Path(dst)
+        address = address_of(dst)
+        store = None if address is None else store_for(address)
         adapter = not is_checkpoint(src_path)
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
-        told = Path(model) if model is not None else None
+        told = locate(model) if model is not None else None
         stack.enter_context(only_family(given.family))
         stack.enter_context(going_over(given.via))
         if not adapter:
@@ -144,6 +155,7 @@ def convert(
                 done = convert_in_place(src_path, dst_path, **options)
             elif dequantize:
                 _check_options("they do not go with --dequantize", dry_run=dry_run, resume=resume)
+                no_address(dst, "--dequantize")
                 del options["dry_run"]
                 from regraft.checkpoints.dequantize import dequantize_checkpoint
 
@@ -175,9 +187,13 @@ def convert(
                     keep=keep,
                     tell=tell,
                     progress=progress,
+                    store=store,
                     **options,
                 )
-            report = Report(str(src_path), str(dst_path), checkpoint=done, written=not dry_run)
+            done.traffic = traffic([] if store is None else [store])
+            report = Report(
+                named(str(src_path)), address or str(dst_path), checkpoint=done, written=not dry_run
+            )
             report.files = list(done.others)
             return report
         _check_options(
@@ -195,20 +211,54 @@ def convert(
         from regraft.adapters.ranks import Options
         from regraft.adapting import convert_adapters
 
-        return convert_adapters(
-            src_path,
+        if address is not None and merge:
+            no_address(dst, "--merge")
+        return _sent(
+            store,
+            address,
+            dry_run,
+            overwrite,
+            lambda place: convert_adapters(
+                src_path,
+                place,
+                layout,
+                given,
+                told,
+                Options(via, compact, uniform_rank),
+                foreign=InstalledTransformers(),
+                overwrite=overwrite,
+                dry_run=dry_run,
+                merge=merge,
+                verify_for=verify_budget if verify else None,
+                progress=progress,
+            ),
             dst_path,
-            layout,
-            given,
-            told,
-            Options(via, compact, uniform_rank),
-            foreign=InstalledTransformers(),
-            overwrite=overwrite,
-            dry_run=dry_run,
-            merge=merge,
-            verify_for=verify_budget if verify else None,
-            progress=progress,
         )
+
+
+def _sent(
+    store: Client | None,
+    address: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    make: Callable[[Path], Report],
+    place: Path,
+) -> Report:
+    """Let something small be made: here, or in a folder that is sent to an address then, its configs last."""
+    if store is None or address is None:
+        return make(place)
+    name = file_named(address)
+    check_free(store, overwrite, name)
+    with TemporaryDirectory(prefix="regraft-") as folder:
+        made = Path(folder) / (name or "made")
+        report = make(made)
+        report.destination = address
+        files = [made] if name else [path for path in sorted(made.rglob("*")) if path.is_file()]
+        for path in [] if dry_run else sorted(files, key=lambda path: path.suffix == ".json"):
+            key = name or path.relative_to(made).as_posix()
+            with path.open("rb") as file:
+                store.stream(key, chunks_of(file), path.stat().st_size)
+        return report
 
 
 def inspect(
@@ -236,10 +286,13 @@ def inspect(
     """
     from regraft.dialects.peft.inspect import inspect as inspect_adapters
 
-    with only_books(rules), taken_for(architecture):
+    with only_books(rules), taken_for(architecture), visiting():
         said = source_named(source)
+        base = None if model is None else locate(model)
         with only_family(said.family):
-            return inspect_adapters(src, model=model, foreign=InstalledTransformers(), said=said)
+            return inspect_adapters(
+                locate(src), model=base, foreign=InstalledTransformers(), said=said
+            )
 
 
 def _check_options(why: str, **given: object) -> None:

@@ -116,6 +116,8 @@ class CheckpointReport:
     """How many tensors were cast from what to what."""
     config: list[str] = field(default_factory=list)
     """What changed in ``config.json``."""
+    traffic: dict[str, int] = field(default_factory=dict)
+    """What went over the network, where anything did: requests, bytes read and written, and retries."""
     memory: int = 0
     """The most memory it may take, in bytes, as announced before the work began."""
     resumed: bool = False

@@ -9,6 +9,7 @@ from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.slices import Boxes, Slices, cut
 from regraft.dialects.names import layout_named, source_named
+from regraft.places import keep_with, leave, locate, opened, renaming
 from regraft.rules.book import Rules, only_books, only_family
 
 
@@ -47,7 +48,15 @@ def slices(
     >>> found[0].shape, [run.size for run in found.runs] == [found.bytes]
     ((1, 16, 24), True)
     """
-    return cut(prepare_slices(src, to, model, source, rules), names, box)
+    with renaming():
+        before = opened()
+        try:
+            found = cut(prepare_slices(locate(src), to, model, source, rules), names, box)
+        except BaseException:
+            leave(before)
+            raise
+        keep_with(found, before)
+        return found
 
 
 def prepare_slices(
@@ -62,9 +71,9 @@ def prepare_slices(
         given = source_named(source, adapter=False)
         with only_family(given.family):
             return prepare(
-                Path(src),
+                locate(src),
                 layout_named(to, adapter=False).name,
-                model=None if model is None else Path(model),
+                model=None if model is None else locate(model),
                 source_layout=given.name,
                 foreign=InstalledTransformers(),
             )

@@ -11,9 +11,11 @@ from errors.lab import V5, provokes
 
 import regraft
 from regraft.storage import folder as folders
+from regraft.storage import objects
 from regraft.storage.dtypes import DTYPES, count_cells
 from regraft.storage.folder import check_destination, copy_file, load_json
 from regraft.storage.header import read_header
+from regraft.storage.objects import Client, StoreError
 from regraft.storage.stamp import Stamp
 from regraft.storage.work import check_own, open_work
 from regraft.views.html import check_page_place
@@ -133,6 +135,43 @@ def _(lab):
         stamp = Stamp.of(path, file.fileno())
         path.write_bytes(b"{ }")
         stamp.check(file.fileno())
+
+
+class _Refusing:
+    """A store that gives one answer."""
+
+    url = "s3://bucket"
+
+    def __init__(self, trouble):
+        self.trouble = trouble
+
+    def read(self, key, start, end):
+        raise StoreError(self.trouble, "as a store says it")
+
+
+def _ask(lab, trouble):
+    lab.patch.setattr(objects, "PAUSE", 0.0)
+    Client(_Refusing(trouble)).first("model.safetensors", 8)
+
+
+@provokes("store-failed")
+def _(lab):
+    _ask(lab, "transient")
+
+
+@provokes("store-denied")
+def _(lab):
+    _ask(lab, "forbidden")
+
+
+@provokes("no-ranges")
+def _(lab):
+    _ask(lab, "no-ranges")
+
+
+@provokes("bad-address")
+def _(lab):
+    _ask(lab, "unfit")
 
 
 @provokes("file-too-large")

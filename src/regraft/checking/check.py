@@ -41,10 +41,12 @@ from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
 from regraft.names.keys import group_names
+from regraft.places import locate, visiting
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
 from regraft.values import replace
+from regraft.storage.stand_ins import named
 
 
 @overload
@@ -95,10 +97,11 @@ def check(
     Raises:
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
-    with only_books(rules), taken_for(architecture):
+    with only_books(rules), taken_for(architecture), visiting():
+        path, base = locate(src), None if model is None else locate(model)
         if tool is not None:
-            return check_for(src, tool, model)
-        return _check(src, model, to, peft)
+            return check_for(path, tool, base)
+        return _check(path, base, to, peft)
 
 
 def _check(
@@ -109,7 +112,7 @@ def _check(
 ) -> Check:
     path, layout = Path(src), layout_named(to)
     told = Path(model) if model is not None else None
-    result = Check(str(src), str(layout))
+    result = Check(named(str(src)), str(layout))
     if is_checkpoint(path):
         result.verdicts.append(check_checkpoint(path, told, layout))
         return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.certificate import BUDGET, TOLERANCE, AdapterVerification, verify_adapters
@@ -14,6 +13,7 @@ from regraft.checkpoints.verify import Verification
 from regraft.checkpoints.verify import verify as verify_checkpoints
 from regraft.dialects.names import source_named
 from regraft.layouts.graph import going_over
+from regraft.places import locate, visiting
 from regraft.planning.model import taken_for
 from regraft.rules.book import Rules, only_books, only_family
 
@@ -58,13 +58,13 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
         stack.enter_context(taken_for(architecture))
-        adapter = not is_checkpoint(Path(src))
+        stack.enter_context(visiting())
+        one, other = locate(src), locate(dst)
+        base = locate(model) if model is not None else None
+        adapter = not is_checkpoint(one)
         said = source_named(source, adapter=adapter)
         stack.enter_context(only_family(said.family))
         stack.enter_context(going_over(said.via))
         if not adapter:
-            return verify_checkpoints(src, dst, model=model, progress=progress, foreign=foreign)
-        base = Path(model) if model is not None else None
-        return verify_adapters(
-            Path(src), Path(dst), base, tolerance, progress, foreign, budget, said
-        )
+            return verify_checkpoints(one, other, model=base, progress=progress, foreign=foreign)
+        return verify_adapters(one, other, base, tolerance, progress, foreign, budget, said)

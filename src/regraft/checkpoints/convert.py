@@ -14,12 +14,15 @@ from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX, PIPELINE
+from regraft.checkpoints.stream import JOBS, Advance, is_remote, memory_of, stream_into
 from regraft.checkpoints.units import Cutter
+from regraft.checkpoints.upload import check_free, upload
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport, show_size
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
+from regraft.storage.objects import Client
 from regraft.storage.safetensors import sync_path
 from regraft.storage.work import Work, cannot_write, open_work, write_file
 
@@ -53,20 +56,27 @@ def convert_checkpoint(
     keep: Sequence[str] = (),
     tell: Tell | None = None,
     progress: Progress | None = None,
+    store: Client | None = None,
 ) -> CheckpointReport:
     """Convert a checkpoint to another layout; ``dst`` appears whole or not at all.
 
-    One weights file becomes one file, where ``dst`` is named like one, and else a folder.
+    One weights file becomes one file, where ``dst`` is named like one, and else a folder. With a ``store`` the result
+    is sent there, see `regraft.checkpoints.upload`; of ``dst`` only the name counts then.
 
     Raises what `regraft.convert` raises.
     """
-    dst = Path(os.path.realpath(dst))
-    jobs = _count_jobs(jobs)
+    if store is None:
+        dst = Path(os.path.realpath(dst))
+    elif resume:
+        message = "--resume goes on with a folder of this machine, and the result goes to a store"
+        raise BadInputError(Finding("option", message, where=store.store.url, fix="leave it out"))
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
     name = file_name(src, dst, limit)
-    if not dry_run:
+    if not dry_run and store is None:
         check_destination(src, dst, overwrite, file=name is not None)
+    elif store is not None:
+        check_free(store, overwrite, name)
     ready = prepare(
         src,
         to,
@@ -80,9 +90,12 @@ def convert_checkpoint(
         drop=drop,
         keep=keep,
     )
-    cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
+    streams = store is not None or is_remote(ready.source)
+    jobs = JOBS if jobs is None and streams else _count_jobs(jobs)
+    cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    report.memory = max(resident() + jobs * 2 * buffer_size(jobs) + _SLACK, peak())
+    buffers = memory_of(jobs) if streams else jobs * 2 * buffer_size(jobs)
+    report.memory = max(resident() + buffers + _SLACK, peak())
     if tell is not None:
         count = len(ready.layout.files)
         tell(
@@ -93,6 +106,9 @@ def convert_checkpoint(
         return report
     if ready.plan is not None:
         check_reads(ready.plan, ready.source)
+    if store is not None:
+        upload(ready, store, jobs, overwrite, _advancing(dst.name, ready, progress), name)
+        return report
     with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, jobs, resume, overwrite, progress)
     return report
@@ -115,7 +131,8 @@ def write_prepared(
     Raises what writing raises, and what ``finish`` raises.
     """
     dst = Path(os.path.realpath(dst))
-    cutter = Cutter(ready.moves, ready.dtypes, ready.source.tensors)
+    streams = is_remote(ready.source)
+    cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, _count_jobs(jobs), False, overwrite, progress, finish)
 
@@ -123,20 +140,14 @@ def write_prepared(
 def _carry_out(
     work: Work,
     ready: Prepared,
-    cutter: Cutter,
+    cutter: Cutter | None,
     jobs: int,
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
     finish: Finish | None = None,
 ) -> None:
-    done = [0]
-
-    def advance(size: int) -> None:
-        done[0] += size
-        if progress is not None:
-            progress(work.dst.name, done[0], ready.layout.size)
-
+    advance = _advancing(work.dst.name, ready, progress)
     sources = [file.path for file in ready.source.files]
     try:
         work.check_place(overwrite)
@@ -145,7 +156,10 @@ def _carry_out(
         _check_space(work, ready)
         for made in ready.layout.files:
             (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
-        Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
+        if cutter is None:
+            stream_into(work, ready, jobs, advance)
+        else:
+            Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
         if finish is not None:
             work.forget()
             finish(work.new)
@@ -158,6 +172,18 @@ def _carry_out(
         work.place(overwrite)
     except OSError as error:
         raise cannot_write(work.dst, error) from error
+
+
+def _advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance:
+    """What counts the bytes that are done, and tells of them."""
+    done = [0]
+
+    def advance(size: int) -> None:
+        done[0] += size
+        if progress is not None:
+            progress(name, done[0], ready.layout.size)
+
+    return advance
 
 
 def _count_jobs(jobs: int | None) -> int:

@@ -15,7 +15,6 @@ All is computed in float32 and rounded once. Transformers 5.23 gives the same nu
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ class _Reader:
 
     def close(self) -> None:
         for file in self.files:
-            os.close(file)
+            file.close()
 
     def read(self, row: int, first: int = 0, count: int | None = None) -> npt.NDArray[Any]:
         """Elements of a tensor, flat."""

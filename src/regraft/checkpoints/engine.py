@@ -20,6 +20,7 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import File
 from regraft.checkpoints.tiles import Mover, read_into, write_all
 from regraft.checkpoints.units import Cutter, Op, Run
+from regraft.storage.ranges import Ranges, open_ranges
 from regraft.storage.stamp import changed
 from regraft.storage.work import Work, cannot_write
 
@@ -245,20 +246,20 @@ class _Worker:
 
     def __init__(self, sources: Sequence[File], buffer_bytes: int) -> None:
         self.sources, self.mover = sources, Mover(buffer_bytes)
-        self.open: dict[int, int] = {}
+        self.open: dict[int, Ranges] = {}
         self.kernel = hasattr(os, "copy_file_range")
 
-    def source(self, number: int) -> int:
+    def source(self, number: int) -> Ranges:
         """A source file, open."""
         if number not in self.open:
             if len(self.open) >= _OPEN:
-                os.close(self.open.pop(next(iter(self.open))))
+                self.open.pop(next(iter(self.open))).close()
             self.open[number] = open_source(self.sources[number])
         return self.open[number]
 
     def close(self) -> None:
         for file in self.open.values():
-            os.close(file)
+            file.close()
         self.open.clear()
 
     def do(self, op: Op, out: int) -> None:
@@ -274,11 +275,12 @@ class _Worker:
         except EOFError:
             raise changed(self.sources[number].path, "it ended early") from None
 
-    def _copy(self, op: Run, file: int, out: int) -> None:
+    def _copy(self, op: Run, file: Ranges, out: int) -> None:
         here, there, left = op.source_at, op.target_at, op.size
-        while left and self.kernel:
+        descriptor = file.descriptor
+        while left and self.kernel and descriptor is not None:
             try:
-                count = os.copy_file_range(file, out, left, here, there)
+                count = os.copy_file_range(descriptor, out, left, here, there)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
@@ -294,7 +296,7 @@ class _Worker:
             write_all(out, part, there)
             here, there, left = here + len(part), there + len(part), left - len(part)
 
-    def _cast(self, op: Run, file: int, out: int) -> None:
+    def _cast(self, op: Run, file: Ranges, out: int) -> None:
         assert op.read is not None and op.written is not None
         first, second = self.mover.buffers()
         step = len(first) // max(op.read.itemsize, op.written.itemsize)
@@ -328,15 +330,9 @@ def size_of(op: Op) -> int:
     return count
 
 
-def open_source(file: File) -> int:
+def open_source(file: File) -> Ranges:
     """Open a source file, which must be what it was when its header was read.
 
     Raises ``BadInputError``.
     """
-    opened = os.open(file.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        file.stamp.check(opened)
-    except BaseException:
-        os.close(opened)
-        raise
-    return opened
+    return open_ranges(file.path, file.stamp)

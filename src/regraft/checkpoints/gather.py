@@ -6,7 +6,6 @@ as there are. Strips without long runs (a transpose) are read in tiles and turne
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from regraft.checkpoints.source import File, Tensors
 from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_into, tile_of
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
+from regraft.storage.ranges import MOST, Ranges
 from regraft.storage.stamp import changed
 from regraft.values import replace
 
@@ -48,11 +48,11 @@ class Files:
 
     def __init__(self, sources: Sequence[File]) -> None:
         self.sources = sources
-        self._open: dict[int, int] = {}
+        self._open: dict[int, Ranges] = {}
         self._lock = threading.Lock()
 
-    def __getitem__(self, number: int) -> int:
-        """A file's descriptor.
+    def __getitem__(self, number: int) -> Ranges:
+        """A file, open.
 
         Raises ``BadInputError`` where the file changed.
         """
@@ -65,20 +65,23 @@ class Files:
                     raise changed(source.path, error.strerror or "it is gone") from None
             return self._open[number]
 
+    def near(self, number: int) -> int:
+        """Parts of a file with at most so many bytes between them are read together."""
+        return self[number].near
+
     def check(self) -> None:
         """Check that every file that was read is still the one at its path, and unchanged.
 
         Raises ``BadInputError``.
         """
-        for number, opened in self._open.items():
-            self.sources[number].stamp.check(opened)
-            self.sources[number].stamp.check()
+        for opened in self._open.values():
+            opened.check()
 
     def close(self) -> None:
         """Close all of them."""
         with self._lock:
             while self._open:
-                os.close(self._open.popitem()[1])
+                self._open.popitem()[1].close()
 
     def __enter__(self) -> Files:
         return self
@@ -123,15 +126,23 @@ class Reads:
     def __len__(self) -> int:
         return len(self.files)
 
-    def groups(self) -> Iterator[range]:
-        """Rows to be read at once: they follow one another in a file."""
+    def groups(self, near: Callable[[int], int] | None = None) -> Iterator[range]:
+        """Rows to be read at once: they follow one another in a file, with at most ``near(file)`` bytes between."""
         if not len(self):
             return
-        follows = (self.files[1:] == self.files[:-1]) & (
-            self.source_at[1:] == self.source_at[:-1] + self.sizes[:-1]
+        apart = self.source_at[1:] - self.source_at[:-1] - self.sizes[:-1]
+        most = np.zeros(len(apart), dtype=np.int64)
+        if near is not None:
+            numbers, rows = np.unique(self.files[1:], return_inverse=True)
+            most = np.array([near(number) for number in numbers.tolist()], dtype=np.int64)[rows]
+        # Bytes that are wanted at two places overlap: they are read once where what lies between could be, too.
+        follows = (
+            (self.files[1:] == self.files[:-1]) & (apart <= most) & ((apart >= 0) | (most > 0))
         )
         breaks = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(self)]
-        ends = np.cumsum(self.sizes)
+        ends = np.cumsum(
+            self.sizes + np.concatenate([[0], np.maximum(np.where(follows, apart, 0), 0)])
+        )
         for first, last in pairwise(breaks):
             start = first
             while start < last:
@@ -219,7 +230,7 @@ def fill_slices(
     reads, tiled = reads_of(fills, tensors)
     views = [fill.view.data for fill in fills]
     tasks: list[Callable[[], int]] = [
-        _Scatter(reads, rows, views, files) for rows in reads.groups()
+        _Scatter(reads, rows, views, files) for rows in reads.groups(files.near)
     ]
     tasks += [_Tiles(fills[number], strips, tensors, files) for number, strips in tiled]
     stop = stop or threading.Event()
@@ -251,32 +262,40 @@ class _Scatter:
     def __call__(self) -> int:
         reads, rows = self.reads, slice(self.rows.start, self.rows.stop)
         places = []
-        columns = (reads.fills[rows], reads.target_at[rows], reads.sizes[rows])
-        for fill, at, size in zip(*(column.tolist() for column in columns), strict=True):
-            places.append(self.views[fill][at : at + size])
-        number, at = int(reads.files[rows.start]), int(reads.source_at[rows.start])
-        read_scattered(self.files, number, places, at)
-        return int(reads.sizes[rows].sum())
+        columns = (
+            reads.source_at[rows],
+            reads.fills[rows],
+            reads.target_at[rows],
+            reads.sizes[rows],
+        )
+        for start, fill, at, size in zip(*(column.tolist() for column in columns), strict=True):
+            places.append((start, self.views[fill][at : at + size]))
+        follow = (columns[0][1:] == columns[0][:-1] + columns[3][:-1]).all()
+        return read_scattered(self.files, int(reads.files[rows.start]), places, bool(follow))
 
 
-def read_scattered(files: Files, number: int, places: list[memoryview], at: int) -> None:
-    """Fill some buffers from one part of a file.
+def read_scattered(
+    files: Files, number: int, places: list[tuple[int, memoryview]], whole: bool
+) -> int:
+    """Fill some buffers from one part of a file, each from its own place; returns how many bytes were read.
+
+    ``whole`` says that they follow one another without anything between them.
 
     Raises ``BadInputError`` where the file ends before they are full.
     """
-    file = files[number]
-    while places:
-        count = os.preadv(file, places, at)
-        if not count:
-            raise changed(files.sources[number].path, "it ended early")
-        at += count
-        full = 0
-        while full < len(places) and count >= len(places[full]):
-            count -= len(places[full])
-            full += 1
-        places = places[full:]
-        if count:
-            places[0] = places[0][count:]
+    file, at = files[number], places[0][0]
+    try:
+        if whole:
+            file.fill([view for _, view in places], at)
+            return sum(len(view) for _, view in places)
+        end = max(start + len(view) for start, view in places)
+        data = np.empty(end - at, np.uint8)
+        file.fill([data.data], at)
+        for start, view in places:
+            view[:] = data.data[start - at : start - at + len(view)]
+        return len(data)
+    except EOFError:
+        raise changed(files.sources[number].path, "it ended early") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,14 +313,15 @@ class _Tiles:
         number = int(self.tensors.files[source])
         base = int(self.tensors.starts[source]) + int(strips.source_at[0]) * item
         file = self.files[number]
+        read = gather_tiles if file.descriptor is not None else gather_whole
         try:
             target = self.fill.view[int(strips.target_at[0]) * item :]
-            return gather_tiles(strips, item, file, base, target)
+            return read(strips, item, file, base, target)
         except EOFError:
             raise changed(self.files.sources[number].path, "it ended early") from None
 
 
-def gather_tiles(strips: Strips, item: int, file: int, base: int, target: Bytes) -> int:
+def gather_tiles(strips: Strips, item: int, file: Ranges, base: int, target: Bytes) -> int:
     """Read one nest in tiles; its first element is at ``base`` in the file and at the target's beginning.
 
     Returns how many bytes were read. Raises ``EOFError`` where the file ends early.
@@ -323,6 +343,31 @@ def gather_tiles(strips: Strips, item: int, file: int, base: int, target: Bytes)
         copy_strided(
             as_strided(to, part, [step * item for step in here]),
             as_strided(data.view(word), part, [step * item for step in side.strides]),
+        )
+        count += len(data)
+    return count
+
+
+def gather_whole(strips: Strips, item: int, file: Ranges, base: int, target: Bytes) -> int:
+    """What `gather_tiles` does, with everything that lies between: for sources of which a request takes long.
+
+    What the outermost loop of the source steps over is read in parts of at most ``MOST`` bytes, or one step.
+    """
+    sizes, there, here = strips.sizes, strips.source_strides, strips.target_strides
+    word = np.dtype(_WORDS[item])
+    words = target[: len(target) // item * item].view(word)
+    outer = max(range(len(sizes)), key=lambda i: there[i])
+    inner = 1 + sum((sizes[i] - 1) * there[i] for i in range(len(sizes)) if i != outer)
+    step = max(1, (MOST // item - inner) // max(there[outer], 1) + 1)
+    count = 0
+    for start in range(0, sizes[outer], step):
+        part = tuple(min(step, n - start) if i == outer else n for i, n in enumerate(sizes))
+        span = inner + (part[outer] - 1) * there[outer]
+        data = np.empty(span * item, np.uint8)
+        file.fill([data.data], base + start * there[outer] * item)
+        copy_strided(
+            as_strided(words[start * here[outer] :], part, [s * item for s in here]),
+            as_strided(data.view(word), part, [s * item for s in there]),
         )
         count += len(data)
     return count

@@ -17,6 +17,7 @@ from regraft.checkpoints.source import Source
 from regraft.checkpoints.units import UNIT
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport
+from regraft.storage.stand_ins import named
 
 
 class Prepared(Struct, frozen=True, eq=False):
@@ -50,7 +51,10 @@ class Prepared(Struct, frozen=True, eq=False):
                 )
         for file in self.layout.files:
             digest.update(file.head)
-        files = [(str(f.path.resolve()), f.size, f.stamp.modified) for f in self.source.files]
+        files = [
+            (named(str(f.path.resolve())), f.size, f.stamp.modified or f.stamp.version)
+            for f in self.source.files
+        ]
         out = [(file.name, file.size) for file in self.layout.files]
         return json.dumps(
             [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1

@@ -16,6 +16,8 @@ from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.plan import Entry, Plan
 from regraft.storage.dtypes import DTYPES
+from regraft.storage.ranges import open_ranges
+from regraft.storage.stand_ins import remote_at
 
 
 def check_writable(plan: Plan) -> None:
@@ -68,8 +70,13 @@ def _wrong_of(
 def _tensor(source: Source, row: int, maps: dict[int, npt.NDArray[Any]]) -> npt.NDArray[Any]:
     table = source.tensors
     number, start = int(table.files[row]), int(table.starts[row])
-    if number not in maps:
-        maps[number] = np.memmap(source.files[number].path, np.uint8, "r")
+    file = source.files[number]
     dtype, shape = DTYPES[table.dtypes[row]].numpy, table.shapes[row]
+    if remote_at(file.path) is not None:
+        read = np.empty(int(table.sizes[row]), np.uint8)
+        open_ranges(file.path, file.stamp).fill([read.data], start)
+        return np.frombuffer(read, dtype, prod(shape)).reshape(shape)
+    if number not in maps:
+        maps[number] = np.memmap(file.path, np.uint8, "r")
     data = maps[number][start : start + int(table.sizes[row])]
     return np.frombuffer(data, dtype, prod(shape)).reshape(shape)

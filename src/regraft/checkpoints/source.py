@@ -395,7 +395,7 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
 def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
     file, _ = open_regular(path)
     with file:
-        stamp = Stamp.of(path, file.fileno())
+        stamp = Stamp.of(path, file)
     if path.suffix in (".bin", *_TORCH_ONLY):
         from regraft.storage.torch_file import read_torch
 

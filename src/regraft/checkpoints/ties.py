@@ -9,7 +9,6 @@ Source: ``PreTrainedModel.tie_embeddings_and_encoder_decoder`` of transformers 4
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -177,7 +176,7 @@ def same_values(source: Source, one: int, other: int) -> bool:
                 return False
     finally:
         for file in opened:
-            os.close(file)
+            file.close()
     return True
 
 

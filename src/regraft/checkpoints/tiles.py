@@ -19,6 +19,7 @@ from msgspec import Struct
 from numpy.lib.stride_tricks import as_strided
 
 from regraft.arrays.transpose import copy_strided
+from regraft.storage.ranges import Ranges, fill_from
 
 _DENSE = 4
 """A segment may be so many times as long as what is used of it."""
@@ -168,7 +169,7 @@ class Mover:
             self.sides[key] = measure_side(sizes, strides, gaps)
         return self.sides[key]
 
-    def move(self, block: Block, source: int, target: int) -> None:
+    def move(self, block: Block, source: Ranges, target: int) -> None:
         """Move one block from one open file to another.
 
         Raises ``EOFError`` where the source ends early, ``OSError`` as the system says.
@@ -181,7 +182,7 @@ class Mover:
                 write_all(target, part, at + start * block.written.itemsize)
 
     def tiles(
-        self, block: Block, source: int, target: int
+        self, block: Block, source: Ranges, target: int | Ranges
     ) -> Iterator[tuple[Side, npt.NDArray[np.uint8], int]]:
         """Every tile as the target should have it: its side, the bytes of its segments, and its place."""
         first, second = self.buffers()
@@ -210,24 +211,22 @@ def _dot(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(a * b for a, b in zip(one, other, strict=True))
 
 
-def _read(file: int, side: Side, data: npt.NDArray[np.uint8], at: int, item: int) -> None:
+def _read(file: int | Ranges, side: Side, data: npt.NDArray[np.uint8], at: int, item: int) -> None:
     size = side.span * item
     view = data.data
     for number, start in enumerate(side.segments):
         read_into(file, view[number * size : (number + 1) * size], at + start * item)
 
 
-def read_into(file: int, view: memoryview, at: int) -> None:
+def read_into(file: int | Ranges, view: memoryview, at: int) -> None:
     """Fill a buffer from a file.
 
     Raises ``EOFError`` where the file ends before it is full.
     """
-    while view:
-        count = os.preadv(file, [view], at)
-        if not count:
-            raise EOFError
-        view = view[count:]
-        at += count
+    if not isinstance(file, int):
+        file.fill([view], at)
+    elif view:
+        fill_from(file, [view], at)
 
 
 def write_all(file: int, view: memoryview, at: int) -> None:

@@ -14,20 +14,25 @@ from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
 from regraft.checkpoints.engine import open_source
+from regraft.checkpoints.gather import Files
 from regraft.checkpoints.parts import find_parts, is_parted
 from regraft.checkpoints.prepare import model_of, prepare
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.checkpoints.stream import JOBS, WINDOW, Stream, is_remote
 from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
+from regraft.names.keys import Ints
 from regraft.planning.model import Foreign, taken_for
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
+from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
 from regraft.values import replace
+from regraft.storage.stand_ins import named
 
 _BUFFER = 4 << 20
 
@@ -95,7 +100,9 @@ def _verify(
     other = open_checkpoint(dst)
     if is_parted(other):
         first = prepare(src, find_parts(other).layout, model=told, name=_one_file(dst))
-        return _compare(first, other, Verification(str(src), str(dst), "", ""), progress)
+        return _compare(
+            first, other, Verification(named(str(src)), named(str(dst)), "", ""), progress
+        )
     config = model_of(other, told) or model_of(open_checkpoint(src), None)
     companions = find_companions(other, config.data if config is not None else None)
     target = detect(
@@ -106,7 +113,7 @@ def _verify(
     drop += [name for entry in asked for name in entry.dropped if name not in drop]
     keep = [name for entry in asked for name in entry.set_aside]
     first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop, keep=keep)
-    return _compare(first, other, Verification(str(src), str(dst), "", ""), progress)
+    return _compare(first, other, Verification(named(str(src)), named(str(dst)), "", ""), progress)
 
 
 def _one_file(path: Path) -> str | None:
@@ -181,12 +188,14 @@ class _Comparison:
         self.ready, self.other, self.result, self.progress = ready, other, result, progress
         self.mover = Mover(_BUFFER)
         self.second = np.empty(_BUFFER, np.uint8)
-        self.open: dict[int, int] = {}
+        self.open: dict[int, Ranges] = {}
         self.wrong: dict[int, int] = {}
+        self.remote = False
 
     def run(self, same: dict[int, int]) -> None:
         """Compare the bytes of targets with rows of the other checkpoint."""
         cutter = Cutter(self.ready.moves, self.ready.dtypes, self.ready.source.tensors)
+        self.remote = is_remote(self.ready.source) or is_remote(self.other)
         total = int(self.other.tensors.sizes.sum())
         by_file: dict[int, list[int]] = {}
         for target, row in same.items():
@@ -197,6 +206,10 @@ class _Comparison:
             starts = self.other.tensors.starts[rows]
             order = np.argsort(starts, kind="stable")
             out = OutFile(file.name, b"", np.array(targets)[order], starts[order], file.size)
+            if self.remote:
+                self._stream(number, out, total)
+                self.result.tensors += len(targets)
+                continue
             there = open_source(file)
             try:
                 for unit in cutter.units(out):
@@ -210,9 +223,9 @@ class _Comparison:
             except EOFError:
                 raise changed(file.path, "it ended early") from None
             finally:
-                os.close(there)
+                there.close()
                 for opened in self.open.values():
-                    os.close(opened)
+                    opened.close()
                 self.open.clear()
             self.result.tensors += len(targets)
         for target, count in self.wrong.items():
@@ -226,14 +239,33 @@ class _Comparison:
                 )
             )
 
-    def source(self, number: int) -> int:
+    def _stream(self, number: int, out: OutFile, total: int) -> None:
+        """Compare one file window by window, where one of the two is beyond this machine."""
+        sizes = self.ready.moves.sizes[out.targets]
+        with Stream(self.ready, JOBS) as stream, Files(self.other.files) as files:
+
+            def read(start: int, stop: int) -> tuple[Any, Any]:
+                expected = stream.windows.read(stream.files, out, start, stop)
+                found = np.empty(stop - start, np.uint8)
+                files[number].fill([found.data], start)
+                return expected, found
+
+            spans = []
+            for start, stop in _joined(out.starts, sizes):
+                spans += [(at, min(at + WINDOW, stop)) for at in range(start, stop, WINDOW)]
+            for at, (expected, found) in stream.each(read, spans):
+                self._note(expected, found, at, out)
+                if self.progress is not None:
+                    self.progress(out.name, self.result.bytes, total)
+
+    def source(self, number: int) -> Ranges:
         if number not in self.open:
             if len(self.open) > 32:
-                os.close(self.open.pop(next(iter(self.open))))
+                self.open.pop(next(iter(self.open))).close()
             self.open[number] = open_source(self.ready.source.files[number])
         return self.open[number]
 
-    def _run(self, op: Run, there: int, out: OutFile) -> None:
+    def _run(self, op: Run, there: Ranges, out: OutFile) -> None:
         here = self.source(op.file)
         first = self.mover.buffers()[0]
         for at in range(0, op.size, _BUFFER):
@@ -242,7 +274,7 @@ class _Comparison:
             read_into(there, self.second[:size].data, op.target_at + at)
             self._note(first[:size], self.second[:size], op.target_at + at, out)
 
-    def _block(self, number: int, block: Any, there: int, out: OutFile) -> None:
+    def _block(self, number: int, block: Any, there: Ranges, out: OutFile) -> None:
         item = block.written.itemsize
         for side, data, at in self.mover.tiles(block, self.source(number), there):
             size = side.span * item
@@ -261,6 +293,21 @@ class _Comparison:
                 row -= 1
             target = int(out.targets[row])
             self.wrong[target] = self.wrong.get(target, 0) + 1
+
+
+def _joined(starts: Ints, sizes: Ints) -> list[tuple[int, int]]:
+    """Parts of a file, in order, joined where they meet.
+
+    >>> _joined(np.array([8, 12, 20]), np.array([4, 4, 2]))
+    [(8, 16), (20, 22)]
+    """
+    spans: list[tuple[int, int]] = []
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], start + size)
+        elif size:
+            spans.append((start, start + size))
+    return spans
 
 
 __all__ = ["Verification", "verify"]

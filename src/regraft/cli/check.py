@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "sources",
     "Adapters, checkpoints, or folders with any number of them.",
     metavar="SRC...",
-    type=options.FILE,
+    type=options.PLACE,
     nargs=-1,
     required=True,
 )

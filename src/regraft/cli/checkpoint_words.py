@@ -14,6 +14,8 @@ from regraft.report import AdapterReport, CheckpointReport, Report, show_size
 from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from regraft.checkpoints.inspect import CheckpointInspection
     from regraft.checkpoints.verify import Verification
 
@@ -38,6 +40,17 @@ def by_book(fired: dict[str, int]) -> dict[str, int]:
     for rule, times in fired.items():
         books.setdefault(rule.partition("/")[0], []).append(times)
     return {f"{book} ({len(times)} rules)": sum(times) for book, times in books.items()}
+
+
+def _traffic(counts: Mapping[str, int]) -> str:
+    """What went over the network, in a sentence."""
+    sentence = (
+        f"{counts['requests']} requests: {show_size(counts['read'])} read, "
+        f"{show_size(counts['written'])} written"
+    )
+    return sentence + (
+        f"; {counts['retries']} of them were sent again" if counts["retries"] else ""
+    )
 
 
 def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
@@ -77,6 +90,8 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
         out.show(Text(f"config.json: {visible(change)}"))
     if report.files:
         out.show(Text(f"Files carried over: {', '.join(map(visible, report.files[:6]))}"))
+    if checkpoint.traffic:
+        out.show(Text(_traffic(checkpoint.traffic)))
     if checkpoint.resumed:
         out.show(Text("Continued what a run before had begun."))
     show_notes(out, checkpoint.notes)

@@ -150,14 +150,17 @@ def convert(
     def job() -> int:
         from regraft.sources import find_sources
 
-        items, deeper = find_sources(sources)
-        if len(sources) == 1 and (items[0].path == sources[0] or fail_fast):
-            return _convert_one(out, sources[0], dst, rules, html, given)
+        there = [options.located(source, whole=not given["dry_run"]) for source in sources]
+        items, deeper = find_sources(there)
+        if len(sources) == 1 and items[0].path == there[0]:
+            return _convert_one(out, there[0], dst, rules, html, given)
+        if len(sources) == 1 and fail_fast:
+            return _convert_one(out, there[0], dst, rules, html, given)
         if html is not None or given["in_place"]:
             raise click.UsageError("--html and --in-place take one adapter or checkpoint")
         from regraft.cli.many import warn_of_rest
 
-        warn_of_rest(out, sources, deeper)
+        warn_of_rest(out, there, deeper)
         return _convert_many(out, items, dst, rules, fail_fast, given)
 
     return job

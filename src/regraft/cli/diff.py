@@ -20,8 +20,8 @@ _SHOWN = 20
 
 
 @click.command(cls=options.WithArguments)
-@options.argument("a", "A checkpoint or an adapter.", metavar="A", type=options.FILE)
-@options.argument("b", "Another one.", metavar="B", type=options.FILE)
+@options.argument("a", "A checkpoint or an adapter.", metavar="A", type=options.PLACE)
+@options.argument("b", "Another one.", metavar="B", type=options.PLACE)
 @click.option(
     "--book",
     "-o",

@@ -15,6 +15,26 @@ Command = Callable[..., Any]
 FILE = click.Path(path_type=Path)
 
 
+class _Place(click.Path):
+    """A path of this machine, or the address of what is beyond it, of which an outline is made."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or that of the outline."""
+        return located(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
+def located(path: Path, *, whole: bool = False) -> Path:
+    """A path of this machine for what a command line names; see `regraft.places.locate`."""
+    if ":" not in str(path):
+        return path
+    from regraft.places import locate
+
+    return locate(path, whole=whole)
+
+
+PLACE = _Place(path_type=Path)
+
+
 def _complete_layout(
     ctx: click.Context, param: click.Parameter, begun: str
 ) -> list[CompletionItem]:
@@ -53,12 +73,12 @@ src = argument(
     "A folder that save_pretrained wrote, a weights file with its config beside it, a folder with several adapters "
     "in subfolders, or an adapter of another dialect: a file or a folder.",
     metavar="SRC",
-    type=FILE,
+    type=PLACE,
 )
 model = click.option(
     "--model",
     metavar="PATH",
-    type=FILE,
+    type=PLACE,
     help="The base model's folder or its config.json, of either version. Needed where the adapter itself doesn't "
     "say what it is for, or how many experts there are.",
 )

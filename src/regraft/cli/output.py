@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from regraft.storage.stand_ins import named
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -171,6 +173,7 @@ def _console(stream: TextIO) -> Console:
 
 
 def _write(stream: TextIO, text: str) -> None:
+    text = named(text)
     try:
         try:
             stream.write(text)

@@ -49,6 +49,9 @@ def run(args: Sequence[str]) -> int:
         return _fail_usage(out, error)
     except Exception as error:
         return _fail_bug(out, error)
+    finally:
+        if "regraft.places" in sys.modules:
+            sys.modules["regraft.places"].leave()
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

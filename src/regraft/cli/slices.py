@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "src",
     "A checkpoint, of which the headers are enough: a folder or a weights file.",
     metavar="SRC",
-    type=options.FILE,
+    type=options.PLACE,
 )
 @options.layout("--to", "The layout that the ranks want.", required=True)
 @click.option("--tp", metavar="N", default=1, help="How many ranks share each layer.")

@@ -13,10 +13,10 @@ from regraft.cli.output import Output
 
 @click.command(cls=options.WithArguments)
 @options.argument(
-    "src", "A checkpoint or an adapter: a folder or a file.", metavar="SRC", type=options.FILE
+    "src", "A checkpoint or an adapter: a folder or a file.", metavar="SRC", type=options.PLACE
 )
 @options.argument(
-    "dst", "The same in another layout, or in this one.", metavar="DST", type=options.FILE
+    "dst", "The same in another layout, or in this one.", metavar="DST", type=options.PLACE
 )
 @options.source
 @options.model

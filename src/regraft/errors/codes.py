@@ -768,6 +768,26 @@ class Code(Enum):
         "try again",
         "it was written to while it was read",
     )
+    STORE_FAILED = (
+        "store-failed",
+        Part.FILES,
+        "a store gave no answer",
+        "check the network and the address; run it again",
+        "it was asked several times",
+    )
+    STORE_DENIED = (
+        "store-denied",
+        Part.FILES,
+        "a store lets nobody in without credentials",
+        "log in the way that the store's own tools do",
+    )
+    NO_RANGES = (
+        "no-ranges",
+        Part.FILES,
+        "a server sends whole files only",
+        "download the files; use a server that answers Range",
+    )
+    BAD_ADDRESS = ("bad-address", Part.FILES, "not an address of a store", "check the address")
     FILE_TOO_LARGE = (
         "file-too-large",
         Part.FILES,

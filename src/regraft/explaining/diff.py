@@ -19,6 +19,7 @@ from regraft.layouts.names import Layout
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
+from regraft.places import locate, visiting
 from regraft.planning.compose import plan_along
 from regraft.planning.model import taken_for
 from regraft.rules.book import Rules, only_books
@@ -102,10 +103,11 @@ def diff(
 
     Raises ``BadInputError`` where one of them cannot be read.
     """
-    left, right = open_content(Path(a)), open_content(Path(b))
-    known = Path(model) if model is not None else None
-    with only_books(rules), taken_for(architecture):
-        subjects = _subject(Path(a), known), _subject(Path(b), known)
+    with only_books(rules), taken_for(architecture), visiting():
+        one, other = locate(a), locate(b)
+        left, right = open_content(one), open_content(other)
+        known = locate(model) if model is not None else None
+        subjects = _subject(one, known), _subject(other, known)
         return _Comparison(left, right, subjects, known).run(propose_book)
 
 

@@ -24,6 +24,8 @@ from regraft.explaining.subject import SHARED, Name, Subject, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
 from regraft.layouts.graph import edges_to, going_over
 from regraft.names.keys import Group, group_names
+from regraft.places import locate as place_of
+from regraft.places import visiting
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
@@ -53,18 +55,19 @@ def explain(
 
     Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """
-    known = Path(model) if model is not None else None
-    with only_books(rules), taken_for(architecture):
-        adapter = not is_checkpoint(Path(src))
+    with only_books(rules), taken_for(architecture), visiting():
+        known = place_of(model) if model is not None else None
+        path = place_of(src)
+        adapter = not is_checkpoint(path)
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
         with only_family(given.family), going_over(given.via):
             if adapter:
-                opening = find_source(Path(src), given)
+                opening = find_source(path, given)
                 if opening.dialect.name in IMAGE:
                     from regraft.explaining.image import explain_image
 
                     return explain_image(opening.one(), key, layout, given.family, known)
-            subject = open_subject(Path(src), layout, known, given.layout, given)
+            subject = open_subject(path, layout, known, given.layout, given)
             return _Search(subject, key, layout.name).explain()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,8 +127,8 @@ def _bytes_of(file: File) -> Any:
     """
     opened = open_source(file)
     try:
-        if file.size > _LARGEST:
-            return mmap.mmap(opened, 0, access=mmap.ACCESS_READ)
+        if file.size > _LARGEST and opened.descriptor is not None:
+            return mmap.mmap(opened.descriptor, 0, access=mmap.ACCESS_READ)
         data = np.empty(file.size, np.uint8)
         try:
             read_into(opened, data.data, 0)
@@ -138,7 +137,7 @@ def _bytes_of(file: File) -> Any:
             raise
         return data
     finally:
-        os.close(opened)
+        opened.close()
 
 
 def _aligned(data: Bits, word: np.dtype[Any]) -> Bits:

@@ -182,7 +182,9 @@ def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched 
         # The first piece has its first page to itself; any other's belongs to the piece before.
         low = at // PAGE * PAGE if number == 0 else -(-at // PAGE) * PAGE
         high = -(-end // PAGE) * PAGE
-        if fits and low < high and _map(base + low, high - low, files[file], source + low - at):
+        opened = files[file].descriptor
+        mappable = fits and low < high and opened is not None
+        if mappable and _map(base + low, high - low, opened or 0, source + low - at):
             made.mapped += end - max(low, at)
             end = max(low, at)
         if at < end:
@@ -190,7 +192,7 @@ def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched 
             made.copied += end - at
     with memoryview(memory) as view:
         for file, source, at, size in made._reads:
-            read_scattered(files, file, [view[at : at + size]], source)
+            read_scattered(files, file, [(source, view[at : at + size])], whole=True)
     made._reads.clear()
     return made
 
@@ -222,8 +224,9 @@ def prefetch(files: Files, pieces: Sequence[Pieces]) -> None:
     for file, start, size in zip(
         number[heads].tolist(), at[heads].tolist(), totals.tolist(), strict=True
     ):
-        if not _is_cached(files[file], start, size):
-            os.posix_fadvise(files[file], start, size, os.POSIX_FADV_WILLNEED)
+        opened = files[file].descriptor
+        if opened is not None and not _is_cached(opened, start, size):
+            os.posix_fadvise(opened, start, size, os.POSIX_FADV_WILLNEED)
 
 
 def _is_cached(file: int, at: int, size: int) -> bool:

@@ -16,6 +16,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 from regraft.storage.safetensors import sync_path
 from regraft.storage.stamp import Stamp
+from regraft.storage.stand_ins import remote_at
 from regraft.storage.work import cannot_write, open_work
 
 _MAX_JSON_BYTES = 100_000_000
@@ -151,13 +152,14 @@ def copy_file(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     file, _ = open_regular(src)
     try:
         with file:
-            stamp = Stamp.of(src, file.fileno())
-            mode = os.fstat(file.fileno()).st_mode & 0o777
+            stamp = Stamp.of(src, file)
+            status = src.stat() if remote_at(src) is not None else os.fstat(file.fileno())
+            mode = status.st_mode & 0o777
             with os.fdopen(os.open(dst, _NEW, 0o600), "wb") as out:
                 shutil.copyfileobj(file, out, _CHUNK)
             shutil.copystat(src, dst)
             Path(dst).chmod(mode)
-            stamp.check(file.fileno())
+            stamp.check(file)
     except OSError as error:
         message = f"the file cannot be copied to {os.fspath(dst)}: {error.strerror or error}"
         raise BadInputError(Finding("cannot-copy", message, where=str(src))) from error

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.formats import form_of_start
+from regraft.storage.stand_ins import open_remote, remote_at
 
 _READING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -27,6 +28,8 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     """
     where = str(path)
     try:
+        if (remote := remote_at(path)) is not None:
+            return open_remote(remote), remote.found.size
         # A named pipe would block in open, and a device may act on it, so the kind is looked at first.
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):

@@ -90,7 +90,7 @@ class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
         self._path = Path(path)
         self._file, _ = open_regular(self._path)
         finalize(self, self._file.close)
-        self._stamp = Stamp.of(self._path, self._file.fileno())
+        self._stamp = Stamp.of(self._path, self._file)
         self.header = read_header(self._path)
         self._stamp.check()
 
@@ -99,7 +99,7 @@ class TensorFile(Mapping[str, np.ndarray[Any, Any]]):
         dtype, shape = self._form(name)
         start = self.header.data_start + info.start
         data = _read_at(self._file, self._path, start, info.end - info.start)
-        self._stamp.check(self._file.fileno())
+        self._stamp.check(self._file)
         return np.ndarray(shape, dtype, data)
 
     def __iter__(self) -> Iterator[str]:
@@ -128,12 +128,12 @@ def _read_data(path: Path, header: Header, start: int = 0, end: int | None = Non
     """A part of the file's data, or all of it; read-only."""
     file, size = open_regular(path)
     with file:
-        stamp = Stamp.of(path, file.fileno())
+        stamp = Stamp.of(path, file)
         if size != header.size:
             raise changed(path, f"it had {header.size} bytes and has {size}")
         count = (size - header.data_start if end is None else end) - start
         data = _read_at(file, path, header.data_start + start, count)
-        stamp.check(file.fileno())
+        stamp.check(file)
     return data
 
 

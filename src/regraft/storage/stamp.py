@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
+from regraft.storage.stand_ins import remote_at
 
 
 class Stamp(Struct, frozen=True):
@@ -22,14 +24,20 @@ class Stamp(Struct, frozen=True):
     """When anything about it was last changed, in nanoseconds; no program can set it."""
     identity: tuple[int, int]
     """Its device and its number there: another file under the same name has another."""
+    version: str = ""
+    """Of what is in a store: its ETag, or what else tells its versions apart."""
 
     @staticmethod
-    def of(path: Path, file: int | None = None) -> Stamp:
+    def of(path: Path, file: int | IO[bytes] | None = None) -> Stamp:
         """What a file is now; ``file`` is its descriptor, where it is open.
 
         Raises ``OSError``.
         """
-        status = path.stat() if file is None else os.fstat(file)
+        remote = remote_at(path)
+        if remote is not None:
+            return _RemoteStamp(path, remote.found.size, 0, 0, (0, 0), remote.found.version)
+        opened = file if file is None or isinstance(file, int) else file.fileno()
+        status = path.stat() if opened is None else os.fstat(opened)
         return Stamp(
             path,
             status.st_size,
@@ -38,7 +46,7 @@ class Stamp(Struct, frozen=True):
             (status.st_dev, status.st_ino),
         )
 
-    def check(self, file: int | None = None) -> None:
+    def check(self, file: int | IO[bytes] | None = None) -> None:
         """Check that the file is what it was; ``file`` is its descriptor, where it is open.
 
         Raises ``BadInputError``.
@@ -53,6 +61,15 @@ class Stamp(Struct, frozen=True):
             raise changed(self.path, "another file took its place")
         if now != self:
             raise changed(self.path, "it was written to")
+
+
+class _RemoteStamp(Stamp):
+    """An object as it was. Every answer of a store is compared with it as it comes; nothing is left to check."""
+
+    __slots__ = ()
+
+    def check(self, file: int | IO[bytes] | None = None) -> None:
+        """Nothing: see above."""
 
 
 def changed(path: Path, how: str) -> BadInputError:

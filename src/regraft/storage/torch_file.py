@@ -170,9 +170,9 @@ def open_torch(
         raise BadInputError(Finding("bad-torch-file", message, where=str(path), fix=_FIX))
     file, _ = open_regular(path)
     with file:
-        stamp.check(file.fileno())
+        stamp.check(file)
         storages = {place: _read(file, path, place) for place in sorted(wanted)}
-        stamp.check(file.fileno())
+        stamp.check(file)
     return {key: _to_array(tensor, storages) for key, tensor in tensors.items()}
 
 
@@ -243,7 +243,7 @@ def _find_tensors(path: Path, inside: Sequence[str]) -> tuple[dict[str, TorchTen
     where = str(path)
     file, _ = open_regular(path)
     with file:
-        stamp = Stamp.of(path, file.fileno())
+        stamp = Stamp.of(path, file)
         start = file.read(PROBE_SIZE)
         is_zip = start.startswith(b"PK")
         known = recognize_content(start, where)

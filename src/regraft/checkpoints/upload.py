@@ -1,0 +1,110 @@
+"""Converting a checkpoint into a store: nothing is kept on this machine.
+
+A store cannot rename a folder, so a result cannot appear as a whole. What can be seen, and when:
+
+- a weights file can be seen once it is complete, and never before;
+- the index, or the only weights file where there is no index, is written last, when everything else is there;
+- where something is replaced, the old index goes first: whoever opens the checkpoint in between finds none.
+
+So a reader that goes by the index finds nothing or everything; one that lists the folder sees files come.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from regraft.checkpoints.prepared import Prepared
+from regraft.checkpoints.sharding import OutFile
+from regraft.checkpoints.source import CONFIG, INDEX
+from regraft.checkpoints.stream import Advance, Stream
+from regraft.errors import BadInputError, Finding
+from regraft.storage.objects import Client
+from regraft.storage.probe import open_regular
+
+_REPLACED = re.compile(r"[^/]*\.(safetensors|bin)(\.index\.json)?")
+"""What of an older checkpoint must not lie beside a new one."""
+_LARGEST = 1 << 27
+"""Bytes of a file beside the weights that is sent as a whole."""
+
+
+def check_free(client: Client, overwrite: bool, name: str | None = None) -> list[str]:
+    """What is in the place of a result: of one file with a ``name``, or in the folder.
+
+    Raises ``BadInputError`` where there is anything, and it may not be replaced.
+    """
+    there = [row.key for row in client.listed() or [] if name is None or row.key == name]
+    if there and not overwrite:
+        message = f"there are {len(there)} files at the address already, such as {there[0][:200]}"
+        raise BadInputError(
+            Finding(
+                "destination-exists",
+                message,
+                where=client.store.url,
+                fix="pass --overwrite, or choose another place",
+            )
+        )
+    return there
+
+
+def upload(
+    ready: Prepared,
+    client: Client,
+    jobs: int,
+    overwrite: bool,
+    advance: Advance,
+    name: str | None = None,
+) -> None:
+    """Make a result's files and send them to a store; with a ``name`` the one file alone.
+
+    Raises ``BadInputError``. What was sent before stays then, without the index.
+    """
+    there = check_free(client, overwrite, name)
+    first = {file.name for file in ready.layout.files} | {INDEX}
+    for key in there:
+        if key == INDEX or (ready.layout.index is None and key in first):
+            client.delete(key)
+    with Stream(ready, jobs, advance) as stream:
+        files = ready.layout.files
+        last = files[-1] if ready.layout.index is None else None
+        for file in files[: len(files) - (last is not None)]:
+            client.stream(file.name, _parts(stream, file), file.size)
+        if name is None:
+            _send_others(ready, client)
+        if last is not None:
+            client.stream(last.name, _parts(stream, last), last.size)
+    for key in there:
+        if _REPLACED.fullmatch(key) and key not in first:
+            client.delete(key)
+    if ready.layout.index is not None:
+        client.put(INDEX, ready.layout.index, create=not overwrite)
+
+
+def _parts(stream: Stream, file: OutFile) -> Iterator[memoryview]:
+    for _, _, data in stream.run(file):
+        yield data.data
+
+
+def _send_others(ready: Prepared, client: Client) -> None:
+    """Everything beside the weights."""
+    for path, text in ready.written.items():
+        client.put(path, text)
+    if ready.config is not None:
+        client.put(CONFIG, ready.config)
+    others = {path.as_posix(): ready.source.root / path for path in ready.source.others}
+    for key, origin in {**others, **ready.copied}.items():
+        if key == CONFIG and ready.config is not None:
+            continue
+        file, size = open_regular(origin)
+        with file:
+            if size <= _LARGEST:
+                client.put(key, file.read())
+            else:
+                client.stream(key, chunks_of(file), size)
+
+
+def chunks_of(file: BinaryIO) -> Iterator[bytes]:
+    """An open file in parts."""
+    while data := file.read(1 << 23):
+        yield data

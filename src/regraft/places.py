@@ -1,0 +1,161 @@
+"""What somebody names on a command line or in a call: a path of this machine, or an address beyond it.
+
+/models/mixtral              a path; what exists here always wins
+s3://bucket/mixtral          a folder of objects, or one of its weights files
+https://host/model.safetensors
+hf://org/name@revision       a repository of the hub
+org/name                     the same, where there is no such path: the local cache of it first
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import finalize
+
+from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.storage.stand_ins import named
+
+if TYPE_CHECKING:
+    from regraft.storage.objects import Client
+    from regraft.storage.outline import Outline
+
+_FILE = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|ckpt|json|gguf)")
+
+
+def address_of(path: str | os.PathLike[str]) -> str | None:
+    """The address that somebody named; ``None`` where it is a path of this machine.
+
+    A path swallows one of an address's slashes, which comes back here.
+
+    >>> address_of(Path("s3://bucket/model")), address_of("model")
+    ('s3://bucket/model', None)
+    """
+    text = os.fspath(path)
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.+)", text, re.S | re.I)
+    if match is None or os.path.lexists(text):
+        return None
+    return f"{match[1].lower()}://{match[2].rstrip('/')}"
+
+
+_OPEN: list[Outline] = []
+
+
+def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
+    """A path of this machine for what is named: of what is beyond it, an outline, until `leave` is called.
+
+    Args:
+        path: a path or an address.
+        whole: whether everything beside the weights is wanted, too; a store that cannot list is asked for each.
+
+    Raises ``BadInputError`` where there is nothing at an address.
+    """
+    address = address_of(path)
+    if address is None:
+        return Path(path)
+    known = next((each for each in _OPEN if each.url == address), None)
+    if known is None:
+        from regraft.storage.outline import draw
+
+        known = draw(address, store_for(address), whole)
+        _OPEN.append(known)
+        if _is_adapter(known):
+            known.fetch()
+    return known.path
+
+
+def file_named(address: str) -> str | None:
+    """The name of the file that an address is of; ``None`` where it is a folder's."""
+    name = address.rpartition("/")[2]
+    return name if _FILE.fullmatch(name) else None
+
+
+def store_for(address: str) -> Client:
+    """The store that an address is in: the folder, or that of the file."""
+    from regraft.storage.stores import open_store
+
+    return open_store(address if file_named(address) is None else address.rpartition("/")[0])
+
+
+def _is_adapter(outline: Outline) -> bool:
+    """Whether it is one adapter or several, which are read into memory: they are fetched as a whole."""
+    from regraft.checkpoints.source import is_checkpoint
+
+    if outline.path.is_dir() and any(outline.path.rglob("adapter_config.json")):
+        return not (outline.path / "config.json").is_file()
+    return outline.path.suffix != ".json" and not is_checkpoint(outline.path)
+
+
+def leave(since: int = 0) -> None:
+    """Remove the outlines that were made, or all after the first ``since``."""
+    while len(_OPEN) > since:
+        _OPEN.pop().close()
+
+
+def traffic(clients: Iterable[Client] = ()) -> dict[str, int]:
+    """What went over the network for the outlines that are there and some other stores; empty where nothing did."""
+    total: dict[str, int] = {}
+    for one in [*(outline.traffic for outline in _OPEN), *(client.traffic for client in clients)]:
+        for name, count in one.to_dict().items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def opened() -> int:
+    """How many outlines there are, for `leave` and `keep_with`."""
+    return len(_OPEN)
+
+
+def keep_with(holder: object, since: int) -> None:
+    """Let the outlines that were made after the first ``since`` be there as long as something is."""
+    for outline in _OPEN[since:]:
+        finalize(holder, outline.close)
+    del _OPEN[since:]
+
+
+@contextmanager
+def visiting() -> Iterator[None]:
+    """Let what the block locates be there until its end, and let its errors call it by its address."""
+    before = opened()
+    try:
+        with renaming():
+            yield
+    finally:
+        leave(before)
+
+
+@contextmanager
+def renaming() -> Iterator[None]:
+    """Let errors call what is beyond this machine by its address."""
+    try:
+        yield
+    except RegraftError as error:
+        raise _by_address(error) from error.__cause__
+
+
+def _by_address(error: RegraftError) -> RegraftError:
+    findings = [
+        replace(
+            finding,
+            message=named(finding.message),
+            where=None if finding.where is None else named(finding.where),
+            fix=None if finding.fix is None else named(finding.fix),
+        )
+        for finding in error.findings
+    ]
+    return error if tuple(findings) == error.findings else type(error)(findings)
+
+
+def no_address(path: str | os.PathLike[str], what: str) -> None:
+    """Raise ``BadInputError`` where an address is given for what has to be on this machine."""
+    address = address_of(path)
+    if address is not None:
+        message = f"{what} works on files of this machine only"
+        raise BadInputError(
+            Finding("option", message, where=address, fix="give a path of this machine")
+        )

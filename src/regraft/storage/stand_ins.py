@@ -1,0 +1,100 @@
+"""Files that stand for objects in a store; see `regraft.storage.outline`."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.storage.objects import Client, Found
+
+_AFTER_HEAD, _BUFFER = 1 << 16, 1 << 20
+"""Bytes that are read at a time, of what begins with a header that is known, and of what is read as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """An object that a stand-in stands for."""
+
+    client: Client
+    found: Found
+    head: bytes = b""
+    """Its first bytes, as far as they are known."""
+
+    @property
+    def where(self) -> str:
+        """Its address."""
+        return self.client.where(self.found.key)
+
+    def read(self, start: int, end: int) -> memoryview:
+        """Some of its bytes, which must lie inside.
+
+        Raises ``BadInputError``.
+        """
+        if end <= len(self.head):
+            return memoryview(self.head)[start:end]
+        return self.client.read(self.found, start, end) if end > start else memoryview(b"")
+
+
+class RemoteFile(io.RawIOBase):
+    """An object as a file that can be read and sought in."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote, self._at = remote, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where it is read next."""
+        return self._at
+
+    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
+        """Go to another place."""
+        start = (0, self._at, self._remote.found.size)[whence]
+        self._at = max(0, start + to)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, as far as there is something."""
+        end = min(self._at + len(buffer), self._remote.found.size)
+        if self._at < len(self._remote.head):
+            end = min(end, len(self._remote.head))
+        if end <= self._at:
+            return 0
+        data = self._remote.read(self._at, end)
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)
+
+
+STAND_INS: dict[str, Remote] = {}
+"""What stands for what, by resolved path."""
+NAMES: dict[str, str] = {}
+"""The addresses of what outlines are of, by the paths that stand for them; what lies deeper comes first."""
+
+
+def remote_at(path: Path) -> Remote | None:
+    """What a path stands for; ``None`` for a file of this machine."""
+    return STAND_INS.get(os.path.realpath(path)) if STAND_INS else None
+
+
+def open_remote(remote: Remote) -> io.BufferedReader:
+    """An object, open to be read."""
+    size = _AFTER_HEAD if remote.head else _BUFFER
+    return io.BufferedReader(RemoteFile(remote), size)
+
+
+def named(text: str) -> str:
+    """A text in which what stands for something is called by its address."""
+    for path, address in NAMES.items():
+        text = text.replace(path, address)
+    return text

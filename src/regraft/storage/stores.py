@@ -1,0 +1,309 @@
+"""Stores by the libraries that speak to them: obstore for S3, GCS, Azure and HTTP, fsspec for everything else.
+
+Neither is imported before an address of its kind is opened. Credentials are found by the libraries themselves, in the
+ways of each store's own tools (environment, config files, roles of the machine).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+from urllib.parse import urlsplit
+
+from regraft.errors import BadInputError, Finding
+from regraft.storage.objects import Client, Found, Store, StoreError, Trouble
+
+_OBSTORE = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https"}
+_STATUS: dict[str, Trouble] = {
+    "401": "forbidden",
+    "403": "forbidden",
+    "404": "missing",
+    "412": "changed",
+    "416": "changed",
+}
+PART = 8 << 20
+"""Bytes of a part of an upload; a store takes 10,000 parts, and a larger file larger ones."""
+_MOST_PARTS = 9_000
+_SENDING = 4
+"""Parts that are under way at a time."""
+
+
+def open_store(url: str) -> Client:
+    """The store at an address, a folder of objects. Nothing is asked of it yet.
+
+    Raises ``BadInputError`` where the library that speaks to it is not installed, or the address is none.
+    """
+    scheme = urlsplit(url).scheme
+    return Client(_Obstore(url) if scheme in _OBSTORE else _Fsspec(url))
+
+
+def _library(name: str, url: str, extra: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        message = f"{name.partition('.')[0]} speaks to such addresses, and it is not installed"
+        fix = f"pip install '{extra}'"
+        raise BadInputError(Finding("package-missing", message, where=url, fix=fix)) from None
+
+
+class _Obstore(Store):
+    """A store of obstore's."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._lib = _library("obstore", url, "regraft[cloud]")
+        self._errors = import_module("obstore.exceptions")
+        self._is_http = urlsplit(url).scheme in ("http", "https")
+        # What is read is asked for again by the client, which counts it; of uploads each part is sent again here.
+        self._read = self._open(0)
+
+    @cached_property
+    def _write(self) -> Any:
+        return self._open(5)
+
+    def _open(self, retries: int) -> Any:
+        options: dict[str, Any] = {"timeout": timedelta(seconds=60)}
+        if _is_insecure(self.url):
+            options["allow_http"] = True
+        make = import_module("obstore.store").from_url
+        try:
+            return make(self.url, client_options=options, retry_config={"max_retries": retries})
+        except (self._errors.BaseError, ValueError) as error:
+            raise BadInputError(
+                Finding("bad-address", _line(error), where=self.url, fix="check the address")
+            ) from None
+
+    def read(self, key: str, start: int, end: int) -> tuple[Found, Any]:
+        """Bytes of an object."""
+        span: Any = {"suffix": -start} if start < 0 else (start, end)
+        try:
+            got = self._lib.get(self._read, key, options={"range": span})
+            return _seen(got.meta, key), got.bytes()
+        except Exception as error:
+            if start == 0 and "416" in str(error)[:400]:
+                return self._empty(key, error)
+            raise self._trouble(error) from None
+
+    def _empty(self, key: str, error: Exception) -> tuple[Found, Any]:
+        """An object without bytes, of which no range can be had."""
+        with suppress(Exception):
+            meta = self._lib.head(self._read, key)
+            if not meta["size"]:
+                return _seen(meta, key), b""
+        raise self._trouble(error) from None
+
+    def listed(self) -> list[Found] | None:
+        """Everything below the folder."""
+        if self._is_http:
+            return None
+        try:
+            batches = self._lib.list(self._read, chunk_size=1000)
+            return [_seen(meta, meta["path"]) for batch in batches for meta in batch]
+        except Exception as error:
+            raise self._trouble(error) from None
+
+    def put(self, key: str, data: bytes, create: bool) -> None:
+        """Write a small object as a whole."""
+        mode = "create" if create else "overwrite"
+        try:
+            self._lib.put(self._write, key, data, mode=mode, use_multipart=False)
+        except Exception as error:
+            raise self._trouble(error) from None
+
+    def stream(self, key: str, parts: Iterator[Any], size: int) -> None:
+        """Write an object from parts in order, as a multipart upload; one that fails is aborted."""
+        part = max(PART, -(-size // _MOST_PARTS))
+        source = _Parts(parts)
+        try:
+            self._lib.put(self._write, key, source, chunk_size=part, max_concurrency=_SENDING)
+        except BaseException as error:
+            if (
+                source.error is not None
+            ):  # where aborting failed as well, that is what the library says
+                raise source.error from None
+            if isinstance(error, Exception):
+                raise self._trouble(error) from None
+            raise
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        try:
+            self._lib.delete(self._write, key)
+        except Exception as error:
+            raise self._trouble(error) from None
+
+    def _trouble(self, error: Exception) -> StoreError:
+        known = self._errors
+        line = _line(error)
+        if isinstance(error, FileNotFoundError):
+            return StoreError("missing", line)
+        if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+            return StoreError("forbidden", line)
+        if isinstance(error, known.AlreadyExistsError):
+            return StoreError("exists", line)
+        if isinstance(error, (known.PreconditionError, known.NotModifiedError)):
+            return StoreError("changed", line)
+        if "non-partial response" in line or "Range request not supported" in line:
+            return StoreError("no-ranges", line)
+        if isinstance(error, (known.NotSupportedError, known.InvalidPathError)):
+            return StoreError("unfit", line)
+        status = re.search(r"status code: (4\d\d)", line)
+        if status is not None and status[1] not in ("408", "429"):
+            return StoreError(_STATUS.get(status[1], "unfit"), line)
+        if isinstance(error, (known.BaseError, OSError)):
+            return StoreError("transient", line)
+        raise error
+
+
+class _Parts:
+    """Parts of an object, and the error that kept the next from being made."""
+
+    def __init__(self, parts: Iterator[Any]) -> None:
+        self._parts = parts
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._parts)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+class _Fsspec(Store):
+    """A filesystem of fsspec's."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        core = _library("fsspec.core", url, "fsspec")
+        try:
+            self._fs, self._root = core.url_to_fs(self.url)
+        except ImportError as error:
+            message = f"fsspec has no library for such addresses: {error}"
+            fix = "install what it names"
+            raise BadInputError(Finding("package-missing", message, where=url, fix=fix)) from None
+        except (ValueError, OSError) as error:
+            raise BadInputError(Finding("bad-address", str(error), where=url)) from None
+        self._known: dict[str, Found] = {}
+
+    def _path(self, key: str) -> str:
+        return f"{self._root.rstrip('/')}/{key}"
+
+    def read(self, key: str, start: int, end: int) -> tuple[Found, Any]:
+        """Bytes of an object; what it is now is asked after them, since no answer says it."""
+        try:
+            data = self._fs.cat_file(self._path(key), start=start, end=None if start < 0 else end)
+            info = self._fs.info(self._path(key))
+            if info.get("type") == "directory":
+                raise FileNotFoundError(key)
+        except Exception as error:
+            raise _trouble(error) from None
+        return _told(info, key), data
+
+    def listed(self) -> list[Found] | None:
+        """Everything below the folder."""
+        try:
+            self._fs.invalidate_cache()
+            rows = self._fs.find(self._root, detail=True)
+        except Exception as error:
+            raise _trouble(error) from None
+        start = len(self._root.rstrip("/")) + 1
+        return [_told(info, path[start:]) for path, info in rows.items()]
+
+    def put(self, key: str, data: bytes, create: bool) -> None:
+        """Write a small object as a whole. Whether there is one is asked before, which is no lock."""
+        try:
+            if create and self._fs.exists(self._path(key)):
+                raise StoreError("exists", "it is there")
+            self._fs.pipe_file(self._path(key), data)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise _trouble(error) from None
+
+    def stream(self, key: str, parts: Iterator[Any], size: int) -> None:
+        """Write an object from parts in order."""
+        try:
+            self._fs.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
+            file = self._fs.open(self._path(key), "wb", block_size=PART)
+        except Exception as error:
+            raise _trouble(error) from None
+        try:
+            for part in parts:
+                file.write(part)
+            file.close()
+        except BaseException as error:
+            with suppress(Exception):
+                file.discard()
+            if isinstance(error, OSError):
+                raise _trouble(error) from None
+            raise
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        try:
+            self._fs.rm_file(self._path(key))
+        except Exception as error:
+            raise _trouble(error) from None
+
+
+def _seen(meta: Any, key: str) -> Found:
+    version = meta["version"] or meta["e_tag"] or meta["last_modified"].isoformat()
+    return Found(key, int(meta["size"]), str(version))
+
+
+_VERSIONS = ("blob_id", "ETag", "etag", "sha256", "md5Hash", "LastModified", "mtime", "created")
+"""What filesystems call what tells two versions apart."""
+
+
+def _told(info: dict[str, Any], key: str) -> Found:
+    version = next((info[name] for name in _VERSIONS if info.get(name) is not None), "")
+    if isinstance(
+        version, datetime
+    ):  # some say it in one way where they list, and in another elsewhere
+        version = version.timestamp()
+    return Found(key, int(info.get("size") or 0), str(version))
+
+
+def _trouble(error: Exception) -> StoreError:
+    """Why a filesystem of fsspec's gave no answer."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    name = type(error).__name__
+    if isinstance(error, PermissionError) or status in (401, 403) or "Gated" in name:
+        return StoreError("forbidden", _line(error))
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return StoreError("missing", _line(error))
+    if isinstance(error, FileExistsError):
+        return StoreError("exists", _line(error))
+    if isinstance(error, (NotImplementedError, ValueError, IsADirectoryError)):
+        return StoreError("unfit", _line(error))
+    if isinstance(error, OSError) or status is not None:
+        return StoreError("transient", _line(error))
+    raise error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line and without what could be a secret in an address."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return re.sub(
+        r"([?&][^=\s]*(sig|token|key|credential)[^=\s]*=)[^&\s]+", r"\1...", text, flags=re.I
+    )
+
+
+def _is_insecure(url: str) -> bool:
+    """Whether an address, or the server that the environment names for it, is plain HTTP."""
+    if urlsplit(url).scheme == "http":
+        return True
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+    return any(os.environ.get(name, "").startswith("http://") for name in names)

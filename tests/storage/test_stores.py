@@ -1,0 +1,165 @@
+"""Stores beyond this machine: answers that are whole and of one version, or an error."""
+
+import io
+import sys
+
+import pytest
+from object_server import serving
+
+from regraft.errors import BadInputError
+from regraft.storage import objects
+from regraft.storage.objects import TRIES
+from regraft.storage.outline import draw
+from regraft.storage.probe import open_regular
+from regraft.storage.ranges import RemoteRanges, open_ranges
+from regraft.storage.stamp import Stamp
+from regraft.storage.stand_ins import RemoteFile, remote_at
+from regraft.storage.stores import open_store
+
+DATA = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(objects, "PAUSE", 0.0)
+    for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("REGION", "r")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with serving() as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        running.data["b/in/x.bin"] = DATA
+        yield running
+
+
+def stores(server):
+    return [open_store("s3://b/in"), open_store(f"{server.url}/b/in")]
+
+
+def test_reads_what_is_there(server):
+    for client in stores(server):
+        found, first = client.first("x.bin", 100)
+        assert (found.key, found.size, bytes(first)) == ("x.bin", len(DATA), DATA[:100])
+        assert bytes(client.read(found, 300, 700)) == DATA[300:700]
+        assert client.first("y.bin", 10) is None
+        assert client.traffic.to_dict() == {"requests": 3, "read": 500, "written": 0, "retries": 0}
+    assert [row.key for row in open_store("s3://b/in").listed()] == ["x.bin"]
+    assert open_store(f"{server.url}/b/in").listed() is None
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "429", "drop", "short", "less"])
+def test_asks_again_for_what_may_pass(server, fault):
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        begun = len(server.requests)
+        server.fault = lambda request, begun=begun: fault if request.number < begun + 2 else None
+        assert bytes(client.read(found, 5, 905)) == DATA[5:905]
+        assert client.traffic.retries == 2
+        server.fault = lambda request: fault
+        with pytest.raises(BadInputError) as error:
+            client.read(found, 5, 905)
+        assert error.value.findings[0].code == "store-failed"
+        assert f"{TRIES} tries" in error.value.findings[0].message
+        server.fault = None
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("whole", "no-ranges"),
+        ("etag", "file-changed"),
+        ("401", "store-denied"),
+        ("403", "store-denied"),
+        ("404", "missing-file"),
+    ],
+)
+def test_gives_up_at_once_on_what_stays(server, fault, code):
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        begun = len(server.requests)
+        server.fault = lambda request: fault
+        with pytest.raises(BadInputError) as error:
+            client.read(found, 5, 905)
+        assert error.value.findings[0].code == code
+        assert len(server.requests) == begun + 1
+        server.fault = None
+
+
+def test_another_version_is_an_error(server):
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        server.data["b/in/x.bin"] = DATA[::-1]
+        with pytest.raises(BadInputError, match="changed while it was read"):
+            client.read(found, 5, 905)
+        server.data["b/in/x.bin"] = DATA
+
+
+def test_writes_whole_objects(server):
+    client = open_store("s3://b/out")
+    client.put("small", b"123", create=True)
+    with pytest.raises(BadInputError) as error:
+        client.put("small", b"456", create=True)
+    assert error.value.findings[0].code == "destination-exists"
+    assert server.data["b/out/small"] == b"123"
+
+    def parts(fails):
+        for number in range(3):
+            yield bytes([number]) * (6 << 20)
+        if fails:
+            raise KeyError("gone")
+
+    client.stream("large", parts(False), 18 << 20)
+    assert server.data["b/out/large"] == b"".join(parts(False))
+    with pytest.raises(KeyError):
+        client.stream("half", parts(True), 18 << 20)
+    assert "b/out/half" not in server.data
+    assert not server.uploads, "an upload that fails is aborted"
+    client.delete("small")
+    assert "b/out/small" not in server.data
+
+
+def test_a_file_that_stands_for_an_object(server):
+    outline = draw("s3://b/in/x.bin", open_store("s3://b/in"), whole=False)
+    try:
+        assert remote_at(outline.path).where == "s3://b/in/x.bin"
+        file, size = open_regular(outline.path)
+        with file:
+            assert (size, file.read()) == (len(DATA), DATA)
+            file.seek(-10, io.SEEK_END)
+            assert (file.tell(), file.read()) == (len(DATA) - 10, DATA[-10:])
+        stamp = Stamp.of(outline.path)
+        assert (stamp.size, bool(stamp.version)) == (len(DATA), True)
+        ranges = open_ranges(outline.path, stamp)
+        assert isinstance(ranges, RemoteRanges)
+        one, other = bytearray(10), bytearray(500)
+        ranges.fill([memoryview(one), memoryview(other)], 90)
+        assert bytes(one + other) == DATA[90:600]
+        with pytest.raises(EOFError):
+            ranges.fill([memoryview(bytearray(20))], len(DATA) - 10)
+        assert RemoteFile(remote_at(outline.path)).seekable()
+    finally:
+        outline.close()
+    assert remote_at(outline.path) is None
+    assert not outline.root.parent.exists()
+
+
+def test_names_that_lead_out_are_refused(server):
+    outline = draw("s3://b/in", open_store("s3://b/in"), whole=False)
+    try:
+        with pytest.raises(BadInputError, match="leads out of its folder"):
+            outline.keep("../../x", b"1")
+    finally:
+        outline.close()
+
+
+def test_a_store_whose_library_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(BadInputError) as error:
+        open_store("s3://b/in")
+    assert error.value.findings[0].code == "package-missing"
+    assert error.value.findings[0].fix == "pip install 'regraft[cloud]'"
+
+
+@pytest.mark.parametrize("address", ["nothing://b/in", "s3://"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(BadInputError) as error:
+        open_store(address)
+    assert error.value.findings[0].code in ("bad-address", "package-missing")
