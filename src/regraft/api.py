@@ -6,12 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.source import is_checkpoint
-from regraft.checkpoints.upload import check_free, chunks_of
 from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
@@ -247,6 +245,10 @@ def _sent(
     """Let something small be made: here, or in a folder that is sent to an address then, its configs last."""
     if store is None or address is None:
         return make(place)
+    from tempfile import TemporaryDirectory
+
+    from regraft.checkpoints.upload import check_free, chunks_of
+
     name = file_named(address)
     check_free(store, overwrite, name)
     with TemporaryDirectory(prefix="regraft-") as folder:

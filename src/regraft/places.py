@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import finalize
 
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.storage.stand_ins import named
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.storage.objects import Client

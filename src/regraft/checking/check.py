@@ -45,8 +45,8 @@ from regraft.places import locate, visiting
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
-from regraft.values import replace
 from regraft.storage.stand_ins import named
+from regraft.values import replace
 
 
 @overload

@@ -11,7 +11,6 @@ A weight of which only packed state is there is planned as if it stood there wit
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +41,8 @@ from regraft.equation.notation import Axis, Expr, Product, Sum, Term, axes_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.plan import Entry, Headers, Plan
+from regraft.storage.ranges import open_ranges
+from regraft.storage.stamp import changed
 
 _LEAVES = sorted(BESIDE, key=len, reverse=True)
 _OF_PARAMETERS = {
@@ -279,11 +280,16 @@ def _numbers(source: Source, row: int) -> tuple[int, ...] | None:
 
 def _read(source: Source, row: int, limit: int) -> bytes:
     tensors = source.tensors
-    file = os.open(source.files[int(tensors.files[row])].path, os.O_RDONLY)
+    number = int(tensors.files[row])
+    data = bytearray(min(int(tensors.sizes[row]), limit))
+    file = open_ranges(source.files[number].path, source.files[number].stamp)
     try:
-        return os.pread(file, min(int(tensors.sizes[row]), limit), int(tensors.starts[row]))
+        file.fill([memoryview(data)], int(tensors.starts[row]))
+    except EOFError:
+        raise changed(source.files[number].path, "it ended early") from None
     finally:
-        os.close(file)
+        file.close()
+    return bytes(data)
 
 
 def check_step_by_step(companions: Companions, where: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft.checkpoints.casting import parse_casts
 from regraft.checkpoints.engine import Engine, buffer_size
@@ -14,25 +15,28 @@ from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import CONFIG, INDEX, PIPELINE
-from regraft.checkpoints.stream import JOBS, Advance, is_remote, memory_of, stream_into
 from regraft.checkpoints.units import Cutter
-from regraft.checkpoints.upload import check_free, upload
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport, show_size
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
-from regraft.storage.objects import Client
 from regraft.storage.safetensors import sync_path
 from regraft.storage.work import Work, cannot_write, open_work, write_file
 
+if TYPE_CHECKING:
+    from regraft.storage.objects import Client
+
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+Advance = Callable[[int], None]
 Finish = Callable[[Path], None]
 """Called with the folder of the weights files when they are written."""
 
 _TORCH = (".bin", ".pt", ".pth")
 _SLACK = 2 << 20
+_STREAMS = 8
+"""Workers where the source or the result is in a store: more than cores, since they wait for the network."""
 _MOST_JOBS = 256
 """What the threads' stacks, the units in flight and the report take."""
 
@@ -76,6 +80,8 @@ def convert_checkpoint(
     if not dry_run and store is None:
         check_destination(src, dst, overwrite, file=name is not None)
     elif store is not None:
+        from regraft.checkpoints.upload import check_free
+
         check_free(store, overwrite, name)
     ready = prepare(
         src,
@@ -90,12 +96,11 @@ def convert_checkpoint(
         drop=drop,
         keep=keep,
     )
-    streams = store is not None or is_remote(ready.source)
-    jobs = JOBS if jobs is None and streams else _count_jobs(jobs)
+    streams = store is not None or ready.source.is_remote
+    jobs = _STREAMS if jobs is None and streams else _count_jobs(jobs)
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    buffers = memory_of(jobs) if streams else jobs * 2 * buffer_size(jobs)
-    report.memory = max(resident() + buffers + _SLACK, peak())
+    report.memory = max(resident() + _buffers(jobs, streams) + _SLACK, peak())
     if tell is not None:
         count = len(ready.layout.files)
         tell(
@@ -107,6 +112,8 @@ def convert_checkpoint(
     if ready.plan is not None:
         check_reads(ready.plan, ready.source)
     if store is not None:
+        from regraft.checkpoints.upload import upload
+
         upload(ready, store, jobs, overwrite, _advancing(dst.name, ready, progress), name)
         return report
     with open_work(dst, name is not None) as work:
@@ -131,7 +138,7 @@ def write_prepared(
     Raises what writing raises, and what ``finish`` raises.
     """
     dst = Path(os.path.realpath(dst))
-    streams = is_remote(ready.source)
+    streams = ready.source.is_remote
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     with open_work(dst, name is not None) as work:
         _carry_out(work, ready, cutter, _count_jobs(jobs), False, overwrite, progress, finish)
@@ -157,6 +164,8 @@ def _carry_out(
         for made in ready.layout.files:
             (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
         if cutter is None:
+            from regraft.checkpoints.stream import stream_into
+
             stream_into(work, ready, jobs, advance)
         else:
             Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
@@ -184,6 +193,15 @@ def _advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance
             progress(name, done[0], ready.layout.size)
 
     return advance
+
+
+def _buffers(jobs: int, streams: bool) -> int:
+    """Bytes that the workers' buffers take."""
+    if not streams:
+        return jobs * 2 * buffer_size(jobs)
+    from regraft.checkpoints.stream import memory_of
+
+    return memory_of(jobs)
 
 
 def _count_jobs(jobs: int | None) -> int:

@@ -113,6 +113,11 @@ class Source(Struct, frozen=True):
     """Whether it is a folder with a folder for each part of a pipeline: names begin with the part's and a slash."""
 
     @property
+    def is_remote(self) -> bool:
+        """Whether any of its weights is in a store."""
+        return any(file.stamp.version for file in self.files)
+
+    @property
     def is_bin(self) -> bool:
         """Whether torch wrote it."""
         return self.files[0].path.suffix in (".bin", *_TORCH_ONLY)

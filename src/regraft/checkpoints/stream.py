@@ -15,27 +15,18 @@ from typing import TypeVar
 from regraft.checkpoints.gather import Bytes, Files
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import Source
 from regraft.checkpoints.tiles import write_all
 from regraft.checkpoints.windows import Windows
-from regraft.storage.stand_ins import remote_at
 from regraft.storage.work import Work
 
 WINDOW = 8 << 20
 """Bytes of a window."""
-JOBS = 8
-"""Threads where nothing else is said: more than cores, since they wait for the network most of the time."""
 _PER_THREAD = 3
 """Windows' worth of memory that a thread takes: what it makes, what it reads for it, and what is on its way."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 _Read = TypeVar("_Read")
 Advance = Callable[[int], None]
-
-
-def is_remote(source: Source) -> bool:
-    """Whether any of a checkpoint's files is in a store."""
-    return any(remote_at(file.path) is not None for file in source.files)
 
 
 def memory_of(jobs: int) -> int:

@@ -20,7 +20,7 @@ from regraft.checkpoints.prepare import model_of, prepare
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Source, open_checkpoint
-from regraft.checkpoints.stream import JOBS, WINDOW, Stream, is_remote
+from regraft.checkpoints.stream import WINDOW, Stream
 from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
@@ -31,10 +31,12 @@ from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
-from regraft.values import replace
 from regraft.storage.stand_ins import named
+from regraft.values import replace
 
 _BUFFER = 4 << 20
+_JOBS = 8
+"""Threads that read from a store."""
 
 
 @dataclass(slots=True)
@@ -195,7 +197,7 @@ class _Comparison:
     def run(self, same: dict[int, int]) -> None:
         """Compare the bytes of targets with rows of the other checkpoint."""
         cutter = Cutter(self.ready.moves, self.ready.dtypes, self.ready.source.tensors)
-        self.remote = is_remote(self.ready.source) or is_remote(self.other)
+        self.remote = self.ready.source.is_remote or self.other.is_remote
         total = int(self.other.tensors.sizes.sum())
         by_file: dict[int, list[int]] = {}
         for target, row in same.items():
@@ -242,7 +244,7 @@ class _Comparison:
     def _stream(self, number: int, out: OutFile, total: int) -> None:
         """Compare one file window by window, where one of the two is beyond this machine."""
         sizes = self.ready.moves.sizes[out.targets]
-        with Stream(self.ready, JOBS) as stream, Files(self.other.files) as files:
+        with Stream(self.ready, _JOBS) as stream, Files(self.other.files) as files:
 
             def read(start: int, stop: int) -> tuple[Any, Any]:
                 expected = stream.windows.read(stream.files, out, start, stop)

@@ -7,7 +7,6 @@ of its own, in one file or in the folders of a pipeline; a part alone, without t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import Layout, OutFile, lay_out
 from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
 from regraft.checkpoints.ties import without_ties
+from regraft.checkpoints.tiles import read_into
 from regraft.dialects.image.families import DENOISER, Family, family_named
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import group_names
@@ -38,6 +38,7 @@ from regraft.report import CheckpointReport
 from regraft.rules.book import Book, library
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
+from regraft.storage.ranges import Ranges
 from regraft.values import replace
 
 
@@ -140,7 +141,7 @@ class Reader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._open: dict[int, int] = {}
+        self._open: dict[int, Ranges] = {}
 
     def rows(self, row: int, first: int, last: int) -> Array:
         """Some entries along the first dim of a tensor, as they are stored."""
@@ -165,22 +166,17 @@ class Reader:
     def close(self) -> None:
         """Close its files."""
         for file in self._open.values():
-            os.close(file)
+            file.close()
         self._open.clear()
 
 
-def read_exactly(file: int, size: int, start: int) -> bytearray:
+def read_exactly(file: int | Ranges, size: int, start: int) -> bytearray:
     """Bytes of a file from a place.
 
     Raises ``EOFError`` where it ends before.
     """
     data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        count = os.preadv(file, [view[done : done + (64 << 20)]], start + done)
-        if not count:
-            raise EOFError
-        done += count
+    read_into(file, memoryview(data), start)
     return data
 
 

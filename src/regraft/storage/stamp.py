@@ -25,7 +25,7 @@ class Stamp(Struct, frozen=True):
     identity: tuple[int, int]
     """Its device and its number there: another file under the same name has another."""
     version: str = ""
-    """Of what is in a store: its ETag, or what else tells its versions apart."""
+    """Of what is in a store: its ETag, or what else tells its versions apart; empty for a file of this machine."""
 
     @staticmethod
     def of(path: Path, file: int | IO[bytes] | None = None) -> Stamp:
@@ -35,7 +35,7 @@ class Stamp(Struct, frozen=True):
         """
         remote = remote_at(path)
         if remote is not None:
-            return _RemoteStamp(path, remote.found.size, 0, 0, (0, 0), remote.found.version)
+            return _RemoteStamp(path, remote.found.size, 0, 0, (0, 0), remote.found.version or "?")
         opened = file if file is None or isinstance(file, int) else file.fileno()
         status = path.stat() if opened is None else os.fstat(opened)
         return Stamp(
@@ -63,10 +63,8 @@ class Stamp(Struct, frozen=True):
             raise changed(self.path, "it was written to")
 
 
-class _RemoteStamp(Stamp):
+class _RemoteStamp(Stamp, frozen=True):
     """An object as it was. Every answer of a store is compared with it as it comes; nothing is left to check."""
-
-    __slots__ = ()
 
     def check(self, file: int | IO[bytes] | None = None) -> None:
         """Nothing: see above."""

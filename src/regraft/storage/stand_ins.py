@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from regraft.storage.objects import Client, Found
@@ -15,8 +16,7 @@ _AFTER_HEAD, _BUFFER = 1 << 16, 1 << 20
 """Bytes that are read at a time, of what begins with a header that is known, and of what is read as a whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Remote:
+class Remote(Struct, frozen=True):
     """An object that a stand-in stands for."""
 
     client: Client
