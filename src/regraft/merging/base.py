@@ -30,12 +30,14 @@ from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
 from regraft.checkpoints.ties import without_ties
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.image.families import DENOISER, Family, family_named
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.layouts.graph import Edge
 from regraft.names.keys import group_names
+from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers
 from regraft.report import CheckpointReport
-from regraft.rules.book import Book, library
+from regraft.rules.book import Book, built_in, library
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
 from regraft.storage.ranges import Ranges
@@ -195,7 +197,15 @@ def open_base(path: Path, source: str | None, foreign: Foreign | None) -> Base:
         return _of_parts(path, opened, source)
     config = model_of(opened, None)
     companions = find_companions(opened, config.data if config is not None else None)
-    known = detect(companions.headers, config, opened.where, source, foreign, companions=companions)
+    try:
+        known = detect(
+            companions.headers, config, opened.where, source, foreign, companions=companions
+        )
+    except UnmatchedKeysError:
+        alone = _same_in_both(companions.headers) if config is None else None
+        if alone is None:
+            raise
+        known = alone
     told = companions.quantization
     usual = known.layout or _usual_layout(known)
     base = Base(path, opened, config, known.layout, known.evidence, usual)
@@ -212,6 +222,20 @@ def open_base(path: Path, source: str | None, foreign: Foreign | None) -> Base:
         layout = known.layout or DIFFUSERS
         base.parts = {name: BasePart(name, layout, known.books[0], base.rows)}
     return base
+
+
+def _same_in_both(headers: Headers) -> Detected | None:
+    """A denoiser by itself whose names are diffusers' in its single file, too, so that they tell no layout."""
+    for pipeline in PIPELINES:
+        book = next(b for b in (*library(), *built_in()) if b.name == pipeline.parts[0].book)
+        try:
+            plan = build_plan(headers, [Edge.out_of(book, DIFFUSERS)])
+        except RegraftError:
+            continue
+        if {group.template for group in plan.targets()} == {g.template for g in headers.groups}:
+            told = f"the names are those of {pipeline.title}"
+            return Detected((book,), {}, None, (told,))
+    return None
 
 
 def _usual_layout(known: Detected) -> str:
