@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders import single_file_utils as files
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    MistralConfig,
+    MistralModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from regraft.arrays.apply import apply_plan
 from regraft.layouts.graph import edges_to
@@ -376,6 +384,191 @@ def autoencoder_kl() -> list[Case]:
     return cases
 
 
+def flux2_vae() -> list[Case]:
+    """The VAE of FLUX.2; diffusers' converter of it is a script, and does what the one of FLUX.1's does besides."""
+    cases = []
+    around = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
+    for width in (4, 8):
+        config = {
+            "block_out_channels": (width, 2 * width, 2 * width, 4 * width),
+            "layers_per_block": 2,
+            "norm_num_groups": 2,
+        }
+        state = labelled(diffusers.AutoencoderKLFlux2, **config)
+
+        def convert(native: State, config: dict[str, Any] = config) -> Mapping[str, torch.Tensor]:
+            names = {
+                new + name.removeprefix(old): name
+                for new, old in around.items()
+                for name in native
+                if name.startswith(old)
+            }
+            plain = {name: x for name, x in native.items() if name not in names.values()}
+            plain |= {new: native[old] for new, old in names.items()}
+            norm = {name: plain.pop(name) for name in list(plain) if name.startswith("bn.")}
+            full = {**config, "down_block_types": [0] * 4, "up_block_types": [0] * 4}
+            return {**files.convert_ldm_vae_checkpoint(plain, full), **norm}
+
+        same = ("bn.", "encoder.conv_", "decoder.conv_")
+        cases.append(Case("flux2-vae", f"width {width}", state, convert, same))
+    return cases
+
+
+def ltx_vae(family: str) -> list[Case]:
+    """The VAEs of LTX-Video: 0.9, 0.9.1, and from 0.9.5 on."""
+    cases = []
+    for width, layers in ((4, 2), (6, 3)):
+        wide = (width, 2 * width, 4 * width, 4 * width)
+        config: dict[str, Any] = {
+            "latent_channels": 4,
+            "block_out_channels": wide,
+            "down_block_types": ("LTXVideoDownBlock3D",) * 4,
+            "decoder_block_out_channels": wide,
+            "layers_per_block": (layers, 1, 2, 1, 2),
+            "decoder_layers_per_block": (layers, 1, 2, 1, 2),
+        }
+        if family != "ltx-vae":
+            config |= {
+                "decoder_block_out_channels": (width, 2 * width, 4 * width),
+                "decoder_layers_per_block": (layers, 1, 2, 1),
+                "decoder_spatio_temporal_scaling": (True,) * 3,
+                "decoder_inject_noise": (family == "ltx-vae-091",) * 3 + (False,),
+                "upsample_residual": (True,) * 3,
+                "upsample_factor": (2,) * 3,
+                "timestep_conditioning": True,
+            }
+        if family == "ltx-vae-095":
+            config |= {
+                "block_out_channels": (width, 2 * width, 4 * width, 8 * width, 16 * width),
+                "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+                "spatio_temporal_scaling": (True,) * 4,
+                "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+            }
+        state = labelled(diffusers.AutoencoderKLLTXVideo, **config)
+
+        # It tells the newest by the width of the encoder.
+        converter = shrunk(
+            files.convert_ltx_vae_checkpoint_to_diffusers,
+            width=("shape[1] == 2048", f"shape[1] == {16 * width}"),
+        )
+
+        def convert(native: State, converter: Converter = converter) -> Mapping[str, torch.Tensor]:
+            return converter({f"vae.{name}": tensor for name, tensor in native.items()})
+
+        same = ("encoder.conv_", "decoder.conv_", "decoder.timestep")
+        same += tuple(f"decoder.up_blocks.{number}.time_embedder." for number in (0, 2))
+        cases.append(Case(family, f"width {width}", state, convert, same))
+    return cases
+
+
+def wan22_vae() -> list[Case]:
+    """The VAE of Wan 2.2 5B; diffusers' converter is a script, of which the renames stand here."""
+    cases = []
+    names = (
+        (r"residual\.0\.gamma$", "norm1.gamma"),
+        (r"residual\.2\.", "conv1."),
+        (r"residual\.3\.gamma$", "norm2.gamma"),
+        (r"residual\.6\.", "conv2."),
+        (r"shortcut\.", "conv_shortcut."),
+        (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+        (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+        (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+        (r"^conv1\.", "quant_conv."),
+        (r"^conv2\.", "post_quant_conv."),
+        (r"middle\.0\.", "mid_block.resnets.0."),
+        (r"middle\.1\.", "mid_block.attentions.0."),
+        (r"middle\.2\.", "mid_block.resnets.1."),
+        (
+            r"(down|up)samples\.(\d+)\.\1samples\.\d+\.(resample|time_conv)",
+            r"\1_blocks.\2.\1sampler.\3",
+        ),
+        (r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.", r"\1_blocks.\2.resnets.\3."),
+    )
+
+    def convert(native: State) -> Mapping[str, torch.Tensor]:
+        made = {}
+        for name, tensor in native.items():
+            for pattern, new in names:
+                name = re.sub(pattern, new, name)
+            made[name] = tensor
+        return made
+
+    for width in (4, 8):
+        state = labelled(
+            diffusers.AutoencoderKLWan,
+            base_dim=width,
+            decoder_base_dim=2 * width,
+            z_dim=4,
+            dim_mult=[1, 2, 4, 4],
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+        )
+        cases.append(Case("wan22-vae", f"width {width}", state, convert))
+    return cases
+
+
+def hunyuan_video_vae() -> list[Case]:
+    """The VAE of HunyuanVideo, as ComfyUI holds it."""
+    cases = []
+    for width in (4, 8):
+        config = {
+            "block_out_channels": (width, 2 * width, 2 * width, 4 * width),
+            "norm_num_groups": 2,
+            "latent_channels": 4,
+        }
+        state = labelled(diffusers.AutoencoderKLHunyuanVideo, **config)
+
+        def convert(native: State, config: dict[str, Any] = config) -> Mapping[str, torch.Tensor]:
+            # diffusers' converter of the flat VAE, for which causal convolutions are plain ones.
+            full = {
+                **config,
+                "layers_per_block": 2,
+                "down_block_types": [0] * 4,
+                "up_block_types": [0] * 4,
+            }
+            flat = {re.sub(r"\.conv\.(weight|bias)$", r".\1", name): name for name in native}
+            flat |= {
+                name + f".conv.{leaf}": old
+                for new, old in list(flat.items())
+                for name, _, leaf in [new.rpartition(".")]
+                if name.endswith("sample")
+            }
+            flat = {
+                new: old
+                for new, old in flat.items()
+                if not re.search(r"sample\.(weight|bias)$", new)
+            }
+            square = {
+                new: native[old][..., 0]
+                if ".attn_1." in new and native[old].ndim == 5
+                else native[old]
+                for new, old in flat.items()
+            }
+            made = files.convert_ldm_vae_checkpoint(square, full)
+            return {
+                name if tensor.ndim < 5 and not _causal(name) else _with_conv(name): tensor
+                for name, tensor in made.items()
+            }
+
+        same = ("quant_conv.", "post_quant_conv.", "encoder.conv_", "decoder.conv_")
+        cases.append(Case("hunyuan-video-vae", f"width {width}", state, convert, same))
+    return cases
+
+
+def _causal(name: str) -> bool:
+    return (
+        re.search(r"(?:^|\.)(?:conv_in|conv_out|conv1|conv2|conv_shortcut|conv)\.bias$", name)
+        is not None
+    )
+
+
+def _with_conv(name: str) -> str:
+    path, _, leaf = name.rpartition(".")
+    return name if path.endswith("quant_conv") else f"{path}.conv.{leaf}"
+
+
 def wan_vae() -> list[Case]:
     """The VAE of Wan 2.1."""
     cases = []
@@ -414,11 +607,75 @@ def open_clip(family: str) -> list[Case]:
     return cases
 
 
+def mistral3_text() -> list[Case]:
+    """The language model inside a Mistral 3; ComfyUI's names are those of a Mistral by itself."""
+    cases = []
+    for width, layers in ((8, 2), (12, 11)):
+        config = MistralConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=20,
+        )
+        inside = "language_model.model."
+        state = {inside + name: x for name, x in labelled(MistralModel, config=config).items()}
+
+        def convert(native: State) -> Mapping[str, torch.Tensor]:
+            return {f"language_model.model.{name}": tensor for name, tensor in native.items()}
+
+        cases.append(Case("mistral3-text", f"{layers} layers", state, convert))
+    return cases
+
+
+def wan_umt5() -> list[Case]:
+    """Wan's text encoder; diffusers takes it from transformers, so the renames stand here."""
+    cases = []
+    names = {
+        "token_embedding": "shared",
+        "norm": "encoder.final_layer_norm",
+        **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+        "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+        "norm1": "layer.0.layer_norm",
+        "norm2": "layer.1.layer_norm",
+        "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+        "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+        "ffn.fc2": "layer.1.DenseReluDense.wo",
+    }
+
+    def convert(native: State) -> Mapping[str, torch.Tensor]:
+        made = {}
+        for name, tensor in native.items():
+            block = re.match(r"blocks\.(\d+)\.", name)
+            rest = name[block.end() :] if block else name
+            new = names[rest.removesuffix(".weight")] + ".weight"
+            made[f"encoder.block.{block[1]}.{new}" if block else new] = tensor
+        return made
+
+    for width, layers in ((8, 2), (12, 11)):
+        config = UMT5Config(
+            d_model=width, d_kv=4, d_ff=2 * width, num_layers=layers, num_heads=2, vocab_size=20
+        )
+        state = labelled(UMT5EncoderModel, config=config)
+        state.pop("encoder.embed_tokens.weight", None)  # it is tied to the first
+        cases.append(Case("wan-umt5", f"{layers} layers", state, convert))
+    return cases
+
+
 FAMILIES: dict[str, Callable[[], list[Case]]] = {
     "autoencoder-kl": autoencoder_kl,
     "open-clip": partial(open_clip, "open-clip"),
     "open-clip-sd2": partial(open_clip, "open-clip-sd2"),
+    "flux2-vae": flux2_vae,
+    "hunyuan-video-vae": hunyuan_video_vae,
+    "ltx-vae": partial(ltx_vae, "ltx-vae"),
+    "ltx-vae-091": partial(ltx_vae, "ltx-vae-091"),
+    "ltx-vae-095": partial(ltx_vae, "ltx-vae-095"),
+    "mistral3-text": mistral3_text,
     "wan-vae": wan_vae,
+    "wan22-vae": wan22_vae,
+    "wan-umt5": wan_umt5,
     "chroma": chroma,
     "flux": flux,
     "flux2": flux2,

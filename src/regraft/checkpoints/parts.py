@@ -128,7 +128,8 @@ def _in_file(source: Source, layout: str | None) -> Parted:
                 else:
                     dropped.setdefault(why, []).append(source.tensors.names[row])
             if kept:
-                pieces.append(_usual(_piece(source, part, prefix, kept)))
+                piece = _usual(_piece(source, part, prefix, kept))
+                pieces.append(_of_version(piece, source.where, to_diffusers=True))
     loose: list[str] = []
     for row in sorted([*rest, *(row for rows in groups.values() for row in rows)]):
         name = source.tensors.names[row]
@@ -154,7 +155,11 @@ def _in_folder(source: Source, layout: str | None) -> Parted:
         raise BadInputError(Finding("no-weights", message, where=source.where, fix=fix))
     pipeline = _choose(source, groups, denoiser, layout, lambda part: (f"{part.name}/",))
     pieces = [
-        _usual(_piece(source, part, f"{part.name}/", groups.pop(f"{part.name}/")))
+        _of_version(
+            _usual(_piece(source, part, f"{part.name}/", groups.pop(f"{part.name}/"))),
+            source.where,
+            to_diffusers=False,
+        )
         for part in pipeline.parts
         if f"{part.name}/" in groups
     ]
@@ -298,6 +303,19 @@ def _plan(piece: Piece, where: str, *, to_diffusers: bool) -> Plan:
     book = _book(piece.part.book)
     edge = Edge.to(book, DIFFUSERS) if to_diffusers else Edge.out_of(book, DIFFUSERS)
     return build_plan(piece.headers, [edge], where=where, unmatched_fix=_UNUSED)
+
+
+def _of_version(piece: Piece, where: str, *, to_diffusers: bool) -> Piece:
+    """A part with the rule book of the version that it is, where there are several; the first where none fits."""
+    part = piece.part
+    for book in (part.book, *part.others) if part.others else ():
+        this = replace(piece, part=replace(part, book=book or part.book))
+        try:
+            _plan(this, where, to_diffusers=to_diffusers if book else False)
+        except RegraftError:
+            continue
+        return replace(piece, part=replace(part, book=book))
+    return piece
 
 
 def _may_explain(piece: Piece, *, to_diffusers: bool) -> bool:

@@ -41,6 +41,8 @@ class Part(Struct, frozen=True):
     """What all its names begin with, and what transformers 5 leaves out where it saves them."""
     older: tuple[tuple[str, str], ...] = ()
     """What names of older releases have in them, and what stands there since."""
+    others: tuple[str, ...] = ()
+    """Names of rule books of its other versions; an empty one where a single file may have the folder's names, too."""
 
     @property
     def stem(self) -> str:
@@ -73,6 +75,8 @@ _FLOW = ("scheduler", DIFFUSERS, "FlowMatchEulerDiscreteScheduler")
 _EULER = ("scheduler", DIFFUSERS, "EulerDiscreteScheduler")
 
 
+_LDM_VAE, _COMFY_VAE = "first_stage_model.", "vae."
+
 _ATTENTION = tuple(
     (f".attentions.0.{old}.", f".attentions.0.{new}.")
     for old, new in (
@@ -93,6 +97,12 @@ def _transformer(cls: str, book: str) -> Part:
     return Part("transformer", DIFFUSERS, cls, (DENOISER,), book)
 
 
+def _vae_of(cls: str, book: str, *others: str) -> Part:
+    """The VAE of a video model, or of a newer image model."""
+    prefixes = _COMFY_VAE, _LDM_VAE
+    return Part("vae", DIFFUSERS, cls, prefixes, book, others=others)
+
+
 def _vae(*prefixes: str) -> Part:
     return Part("vae", DIFFUSERS, "AutoencoderKL", prefixes, "autoencoder_kl", older=_ATTENTION)
 
@@ -101,7 +111,6 @@ def _encoder(name: str, cls: str, *prefixes: str) -> Part:
     return Part(name, _TRANSFORMERS, cls, prefixes, root="text_model." if cls == _CLIP else "")
 
 
-_LDM_VAE, _COMFY_VAE = "first_stage_model.", "vae."
 _LAST = "Stable Diffusion 2 does not use the last layer"
 
 PIPELINES: tuple[Pipeline, ...] = (
@@ -225,7 +234,7 @@ PIPELINES: tuple[Pipeline, ...] = (
         "wan",
         (
             _transformer("WanTransformer3DModel", "wan"),
-            Part("vae", DIFFUSERS, "AutoencoderKLWan", (_COMFY_VAE, _LDM_VAE), "wan_vae"),
+            _vae_of("AutoencoderKLWan", "wan_vae", "wan22_vae"),
             _encoder("text_encoder", "UMT5EncoderModel", "text_encoders.umt5xxl.transformer."),
         ),
         (
@@ -241,6 +250,7 @@ PIPELINES: tuple[Pipeline, ...] = (
         (
             _transformer("ZImageTransformer2DModel", "z_image"),
             _vae(_COMFY_VAE, _LDM_VAE),
+            _encoder("text_encoder", "Qwen3Model", "text_encoders.qwen3_4b.transformer."),
         ),
         (("tokenizer", _TRANSFORMERS, "Qwen2Tokenizer"), _FLOW),
     ),
@@ -252,6 +262,7 @@ PIPELINES: tuple[Pipeline, ...] = (
         (
             _transformer("Lumina2Transformer2DModel", "lumina2"),
             _vae(_COMFY_VAE, _LDM_VAE),
+            _encoder("text_encoder", "Gemma2Model", "text_encoders.gemma2_2b.transformer.model."),
         ),
         (("tokenizer", _TRANSFORMERS, "GemmaTokenizer"), _FLOW),
     ),
@@ -260,28 +271,66 @@ PIPELINES: tuple[Pipeline, ...] = (
         "FLUX.2",
         "Flux2Pipeline",
         "bfl",
-        (_transformer("Flux2Transformer2DModel", "flux2"),),
+        (
+            _transformer("Flux2Transformer2DModel", "flux2"),
+            _vae_of("AutoencoderKLFlux2", "flux2_vae"),
+            Part(
+                "text_encoder",
+                _TRANSFORMERS,
+                "Mistral3ForConditionalGeneration",
+                ("text_encoders.mistral3_24b.transformer.model.",),
+                "mistral3_text",
+                older=(("model.language_model.", "language_model.model."),),
+            ),
+        ),
+        (("tokenizer", _TRANSFORMERS, "PixtralProcessor"), _FLOW),
     ),
     Pipeline(
         "qwen-image",
         "Qwen-Image",
         "QwenImagePipeline",
         "qwen-image",
-        (_transformer("QwenImageTransformer2DModel", "qwen_image"),),
+        (
+            _transformer("QwenImageTransformer2DModel", "qwen_image"),
+            _vae_of("AutoencoderKLQwenImage", "wan_vae"),
+            Part(
+                "text_encoder",
+                _TRANSFORMERS,
+                "Qwen2_5_VLForConditionalGeneration",
+                ("text_encoders.qwen25_7b.transformer.",),
+                older=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+            ),
+        ),
+        (("tokenizer", _TRANSFORMERS, "Qwen2Tokenizer"), _FLOW),
     ),
     Pipeline(
         "hunyuan-video",
         "HunyuanVideo",
         "HunyuanVideoPipeline",
         "hunyuan",
-        (_transformer("HunyuanVideoTransformer3DModel", "hunyuan_video"),),
+        (
+            _transformer("HunyuanVideoTransformer3DModel", "hunyuan_video"),
+            _vae_of("AutoencoderKLHunyuanVideo", "hunyuan_video_vae", ""),
+            _encoder("text_encoder", "LlamaModel", "text_encoders.llama.transformer.model."),
+            _encoder("text_encoder_2", _CLIP, "text_encoders.clip_l.transformer."),
+        ),
+        (
+            ("tokenizer", _TRANSFORMERS, "LlamaTokenizerFast"),
+            ("tokenizer_2", _TRANSFORMERS, "CLIPTokenizer"),
+            _FLOW,
+        ),
     ),
     Pipeline(
         "ltx-video",
         "LTX-Video",
         "LTXPipeline",
         "ltx",
-        (_transformer("LTXVideoTransformer3DModel", "ltx_video"),),
+        (
+            _transformer("LTXVideoTransformer3DModel", "ltx_video"),
+            _vae_of("AutoencoderKLLTXVideo", "ltx_vae_095", "ltx_vae_091", "ltx_vae"),
+            _encoder("text_encoder", _T5, "text_encoders.t5xxl.transformer."),
+        ),
+        (("tokenizer", _TRANSFORMERS, "T5TokenizerFast"), _FLOW),
     ),
 )
 
@@ -289,7 +338,7 @@ PIPELINES: tuple[Pipeline, ...] = (
 def part_by_book(books: Sequence[Book]) -> Part | None:
     """The part that a rule book is for; ``None`` for other books."""
     names = {book.name for book in books}
-    return next((x for p in PIPELINES for x in p.parts if x.book and x.book in names), None)
+    return next((x for p in PIPELINES for x in p.parts if names & {x.book, *x.others} - {""}), None)
 
 
 EXTRAS: tuple[tuple[str, str], ...] = (
@@ -301,6 +350,12 @@ EXTRAS: tuple[tuple[str, str], ...] = (
     ("posterior_*", "the scheduler computes it"),
     ("denoiser.*", "the scheduler computes it"),
     ("cond_stage_model.logit_scale", "it is for training only"),
+    (
+        "text_encoders.*.transformer.lm_head.weight",
+        "the pipeline takes what comes before the output",
+    ),
+    ("text_encoders.*spiece_model", "it is a tokenizer's, and no weight"),
+    ("text_encoders.*.scaled_fp8", "it is empty: a mark of how the file was written"),
 )
 """Patterns of what single files hold besides their parts, and why a folder has no use for it."""
 
