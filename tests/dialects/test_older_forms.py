@@ -1,6 +1,7 @@
 """Forms of LoRA that PEFT has no more, or that only one tool's modules make: read, and rewritten in today's."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,3 +133,100 @@ def test_experts_one_by_one_become_a_stack(to, experts, tmp_path):
             np.testing.assert_array_equal(
                 product, tensor @ tensors[key.replace("lora_B", "lora_A")]
             )
+
+
+# torch's MultiheadAttention, in OpenCLIP's text encoder
+
+SIZE = 8
+
+
+def encoder():
+    """A module with OpenCLIP's names for what is adapted here."""
+    torch = pytest.importorskip("torch")
+    made = torch.nn.Module()
+    blocks = [torch.nn.Module() for _ in range(2)]
+    for block in blocks:
+        block.attn = torch.nn.MultiheadAttention(SIZE, 2)
+        block.attn.in_proj_bias.data.zero_()
+    made.transformer = torch.nn.Module()
+    made.transformer.resblocks = torch.nn.ModuleList(blocks)
+    return made
+
+
+def deltas_by_peft(folder):
+    """What PEFT adds to the weights of such a module when it merges an adapter."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = encoder()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return {k: (v - before[k]).numpy() for k, v in merged.state_dict().items()}
+
+
+def trained(folder, **options):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attn"], **options)
+    model = peft.get_peft_model(encoder(), config)
+    for name, x in model.named_parameters():
+        if "lora_" in name:
+            x.data = torch.from_numpy(whole(*x.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def deltas_of(folder):
+    got, config = written(folder)
+    made = {}
+    for key in got:
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight")
+            hits = [a for p, a in (config.get("alpha_pattern") or {}).items() if re.search(p, path)]
+            scale = (hits or [config["lora_alpha"]])[0] / config["r"]
+            made[path] = scale * got[f"{path}.lora_B.weight"] @ got[key]
+    return made
+
+
+def test_an_attention_of_torch_is_split_and_joined_as_peft_adds_it(tmp_path):
+    lora = trained(tmp_path / "lora")
+    want = deltas_by_peft(lora)
+    regraft.convert(lora, tmp_path / "split", to="diffusers:peft", source="ldm", verify=True)
+    got = deltas_of(tmp_path / "split")
+    for layer in range(2):
+        there, here = (
+            f"text_model.encoder.layers.{layer}.self_attn",
+            f"transformer.resblocks.{layer}.attn",
+        )
+        parts = np.split(want[f"{here}.in_proj_weight"], 3)
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+            np.testing.assert_allclose(got[f"{there}.{name}"], part, atol=1e-5)
+        # PEFT adds the delta of out_proj twice.
+        whole_delta = want[f"{here}.out_proj.weight"]
+        np.testing.assert_allclose(got[f"{there}.out_proj"], whole_delta, atol=1e-5)
+    regraft.convert(tmp_path / "split", tmp_path / "back", to="ldm:peft", verify=True)
+    back, config = written(tmp_path / "back")
+    was, _ = written(lora)
+    assert config["target_modules"] == ["attn"]
+    assert {k: v.tobytes() for k, v in back.items()} == {k: v.tobytes() for k, v in was.items()}
+
+
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("out_proj",), ("k_proj", "out_proj")])
+def test_zeros_stand_for_the_projections_that_are_not_adapted(names, tmp_path):
+    (tmp_path / "lora").mkdir()
+    tensors, want = {}, {}
+    for name in names:
+        path = f"text_model.encoder.layers.1.self_attn.{name}"
+        a, b = whole(2, SIZE), whole(SIZE, 2)
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
+        want[name] = 1.5 * b @ a
+    write_tensors(tmp_path / "lora/adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(names)}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    regraft.convert(tmp_path / "lora", tmp_path / "out", to="ldm:peft", verify=True)
+    got = deltas_by_peft(tmp_path / "out")
+    here = "transformer.resblocks.1.attn"
+    parts = dict(
+        zip(("q_proj", "k_proj", "v_proj"), np.split(got[f"{here}.in_proj_weight"], 3), strict=True)
+    )
+    parts["out_proj"] = got[f"{here}.out_proj.weight"]
+    for name, part in parts.items():
+        np.testing.assert_allclose(part, want.get(name, np.zeros_like(part)), atol=1e-5)

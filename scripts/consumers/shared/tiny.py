@@ -55,7 +55,11 @@ def config_of(model_type):
         "v_head_dim": 8,
     }
     made = CONFIG_MAPPING[model_type]().to_dict()
-    made |= {k: v for k, v in fields.items() if k in made or k == "head_dim"}
+    made |= {
+        k: v
+        for k, v in fields.items()
+        if k in made or k == "head_dim" or (k == "num_experts" and "moe" in model_type)
+    }
     made |= {
         "model_type": model_type,
         "rms_norm_eps": 1e-5,

@@ -85,6 +85,14 @@ class Scale(Struct, frozen=True):
             raise out_of_range(f"{self} at rank {rank}")
         return Scale(rank, alpha, self.rslora)
 
+    def times(self, factor: int) -> Scale:
+        """A scale that is a whole number of times as large.
+
+        >>> Scale(4, 8).times(2)
+        Scale(rank=4, alpha=16, rslora=False)
+        """
+        return self if factor == 1 else Scale(self.rank, self.alpha * factor, self.rslora)
+
     @property
     def divisor(self) -> float:
         """What alpha is divided by."""

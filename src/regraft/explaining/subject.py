@@ -233,7 +233,7 @@ def _adapter_names(
         modules = pairs.modules.names()
         own = _parameters(books, layout, pairs.modules)
         for row, module in enumerate(modules):
-            leaf = "weight"
+            leaf = pairs.parameter
             if own is not None:
                 wanted = opened.config.get("target_parameters")
                 adapted = [n for n in own if targets_parameter(wanted, f"{module}.{n}")] or list(

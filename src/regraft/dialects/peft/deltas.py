@@ -73,10 +73,16 @@ class PeftDeltas(Deltas):
         """The factors of every base tensor, found by PEFT's names, with PEFT's scale."""
         names, lora = list(self.source.tensors), LoraConfig(config)
         found: dict[str, dict[int, tuple[str, str]]] = {}
+        attentions: dict[str, tuple[str, int]] = {}
         for pairs in self.scan.pairs:
             rows = zip(pairs.modules.names(), pairs.a.tolist(), pairs.b.tolist(), strict=True)
             for path, a, b in rows:
                 found.setdefault(path, {})[pairs.depth] = names[a], names[b]
+            if pairs.attention:
+                # PEFT has one rank and alpha for both projections, and adds that of out_proj twice.
+                times = 2 if pairs.attention == "out" else 1
+                for path, owner in zip(pairs.modules.names(), pairs.owners(), strict=True):
+                    attentions[f"{path}.{pairs.parameter}"] = owner, times
         nested: dict[str, list[str]] = {}
         for key in self.ids:
             path, _, parameter = key.rpartition(".")
@@ -93,7 +99,8 @@ class PeftDeltas(Deltas):
                 order = [name for name in listed if name in nested[path]]
                 pair = found[path].get(len(order) - 1 - order.index(parameter))
             assert pair is not None
-            scale = lora.scale(self._called(key, config)).value if varies else common
+            named, times = attentions.get(key) or (self._called(key, config), 1)
+            scale = times * (lora.scale(named).value if varies else common)
             kind, shape = self._kinds[number], self.headers.shapes[number]
             a, b = (self.source.tensors[name] for name in pair)
             yield _factors(_Factors(a, b, pair, scale), kind, shape, packing)

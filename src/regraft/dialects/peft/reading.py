@@ -74,7 +74,8 @@ class FactorReader:
         dtypes: list[str] = []
         wrapped: dict[str, list[Pairs]] = {}
         for pairs in self.scan.pairs:
-            if self.side.parameters(pairs.modules) is not None or pairs.depth:
+            stacked = self.side.parameters(pairs.modules) is not None or pairs.depth
+            if stacked and not pairs.attention:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
                 continue
             for part, as_parameter in self._split(pairs):
@@ -118,7 +119,7 @@ class FactorReader:
     def _split(self, pairs: Pairs) -> Iterator[tuple[Pairs, bool]]:
         """The modules of a group, those that are adapted as parameters (``X.weight``) apart."""
         entries = self.config.get("target_parameters")
-        if not entries:
+        if not entries or pairs.attention:
             yield pairs, False
             return
         modules = self.config.get("target_modules") or []
@@ -148,12 +149,14 @@ class FactorReader:
         a = [self.tensors[i] for i in pairs.a.tolist()]
         b = [self.tensors[i] for i in pairs.b.tolist()]
         keys = Group(
-            pairs.modules.template + ".weight",
+            f"{pairs.modules.template}.{pairs.parameter}",
             np.arange(start, start + len(a)),
             pairs.modules.numbers,
         )
         found = self.side.find(keys)
         unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
+        if pairs.attention:
+            unruled = "linear"
         kind = found[2] if found is not None else unruled
         if as_parameter and kind == "embedding":
             kind = (
@@ -172,15 +175,16 @@ class FactorReader:
         factors.kinds.append((keys, kind))
 
     def _scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
+        twice = 2 if pairs.attention == "out" else 1
         if not self.lora.ranks and not self.lora.alphas:
-            return [self.lora.scale("")] * len(keys)
+            return [self.lora.scale("").times(twice)] * len(keys)
         entries = self.config.get("target_parameters")
-        paths = pairs.modules.names()
+        paths = pairs.owners()
         cache: dict[tuple[int, Any], Scale] = {}
         result = []
         for path in paths:
             name = path + ".weight" if targets_parameter(entries, path + ".weight") else path
-            scale = self.lora.scale(name)
+            scale = self.lora.scale(name).times(twice)
             result.append(cache.setdefault((scale.rank, scale.alpha), scale))
         return result
 
@@ -224,9 +228,7 @@ class FactorReader:
     def _check_targets(self, pairs: Pairs, keys: Group) -> None:
         if self.targeting.leaves_out:
             named = self.config.get("target_parameters")
-            paths = [
-                p for p in pairs.modules.names() if not targets_parameter(named, p + ".weight")
-            ]
+            paths = [p for p in pairs.owners() if not targets_parameter(named, p + ".weight")]
             key = PREFIX + "{}." + ("lora_embedding_A" if pairs.embedding else "lora_A.weight")
             found = untargeted(paths, self.targeting, self.where, key)
             if found is not None:
@@ -252,11 +254,11 @@ class FactorReader:
             return
         if not isinstance(modules, str) and modules is not None:
             leaf = pairs.modules.template.rsplit(".", 1)[-1]
-            if "\0" not in leaf and leaf in modules:
+            if "\0" not in leaf and leaf in modules and not pairs.attention:
                 self.targeted += len(keys)
                 return
         missing = None
-        for path in pairs.modules.names():
+        for path in pairs.owners():
             if targets_module(modules if modules is not None else [], path) or targets_parameter(
                 parameters, path + ".weight"
             ):

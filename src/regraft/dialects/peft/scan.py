@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from regraft.errors import Finding
 from regraft.names.keys import MARK, Group, Ints, fill, group_names
+
+IN_PROJ = "in_proj_weight"
+"""The joined projection of torch's MultiheadAttention."""
+OUT_PROJ = ".out_proj"
+_INSIDE = ".base_layer" + OUT_PROJ
 
 PREFIX = "base_model.model."
 """What PEFT writes before every module path."""
@@ -38,6 +45,23 @@ class Pairs(Struct, frozen=True, eq=False):
     depth: int
     """How many ``.base_layer`` stood at the end of the module's path."""
     embedding: bool
+    attention: Literal["", "in", "out"] = ""
+    """Whether they are those of torch's MultiheadAttention: on its joined projection, or on ``out_proj``.
+
+    PEFT wraps both in one layer, with the rank and alpha of the attention (``modules`` has its path, and for ``out`` that
+    of ``out_proj``), and adds the delta of ``out_proj`` twice (``MultiheadAttention.merge`` in
+    ``peft/tuners/lora/layer.py``, 0.18.1 and 0.21.2).
+    """
+
+    @property
+    def parameter(self) -> str:
+        """The base tensor's name below its module."""
+        return IN_PROJ if self.attention == "in" else "weight"
+
+    def owners(self) -> list[str]:
+        """The paths that the config's ranks, alphas and targets are about."""
+        paths = self.modules.names()
+        return [x.removesuffix(OUT_PROJ) for x in paths] if self.attention == "out" else paths
 
 
 class Tuned(Struct, frozen=True, eq=False):
@@ -70,7 +94,16 @@ class Scan(Struct, frozen=True, eq=False):
 
     def modules(self) -> list[Group]:
         """All modules that are adapted, by template."""
-        return [p.modules for p in self.pairs] + [t.modules for t in self.tuned]
+        plain = [p.modules for p in self.pairs if p.attention != "in"]
+        return plain + [t.modules for t in self.tuned]
+
+    def parameters(self) -> list[Group]:
+        """Tensors that are adapted and are no module's weight: joined projections of attentions."""
+        return [
+            Group(f"{p.modules.template}.{IN_PROJ}", p.modules.ids, p.modules.numbers)
+            for p in self.pairs
+            if p.attention == "in"
+        ]
 
 
 HOLDERS = ("ln_tuning_layers",)
@@ -128,8 +161,30 @@ def scan_names(
         if pair is not None:
             pairs.append(pair)
     return Scan(
-        tuple(pairs), tuple(others), tuple(_tuned(*item) for item in tuned.items())
+        tuple(_with_attentions(pairs)),
+        tuple(others),
+        tuple(_tuned(*item) for item in tuned.items()),
     ), findings
+
+
+def _with_attentions(pairs: Sequence[Pairs]) -> Iterator[Pairs]:
+    """The pairs, with those of MultiheadAttention told by the projection inside."""
+    attentions = {
+        p.modules.template.removesuffix(_INSIDE)
+        for p in pairs
+        if p.modules.template.endswith(_INSIDE)
+    }
+    for p in pairs:
+        template = p.modules.template
+        if template in attentions and not p.depth:
+            yield replace(p, attention="in")
+        elif template.endswith(_INSIDE):
+            there = Group(
+                template.removesuffix(_INSIDE) + OUT_PROJ, p.modules.ids, p.modules.numbers
+            )
+            yield replace(p, modules=there, attention="out")
+        else:
+            yield p
 
 
 def _split_module(

@@ -28,7 +28,7 @@ from regraft.dialects.peft.saved import Style, names_of, saved_groups
 from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.shared import settle_shared
 from regraft.dialects.peft.stripped import Stripped, strip_tensors
-from regraft.dialects.peft.variants import claimed_names, refuse_attention
+from regraft.dialects.peft.variants import claimed_names, refuse_nested
 from regraft.dialects.unread import find_dialect
 from regraft.errors import (
     AmbiguousError,
@@ -189,7 +189,7 @@ class Source:
 
     def check_convertible(self) -> None:
         """Raise ``RefusedError`` for what can be read but not converted."""
-        refuse_attention(self.scan(), self.where)
+        refuse_nested(self.scan(), self.where)
 
     def check_fit(self, known: Known, base: BaseWeights) -> None:
         """Raise ``BadInputError`` where rows of the vocabulary or dims do not fit the base."""
@@ -336,8 +336,8 @@ class Source:
             for path, a, b in zip(
                 pairs.modules.names(), pairs.a.tolist(), pairs.b.tolist(), strict=True
             ):
-                found[names[a]] = f"{path}.weight", "A"
-                found[names[b]] = f"{path}.weight", "B"
+                found[names[a]] = f"{path}.{pairs.parameter}", "A"
+                found[names[b]] = f"{path}.{pairs.parameter}", "B"
         return found
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
@@ -389,8 +389,8 @@ def names_of_scan(scan: Scan) -> Names:
     """What sorted keys say of the base."""
     return Names(
         tuple(scan.modules()),
-        tuple(o.keys for o in scan.others),
-        bool(scan.modules()) or any(o.prefix for o in scan.others),
+        (*(o.keys for o in scan.others), *scan.parameters()),
+        bool(scan.pairs or scan.tuned) or any(o.prefix for o in scan.others),
     )
 
 

@@ -24,17 +24,13 @@ def names_of(config: Mapping[str, Any]) -> list[str]:
     return lora.variants() + more
 
 
-def refuse_attention(scan: Scan, where: str) -> None:
-    """Refuse a LoRA on torch's MultiheadAttention.
-
-    PEFT wraps its two projections in one layer and adds that of ``out_proj`` twice (``peft/tuners/lora/layer.py``).
-    """
+def refuse_nested(scan: Scan, where: str) -> None:
+    """Refuse a LoRA on a module inside another one that is adapted, but for torch's MultiheadAttention."""
     inside = ".base_layer."
     findings = [
         Finding(
             "no-image",
-            "it adapts a torch.nn.MultiheadAttention, whose two projections PEFT wraps in one layer; regraft has no "
-            "rule that carries these along",
+            "it adapts a module inside of another one that is adapted, and regraft has no rule that carries these along",
             where=where,
             key=pairs.modules.name(0).split(inside)[0],
             fix="merge the adapter into its base, where it was trained, and convert the base",

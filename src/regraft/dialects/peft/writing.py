@@ -15,11 +15,12 @@ from msgspec import Struct, field
 
 from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
+from regraft.dialects.peft.attention import join_attentions
 from regraft.dialects.peft.config import LoraConfig, targets_module
 from regraft.dialects.peft.packing import BEFORE, SINCE, pack, swaps
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import Finding, RefusedError
-from regraft.names.keys import Group, fill_rows, in_order, tail_of
+from regraft.names.keys import Group, fill_rows, group_names, in_order, tail_of
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
@@ -47,6 +48,7 @@ def write_factors(
 
     Raises ``RefusedError`` for what PEFT cannot hold.
     """
+    images = list(images)
     result = Result()
     nested: dict[str, dict[str, tuple[str, str, Lora]]] = defaultdict(dict)
     templates: dict[str, tuple[str, ...] | None] = {}
@@ -84,6 +86,7 @@ def write_factors(
             result.tensors[f"{place}.lora_A.weight"] = a
             result.tensors[f"{place}.lora_B.weight"] = b
             result.written.append(Written(key, path, name, lora.scale))
+    join_attentions(result, images, lambda key: side.find(group_names([key])[0]) is not None)
     return result
 
 
