@@ -181,6 +181,8 @@ class ServedWriter(PlainWriter):
         super().__init__(opened, known, to, PeftNames())
         self.demands = demands_table(self.tool).for_model(model_types_of(known))
         self.pieces = Pieces()
+        self.left_out: list[str] = []
+        """Keys that the file cannot hold, and whose factors add nothing."""
 
     # -- what the file has
 
@@ -223,7 +225,10 @@ class ServedWriter(PlainWriter):
                 if lora is not None:
                     key = image.keys.name(row)
                     why = self.why_not(key, image.kind, lora)
-                    if why is not None:
+                    if why is not None and _adds_nothing(lora):
+                        image.loras[row] = None
+                        self.left_out.append(key)
+                    elif why is not None:
                         findings.append(self._refusal(key, why))
         if findings:
             raise RefusedError(grouped(findings))
@@ -480,9 +485,19 @@ class ServedWriter(PlainWriter):
             f"{count} blocks of zeros for {why}: {self.title} demands them, and they add nothing"
             for why, count in self.pieces.filled.items()
         ]
+        if self.left_out:
+            notes.append(
+                f"{len(self.left_out)} LoRAs that add nothing were left out, because {self.title} cannot hold them "
+                f"({self.left_out[0]}, …)"
+            )
         if self.demands.serve:
             notes.append(self.demands.serve)
         return notes
+
+
+def _adds_nothing(lora: Lora) -> bool:
+    """Whether one of the factors is zero, as where a tool wants a module that was not trained."""
+    return not lora.b.any() or not lora.a.any()
 
 
 def _everywhere(paths: Sequence[str], layers: int, experts: int | None) -> bool:

@@ -12,7 +12,7 @@ from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group
 from regraft.planning.model import Scope
 from regraft.rules.book import Book, Rule
-from regraft.rules.templates import match_group
+from regraft.rules.templates import match_group, specificity
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
@@ -46,12 +46,15 @@ class Side(Struct, frozen=True):
         ]
 
     def find(self, keys: Group) -> tuple[Rule, Term, str, Scope] | None:
-        """The rule that speaks of a key on this side."""
-        for found in self.rules():
-            key = found[1].key
-            if key is not None and match_group(key, keys) is not None:
-                return found
-        return None
+        """The rule that speaks of a key on this side; of several the one with most of the key's text in its own."""
+        hits = [
+            found
+            for found in self.rules()
+            if (key := found[1].key) is not None and match_group(key, keys) is not None
+        ]
+        if len(hits) < 2:
+            return hits[0] if hits else None
+        return max(hits, key=lambda found: specificity(found[1], found[0].equation))
 
     def carried_kind(self, keys: Group) -> str | None:
         """The kind that a carry-over gives a key that stays as it is; ``None`` where none says it."""

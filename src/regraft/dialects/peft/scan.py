@@ -48,8 +48,8 @@ class Pairs(Struct, frozen=True, eq=False):
     attention: Literal["", "in", "out"] = ""
     """Whether they are those of torch's MultiheadAttention: on its joined projection, or on ``out_proj``.
 
-    PEFT wraps both in one layer, with the rank and alpha of the attention (``modules`` has its path, and for ``out`` that
-    of ``out_proj``), and adds the delta of ``out_proj`` twice (``MultiheadAttention.merge`` in
+    PEFT wraps both in one layer, with the rank and alpha of the attention (``modules`` has its path, and for ``out``
+    that of ``out_proj``), and adds the delta of ``out_proj`` twice (``MultiheadAttention.merge`` in
     ``peft/tuners/lora/layer.py``, 0.18.1 and 0.21.2).
     """
 

@@ -30,7 +30,7 @@ def refuse_nested(scan: Scan, where: str) -> None:
     findings = [
         Finding(
             "no-image",
-            "it adapts a module inside of another one that is adapted, and regraft has no rule that carries these along",
+            "it adapts a module inside of another one that is adapted, and regraft has no rule for these",
             where=where,
             key=pairs.modules.name(0).split(inside)[0],
             fix="merge the adapter into its base, where it was trained, and convert the base",
