@@ -9,7 +9,6 @@ Source: PEFT 0.18.1 and 0.21.2, ``MultiheadAttention`` in ``peft/tuners/lora/lay
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,4 +89,4 @@ def _take(result: Result, place: str, item: Written) -> Lora:
 def _zeros(like: Lora, out: int, into: int) -> Lora:
     rank = len(like.a)
     a: Array = np.zeros((rank, into), like.a.dtype)
-    return replace(like, a=a, b=np.zeros((out, rank), like.b.dtype))
+    return Lora(a, np.zeros((out, rank), like.b.dtype), like.scale)
