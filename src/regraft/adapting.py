@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +25,10 @@ from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder
 from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification, Budget
-
-IMAGES = frozenset({"kohya", "diffusers", "comfyui", "ai-toolkit", "onetrainer", "xlabs", "bfl"})
-"""The dialects of image and video models."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -198,7 +195,9 @@ def _merge(
                 fix="give the base's folder as --model, and one adapter's folder as SRC",
             )
         )
-    if opening.dialect.name in IMAGES:
+    from regraft.dialects.image.dialect import ImageDialect
+
+    if isinstance(opening.dialect, ImageDialect):
         from regraft.merging.merge import merge as merge_into
 
         return merge_into(

@@ -94,3 +94,16 @@ def kohya_flux(path, alpha=1.0, text=True, seed=0):
 def config_of(folder):
     """The config of a folder."""
     return json.loads((folder / "config.json").read_text())
+
+
+def sdxl_file(path):
+    """SDXL's UNet and both text encoders as one file; the second has OpenCLIP's names."""
+    unet, _ = both("sdxl", 1)
+    clip_g, _ = both("open-clip")
+    clip_l = {name: np.zeros(shape) for name, shape in CLIP.items()}
+    single = {
+        **{"model.diffusion_model." + n: x for n, x in unet.items()},
+        **{"conditioner.embedders.0.transformer." + n: x for n, x in clip_l.items()},
+        **{"conditioner.embedders.1.model." + n: x for n, x in clip_g.items()},
+    }
+    return write(path, numbers(single))

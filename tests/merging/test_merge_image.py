@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from merge_samples import flux_file, kohya_flux, read, write
+from merge_samples import flux_file, kohya_flux, pair, read, sdxl_file, write
 
 import regraft
 
@@ -142,3 +142,35 @@ def test_dry_run_writes_nothing(flux, tmp_path):
     assert not report.written
     assert len(report.targets) == 6
     assert list(tmp_path.iterdir()) == [lora]
+
+
+def kohya_sdxl(path):
+    """A kohya LoRA on a convolution, a linear, and both text encoders."""
+    layer = "text_model_encoder_layers_0_"
+    modules = {
+        "lora_unet_input_blocks_1_0_in_layers_2": (16, 16, (3, 3)),
+        "lora_unet_input_blocks_4_0_skip_connection": (32, 16, (1, 1)),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (32, 32, ()),
+        f"lora_te1_{layer}self_attn_q_proj": (12, 12, ()),
+        f"lora_te2_{layer}self_attn_q_proj": (8, 8, ()),
+        f"lora_te2_{layer}self_attn_v_proj": (8, 8, ()),
+        f"lora_te2_{layer}mlp_fc1": (32, 8, ()),
+    }
+    tensors = {}
+    for number, (stem, (out, into, kernel)) in enumerate(modules.items()):
+        down, up = pair(out, into, kernel=kernel, seed=number)
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    return write(path, tensors, {"ss_base_model_version": "sdxl_base_v1-0"})
+
+
+def test_convolutions_and_a_text_encoder_whose_weights_are_fused(tmp_path):
+    """OpenCLIP has q, k and v in one tensor: the law holds for numbers as for adapters."""
+    base = sdxl_file(tmp_path / "sdxl.safetensors")
+    lora = kohya_sdxl(tmp_path / "lora.safetensors")
+    regraft.convert(base, tmp_path / "folder", to="diffusers")
+    regraft.merge(base, [(lora, 0.5)], tmp_path / "out.safetensors")
+    before, after = read(base), read(tmp_path / "out.safetensors")
+    assert len([n for n in before if before[n].tobytes() != after[n].tobytes()]) == 6
+    regraft.convert(tmp_path / "out.safetensors", tmp_path / "want", to="diffusers")
+    regraft.merge(tmp_path / "folder", [(lora, 0.5)], tmp_path / "got")
+    assert same(read(tmp_path / "got"), read(tmp_path / "want")) == []
