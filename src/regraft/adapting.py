@@ -47,6 +47,7 @@ def convert_adapters(
     dry_run: bool = False,
     merge: bool = False,
     verify_for: float | None = None,
+    max_error: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert the adapters of a path; ``given`` is what was said of them, ``verify_for`` the seconds for a certificate.
@@ -109,6 +110,8 @@ def convert_adapters(
     if failed:
         kinds = {type(error) for error in failed}
         raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+    if max_error is not None:
+        _check_errors(report, max_error)
     _note_company(report, [result for _, result in converted])
     others = list(found.others)
     if not all(result.report.copied for _, result in converted):
@@ -171,6 +174,22 @@ def _held_or_merged(
             f"merged into the base, as was asked for: {where}{why.message}"
         )
         return report
+
+
+def _check_errors(report: Report, most: float) -> None:
+    """Refuse approximations that are off by more than what was allowed."""
+    findings = [
+        Finding(
+            "max-error",
+            f"its delta is approximated with a relative error of {target.error:.3g}, and at most {most:g} is allowed",
+            key=target.key,
+            fix="allow a larger error with --max-error, or ask for a better approximation with --via",
+        )
+        for target in report.targets
+        if target.error > most
+    ]
+    if findings:
+        raise RefusedError(findings)
 
 
 def _merge(

@@ -15,7 +15,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
 from regraft.places import address_of, file_named, locate, no_address, store_for, traffic, visiting
 from regraft.planning.model import taken_for
-from regraft.report import Report
+from regraft.report import Report, log_report
 from regraft.rules.book import Rules, only_books, only_family
 from regraft.storage.stand_ins import named
 
@@ -46,6 +46,7 @@ def convert(
     uniform_rank: bool = False,
     verify: bool = False,
     verify_budget: float = 300.0,
+    max_error: float | None = None,
     merge: bool = False,
     architecture: str | None = None,
     rules: Rules = (),
@@ -91,6 +92,8 @@ def convert(
             written. The report has the largest relative error.
         verify_budget: seconds after which ``verify`` compares what is left by random vectors, and not entry by
             entry; the report names what was compared so.
+        max_error: adapters only: the largest relative error that an approximation (``via``) may have; above it the
+            conversion is refused and nothing is written.
         merge: adapters only: write the base at ``model`` in the layout, with the adapter's deltas added to its
             weights, instead of an adapter.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
@@ -132,6 +135,7 @@ def convert(
         stack.enter_context(only_family(given.family))
         stack.enter_context(going_over(given.via))
         if not adapter:
+            _check_options("only for adapters, and SRC is a checkpoint", max_error=max_error)
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
             options["foreign"] = InstalledTransformers()
             options["source"] = given.name
@@ -193,6 +197,7 @@ def convert(
                 named(str(src_path)), address or str(dst_path), checkpoint=done, written=not dry_run
             )
             report.files = list(done.others)
+            log_report(report)
             return report
         _check_options(
             "only for checkpoints, and SRC is none",
@@ -211,7 +216,7 @@ def convert(
 
         if address is not None and merge:
             no_address(dst, "--merge")
-        return _sent(
+        report = _sent(
             store,
             address,
             dry_run,
@@ -228,10 +233,13 @@ def convert(
                 dry_run=dry_run,
                 merge=merge,
                 verify_for=verify_budget if verify else None,
+                max_error=max_error,
                 progress=progress,
             ),
             dst_path,
         )
+        log_report(report)
+        return report
 
 
 def _sent(

@@ -156,6 +156,37 @@ class Report:
         return data
 
 
+def log_report(report: Report) -> None:
+    """Tell what was found and done to the logger ``regraft``: notes as information, approximations as a warning."""
+    import logging
+
+    log = logging.getLogger("regraft")
+    for adapter in report.adapters:
+        name = f"{report.source}: {adapter.name}".rstrip(": ")
+        log.info("%s: %s -> %s", name, adapter.source_layout, adapter.target_layout)
+        for line in adapter.evidence:
+            log.info("%s: %s", name, line)
+        for rule, count in adapter.rules.items():
+            log.info("%s: rule %s applied %d times", name, rule, count)
+        off = max(adapter.targets, key=lambda target: target.error, default=None)
+        if off is not None and off.error > 0:
+            count = sum(target.error > 0 for target in adapter.targets)
+            log.warning(
+                "%s: %d of %d targets are approximations; the delta of %s is off by %.3g of its size (Frobenius norm), "
+                "and no other by more",
+                name, count, len(adapter.targets), off.key, off.error,
+            )  # fmt: skip
+    if report.checkpoint is not None:
+        made = report.checkpoint
+        log.info("%s: %s -> %s", report.source, made.source_layout, made.target_layout)
+        for line in made.evidence:
+            log.info("%s: %s", report.source, line)
+        for rule, count in made.rules.items():
+            log.info("%s: rule %s applied %d times", report.source, rule, count)
+    for note in report.notes:
+        log.info("%s: %s", report.source, note)
+
+
 def plain_data(value: Any) -> Any:
     """What ``asdict`` gives, without traces."""
     if is_dataclass(value) and not isinstance(value, type):

@@ -143,6 +143,27 @@ def test_svd_tells_its_error(tmp_path, capsys):
     assert max(t["error"] for t in targets) == pytest.approx(done.error, rel=0.5)
 
 
+def test_an_approximation_has_a_bound_and_is_warned_of(tmp_path, capsys, caplog):
+    name, out = "mixtral__gud_attn", tmp_path / "out"
+    adapter, base = adapter_of(name, tmp_path), base_of(name)
+    given = {"to": V5, "model": base, "via": "svd:1"}
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(adapter, out, **given, max_error=1e-9)
+    assert {finding.code for finding in caught.value.findings} == {"max-error"}
+    assert len(caught.value.findings) > 1
+    assert not out.exists()
+    report = regraft.convert(adapter, out, **given, max_error=1.0)
+    worst = max(report.targets, key=lambda target: target.error)
+    (warned,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert worst.key in warned.getMessage()
+    assert f"{worst.error:.3g}" in warned.getMessage()
+    command = ["convert", str(adapter), str(out), "--overwrite", "--to", V5, "--model", str(base)]
+    assert main([*command, "--via", "svd:1"]) == 0
+    assert f"WARNING: {adapter}: " in capsys.readouterr().err
+    assert main([*command, "-v", "--json"]) == 0
+    assert f"INFO: {adapter}: transformers-v4 -> transformers-v5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", ["exact", "svd", "svd:", "svd:0", "svd:-1", "dense:4"])
 def test_there_is_no_other_way(way, tmp_path, capsys):
     with pytest.raises(regraft.BadInputError):

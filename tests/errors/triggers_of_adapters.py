@@ -18,6 +18,11 @@ def _(lab):
     lab.convert_adapter(case="mixtral__dora")
 
 
+@provokes("max-error")
+def _(lab):
+    lab.convert(lab.adapter(), via="svd:1", max_error=1e-3)
+
+
 @provokes("single-expert")
 def _(lab):
     lab.convert_adapter(

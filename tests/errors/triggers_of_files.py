@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from errors.lab import V5, provokes
+from errors.lab import BASES, V5, provokes
 
 import regraft
 from regraft.storage import folder as folders
@@ -17,10 +17,23 @@ from regraft.storage.folder import check_destination, copy_file, load_json
 from regraft.storage.header import read_header
 from regraft.storage.objects import Client, StoreError
 from regraft.storage.stamp import Stamp
-from regraft.storage.work import check_own, open_work
+from regraft.storage.work import Work, check_own, open_work
 from regraft.views.html import check_page_place
 
 # Where the result is written
+
+
+@provokes("left")
+def _(lab):
+    """Ctrl-C after the first bytes are on disk."""
+    note = Work.note
+
+    def interrupted(work, units):
+        note(work, units or [(0, 0)])
+        raise KeyboardInterrupt
+
+    lab.patch.setattr(Work, "note", interrupted)
+    return lab.run("convert", BASES / "mixtral", lab.out, "--to", V5)
 
 
 @provokes("destination-exists")

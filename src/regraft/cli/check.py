@@ -13,6 +13,7 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
+    from regraft.cli.progress import Mode
     from regraft.sources import Item
     from regraft.views.outcome import Verdict
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @options.html
 @options.json
 @options.quiet
+@options.progress
 def check(
     sources: tuple[Path, ...],
     model: Path | None,
@@ -49,6 +51,7 @@ def check(
     html: Path | None,
     json: bool,
     quiet: bool,
+    progress: Mode,
 ) -> Job:
     """Show whether SRC loads as it is; if not, how to fix it.
 
@@ -65,11 +68,13 @@ def check(
     if is_tool(to):
         if len(sources) > 1:
             raise click.UsageError("--for takes one SRC where it names a tool")
-        return _for_tool(sources[0], model, to, html, Output(json=json, quiet=quiet))
+        return _for_tool(
+            sources[0], model, to, html, Output(json=json, quiet=quiet, progress=progress)
+        )
     options.check_layouts(rules, for_=to)
     if len(sources) > 1 and html is not None:
         raise click.UsageError("--html takes one SRC")
-    out = Output(json=json, quiet=quiet)
+    out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
         from regraft.sources import find_sources

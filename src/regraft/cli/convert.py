@@ -13,6 +13,7 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
+    from regraft.cli.progress import Mode
     from regraft.sources import Item
 
 
@@ -111,6 +112,12 @@ if TYPE_CHECKING:
     help="Adapters: one rank for all targets, with zeros; no rank_pattern.",
 )
 @click.option(
+    "--max-error",
+    metavar="ERROR",
+    type=click.FloatRange(min=0),
+    help="Adapters: refuse an approximation (--via) whose relative error is larger; nothing is written.",
+)
+@click.option(
     "--merge",
     is_flag=True,
     help="Adapters: write the base of --model in the layout, with the adapter added to its weights.",
@@ -124,12 +131,16 @@ if TYPE_CHECKING:
 )
 @options.json
 @options.quiet
+@options.verbose
+@options.progress
 def convert(
     paths: tuple[Path, ...],
     rules: tuple[str, ...],
     html: Path | None,
     json: bool,
     quiet: bool,
+    verbose: bool,
+    progress: Mode,
     fail_fast: bool,
     **given: Any,
 ) -> Job:
@@ -145,9 +156,10 @@ def convert(
         raise click.BadParameter("DST is missing", param_hint="DST")
     if len(sources) > 1 and (html is not None or given["in_place"]):
         raise click.UsageError("--html and --in-place take one SRC")
-    out = Output(json=json, quiet=quiet)
+    out = Output(json=json, quiet=quiet, progress=progress, verbose=verbose)
 
     def job() -> int:
+        out.log()
         from regraft.sources import find_sources
 
         there = [options.located(source, whole=not given["dry_run"]) for source in sources]
@@ -180,10 +192,10 @@ def _convert_one(
     with (
         options.own_books(rules),
         failure_page(html, "convert", src),
-        out.waiting("converting", src) as progress,
+        out.waiting("converting", src) as tell_progress,
     ):
         tell = None if out.quiet else lambda line: out.warn(line + "\n")
-        report = convert(src, dst, tell=tell, progress=progress, **given)
+        report = convert(src, dst, tell=tell, progress=tell_progress, **given)
     if out.json:
         out.data(report.to_dict())
     elif report.checkpoint is not None and not out.quiet:

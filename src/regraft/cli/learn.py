@@ -15,6 +15,7 @@ from regraft.cli.probe import fixed_fields, set_option
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline
+    from regraft.cli.progress import Mode
     from regraft.learning.learn import Learned
 
 
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 )
 @options.json
 @options.quiet
+@options.progress
 def learn(
     files: tuple[Path, ...],
     book: Path,
@@ -88,6 +90,7 @@ def learn(
     partial: bool,
     json: bool,
     quiet: bool,
+    progress: Mode,
 ) -> Job:
     """Learn a rule book from checkpoints before and after a conversion, or by running a converter on probes.
 
@@ -103,7 +106,7 @@ def learn(
     if config is not None and files:
         raise click.UsageError("give files, or --config and --with")
     fields = fixed_fields(settings)
-    out = Output(json=json, quiet=quiet)
+    out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
         from regraft.errors import BadInputError, Finding
@@ -118,11 +121,12 @@ def learn(
             )
             raise BadInputError(finding)
         title = name or book.stem
-        if config is not None and command is not None:
-            found = _watched(config, command, layout, timeout, fields, layouts, title, choose)
-        else:
-            pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
-            found = learn_pairs(pairs, layouts=layouts, name=title, choose=choose)
+        with out.waiting("learning"):
+            if config is not None and command is not None:
+                found = _watched(config, command, layout, timeout, fields, layouts, title, choose)
+            else:
+                pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
+                found = learn_pairs(pairs, layouts=layouts, name=title, choose=choose)
         if not partial:
             require_sound(found)
         write_like(book, found.text, [Path(name) for name in files])

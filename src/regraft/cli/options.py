@@ -111,6 +111,17 @@ verify_budget = click.option(
     "names them (300).",
 )
 quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+progress = click.option(
+    "--progress",
+    metavar="auto|plain|json|none",
+    type=click.Choice(("auto", "plain", "json", "none")),
+    default="auto",
+    help="How to show on stderr how far it is: a bar on a terminal and else a line every ten seconds (auto), lines "
+    "(plain), a line of JSON every second (json), or not at all.",
+)
+verbose = click.option(
+    "--verbose", "-v", is_flag=True, help="Say on stderr what is decided and why, while it goes on."
+)
 source = click.option(
     "--from",
     "source",

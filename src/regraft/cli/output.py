@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,9 +17,9 @@ from regraft.storage.stand_ins import named
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from regraft.cli.progress import Mode, Tell
+
 _UNBOUNDED = 10_000
-_PATIENCE = 1.0
-"""Seconds before progress is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Output:
 
     json: bool = False
     quiet: bool = False
+    progress: Mode = "auto"
+    verbose: bool = False
+    begun: float = field(default_factory=time.perf_counter, compare=False)
 
     def text(self, text: str) -> None:
         """Write plain text to stdout."""
@@ -37,12 +41,15 @@ class Output:
         _write(sys.stderr, text)
 
     def data(self, data: Mapping[str, Any], indent: int | None = 2) -> None:
-        """Write one JSON document to stdout, with the version of what it looks like."""
+        """Write one JSON document to stdout, with the versions of its form and of regraft, and the seconds so far."""
         import json
 
+        from regraft import __version__
         from regraft.report import SCHEMA_VERSION
 
-        document = {"schema_version": SCHEMA_VERSION, **finite(data)}
+        seconds = round(time.perf_counter() - self.begun, 3)
+        head = {"schema_version": SCHEMA_VERSION, "regraft": __version__, "seconds": seconds}
+        document = {**head, **finite(data)}
         _write(sys.stdout, json.dumps(document, indent=indent, allow_nan=False) + "\n")
 
     def line(self, data: Mapping[str, Any]) -> None:
@@ -61,6 +68,21 @@ class Output:
             text = "".join(line.rstrip() + "\n" for line in text.split("\n")[:-1])
         _write(stream, text)
 
+    def log(self) -> None:
+        """Let what the library logs go to stderr: warnings, and with `verbose` what was decided."""
+        import logging
+
+        class Printable(logging.Formatter):
+            def format(self, record: logging.LogRecord) -> str:
+                return visible(super().format(record))
+
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(Printable("%(levelname)s: %(message)s"))
+        logger = logging.getLogger("regraft")
+        logger.handlers = [handler]
+        level = logging.ERROR if self.quiet else logging.WARNING
+        logger.setLevel(logging.INFO if self.verbose else level)
+
     @property
     def colored(self) -> bool:
         """Whether stdout takes colours."""
@@ -72,53 +94,25 @@ class Output:
         return _console(sys.stdout).width
 
     @contextmanager
-    def waiting(
-        self, verb: str, source: Path | None = None
-    ) -> Iterator[Callable[[str, int, int], None] | None]:
-        """Show progress on stderr, on a terminal only, once the work has taken a while.
+    def waiting(self, verb: str, source: Path | None = None) -> Iterator[Tell | None]:
+        """Show on stderr how far some work is: as `progress` says, by default a bar on a terminal, else lines."""
+        from regraft.cli import progress
 
-        Work on a checkpoint is counted in bytes, other work in pieces.
-        """
-        if self.json or self.quiet or not _has_colors(sys.stderr) or not _is_terminal(sys.stderr):
+        mode: progress.Mode = self.progress
+        if mode == "auto":
+            terminal = _has_colors(sys.stderr) and _is_terminal(sys.stderr)
+            mode = "none" if self.quiet else "auto" if terminal and not self.json else "plain"
+        if mode == "none":
             yield None
             return
-        from threading import Timer
-
-        from rich import progress as rich
-
-        from regraft.checkpoints.source import is_checkpoint
-
-        amounts: list[rich.ProgressColumn] = [rich.MofNCompleteColumn()]
-        if source is not None and is_checkpoint(source):
-            amounts = [rich.DownloadColumn(), rich.TransferSpeedColumn()]
-        bar = rich.Progress(
-            rich.SpinnerColumn("line"),
-            rich.TextColumn(verb + " {task.description}", markup=False),
-            rich.BarColumn(),
-            *amounts,
-            rich.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=_console(sys.stderr),
-            transient=True,
+        state = progress.State(verb, progress.counts_bytes(source))
+        shown = (
+            progress.bar(state, _console(sys.stderr))
+            if mode == "auto"
+            else progress.lines(state, mode, self.warn)
         )
-        task = bar.add_task("", total=None)
-
-        def tell(name: str, done: int, total: int) -> None:
-            bar.update(
-                task,
-                description=visible(name),
-                completed=done,
-                total=total if total > 1 else None,
-            )
-
-        timer = Timer(_PATIENCE, bar.start)
-        timer.daemon = True
-        timer.start()
-        try:
+        with shown as tell:
             yield tell
-        finally:
-            timer.cancel()
-            timer.join()
-            bar.stop()
 
 
 def finite(data: Any) -> Any:

@@ -41,10 +41,10 @@ def run(args: Sequence[str]) -> int:
             return Status.DONE
         finding = Finding("system", error.strerror or str(error), where=_file_of(error))
         return _fail_known(out, BadInputError(finding))
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(out, "interrupted", "interrupted", [], Status.INTERRUPTED)
-    except _Terminated:
-        return _fail(out, "interrupted", "terminated", [], Status.TERMINATED)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _fail_stopped(out, "interrupted", error, Status.INTERRUPTED)
+    except _Terminated as error:
+        return _fail_stopped(out, "terminated", error, Status.TERMINATED)
     except click.UsageError as error:
         return _fail_usage(out, error)
     except Exception as error:
@@ -80,6 +80,13 @@ def _value_of(args: Sequence[str], option: str) -> str | None:
         if arg.startswith(option + "="):
             return arg.removeprefix(option + "=")
     return None
+
+
+def _fail_stopped(out: Output, title: str, error: BaseException, status: Status) -> int:
+    """What was done stays for --resume, where that is worth it; else nothing is left."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    findings = [Finding("left", note) for note in notes]
+    return _fail(out, "interrupted", title, findings, status)
 
 
 def _fail_usage(out: Output, error: click.UsageError) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
+
+if TYPE_CHECKING:
+    from regraft.cli.progress import Mode
 
 
 @click.command(cls=options.WithArguments)
@@ -32,6 +36,7 @@ from regraft.cli.output import Output
 @options.verify_budget
 @options.json
 @options.quiet
+@options.progress
 def verify(
     src: Path,
     dst: Path,
@@ -44,6 +49,7 @@ def verify(
     verify_budget: float,
     json: bool,
     quiet: bool,
+    progress: Mode,
 ) -> Job:
     """Check that two checkpoints or adapters are equivalent.
 
@@ -53,7 +59,7 @@ def verify(
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
     options.check_layouts(rules, from_=source)
-    out = Output(json=json, quiet=quiet)
+    out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
         from regraft.checking.certificate import TOLERANCE, AdapterVerification
@@ -63,7 +69,7 @@ def verify(
         with (
             options.told(rules, architecture),
             failure_page(html, "verify", src),
-            out.waiting("comparing", src) as progress,
+            out.waiting("comparing", src) as tell,
         ):
             result = verify(
                 src,
@@ -72,7 +78,7 @@ def verify(
                 source=source,
                 tolerance=TOLERANCE if tolerance is None else tolerance,
                 budget=verify_budget,
-                progress=progress,
+                progress=tell,
             )
         if json:
             out.data(result.to_dict())

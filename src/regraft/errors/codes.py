@@ -101,6 +101,13 @@ class Code(Enum):
         self.status = part.status if status is None else status
         return self
 
+    MAX_ERROR = (
+        "max-error",
+        Part.REFUSED,
+        "an approximation is off by more than `--max-error`",
+        "allow a larger error, or ask for a higher rank or a smaller tolerance with `--via`",
+        "the relative error of a target's delta, in the Frobenius norm; nothing was written",
+    )
     NO_IMAGE = (
         "no-image",
         Part.REFUSED,
@@ -671,6 +678,14 @@ class Code(Enum):
         Status.REFUSED,
     )
 
+    LEFT = (
+        "left",
+        Part.DESTINATION,
+        "an interrupted run left something",
+        "go on with `--resume`, or remove the folder",
+        "what a checkpoint's conversion has written so far; a run that left nothing says nothing",
+        Status.INTERRUPTED,
+    )
     DESTINATION_EXISTS = (
         "destination-exists",
         Part.DESTINATION,

@@ -208,10 +208,15 @@ def open_work(dst: Path, file: bool = False) -> Iterator[Work]:
             lock = _take(work, made)
         work.restore()
         yield work
-    except BaseException:
+    except BaseException as error:
         if lock >= 0 and not work.worth_keeping:
             with suppress(OSError):
                 work.clear()
+        elif lock >= 0:
+            error.add_note(
+                f"what is done so far stays in {work.folder} ({show_size(_size_of(work.new))} on disk); the same "
+                "command with --resume goes on from it, and removing the folder gives it up"
+            )
         raise
     finally:
         work.close()
@@ -219,6 +224,16 @@ def open_work(dst: Path, file: bool = False) -> Iterator[Work]:
             os.close(lock)
         if not work.folder.exists():
             _remove(made)
+
+
+def _size_of(folder: Path) -> int:
+    """The bytes that its files take on disk, where a hole in one takes none."""
+    total = 0
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            status = path.lstat()
+            total += getattr(status, "st_blocks", 0) * 512 or status.st_size
+    return total
 
 
 def _take(work: Work, made: list[Path]) -> int:

@@ -231,7 +231,14 @@ def _add_version(root: dict[str, Any]) -> None:
         "description": "The version of this schema; it grows when a field is renamed, removed or means another thing.",
         "const": SCHEMA_VERSION,
     }
-    root["properties"] = {"schema_version": version, **root["properties"]}
+    made = {
+        "regraft": {"description": "The version of regraft that wrote it.", "type": "string"},
+        "seconds": {
+            "description": "How long the command had taken when it was written.",
+            "type": "number",
+        },
+    }
+    root["properties"] = {"schema_version": version, **made, **root["properties"]}
     root["required"] = ["schema_version", *root["required"]]
 
 
@@ -268,15 +275,22 @@ def _object(of: type, definitions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _has_fields(hint: Any) -> bool:
+    """Whether it is a dataclass or a struct, which a schema of its own describes."""
+    return isinstance(hint, type) and (
+        hasattr(hint, "__dataclass_fields__") or issubclass(hint, msgspec.Struct)
+    )
+
+
 def _value(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+    if _has_fields(hint):
         return _describe(hint, definitions)
     if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return {"type": "array", "items": _value(arguments[0], definitions)}
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _value(arguments[1], definitions)}
-    parts = [a for a in arguments if hasattr(a, "__dataclass_fields__")]
+    parts = [a for a in arguments if _has_fields(a)]
     if parts:
         return {"anyOf": [*(_describe(part, definitions) for part in parts), {"type": "null"}]}
     if float in arguments and origin in (UnionType, typing.Union):
@@ -308,7 +322,12 @@ def field_docs(of: type) -> dict[str, str]:
     """
     docs: dict[str, str] = {}
     name = None
-    nodes = [node for base in reversed(of.__mro__[:-1]) for node in _source_of(base).body]
+    own = [
+        base
+        for base in reversed(of.__mro__)
+        if base.__module__.partition(".")[0] not in ("builtins", "msgspec")
+    ]
+    nodes = [node for base in own for node in _source_of(base).body]
     for node in nodes:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
