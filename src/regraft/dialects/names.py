@@ -97,7 +97,7 @@ def _source_named(text: str, *, adapter: bool) -> SourceName:
         name = layout_of_packing(packing) if packing is not None and head == DEFAULT else None
         layout = None if name is None else Layout(name, packing)
         return SourceName(layout, dialect=head, packing=packing)
-    if not adapter and text in families():
+    if text in families():
         return SourceName(
             family=text
         )  # some families have a layout of their name: which one it is, names tell

@@ -327,3 +327,36 @@ def test_other_commands_say_what_is_possible(tmp_path, capsys):
     ]
     with pytest.raises(regraft.RefusedError, match="image or video model"):
         regraft.convert(tmp_path / "a.safetensors", tmp_path / "out", to="transformers-v5")
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "hunyuan-video"])
+def test_the_question_which_family_is_answered(convert, family):
+    """Names that several families have; sd3 is a layout's name, too."""
+    down, up = pair(H, H)
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    with pytest.raises(regraft.AmbiguousError) as error:
+        convert(tensors, "comfyui")
+    assert family in [choice.source for choice in error.value.findings[0].choices]
+    made, _ = convert(tensors, "comfyui", source=family)
+    (found,) = {key.rpartition(".lora_")[0] for key in made if "lora_" in key}
+    assert found == {
+        "flux": "diffusion_model.double_blocks.0.img_attn.proj",
+        "sd3": "diffusion_model.joint_blocks.0.x_block.attn.proj",
+        # the native name, which ComfyUI takes beside its own
+        "hunyuan-video": "diffusion_model.double_blocks.0.img_attn_proj",
+    }[family]
+
+
+def test_dora_of_ai_toolkit(convert):
+    """It has one for all linears or none, on the out axis."""
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    down, up = pair(H, H)
+    magnitude = 1 + numbers(H) ** 2
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    with_dora = {**tensors, f"{name}.lora_magnitude_vector": magnitude}
+    made, _ = convert(with_dora, "ai-toolkit", source="flux", verify=True)
+    assert made[f"{name}.magnitude"].tobytes() == magnitude.tobytes()
+    other = {k.replace("to_out.0", "to_add_out"): v for k, v in tensors.items()}
+    with pytest.raises(regraft.RefusedError, match="or for none"):
+        convert({**with_dora, **other}, "ai-toolkit", source="flux")

@@ -105,6 +105,8 @@ class Family:
     """A pattern with the number of a block, and how many times its columns the rows are in the last block only."""
     comfy_names: tuple[tuple[str, str], ...] = ()
     """Where ComfyUI's model names modules otherwise than the native code: what is replaced, and by what."""
+    comfy_also: tuple[tuple[str, str], ...] = ()
+    """The same where ComfyUI takes the native names as well: these are written, and both are read."""
     ai_toolkit: str = "diffusion_model."
     """What ai-toolkit writes before modules; ``lora_unet_`` where it writes kohya's names."""
     ai_toolkit_layout: str = ""
@@ -116,8 +118,15 @@ class Family:
         return tuple(dict.fromkeys(("diffusers", self.native)))
 
     def in_comfy(self, path: str) -> str:
-        """ComfyUI's name of a module that has a native one."""
+        """What is written for ComfyUI for a module that has a native name."""
         for native, comfy in self.comfy_names:
+            path = path.replace(native, comfy)
+        return path
+
+    def of_comfy(self, path: str) -> str:
+        """ComfyUI's own name of a module that has a native one."""
+        path = self.in_comfy(path)
+        for native, comfy in self.comfy_also:
             path = path.replace(native, comfy)
         return path
 
@@ -314,6 +323,8 @@ FAMILIES: tuple[Family, ...] = (
             ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
             ("_in.mlp.0", "_in.in_layer"),
             ("_in.mlp.2", "_in.out_layer"),
+        ),
+        comfy_also=(
             ("_mod.linear", "_mod.lin"),
             (".modulation.linear", ".modulation.lin"),
             ("_attn_qkv", "_attn.qkv"),

@@ -139,7 +139,7 @@ def _book_names(book: Book, layout: str, family: Family) -> Names:
             templates.append(_of_key(carry.term.key, carry.kind))
     found = [t for t in templates if t is not None]
     if family.comfy_names and layout == family.native:
-        return Names(layout, found, family.in_comfy)
+        return Names(layout, found, family.of_comfy)
     return Names(layout, found)
 
 

@@ -197,8 +197,10 @@ def _ai_toolkit(family: Family) -> Writing:
 def _refused_by_ai_toolkit(delta: Delta) -> str | None:
     if is_vector(delta) or delta.bias is not None:
         return "it holds no deltas of norms or biases"
-    if delta.magnitude is not None:
-        return "its DoRA is not known to regraft"
+    if delta.magnitude is not None and delta.magnitude_in:
+        return "its DoRA is on the out axis, and this one is on the in axis"
+    if delta.magnitude is not None and (delta.conv or delta.algebra != LORA):
+        return "it has DoRA of linears only, around plain LoRA"
     if delta.algebra not in (LORA, LOKR) or "mid" in delta.tensors:
         return f"it holds LoRA and LoKr only, and this is {delta.algebra}"
     return None
@@ -213,7 +215,7 @@ def fit_to(deltas: Mapping[Home, Delta], how: Writing, ways: Ways) -> dict[Home,
     Raises ``RefusedError`` with everything that has none.
     """
     made = _fit(deltas, how, ways, set())
-    if how.as_peft:
+    if how.as_peft or how.alpha == FOLDED:
         mixed = _mixed_dora(made)
         made = _fit(made, how, ways, mixed) if mixed else made
     return made
@@ -232,7 +234,7 @@ def _fit(
             continue
         why = how.refuses(delta)
         if why is None and home.component in mixed and delta.magnitude is not None:
-            why = "its config says DoRA for all modules of a component, and some here are none"
+            why = "it has DoRA for all modules of a component or for none, and some here are none"
         if why is None:
             made[home] = delta
             continue
@@ -401,6 +403,8 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
 
 
 def _magnitude_leaf(how: Writing) -> str:
+    if how.alpha == FOLDED:
+        return ".magnitude"
     return ".lora_magnitude_vector" if how.as_peft else ".dora_scale"
 
 
@@ -409,7 +413,7 @@ def _magnitude(delta: Delta, how: Writing) -> Array:
     assert delta.magnitude is not None
     kernel = delta.tensors["down"].ndim - 2 if delta.algebra == LORA else len(delta.kernel)
     ones = (1,) * kernel
-    if how.as_peft:
+    if how.as_peft or how.alpha == FOLDED:
         return delta.magnitude.reshape(1, -1, *ones) if kernel else delta.magnitude
     return delta.magnitude.reshape(*((1, -1) if delta.magnitude_in else (-1, 1)), *ones)
 
