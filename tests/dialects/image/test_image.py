@@ -340,12 +340,15 @@ def test_the_question_which_family_is_answered(convert, family):
     assert family in [choice.source for choice in error.value.findings[0].choices]
     made, _ = convert(tensors, "comfyui", source=family)
     (found,) = {key.rpartition(".lora_")[0] for key in made if "lora_" in key}
-    assert found == {
-        "flux": "diffusion_model.double_blocks.0.img_attn.proj",
-        "sd3": "diffusion_model.joint_blocks.0.x_block.attn.proj",
-        # the native name, which ComfyUI takes beside its own
-        "hunyuan-video": "diffusion_model.double_blocks.0.img_attn_proj",
-    }[family]
+    assert (
+        found
+        == {
+            "flux": "diffusion_model.double_blocks.0.img_attn.proj",
+            "sd3": "diffusion_model.joint_blocks.0.x_block.attn.proj",
+            # the native name, which ComfyUI takes beside its own
+            "hunyuan-video": "diffusion_model.double_blocks.0.img_attn_proj",
+        }[family]
+    )
 
 
 def test_dora_of_ai_toolkit(convert):
