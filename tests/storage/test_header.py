@@ -14,7 +14,7 @@ from regraft.errors import BadInputError
 from regraft.storage import header as header_module
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.header import read_header
-from regraft.storage.header_check import check_header
+from regraft.storage.header_check import check_header, is_long
 
 FUZZ = settings(
     max_examples=300,
@@ -243,6 +243,13 @@ def test_half_a_surrogate_in_a_name(tmp_path: Path) -> None:
     assert refuse(tmp_path, pack(text, b"x"))[0][0] == "bad-name"
 
 
+@pytest.mark.parametrize("name", ["a" * 513, "a." * 64 + "weight"])
+def test_a_name_that_no_model_has_is_not_matched_with_anything(tmp_path: Path, name: str) -> None:
+    (found,) = refuse(tmp_path, pack(json.dumps({name: ONE}), b"x"))
+    assert found[0] == "bad-name"
+    assert not is_long("a" * 512) and not is_long("a." * 63 + "weight")
+
+
 def test_layout(tmp_path: Path) -> None:
     tensors = {
         "a": entry("U8", [2], 0, 2),
@@ -296,8 +303,8 @@ def test_problems_are_limited(tmp_path: Path) -> None:
 
 
 def test_long_names_are_shortened(tmp_path: Path) -> None:
-    (found,) = refuse(tmp_path, pack({"n" * 100_000: 0}))
-    assert len(found[2]) < 1000
+    for found in refuse(tmp_path, pack({"n" * 100_000: 0})):
+        assert len(found[2]) < 1000
 
 
 def test_separators_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
-from regraft.storage.header_check import MAX_DIMS, MAX_FINDINGS, check_header
+from regraft.storage.header_check import MAX_DIMS, MAX_FINDINGS, check_header, is_long
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 
 MAX_HEADER_BYTES = 100_000_000
@@ -200,6 +200,8 @@ def _decode_sound(
     # colons, its own among them; a field or an entry that was written twice adds at least one more,
     # as does an unknown field or a colon within a name.
     if colons != 4 * len(entries):
+        return None
+    if any(map(is_long, entries)):
         return None
     tensors = _check_entries(entries, data_size)
     return None if tensors is None else (tensors, metadata)

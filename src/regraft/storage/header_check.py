@@ -17,6 +17,8 @@ from regraft.storage.dtypes import BITS, describe_unknown_dtype
 
 MAX_DIMS = 32
 """The most axes that every numpy can hold."""
+MAX_NAME_LENGTH, MAX_NAME_PARTS = 512, 64
+"""The longest name of a tensor that is read, in characters and in parts between dots."""
 MAX_FINDINGS = 1000
 """How many problems of one file are listed."""
 
@@ -134,6 +136,30 @@ def _check_metadata(value: Any, where: str) -> tuple[dict[str, str], list[Findin
     return dict(value), findings
 
 
+def name_problem(name: str) -> str | None:
+    """What is wrong with a tensor's name; ``None`` where nothing is."""
+    if not _is_unicode(name):
+        return "the tensor's name holds half of a surrogate pair"
+    if is_long(name):
+        return (
+            f"the tensor's name has {len(name)} characters in {name.count('.') + 1} parts, and no model's has more "
+            f"than {MAX_NAME_LENGTH} in {MAX_NAME_PARTS}"
+        )
+    return None
+
+
+def is_long(name: str) -> bool:
+    """Whether a name is longer than any model's: what matches names takes time in proportion to more than that.
+
+    >>> is_long("model.layers.0.mlp.experts.127.down_proj.weight")
+    False
+    """
+    size = len(name)
+    return size > 2 * MAX_NAME_PARTS and (
+        size > MAX_NAME_LENGTH or name.count(".") >= MAX_NAME_PARTS
+    )
+
+
 def _check_entry(name: str, value: Any, where: str) -> tuple[Row | None, list[Finding]]:
     """One tensor; the row is None if its place in the data is not known."""
     key = _shorten(name)
@@ -142,8 +168,9 @@ def _check_entry(name: str, value: Any, where: str) -> tuple[Row | None, list[Fi
     def report(code: str, message: str, fix: str = _AGAIN) -> None:
         findings.append(Finding(code, message, where=where, key=key, fix=fix))
 
-    if not _is_unicode(name):
-        report("bad-name", "the tensor's name holds half of a surrogate pair")
+    problem = name_problem(name)
+    if problem is not None:
+        report("bad-name", problem)
     if not isinstance(value, _Pairs):
         expected = f"expected an object with {', '.join(_FIELDS)}"
         report("bad-entry", f"{expected}, and it is {_show(value)}")

@@ -25,6 +25,7 @@ from msgspec import Struct, field
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS, DTYPES, describe_unknown_dtype
 from regraft.storage.header import TensorInfo
+from regraft.storage.header_check import name_problem
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 from regraft.storage.stamp import Stamp, changed
 
@@ -313,11 +314,8 @@ def _locate(
         if not isinstance(key, str):
             message = f"the key must be text, and it is of type {type(key).__name__}"
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)
-        elif not key.isascii() and key.encode(errors="replace").decode() != key:
-            message = "the name holds half of a surrogate pair"
-            problem = Finding(
-                "bad-name", message, where=where, key=ascii(key)[1:-1][:300], fix=_FIX
-            )
+        elif (reason := name_problem(key)) is not None:
+            problem = Finding("bad-name", reason, where=where, key=ascii(key)[1:-1][:300], fix=_FIX)
         elif not isinstance(value, _Tensor):
             message = f"expected a tensor, and it is {_describe(value)}"
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)

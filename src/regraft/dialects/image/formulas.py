@@ -11,7 +11,6 @@ Sources: lycoris-lora 4.1.3 (``lycoris/functional``, and the forward of ``lycori
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from regraft.adapters.families.base import Wide
 from regraft.adapters.form import Array
+from regraft.storage.expressions import expression
 
 Tensors = Mapping[str, Array]
 """A module's tensors by role (`regraft.dialects.image.leaves`)."""
@@ -69,7 +69,7 @@ def said_alpha(
         settings: dict[str, Any] = json.loads(text)
         name = f"{component}.alpha_pattern"
         for pattern, alpha in (settings.get(name) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if expression(rf"(.*\.)?({pattern})$", "alpha_pattern").match(module):
                 return float(alpha), bool(settings.get(f"{component}.use_rslora"))
         usual = settings.get(f"{component}.lora_alpha")
         if usual is not None:
