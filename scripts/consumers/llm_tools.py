@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from shared.pinned import NotThereError, archive
 from shared.running import rows
-from shared.tiny import EXPERTS, GROUPS, HEADS, INNER, LAYERS, SIZE, WORDS, adapter, off
+from shared.tiny import GROUPS, HEADS, INNER, LAYERS, SIZE, WORDS, adapter, off
 
 import regraft
 
@@ -100,24 +100,10 @@ def with_litgpt(folder, model_type):
     base, lora, wanted = adapter(folder, model_type, only=r"q_proj|v_proj|o_proj|mlp|moe")
     regraft.convert(lora, folder / "out", to="litgpt", model=base)
     said = yaml.safe_load((folder / "out/hyperparameters.yaml").read_text())
-    mixture = model_type != "llama"
-    config = Config(
-        n_layer=LAYERS,
-        n_embd=SIZE,
-        n_head=HEADS,
-        n_query_groups=GROUPS,
-        head_size=8,
-        vocab_size=WORDS,
-        padded_vocab_size=WORDS,
-        intermediate_size=INNER,
-        moe_intermediate_size=INNER,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMoE" if mixture else "LLaMAMLP",
-        n_expert=EXPERTS if mixture else 0,
-        n_expert_per_token=2 if mixture else 0,
-        **{k: v for k, v in said.items() if k.startswith("lora_")},
-    )
+    # As `litgpt merge_lora` makes it.
+    switches = {k: v for k, v in said.items() if k.startswith("lora_")}
+    config = Config.from_file(folder / "out/model_config.yaml", **switches)
+    config.padded_vocab_size = WORDS
     model = GPT(config)
     state = torch.load(folder / "out/lit_model.pth.lora", weights_only=True)["model"]
     left = model.load_state_dict(state, strict=False)

@@ -18,6 +18,7 @@ from regraft.planning.model import taken_for
 from regraft.report import Report, log_report
 from regraft.rules.book import Rules, only_books, only_family
 from regraft.storage.stand_ins import named
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.dialects.peft.inspect import Inspection
@@ -34,6 +35,8 @@ def convert(
     to: str,
     model: str | os.PathLike[str] | None = None,
     source: str | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     shard_size: str | int | None = None,
@@ -72,6 +75,8 @@ def convert(
             does not tell what it is for, or how many experts there are.
         source: the layout of ``src``, or the family of its model (``"mixtral"``); found out, with evidence, where it
             is not given.
+        alpha: adapters only: the alpha of a LoRA whose files do not say it (Megatron-Bridge's export).
+        rank: adapters only: the rank that its alpha is divided by, where its factors have several.
         overwrite: replace ``dst`` if it exists.
         dry_run: do everything but write.
         shard_size: checkpoints only: the size of a weights file, such as ``"5GB"`` or a number of bytes; as the
@@ -131,11 +136,17 @@ def convert(
         store = None if address is None else store_for(address)
         adapter = not is_checkpoint(src_path)
         layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
+        given = replace(given, alpha=alpha, rank=rank)
         told = locate(model) if model is not None else None
         stack.enter_context(only_family(given.family))
         stack.enter_context(going_over(given.via))
         if not adapter:
-            _check_options("only for adapters, and SRC is a checkpoint", max_error=max_error)
+            _check_options(
+                "only for adapters, and SRC is a checkpoint",
+                max_error=max_error,
+                alpha=alpha,
+                rank=rank,
+            )
             options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
             options["foreign"] = InstalledTransformers()
             options["source"] = given.name

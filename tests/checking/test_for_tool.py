@@ -145,3 +145,63 @@ def test_the_command(packed, capsys):
     assert "was not looked at" in capsys.readouterr().out
     assert main(["check", str(packed), "--for", "nothing"]) == 2
     assert main(["check", str(packed / "gone"), "--for", "vllm"]) == 1
+
+
+# NeMo Automodel
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe__gud", "mixtral__patterns_expert", "mixtral__rslora"])
+def test_nemo_loads_what_is_written_for_it(case, tmp_path):
+    src, base = golden(case)
+    regraft.convert(src, tmp_path / "made", to="nemo", model=base)
+    check = regraft.check(tmp_path / "made", tool="nemo", model=base)
+    assert check.verdict == "full", check
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "reason"),
+    [
+        ({"paramwrapper_layout": "peft-7"}, "fails", "does not know"),
+        ({"paramwrapper_layout": "peft-0.18"}, "fails", "the shapes say otherwise"),
+        (None, "fails", "there is no automodel_peft_config.json"),
+    ],
+)
+def test_nemo_s_stamp_counts(change, verdict, reason, tmp_path):
+    src, base = golden("qwen3_moe__gud")
+    regraft.convert(src, tmp_path / "made", to="nemo", model=base)
+    file = tmp_path / "made/automodel_peft_config.json"
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    check = regraft.check(tmp_path / "made", tool="nemo", model=base)
+    assert check.verdict == verdict
+    assert reason in " ".join([*check.failures, *(t.reason for t in check.targets)])
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict", "reason"),
+    [
+        ("qwen3_moe__gud", "wrong-scale", "gate's lora_A for up"),
+        ("mixtral__rslora", "wrong-scale", "does not read use_rslora"),
+        ("mixtral__patterns_projection", "fails", "its layers have the config's"),
+        ("mixtral__only_up", "none", "not every expert"),
+    ],
+)
+def test_nemo_reads_one_rank_one_scale_and_gate_s_factor_for_up(case, verdict, reason, tmp_path):
+    src, base = golden(case)
+
+    def rename(tensors):
+        plain = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        made = {}
+        for name, tensor in tensors.items():
+            for old, new in plain.items():
+                name = name.replace(f".{old}.", f".{new}.")
+            made[name.replace("block_sparse_moe", "mlp")] = tensor
+        return made
+
+    mine = rewrite(src, tmp_path / "src", rename)
+    (mine / "automodel_peft_config.json").write_text("{}")
+    check = regraft.check(mine, tool="nemo", model=base)
+    assert check.verdict == verdict, check
+    assert reason in " ".join(t.reason for t in check.targets)

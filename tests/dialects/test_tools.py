@@ -375,25 +375,56 @@ def test_litgpt_asks_whether_it_is_k_or_v(tmp_path):
         regraft.convert(out, tmp_path / "no", to="transformers-v5", model=base, source="litgpt/k")
 
 
-def test_quantised_factors_and_norms_are_told(tmp_path):
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "BF16", "Q4_0"])
+def test_factors_of_every_type_are_what_the_package_makes_of_them(tmp_path, kind):
+    """As `--outtype` of llama.cpp's converter, and `llama-export-lora`, write them."""
     import gguf
 
     base = make_base(tmp_path / "base", "qwen2", hidden_size=32, head_dim=8)
-    writer = gguf.GGUFWriter(str(tmp_path / "q8.gguf"), "qwen2")
+    kind = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(str(tmp_path / "lora.gguf"), "qwen2")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    a = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
-    for name, data in (("a", a), ("b", np.zeros((32, 32), np.float32) + 0.5)):
-        kind = gguf.GGMLQuantizationType.Q8_0
-        packed = gguf.quants.quantize(data if name == "a" else data[:, :32], kind)
+    writer.add_float32("adapter.lora.alpha", 48.0)
+    random, wanted = np.random.default_rng(0), {}
+    for name in "ab":
+        data = random.normal(size=(32, 32)).astype(np.float32)
+        packed = gguf.quants.quantize(data, kind)
+        wanted[name] = gguf.quants.dequantize(packed, kind)
         writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", packed, raw_dtype=kind)
     writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(regraft.BadInputError, match="do not fit together"):
-        regraft.convert(tmp_path / "q8.gguf", tmp_path / "no", to="mlx", model=base)
+    report = regraft.convert(
+        tmp_path / "lora.gguf", tmp_path / "out", to="transformers-v5", model=base
+    )
+    told = " ".join([*report.notes, *report.adapters[0].notes, *report.adapters[0].evidence])
+    assert ("2 factors were quantised" in told) == (kind.name in ("Q8_0", "Q4_0"))
+    assert "1 weights of norms are left out" in told
+    tensors = open_tensors(tmp_path / "out" / WEIGHTS)
+    path = f"{PREFIX}.0.self_attn.q_proj.lora_"
+    for name, letter in zip("ab", "AB", strict=True):
+        got = np.array(tensors[f"{path}{letter}.weight"]).astype(np.float32)
+        np.testing.assert_array_equal(got, wanted[name].reshape(32, 32))
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] == 1.5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma2"])
+def test_litgpt_s_model_config_is_written_where_it_is_known(tmp_path, model_type):
+    more = {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "num_experts_per_tok": 2}
+    base = make_base(tmp_path / "base", model_type, **more)
+    adapter = make_adapter(tmp_path / "lora", ATTENTION)
+    report = regraft.convert(adapter, tmp_path / "out", to="litgpt", model=base)
+    file = tmp_path / "out/model_config.yaml"
+    assert file.is_file() == (model_type != "gemma2")
+    assert ("merge_lora wants" in " ".join(report.adapters[0].notes)) == (model_type == "gemma2")
+    if file.is_file():
+        said = yaml.safe_load(file.read_text())
+        assert (said["n_layer"], said["n_head"], said["n_query_groups"]) == (LAYERS, HEADS, GROUPS)
+        assert said.get("n_expert") == (EXPERTS if model_type == "qwen3_moe" else None)
 
 
 def test_damaged_files_are_findings(tmp_path):

@@ -129,6 +129,18 @@ if TYPE_CHECKING:
     "(svd:1e-3): the best one of a lower rank, with its error; merge: the base of --model with the adapter in its "
     "weights, where the result cannot hold the adapter.",
 )
+@click.option(
+    "--alpha",
+    metavar="ALPHA",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Adapters: the alpha of a LoRA whose files do not say it (Megatron-Bridge's export).",
+)
+@click.option(
+    "--rank",
+    metavar="RANK",
+    type=click.IntRange(min=1),
+    help="Adapters: the rank that --alpha is divided by, where the factors have several.",
+)
 @options.json
 @options.quiet
 @options.verbose

@@ -33,6 +33,7 @@ from regraft.dialects.base import (
 )
 from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common, zeros
 from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_finding, whole
+from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
 _INSIDE = "model"
+_BASE = "model_config"
+"""What the result's config has for ``model_config.yaml``, until it is saved."""
 _A, _B = ".lora_A", ".lora_B"
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight")
 _QKV = "attn.qkv"
@@ -339,6 +342,9 @@ class LitgptWriter(PlainWriter):
             "lora_dropout": 0.0,
             **{name: name in on for name in names},
         }
+        model = model_config(self.known.model_type, config_of(self.known))
+        if model is not None:
+            config[_BASE] = model
         return Blob(config, dict(sorted(tensors.items(), key=lambda item: _place(item[0]))))
 
     def _checkpoint(self) -> str:
@@ -365,9 +371,16 @@ class LitgptWriter(PlainWriter):
         """How many factors are zeros."""
         given = {key.partition("/")[0] for key in loras_of(made)}
         added = sum(name.endswith(_A) for name in blob.tensors) - len(given)
-        if added <= 0:
-            return []
-        return [f"{added} modules that were not adapted got zeros: LitGPT adapts all layers alike"]
+        notes = []
+        if added > 0:
+            notes.append(
+                f"{added} modules that were not adapted got zeros: LitGPT adapts all layers alike"
+            )
+        if _BASE not in blob.config:
+            notes.append(
+                f"litgpt merge_lora wants a {MODEL} beside the adapter: copy it from the base's LitGPT checkpoint"
+            )
+        return notes
 
 
 def _ending(key: str) -> str:
@@ -504,9 +517,12 @@ class Litgpt:
             return
         yaml = _yaml()
         write_torch(folder / WEIGHTS, result.tensors, _INSIDE)
-        settings = {name: value for name, value in result.config.items() if name != "dialect"}
+        settings = {k: v for k, v in result.config.items() if k not in ("dialect", _BASE)}
         text = yaml.safe_dump(settings, sort_keys=True)
         (folder / CONFIG).write_text(text, encoding="utf-8")
+        if _BASE in result.config:
+            text = yaml.safe_dump(result.config[_BASE], sort_keys=True)
+            (folder / MODEL).write_text(text, encoding="utf-8")
 
 
 def _numbers(settings: Mapping[str, Any], path: Path) -> tuple[int, float]:

@@ -64,6 +64,9 @@ class SourceName(Struct, frozen=True):
     """The dialect's version."""
     via: tuple[str, ...] = ()
     """Layouts on the way, where several ways are as short."""
+    alpha: float | None = None
+    """What the files do not tell, for dialects that have no place for it: alpha, and the rank."""
+    rank: int | None = None
 
     @property
     def name(self) -> str | None:

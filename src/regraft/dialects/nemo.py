@@ -25,6 +25,7 @@ from regraft.adapters.form import Array, Images, Lora, Written, rescale
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Evidence, Found
+from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.dialect import PeftFiles
 from regraft.dialects.peft.packing import BEFORE, SINCE
 from regraft.dialects.peft.source import Source, open_adapter
@@ -46,7 +47,7 @@ OWN = "automodel_peft_config.json"
 STAMP = "paramwrapper_layout"
 STAMPS = {"peft-0.18": BEFORE, "peft-0.19.1": SINCE}
 """What the stamp may say, and how the experts lie then."""
-_NATIVE = re.compile(r"(?P<module>.+\.experts)\.lora_(?P<part>gate_and_up|down)_(?P<letter>[AB])")
+NATIVE = re.compile(r"(?P<module>.+\.experts)\.lora_(?P<part>gate_and_up|down)_(?P<letter>[AB])")
 _VERSION_OF = {BEFORE: PEFT_VERSION[BEFORE], SINCE: "0.19.1"}
 
 
@@ -60,7 +61,7 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     """The tensors and config as PEFT has them, and what told it. Raises ``BadInputError``."""
     config, told = dict(source.config), []
     tensors = dict(source.tensors)
-    native = [name for name in tensors if _NATIVE.fullmatch(name)]
+    native = [name for name in tensors if NATIVE.fullmatch(name)]
     stamp = own.get(STAMP, config.pop(STAMP, None))
     if native:
         tensors, named = _pack_native(tensors, source.where)
@@ -94,7 +95,7 @@ def _pack_native(tensors: Mapping[str, Array], where: str) -> tuple[dict[str, Ar
     rest: dict[str, Array] = {}
     found: dict[tuple[str, str], dict[str, Array]] = {}
     for name, tensor in tensors.items():
-        hit = _NATIVE.fullmatch(name)
+        hit = NATIVE.fullmatch(name)
         if hit is None:
             rest[name] = tensor
         else:
@@ -286,6 +287,13 @@ class Nemo(PeftFiles):
     versions = (BEFORE, SINCE)
     capabilities = NemoWriter.capabilities
 
+    @property
+    def readers(self) -> tuple[ToolReader, ...]:
+        """How the tool loads adapters."""
+        from regraft.dialects.judges.nemo import READER
+
+        return (READER,)
+
     def sniff(self, src: Path) -> Evidence | None:
         """Its config beside PEFT's, or its grouped tensors."""
         look = look_at(src)
@@ -293,7 +301,7 @@ class Nemo(PeftFiles):
             return None
         if (look.folder / OWN).is_file():
             return Evidence(True, f"there is a {OWN}")
-        key = next(filter(_NATIVE.fullmatch, look.shapes), None)
+        key = next(filter(NATIVE.fullmatch, look.shapes), None)
         if key is not None:
             return Evidence(True, f"it has {key}")
         if STAMP in look.config:

@@ -78,7 +78,27 @@ def find_source(src: Path, said: SourceName | None = None) -> Opening:
     """
     named = said.dialect if said is not None else None
     dialect = dialect_of(src) if named is None else dialects()[named]
+    if said is not None and (said.alpha is not None or said.rank is not None):
+        dialect = _told(dialect, src, said)
     return Opening(src, dialect, dialect.find(src))
+
+
+def _told(dialect: Dialect, src: Path, said: SourceName) -> Dialect:
+    """A dialect that knows the alpha and rank of its files. Raises ``BadInputError`` for one whose files say them."""
+    told = getattr(dialect, "told", None)
+    if told is None:
+        names = [name for name in dialects() if hasattr(dialects()[name], "told")]
+        raise BadInputError(
+            Finding(
+                "option",
+                f"--alpha and --rank are for files that do not say them ({', '.join(names)}), and those of "
+                f"{dialect.name} do",
+                where=str(src),
+                fix="leave them out",
+            )
+        )
+    made: Dialect = told(said.alpha, said.rank)
+    return made
 
 
 class Target(Struct, frozen=True):

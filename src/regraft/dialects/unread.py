@@ -104,6 +104,11 @@ def _unsloth(config: Mapping[str, Any]) -> _Mark | None:
     return None
 
 
+def says_grouped(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that Unsloth packed lora_B by expert."""
+    return _unsloth(config) is not None
+
+
 def _named_unsloth(key: str, mark: str) -> _Mark:
     return "Unsloth (packed experts)", key, mark
 
