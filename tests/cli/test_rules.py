@@ -46,9 +46,14 @@ def test_no_such_book(capsys):
     assert main(["rules", "lint", "nothing.toml"]) == 1
 
 
+UNAVOIDABLE = {"ltx_vae_091": "eats-output", "ltx_vae_095": "eats-output"}
+"""LTX-Video numbers its blocks in both layouts, and a time embedder has nothing else in its name."""
+
+
 @pytest.mark.parametrize("book", library(), ids=lambda book: book.name)
 def test_the_library_has_no_errors_and_no_warnings(book):
-    assert [f for f in lint_book(book) if f.severity != "note"] == []
+    found = [f.finding.code for f in lint_book(book) if f.severity != "note"]
+    assert set(found) - {UNAVOIDABLE.get(book.name)} == set()
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)

@@ -174,15 +174,21 @@ class _Place:
 
 
 class Writer:
-    """The tensors of a result that was just written, some rows at a time."""
+    """The tensors of a result that was just written, some rows at a time.
 
-    def __init__(self, folder: Path, ready: Prepared) -> None:
+    Tensors of which columns are changed are held as a whole until they are done, or others need the room.
+    """
+
+    def __init__(self, folder: Path, ready: Prepared, limit: int) -> None:
+        self.limit = limit
+        """Bytes of tensors that are held."""
         self._places: dict[int, _Place] = {}
         for made in ready.layout.files:
             for target, start in zip(made.targets.tolist(), made.starts.tolist(), strict=True):
                 dtype = DTYPES[ready.dtypes[target]].numpy
                 self._places[target] = _Place(folder / made.name, start, dtype)
         self._open: dict[Path, int] = {}
+        self._held: dict[int, Array] = {}
 
     def _file(self, place: _Place) -> int:
         if place.file not in self._open:
@@ -191,14 +197,32 @@ class Writer:
 
     def read(self, row: int, first: int, shape: tuple[int, ...]) -> Array:
         """Entries from ``first`` on along the first dim."""
+        if row in self._held:
+            return self._held[row][first : first + shape[0]]
         place = self._places[row]
         size = prod(shape) * place.dtype.itemsize
         each = prod(shape[1:]) * place.dtype.itemsize
         data = read_exactly(self._file(place), size, place.start + first * each)
         return np.frombuffer(data, place.dtype).reshape(shape)
 
+    def hold(self, row: int, shape: tuple[int, ...]) -> None:
+        """Keep a whole tensor, to be written when it is done."""
+        if row in self._held:
+            self._held[row] = self._held.pop(row)
+            return
+        size = prod(shape) * self._places[row].dtype.itemsize
+        while self._held and size + sum(x.nbytes for x in self._held.values()) > self.limit:
+            self._let_go(next(iter(self._held)))
+        self._held[row] = self.read(row, 0, shape)
+
+    def _let_go(self, row: int) -> None:
+        self.write(row, 0, self._held.pop(row))
+
     def write(self, row: int, first: int, values: Array) -> None:
         """Put entries in their place."""
+        if row in self._held:
+            self._held[row][first : first + len(values)] = values
+            return
         place = self._places[row]
         each = prod(values.shape[1:]) * place.dtype.itemsize
         data = memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
@@ -211,10 +235,17 @@ class Writer:
         """The type of a tensor in the result."""
         return self._places[row].dtype
 
-    def close(self) -> None:
-        """Bring everything to disk, and close the files."""
+    def finish(self) -> None:
+        """Bring everything to disk."""
+        for row in list(self._held):
+            self._let_go(row)
         for file in self._open.values():
             os.fsync(file)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._held.clear()
+        for file in self._open.values():
             os.close(file)
         self._open.clear()
 
@@ -234,11 +265,13 @@ def add_all(
 
     Raises ``RefusedError`` where a sum leaves the range of its tensor's type.
     """
-    reader, writer = Reader(base.source), Writer(folder, ready)
+    largest = int(base.tensors.sizes.max(initial=0))
+    reader, writer = Reader(base.source), Writer(folder, ready, max(_LEAST, largest))
     work = _Adding(base, addends, checked, reader, writer, progress)
     try:
         work.alone()
         work.together()
+        writer.finish()
     finally:
         reader.close()
         writer.close()
@@ -289,6 +322,8 @@ class _Adding:
         count = int(takes[0].max()) + 1 - first if len(takes[0]) else 0
         if not count:
             return
+        if any(len(take) < size for take, size in zip(takes[1:], shape[1:], strict=False)):
+            self.writer.hold(row, shape)
         old = self.writer.read(row, first, (count, *shape[1:]))
         base = old
         if self.writer.dtype(row) != self.base.dtype(row):

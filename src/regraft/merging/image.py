@@ -15,10 +15,20 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.families.base import NoImageError
-from regraft.arrays.pieces import Ask, Piece, Take, Wide, carry_pieces, same_pieces, take_part
+from regraft.arrays.pieces import (
+    Ask,
+    Piece,
+    Take,
+    Wide,
+    carry_pieces,
+    multiply,
+    same_pieces,
+    take_along,
+    take_part,
+)
 from regraft.checkpoints.pipelines import DIFFUSERS
 from regraft.dialects.image.convert import OpenedImage
-from regraft.dialects.image.delta import NOTHING, SET, Delta, full_delta, take_rows
+from regraft.dialects.image.delta import LORA, NOTHING, SET, Delta, full_delta, take_rows
 from regraft.dialects.image.dialect import ImageFile
 from regraft.dialects.image.read import Home, ImageAdapter, candidates, model_config, read_adapter
 from regraft.dialects.image.weights import ImageBase, as_matrix
@@ -140,6 +150,8 @@ class _Deltas:
             made = target.delta.bias_delta
             assert made is not None
             return take_part(made.reshape(target.shape), takes)
+        if _is_product(target.delta):
+            return _part_of_product(target, takes)
         rows = takes[0]
         if rows is not None and len(rows) < target.shape[0] and self._last_is_not(number):
             try:
@@ -171,6 +183,22 @@ class _Deltas:
             there = weight()
             return np.asarray(delta.tensors["set"].astype(np.float64).reshape(there.shape) - there)
         return full_delta(delta, weight)
+
+
+def _is_product(delta: Delta) -> bool:
+    """Whether it is a plain LoRA, of which any part is a product of parts."""
+    return delta.algebra == LORA and delta.magnitude is None and "mid" not in delta.tensors
+
+
+def _part_of_product(target: _Target, takes: Sequence[Take]) -> Wide:
+    up, down = target.delta.tensors["up"], target.delta.tensors["down"]
+    down = down.reshape(len(down), *target.shape[1:])
+    up = take_along(up.reshape(len(up), -1), takes[0], 0)
+    for dim, take in enumerate(takes[1:], 1):
+        down = take_along(down, take, dim)
+    wide = up.astype(np.float64), down.reshape(len(down), -1).astype(np.float64)
+    made = multiply(*wide) * target.delta.scale.value
+    return np.asarray(made.reshape(len(up), *down.shape[1:]))
 
 
 def _addend(
