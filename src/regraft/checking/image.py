@@ -31,7 +31,7 @@ from regraft.checking.certificate import (
     carried,
 )
 from regraft.dialects.image.convert import OpenedImage
-from regraft.dialects.image.delta import Delta
+from regraft.dialects.image.delta import FULL, SET, Delta
 from regraft.dialects.image.dialect import ImageFile
 from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.formulas import (
@@ -282,7 +282,12 @@ class _Module:
         shape = self.delta.shape
         if self.home.kind == "conv" and len(shape) == 2:
             shape = (*shape, 1, 1)
-        return self.weights.shape(self.home, shape) if multiplies(self.tensors) else shape
+        unknown = (
+            self.delta.conv and not self.delta.kernel and self.delta.algebra not in (FULL, SET)
+        )
+        if unknown or multiplies(self.tensors):
+            return self.weights.shape(self.home, shape)
+        return shape
 
     @property
     def adds(self) -> bool:

@@ -308,3 +308,29 @@ def test_bfls_control_adapters(convert):
         tensors["double_blocks.0.img_attn.qkv.lora_B.bias"][2 * H :],
     )
     assert read_pairs(made) and "lora_bias" in header["lora_adapter_metadata"]
+
+
+def test_a_kernel_is_the_bases_where_tensors_do_not_show_it(convert, tmp_path):
+    """A LoKr of a convolution is flat, and patches of sd3 are 2 by 2."""
+    t = {"lokr_w1": numbers(2, 2), "lokr_w2_a": numbers(4, 1), "lokr_w2_b": numbers(1, 2 * 4)}
+    base = tmp_path / "base.safetensors"
+    write_tensors(base, {"pos_embed.proj.weight": numbers(8, 4, 2, 2)}, {})
+    made, header = convert(
+        named("lora_unet_x_embedder_proj", **t), "diffusers", source="sd3", model=base, verify=True
+    )
+    want = np.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"]).reshape(8, 4, 2, 2)
+    check(read_diffusers(made, header), {"pos_embed.proj": want})
+
+
+def test_alphas_that_were_not_there_do_not_come_back(convert):
+    """One module has an alpha, and the other has none."""
+    other = STEM.replace("to_q", "to_k")
+    t = {f"{s}.lora_{x}.weight": numbers(4, 4) for s in (STEM, other) for x in ("down", "up")}
+    t[f"{STEM}.alpha"] = np.float32(2)
+    made, header = convert(t, "diffusers", source="sdxl")
+    back, _ = convert(made, "kohya", header)
+    same_bits(back, t)
+    del t[f"{STEM}.alpha"]
+    made, header = convert(t, "comfyui", source="sdxl")
+    back, _ = convert(made, "kohya", header)
+    same_bits(back, t)

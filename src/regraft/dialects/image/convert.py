@@ -17,7 +17,7 @@ from regraft.adapters.scale import Number
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.grouping import Grouped, group_tensors
-from regraft.dialects.image.moving import Ways, move_deltas
+from regraft.dialects.image.moving import Ways, move_deltas, with_kernels
 from regraft.dialects.image.origin import KEY, Origin, read_origin, unfolded, write_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.dialects.image.read import (
@@ -206,7 +206,7 @@ def _converted(
     ways = Ways(opened.where, None if base is None else ImageBase(base, family), via)
     origin = read_origin(opened.metadata)
     back = origin if origin is not None and to in origin.names else None
-    homes: Mapping[Home, Delta] = adapter.deltas
+    homes: Mapping[Home, Delta] = with_kernels(adapter.deltas, ways)
     if origin is not None:
         homes = _without_partner(homes, origin)
     if back is not None and any(layout in how.also for layout in back.layouts):
@@ -223,6 +223,8 @@ def _converted(
         }
     fitted = _with_image_partner(fitted, family, how)
     written = write_deltas(fitted, how, None if back is None else back.alpha_dtype)
+    if back is not None:
+        _leave_bare(fitted, how, back, written)
     tensors = {**written.tensors, **adapter.others}
     layouts = tuple(dict.fromkeys(h.layout for h in homes if h.component == DENOISER))
     alphas = _alphas(opened, fit, adapter) if _lost_alphas(fitted, written) else {}
@@ -230,6 +232,14 @@ def _converted(
     metadata = _metadata(opened, how, written, tensors, origin, alphas, layouts, names, added)
     report = _report(opened, adapter, fitted, how, ways, written, tensors)
     return Made(tensors, metadata, report, fitted, how, ways, written.config)
+
+
+def _leave_bare(deltas: Mapping[Home, Delta], how: Writing, back: Origin, written: Written) -> None:
+    """Leave out an alpha that the file did not have and that says nothing."""
+    for home, delta in deltas.items():
+        stem = how.stem(home)
+        if delta.algebra == LORA and delta.scale.value == 1.0 and back.had_no_alpha(stem):
+            written.tensors.pop(f"{stem}.alpha", None)
 
 
 def _check_apart(
@@ -305,7 +315,12 @@ def _metadata(
         return dict(origin.header)
     kept = {k: v for k, v in old.items() if not _STALE.fullmatch(k) and k != ADAPTER_METADATA}
     names = tuple(dict.fromkeys((opened.form, opened.dialect)))
-    entry = write_origin(names, layouts, families, added, old, opened.tensors, alphas)
+    bare = [
+        stem
+        for stem, module in opened.grouped.modules.items()
+        if "down" in module.tensors and "alpha" not in module.tensors
+    ]
+    entry = write_origin(names, layouts, families, added, old, opened.tensors, alphas, bare)
     return {"format": "pt", **kept, **written.header, KEY: entry}
 
 

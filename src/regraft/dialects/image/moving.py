@@ -176,6 +176,20 @@ def _as_large_as(delta: Delta, weight: Array) -> Delta:
     return replace(delta, out=out, into=into, kernel=kernel, conv=len(kernel) > 0)
 
 
+def with_kernels(deltas: Mapping[Home, Delta], ways: Ways) -> dict[Home, Delta]:
+    """The same, where a convolution's tensors do not show its kernel with the one that the base has."""
+    made = dict(deltas)
+    for home, delta in deltas.items():
+        if ways.base is None or not delta.conv or delta.kernel or delta.algebra in (FULL, SET):
+            continue
+        try:
+            weight = ways.base.weight(home.component, home.layout, home.key, delta.shape)
+            made[home] = _as_large_as(delta, weight)
+        except NoImageError:
+            continue  # what needs the kernel will say so
+    return made
+
+
 # -- moving
 
 

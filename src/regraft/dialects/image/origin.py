@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Origin:
     """The dtype of most of its alphas."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
     """Of those that have another one, by key."""
+    bare: tuple[str, ...] = ()
+    """Modules that had no alpha of their own; ``*`` for all of them."""
     alphas: Mapping[str, Number] = field(default_factory=dict)
     """Alphas that the file could not keep, by module."""
     digest: str = ""
@@ -44,6 +46,10 @@ class Origin:
     def alpha_dtype(self, key: str) -> str | None:
         """The dtype that an alpha had."""
         return self.dtypes.get(key, self.dtype)
+
+    def had_no_alpha(self, stem: str) -> bool:
+        """Whether a module had no alpha of its own."""
+        return "*" in self.bare or stem in self.bare
 
 
 def read_origin(metadata: Mapping[str, str]) -> Origin | None:
@@ -57,7 +63,7 @@ def read_origin(metadata: Mapping[str, str]) -> Origin | None:
     tables = {k: v for k in ("header", "dtypes", "alphas") if isinstance(v := data.get(k), dict)}
     lists = {
         k: tuple(map(str, v))
-        for k in ("names", "layouts", "families", "added")
+        for k in ("names", "layouts", "families", "added", "bare")
         if isinstance(v := data.get(k), list)
     }
     texts = {k: v for k in ("dtype", "digest") if isinstance(v := data.get(k), str)}
@@ -73,6 +79,7 @@ def write_origin(
     header: Mapping[str, str],
     tensors: Mapping[str, Array],
     alphas: Mapping[str, Number],
+    bare: Sequence[str],
 ) -> str:
     """The entry for a file that is made of another one."""
     dtypes = {k: t.dtype.name for k, t in tensors.items() if k.endswith(".alpha")}
@@ -88,6 +95,8 @@ def write_origin(
     if usual is not None:
         data["dtype"] = usual
         data["dtypes"] = {k: v for k, v in dtypes.items() if v != usual}
+    if bare:
+        data["bare"] = list(bare) if usual is not None else ["*"]
     if alphas:
         data["alphas"] = dict(alphas)
     return json.dumps({k: v for k, v in data.items() if v})
