@@ -270,7 +270,7 @@ def _has_transposed(opened: Opened, known: Known, to: str) -> bool:
     """Whether a saved weight is stored differently in the other layout, under the same name."""
     return any(
         match_group(term.key, keys) is not None
-        for rule, term, _, _ in Side(known.books, to, known.scopes).rules()
+        for rule, term, _, _ in Side(known.books, to, known.scopes).rules
         if term.key is not None
         and [str(t.key) for t in rule.equation.left] == [str(t.key) for t in rule.equation.right]
         and [t.dims for t in rule.equation.left] != [t.dims for t in rule.equation.right]
@@ -554,7 +554,7 @@ class _Conversion:
     ) -> tuple[list[Images], Plan | None, Factors]:
         """LoRAs moved along the way from a step on; the last step's plan, and the factors that it was made for."""
         plan: Plan | None = None
-        made = unmoved_images(factors)
+        made = unmoved_images(factors) if first >= len(self.steps) else []
         for number in range(first, len(self.steps)):
             factors = factors if plan is None else factors_after(made, plan)
             plan = self.plan(Adapter(factors), number)

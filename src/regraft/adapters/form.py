@@ -35,7 +35,7 @@ class Factors(Struct):
     """The base keys of each kind."""
 
 
-class Lora(Struct):
+class Lora(Struct, gc=False):
     """The LoRA of one base tensor."""
 
     a: Array
@@ -192,7 +192,7 @@ class Adapter(Struct, frozen=True, eq=False):
         return adapted.headers
 
 
-class Written(Struct, frozen=True):
+class Written(Struct, frozen=True, gc=False):
     """One delta of a result: the base tensor's key, where the dialect put it, and its scale."""
 
     key: str

@@ -158,7 +158,7 @@ def _plan(headers: Headers, known: Known, side: Side, target: str, where: str) -
 
 def _refuse_changed(groups: Iterable[SavedGroup], side: Side, tuner: str, where: str) -> None:
     """Refuse tensors of families that have no rule where the base weight they stand on changes."""
-    rules = side.rules()
+    rules = side.rules
     whole = [term.key for _, term, _, _ in rules if term.key is not None]
     opaque = [o for o in groups if not any(match_group(key, o.keys) for key in whole)]
     findings = []

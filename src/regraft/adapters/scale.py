@@ -15,7 +15,7 @@ _SAME_SCALE = 1e-12
 """Closer than this, scales differ only because an alpha of rsLoRA is irrational."""
 
 
-class Scale(Struct, frozen=True):
+class Scale(Struct, frozen=True, gc=False):
     """A LoRA's rank and alpha; what multiplies ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA."""
 
     rank: int

@@ -124,6 +124,8 @@ def check_kept(
 
     MTP layers may stay, since nothing loads them with the model.
     """
+    if not kept:
+        return
     parts = (part for _, part in model.parts()) if model is not None else ()
     names = set(kept) - mtp_among(kept, parts).names()
     findings = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -92,7 +93,7 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
     """Tell companions from what rules speak of."""
     tensors = source.tensors
     found = _Found(source, config)
-    if any(name.endswith(_ENDS) for name in tensors.names):
+    if any(map(str.endswith, tensors.names, repeat(_ENDS))):
         found.search()
     taken = {row for table in found.of.values() for row in table.values()}
     shapes, virtual = found.shapes, found.virtual

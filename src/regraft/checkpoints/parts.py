@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -94,7 +95,7 @@ class MovedPiece(Struct, frozen=True, eq=False):
 
 def is_parted(source: Source) -> bool:
     """Whether a checkpoint holds the parts of a pipeline: a folder of diffusers, or a file with a denoiser in it."""
-    return source.parted or any(name.startswith(DENOISER) for name in source.tensors.names)
+    return source.parted or any(map(str.startswith, source.tensors.names, repeat(DENOISER)))
 
 
 def find_parts(source: Source, layout: str | None = None) -> Parted:

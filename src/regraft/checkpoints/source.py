@@ -286,7 +286,10 @@ def _find_index(root: Path, notes: list[str]) -> _Index | None:
         message = "its weight_map must be a table of tensors and the files that they are in"
         raise BadInputError(Finding("index", message, where=where, fix="save the model again"))
     findings = []
-    for shard in dict.fromkeys(str(s) if isinstance(s, str) else repr(s) for s in names.values()):
+    shards: Iterable[str] = names.values()
+    if set(map(type, names.values())) != {str}:
+        shards = (s if isinstance(s, str) else repr(s) for s in names.values())
+    for shard in dict.fromkeys(shards):
         if not _is_plain(shard):
             findings.append(
                 Finding(

@@ -119,6 +119,8 @@ def leave_out(source: Source, ties: Sequence[Tie], drop: Sequence[str]) -> tuple
 
     Where it is the input embeddings', the other's values take their name: a loader looks for them there.
     """
+    if not ties:
+        return source, []
     tensors = source.tensors
     at = {name: row for row, name in enumerate(tensors.names)}
     dtypes, files = list(tensors.dtypes), tensors.files.copy()

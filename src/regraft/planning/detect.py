@@ -11,7 +11,7 @@ itself. The keys of one rule in two layouts are an error, because there a tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -57,11 +57,15 @@ def detect_layouts(
     Raises ``BadInputError`` where keys of one rule are of two layouts.
     """
     admits = _admission(scopes)
+    spoken = [_spoken(book, tensors, admits) for book in books]
     ruled_out: set[str] = set()
     evidence: dict[str, str] = {}
     by_rule: dict[tuple[str, str, str], dict[str, str]] = {}
-    for book in books:
-        for group, side, rules in _one_sided(book, tensors, modules, admits):
+    for book, of_tensors in zip(books, spoken, strict=True):
+        for group, hits in (*of_tensors, *_spoken_modules(book, modules, admits)):
+            if len(hits) != 1:
+                continue
+            ((side, rules),) = hits.items()
             other = book.right if side == "left" else book.left
             layout, key = book.layout(side), group.name(0).removesuffix(".weight")
             ruled_out.add(other)
@@ -70,7 +74,7 @@ def detect_layouts(
                 by_rule.setdefault((book.name, rule, _above(group)), {}).setdefault(layout, key)
     layouts = tuple(dict.fromkeys(name for book in books for name in book.layouts))
     if len(layouts) > 2:
-        ruled_out |= _unexplained(books, layouts, tensors, admits)
+        ruled_out |= _unexplained(books, spoken, layouts)
         ruled_out |= _without_parameters(books, layouts, modules, admits)
     possible = tuple(name for name in layouts if name not in ruled_out)
     told = {name: key for name, key in evidence.items() if not possible or name in possible}
@@ -127,38 +131,53 @@ def _admission(scopes: Mapping[str, Scope] | None) -> _Admits:
     return lambda book, group: scopes.get(book.name, Scope()).admits(group.template)
 
 
-def _one_sided(
-    book: Book, tensors: Sequence[Group], modules: Sequence[Group], admits: _Admits
-) -> Iterable[tuple[Group, Side, list[str]]]:
-    """Keys that only one side of a book has, with the side and the rules."""
-    terms: dict[Side, list[tuple[Key, str]]] = {
-        side: [
-            (term.key, rule.name)
-            for rule in book.rules
-            for term in (rule.equation.left if side == "left" else rule.equation.right)
-            if term.key is not None
-        ]
-        for side in SIDES
-    }
+_Spoken = list[tuple[Group, dict[Side, list[str]]]]
+"""Groups of keys with the sides of a book that have rules for them, and these rules' names."""
+
+
+def _spoken(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
+    """What a book's rules say of tensors."""
+    return _hits({side: list(_terms(book, side)) for side in SIDES}, book, groups, admits)
+
+
+def _spoken_modules(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
+    """What a book says of modules that have parameters of their own."""
+    if not groups or not book.parameters:
+        return []
     tables: dict[Side, list[tuple[Key, str]]] = {
         side: [
-            (p.module, _rule_within(terms[side], p.module))
+            (p.module, _rule_within(_terms(book, side), p.module))
             for p in book.parameters
             if side in p.sides
         ]
         for side in SIDES
     }
-    for known, groups in ((terms, tensors), (tables, modules)):
-        for group in groups:
-            if not admits(book, group):
-                continue
+    return _hits(tables, book, groups, admits)
+
+
+def _terms(book: Book, side: Side) -> Iterator[tuple[Key, str]]:
+    """The keys of one side's rules, with the rules' names."""
+    for rule in book.rules:
+        for term in rule.equation.left if side == "left" else rule.equation.right:
+            if term.key is not None:
+                yield term.key, rule.name
+
+
+def _hits(
+    known: Mapping[Side, Sequence[tuple[Key, str]]],
+    book: Book,
+    groups: Sequence[Group],
+    admits: _Admits,
+) -> _Spoken:
+    found: _Spoken = []
+    for group in groups:
+        if admits(book, group):
             hits = {
                 side: [rule for key, rule in each if match_group(key, group) is not None]
                 for side, each in known.items()
             }
-            sides = [(side, rules) for side, rules in hits.items() if rules]
-            if len(sides) == 1:
-                yield group, *sides[0]
+            found.append((group, {side: rules for side, rules in hits.items() if rules}))
+    return found
 
 
 def _rule_within(terms: Iterable[tuple[Key, str]], module: Key) -> str:
@@ -173,31 +192,24 @@ def _above(group: Group) -> str:
 
 
 def _unexplained(
-    books: Sequence[Book], layouts: Sequence[str], tensors: Sequence[Group], admits: _Admits
+    books: Sequence[Book], spoken: Sequence[_Spoken], layouts: Sequence[str]
 ) -> set[str]:
     """Layouts in which no book explains a key that one explains in another."""
-    found: set[str] = set()
-    for group in tensors:
-        explained: set[str] = set()
-        ruled = False
-        for book in books:
-            if not admits(book, group):
-                continue
-            if any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries):
-                explained.update(book.layouts)
-            for side in SIDES:
-                if book.layout(side) not in explained or not ruled:
-                    keys = (
-                        term.key
-                        for rule in book.rules
-                        for term in (rule.equation.left if side == "left" else rule.equation.right)
-                    )
-                    if any(key is not None and match_group(key, group) for key in keys):
-                        ruled = True
-                        explained.add(book.layout(side))
-        if ruled:
-            found |= set(layouts) - explained
-    return found
+    explained: dict[int, set[str]] = {}  # by the group's identity: two may have one template
+    ruled: set[int] = set()
+    for book, of_tensors in zip(books, spoken, strict=True):
+        for group, hits in of_tensors:
+            mine = explained.setdefault(id(group), set())
+            mine.update(book.layout(side) for side in hits)
+            ruled |= {id(group)} if hits else set()
+            if not mine.issuperset(book.layouts) and _carries(book, group):
+                mine.update(book.layouts)
+    return {name for each in ruled for name in layouts if name not in explained[each]}
+
+
+def _carries(book: Book, group: Group) -> bool:
+    """Whether a book says of keys that they stay."""
+    return any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries)
 
 
 def _without_parameters(
@@ -226,7 +238,7 @@ def _explaining(books: Sequence[Book], group: Group, admits: _Admits) -> set[str
     for book in books:
         if not admits(book, group):
             continue
-        if any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries):
+        if _carries(book, group):
             explained.update(book.layouts)
         for rule in book.rules:
             for side, terms in zip(SIDES, (rule.equation.left, rule.equation.right), strict=True):

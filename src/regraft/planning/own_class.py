@@ -122,6 +122,8 @@ def _unexplained(
             match = match_group(key, group)
             if match is not None:
                 free[match.rows] = False
+                if not free.any():
+                    return
     if free.any():
         yield group.take(free)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 
 from msgspec import Struct
 
@@ -17,7 +18,7 @@ from regraft.rules.templates import match_group, specificity
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
-class Side(Struct, frozen=True):
+class Side(Struct, frozen=True, dict=True):
     """One side of some rule books: the layout that is read, with each book's config."""
 
     books: tuple[Book, ...]
@@ -26,7 +27,7 @@ class Side(Struct, frozen=True):
     also: tuple[str, ...] = ()
     """Other layouts that parts are of, where they are of several."""
 
-    @property
+    @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """The edges that lead out of the layout, one for each book that knows it."""
         return tuple(
@@ -36,6 +37,7 @@ class Side(Struct, frozen=True):
             if layout in book.layouts
         )
 
+    @cached_property
     def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
         """Every term of this side with its kind."""
         return [
@@ -49,7 +51,7 @@ class Side(Struct, frozen=True):
         """The rule that speaks of a key on this side; of several the one with most of the key's text in its own."""
         hits = [
             found
-            for found in self.rules()
+            for found in self.rules
             if (key := found[1].key) is not None and match_group(key, keys) is not None
         ]
         if len(hits) < 2:

@@ -76,7 +76,7 @@ class ModuleReader:
         """Some modules at a time: their rows, the kind of their weights, and the dims that the base's config says."""
         left = np.arange(len(modules))
         keys = Group(modules.template + ".weight", left, modules.numbers)
-        for rule, term, kind, scope in self.side.rules():
+        for rule, term, kind, scope in self.side.rules:
             match = match_group(term.key, keys) if term.key is not None else None
             rows = left if match is None else np.intersect1d(left, match.rows)
             if match is not None and len(rows):

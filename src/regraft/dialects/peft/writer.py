@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from regraft.dialects.peft.source import PeftNames, Source
 
 
-class PeftWriter(Struct, frozen=True):
+class PeftWriter(Struct, frozen=True, dict=True):
     """Writes one adapter for one base in one layout; what need not change of its config stays."""
 
     source: Source
@@ -47,7 +48,7 @@ class PeftWriter(Struct, frozen=True):
     fresh: bool = False
     """Whether the adapter comes from another dialect, so that its config is made from nothing."""
 
-    @property
+    @cached_property
     def side(self) -> Side:
         """What the books say of the layout."""
         return Side(self.known.books, self.to.name, self.known.scopes)
