@@ -7,6 +7,10 @@ import pytest
 from making import HEAD, equation_of
 
 import regraft
+from regraft.checkpoints.gather import Files
+from regraft.checkpoints.prepare import prepare
+from regraft.checkpoints.verify import verify
+from regraft.checkpoints.windows import Windows
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 BOOK = (
@@ -64,8 +68,75 @@ def test_what_would_be_lost_is_an_error(folders, key, code):
     assert not (folder / "out").exists()
 
 
-def test_padding_with_another_value_is_refused(folders):
+VALUES = (
+    HEAD.replace('"test"]', '"tiny"]')
+    + equation_of(
+        "emb : v i == padded : (v + p) (i + q) where v = 3, p = 2, q = 1, i = 30, fill p = 2.5, fill q = -1",
+        "p",
+    )
+    + equation_of("w.{e} : a b == stack : (e + f) b a where e = 2, f = 1, fill f = 7")
+)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """Padding that is no zero, in rows, in columns and in a place of a stack, whose types are cast as well."""
+    old = {"emb": x(3, 30), "w.0": x(4, 5), "w.1": x(4, 5)}
+    padded = np.full((5, 31), 2.5, np.float32)
+    padded[:3, :30], padded[:3, 30] = old["emb"], -1
+    stack = np.stack([old["w.0"].T, old["w.1"].T, np.full((5, 4), 7, np.float32)])
+    new = {"padded": padded, "stack": stack}
+    write_tensors(tmp_path / "old.safetensors", old, {})
+    (tmp_path / "book.toml").write_text(VALUES)
+    return tmp_path, new
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_padding_that_is_no_zero_goes_into_files_and_is_checked_there(filled, dtype):
+    folder, new = filled
+    book = [regraft.load_book(folder / "book.toml")]
+    given = {"rules": book, "dtype": dtype, "verify": True}
+    regraft.convert(folder / "old.safetensors", folder / "out.safetensors", to="new", **given)
+    made = open_tensors(folder / "out.safetensors")
+    wanted = {k: v.astype(dtype or v.dtype) for k, v in new.items()}
+    assert all(np.array_equal(made[k], wanted[k]) for k in wanted)
+    regraft.convert(folder / "out.safetensors", folder / "back.safetensors", to="old", rules=book)
+    back = open_tensors(folder / "back.safetensors")
+    assert np.array_equal(back["emb"], wanted["padded"][:3, :30])
+    spoiled = {k: np.array(v) for k, v in made.items()}
+    spoiled["padded"][4, 3] = 0
+    write_tensors(folder / "bad.safetensors", spoiled, {})
+    with pytest.raises(regraft.BadInputError, match=r"not all of it is 2\.5"):
+        regraft.convert(folder / "bad.safetensors", folder / "no.safetensors", to="old", rules=book)
+
+
+def test_slices_and_windows_of_padding(filled):
+    folder, new = filled
+    book = [regraft.load_book(folder / "book.toml")]
+    source = folder / "old.safetensors"
+    cut = regraft.slices(source, to="new", rules=book, box=[(1, 3), [(0, 1), (2, 4)]])
+    made = cut.read()
+    assert np.array_equal(made["padded"], new["padded"][1:3][:, [0, 2, 3]])
+    assert np.array_equal(made["stack"], new["stack"][1:3][:, [0, 2, 3]])
+    with regraft.only_books(book):
+        ready = prepare(source, "new")
+    windows = Windows(ready.moves, ready.dtypes, ready.source.tensors)
+    (file,) = ready.layout.files
+    regraft.convert(source, folder / "out.safetensors", to="new", rules=book)
+    whole = (folder / "out.safetensors").read_bytes()
+    with Files(ready.source.files) as files:
+        parts = [
+            windows.read(files, file, n, min(n + 37, file.size)) for n in range(0, file.size, 37)
+        ]
+    assert b"".join(part.tobytes() for part in parts) == whole
+
+
+def test_verifying_looks_at_padding(folders):
     folder, _, _ = folders
-    (folder / "book.toml").write_text(BOOK.replace("fill p = 0", "fill p = 1"))
-    with pytest.raises(regraft.RefusedError, match="zeros only"):
-        converted(folder, "old", "new", "out")
+    made = converted(folder, "old", "new", "out")
+    spoiled = {k: np.array(v) for k, v in made.items()}
+    spoiled["padded"][4, 7] = 1
+    write_tensors(folder / "out" / "model.safetensors", spoiled, {})
+    with regraft.only_books([regraft.load_book(folder / "book.toml")]):
+        found = verify(folder / "old", folder / "out")
+    assert [f.key for f in found.differences] == ["padded"]

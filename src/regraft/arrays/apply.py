@@ -28,6 +28,10 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
         return apply_lazily(plan, tensors)
     result: dict[str, Any] = {}
     findings: list[Finding] = []
+    for entry in plan.demands:
+        for loop in range(len(entry)):
+            used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
+            _check_reads(entry, used, plan, tensors, findings)
     for entry in plan.entries:
         _apply_entry(entry, plan, tensors, result, findings)
     for carried in plan.carried:
@@ -100,11 +104,7 @@ def _apply_loop(
 ) -> list[list[Any]] | None:
     """The same; ``None`` and a finding where something is wrong."""
     used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
-    wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
-    if wrong is not None:
-        code, message, term, slot = wrong
-        key = plan.headers.name(used[term][slot])
-        findings.append(Finding(code, message, key=key, rule=str(entry.rule), fix=FIXES[code]))
+    if not _check_reads(entry, used, plan, tensors, findings):
         return None
     dtypes = {str(tensors[i].dtype): i for ids in used for i in ids}
     if len(dtypes) > 1:
@@ -135,6 +135,23 @@ def _apply_loop(
                 to_at[i],
             )
     return made
+
+
+def _check_reads(
+    entry: Entry,
+    used: Sequence[Sequence[int]],
+    plan: Plan,
+    tensors: Sequence[Any],
+    findings: list[Finding],
+) -> bool:
+    """Whether what one loop value of an entry reads is as it demands; a finding where it is not."""
+    wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
+    if wrong is None:
+        return True
+    code, message, term, slot = wrong
+    key = plan.headers.name(used[term][slot])
+    findings.append(Finding(code, message, key=key, rule=str(entry.rule), fix=FIXES[code]))
+    return False
 
 
 def _shapes(entry: Entry, copy: Copy) -> tuple[tuple[int, ...], tuple[int, ...]]:

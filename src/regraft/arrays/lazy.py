@@ -47,13 +47,17 @@ class Lazy:
         if self._made is None:
             return cut_whole(self.row, self.shape, region)
         slicer, name, rows = self._made
-        return [strips.with_sources(rows[strips.sources]) for strips in slicer.strips(name, region)]
+        return [
+            strips if strips.bits else strips.with_sources(rows[strips.sources])
+            for strips in slicer.strips(name, region)
+        ]
 
     def rows(self) -> Ints:
         """The file's tensors that it is made of."""
         if self._made is None:
             return np.array([self.row], dtype=np.int64)
-        found = np.sort(np.concatenate([strips.sources for strips in self.cut()]))
+        read = [strips.sources for strips in self.cut() if not strips.bits]
+        found = np.sort(np.concatenate([np.zeros(0, np.int64), *read]))
         # np.unique imports numpy.ma, which takes longer than the load of a small model
         return found[np.diff(found, prepend=-1) > 0]
 
@@ -86,7 +90,7 @@ def apply_lazily(plan: Plan, tensors: Sequence[Lazy]) -> dict[str, Lazy]:
     rows = np.array([tensor.row for tensor in tensors], dtype=np.int64)
     result: dict[str, Lazy] = {}
     findings: list[Finding] = []
-    for entry in plan.entries:
+    for entry in (*plan.entries, *plan.demands):
         findings += _check(entry, plan, tensors)
     for name, made in slicer.made.items():
         if isinstance(made, int):
@@ -121,11 +125,6 @@ def _check(entry: Entry, plan: Plan, tensors: Sequence[Lazy]) -> Iterator[Findin
     from regraft.arrays.apply import FIXES, check_read
 
     rule = str(entry.rule)
-    if any(padding.value for padding in entry.paddings(written=True)):
-        message = "what is read from files is padded with zeros only"
-        fix = "read the file and convert the state dict in memory (regraft.convert_state_dict)"
-        key = entry.keys(entry.written[0]).name(0)
-        yield Finding("padding", message, key=key, rule=rule, fix=fix)
     if not entry.repeats and not entry.paddings(written=False):
         return
     for loop in range(len(entry)):

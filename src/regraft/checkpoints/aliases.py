@@ -7,14 +7,14 @@ Source: ``save_model`` and ``load_model`` of safetensors 0.6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from regraft.checkpoints.moves import Moves, is_whole
 from regraft.checkpoints.source import Source, Tensors
 from regraft.names.keys import Group, Ints
-from regraft.planning.plan import Plan
+from regraft.planning.plan import Entry, Plan
 from regraft.values import replace
 
 
@@ -42,13 +42,13 @@ def use_owners(plan: Plan, owners: Mapping[int, int]) -> Plan:
     def resolve(ids: Ints) -> Ints:
         return np.where(ids < 0, ids, table[np.maximum(ids, 0)])
 
-    return replace(
-        plan,
-        entries=tuple(
+    def resolved(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        return tuple(
             entry if is_whole(entry) else replace(entry, sources=tuple(map(resolve, entry.sources)))
-            for entry in plan.entries
-        ),
-    )
+            for entry in entries
+        )
+
+    return replace(plan, entries=resolved(plan.entries), demands=resolved(plan.demands))
 
 
 def add_aliases(moves: Moves, plan: Plan, owners: Mapping[int, int], tensors: Tensors) -> list[str]:

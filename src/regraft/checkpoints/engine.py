@@ -172,6 +172,8 @@ class Engine:
             if os.fstat(out).st_size != file.size:
                 os.ftruncate(out, file.size)
             write_all(out, memoryview(file.head), 0)
+            for at, data in self.cutter.padding(file):
+                write_all(out, data, at)
         except BaseException:
             os.close(out)
             raise

@@ -164,6 +164,8 @@ def reads_of(fills: Sequence[Fill], tensors: Tensors) -> tuple[Reads, list[tuple
     tiled: list[tuple[int, Strips]] = []
     for number, fill in enumerate(fills):
         for strips in fill.strips:
+            if strips.bits:
+                continue
             if not long_runs(strips, fill.item):
                 rows = np.arange(len(strips))
                 tiled += [(number, strips.take(rows[i : i + 1])) for i in rows.tolist()]
@@ -227,6 +229,9 @@ def fill_slices(
     for fill in fills:
         if fill.is_padded:
             fill.view[...] = 0
+        for strips in fill.strips:
+            if strips.bits:
+                _put_constant(strips, fill.view)
     reads, tiled = reads_of(fills, tensors)
     views = [fill.view.data for fill in fills]
     tasks: list[Callable[[], int]] = [
@@ -248,6 +253,15 @@ def fill_slices(
         return sum(run(task) for task in tasks)
     with ThreadPoolExecutor(jobs, "regraft-read") as pool:
         return sum(pool.map(run, tasks))
+
+
+def _put_constant(strips: Strips, view: Bytes) -> None:
+    """Write what padding holds into a slice's bytes."""
+    word = np.dtype(f"V{len(strips.bits)}")
+    flat, value = view.view(word), np.frombuffer(strips.bits, word)[0]
+    steps = [step * word.itemsize for step in strips.target_strides]
+    for at in strips.target_at.tolist():
+        as_strided(flat[at:], strips.sizes, steps)[...] = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +391,8 @@ def byte_runs(strips: Sequence[Strips], tensors: Tensors, item: int) -> list[tup
     """Which bytes of which files some strips read: file, from where, how many; in order, joined where they meet."""
     columns: list[tuple[Ints, Ints, Ints]] = []
     for one in strips:
+        if one.bits:
+            continue
         dense = _by_source(one)
         sources, source_at, _, run = dense.runs()
         start = tensors.starts[sources] + source_at * item

@@ -7,6 +7,7 @@ nothing of rules or models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import numpy as np
 from msgspec import Struct, field
@@ -16,6 +17,7 @@ from regraft.equation.lower import Copy, Nest, nest_of, strides_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Entry, Plan, index_grid, walk
+from regraft.planning.slices import Slicer
 from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
 
@@ -254,6 +256,20 @@ def finish(moves: Moves, tensors: Tensors) -> Moves:
         [size_of(d, s) for d, s in zip(moves.dtypes, moves.shapes, strict=True)], dtype=np.int64
     )
     return moves
+
+
+def slicer_of(moves: Moves, tensors: Tensors) -> Slicer:
+    """The slicer of everything that moves make: what rules make, what stays whole, and what belongs to weights."""
+    slicer = Slicer(tensors.shapes, tensors.dtypes)
+    for entry, bases in moves.made:
+        names = []
+        for term, base in zip(entry.written, bases, strict=True):
+            count = len(entry) * prod(entry.stack(term))
+            names.append(moves.names[base : base + count])
+        slicer.add_entry(entry, names)
+    for base, rows in moves.wholes:
+        slicer.add_whole(moves.names[base : base + len(rows)], rows)
+    return slicer
 
 
 def pairs_from(moves: Moves, start: int, tensors: Tensors) -> list[tuple[str, str]]:

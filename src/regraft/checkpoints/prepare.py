@@ -32,7 +32,6 @@ from regraft.checkpoints.parts import is_parted
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
-from regraft.checkpoints.reads import check_writable
 from regraft.checkpoints.sharding import lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
@@ -144,7 +143,6 @@ def prepare(
         if plan.is_composed:
             check_step_by_step(companions, source.where)
         named, plan = plan, use_owners(plan, companions.aliases)
-        check_writable(plan)
         moves = moves_of(plan, tensors)
         untied = add_aliases(moves, named, companions.aliases, tensors)
         count = len(moves.names)

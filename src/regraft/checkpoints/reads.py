@@ -13,30 +13,11 @@ import numpy.typing as npt
 
 from regraft.arrays.apply import FIXES, check_read
 from regraft.checkpoints.source import Source
-from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.errors import BadInputError, Finding
 from regraft.planning.plan import Entry, Plan
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.ranges import open_ranges
 from regraft.storage.stand_ins import remote_at
-
-
-def check_writable(plan: Plan) -> None:
-    """Refuse what the bytes reader cannot write: padding with something else than zeros.
-
-    Raises ``RefusedError``.
-    """
-    odd = [e for e in plan.entries if any(p.value for p in e.paddings(written=True))]
-    if odd:
-        raise RefusedError(
-            Finding(
-                "no-image",
-                "a checkpoint's files are padded with zeros only",
-                key=entry.keys(entry.written[0]).name(0),
-                rule=str(entry.rule),
-                fix="convert the state dict in memory (regraft.convert_state_dict)",
-            )
-            for entry in odd
-        )
 
 
 def check_reads(plan: Plan, source: Source) -> None:
@@ -46,7 +27,7 @@ def check_reads(plan: Plan, source: Source) -> None:
     """
     findings: list[Finding] = []
     maps: dict[int, npt.NDArray[Any]] = {}
-    for entry in plan.entries:
+    for entry in (*plan.entries, *plan.demands):
         if entry.repeats or entry.paddings(written=False):
             findings += _wrong_of(entry, plan, source, maps)
     if findings:

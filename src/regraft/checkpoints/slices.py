@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from regraft.checkpoints.gather import Bytes, Files, Fill, byte_runs, fill_slices
-from regraft.checkpoints.moves import Moves, size_of
+from regraft.checkpoints.moves import size_of, slicer_of
 from regraft.checkpoints.prepare import Prepared
 from regraft.checkpoints.reads import check_reads
-from regraft.checkpoints.source import Source, Tensors
+from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.plan import Plan
 from regraft.planning.slices import Region, Slicer, Strips, shape_of_region
@@ -259,20 +258,6 @@ def cut(
     if findings:
         raise BadInputError(findings)
     return Slices(ready.source, ready.report.target_layout, items, ready.plan)
-
-
-def slicer_of(moves: Moves, tensors: Tensors) -> Slicer:
-    """The slicer of everything that moves make: what rules make, what stays whole, and what belongs to weights."""
-    slicer = Slicer(tensors.shapes)
-    for entry, bases in moves.made:
-        names = []
-        for term, base in zip(entry.written, bases, strict=True):
-            count = len(entry) * prod(entry.stack(term))
-            names.append(moves.names[base : base + count])
-        slicer.add_entry(entry, names)
-    for base, rows in moves.wholes:
-        slicer.add_whole(moves.names[base : base + len(rows)], rows)
-    return slicer
 
 
 def strips_of(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
-from regraft.checkpoints.moves import Moves, Strided
+from regraft.checkpoints.moves import Moves, Strided, slicer_of
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import Tensors
 from regraft.checkpoints.tiles import Block, has_gaps
@@ -17,6 +18,8 @@ from regraft.storage.dtypes import DTYPES
 
 UNIT = 1 << 25
 """How many bytes a unit has, about."""
+_PADDED = 1 << 20
+"""Elements of padding that are written at once."""
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -82,6 +85,30 @@ class Cutter:
                 rows = np.flatnonzero(part.targets == target).tolist()
                 unit += [self._block(part, row, place) for row in rows]
             yield unit
+
+    def padding(self, file: OutFile, zeros: bool = False) -> Iterator[tuple[int, memoryview]]:
+        """The padding of one file, zeros only where asked for: places, and bytes to write before anything else."""
+        made = [
+            (base + number, entry)
+            for entry, bases in self.moves.made
+            for padding in entry.paddings(written=True)
+            if padding.value or zeros
+            for base in bases[padding.term : padding.term + 1]
+            for number in range(len(entry) * prod(entry.stack(entry.written[padding.term])))
+        ]
+        padded = {target for target, _ in made} & set(file.targets.tolist())
+        slicer = slicer_of(self.moves, self.tensors) if padded else None
+        for target, at in zip(file.targets.tolist(), file.starts.tolist(), strict=True):
+            if slicer is None or target not in padded:
+                continue
+            read, written = self._types(target)
+            for strips in slicer.padding(self.moves.names[target], zeros):
+                element = np.frombuffer(strips.bits, read).astype(written)
+                _, _, places, run = strips.runs()
+                for place in places.tolist():
+                    for done in range(0, run, _PADDED):
+                        data = np.repeat(element, min(_PADDED, run - done)).view(np.uint8)
+                        yield at + (place + done) * written.itemsize, data.data
 
     def _block(self, part: Strided, row: int, place: Ints) -> tuple[int, Block]:
         source, target = int(part.sources[row]), int(part.targets[row])

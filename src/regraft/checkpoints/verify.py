@@ -220,6 +220,8 @@ class _Comparison:
                             self._run(op, there, out)
                         else:
                             self._block(op[0], op[1], there, out)
+                for at, data in cutter.padding(out, zeros=True):
+                    self._padding(np.frombuffer(data, np.uint8), there, at, out)
                     if self.progress is not None:
                         self.progress(file.name, self.result.bytes, total)
             except EOFError:
@@ -284,6 +286,12 @@ class _Comparison:
                 found = self.second[:size]
                 read_into(there, found.data, at + start * item)
                 self._note(data[part * size : (part + 1) * size], found, at + start * item, out)
+
+    def _padding(self, expected: Any, there: int, at: int, out: OutFile) -> None:
+        for start in range(0, len(expected), _BUFFER):
+            part = expected[start : start + _BUFFER]
+            read_into(there, self.second[: len(part)].data, at + start)
+            self._note(part, self.second[: len(part)], at + start, out)
 
     def _note(self, expected: Any, found: Any, at: int, out: OutFile) -> None:
         self.result.bytes += len(found)

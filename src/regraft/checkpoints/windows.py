@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from regraft.checkpoints.gather import Bytes, Files, Fill, byte_runs, fill_slices
-from regraft.checkpoints.moves import Moves, size_of
+from regraft.checkpoints.moves import Moves, size_of, slicer_of
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.slices import slicer_of, strips_of
+from regraft.checkpoints.slices import strips_of
 from regraft.checkpoints.source import Tensors
 from regraft.planning.slices import Strips, region_of
 from regraft.planning.windows import cut_strips

@@ -520,8 +520,7 @@ class Code(Enum):
         Part.ADAPTER,
         "padding that is something else",
         "correct the tensor or the sizes",
-        "what a rule calls padding (`fill p = 0`) holds other values and would be cut off; or a checkpoint "
-        "would be padded with something else than zeros",
+        "what a rule calls padding (`fill p = 0`) holds other values and would be cut off",
     )
 
     NO_MODEL_TYPE = (

@@ -119,7 +119,7 @@ def find_routes(books: Iterable[Book], source: str, target: str) -> tuple[Route,
     """The shortest routes from a layout to another, all of one length; none where nothing leads there.
 
     Who names two layouts that one book joins, names this book. On a longer way, only books are used that keep every
-    tensor and every number: none that drops tensors, or pads them.
+    tensor and every number: none that drops tensors.
     """
     steps: dict[tuple[str, str], list[Edge]] = {}
     for book in books:
@@ -217,9 +217,8 @@ def _no_way(books: Sequence[Book], source: str, target: str, where: str) -> list
 
 
 def _loses(edge: Edge) -> bool:
-    """Whether an edge leaves something out, or makes something up."""
-    dropped = any(edge.reads in drop.sides for drop in edge.book.drops)
-    return dropped or any(rule.equation.fills for rule in edge.book.rules)
+    """Whether an edge leaves something out. Padding is no loss: what is cut off is checked to be padding."""
+    return any(edge.reads in drop.sides for drop in edge.book.drops)
 
 
 def _direction(book: Book, layout: str, *, target: bool) -> Direction:

@@ -116,6 +116,8 @@ def chunks_of(
 def _first(strips: Sequence[Strips], tensors: Tensors) -> tuple[int, int]:
     firsts = []
     for one in strips:
+        if one.bits:
+            continue
         files = tensors.files[one.sources]
         row = int(np.lexsort((tensors.starts[one.sources] + one.source_at, files))[0])
         source = int(one.sources[row])

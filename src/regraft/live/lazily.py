@@ -8,8 +8,8 @@ import numpy as np
 
 from regraft.arrays.lazy import Lazy
 from regraft.checkpoints.gather import Files, Fill, fill_slices
-from regraft.checkpoints.moves import Moves
-from regraft.checkpoints.slices import slicer_of, strips_of
+from regraft.checkpoints.moves import Moves, slicer_of
+from regraft.checkpoints.slices import strips_of
 from regraft.checkpoints.source import Source
 from regraft.errors import RegraftError
 from regraft.planning.slices import Slicer
@@ -53,10 +53,17 @@ class LazyFiles:
                 one.with_sources(np.full(1, tensor.row))
                 for one in strips_of(slicer, "it", tensor.shape, tensor.dtype, region)
             ]
-        size = sum(len(one) * int(np.prod(one.sizes)) for one in strips) * item
-        view = np.empty(size, np.uint8)
+        view = np.empty(_size_of(tensor), np.uint8)
         fill_slices([Fill(view, strips, item)], self.source.tensors, self.files)
         return view.tobytes()
+
+
+def _size_of(tensor: Lazy) -> int:
+    """In bytes, padding with them."""
+    count = DTYPES[tensor.dtype].bits
+    for size in tensor.shape:
+        count *= size
+    return count // 8
 
 
 def by_books(lazy: LazyFiles, path: Path) -> dict[str, Lazy] | None:

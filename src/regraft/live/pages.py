@@ -107,7 +107,7 @@ def pieces_of(strips: Sequence[Strips], item: int, starts: Ints, files: Ints) ->
     """
     columns = []
     for one in strips:
-        if one.run * item < SMALLEST:
+        if one.bits or one.run * item < SMALLEST:
             return None
         sources, source_at, target_at, run = one.runs()
         columns.append(

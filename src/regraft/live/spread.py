@@ -82,6 +82,12 @@ class Spread:
             strict=True,
         )
         for row, there, here in places:
+            if strips.bits:
+                value = torch.frombuffer(bytearray(strips.bits), dtype=made.dtype).to(made.device)
+                made.as_strided(strips.sizes, strips.target_strides, here).copy_(
+                    value.expand(strips.sizes)
+                )
+                continue
             source = self._gathered[row]
             made.as_strided(strips.sizes, strips.target_strides, here).copy_(
                 source.as_strided(

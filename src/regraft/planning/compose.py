@@ -14,19 +14,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
 from msgspec import Struct
 
-from regraft.equation.lower import Copy, CopyAxis, Place
+from regraft.equation.lower import Copy, CopyAxis, Padding, Place
 from regraft.equation.notation import Axis, Equation, Key, Term
 from regraft.errors import Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan, walk
-from regraft.planning.slices import without_rest
+from regraft.planning.slices import as_copy, without_rest
 from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
 from regraft.values import replace
@@ -93,7 +94,10 @@ def middle_of(plan: Plan) -> Middle:
 def compose(first: Plan, middle: Middle, second: Plan) -> Plan:
     """The plan that does what ``first`` does and then ``second``, which was made from ``middle``.
 
-    Raises ``RefusedError`` where padding, or copies that must be equal, stand on the way.
+    What the first plan demands of what it reads is kept.
+
+    Raises ``RefusedError`` where the second one demands something of a tensor that the first one makes: padding to cut
+    off, or copies that must be equal.
     """
     origins, of = middle.origins, first.headers.shapes
     whole = np.array([o if isinstance(o, int) else -1 for o in origins], dtype=np.int64)
@@ -124,6 +128,7 @@ def compose(first: Plan, middle: Middle, second: Plan) -> Plan:
         tuple(entries),
         tuple(carried),
         (*first.dropped, *dropped),
+        (*first.demands, *(e for e in first.entries if e.repeats or e.paddings(written=False))),
     )
 
 
@@ -184,8 +189,9 @@ def _stand(entry: Entry, copy: Copy, keyed: Sequence[CopyAxis], target: bool) ->
 
 def _composed(entry: Entry, loop: int, middle: Middle, of: Sequence[tuple[int, ...]]) -> Entry:
     """One loop value of an entry of the second plan, read from the first plan's sources."""
-    _check_plain(entry)
+    _check_undemanding(entry)
     origins = middle.origins
+    padded: list[Padding] = []
     sources: dict[int, int] = {}
     copies: list[Copy] = []
     names: list[str] = []
@@ -202,14 +208,21 @@ def _composed(entry: Entry, loop: int, middle: Middle, of: Sequence[tuple[int, .
         for slot, number in enumerate(ids.tolist()):
             into = list(_blocks(entry, copy, loop, slot, True))
             into = [replace(block, other=block.other + first[copy.target]) for block in into]
+            dims = len(middle.headers.shapes[number])
             for block in _out_of(origins[number], middle.headers.shapes[number]):
                 for target in into:
                     at = sources.setdefault(block.other, len(sources))
-                    copies += _join(block, target, at, len(middle.headers.shapes[number]))
+                    copies += _join(block, target, at, dims)
+            for value, block in _padding_of(origins[number]):
+                for target in into:
+                    padded += (_padding(copy, value) for copy in _join(block, target, 0, dims))
+    for padding in entry.paddings(written=True):
+        padded += _own_padding(entry, padding, first[padding.term])
     made = [o for ids in entry.sources for i in ids[loop].reshape(-1).tolist() if (o := origins[i])]
     rules = dict.fromkeys(o.entry.rule.name for o in made if isinstance(o, _Made))
     name = ", then ".join([*rules, entry.rule.name])
-    return _literal(entry, name, list(sources), names, shapes, copies, [of[i] for i in sources])
+    made_of = [of[i] for i in sources]
+    return _literal(entry, name, list(sources), names, shapes, copies, made_of, padded)
 
 
 def _out_of(origin: _Origin, shape: Sequence[int]) -> Iterator[_Block]:
@@ -218,18 +231,44 @@ def _out_of(origin: _Origin, shape: Sequence[int]) -> Iterator[_Block]:
         none = (0,) * len(shape)
         yield _Block(origin, none, none, tuple((n, d, 1, d, 1) for d, n in enumerate(shape)))
         return
-    _check_plain(origin.entry)
     for copy in origin.entry.copies:
         if copy.target == origin.term:
             yield from _blocks(origin.entry, copy, origin.loop, origin.slot, False)
 
 
-def _check_plain(entry: Entry) -> None:
-    if entry.repeats or entry.paddings(True) or entry.paddings(False):
+def _padding_of(origin: _Origin) -> Iterator[tuple[float, _Block]]:
+    """The padding of a tensor in the middle: values, and blocks that come from nowhere."""
+    if isinstance(origin, int):
+        return
+    for padding in origin.entry.paddings(written=True):
+        if padding.term != origin.term:
+            continue
+        copy = as_copy(origin.entry, padding)
+        for block in _blocks(origin.entry, copy, origin.loop, origin.slot, False):
+            yield padding.value, block
+
+
+def _padding(copy: Copy, value: float) -> Padding:
+    """Where a copy writes, as padding."""
+    axes = tuple((axis.size, axis.target) for axis in copy.axes)
+    return Padding(copy.target, axes, copy.target_start, (), value)
+
+
+def _own_padding(entry: Entry, padding: Padding, first: int) -> Iterator[Padding]:
+    """The padding of one entry as that of single tensors, whose terms begin at a number."""
+    copy = as_copy(entry, padding)
+    for slot in range(prod(entry.stack(entry.written[padding.term]))):
+        for block in _blocks(entry, copy, 0, slot, False):
+            axes = tuple((size, Place(False, dim, step)) for size, dim, step, _, _ in block.axes)
+            yield Padding(first + slot, axes, block.start, (), padding.value)
+
+
+def _check_undemanding(entry: Entry) -> None:
+    if entry.repeats or entry.paddings(False):
         raise RefusedError(
             Finding(
                 "no-image",
-                "it pads, or needs equal copies, in the middle of a way over several layouts",
+                "it cuts off padding, or needs equal copies, in the middle of a way over several layouts",
                 rule=str(entry.rule),
                 fix="convert step by step, from layout to layout",
             )
@@ -335,7 +374,6 @@ def _step(
 def _alone(origin: _Made, name: str, of: Sequence[tuple[int, ...]]) -> Entry:
     """A tensor in the middle that stays what it is."""
     entry = origin.entry
-    _check_plain(entry)
     shape = entry.shape(entry.written[origin.term])
     none = (0,) * len(shape)
     whole = _Block(0, none, none, tuple((n, d, 1, d, 1) for d, n in enumerate(shape)))
@@ -344,8 +382,13 @@ def _alone(origin: _Made, name: str, of: Sequence[tuple[int, ...]]) -> Entry:
     for block in _out_of(origin, shape):
         at = sources.setdefault(block.other, len(sources))
         copies += _join(block, whole, at, len(shape))
-    of_sources = [of[i] for i in sources]
-    return _literal(entry, entry.rule.name, list(sources), [name], [shape], copies, of_sources)
+    padded = [
+        _padding(copy, value)
+        for value, block in _padding_of(origin)
+        for copy in _join(block, whole, 0, len(shape))
+    ]
+    made_of = [of[i] for i in sources]
+    return _literal(entry, entry.rule.name, list(sources), [name], [shape], copies, made_of, padded)
 
 
 def _literal(
@@ -356,6 +399,7 @@ def _literal(
     shapes: Sequence[tuple[int, ...]],
     copies: Sequence[Copy],
     of_sources: Sequence[tuple[int, ...]],
+    padded: Sequence[Padding],
 ) -> Entry:
     """An entry whose terms are single tensors by name."""
     sizes: dict[str, int] = {}
@@ -378,4 +422,5 @@ def _literal(
         like.rule.where,
     )
     ids = tuple(np.array([number], dtype=np.int64) for number in sources)
-    return Entry(rule, Direction.FORWARD, (), _NONE, sizes, (), ids, tuple(copies))
+    rest = rule, Direction.FORWARD, (), _NONE, sizes, (), ids, tuple(copies)
+    return Entry(*rest, tuple(padded))

@@ -83,6 +83,8 @@ class Entry(Struct, frozen=True, eq=False):
     """What ``...`` stands for."""
     sources: tuple[Ints, ...]
     copies: tuple[Copy, ...]
+    padded: tuple[Padding, ...] = ()
+    """Padding that the rule does not say: that of other rules on the way over several layouts."""
 
     def __len__(self) -> int:
         return len(self.loops)
@@ -94,7 +96,8 @@ class Entry(Struct, frozen=True, eq=False):
 
     def paddings(self, written: bool) -> tuple[Padding, ...]:
         """The padding of the tensors that are written, or of those that are read."""
-        return paddings(self.rule.equation, self.sizes, written, self.direction.backward)
+        own = paddings(self.rule.equation, self.sizes, written, self.direction.backward)
+        return (*own, *self.padded) if written else own
 
     @property
     def renames(self) -> bool:
@@ -233,6 +236,8 @@ class Plan(Struct, frozen=True, eq=False):
     entries: tuple[Entry, ...]
     carried: tuple[Carried, ...]
     dropped: tuple[Dropped, ...] = ()
+    demands: tuple[Entry, ...] = ()
+    """Entries of the first of several steps that demand something of what they read: equal copies, padding."""
 
     @property
     def source_layout(self) -> str:

@@ -13,10 +13,11 @@ from itertools import product
 import numpy as np
 from msgspec import Struct
 
-from regraft.equation.lower import Copy, CopyAxis, Place, strides_of
+from regraft.equation.lower import Copy, CopyAxis, Padding, Place, strides_of
 from regraft.equation.notation import REST
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
 
 Box = tuple[tuple[int, int], ...]
@@ -66,6 +67,8 @@ class Strips(Struct, frozen=True, eq=False):
     sources: Ints
     source_at: Ints
     target_at: Ints
+    bits: bytes = b""
+    """The element that padding holds everywhere: then nothing is read, and the sources say nothing."""
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -128,16 +131,18 @@ class Slicer:
     What a slice of one layer's tensor needs is worked out once; its siblings in other layers differ in ids alone.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """``shapes`` are those of the sources, by id."""
-        self._shapes = shapes
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str] | None = None
+    ) -> None:
+        """``shapes`` and ``dtypes`` are those of the sources, by id; padding other than zeros needs the latter."""
+        self._shapes, self._dtypes = shapes, dtypes
         self._made: dict[str, Making | int] = {}
         self._cut: dict[tuple[int, int, int, Region], list[tuple[int, Strips]]] = {}
 
     @staticmethod
     def of(plan: Plan) -> Slicer:
         """The slicer of everything that a plan makes."""
-        slicer = Slicer(plan.headers.shapes)
+        slicer = Slicer(plan.headers.shapes, plan.headers.dtypes)
         for entry in plan.entries:
             slicer.add_entry(entry, [entry.keys(term).names() for term in entry.written])
         for carried in plan.carried:
@@ -176,7 +181,7 @@ class Slicer:
         return int(made.entry.sources[copy.source][made.loop].reshape(-1)[0])
 
     def strips(self, name: str, region: Region | None = None) -> list[Strips]:
-        """What fills a region of a target, or all of it: each element of the slice once, and none that is padding."""
+        """What fills a region of a target, or all of it: each element of the slice once, and no padding with zeros."""
         if region is None:
             region = region_of(tuple((0, size) for size in self.shape(name)))
         made = self._made[name]
@@ -184,12 +189,33 @@ class Slicer:
             return cut_whole(made, self.shape(name), region)
         key = (id(made.entry), made.term, made.slot, region)
         if key not in self._cut:
-            self._cut[key] = list(cut_entry(made.entry, made.term, made.slot, region))
+            found = list(cut_entry(made.entry, made.term, made.slot, region))
+            self._cut[key] = found + [(-1, strips) for strips in self.padding(name, False, region)]
         result = []
         for source, strips in self._cut[key]:
+            if source < 0:
+                result.append(strips)
+                continue
             ids = made.entry.sources[source][made.loop].reshape(-1)[strips.sources]
             result.append(strips.with_sources(ids))
         return result
+
+    def padding(self, name: str, zeros: bool, region: Region | None = None) -> list[Strips]:
+        """The padding in a region of a target, or in all of it; zeros only where asked for."""
+        made = self._made[name]
+        if isinstance(made, int):
+            return []
+        region = region or region_of(tuple((0, size) for size in self.shape(name)))
+        return [
+            replace(strips, bits=self._bits(value, name))
+            for value, strips in cut_padding(made.entry, made.term, made.slot, region)
+            if value or zeros
+        ]
+
+    def _bits(self, value: float, name: str) -> bytes:
+        assert self._dtypes is not None
+        dtype = DTYPES[self._dtypes[self.first(name)]].numpy
+        return np.array([value]).astype(dtype).tobytes()
 
 
 def cut_entry(entry: Entry, term: int, slot: int, region: Region) -> Iterator[tuple[int, Strips]]:
@@ -208,6 +234,47 @@ def cut_entry(entry: Entry, term: int, slot: int, region: Region) -> Iterator[tu
                 if len(strips):
                     start = [at - low for at, (low, _) in zip(corner, box, strict=True)]
                     yield copy.source, strips.moved(_dot(start, into))
+
+
+def cut_padding(
+    entry: Entry, term: int, slot: int, region: Region
+) -> Iterator[tuple[float, Strips]]:
+    """The padding in a region of one target of an entry: values, and strips without sources."""
+    for padding in entry.paddings(written=True):
+        if padding.term != term:
+            continue
+        copy = as_copy(entry, padding)
+        into = strides_of(shape_of_region(region))
+        for box, corner in _boxes_of(region):
+            for ranges in _ranges(copy, box):
+                strips = _strips(entry, copy, slot, ranges, into)
+                if len(strips):
+                    start = [at - low for at, (low, _) in zip(corner, box, strict=True)]
+                    same = replace(
+                        strips.moved(_dot(start, into)), source_strides=strips.target_strides
+                    )
+                    yield padding.value, same
+
+
+def as_copy(entry: Entry, padding: Padding) -> Copy:
+    """Padding as a copy that reads one element again and again."""
+    written = entry.written[padding.term]
+    last = len(padding.start) - 1
+    nowhere = Place(False, 0, 0)
+    axes: list[CopyAxis] = []
+    start = padding.start
+    for number, (size, place) in enumerate(padding.axes):
+        if written.ends_open and not place.in_key and place.index == last:
+            axes += [
+                CopyAxis(f"{REST}{n}", rest, nowhere, Place(False, last + n, 1))
+                for n, rest in enumerate(entry.rest)
+            ]
+            start = (*start[:-1], *(0 for _ in entry.rest))
+        else:
+            axes.append(CopyAxis(f"p{number}", size, nowhere, place))
+    read = entry.read[0]
+    none = (0,) * len(entry.shape(read)), (0,) * len(entry.stack(read))
+    return Copy(0, padding.term, tuple(axes), none[0], start, none[1], padding.key_start)
 
 
 def _strips(

@@ -52,4 +52,5 @@ def _cut(strips: Strips, start: int, stop: int) -> Iterator[Strips]:
                 one.sources,
                 one.source_at + there,
                 one.target_at + here - start,
+                one.bits,
             )
