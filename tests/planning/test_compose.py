@@ -1,7 +1,5 @@
 """Plans over several layouts: one plan that moves every element once, to where one after the other would."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from making import book_of, equation_of, headers_of, same_bits
@@ -14,6 +12,7 @@ from regraft.planning.build import build_plan
 from regraft.planning.compose import compose, middle_of, plan_along
 from regraft.planning.plan import Headers
 from regraft.planning.slices import Slicer
+from regraft.values import replace
 
 HEAD = """name = "{0}{1}"
 title = "a book for tests"

@@ -220,10 +220,10 @@ class _Comparison:
                             self._run(op, there, out)
                         else:
                             self._block(op[0], op[1], there, out)
-                for at, data in cutter.padding(out, zeros=True):
-                    self._padding(np.frombuffer(data, np.uint8), there, at, out)
                     if self.progress is not None:
                         self.progress(file.name, self.result.bytes, total)
+                for at, data in cutter.padding(out, zeros=True):
+                    self._padding(np.frombuffer(data, np.uint8), there, at, out)
             except EOFError:
                 raise changed(file.path, "it ended early") from None
             finally:
@@ -287,7 +287,7 @@ class _Comparison:
                 read_into(there, found.data, at + start * item)
                 self._note(data[part * size : (part + 1) * size], found, at + start * item, out)
 
-    def _padding(self, expected: Any, there: int, at: int, out: OutFile) -> None:
+    def _padding(self, expected: Any, there: Ranges, at: int, out: OutFile) -> None:
         for start in range(0, len(expected), _BUFFER):
             part = expected[start : start + _BUFFER]
             read_into(there, self.second[: len(part)].data, at + start)
