@@ -118,3 +118,37 @@ def test_a_config_in_the_adapter_s_own_folder_is_its_base(tmp_path):
     (src / "config.json").write_text(json.dumps(text_config()))
     report = regraft.convert(src, tmp_path / "made", to=V5)
     assert "src/config.json" in " ".join(report.adapters[0].evidence)
+
+
+def test_inspect_and_explain_follow(text_base, tmp_path, capsys):
+    big = adapter(tmp_path / "big", "model.language_model.")
+    (told,) = regraft.inspect(big, model=text_base).adapters
+    assert any("its paths were moved out" in note for note in told.notes)
+    assert ".language_model." not in str(told.targets) and not told.problems
+    key = "base_model.model.model.language_model.layers.1.self_attn.o_proj.lora_A.weight"
+    assert main(["explain", str(big), key, "--model", str(text_base), "--to", V5]) == 0
+    assert "model.layers.1.self_attn.o_proj.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["gguf", "mlx", "litgpt", "torchtune", "vllm"])
+def test_what_was_moved_out_is_equal_in_any_dialect(to, tmp_path):
+    """Of a dense model, whose names are the same in several layouts and not in all."""
+    (tmp_path / "base").mkdir()
+    config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"intermediate_size": 6}))
+    tensors, random = {}, np.random.default_rng(0)
+    for prefix in ("model.", "model.language_model."):
+        folder = tmp_path / prefix.strip(".")
+        folder.mkdir()
+        path = f"base_model.model.{prefix}layers.0.self_attn.q_proj"
+        if not tensors:
+            tensors = {x: random.normal(size=(2, 8) if x == "A" else (8, 2)) for x in "AB"}
+        made = {f"{path}.lora_{x}.weight": t.astype(np.float32) for x, t in tensors.items()}
+        write_tensors(folder / "adapter_model.safetensors", made, {"format": "pt"})
+        said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+    base, text, big = (tmp_path / name for name in ("base", "model", "model.language_model"))
+    regraft.convert(text, tmp_path / "made", to=to, model=base)
+    for one, other in ((big, "made"), ("made", text), ("made", big), (text, big)):
+        assert regraft.verify(tmp_path / one, tmp_path / other, model=base).equal, (one, other)

@@ -19,7 +19,14 @@ import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.deltas import Deltas
-from regraft.adapters.detect import Known, base_names, detect_layout, find_books, load_model
+from regraft.adapters.detect import (
+    Detected,
+    Known,
+    base_names,
+    detect_layout,
+    find_books,
+    load_model,
+)
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, Saved
 from regraft.adapters.home import at_home
@@ -269,17 +276,24 @@ def _layouts(
     spelled = (*base_names(names[1]), *hints.spelled, *other.hints().spelled)
     known = find_books(names[0], replace(hints, spelled=spelled), model, one.where, foreign)
     found = [
-        detect_layout(each, source.hints(), known.books, source.where).layout
+        detect_layout(each, source.hints(), known.books, source.where)
         for each, source in zip(names, (one, other), strict=True)
     ]
-    first, second = found
+    first, second = (detected.layout for detected in found)
     if second is None:
         newest = next(book.right for book in (*known.books, *library()))
-        second = newest if first is None else first
+        second = _fitting(newest if first is None else first, found[1])
     if first is None:
         same = one.tensors.keys() == other.tensors.keys()
         first = second if same else joined_to(second, known.books)[0]
+        first = first if same else _fitting(first, found[0])
     return known, (first, second)
+
+
+def _fitting(layout: str, detected: Detected) -> str:
+    """A layout if names that are the same in several may be of it; otherwise the last one that they may be of."""
+    fits = detected.possible
+    return layout if layout in fits or not fits else fits[-1]
 
 
 class _Tally:

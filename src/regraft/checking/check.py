@@ -21,6 +21,7 @@ import numpy as np
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, base_names, find_books, load_model
 from regraft.adapters.form import Array
+from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
 from regraft.adapters.uncalled import modules_of
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
@@ -151,6 +152,7 @@ class _Checker:
         converted, failure = self.convert(source, self.to)
         if converted is not None:
             verdict.layout = converted.report.source_layout
+            verdict.notes += [n for n in converted.report.notes if n.startswith("it is a ")]
         elif failure is not None:
             verdict.findings = list(failure.findings)
         known = self.known(source)
@@ -183,8 +185,9 @@ class _Checker:
             f"it is written as by {opening.dialect.name} ({opening.dialect.title}), which PEFT does not read"
         )
         try:
+            there, moved = at_home(opened, self.config, self.foreign)
             done = convert_adapter(
-                opened,
+                there,
                 self.to,
                 self.config,
                 foreign=self.foreign,
@@ -194,6 +197,7 @@ class _Checker:
             verdict.findings = list(error.findings)
             verdict.no_remedy = "regraft cannot convert it: " + _first(verdict.findings)
             return verdict
+        verdict.notes += [moved] if moved is not None else []
         verdict.layout = done.report.source_layout
         verdict.rows = rows_of(
             (t.key, {"outcome": "refused", "rank": t.rank, "scale": t.scale})
@@ -205,9 +209,12 @@ class _Checker:
     def convert(self, source: Source, to: Layout) -> tuple[Converted | None, RegraftError | None]:
         """The adapter in a layout, or why it cannot be in it."""
         try:
-            return convert_adapter(source, to, self.config, foreign=self.foreign), None
+            opened, moved = at_home(source, self.config, self.foreign)
+            made = convert_adapter(opened, to, self.config, foreign=self.foreign)
         except RegraftError as error:
             return None, error
+        made.report.notes += [moved] if moved is not None else []
+        return made, None
 
     def scan(self, source: Source) -> tuple[Scan, list[Finding]]:
         """What the adapter's names are."""
@@ -242,7 +249,9 @@ class _Checker:
             remedies: tuple[str, ...] = ()
             if converted is not None:
                 wanted = str(scratch / "wanted")
-                save_adapter(scratch / "wanted", source, converted)
+                there, _ = at_home(source, self.config, self.foreign)
+                assert isinstance(there, Source)
+                save_adapter(scratch / "wanted", there, converted)
                 if not converted.report.copied:
                     remedies = (wanted,)
             mapping = source.config.get("auto_mapping")

@@ -10,6 +10,7 @@ from typing import Literal
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known, detect_layout, find_books, load_model
 from regraft.adapters.families.base import Family
+from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Into, Opened
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
@@ -154,6 +155,11 @@ def _open_adapter(
     problems: list[Finding] = []
     known: Known | None = None
     foreign = InstalledTransformers()
+    was, moved = opened, None
+    try:
+        opened, moved = at_home(opened, config, foreign)
+    except RegraftError as error:
+        problems += error.findings
     layout = None if source is None else source.name
     evidence = [] if source is None else ["its layout was given"]
     scan: Scan | None = None
@@ -182,6 +188,11 @@ def _open_adapter(
             names |= {old: replace(names[new], name=old) for old, new in pairs if new in names}
     else:
         names = {n: Name(n, base, role) for n, (base, role) in opened.roles().items()}
+    if moved is not None:
+        evidence.append(moved)
+        # Under the names that the file has, too.
+        pairs = zip(was.tensors, opened.tensors, strict=True)
+        names |= {old: replace(names[new], name=old) for old, new in pairs if new in names}
     plan: Plan | None = None
     made: frozenset[str] = frozenset()
     if to is not None and not problems:

@@ -19,6 +19,7 @@ from regraft.adapters.detect import (
 )
 from regraft.adapters.families.lora_variants import changes_base
 from regraft.adapters.form import Array, Factors
+from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Names, Opened
 from regraft.dialects.base import Dialect
 from regraft.dialects.names import SourceName
@@ -29,7 +30,7 @@ from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
-from regraft.layouts.names import DEFAULT, known_layouts
+from regraft.layouts.names import DEFAULT
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.side import Side
@@ -181,6 +182,11 @@ def inspect(
             failed.append(error)
             findings += error.findings
             continue
+        try:
+            opened, moved = at_home(opened, config, foreign)
+            astray = []
+        except RegraftError as error:
+            moved, astray = None, list(error.findings)
         if isinstance(opened, Source):
             told = inspect_adapter(opened, config, foreign)
             if opened.opened_by != DEFAULT:
@@ -189,6 +195,8 @@ def inspect(
                 told.evidence = [title, *opened.evidence, *told.evidence]
         else:
             told = _inspect_other(opening.dialect, opened, config, foreign)
+        told.problems += astray
+        told.notes += [moved] if moved is not None else []
         inspection.adapters.append(told)
     if failed:
         raise type(failed[0])(findings)
@@ -312,7 +320,7 @@ def _find_layouts(
     result.evidence += detected.evidence
     if detected.layout is not None:
         return [detected.layout]
-    return list(dict.fromkeys(n for b in books for n in b.layouts) or known_layouts())
+    return list(detected.possible or dict.fromkeys(n for b in books for n in b.layouts))
 
 
 def _read_family(source: Source, known: Known | None, result: Inspected) -> None:
