@@ -4,7 +4,7 @@
 
 For every family: a LoRA on all linears and convolutions of a tiny model, with ranks and alphas that differ, goes to
 kohya's format and to ComfyUI's and from there to diffusers'; diffusers loads that file into the model, and the merged
-weights minus the base must be the LoRA's deltas.
+weights minus the base must be the LoRA's deltas. So must be what PEFT makes of its folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.loaders.lora_pipeline import (
+    Flux2LoraLoaderMixin,
     FluxLoraLoaderMixin,
+    HunyuanVideoLoraLoaderMixin,
+    LTXVideoLoraLoaderMixin,
+    Lumina2LoraLoaderMixin,
     QwenImageLoraLoaderMixin,
     SD3LoraLoaderMixin,
     StableDiffusionLoraLoaderMixin,
     StableDiffusionXLLoraLoaderMixin,
     WanLoraLoaderMixin,
+    ZImageLoraLoaderMixin,
 )
+from peft import PeftModel
 
 import regraft
 from regraft.dialects.image.families import family_named
@@ -122,6 +128,110 @@ MODELS: dict[str, tuple[Any, str, type, dict[str, Any]]] = {
             "num_layers": 2,
         },
     ),
+    "sd2": (
+        StableDiffusionLoraLoaderMixin,
+        "unet",
+        diffusers.UNet2DConditionModel,
+        {
+            **UNET,
+            "block_out_channels": (8, 8, 16, 16),
+            "attention_head_dim": (1, 1, 2, 2),
+            "use_linear_projection": True,
+        },
+    ),
+    "chroma": (
+        FluxLoraLoaderMixin,
+        "transformer",
+        diffusers.ChromaTransformer2DModel,
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "in_channels": 8,
+            "joint_attention_dim": 20,
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 12,
+            "approximator_layers": 2,
+            "axes_dims_rope": (4, 2, 2),
+        },
+    ),
+    "flux2": (
+        Flux2LoraLoaderMixin,
+        "transformer",
+        diffusers.Flux2Transformer2DModel,
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "in_channels": 8,
+            "joint_attention_dim": 20,
+            "timestep_guidance_channels": 14,
+            "axes_dims_rope": (2, 2, 2, 2),
+        },
+    ),
+    "hunyuan-video": (
+        HunyuanVideoLoraLoaderMixin,
+        "transformer",
+        diffusers.HunyuanVideoTransformer3DModel,
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "in_channels": 3,
+            "out_channels": 3,
+            "text_embed_dim": 10,
+            "pooled_projection_dim": 14,
+            "guidance_embeds": True,
+            "rope_axes_dim": (4, 2, 2),
+        },
+    ),
+    "ltx-video": (
+        LTXVideoLoraLoaderMixin,
+        "transformer",
+        diffusers.LTXVideoTransformer3DModel,
+        {
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": 16,
+            "caption_channels": 10,
+        },
+    ),
+    "z-image": (
+        ZImageLoraLoaderMixin,
+        "transformer",
+        diffusers.ZImageTransformer2DModel,
+        {
+            "n_layers": 2,
+            "dim": 16,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "in_channels": 4,
+            "cap_feat_dim": 10,
+            "axes_dims": [4, 2, 2],
+        },
+    ),
+    "lumina2": (
+        Lumina2LoraLoaderMixin,
+        "transformer",
+        diffusers.Lumina2Transformer2DModel,
+        {
+            "num_layers": 2,
+            "hidden_size": 24,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "in_channels": 4,
+            "cap_feat_dim": 10,
+            "multiple_of": 2,
+            "axes_dim_rope": (4, 2, 2),
+        },
+    ),
 }
 
 
@@ -174,26 +284,36 @@ def loaded_deltas(mixin: Any, prefix: str, model: Any, path: Path) -> dict[str, 
     return found
 
 
+def peft_deltas(model: Any, folder: Path) -> dict[str, np.ndarray]:
+    """What PEFT adds to every weight when it loads a folder."""
+    before = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().state_dict()
+    return {
+        name.removesuffix(".weight"): (x - before[name]).numpy()
+        for name, x in merged.items()
+        if not torch.equal(x, before[name])
+    }
+
+
 def check(family: str, folder: Path) -> list[str]:
     """What is wrong in a family."""
     mixin, prefix, kind, config = MODELS[family]
     wrong = []
-    for way in ("kohya", "comfyui"):
+    for way in ("kohya", "comfyui", "peft"):
         torch.manual_seed(0)
         model = kind(**config).double()
         tensors, header, want = random_lora(model, family, prefix)
         write_tensors(folder / "a.safetensors", tensors, header)
+        between = folder / ("b" if way == "peft" else "b.safetensors")
+        made = folder / "c.safetensors"
         regraft.convert(
-            folder / "a.safetensors",
-            folder / "b.safetensors",
-            to=way,
-            source=family,
-            overwrite=True,
+            folder / "a.safetensors", between, to=way, source=family, overwrite=True, verify=True
         )
-        regraft.convert(
-            folder / "b.safetensors", folder / "c.safetensors", to="diffusers", overwrite=True
-        )
-        got = loaded_deltas(mixin, prefix, model, folder / "c.safetensors")
+        if way == "peft":
+            got = peft_deltas(model, between)
+        else:
+            regraft.convert(between, made, to="diffusers", overwrite=True, verify=True)
+            got = loaded_deltas(mixin, prefix, model, made)
         off = [
             name
             for name in want

@@ -363,3 +363,16 @@ def test_dora_of_ai_toolkit(convert):
     other = {k.replace("to_out.0", "to_add_out"): v for k, v in tensors.items()}
     with pytest.raises(regraft.RefusedError, match="or for none"):
         convert({**with_dora, **other}, "ai-toolkit", source="flux")
+
+
+def test_comfyui_names_one_of_a_books_indices(convert):
+    """HunyuanVideo's linear_1 and linear_2 are in_layer and out_layer there."""
+    tensors = {}
+    for n in (1, 2):
+        down, up = pair(H, H)
+        name = f"lora_unet_txt_in_c_embedder_linear_{n}"
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    made, header = convert(tensors, "comfyui", source="hunyuan-video", verify=True)
+    assert "diffusion_model.txt_in.c_embedder.in_layer.lora_A.weight" in made
+    back, _ = convert(made, "kohya", header)
+    same_bits(back, tensors)

@@ -58,6 +58,14 @@ class _Template:
         return "".join(next(left) if part is None else part for part in self.parts)
 
 
+def _with_numbers(template: _Template) -> Iterator[_Template]:
+    """A template, and those with a digit in the place of its last index: a tool may have a name for one of them."""
+    yield template
+    before, mark, after = template.shown.rpartition("{}")
+    for digit in range(10) if mark else ():
+        yield _Template(tuple(_cut(f"{before}{digit}{after}")), template.ending, template.kind)
+
+
 class Names:
     """The modules of one layout, found by dotted or by flat names."""
 
@@ -65,14 +73,16 @@ class Names:
         self,
         layout: str,
         templates: Sequence[_Template],
-        alias: Callable[[str], str] = lambda path: path,
+        alias: Callable[[str], str] | None = None,
     ) -> None:
         self.layout = layout
         self._index: dict[tuple[bool, str], list[tuple[re.Pattern[str], _Template]]] = {}
         for template in templates:
             for flat in (False, True):
                 self._add(template, template, flat)
-        for template in templates:
+        if alias is None:
+            return
+        for template in (each for general in templates for each in _with_numbers(general)):
             parts = tuple(_cut(alias(template.shown)))
             if parts != template.parts:
                 self._add(_Template(parts, template.ending, template.kind), template, False)
