@@ -121,11 +121,12 @@ def test_factors_are_the_best_of_their_rank(out, into, rank, seed):
 def test_large_matrices_go_another_way_to_the_same_factors():
     random = np.random.default_rng(0)
     low = random.standard_normal((600, 8)) @ random.standard_normal((8, 520))
-    for matrix in (low, low.T):
+    for matrix in (low, low.T, low.astype(np.float32)):
         found = spectrum(matrix)
         b, a = found.factors(8)
-        assert np.linalg.norm(matrix - b @ a) < 1e-9 * found.norm
-        assert found.rank_within(1e-6) == 8
+        assert np.linalg.norm(matrix - b @ a) < 1e-6 * found.norm
+        assert found.rank_within(1e-5) == 8
+        assert np.isclose(found.lost(b, a), np.linalg.norm(matrix - b @ a) ** 2, atol=1e-6)
         assert np.allclose(found.values[:8], np.linalg.svd(matrix, compute_uv=False)[:8])
 
 

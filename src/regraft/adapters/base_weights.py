@@ -188,9 +188,13 @@ def spellings(name: str) -> tuple[str, ...]:
 
 def as_matrix(tensor: Array, kind: str) -> npt.NDArray[np.float64]:
     """A stored tensor as (out, in), or (batch, out, in), in float64."""
-    wide = tensor.astype(np.float64)
+    return oriented(tensor.astype(np.float64), kind)
+
+
+def oriented(tensor: npt.NDArray[Any], kind: str) -> npt.NDArray[Any]:
+    """The same in the type that it has: a view, where its dims need not be joined."""
     roles = KINDS[kind].roles or (OUT, IN)
-    if wide.ndim > len(roles):
-        wide = wide.reshape(*wide.shape[: len(roles) - 1], -1)
+    if tensor.ndim > len(roles):
+        tensor = tensor.reshape(*tensor.shape[: len(roles) - 1], -1)
     out, into = roles.index(OUT), roles.index(IN)
-    return wide if out < into else wide.swapaxes(-1, -2)
+    return tensor if out < into else tensor.swapaxes(-1, -2)

@@ -7,7 +7,7 @@ of its own, in one file or in the folders of a pipeline; a part alone, without t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,13 +152,21 @@ class Reader:
         if not shape:
             first, last, shape = 0, 1, (1,)
         each = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        number = int(t.files[row])
+        data = self._read(row, (last - first) * each, int(t.starts[row]) + first * each)
+        return np.frombuffer(data, dtype).reshape(last - first, *shape[1:])
+
+    def pieces(self, row: int, size: int = 4 << 20) -> Iterator[bytearray]:
+        """The bytes of a tensor, some at a time."""
+        t = self.source.tensors
+        start, end = int(t.starts[row]), int(t.starts[row] + t.sizes[row])
+        for at in range(start, end, size):
+            yield self._read(row, min(size, end - at), at)
+
+    def _read(self, row: int, size: int, start: int) -> bytearray:
+        number = int(self.source.tensors.files[row])
         if number not in self._open:
             self._open[number] = open_source(self.source.files[number])
-        data = read_exactly(
-            self._open[number], (last - first) * each, int(t.starts[row]) + first * each
-        )
-        return np.frombuffer(data, dtype).reshape(last - first, *shape[1:])
+        return read_exactly(self._open[number], size, start)
 
     def whole(self, row: int) -> Array:
         """A whole tensor."""

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from regraft.adapters.base_weights import as_matrix
+from regraft.adapters.base_weights import oriented
 from regraft.adapters.form import Array, cast_down
+from regraft.arrays.pieces import HELD
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.casting import parse_casts
 from regraft.checkpoints.ties import is_input, is_output
@@ -223,11 +225,10 @@ class _Extracting:
             for number, (name, row, there) in enumerate(pairs):
                 if progress is not None:
                     progress(name, number, len(pairs))
-                before, after = readers[0].whole(row), readers[1].whole(there)
-                if before.dtype == after.dtype and before.tobytes() == after.tobytes():
+                if _same_bytes(readers, row, there):
                     self.made.unchanged += 1
-                    continue
-                findings += self._changed(name, row, before, after)
+                else:
+                    findings += self._changed(name, row, there, readers)
         finally:
             for reader in readers:
                 reader.close()
@@ -246,10 +247,13 @@ class _Extracting:
             )
         self.made.error = float(np.sqrt(self.lost / self.norm)) if self.norm else 0.0
 
-    def _changed(self, name: str, row: int, before: Array, after: Array) -> list[Finding]:
-        if float_type(self.one.tensors.dtypes[row]) is None:
+    def _changed(
+        self, name: str, row: int, there: int, readers: tuple[Reader, Reader]
+    ) -> list[Finding]:
+        types = [float_type(b.tensors.dtypes[r]) for b, r in ((self.one, row), (self.other, there))]
+        if None in types:
             return [self._refusal(name, "it holds no floating-point numbers, and they changed")]
-        delta = after.astype(np.float64) - before.astype(np.float64)
+        delta = _difference(readers, row, there, self.one.tensors.shapes[row])
         if not delta.any():
             self.made.unchanged += 1
             return []
@@ -266,7 +270,7 @@ class _Extracting:
         if not self.full or why is not None:
             reason = why or "it is no matrix of a module, so its change is no LoRA"
             return [self._refusal(name, reason)]
-        self.output.add_whole(name, delta, after)
+        self.output.add_whole(name, delta, readers[1].whole(there))
         self.made.whole.append(name)
         return []
 
@@ -279,25 +283,58 @@ class _Extracting:
     def _factor(self, name: str, delta: Array, kind: str) -> None:
         """The best factors of a change; experts share one rank."""
         kernel = KINDS[kind].kernel
-        matrices = delta.reshape(len(delta), -1) if kernel else as_matrix(delta, kind)
+        matrices = delta.reshape(len(delta), -1) if kernel else oriented(delta, kind)
         batched = matrices.ndim == 3
-        spectra = [spectrum(matrix) for matrix in (matrices if batched else [matrices])]
-        if self.wanted.rank is not None:
-            rank = self.wanted.rank
-        else:
-            assert self.wanted.error is not None
-            rank = max(s.rank_within(self.wanted.error) for s in spectra)
-        rank = min(rank, *(min(s.matrix.shape) for s in spectra))
-        pairs = [s.factors(rank) for s in spectra]
-        b, a = (cast_down(np.stack(side), self.wanted.dtype) for side in zip(*pairs, strict=True))
-        off = sum(
-            float(((s.matrix - y.astype(np.float64) @ x.astype(np.float64)) ** 2).sum())
-            for s, y, x in zip(spectra, b, a, strict=True)
-        )
-        norm = float((delta**2).sum())
+        each = list(matrices) if batched else [matrices]
+        rank = min(self._rank(each), *each[0].shape)
+        made: list[tuple[Array, Array]] = []
+        off = norm = kept = whole = 0.0
+        for matrix in each:
+            found = spectrum(matrix)
+            b, a = (cast_down(side, self.wanted.dtype) for side in found.factors(rank))
+            off, norm = off + found.lost(b, a), norm + found.norm**2
+            total = float(found.values.sum())
+            kept, whole = kept + total * found.mass(rank), whole + total
+            made.append((a, b))
         self.lost, self.norm = self.lost + off, self.norm + norm
-        values = np.array([s.values.sum() for s in spectra])
-        mass = float((values * [s.mass(rank) for s in spectra]).sum() / values.sum())
         error = float(np.sqrt(off / norm))
-        self.made.targets.append(Extracted(name, tuple(delta.shape), rank, error, mass))
-        self.output.add(name, kind, (a, b) if batched else (a[0], b[0]), delta.shape)
+        target = Extracted(name, tuple(delta.shape), rank, error, kept / whole)
+        self.made.targets.append(target)
+        a, b = (np.stack(side) for side in zip(*made, strict=True)) if batched else made[0]
+        self.output.add(name, kind, (a, b), tuple(delta.shape))
+
+    def _rank(self, matrices: Sequence[Array]) -> int:
+        """The rank that was asked for, or that the matrix that needs most of it needs."""
+        if self.wanted.rank is not None:
+            return self.wanted.rank
+        assert self.wanted.error is not None
+        return max(spectrum(matrix).rank_within(self.wanted.error) for matrix in matrices)
+
+
+def _same_bytes(readers: tuple[Reader, Reader], row: int, there: int) -> bool:
+    """Whether a tensor has the same type and bytes in both models; read in parts, until they differ."""
+    one, other = (reader.source.tensors for reader in readers)
+    if one.dtypes[row] != other.dtypes[there] or one.sizes[row] != other.sizes[there]:
+        return False
+    parts = zip(readers[0].pieces(row), readers[1].pieces(there), strict=True)
+    return all(before == after for before, after in parts)
+
+
+def _difference(
+    readers: tuple[Reader, Reader], row: int, there: int, shape: tuple[int, ...]
+) -> Array:
+    """What tuning added to a tensor, computed in float64; of half types it is kept as float32."""
+    narrow = all(
+        DTYPES[reader.source.tensors.dtypes[r]].bits <= 16
+        for reader, r in zip(readers, (row, there), strict=True)
+    )
+    made = np.zeros(shape or (1,), np.float32 if narrow else np.float64)
+    step = max(1, HELD // max(1, prod(made.shape[1:])))
+    for first in range(0, len(made), step):
+        last = min(first + step, len(made))
+        before, after = (
+            reader.rows(r, first, last).astype(np.float64)
+            for reader, r in zip(readers, (row, there), strict=True)
+        )
+        made[first:last] = after - before
+    return made.reshape(shape)
