@@ -61,12 +61,14 @@ class Case:
     """Beginnings of names that are the same in both layouts."""
 
 
-def labelled(model: type[torch.nn.Module], **config: Any) -> State:
-    """The tensors of a model of a class, every element another number."""
+def labelled(model: type[torch.nn.Module], tied: str | None = None, **config: Any) -> State:
+    """The tensors of a model of a class, every element another number; one that is ``tied`` is no tensor of its own."""
     with torch.device("meta"):
         made = model(**config)
     state, first = {}, 0
     for name, tensor in made.state_dict().items():
+        if name == tied:
+            continue
         count = tensor.numel()
         state[name] = torch.arange(first, first + count, dtype=torch.int32).reshape(tensor.shape)
         first += count
@@ -657,8 +659,7 @@ def wan_umt5() -> list[Case]:
         config = UMT5Config(
             d_model=width, d_kv=4, d_ff=2 * width, num_layers=layers, num_heads=2, vocab_size=20
         )
-        state = labelled(UMT5EncoderModel, config=config)
-        state.pop("encoder.embed_tokens.weight", None)  # it is tied to the first
+        state = labelled(UMT5EncoderModel, tied="encoder.embed_tokens.weight", config=config)
         cases.append(Case("wan-umt5", f"{layers} layers", state, convert))
     return cases
 

@@ -123,7 +123,7 @@ def _commands():
         ("completion", "bash"),
     ]
     # With one of the streams alone, since it imports transformers in a process of its own.
-    once = [("1", ("check", base))]
+    once = [("1", ("check", base, "--progress", "none"))]
     return [
         *((stream, args) for stream in "12" for args in quick),
         *(pytest.param(s, args, marks=pytest.mark.slow) for s in "12" for args in rest),

@@ -107,7 +107,7 @@ def test_progress_has_rate_and_time_left(monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr("regraft.cli.output._PATIENCE", 0)
+    monkeypatch.setattr("regraft.cli.progress._PATIENCE", 0)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "120")
@@ -122,7 +122,7 @@ def test_progress_has_rate_and_time_left(monkeypatch):
     assert re.search(r"\d\d:\d\d", shown)
 
 
-@pytest.mark.parametrize("out", [Output(json=True), Output(quiet=True)])
+@pytest.mark.parametrize("out", [Output(progress="none"), Output(quiet=True)])
 def test_no_progress_where_none_is_wanted(out, monkeypatch):
     with out.waiting("converting") as tell:
         assert tell is None
