@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = ("numpy", "ml-dtypes", "msgspec", "rich", "click")
+NEEDS = ("numpy", "ml-dtypes", "msgspec", "rich", "click", "scipy", "pillow")
 TORCH = "torch==2.13.0"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from regraft.checkpoints.companions import (
 from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
 from regraft.checkpoints.detect import Detected, detect, make_plan
+from regraft.checkpoints.misspelled import read_misspelled
 from regraft.checkpoints.moves import (
     finish,
     identity,
@@ -45,7 +47,7 @@ from regraft.checkpoints.ties import (
     without_ties,
 )
 from regraft.checkpoints.wrappers import refuse_adapters, strip_wrappers
-from regraft.errors import BadInputError
+from regraft.errors import BadInputError, UnmatchedKeysError
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
@@ -96,8 +98,36 @@ def prepare(
             drop=drop,
         )
     source, stripped = strip_wrappers(opened)
+    source = replace(source, notes=(*source.notes, *stripped))
     if to is not None:
         refuse_adapters(source)
+    options = _Options(
+        to, model, source_layout, shard_size, casts, foreign, name, untie, drop, keep
+    )
+    return _prepare(source, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `prepare` was told, under its names."""
+
+    to: str | None
+    model: Path | None
+    source_layout: str | None
+    shard_size: int | None
+    casts: Sequence[Cast]
+    foreign: Foreign | None
+    name: str | None
+    untie: bool
+    drop: Sequence[str]
+    keep: Sequence[str]
+
+
+def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Prepared:
+    """The same for a checkpoint that was opened; one that is ``repaired`` is not repaired again."""
+    to, foreign, name, untie = options.to, options.foreign, options.name, options.untie
+    model, drop, keep, casts = options.model, options.drop, options.keep, options.casts
+    source = whole
     config = model_of(source, model)
     ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
     aside = find_aside(source, drop, keep)
@@ -116,8 +146,14 @@ def prepare(
     )
     spelled = read_spelling((file.metadata for file in source.files), to)
     rest = companions.headers
-    known = detect(rest, config, source.where, source_layout, foreign, spelled, companions)
-    plan = make_plan(rest, known, to, source.where, _UNUSED) if to is not None else None
+    known = detect(rest, config, source.where, options.source_layout, foreign, spelled, companions)
+    try:
+        plan = make_plan(rest, known, to, source.where, _UNUSED) if to is not None else None
+    except UnmatchedKeysError:
+        spelled_right = None if repaired else read_misspelled(whole, rest, known)
+        if spelled_right is None:
+            raise
+        return _prepare(spelled_right, options, repaired=True)
     if plan is not None:
         check_kept(known, aside.kept, headers, config, source.where)
         plan = aside.beside(plan, headers)
@@ -155,7 +191,7 @@ def prepare(
     part = part_by_book(known.books) if to == DIFFUSERS and plan is not None else None
     part = None if name is not None else part
     stem = part.stem if part is not None else None
-    layout = lay_out(source, moves, dtypes, shard_size, name, note, stem)
+    layout = lay_out(source, moves, dtypes, options.shard_size, name, note, stem)
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -181,7 +217,7 @@ def prepare(
         report.others += [*files.written, *files.copied]
         report.notes += files.notes
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
-    report.notes += [*known.notes, *source.notes, *stripped, *said, *aside.words()]
+    report.notes += [*known.notes, *source.notes, *said, *aside.words()]
     if len(known.mtp) and plan is not None:
         report.notes.append(
             f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "

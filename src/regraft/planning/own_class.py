@@ -52,7 +52,7 @@ def own_modules(
     ``groups`` are names of tensors, ``adapted`` the templates of those that are weights of modules that an adapter
     adapts; ``there`` gives the names of the base's own weights, where these are known.
     """
-    left = [group for group in groups for group in _unexplained(group, books, scopes)]
+    left = [group for group in groups for group in unexplained(group, books, scopes)]
     if not left or sum(map(len, left)) == sum(map(len, groups)) or model is None:
         return OwnModules()
     if not is_own_class(model, foreign):
@@ -109,7 +109,7 @@ def is_own_class(model: ModelConfig, foreign: Foreign | None) -> bool:
     return foreign.has_class(named) is False
 
 
-def _unexplained(
+def unexplained(
     group: Group, books: Sequence[Book], scopes: Mapping[str, Scope]
 ) -> Iterator[Group]:
     """The part of a group that no book has a word for, bounds aside."""

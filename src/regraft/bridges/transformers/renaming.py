@@ -122,7 +122,16 @@ class Renamer:
         return frozenset(found)
 
     def split(self, key: str) -> Split | None:
-        """The converter that makes a key of the model; ``None`` where none does."""
+        """The converter that makes a key of the model; ``None`` where none does.
+
+        A pattern may match inside a longer name (``up_proj`` in ``gate_up_proj``); the one counts whose targets the
+        model has, all of them.
+        """
+        found = list(self._splits(key))
+        whole = (split for split in found if all(t in self.tensors for t in split.targets))
+        return next(whole, next(iter(found), None))
+
+    def _splits(self, key: str) -> Iterator[Split]:
         for scoped in self.scopes.converters:
             parts = scoped.below(key)
             if parts is None:
@@ -142,8 +151,7 @@ class Renamer:
             sources = [
                 prefix + step.write(rest, match, target, n) for n in range(len(step.targets))
             ]
-            return Split(scoped, target, targets, tuple(sources))
-        return None
+            yield Split(scoped, target, targets, tuple(sources))
 
     def backward(self, key: str) -> Renamed | None:
         """An old spelling of a key: all renamings undone in reverse order.

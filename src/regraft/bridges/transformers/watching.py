@@ -313,7 +313,8 @@ def _clause(clause: Where, scope: Scope) -> str:
 
 def _term(term: Term) -> Written:
     match = _PLACE.match(str(term.key))
-    assert match is not None
+    if match is None:
+        raise UnknownOperationError(f"what was watched is no key of its own: {term.key}")
     index = match[2][1:-1] if match[2] else None
     dims = " ".join(map(str, term.dims))
     return Written(_LETTERS.index(match[1]), _renamed(index) if index else None, _renamed(dims))
