@@ -16,6 +16,7 @@ SAMPLE = [
     "Dinov2Model",
     "EsmModel",
     "GptOssForCausalLM",
+    "InklingModel",
     "LlavaForConditionalGeneration",
     "MixtralForSequenceClassification",
     "Molmo2TextModel",
