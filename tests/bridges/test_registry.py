@@ -112,6 +112,19 @@ def linear(n=4):
     return nn.Linear(n, n, bias=False)
 
 
+def test_a_target_that_is_inside_a_longer_name_makes_only_what_the_model_has(register):
+    register(
+        "small_of_mine",
+        [
+            WeightConverter("both", ["gate_proj", "up_proj"], operations=[Chunk(dim=0)]),
+            WeightConverter(["first", "second"], "gate_up_proj", operations=[Concatenate(dim=0)]),
+        ],
+    )
+    parts = {"gate_proj": linear(), "up_proj": linear(), "gate_up_proj": linear()}
+    _, old = there_and_back(Small(SmallConfig(), parts))
+    assert set(old) == {"both.weight", "first.weight", "second.weight"}
+
+
 def test_a_users_entry_for_a_model_type(register):
     register("small_of_mine", [WeightRenaming("old_part", "part")])
     _, old = there_and_back(Small(SmallConfig(), {"part": linear()}))

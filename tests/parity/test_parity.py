@@ -16,7 +16,6 @@ SAMPLE = [
     "Dinov2Model",
     "EsmModel",
     "GptOssForCausalLM",
-    "InklingModel",
     "LlavaForConditionalGeneration",
     "MixtralForSequenceClassification",
     "Molmo2TextModel",

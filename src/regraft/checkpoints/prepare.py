@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.mtp import WHY as MTP
 from regraft.storage.folder import load_json
-from regraft.values import replace
+from regraft.values import Struct, replace
 
 _UNUSED = (
     "check the prefix and the model; if the model does not use it, leave it out with --drop PATTERN or carry it over "
@@ -107,8 +106,7 @@ def prepare(
     return _prepare(source, options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Options:
+class _Options(Struct, frozen=True):
     """What `prepare` was told, under its names."""
 
     to: str | None

@@ -9,7 +9,6 @@ own weights are at hand, a module must be among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,13 +18,13 @@ from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig, Scope
 from regraft.rules.book import Book, Carry
 from regraft.rules.templates import match_group
+from regraft.values import Struct
 
 _TRANSFORMERS = ("transformers-v4", "transformers-v5")
 """The layouts of which it is known that they leave a class of somebody's own as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class OwnModules:
+class OwnModules(Struct, frozen=True):
     """Books that carry over what a class of its own adds, with their scopes, and what is said of it."""
 
     books: tuple[Book, ...] = ()
