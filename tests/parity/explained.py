@@ -17,8 +17,8 @@ _STACKS_TWICE = (
     "model and refuses files in the other's names"
 )
 _WATCHED = (
-    "its operations are known by name, and there it is equal; it differs where they are learned by running them, for the "
-    "sizes of its config do not fit the small weights that are made for that"
+    "its operations are known by name, and there it is equal; it differs where they are learned by running them, "
+    "for the sizes of its config do not fit the small weights that are made for that"
 )
 _EXPLAINED = {
     "GradiumPhononTTSForConditionalGeneration": _WATCHED,
