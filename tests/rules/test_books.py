@@ -236,7 +236,7 @@ def test_only_the_heads_of_shipped_books_are_read_until_a_rule_is_asked_for(monk
     whole = {book.path: load_book(SHIPPED / book.path, book.path) for book in library()}
     read = []
     monkeypatch.setattr(
-        book_module, "load_book", lambda path, shown: read.append(shown) or whole[shown]
+        book_module, "load_book", lambda path, shown, sound: read.append(shown) or whole[shown]
     )
     book_module._shipped.cache_clear()
     try:

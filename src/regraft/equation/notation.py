@@ -29,6 +29,8 @@ from regraft.errors import BadInputError, Finding
 
 REST = "..."
 _KEY_ENDS = " \t\r\n:,()"
+_BLANKS, _BLANKS_OF_A_LINE = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r]*")
+_WORD = re.compile(r"\w*")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?")
 
 
@@ -388,9 +390,9 @@ class _Scanner:
         return notation_error(self.text, self.at if at is None else at, message)
 
     def skip(self, newlines: bool = True) -> None:
-        blanks = " \t\r\n" if newlines else " \t\r"
-        while self.at < len(self.text) and self.text[self.at] in blanks:
-            self.at += 1
+        blanks = (_BLANKS if newlines else _BLANKS_OF_A_LINE).match(self.text, self.at)
+        assert blanks is not None
+        self.at = blanks.end()
 
     def take(self, token: str) -> bool:
         self.skip()
@@ -457,11 +459,13 @@ class _Scanner:
         return Term(key, tuple(dims), start)
 
     def _has_key(self, stops: tuple[str, ...]) -> bool:
+        words = tuple(filter(None, stops))
+        first = {word[0] for word in words}
         for position in range(self.at, len(self.text)):
             char = self.text[position]
             if char in ":{}":
                 return True
-            if char in ",\n" or self.ends(tuple(filter(None, stops)), position):
+            if char in ",\n" or (char in first and self.ends(words, position)):
                 return False
         return False
 
@@ -554,11 +558,9 @@ class _Scanner:
 
     def name(self, message: str = "the name of an axis was expected") -> str:
         start = self.at
-        while self.at < len(self.text) and (
-            self.text[self.at].isalnum() or self.text[self.at] == "_"
-        ):
-            self.at += 1
-        name = self.text[start : self.at]
+        word = _WORD.match(self.text, start)
+        assert word is not None
+        self.at, name = word.end(), word[0]
         if not name or name[0].isdigit():
             raise self.error(message, start)
         return name
