@@ -13,7 +13,17 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
-from regraft.places import address_of, file_named, locate, no_address, store_for, traffic, visiting
+from regraft.places import (
+    address_of,
+    below,
+    file_named,
+    left_behind,
+    locate,
+    no_address,
+    store_for,
+    traffic,
+    visiting,
+)
 from regraft.planning.model import taken_for
 from regraft.report import Report, log_report
 from regraft.rules.book import Rules, only_books, only_family
@@ -57,6 +67,7 @@ def convert(
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
     dequantize: bool = False,
+    key: str | None = None,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -112,6 +123,8 @@ def convert(
         keep: checkpoints only: patterns of names that stay as they are although nothing explains them.
         dequantize: checkpoints only: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. It changes numbers, and
             the report says so.
+        key: of what a training run saved (DCP): the key that the model is below, such as ``"model"``, where several
+            fit.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -129,6 +142,7 @@ def convert(
         stack.enter_context(only_books(rules))
         stack.enter_context(taken_for(architecture))
         stack.enter_context(visiting())
+        stack.enter_context(below(key))
         if in_place:
             no_address(src, "--in-place")
         src_path, dst_path = locate(src, whole=not dry_run), Path(dst)
@@ -202,6 +216,11 @@ def convert(
                     progress=progress,
                     store=store,
                     **options,
+                )
+            if left := left_behind():
+                done.notes.append(
+                    f"left behind, because they are no part of the model: {len(left)} states of the training, such "
+                    f"as {left[0]}"
                 )
             done.traffic = traffic([] if store is None else [store])
             report = Report(

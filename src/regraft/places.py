@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import finalize
@@ -22,6 +23,7 @@ from regraft.storage.stand_ins import named
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from regraft.storage.joined import Joined
     from regraft.storage.objects import Client
     from regraft.storage.outline import Outline
 
@@ -43,7 +45,10 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
     return f"{match[1].lower()}://{match[2].rstrip('/')}"
 
 
-_OPEN: list[Outline] = []
+_FSDP = ("pytorch_model_fsdp_0", "model")
+"""The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
+_KEY: ContextVar[str | None] = ContextVar("key", default=None)
+_OPEN: list[Outline | Joined] = []
 
 
 def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
@@ -57,16 +62,59 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     """
     address = address_of(path)
     if address is None:
-        return Path(path)
+        return _joined(Path(path))
     known = next((each for each in _OPEN if each.url == address), None)
     if known is None:
         from regraft.storage.outline import draw
 
-        known = draw(address, store_for(address), whole)
+        outline = draw(address, store_for(address), whole)
+        _OPEN.append(outline)
+        if _is_adapter(outline):
+            outline.fetch()
+        known = outline
+    return _joined(known.path)
+
+
+def _joined(path: Path) -> Path:
+    """A path; of a distributed checkpoint of torch one in which its tensors are whole."""
+    inside = next(
+        (f for f in (path, *(path / n for n in _FSDP)) if (f / ".metadata").is_file()), None
+    )
+    shards = inside is None and path.is_dir() and any(path.glob("shard-*-model-*.safetensors"))
+    if inside is None and not shards:
+        return path
+    from regraft.storage.dcp import is_dcp
+    from regraft.storage.joined import join
+
+    inside = inside or path
+    if not is_dcp(inside):
+        return path
+    known = next((each for each in _OPEN if each.url == str(path)), None)
+    if known is None:
+        known = join(path, inside, _KEY.get())
         _OPEN.append(known)
-        if _is_adapter(known):
-            known.fetch()
     return known.path
+
+
+@contextmanager
+def below(key: str | None) -> Iterator[None]:
+    """Let the model of a training run's checkpoint be below a key, such as ``model`` or ``app.model``."""
+    token = _KEY.set(key) if key is not None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _KEY.reset(token)
+
+
+def take_key(key: str | None) -> None:
+    """Let `below` hold until it is said otherwise."""
+    _KEY.set(key)
+
+
+def left_behind() -> list[str]:
+    """What of training runs' checkpoints is no part of the model: states of optimizers and the like."""
+    return [name for each in _OPEN for name in getattr(each, "left", ())]
 
 
 def file_named(address: str) -> str | None:
@@ -100,7 +148,10 @@ def leave(since: int = 0) -> None:
 def traffic(clients: Iterable[Client] = ()) -> dict[str, int]:
     """What went over the network for the outlines that are there and some other stores; empty where nothing did."""
     total: dict[str, int] = {}
-    for one in [*(outline.traffic for outline in _OPEN), *(client.traffic for client in clients)]:
+    for one in [
+        *(outline.traffic for outline in _OPEN if outline.traffic is not None),
+        *(client.traffic for client in clients),
+    ]:
         for name, count in one.to_dict().items():
             total[name] = total.get(name, 0) + count
     return total

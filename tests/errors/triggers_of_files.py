@@ -182,6 +182,19 @@ def _(lab):
     _ask(lab, "no-ranges")
 
 
+@provokes("bad-dcp")
+def _(lab):
+    (lab.out.parent / "run").mkdir()
+    (lab.out.parent / "run" / ".metadata").write_bytes(b"nothing")
+    regraft.convert(lab.out.parent / "run", lab.out, to="transformers-v5")
+
+
+@provokes("which-key")
+def _(lab):
+    dcp = Path(__file__).parents[1] / "storage" / "dcp" / "nested"
+    regraft.convert(dcp, lab.out, to="transformers-v5", key="nothing")
+
+
 @provokes("bad-address")
 def _(lab):
     _ask(lab, "unfit")

@@ -28,6 +28,7 @@ from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, read_header
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
+from regraft.storage.stand_ins import remote_at
 from regraft.values import replace
 
 CONFIG = "config.json"
@@ -114,8 +115,8 @@ class Source(Struct, frozen=True):
 
     @property
     def is_remote(self) -> bool:
-        """Whether any of its weights is in a store."""
-        return any(file.stamp.version for file in self.files)
+        """Whether any of its weights is in a store, or put together as it is read."""
+        return any(remote_at(file.path) is not None for file in self.files)
 
     @property
     def is_bin(self) -> bool:

@@ -33,6 +33,7 @@ _PIECES = 8
 @options.model
 @options.architecture
 @options.rules
+@options.key
 @options.html
 @options.json
 @options.quiet

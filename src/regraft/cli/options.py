@@ -25,8 +25,6 @@ class _Place(click.Path):
 
 def located(path: Path, *, whole: bool = False) -> Path:
     """A path of this machine for what a command line names; see `regraft.places.locate`."""
-    if ":" not in str(path):
-        return path
     from regraft.places import locate
 
     return locate(path, whole=whole)
@@ -81,6 +79,14 @@ model = click.option(
     type=PLACE,
     help="The base model's folder or its config.json, of either version. Needed where the adapter itself doesn't "
     "say what it is for, or how many experts there are.",
+)
+key = click.option(
+    "--key",
+    metavar="KEY",
+    expose_value=False,
+    is_eager=True,
+    callback=lambda ctx, param, value: _below(value),
+    help="What a training run saved (DCP): the key that the model is below, such as model, where several fit.",
 )
 architecture = click.option(
     "--architecture",
@@ -160,6 +166,14 @@ def usage(option: str) -> Iterator[None]:
         yield
     except BadInputError as error:
         raise click.BadParameter(error.findings[0].message, param_hint=option) from None
+
+
+def _below(key: str | None) -> None:
+    """Let the model be below a key, for this command line."""
+    if key is not None:
+        from regraft.places import take_key
+
+        take_key(key)
 
 
 def _check_file(path: Path | None) -> Path | None:

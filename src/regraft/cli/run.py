@@ -52,6 +52,7 @@ def run(args: Sequence[str]) -> int:
     finally:
         if "regraft.places" in sys.modules:
             sys.modules["regraft.places"].leave()
+            sys.modules["regraft.places"].take_key(None)
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @options.model
 @options.source
 @options.rules
+@options.key
 @options.json
 @options.quiet
 def slices(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.architecture
 @options.html
 @options.rules
+@options.key
 @click.option(
     "--tolerance",
     metavar="ERROR",

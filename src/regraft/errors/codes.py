@@ -801,6 +801,19 @@ class Code(Enum):
         "a server sends whole files only",
         "download the files; use a server that answers Range",
     )
+    BAD_DCP = (
+        "bad-dcp",
+        Part.FILES,
+        "not a distributed checkpoint of torch that can be read",
+        "save it again; or join it with torch's `format_utils dcp_to_torch`",
+        "its metadata is broken, names what no plain checkpoint does, or does not fit the files",
+    )
+    WHICH_KEY = (
+        "which-key",
+        Part.FILES,
+        "no model, or several, in what a training run saved",
+        "name the key that it is below: `--key model`",
+    )
     BAD_ADDRESS = ("bad-address", Part.FILES, "not an address of a store", "check the address")
     FILE_TOO_LARGE = (
         "file-too-large",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from regraft.storage.stamp import Stamp
-from regraft.storage.stand_ins import Remote, remote_at
+from regraft.storage.stand_ins import Object, remote_at
 
 NEAR = 1 << 20
 """Bytes that are read and thrown away rather than asking twice: about what a stream gives in the time of a request."""
@@ -88,7 +88,7 @@ class LocalRanges(Ranges):
 class RemoteRanges(Ranges):
     """An object in a store. Every answer is of the version that was seen first, or an error."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Object) -> None:
         self._remote = remote
 
     @property
@@ -121,7 +121,8 @@ class RemoteRanges(Ranges):
                     waiting.pop(0)
 
     def check(self) -> None:
-        """Every answer was checked when it came."""
+        """Check that it is what it was."""
+        self._remote.check()
 
     def close(self) -> None:
         """Nothing is held open."""

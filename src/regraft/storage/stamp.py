@@ -35,7 +35,7 @@ class Stamp(Struct, frozen=True):
         """
         remote = remote_at(path)
         if remote is not None:
-            return _RemoteStamp(path, remote.found.size, 0, 0, (0, 0), remote.found.version or "?")
+            return _RemoteStamp(path, remote.found.size, 0, 0, (0, 0), remote.found.version)
         opened = file if file is None or isinstance(file, int) else file.fileno()
         status = path.stat() if opened is None else os.fstat(opened)
         return Stamp(
@@ -64,10 +64,14 @@ class Stamp(Struct, frozen=True):
 
 
 class _RemoteStamp(Stamp, frozen=True):
-    """An object as it was. Every answer of a store is compared with it as it comes; nothing is left to check."""
+    """What a stand-in stood for."""
 
     def check(self, file: int | IO[bytes] | None = None) -> None:
-        """Nothing: see above."""
+        """Let what it stands for say whether it is the same."""
+        remote = remote_at(self.path)
+        if remote is None or remote.found.version != self.version:
+            raise changed(self.path, "another file took its place")
+        remote.check()
 
 
 def changed(path: Path, how: str) -> BadInputError:

@@ -32,7 +32,7 @@ from regraft.storage.stamp import Stamp, changed
 _FIX = "save it again as safetensors"
 _MAX_PICKLE_BYTES = 100_000_000
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DTYPES = {
+DTYPE_NAMES = {
     "float64": "F64",
     "double": "F64",
     "float32": "F32",
@@ -202,7 +202,7 @@ def _to_array(
 # ---------------------------------------------------------------------------------------------- the file
 
 
-class _Name(Struct, frozen=True):
+class Name(Struct, frozen=True):
     """A name of torch's: of a type (``dtype``) or of what is called."""
 
     kind: str
@@ -217,7 +217,9 @@ class _Storage(Struct, frozen=True):
     """In elements."""
 
 
-class _Tensor(Struct, frozen=True):
+class Tensor(Struct, frozen=True):
+    """A tensor as the pickle speaks of it."""
+
     storage: _Storage
     dtype: str
     offset: int
@@ -235,8 +237,8 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module")
 """Under what trainers keep the weights beside other things: Lightning, plain loops, DeepSpeed."""
 
 
-class _RefusedError(Exception):
-    pass
+class RefusedError(Exception):
+    """What a plain file of torch does not have."""
 
 
 def _find_tensors(path: Path, inside: Sequence[str]) -> tuple[dict[str, TorchTensor], Stamp]:
@@ -265,9 +267,9 @@ def _load(file: BinaryIO, is_zip: bool, size: int, where: str) -> tuple[Any, _Pl
     """What the file's pickle says, and where the storages are."""
     try:
         if is_zip:
-            return _open_zip(file)
+            return open_zip(file)
         return _open_stream(file, size)
-    except _RefusedError as error:
+    except RefusedError as error:
         message = f"it holds {error}, and only plain tensors by name are read"
         raise BadInputError(Finding("not-tensors", message, where=where, fix=_FIX)) from None
     except (
@@ -298,7 +300,7 @@ def _shorten(error: Exception) -> str:
 def _describe(value: object) -> str:
     if isinstance(value, _Refused):
         return value.what
-    if isinstance(value, (_Tensor, _Storage)):
+    if isinstance(value, (Tensor, _Storage)):
         return f"a {type(value).__name__[1:].lower()}"
     return f"of type {type(value).__name__}"
 
@@ -316,10 +318,10 @@ def _locate(
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)
         elif (reason := name_problem(key)) is not None:
             problem = Finding("bad-name", reason, where=where, key=ascii(key)[1:-1][:300], fix=_FIX)
-        elif not isinstance(value, _Tensor):
+        elif not isinstance(value, Tensor):
             message = f"expected a tensor, and it is {_describe(value)}"
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)
-        elif value.dtype not in _DTYPES:
+        elif value.dtype not in DTYPE_NAMES:
             problem = describe_unknown_dtype(value.dtype, where, shown)
         else:
             found = _place(value, places, size)
@@ -335,14 +337,14 @@ def _locate(
     return result
 
 
-def _place(value: _Tensor, places: _Places, size: int) -> TorchTensor | tuple[str, str]:
+def _place(value: Tensor, places: _Places, size: int) -> TorchTensor | tuple[str, str]:
     """Where a tensor is, or a finding's code and message."""
     place = places.find(value.storage)
     if place is None:
         return "bad-torch-file", f"its storage {value.storage.key[:100]!r} is not in the file"
     begin, end = place
     start = begin + value.offset * _bits(value.storage.dtype) // 8
-    dtype = _DTYPES[value.dtype]
+    dtype = DTYPE_NAMES[value.dtype]
     tensor = TorchTensor(dtype, value.shape, value.strides, start, place)
     if tensor.size > size:
         message = f"the tensor of shape {list(value.shape)} is larger than the whole file"
@@ -360,7 +362,7 @@ def _product(numbers: tuple[int, ...]) -> int:
 
 
 def _bits(dtype: str) -> int:
-    return BITS[_DTYPES[dtype]] if dtype in _DTYPES else _UNKNOWN_BITS[dtype]
+    return BITS[DTYPE_NAMES[dtype]] if dtype in DTYPE_NAMES else _UNKNOWN_BITS[dtype]
 
 
 class _Places:
@@ -404,28 +406,32 @@ def _is_stored(info: zipfile.ZipInfo) -> bool:
     return info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
 
 
-def _open_zip(file: BinaryIO) -> tuple[Any, _Places]:
+def open_zip(file: BinaryIO) -> tuple[Any, _Places]:
+    """What a file of ``torch.save`` holds, and where its storages are.
+
+    Raises ``RefusedError`` for what is not plain, and what `zipfile` raises.
+    """
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         name = next((n for n in members if n.endswith("/data.pkl") and n.count("/") == 1), None)
         if name is None:
-            raise _RefusedError("no data.pkl")
+            raise RefusedError("no data.pkl")
         root = name.removesuffix("data.pkl")
         order = members.get(f"{root}byteorder")
         for info in (members[name], order):
             if info is not None and not _is_stored(info):
-                raise _RefusedError(f"the compressed member {info.filename[:100]!r}")
+                raise RefusedError(f"the compressed member {info.filename[:100]!r}")
         if members[name].file_size > _MAX_PICKLE_BYTES:
-            raise _RefusedError(f"a pickle of {members[name].file_size} bytes")
+            raise RefusedError(f"a pickle of {members[name].file_size} bytes")
         if order is not None and order.file_size < 10 and archive.read(order) != b"little":
-            raise _RefusedError("numbers in big-endian order")
+            raise RefusedError("numbers in big-endian order")
         data = archive.read(name)
     compressed = next(
         (n for n, i in members.items() if n.startswith(f"{root}data/") and not _is_stored(i)), None
     )
     if compressed is not None:
-        raise _RefusedError(f"the compressed member {compressed[:100]!r}")
+        raise RefusedError(f"the compressed member {compressed[:100]!r}")
     return _unpickle(io.BytesIO(data)), _Places(file, root, members)
 
 
@@ -437,7 +443,7 @@ def _open_stream(file: BinaryIO, size: int) -> tuple[Any, _Places]:
         raise ValueError("it begins with no number that torch writes")
     system = _unpickle(data)
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise _RefusedError("numbers in big-endian order")
+        raise RefusedError("numbers in big-endian order")
     found: dict[str, _Storage] = {}
     loaded = _unpickle(data, found)
     keys = _unpickle(data)
@@ -471,18 +477,19 @@ _MARK = object()
 
 def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage] | None = None) -> Any:
     """The value of one pickle; the stream stands behind it afterwards. ``storages`` collects those it speaks of."""
-    machine = _Machine({} if storages is None else storages)
-    for opcode, argument, _ in _opcodes(stream):
+    machine = Machine({} if storages is None else storages)
+    for opcode, argument, _ in opcodes(stream):
         if machine.do(opcode.name, argument):
             return machine.result()
     raise EOFError("the pickle has no end")
 
 
-def _opcodes(stream: io.BytesIO) -> Iterator[tuple[Any, Any, Any]]:
+def opcodes(stream: io.BytesIO) -> Iterator[tuple[Any, Any, Any]]:
+    """The opcodes of a pickle."""
     yield from pickletools.genops(stream)
 
 
-class _Machine(Struct):
+class Machine(Struct):
     """A stack machine for the few opcodes that a plain state dict has."""
 
     storages: dict[str, _Storage]
@@ -492,7 +499,7 @@ class _Machine(Struct):
     def do(self, name: str, argument: Any) -> bool:
         """Carry out one opcode; whether it was the last.
 
-        Raises ``_RefusedError`` for what is not among the few; ``IndexError``, ``KeyError`` or ``ValueError`` for a
+        Raises ``RefusedError`` for what is not among the few; ``IndexError``, ``KeyError`` or ``ValueError`` for a
         pickle that is none.
         """
         stack = self.stack
@@ -527,12 +534,12 @@ class _Machine(Struct):
         elif name in ("SETITEM", "SETITEMS"):
             self._set(self._pop(2) if name == "SETITEM" else self._pop_to_mark())
         elif name == "GLOBAL":
-            stack.append(_look_up(*argument.split(" ", 1)))
+            stack.append(self.look_up(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack.append(_look_up(*self._pop(2)))
+            stack.append(self.look_up(*self._pop(2)))
         elif name == "REDUCE":
             called, arguments = self._pop(2)
-            stack.append(_call(called, arguments))
+            stack.append(self.call(called, arguments))
         elif name == "BUILD":
             self._pop(1)  # attributes of an OrderedDict, such as its _metadata
         elif name == "BINPERSID":
@@ -540,13 +547,26 @@ class _Machine(Struct):
         elif name == "POP":
             self._pop(1)
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise _RefusedError(f"the pickle's opcode {name}")
+            raise RefusedError(f"the pickle's opcode {name}")
         return name == "STOP"
 
     def result(self) -> Any:
         """What is left at the end."""
         (value,) = self._pop(1)
         return value
+
+    def look_up(self, module: Any, name: Any) -> Any:
+        """What a name stands for."""
+        return _look_up(module, name)
+
+    def call(self, called: Any, arguments: Any) -> Any:
+        """What a call makes."""
+        return _call(called, arguments)
+
+    def is_key(self, key: object) -> bool:
+        """Whether something may be the key of a dict."""
+        # A tuple that holds itself twice, a few dozen levels deep, would never be hashed.
+        return isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**64)
 
     def _pop(self, count: int) -> list[Any]:
         items = self.stack[-count:]
@@ -574,24 +594,23 @@ class _Machine(Struct):
         if len(items) % 2:
             raise ValueError("a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int)) or (isinstance(key, int) and abs(key) >= 2**64):
-                # A tuple that holds itself twice, a few dozen levels deep, would never be hashed.
-                raise _RefusedError(f"a key of type {type(key).__name__}")
+            if not self.is_key(key):
+                raise RefusedError(f"a key of type {type(key).__name__}")
             table[key] = value
 
     def _storage(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise _RefusedError("a storage that is none")
+            raise RefusedError("a storage that is none")
         kind, key, count = pid[1], pid[2], pid[4]
         if not (
-            isinstance(kind, _Name)
+            isinstance(kind, Name)
             and kind.kind == "dtype"
             and isinstance(key, str)
             and _is_size(count)
         ):
-            raise _RefusedError("a storage that is none")
+            raise RefusedError("a storage that is none")
         if len(pid) > 5 and pid[5] is not None:
-            raise _RefusedError("a storage that is a part of another")
+            raise RefusedError("a storage that is a part of another")
         return self.storages.setdefault(key, _Storage(kind.text, key, count))
 
 
@@ -600,28 +619,30 @@ def _look_up(module: Any, name: Any) -> Any:
         raise ValueError("a name that is no text")
     called = _CALLED.get((module, name))
     if called is not None:
-        return _Name("called", called)
+        return Name("called", called)
     if module in ("torch", "torch.storage"):
-        dtype = _STORAGES.get(name) or (name if name in _DTYPES or name in _UNKNOWN_BITS else None)
+        dtype = _STORAGES.get(name) or (
+            name if name in DTYPE_NAMES or name in _UNKNOWN_BITS else None
+        )
         if dtype is not None:
-            return _Name("dtype", dtype)
+            return Name("dtype", dtype)
     if (module, name) == ("torch", "Size"):
-        return _Name("called", "tuple")
+        return Name("called", "tuple")
     if module == "torch._utils" and name in _SUMMARY:
-        return _Name("refused", _SUMMARY[name])
+        return Name("refused", _SUMMARY[name])
     if (module, name) in (("torch", "device"), ("torch.serialization", "_get_layout")):
-        return _Name("refused", f"{module}.{name}")
-    raise _RefusedError(f"{module[:100]}.{name[:100]}")
+        return Name("refused", f"{module}.{name}")
+    raise RefusedError(f"{module[:100]}.{name[:100]}")
 
 
 def _call(called: Any, arguments: Any) -> Any:
-    if not isinstance(called, _Name) or not isinstance(arguments, tuple) or called.kind == "dtype":
+    if not isinstance(called, Name) or not isinstance(arguments, tuple) or called.kind == "dtype":
         raise ValueError("a call of something that cannot be called")
     if called.kind == "refused":
         return _Refused(called.text)
     if called.text == "dict":
         if arguments:
-            raise _RefusedError("an OrderedDict with arguments")
+            raise RefusedError("an OrderedDict with arguments")
         return {}
     if called.text == "tuple":
         return arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
@@ -634,15 +655,15 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
     if isinstance(storage, _Refused):
         return storage
     if not isinstance(storage, _Storage):
-        raise _RefusedError("a tensor without a storage")
+        raise RefusedError("a tensor without a storage")
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-        raise _RefusedError("a tensor whose shape is none")
+        raise RefusedError("a tensor whose shape is none")
     if len(shape) > 64 or not all(map(_is_size, (offset, *shape, *strides))):
-        raise _RefusedError("a tensor whose shape is none")
-    dtype = next((item.text for item in rest if isinstance(item, _Name)), storage.dtype)
+        raise RefusedError("a tensor whose shape is none")
+    dtype = next((item.text for item in rest if isinstance(item, Name)), storage.dtype)
     if any(isinstance(item, dict) and (item.get("conj") or item.get("neg")) for item in rest):
         return _Refused("a tensor that is to be conjugated or negated when it is read")
-    return _Tensor(storage, dtype, offset, shape, strides)
+    return Tensor(storage, dtype, offset, shape, strides)
 
 
 def _is_size(value: Any) -> bool:
