@@ -107,3 +107,13 @@ def sdxl_file(path):
         **{"conditioner.embedders.1.model." + n: x for n, x in clip_g.items()},
     }
     return write(path, numbers(single))
+
+
+def wan_folder(folder):
+    """Wan 2.2's two transformers in a folder of diffusers."""
+    _, state = both("wan")
+    for seed, part in enumerate(("transformer", "transformer_2")):
+        path = folder / part / "diffusion_pytorch_model.safetensors"
+        write(path, numbers(state, seed))
+    (folder / "model_index.json").write_text("{}")
+    return folder

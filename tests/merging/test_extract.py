@@ -49,6 +49,7 @@ def test_what_was_merged_comes_back_at_its_rank(name, tmp_path):
     assert report.unchanged == len(want) - len(report.targets)
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_what_was_extracted(tmp_path):
     torch, pefts = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

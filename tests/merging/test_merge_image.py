@@ -1,9 +1,11 @@
 """LoRAs of image models added to their base: one file, a folder, any tool's names; checked by plain numpy."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
-from merge_samples import flux_file, kohya_flux, pair, read, sdxl_file, write
+from merge_samples import flux_file, kohya_flux, pair, read, sdxl_file, wan_folder, write
 
 import regraft
 
@@ -174,3 +176,29 @@ def test_convolutions_and_a_text_encoder_whose_weights_are_fused(tmp_path):
     regraft.convert(tmp_path / "out.safetensors", tmp_path / "want", to="diffusers")
     regraft.merge(tmp_path / "folder", [(lora, 0.5)], tmp_path / "got")
     assert same(read(tmp_path / "got"), read(tmp_path / "want")) == []
+
+
+def test_the_second_transformer_of_a_pipeline_has_weights_of_its_own(tmp_path):
+    """DoRA depends on the base: each of Wan 2.2's two transformers has names that are the other's, too."""
+    folder = wan_folder(tmp_path / "wan")
+    before = read(folder)
+    module = "blocks.0.attn1.to_q"
+    out, into = before[f"transformer/{module}.weight"].shape
+    down, up = pair(out, into)
+    magnitude = np.arange(1, out + 1, dtype=np.float32)
+    leaves = {"A.weight": down, "B.weight": up, "magnitude_vector": magnitude}
+    parts = ("transformer", "transformer_2")
+    tensors = {f"{p}.{module}.lora_{leaf}": x for p in parts for leaf, x in leaves.items()}
+    said = {
+        f"{p}.{n}": v for p in parts for n, v in (("r", 2), ("lora_alpha", 2), ("use_dora", True))
+    }
+    header = {"lora_adapter_metadata": json.dumps(said)}
+    lora = write(tmp_path / "lora.safetensors", tensors, header)
+    regraft.merge(folder, [lora], tmp_path / "out", source="wan")
+    got = read(tmp_path / "out")
+    for part in parts:
+        whole = before[f"{part}/{module}.weight"] + up.astype(float) @ down.astype(float)
+        whole *= (magnitude / np.linalg.norm(whole, axis=1))[:, None]
+        assert np.allclose(got[f"{part}/{module}.weight"], whole, atol=1e-5)
+    changed = [n for n in before if before[n].tobytes() != got[n].tobytes()]
+    assert changed == [f"{part}/{module}.weight" for part in parts]

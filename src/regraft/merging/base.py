@@ -30,6 +30,7 @@ from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
 from regraft.checkpoints.ties import without_ties
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.image.families import DENOISER, Family, family_named
+from regraft.dialects.image.weights import SECOND
 from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import group_names
@@ -263,6 +264,14 @@ def _of_parts(path: Path, source: Source, layout: str | None) -> Base:
         name = DENOISER if piece.part is found.pipeline.parts[0] else piece.part.name
         rows = dict(zip(piece.tensors.names, piece.rows.tolist(), strict=True))
         base.parts[name] = BasePart(name, found.layout, books.get(piece.part.book), rows)
+    second = {
+        name.removeprefix(f"{SECOND}/"): row
+        for name, row in base.rows.items()
+        if source.parted and name.startswith(f"{SECOND}/")
+    }
+    if second and DENOISER in base.parts:
+        first = base.parts[DENOISER]
+        base.parts[SECOND] = BasePart(SECOND, first.layout, first.book, second)
     return base
 
 

@@ -22,6 +22,8 @@ from regraft.rules.book import Book
 from regraft.storage.safetensors import TensorFile
 
 _PREFIXES = ("", "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.")
+SECOND = "transformer_2"
+"""The second transformer of a pipeline, whose names are those of the first."""
 _CLIP = {
     "text_encoder": (
         "text_encoder.",
@@ -51,15 +53,16 @@ class ImageBase:
 
         Raises ``NoImageError`` where the base has it not.
         """
-        if component not in (DENOISER, "transformer_2"):
+        if component not in (DENOISER, SECOND):
             return self._find(key, _CLIP.get(component, (f"{component}.",)))
+        prefixes = _PREFIXES if component == DENOISER else (f"{SECOND}.",)
         try:
-            return self._find(key, _PREFIXES)
+            return self._find(key, prefixes)
         except NoImageError:
             book = book_of(self.family)
             if book is None:
                 raise
-        return self._converted(book, layout, key, shape)
+        return self._converted(book, layout, key, shape, prefixes)
 
     def _find(self, key: str, prefixes: tuple[str, ...]) -> Array:
         for prefix in prefixes:
@@ -67,13 +70,15 @@ class ImageBase:
                 return self._tensors[prefix + key]
         raise NoImageError(f"{self.path} does not have {key}", needs_base=True)
 
-    def _converted(self, book: Book, layout: str, key: str, shape: tuple[int, ...]) -> Array:
+    def _converted(
+        self, book: Book, layout: str, key: str, shape: tuple[int, ...], prefixes: tuple[str, ...]
+    ) -> Array:
         """A weight that the base has in the other layout, in parts or as a part."""
         other = book.left if layout == book.right else book.right
         wanted = Headers(group_names([key]), [shape], ["float32"])
         there = build_plan(wanted, (Edge.to(book, other),), partial=True)
         parts = [name for group in there.targets() for name in group.names()]
-        tensors = [self._find(name, _PREFIXES) for name in parts]
+        tensors = [self._find(name, prefixes) for name in parts]
         headers = Headers(
             group_names(parts), [x.shape for x in tensors], [x.dtype.name for x in tensors]
         )
@@ -111,7 +116,7 @@ class _Files(Mapping[str, Array]):
         for path in paths:
             file = TensorFile(path)
             folder = path.parent.name
-            component = folder if folder.startswith("text_encoder") else ""
+            component = folder if folder.startswith(("text_encoder", SECOND)) else ""
             for name in file:
                 self._where[f"{component}.{name}" if component else name] = (file, name)
 
