@@ -376,3 +376,12 @@ def test_comfyui_names_one_of_a_books_indices(convert):
     assert "diffusion_model.txt_in.c_embedder.in_layer.lora_A.weight" in made
     back, _ = convert(made, "kohya", header)
     same_bits(back, tensors)
+
+
+def test_names_that_two_families_share_ask_for_none(convert):
+    """ComfyUI's own names of HunyuanVideo's blocks are FLUX's; there is nothing to ask where all modules have them."""
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    down, up = pair(3 * H, H)
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    made, _ = convert(tensors, "comfyui")
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in made

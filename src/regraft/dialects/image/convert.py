@@ -202,7 +202,7 @@ def _converted(
     names: tuple[str, ...],
 ) -> Made:
     family = adapter.family
-    how = writing(to, family)
+    how = writing(to, family, alone=len(names) == 1)
     ways = Ways(opened.where, None if base is None else ImageBase(base, family), via)
     origin = read_origin(opened.metadata)
     back = origin if origin is not None and to in origin.names else None

@@ -93,8 +93,14 @@ _LYCORIS = {
 }
 
 
-def writing(dialect: str, family: Family) -> Writing:
-    """How a dialect writes a family."""
+def writing(dialect: str, family: Family, *, alone: bool = True) -> Writing:
+    """How a dialect writes a family.
+
+    ``alone`` says whether an adapter is for no other family; otherwise names that they share are taken where both are
+    read.
+    """
+    if dialect == "comfyui" and not alone:
+        return _comfyui(family, family.of_comfy)
     return {
         "kohya": _kohya,
         "diffusers": _diffusers,
@@ -153,11 +159,13 @@ def _refused_by_diffusers(delta: Delta) -> str | None:
     return None
 
 
-def _comfyui(family: Family) -> Writing:
+def _comfyui(family: Family, name: Callable[[str], str] | None = None) -> Writing:
+    named = family.in_comfy if name is None else name
+
     def stem(home: Home) -> str:
         encoder = family.text_encoder(home.component)
         if encoder is None:
-            return f"diffusion_model.{family.in_comfy(home.module)}"
+            return f"diffusion_model.{named(home.module)}"
         return f"text_encoders.{encoder.comfy}.transformer.{home.module}"
 
     return Writing("comfyui", "ComfyUI", family.native, (), KEYED, _A_B, stem, _refused_by_comfyui)
