@@ -4,7 +4,7 @@
 s3://bucket/mixtral          a folder of objects, or one of its weights files
 https://host/model.safetensors
 hf://org/name@revision       a repository of the hub
-org/name                     the same, where there is no such path: the local cache of it first
+org/name                     the same in the hub's local cache, where there is no such path
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from weakref import finalize
 
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.storage.hub import find_cached, is_offline, parse_id
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 
@@ -48,6 +49,7 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
 _FSDP = ("pytorch_model_fsdp_0", "model")
 """The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
 _KEY: ContextVar[str | None] = ContextVar("key", default=None)
+_OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
 _OPEN: list[Outline | Joined] = []
 
 
@@ -61,8 +63,15 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     Raises ``BadInputError`` where there is nothing at an address.
     """
     address = address_of(path)
+    if not os.path.lexists(path) and (cached := find_cached(address or os.fspath(path))):
+        return _joined(cached)
     if address is None:
         return _joined(Path(path))
+    if _OFFLINE.get() or (address.startswith("hf://") and is_offline()):
+        named = parse_id(address)
+        fix = f"run 'hf download {named[0]}' where there is a network" if named else None
+        message = "it is beyond this machine, and the network is not to be used (--offline)"
+        raise BadInputError(Finding("offline", message, where=address, fix=fix))
     known = next((each for each in _OPEN if each.url == address), None)
     if known is None:
         from regraft.storage.outline import draw
@@ -112,6 +121,11 @@ def take_key(key: str | None) -> None:
     _KEY.set(key)
 
 
+def stay_offline(wanted: bool) -> None:
+    """Let nothing be asked over the network until it is said otherwise."""
+    _OFFLINE.set(wanted)
+
+
 def left_behind() -> list[str]:
     """What of training runs' checkpoints is no part of the model: states of optimizers and the like."""
     return [name for each in _OPEN for name in getattr(each, "left", ())]
@@ -127,6 +141,9 @@ def store_for(address: str) -> Client:
     """The store that an address is in: the folder, or that of the file."""
     from regraft.storage.stores import open_store
 
+    if _OFFLINE.get():
+        message = "it is beyond this machine, and the network is not to be used (--offline)"
+        raise BadInputError(Finding("offline", message, where=address))
     return open_store(address if file_named(address) is None else address.rpartition("/")[0])
 
 

@@ -195,6 +195,11 @@ def _(lab):
     regraft.convert(dcp, lab.out, to="transformers-v5", key="nothing")
 
 
+@provokes("offline")
+def _(lab):
+    regraft.convert("hf://no-such/model", lab.out, to="transformers-v5")
+
+
 @provokes("bad-address")
 def _(lab):
     _ask(lab, "unfit")

@@ -26,6 +26,7 @@ from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import load_json
+from regraft.storage.hub import find_cached, parse_id
 from regraft.values import replace
 
 
@@ -42,7 +43,7 @@ def load_model(path: Path | str) -> ModelConfig:
                 "no-config",
                 "there is no config.json of a base model here",
                 where=str(path),
-                fix="give the folder of the base model, or its config.json",
+                fix="give the folder of the base model, or its config.json" + _how_to_get(path),
             )
         )
     data = load_json(file)
@@ -57,6 +58,13 @@ def load_model(path: Path | str) -> ModelConfig:
         )
     check_sizes(data, str(file))
     return ModelConfig(data, str(file), architecture=asked_architecture())
+
+
+def _how_to_get(path: Path) -> str:
+    named = parse_id(str(path))
+    return (
+        f"; a model of the hub is found after 'hf download {named[0]} config.json'" if named else ""
+    )
 
 
 class Known(Struct, frozen=True):
@@ -326,6 +334,9 @@ def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
 def _model_beside(hints: Hints) -> ModelConfig | None:
     if hints.base and (Path(hints.base) / "config.json").is_file():
         return load_model(hints.base)
+    cached = find_cached(hints.base) if hints.base else None
+    if cached is not None and (cached / "config.json").is_file():
+        return load_model(cached)
     return None
 
 

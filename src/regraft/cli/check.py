@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @options.model
 @options.architecture
 @options.rules
-@options.key
+@options.beyond
 @options.layout(
     "--for",
     "What it is to be loaded with: transformers-v5 or transformers-v4. What is installed is tried; for the other, "

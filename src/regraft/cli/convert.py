@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @options.model
 @options.architecture
 @options.rules
-@options.key
+@options.beyond
 @click.option("--dry-run", is_flag=True, help="Run without writing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @click.option(

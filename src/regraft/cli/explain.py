@@ -33,7 +33,7 @@ _PIECES = 8
 @options.model
 @options.architecture
 @options.rules
-@options.key
+@options.beyond
 @options.html
 @options.json
 @options.quiet

@@ -17,7 +17,7 @@ from regraft.cli.output import Output
 @options.model
 @options.architecture
 @options.rules
-@options.key
+@options.beyond
 @options.html
 @options.json
 @options.quiet

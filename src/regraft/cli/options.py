@@ -88,6 +88,21 @@ key = click.option(
     callback=lambda ctx, param, value: _below(value),
     help="What a training run saved (DCP): the key that the model is below, such as model, where several fit.",
 )
+offline = click.option(
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda ctx, param, value: _stay_offline(value),
+    help="Ask nothing over the network, whatever is named.",
+)
+
+
+def beyond(command: Command) -> Command:
+    """The options for what is beyond this machine, or comes from a training run."""
+    return key(offline(command))
+
+
 architecture = click.option(
     "--architecture",
     metavar="CLASS",
@@ -174,6 +189,13 @@ def _below(key: str | None) -> None:
         from regraft.places import take_key
 
         take_key(key)
+
+
+def _stay_offline(wanted: bool) -> None:
+    if wanted:
+        from regraft.places import stay_offline
+
+        stay_offline(True)
 
 
 def _check_file(path: Path | None) -> Path | None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @options.model
 @options.source
 @options.rules
-@options.key
+@options.beyond
 @options.json
 @options.quiet
 def slices(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @options.architecture
 @options.html
 @options.rules
-@options.key
+@options.beyond
 @click.option(
     "--tolerance",
     metavar="ERROR",

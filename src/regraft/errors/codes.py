@@ -814,6 +814,12 @@ class Code(Enum):
         "no model, or several, in what a training run saved",
         "name the key that it is below: `--key model`",
     )
+    OFFLINE = (
+        "offline",
+        Part.FILES,
+        "beyond this machine, and the network is not to be used",
+        "leave out `--offline`; `hf download ORG/NAME` where there is a network",
+    )
     BAD_ADDRESS = ("bad-address", Part.FILES, "not an address of a store", "check the address")
     FILE_TOO_LARGE = (
         "file-too-large",
