@@ -658,3 +658,19 @@ def test_digits_on_disk(folder):
     text = (folder / "book.toml").read_text()
     assert "Seen at 2 sizes" in text
     assert "to F16" in text
+
+
+def test_what_depends_on_values_or_holds_at_one_size_is_no_layout_change():
+    def ranked(state):
+        return {"w": state["w"][np.argsort(np.linalg.norm(state["w"], axis=1))]}
+
+    found = watch(ranked, {"w": (4, 6)}, torch=False)
+    assert found.odd == {
+        "w": "which element goes where depends on the values, so that is no layout change"
+    }
+
+    def shuffled(state):
+        return {"w": np.random.default_rng(7).permutation(state["w"])}
+
+    assert not watch(shuffled, [{"w": (6, 6)}, {"w": (18, 8)}], torch=False).sound
+    assert not watch(shuffled, {"w": (16, 6)}, torch=False).sound

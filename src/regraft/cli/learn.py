@@ -161,7 +161,8 @@ def _watched(
 
     def watched(outline: Outline, where: str) -> Pair:
         converter = CommandConverter(command, outline.config, timeout)
-        return pair_of(converter, outline.shapes, outline.config, False, where)
+        first = outline is known[0]
+        return pair_of(converter, outline.shapes, outline.config, False, where, first)
 
     def found() -> Learned:
         return learn_pairs(

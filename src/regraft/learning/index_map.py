@@ -480,12 +480,18 @@ def _periodic(
     return _separate(starts, values, cuts, inner)
 
 
+_SINGLE = 4
+"""So many positions one by one are an order; more of them, among as many other parts, are none."""
+
+
 def _separate(
     starts: Ints, values: Ints, cuts: Sequence[int], inner: list[tuple[int, int, int, int]]
 ) -> list[_Piece]:
     if len(cuts) > 64:
         raise NotABoxError("its index map has no order that an equation could say")
     lengths = np.diff([*cuts, len(starts)]).tolist()
+    if lengths.count(1) > _SINGLE and len(lengths) > 2 * _SINGLE:
+        raise NotABoxError("its index map has no order that an equation could say")
     blocks: list[tuple[int, int, bool]] = []
     at = 0
     while at < len(cuts):

@@ -215,7 +215,10 @@ def learn_pairs(
     verified = []
     for number, pair in enumerate(pairs):
         dropped = set(found[number].unused) if number < naming else dropped_names(loaded, pair)
-        odd = set(found[number].odd) if number < naming else _odd_of(loaded, pair)
+        # What is explained at one size and not at another is no rule: only what the book leaves out is left out here.
+        odd = _odd_of(loaded, pair)
+        if number < naming:
+            odd &= set(found[number].odd)
         made = set(pair.after) - odd
         equal = check(
             loaded, pair.before, pair.after, set(pair.before) - dropped, made, pair.config
@@ -375,7 +378,10 @@ def _seen(looped: Looped, pair: Pair) -> Seen:
 
 def _value_changes(found: Inferred, pair: Pair) -> None:
     """Say more of tensors that have a counterpart of their shape, with other values."""
+    found.odd.update({name: why for name, why in pair.odd.items() if name in found.odd})
     for name in found.odd:
+        if name in pair.odd:
+            continue
         one, other = pair.before.get(name), pair.after[name]
         if one is None or one.shape != other.shape:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Pair:
     where: str
     notes: tuple[str, ...] = ()
     """What is to be said of a book that is learned from it."""
+    odd: Mapping[str, str] = field(default_factory=dict)
+    """Tensors after that are known to be no layout change, each with the reason."""
 
     @staticmethod
     def of(before: Source, after: Source, config: Config | None = None) -> Pair:

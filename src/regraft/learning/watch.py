@@ -87,7 +87,7 @@ def watch(
     known = [*configs, *[None] * (len(many) - len(configs))]
     with_torch = importlib.util.find_spec("torch") is not None if torch is None else torch
     pairs = [
-        pair_of(convert, _shapes(each), config, with_torch, f"size {number}")
+        pair_of(convert, _shapes(each), config, with_torch, f"size {number}", number == 1)
         for number, (each, config) in enumerate(zip(many, known, strict=True), 1)
     ]
     return learn_pairs(
@@ -111,8 +111,11 @@ def pair_of(
     config: Config | None,
     with_torch: bool,
     where: str,
+    other_values: bool = True,
 ) -> Pair:
     """The labels that a converter gets and those that it returns.
+
+    With ``other_values`` it is called once more with other labels, so that what depends on values shows.
 
     Raises ``BadInputError`` where it fails, or two runs differ.
     """
@@ -125,15 +128,55 @@ def pair_of(
         raise BadInputError(
             Finding("unsteady", message, where=where, key=next(iter(unsteady), None))
         )
+    odd = _by_value(convert, shapes, before, after, with_torch, where) if other_values else {}
+    for name in odd:
+        after[name] = (-1.5 - np.arange(after[name].size, dtype=np.float32)).reshape(
+            after[name].shape
+        )
     if any(array.dtype != np.float32 for array in after.values()):
         made = [(part, _call(convert, part, with_torch, where)) for part in digits(shapes)]
         labelled = _pair(before, after, config, where)
         return with_digits(labelled, [_pair(*each, config, where) for each in made])
-    return _pair(before, after, config, where)
+    return _pair(before, after, config, where, odd)
 
 
-def _pair(before: Arrays, after: Arrays, config: Config | None, where: str) -> Pair:
-    return Pair(content_of(before, where), content_of(after, where), config, where)
+def _by_value(
+    convert: Convert,
+    shapes: Mapping[str, tuple[int, ...]],
+    before: Arrays,
+    after: Arrays,
+    with_torch: bool,
+    where: str,
+) -> dict[str, str]:
+    """Tensors whose elements come from elsewhere when the same tensors hold other values: sorted ones, for one."""
+    others = labels(shapes, 77)
+    made = _call(convert, others, with_torch, where)
+    plain = {k: v for k, v in after.items() if v.dtype == np.float32}
+    one, two = _origins(before, plain), _origins(others, {k: made[k] for k in plain if k in made})
+    why = "which element goes where depends on the values, so that is no layout change"
+    return {k: why for k in plain if k not in two or not np.array_equal(one[k], two[k])}
+
+
+def _origins(before: Arrays, after: Arrays) -> dict[str, Any]:
+    """Which label each element is; -1 for none."""
+    flat = np.concatenate([x.reshape(-1) for x in before.values()])
+    order = np.argsort(flat)
+    values = flat[order]
+    result = {}
+    for name, array in after.items():
+        at = np.minimum(np.searchsorted(values, array), len(values) - 1)
+        result[name] = np.where(values[at] == array, order[at], -1)
+    return result
+
+
+def _pair(
+    before: Arrays,
+    after: Arrays,
+    config: Config | None,
+    where: str,
+    odd: Mapping[str, str] | None = None,
+) -> Pair:
+    return Pair(content_of(before, where), content_of(after, where), config, where, (), odd or {})
 
 
 def _same(one: Any, other: Any) -> bool:
