@@ -12,7 +12,9 @@ from making import Text
 
 import regraft
 from regraft.cli import main
+from regraft.errors import BadInputError
 from regraft.explaining.diff import diff
+from regraft.learning import content
 from regraft.learning.content import content_of
 from regraft.learning.propose import check, propose
 from regraft.rules.book import library, load_book
@@ -268,3 +270,22 @@ def test_adapters_move_between_layouts_of_ones_own(tmp_path):
     assert main(usual) == 0
     made, wanted = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ou")
     assert len(made) > 1000 and made[-1000:] == wanted[-1000:]
+
+
+def test_what_is_mapped_is_hashed_in_parts_and_may_not_become_shorter(tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "_LARGEST", 16)
+    monkeypatch.setattr(content, "_PART", 24)
+    tensors = {"w": np.arange(30, dtype=np.float32).reshape(5, 6), "b": np.ones(3, np.float16)}
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, tensors, {})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = content.open_content(tmp_path).tensors
+    assert {name: each.digest for name, each in found.items()} == {
+        name: content.digest(array) for name, array in tensors.items()
+    }
+    again = content.open_content(tmp_path).tensors
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 40)
+    with pytest.raises(BadInputError) as caught:
+        assert [each.digest for each in again.values()]
+    assert caught.value.findings[0].code == "file-changed"

@@ -18,16 +18,53 @@ from regraft.checkpoints.source import File, is_checkpoint, open_checkpoint
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.opening import find_source
 from regraft.storage.dtypes import DTYPES, match_dtype
+from regraft.storage.stamp import changed
 
 Bits = npt.NDArray[Any]
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies in a file that is mapped."""
+
+    file: File
+    start: int
+    size: int
+
+    def digest(self) -> bytes:
+        """A hash of the bytes. They are read in parts: mapped ones would all stay in memory.
+
+        Raises ``BadInputError`` where the file became shorter.
+        """
+        made = hashlib.blake2b(digest_size=16)
+        part = np.empty(min(_PART, self.size), np.uint8)
+        opened = open_source(self.file)
+        try:
+            for at in range(0, self.size, _PART):
+                read = part[: min(_PART, self.size - at)]
+                read_into(opened, read.data, self.start + at)
+                made.update(read.data)
+        except EOFError:
+            raise changed(self.file.path, "it ended early") from None
+        finally:
+            opened.close()
+        return made.digest()
+
+
 class Tensor:
     """One tensor: its bits as unsigned integers in its shape."""
 
-    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], bits: Bits) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        bits: Bits,
+        place: Place | None = None,
+    ) -> None:
         self.name, self.dtype, self.shape, self.bits = name, dtype, shape, bits
+        self.place = place
 
     @property
     def whole(self) -> bool:
@@ -53,8 +90,11 @@ class Tensor:
 
     @cached_property
     def digest(self) -> bytes:
-        """A hash of the bits in order."""
-        return digest(self.bits)
+        """A hash of the bits in order.
+
+        Raises ``BadInputError`` where the file became shorter.
+        """
+        return digest(self.bits) if self.place is None else self.place.digest()
 
     @property
     def look(self) -> tuple[str, tuple[int, ...], bytes]:
@@ -101,6 +141,7 @@ def open_content(path: Path) -> Content:
     maps: list[Any] = []
     for file in source.files:
         maps.append(_bytes_of(file))
+    mapped = {number for number, data in enumerate(maps) if isinstance(data, mmap.mmap)}
     tensors: dict[str, Tensor] = {}
     table = source.tensors
     for row, name in enumerate(table.names):
@@ -112,7 +153,9 @@ def open_content(path: Path) -> Content:
         data = np.frombuffer(maps[int(table.files[row])], np.uint8, size, start) if size else None
         flat = np.zeros(0, word) if data is None else _aligned(data, word)
         full = flat.size == int(np.prod(shape, dtype=np.int64))
-        tensors[name] = Tensor(name, dtype, shape, flat.reshape(shape) if full else flat)
+        number = int(table.files[row])
+        place = Place(source.files[number], start, size) if number in mapped else None
+        tensors[name] = Tensor(name, dtype, shape, flat.reshape(shape) if full else flat, place)
     return Content("checkpoint", source.where, tensors)
 
 

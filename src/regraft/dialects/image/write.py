@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from regraft.dialects.image.delta import (
 from regraft.dialects.image.families import CLIP_V4, DENOISER, Family
 from regraft.dialects.image.moving import Ways, is_vector
 from regraft.dialects.image.read import ADAPTER_METADATA, Home
-from regraft.errors import RefusedError
+from regraft.errors import Finding, RefusedError
 from regraft.values import replace
 
 KEYED, HEADER, CONFIG, FOLDED = "key", "header", "config", "folded"
@@ -389,14 +390,37 @@ def _alpha(delta: Delta, key: str, alpha_dtype: AlphaDtype) -> Array:
         value = scale.value * scale.rank
     usual = next(iter(delta.tensors.values())).dtype
     named = None if alpha_dtype is None else alpha_dtype(key)
+    number = _as_float(value)
     for dtype in (_dtype(named), delta.alpha_dtype, usual, np.dtype(np.float32)):
         if dtype is None:
             continue
-        with np.errstate(all="ignore"):
-            made = np.asarray(value).astype(dtype)
-        if float(made) == float(value):
+        made = _cast(number, dtype)
+        if float(made) == number and np.isfinite(made):
             return made
-    return np.asarray(value, np.float32)
+    made = _cast(number, np.dtype(np.float32))
+    if not np.isfinite(made) or (number and not made):
+        raise RefusedError(
+            Finding(
+                "not-representable",
+                f"its alpha is {number:g}, which float32 does not hold",
+                key=key,
+                fix="correct the alpha, or save the adapter again",
+            )
+        )
+    return made
+
+
+def _as_float(value: Number) -> float:
+    """A number of a file; infinite where float64 does not hold it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf
+
+
+def _cast(number: float, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(all="ignore"):
+        return np.asarray(number, np.float64).astype(dtype)
 
 
 def _dtype(name: str | None) -> np.dtype[Any] | None:
