@@ -3,6 +3,8 @@
 import pytest
 
 from regraft.checkpoints.config import V4, V5, convert_config
+from regraft.errors import BadInputError
+from regraft.planning.model import check_sizes
 
 PAIRS = [
     (
@@ -85,3 +87,13 @@ def test_a_dilation_that_version_5_does_not_take():
     config = {"model_type": "detr", "dilation": None}
     assert convert_config(config, "transformers-v5")[0] == {"model_type": "detr", "dilation": False}
     assert convert_config(config, "transformers-v4")[0] == config
+
+
+@pytest.mark.parametrize("kind", [["llama"], {"a": 1}, 3])
+@pytest.mark.parametrize("within", [True, False])
+def test_a_model_type_that_is_no_text_is_an_error(kind, within):
+    config = {"model_type": "mixtral", "text_config": {"model_type": kind}}
+    with pytest.raises(BadInputError) as caught:
+        check_sizes(config if within else {"model_type": kind}, "config.json")
+    (finding,) = caught.value.findings
+    assert finding.code == "model-config" and finding.key.endswith("model_type")

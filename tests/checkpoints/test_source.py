@@ -81,6 +81,13 @@ def test_an_index_that_is_not_right_is_mended(tmp_path):
         assert all(listed[name] == shard.name for name in open_tensors(shard))
 
 
+@pytest.mark.parametrize("shard", [["a"], {}, None, 3])
+def test_an_index_of_anything_beside_a_whole_file_is_left_aside(tmp_path, shard):
+    src = write_folder(tmp_path / "src", mixtral())
+    (src / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
+    assert any("left aside" in note for note in open_checkpoint(src).notes)
+
+
 def test_a_whole_file_beside_a_stale_index(tmp_path):
     src = folder(tmp_path)
     for shard in src.glob("model-*"):

@@ -79,7 +79,7 @@ def _convert(config: Mapping[str, Any], to: str, path: str, changes: list[str]) 
             changes.append(f"{path}{was} is now {becomes}")
     if config.get("model_type") in _MAMBA_TYPES and isinstance(config.get("layer_types"), list):
         table = _LAYER_TYPES if to == V5 else {v: k for k, v in _LAYER_TYPES.items()}
-        kinds = [table.get(kind, kind) for kind in config["layer_types"]]
+        kinds = [table.get(k, k) if isinstance(k, str) else k for k in config["layer_types"]]
         if kinds != config["layer_types"]:
             result["layer_types"] = kinds
             changes.append(f"{path}layer_types has the names of {to}")

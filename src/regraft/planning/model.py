@@ -64,11 +64,22 @@ class Weights(Protocol):
 
 
 def check_sizes(data: Mapping[str, Any], path: str) -> None:
-    """Check that a config's counts and sizes are such as a model can have, since models are built from them.
+    """Check that a config's types, counts and sizes are such as a model can have, since models are built from them.
 
-    Raises ``BadInputError`` with every number that is not.
+    Raises ``BadInputError`` with everything that is not.
     """
     findings = [
+        Finding(
+            "model-config",
+            f"a model type is text, and it is of type {type(value).__name__}",
+            where=path,
+            key=name,
+            fix="give the config.json that belongs to the model",
+        )
+        for name, value in _types(data)
+        if value is not None and not isinstance(value, str)
+    ]
+    findings += [
         Finding(
             "model-config",
             f"it is {_shorten(number)}, and a model has at most {most}",
@@ -86,6 +97,15 @@ def check_sizes(data: Mapping[str, Any], path: str) -> None:
 def _shorten(number: int) -> str:
     digits = str(number)
     return digits if len(digits) <= 20 else f"{digits[0]}e+{len(digits) - 1}"
+
+
+def _types(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What a config and those in it say of their model types, by path."""
+    for name, value in data.items():
+        if name == "model_type":
+            yield above + name, value
+        elif isinstance(value, Mapping):
+            yield from _types(value, f"{above}{name}.")
 
 
 def _numbers(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int, int]]:
