@@ -102,6 +102,18 @@ class Scale(Struct, frozen=True, gc=False):
         return f"{self.alpha:g}/{'√' if self.rslora else ''}{self.rank}"
 
 
+def is_finite(value: Number) -> bool:
+    """Whether a number is one that float64 holds.
+
+    >>> is_finite(16), is_finite(float("nan")), is_finite(10**400)
+    (True, False, False)
+    """
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
+
+
 def out_of_range(what: str) -> RefusedError:
     """A scale that no float64 holds."""
     return RefusedError(

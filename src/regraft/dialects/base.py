@@ -34,7 +34,7 @@ from regraft.adapters.form import SavedGroup as SavedGroup
 from regraft.adapters.protocol import Hints, Names, Opened, Reading, Spelling, Writer
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.ranks import make_uniform
-from regraft.adapters.scale import Scale
+from regraft.adapters.scale import Scale, is_finite
 from regraft.dialects.registry import Evidence, dialect_of, dialects, sniffed
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group, group_names
@@ -186,6 +186,22 @@ class PlainFile(Struct):
     said: Hints = field(default_factory=lambda: Hints("the file"))
     spelling: Spelling = field(default_factory=PlainNames)
     kind: str = "LORA"
+
+    def __post_init__(self) -> None:
+        """Raises ``BadInputError`` for scales that are no numbers to count with."""
+        findings = [
+            Finding(
+                "config",
+                "what multiplies its factors is no finite number",
+                where=self.where,
+                key=key,
+                fix="correct alpha, or the scale, where the adapter says it",
+            )
+            for key, lora in self.loras.items()
+            if not is_finite(lora.scale.alpha)
+        ]
+        if findings:
+            raise BadInputError(findings)
 
     @property
     def family(self) -> type[Family] | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adapters.form import Array, Blob, Lora
 from regraft.adapters.protocol import Hints, Opened
-from regraft.adapters.scale import Scale
+from regraft.adapters.scale import Scale, is_finite
 from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames
 from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
 from regraft.dialects.halves import (
@@ -247,18 +247,19 @@ def _parameters(config: Mapping[str, Any], where: str) -> tuple[int | None, floa
     wrong = [
         name
         for name, value in (("rank", rank), ("scale", scale), ("alpha", alpha))
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+        if value is not None
+        and (isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value))
     ]
     if scale is None or wrong:
         message = (
-            f"lora_parameters.{wrong[0]} is no number"
+            f"lora_parameters.{wrong[0]} is no finite number"
             if wrong
             else "lora_parameters has no scale, which multiplies what the adapter adds"
         )
         fix = "mlx-lm's scale is not alpha: set it to what the training used"
         raise BadInputError(Finding("config", message, where=where, key="lora_parameters", fix=fix))
     if alpha is not None and rank and "lora_layers" in config and "num_layers" not in config:
-        scale = scale * alpha / rank
+        scale = float(scale) * float(alpha) / float(rank)
     return (int(rank) if isinstance(rank, int | float) else None), float(scale)
 
 
