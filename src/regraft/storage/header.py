@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from itertools import islice
 from operator import eq, mul, sub
@@ -25,7 +26,7 @@ from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
-from regraft.storage.header_check import MAX_DIMS, MAX_FINDINGS, check_header, is_long
+from regraft.storage.header_check import MAX_DIMS, MAX_FINDINGS, check_header, has_long
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 
 MAX_HEADER_BYTES = 100_000_000
@@ -128,6 +129,23 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(path, tensors, metadata, data_start, size)
 
 
+def first_names(path: Path) -> list[str]:
+    """The names of the first tensors of a safetensors file, as they are spelled there; none of what is no such file.
+
+    A look at some kilobytes, for whoever asks whether a file may be theirs: nothing in it is checked.
+
+    Raises ``BadInputError`` for what is no regular file, ``OSError`` where it cannot be read.
+    """
+    file, _ = open_regular(path)
+    with file:
+        text = file.read(8 + _FIRST_BYTES)[8:]
+    return [name.decode(errors="replace") for name in _NAME.findall(text)]
+
+
+_FIRST_BYTES = 1 << 15
+_NAME = re.compile(rb'"([^"\\]+)"\s*:\s*\{\s*"(?:dtype|shape|data_offsets)"')
+
+
 def _limit_findings(findings: Iterable[Finding], where: str) -> list[Finding]:
     found = list(islice(findings, MAX_FINDINGS + 1))
     if len(found) > MAX_FINDINGS:
@@ -201,7 +219,7 @@ def _decode_sound(
     # as does an unknown field or a colon within a name.
     if colons != 4 * len(entries):
         return None
-    if any(map(is_long, entries)):
+    if has_long(entries):
         return None
     tensors = _check_entries(entries, data_size)
     return None if tensors is None else (tensors, metadata)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
@@ -158,6 +159,11 @@ def is_long(name: str) -> bool:
     return size > 2 * MAX_NAME_PARTS and (
         size > MAX_NAME_LENGTH or name.count(".") >= MAX_NAME_PARTS
     )
+
+
+def has_long(names: Collection[str]) -> bool:
+    """Whether one of many names is longer than any model's."""
+    return max(map(len, names), default=0) > 2 * MAX_NAME_PARTS and any(map(is_long, names))
 
 
 def _check_entry(name: str, value: Any, where: str) -> tuple[Row | None, list[Finding]]:

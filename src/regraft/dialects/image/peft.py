@@ -9,7 +9,7 @@ Sources: PEFT 0.21.2 (``tuners/lora/config.py``, ``tuners/loha``, ``tuners/lokr`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from regraft.dialects.image.grouping import Grouped, ModuleTensors
 from regraft.dialects.image.leaves import split_key
 from regraft.dialects.image.read import ADAPTER_METADATA, families_with
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.storage.safetensors import open_tensors, read_header
+from regraft.storage.header import first_names, read_header
+from regraft.storage.safetensors import open_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -45,6 +46,10 @@ def weights_in(src: Path) -> Path | None:
         library = mapping.get("parent_library") if isinstance(mapping, dict) else None
         if library is not None and not str(library).startswith("diffusers"):
             return None
+        # Most folders are no such adapter, and their first names tell; a header may be long.
+        first = first_names(path) if library is None else []
+        if first and not _is_of_a_denoiser(first, False):
+            return None
         header = read_header(path)
     except (BadInputError, OSError):
         return None
@@ -60,7 +65,7 @@ def config_beside(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and isinstance(data.get("peft_type"), str) else None
 
 
-def _is_of_a_denoiser(names: Mapping[str, object], said: bool) -> bool:
+def _is_of_a_denoiser(names: Iterable[str], said: bool) -> bool:
     """Whether a family has all modules that names are about; one is enough where the config names diffusers."""
     modules: dict[str, ModuleTensors] = {}
     for name in names:
