@@ -23,6 +23,8 @@ WINDOW = 8 << 20
 """Bytes of a window."""
 _PER_THREAD = 3
 """Windows' worth of memory that a thread takes: what it makes, what it reads for it, and what is on its way."""
+_AT_ONCE = 4
+"""Reads of one window that go on at a time: what it is made of may lie in several files."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 _Read = TypeVar("_Read")
@@ -50,8 +52,15 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
         self.files.close()
 
-    def run(self, file: OutFile, done: Collection[int] = ()) -> Iterator[tuple[int, int, Bytes]]:
-        """The windows of a file in order: number, place, and bytes. Those that are ``done`` are passed over.
+    def run(
+        self,
+        file: OutFile,
+        done: Collection[int] = (),
+        put: Callable[[int, Bytes], None] | None = None,
+    ) -> Iterator[tuple[int, Bytes]]:
+        """The windows of a file in order: number, and bytes. Those that are ``done`` are passed over.
+
+        ``put`` is called for each with its place and its bytes, by the thread that made it.
 
         Raises ``BadInputError`` where the source cannot be read.
         """
@@ -63,12 +72,15 @@ class Stream:
                 starts.append(start)
 
         def make(start: int, stop: int) -> Bytes:
-            return self.windows.read(self.files, file, start, stop)
+            data = self.windows.read(self.files, file, start, stop, _AT_ONCE)
+            if put is not None:
+                put(start, data)
+            return data
 
         spans = ((start, min(start + WINDOW, file.size)) for start in starts)
         for start, made in self.each(make, spans):
             self._count(len(made))
-            yield start // WINDOW, start, made
+            yield start // WINDOW, made
 
     def each(
         self, read: Callable[[int, int], _Read], spans: Iterable[tuple[int, int]]
@@ -102,8 +114,11 @@ def stream_into(work: Work, ready: Prepared, jobs: int, advance: Advance) -> Non
                     os.ftruncate(out, file.size)
                 finished: list[tuple[int, int]] = []
                 here = {window for at, window in work.done if at == number}
-                for window, start, data in stream.run(file, here):
-                    write_all(out, data.data, start)
+
+                def put(at: int, data: Bytes, out: int = out) -> None:
+                    write_all(out, data.data, at)
+
+                for window, _ in stream.run(file, here, put):
                     finished.append((number, window))
                     if len(finished) * WINDOW >= 1 << 28:
                         os.fdatasync(out)

@@ -82,7 +82,7 @@ def upload(
 
 
 def _parts(stream: Stream, file: OutFile) -> Iterator[memoryview]:
-    for _, _, data in stream.run(file):
+    for _, data in stream.run(file):
         yield data.data
 
 

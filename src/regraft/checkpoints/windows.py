@@ -49,8 +49,8 @@ class Windows:
         self.moves, self.dtypes, self.tensors = moves, dtypes, tensors
         self.slicer = slicer_of(moves, tensors)
 
-    def read(self, files: Files, file: OutFile, start: int, stop: int) -> Bytes:
-        """The bytes of an output file from ``start`` up to ``stop``.
+    def read(self, files: Files, file: OutFile, start: int, stop: int, jobs: int = 1) -> Bytes:
+        """The bytes of an output file from ``start`` up to ``stop``; ``jobs`` of its reads go on at a time.
 
         Raises ``BadInputError`` where a source file changed.
         """
@@ -68,7 +68,7 @@ class Windows:
             Fill(buffer, part.strips, part.item)
             for buffer, part in zip(buffers, parts, strict=True)
         ]
-        fill_slices(fills, self.tensors, files)
+        fill_slices(fills, self.tensors, files, jobs)
         for buffer, part in zip(buffers, parts, strict=True):
             if np.shares_memory(buffer, out):
                 continue
