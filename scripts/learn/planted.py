@@ -32,7 +32,7 @@ from regraft.learning.watch import watch
 
 LARGEST = 20_000
 """Elements of an equation."""
-TABLE = ((3, 2, 4, 5, 2, 3, 4), (2, 5, 3, 4, 7, 3, 2), (4, 3, 2, 3, 5, 6, 5))
+TABLE = ((3, 2, 4, 5, 2, 3, 4), (2, 5, 3, 4, 7, 8, 2), (4, 3, 2, 3, 5, 6, 5))
 """Sizes of axes, in turn, for each of three models."""
 
 SHAPES = [{"a.weight": s, "b.weight": s, "v": s[:1]} for s in ((12, 14), (18, 22))]
