@@ -32,8 +32,8 @@ from regraft.learning.watch import watch
 
 LARGEST = 20_000
 """Elements of an equation."""
-TABLE = ((3, 2, 4, 5, 2, 3, 4), (2, 5, 3, 4, 7, 8, 2), (4, 3, 2, 3, 5, 6, 5))
-"""Sizes of axes, in turn, for each of three models."""
+TABLE = [(a, b, (a * b + 1) % 5 + 2) for b in range(2, 7) for a in (3, 2, 4, 5, 6) if a != b]
+"""Sizes of axes, in turn, each at three models: no two axes are alike at the first two."""
 
 SHAPES = [{"a.weight": s, "b.weight": s, "v": s[:1]} for s in ((12, 14), (18, 22))]
 """What the converters read that are no layout changes."""
@@ -73,7 +73,9 @@ class Planted:
         config = {"model_type": "planted"}
         for number, made in enumerate(self.parts):
             names = list(made.sizes)
-            made.sizes = {n: TABLE[size][(i + number) % 7] for i, n in enumerate(names)}
+            made.sizes = {
+                n: TABLE[(i + 7 * number) % len(TABLE)][size] for i, n in enumerate(names)
+            }
             config |= {f"part{number}_{n}": v for n, v in made.sizes.items()}
         self.layers = 2 + size
         return config
@@ -142,7 +144,7 @@ def judge(planted):
     if found.odd or not all(each.equal for each in found.verified):
         return "missed", next(iter(found.odd.values()), "not verified")
     if found.questions:
-        return "missed", f"a question: {found.questions[0].message}"
+        return "asked", found.questions[0].message
     config = planted.resize(2)
     state = random_state(planted.shapes())
     wanted = planted(state)
@@ -238,6 +240,7 @@ def main():
             print(verdict, why, *(part.text for part in parts), sep="\n")
     print(
         f"planted: {counts['found']} of {counts.total()} found, {counts['missed']} said to be missed, "
+        f"{counts['asked']} asked, "
         f"{counts['wrong']} wrong"
     )
     for why, count in misses.most_common():
