@@ -349,3 +349,13 @@ def test_the_command(capsys):
     assert main([*args, "--for", "transformers-v4", "-q"]) == 0
     assert main([*args, "--for", "transformers-v6"]) == 2
     assert main(["check", str(case_folder(name) / "nothing")]) == 1
+
+
+def test_a_wrong_base_is_told_before_anything_is_built():
+    class Never(StockPeft):
+        def attempt(self, trial):
+            raise AssertionError("a model was built")
+
+    verdict = checked(case_folder("dbrx__all_linear"), "mixtral__gud_attn", peft=Never())
+    assert verdict.healthy is False
+    assert [finding.code for finding in verdict.findings] == ["wrong-base"]

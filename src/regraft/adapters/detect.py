@@ -168,11 +168,11 @@ def _find_books(
     if model is None:
         model = _model_beside(hints)
     if model is not None:
+        _check_family(hints, model, where)
         books = tuple(books_for(model.model_types()))
         if foreign is not None and not covers(books, model):
             imported = _ask(foreign, names, hints, model)
             if imported is not None:
-                _check_family(hints, model, where)
                 told = f"{imported.evidence} ({model.path})"
                 others = [book for book in books if book.tells != "both"]
                 return Known(
@@ -187,7 +187,6 @@ def _find_books(
                 )
         if not books:
             return _of_unknown_type(names, model, foreign)
-        _check_family(hints, model, where)
         model = _replicate_layers(model, hints.replicated)
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(dict.fromkeys(model.model_types()))

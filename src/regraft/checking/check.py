@@ -155,6 +155,10 @@ class _Checker:
             verdict.notes += [n for n in converted.report.notes if n.startswith("it is a ")]
         elif failure is not None:
             verdict.findings = list(failure.findings)
+        if failure is not None and any(f.code == "wrong-base" for f in failure.findings):
+            # Nothing of it can be tried with this base, so none is built.
+            self.judge(source, converted, verdict)
+            return verdict
         known = self.known(source)
         model = self.config or (known.model if known is not None else None)
         if not self.peft.is_there or self.peft.layout() != self.to.name:
