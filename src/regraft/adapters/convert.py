@@ -902,9 +902,9 @@ def _targets(
     errors: Mapping[str, float] | None = None,
 ) -> list[Target]:
     exact = {
-        image.keys.name(row): lora.exact
+        key: lora.exact
         for image in made
-        for row, lora in enumerate(image.loras)
+        for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }
     rules = _rules(plan)

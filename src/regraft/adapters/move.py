@@ -222,6 +222,9 @@ def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) ->
                 keys, "linear", [_as_it_is(int(i), factors) for i in entry.sources[0].flat]
             )
             continue
+        if fast and not record.recorded and _only_renames(entry, kind):
+            yield Images(keys, kind, [_as_it_is(int(i), factors) for i in entry.sources[0].flat])
+            continue
         blocks = blocks_of(entry, number)
         shape = entry.flat_shape(term)
         whole = _Whole.of(entry, blocks, shape, kind) if fast and not record.recorded else None
@@ -317,6 +320,12 @@ def _read_at(
 def _plays(axis: CopyAxis, other: bool, kind: Kind, role: str) -> bool:
     place = axis.target if other or not axis.source.step else axis.source
     return kind.role(place.index) == role
+
+
+def _only_renames(entry: Entry, kind: str) -> bool:
+    """Whether matrices only get another name, so that their factors are what they were."""
+    alone = len(entry.read) == len(entry.written) == 1 and entry.moves_nothing
+    return alone and kind == entry.read_kinds[0] == "linear"
 
 
 def _as_it_is(source: int, factors: Factors) -> Lora | None:

@@ -523,8 +523,10 @@ def adjust(made: Sequence[Images], can: Capabilities) -> None:
     if can.scales or not loras:
         return
     common = max(loras, key=lambda lora: lora.a.size).scale
+    target = Scale(common.rank, common.alpha, common.rslora)
     for lora in loras:
-        target = Scale(common.rank, common.alpha, common.rslora)
+        if lora.scale == target and lora.a.shape[-2] == target.rank:
+            continue
         ratio = lora.scale.ratio_to(target)
         lora.b, exact = rescale(lora.b, ratio)
         lora.exact = lora.exact and exact
@@ -533,9 +535,9 @@ def adjust(made: Sequence[Images], can: Capabilities) -> None:
 
 def _deltas(made: Iterable[Images]) -> Iterator[Delta]:
     for image in made:
-        for row, lora in enumerate(image.loras):
+        for key, lora in zip(image.keys.names(), image.loras, strict=True):
             if lora is not None:
-                yield Delta(image.keys.name(row), image.kind, lora)
+                yield Delta(key, image.kind, lora)
 
 
 __all__ = [

@@ -100,9 +100,9 @@ def _matrix(equation: Equation, term: Term, kind: str, scope: Scope) -> Iterator
 def loras_of(made: Iterable[Images]) -> dict[str, Lora]:
     """All LoRAs by key."""
     return {
-        image.keys.name(row): lora
+        key: lora
         for image in made
-        for row, lora in enumerate(image.loras)
+        for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }
 

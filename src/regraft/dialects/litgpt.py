@@ -389,8 +389,8 @@ def _ending(key: str) -> str:
 
 
 def _place(key: str) -> tuple[int, str]:
-    match = re.match(r"transformer\.h\.(\d+)\.(.+)", key)
-    return (1 << 30, key) if match is None else (int(match[1]), match[2])
+    layer, _, rest = key.removeprefix("transformer.h.").partition(".")
+    return (int(layer), rest) if layer.isdigit() else (1 << 30, key)
 
 
 def _switch(key: str) -> str:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result
 from regraft.dialects.tool_files import INNER, OUTER, PREFIX, SPLIT, WRITTEN_BY
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
-from regraft.names.keys import in_order
+from regraft.names.keys import MARK, group_names, in_order
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
@@ -221,15 +222,22 @@ class ServedWriter(PlainWriter):
                 self._refusal("layer_replication", "does not build a model of repeated layers")
             )
         for image in made:
+            told: dict[tuple[int, int], str | None] = {}
             for row, lora in enumerate(image.loras):
-                if lora is not None:
-                    key = image.keys.name(row)
-                    why = self.why_not(key, image.kind, lora)
-                    if why is not None and _adds_nothing(lora):
-                        image.loras[row] = None
-                        self.left_out.append(key)
-                    elif why is not None:
-                        findings.append(self._refusal(key, why))
+                if lora is None:
+                    continue
+                # Keys of one template are alike in all that counts here.
+                dims = lora.a.ndim, lora.b.ndim
+                if dims not in told:
+                    told[dims] = self.why_not(image.keys.name(row), image.kind, lora)
+                why = told[dims]
+                if why is None:
+                    continue
+                if _adds_nothing(lora):
+                    image.loras[row] = None
+                    self.left_out.append(image.keys.name(row))
+                else:
+                    findings.append(self._refusal(image.keys.name(row), why))
         if findings:
             raise RefusedError(grouped(findings))
 
@@ -476,7 +484,7 @@ class ServedWriter(PlainWriter):
                 and _everywhere(same, layers, experts)
                 and not numbers.there.names_others("." + leaf, same)
             )
-            made += [leaf] if everywhere else sorted(same, key=in_order)
+            made += [leaf] if everywhere else _as_listed(same)
         return made
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
@@ -500,24 +508,31 @@ def _adds_nothing(lora: Lora) -> bool:
     return not lora.b.any() or not lora.a.any()
 
 
+def _as_listed(paths: Sequence[str]) -> list[str]:
+    """Paths as a model lists them, like ``sorted(paths, key=in_order)``, and fast where only numbers differ.
+
+    >>> _as_listed(["l.10.q", "l.9.q"])
+    ['l.9.q', 'l.10.q']
+    """
+    groups = group_names(paths)
+    if len(groups) != 1:
+        return sorted(paths, key=in_order)
+    (group,) = groups
+    return group.take(np.lexsort(group.numbers.T[::-1])).names()
+
+
 def _everywhere(paths: Sequence[str], layers: int, experts: int | None) -> bool:
     """Whether modules of one name are adapted in every layer, and in every expert of it.
 
     >>> _everywhere(["layers.0.q", "layers.1.q"], 2, None), _everywhere(["layers.0.q"], 2, None)
     (True, False)
     """
-    templates: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for path in paths:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
-        templates[re.sub(r"(?<=\.)\d+(?=\.)", "#", path)].add(tuple(map(int, numbers)))
-    if len(templates) != 1:
+    groups = group_names(paths)
+    if len(groups) != 1:
         return False
-    ((template, found),) = templates.items()
-    sizes = [layers] if ".experts.#." not in template else [layers, experts or 0]
-    want = 1
-    for size in sizes:
-        want *= size
-    return len(found) == want and all(len(n) == len(sizes) for n in found)
+    (group,) = groups
+    sizes = [layers] if f".experts.{MARK}." not in group.template else [layers, experts or 0]
+    return len(set(paths)) == prod(sizes) and group.numbers.shape[1] == len(sizes)
 
 
 def stacks_of(modules: Mapping[str, Lora]) -> dict[str, dict[tuple[int, str], Lora]]:

@@ -246,6 +246,8 @@ class ConfigWriter:
         common = next(p for p in counts if counts[p] == best)
         if counts.get(old) == best:  # type: ignore[arg-type]
             common = old  # type: ignore[assignment]
+        if len(counts) == 1:
+            return common[0], common[1], {}, {}
         tails: dict[str, set[tuple[int, Any]]] = defaultdict(set)
         for path, scale in scales.items():
             tails[tail_of(path)].add((scale.rank, scale.alpha))
