@@ -58,6 +58,8 @@ _PARTS = {"q": "lora_query", "k": "lora_key", "v": "lora_value"}
 """The switches of the parts of qkv, in the order in which they stand in it."""
 _FOLLOWS = {"attn.proj": "lora_projection", "lm_head": "lora_head"}
 """The switches of other modules; what is left is ``lora_mlp``."""
+_NAMED = Lora(np.empty((1, 1)), np.empty((1, 1)), Scale(1, 1))
+"""Stands for factors where only the names count."""
 VERSIONS = ("litgpt-q", "litgpt-k", "litgpt-v", "litgpt-qk", "litgpt-qv", "litgpt-kv", "litgpt-qkv")
 """Which parts of qkv are adapted, for who says it with ``--from``."""
 
@@ -122,7 +124,8 @@ class LitgptFile(PlainFile):
 
     def names(self) -> Any:
         """The modules that it is about, qkv among them."""
-        alone = replace(self, loras={**self.loras, **dict.fromkeys(self.fused)}, fused={})  # type: ignore[dict-item]
+        named = dict.fromkeys(self.fused, _NAMED)
+        alone = replace(self, loras={**self.loras, **named}, fused={})
         return PlainFile.names(alone)
 
     def read(
