@@ -320,10 +320,10 @@ def _note_company(report: Report, results: list[Converted]) -> None:
 
 def _note_values(source: Opened, result: Converted) -> None:
     for name, tensor in source.tensors.items():
-        if tensor.dtype.kind in "fV" and not np.isfinite(
-            np.add.reduce(tensor, axis=None, dtype=float)
-        ):
-            bad = ~np.isfinite(tensor.astype(np.float32))
+        with np.errstate(all="ignore"):
+            summed = tensor.dtype.kind in "fV" and np.add.reduce(tensor, axis=None, dtype=float)
+        if not np.isfinite(summed):
+            bad = ~np.isfinite(tensor.astype(np.float64))
             if bad.any():
                 result.report.notes.append(
                     f"{name} holds {int(bad.sum())} values that are NaN or infinite; they were kept"

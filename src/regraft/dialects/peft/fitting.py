@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
+from regraft.dialects.peft.saved import TOKENS, token_rows
 from regraft.dialects.peft.scan import PREFIX, Scan
 from regraft.dialects.peft.source import Source
 from regraft.errors import BadInputError, Finding
@@ -24,7 +25,11 @@ def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> No
     """
     if known.model is None:
         return
-    findings = [*_odd_rows(scan, source, known, base), *_odd_dims(scan, source, base)]
+    findings = [
+        *_odd_rows(scan, source, known, base),
+        *_odd_tokens(scan, source, known, base),
+        *_odd_dims(scan, source, base),
+    ]
     if findings:
         raise BadInputError(findings)
 
@@ -62,6 +67,26 @@ def _odd_rows(scan: Scan, source: Source, known: Known, base: BaseWeights) -> It
                 key=key,
                 fix="give as --model the base that it was trained on, with its embeddings resized",
             )
+
+
+def _odd_tokens(scan: Scan, source: Source, known: Known, base: BaseWeights) -> Iterator[Finding]:
+    """Trained tokens that the base has not."""
+    sizes = _sizes(known)
+    for other in scan.others:
+        for name in other.keys.names() if other.keys.template.endswith(TOKENS) else ():
+            module = name.removesuffix(TOKENS)
+            weight = base.find(f"{module}.weight")
+            most = weight.shape[0] if weight is not None and weight.ndim else max(sizes, default=0)
+            rows = token_rows(source.config, f"{module}.weight")
+            beyond = [row for row in rows if row >= most] if isinstance(rows, list) else []
+            if most and beyond:
+                yield Finding(
+                    "vocabulary",
+                    f"it is of token {max(beyond)}, and the base has {most}",
+                    where=source.where,
+                    key=PREFIX + name,
+                    fix="give as --model the base that it was trained on, with its embeddings resized",
+                )
 
 
 def _sizes(known: Known) -> set[int]:
