@@ -48,6 +48,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("tests", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    # A slow machine adds no lines of progress to what the pages show.
+    monkeypatch.setattr("regraft.cli.progress._EVERY", {"plain": 3600.0, "json": 3600.0})
     return tmp_path
 
 
