@@ -10,6 +10,9 @@ from dialects.image.test_image import check, same_bits
 import regraft
 from regraft.checking.verify import verify
 from regraft.cli import main
+from regraft.dialects.image.families import FAMILIES
+from regraft.dialects.image.modules import names_of
+from regraft.dialects.image.peft import NO_DENOISER
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0.attn1."
@@ -126,3 +129,16 @@ def test_adapters_of_language_models_stay_pefts(saved):
     assert weights_in(saved(tensors, auto_mapping=library)) is None
     plain = lora("model.layers.0.self_attn.q_proj")
     assert weights_in(saved(plain, auto_mapping=None)) is None
+
+
+def test_no_denoiser_begins_where_models_of_transformers_do():
+    """What is looked at before any book is read leaves no denoiser out."""
+    begin = {
+        name.partition(".")[0]
+        for family in FAMILIES
+        for layout in family.layouts
+        if (names := names_of(family, layout)) is not None
+        for name in names.spellings(flat=False)
+    }
+    assert {"down_blocks", "double_blocks", "transformer_blocks"} <= begin
+    assert not begin & NO_DENOISER
