@@ -511,11 +511,11 @@ def _adds_nothing(lora: Lora) -> bool:
 def _as_listed(paths: Sequence[str]) -> list[str]:
     """Paths as a model lists them, like ``sorted(paths, key=in_order)``, and fast where only numbers differ.
 
-    >>> _as_listed(["l.10.q", "l.9.q"])
-    ['l.9.q', 'l.10.q']
+    >>> _as_listed(["l.10.q", "l.9.q"]), _as_listed(["lm_head"])
+    (['l.9.q', 'l.10.q'], ['lm_head'])
     """
     groups = group_names(paths)
-    if len(groups) != 1:
+    if len(groups) != 1 or not groups[0].numbers.size:
         return sorted(paths, key=in_order)
     (group,) = groups
     return group.take(np.lexsort(group.numbers.T[::-1])).names()
