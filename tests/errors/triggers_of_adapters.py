@@ -104,7 +104,9 @@ def _(lab):
 
 @provokes("unknown-model")
 def _(lab):
-    lab.convert_adapter(base=lab.base(model_type="novel", architectures=["NovelModel"]))
+    lab.convert_adapter(
+        base=lab.base(model_type="novel", architectures=["NovelModel"]), auto_mapping=None
+    )
 
 
 @provokes("which-dialect")

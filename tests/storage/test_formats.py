@@ -45,7 +45,6 @@ FILES = {
     "consolidated.00.pth": (b"PK", "Meta publishes"),
 }
 FOLDERS = {
-    "dcp": ([".metadata", "__0_0.distcp"], "DCP"),
     "zero": (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed"),
     "verl": (["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"], "each rank"),
     "megatron": (

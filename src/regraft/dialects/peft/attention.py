@@ -25,8 +25,9 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def join_attentions(result: Result, images: Sequence[Images], has: Callable[[str], bool]) -> None:
     """Put the factors of the projections of one attention into the layer that PEFT has for both.
 
-    ``has`` says whether the base has a tensor of a name; so an attention whose ``out_proj`` alone is adapted is told
-    from other modules of this name. What is rounded is said of the ``images``.
+    ``has`` says whether the base has a tensor of a name that it has not in the source's layout; so an attention whose
+    ``out_proj`` alone is adapted is told from other modules of this name, and from one that PEFT adapted alone. What is
+    rounded is said of the ``images``.
     """
     found: dict[str, dict[str, Written]] = {}
     for item in result.written:

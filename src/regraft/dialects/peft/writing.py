@@ -86,8 +86,21 @@ def write_factors(
             result.tensors[f"{place}.lora_A.weight"] = a
             result.tensors[f"{place}.lora_B.weight"] = b
             result.written.append(Written(key, path, name, lora.scale))
-    join_attentions(result, images, lambda key: side.find(group_names([key])[0]) is not None)
+    join_attentions(result, images, lambda key: _is_joined(side, key))
     return result
+
+
+def _is_joined(side: Side, key: str) -> bool:
+    """Whether the tensor of this name is made of several of the other layout.
+
+    One that only has another name there was in the source, too, and what is beside it keeps the form that it had.
+    """
+    found = side.find(group_names([key])[0])
+    if found is None:
+        return False
+    equation, term = found[0].equation, found[1]
+    other = equation.right if term in equation.left else equation.left
+    return len(other) > 1
 
 
 def _write_modules(image: Images, modules: Group, result: Result) -> None:
