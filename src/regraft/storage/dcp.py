@@ -26,6 +26,7 @@ from msgspec import Struct
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
 from regraft.storage.header import read_header
+from regraft.storage.positioned import Positioned
 from regraft.storage.probe import open_regular
 from regraft.storage.torch_file import (
     DTYPE_NAMES,
@@ -310,31 +311,16 @@ def _of_shards(folder: Path) -> tuple[dict[str, Chunked], list[str]]:
     return tensors, []
 
 
-class _Part(io.RawIOBase):
+class _Part(Positioned):
     """A part of an open file, as a file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
+        super().__init__(size)
+        self._file, self._start = file, start
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, (0, self._at, self._size)[whence] + to)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def at(self, start: int, end: int) -> bytes:
+        self._file.seek(self._start + start)
+        return self._file.read(end - start)
 
 
 def place_of(file: BinaryIO, size: int, chunk: Chunk, dtype: str, where: str, key: str) -> int:

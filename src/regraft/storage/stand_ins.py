@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
+
+from regraft.storage.positioned import Positioned
 
 if TYPE_CHECKING:
     from regraft.storage.objects import Client, Found
@@ -70,41 +72,17 @@ class Remote(Struct, frozen=True):
         """Every answer of a store is compared with the version that was seen first: nothing is left to check."""
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(Positioned):
     """An object as a file that can be read and sought in."""
 
     def __init__(self, remote: Object) -> None:
-        self._remote, self._at = remote, 0
+        super().__init__(remote.found.size)
+        self._remote = remote
 
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Where it is read next."""
-        return self._at
-
-    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
-        """Go to another place."""
-        start = (0, self._at, self._remote.found.size)[whence]
-        self._at = max(0, start + to)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, as far as there is something."""
-        end = min(self._at + len(buffer), self._remote.found.size)
-        if self._at < len(self._remote.head):
-            end = min(end, len(self._remote.head))
-        if end <= self._at:
-            return 0
-        data = self._remote.read(self._at, end)
-        buffer[: len(data)] = data
-        self._at = end
-        return len(data)
+    def at(self, start: int, end: int) -> memoryview:
+        """Bytes of its head as far as that goes, which take no request."""
+        head = len(self._remote.head)
+        return self._remote.read(start, min(end, head) if start < head else end)
 
 
 STAND_INS: dict[str, Object] = {}
