@@ -26,9 +26,8 @@ from regraft.checkpoints.prepared import Prepared
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.merging.addends import Addend, Replacement
 from regraft.merging.base import Base, Reader, float_type, read_exactly
-from regraft.merging.language import cannot
+from regraft.merging.language import cannot, located
 from regraft.storage.dtypes import DTYPES
-from regraft.values import replace
 
 Progress = Callable[[str, int, int], None]
 
@@ -488,13 +487,9 @@ def _index(takes: Sequence[Any]) -> Any:
 
 @contextmanager
 def _located(key: str, where: str) -> Iterator[None]:
-    """Give a refusal the tensor and the adapter that it is about."""
-    try:
+    """Give what cannot be added the tensor and the adapter that it is about."""
+    with _refusing(where), located(key, where):
         yield
-    except RefusedError as error:
-        raise RefusedError(replace(f, key=key, where=where) for f in error.findings) from error
-    except NoImageError as error:
-        raise cannot(error, where) from None
 
 
 __all__ = ["Checked", "add_all", "check", "float_type"]

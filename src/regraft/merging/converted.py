@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,13 +30,13 @@ from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import Finding, RefusedError
 from regraft.layouts.names import Layout
+from regraft.merging.language import check_biases, located
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, CheckpointReport, Target
 from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import staged_folder
 from regraft.storage.header import read_header
-from regraft.values import replace
 
 Progress = Callable[[str, int, int], None]
 
@@ -116,7 +115,7 @@ def merge_adapter(
     config = load_model(model)
     here, known, evidence = source_layout(source, to, config, layout, foreign)
     before = source.deltas(known, here)
-    _check_biases(before)
+    check_biases(before)
     with staged_folder(dst, overwrite) as staged:
         inner = staged / "base"
         done = convert_checkpoint(
@@ -146,22 +145,6 @@ def merge_adapter(
     return report, done
 
 
-def _check_biases(before: Deltas) -> None:
-    """Refuse an adapter that makes biases for modules that have none: the model would not read them."""
-    found = [
-        Finding(
-            "no-image",
-            "the adapter adds a bias, and this module has none in the base",
-            where=before.source.where,
-            key=name,
-            fix="keep it with the layout that it was trained in; PEFT cannot merge it either",
-        )
-        for name in before.bare_biases()
-    ]
-    if found:
-        raise RefusedError(found)
-
-
 def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) -> None:
     findings: list[Finding] = []
     seen: set[str] = set()
@@ -169,7 +152,7 @@ def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) 
         tensor, fault = written.find(piece.key), written.fault(piece.key, before.source.where)
         sound = fault is None and tensor is not None and tensor.shape == piece.shape
         if sound and tensor is not None:
-            with _located(piece.key, before.source.where):
+            with located(piece.key, before.source.where):
                 _add_to(tensor, piece)
         if piece.key in seen:
             continue
@@ -183,7 +166,7 @@ def _add(before: Deltas, written: _Written, target: str, report: AdapterReport) 
         if fault is not None or tensor is None or tensor.shape != value.shape:
             findings.append(fault or _absent(name, before.source.where))
             continue
-        with _located(name, before.source.where):
+        with located(name, before.source.where):
             tensor[...] = cast_down(value, tensor.dtype)
         report.carried += 1
     if findings:
@@ -199,15 +182,6 @@ def _absent(key: str, where: str) -> Finding:
         fix="check that --model is the base it was trained on; rows of single tokens are merged by 'regraft merge', "
         "prompts and routers by nothing",
     )
-
-
-@contextmanager
-def _located(key: str, where: str) -> Iterator[None]:
-    """Give a refusal the tensor and the adapter that it is about."""
-    try:
-        yield
-    except RefusedError as error:
-        raise RefusedError(replace(f, key=key, where=where) for f in error.findings) from error
 
 
 def _add_to(tensor: Array, piece: Piece) -> None:

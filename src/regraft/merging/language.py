@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from regraft.layouts.names import Layout
 from regraft.merging.addends import Addend, Replacement
 from regraft.merging.base import Base
 from regraft.planning.model import Foreign
+from regraft.values import replace
 
 
 def language_addend(
@@ -43,7 +46,7 @@ def language_addend(
     target = base.layout or base.any_layout
     here, known, evidence = source_layout(opened, Layout(target), base.model, given.layout, foreign)
     before = opened.deltas(known, here)
-    _check_biases(before)
+    check_biases(before)
     addend = Addend(
         str(opening.src),
         opened.where,
@@ -98,7 +101,7 @@ def _unbound(key: str, where: str) -> Finding:
     )
 
 
-def _check_biases(before: Deltas) -> None:
+def check_biases(before: Deltas) -> None:
     """Refuse an adapter that makes biases for modules that have none: the model would not read them."""
     found = [
         Finding(
@@ -112,6 +115,15 @@ def _check_biases(before: Deltas) -> None:
     ]
     if found:
         raise RefusedError(found)
+
+
+@contextmanager
+def located(key: str, where: str) -> Iterator[None]:
+    """Give a refusal the tensor and the adapter that it is about."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(replace(f, key=key, where=where) for f in error.findings) from error
 
 
 def cannot(error: NoImageError, where: str) -> RefusedError:
