@@ -47,6 +47,13 @@ class Lora(Struct, gc=False):
     """The sources whose factors got other bits or another dtype, so that they alone do not give them back."""
 
 
+def zeros_like(lora: Lora, out: int, into: int) -> Lora:
+    """A LoRA that adds nothing, of the rank, scale and dtypes of another."""
+    head, rank = lora.a.shape[:-2], lora.a.shape[-2]
+    a = np.zeros((*head, rank, into), lora.a.dtype)
+    return Lora(a, np.zeros((*head, out, rank), lora.b.dtype), lora.scale)
+
+
 class Images(Struct):
     """LoRAs of base tensors whose keys share a template; row i belongs to key i, ``None`` where it has none."""
 

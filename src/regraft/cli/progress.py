@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Mode = Literal["auto", "plain", "json", "none"]
-MODES: tuple[Mode, ...] = ("auto", "plain", "json", "none")
 Tell = Callable[[str, int, int], None]
 """Told a name, how much is done, and how much there is: bytes of a checkpoint, else pieces."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from regraft.adapters.detect import Known
-from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
+from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written, zeros_like
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, PlainWriter, adjust
@@ -153,13 +153,6 @@ class Pieces(Struct):
         """Add a module that adds nothing."""
         self.modules[path] = lora
         self.filled[why] = self.filled.get(why, 0) + 1
-
-
-def zeros_like(lora: Lora, out: int, into: int) -> Lora:
-    """A LoRA that adds nothing, of the rank, scale and dtypes of another."""
-    head, rank = lora.a.shape[:-2], lora.a.shape[-2]
-    a = np.zeros((*head, rank, into), lora.a.dtype)
-    return Lora(a, np.zeros((*head, out, rank), lora.b.dtype), lora.scale)
 
 
 def widen(lora: Lora, rank: int) -> Lora:
@@ -581,5 +574,4 @@ __all__ = [
     "model_types_of",
     "stacks_of",
     "widen",
-    "zeros_like",
 ]

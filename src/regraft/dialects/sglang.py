@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regraft.adapters.detect import Known
-from regraft.adapters.form import Lora, Written
+from regraft.adapters.form import Lora, Written, zeros_like
 from regraft.dialects.base import Capabilities
 from regraft.dialects.judging import ToolReader
 from regraft.dialects.served import (
@@ -21,7 +21,6 @@ from regraft.dialects.served import (
     ServedWriter,
     language_config,
     stacks_experts,
-    zeros_like,
 )
 from regraft.dialects.vllm import Server
 from regraft.errors import BadInputError, Finding

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regraft.adapters.form import Array, Images, Lora, Written, rescale
+from regraft.adapters.form import Images, Lora, Written, rescale, zeros_like
 from regraft.dialects.peft.scan import IN_PROJ, OUT_PROJ, PREFIX
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _join(
     size = one.a.shape[1] if one is not None else two.b.shape[0] if two is not None else 0
     like = one if one is not None else two
     assert like is not None
-    one = one if one is not None else _zeros(like, 3 * size, size)
-    two = two if two is not None else _zeros(like, size, size)
+    one = one if one is not None else zeros_like(like, 3 * size, size)
+    two = two if two is not None else zeros_like(like, size, size)
     rank = max(len(one.a), len(two.a))
     scale = like.scale.at_rank(rank)
     for lora, place in ((one, module), (two, f"{module}.base_layer{OUT_PROJ}")):
@@ -85,9 +85,3 @@ def _take(result: Result, place: str, item: Written) -> Lora:
     """The factors that were written for a projection, taken out."""
     a, b = (result.tensors.pop(PREFIX + place + end) for end in (_A, _B))
     return Lora(a, b, item.scale)
-
-
-def _zeros(like: Lora, out: int, into: int) -> Lora:
-    rank = len(like.a)
-    a: Array = np.zeros((rank, into), like.a.dtype)
-    return Lora(a, np.zeros((out, rank), like.b.dtype), like.scale)

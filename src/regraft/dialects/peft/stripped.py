@@ -14,11 +14,12 @@ segments of wrappers (_fsdp_wrapped_module, _orig_mod) and the adapter's name 'd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from regraft.adapters.form import Array
+from regraft.dialects.peft.renaming import RenamedTensors
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import one_of_each
@@ -56,22 +57,6 @@ class Stripped(Struct, frozen=True):
         return f"{' and '.join(said)} {were} taken out of {self.count} {keys}"
 
 
-class _Renamed(Mapping[str, Array]):
-    """Tensors under other names, each read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Array], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, name: str) -> Array:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def strip_tensors(
     tensors: Mapping[str, Array], family: str, where: str
 ) -> tuple[Mapping[str, Array], Stripped]:
@@ -98,7 +83,7 @@ def strip_tensors(
         firsts.setdefault(new, old)
     if findings:
         raise BadInputError(findings)
-    return _Renamed(tensors, firsts), stripped
+    return RenamedTensors(tensors, firsts), stripped
 
 
 def strip_names(names: Sequence[str], family: str) -> Stripped:
