@@ -58,11 +58,8 @@ def tensors():
     }
 
 
-@pytest.mark.parametrize("second", [SECOND, CARRY])
-def test_a_plan_over_three_layouts_moves_every_element_once(second):
-    given = tensors()
-    (route,) = find_routes(books(second), "a", "c")
-    assert str(route) == "a -> b -> c"
+def composed(given, route):
+    """The plan over both steps of a route, which makes what the steps make one after the other; and that."""
     plan = build_plan(headers_of(given), route.steps[0])
     middle = middle_of(plan)
     after = build_plan(middle.headers, route.steps[1])
@@ -73,6 +70,15 @@ def test_a_plan_over_three_layouts_moves_every_element_once(second):
     made = apply_plan(whole, list(given.values()))
     assert made.keys() == wanted.keys()
     assert all(same_bits(made[name], wanted[name]) for name in wanted)
+    return whole, wanted
+
+
+@pytest.mark.parametrize("second", [SECOND, CARRY])
+def test_a_plan_over_three_layouts_moves_every_element_once(second):
+    given = tensors()
+    (route,) = find_routes(books(second), "a", "c")
+    assert str(route) == "a -> b -> c"
+    whole, wanted = composed(given, route)
     assert (whole.source_layout, whole.target_layout) == ("a", "c")
     assert sorted(n for g in whole.targets() for n in g.names()) == sorted(wanted)
     assert sum(whole.fired().values()) >= len(whole.entries)
@@ -128,16 +134,7 @@ def test_padding_and_copies_on_the_way(first, second, shape):
         book_of(second, head=HEAD.format("b", "c")),
     ]
     (route,) = find_routes(books, "a", "c")
-    plan = build_plan(headers_of(given), route.steps[0])
-    middle = middle_of(plan)
-    after = build_plan(middle.headers, route.steps[1])
-    between = apply_plan(plan, list(given.values()))
-    order = [middle.headers.name(i) for i in range(len(middle.origins))]
-    wanted = apply_plan(after, [between[name] for name in order])
-    whole = compose(plan, middle, after)
-    made = apply_plan(whole, list(given.values()))
-    assert made.keys() == wanted.keys()
-    assert all(same_bits(made[name], wanted[name]) for name in wanted)
+    whole, wanted = composed(given, route)
     dtypes = ["F32"] * len(given)
     headers = Headers(whole.headers.groups, whole.headers.shapes, dtypes)
     slicer = Slicer.of(replace(whole, headers=headers))
