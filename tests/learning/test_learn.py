@@ -21,6 +21,7 @@ from regraft.learning.command import write_probe
 from regraft.learning.learn import learn_pairs
 from regraft.learning.pairs import Pair
 from regraft.learning.probe import DIGIT, digits, join_digits, labels
+from regraft.learning.shrink import several_experts, shrink
 from regraft.learning.watch import watch
 
 
@@ -674,3 +675,14 @@ def test_what_depends_on_values_or_holds_at_one_size_is_no_layout_change():
 
     assert not watch(shuffled, [{"w": (6, 6)}, {"w": (18, 8)}], torch=False).sound
     assert not watch(shuffled, {"w": (16, 6)}, torch=False).sound
+
+
+def test_a_small_config_has_heads_that_agree_and_several_experts():
+    told = {"num_attention_heads": 4, "num_key_value_heads": 4, "id2label": {0: "no", 1: "yes"}}
+    assert shrink(told, 0) == told
+    assert shrink({"num_attention_heads": 32, "num_key_value_heads": 32}, 1) == {
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+    }
+    one = several_experts({"num_experts": 1, "text": {"num_local_experts": 1}})
+    assert shrink(one, 1) == {"num_experts": 7, "text": {"num_local_experts": 7}}

@@ -16,16 +16,7 @@ _STACKS_TWICE = (
     "two converters make one stack of experts, from names of different makers; regraft takes the one of the whole "
     "model and refuses files in the other's names"
 )
-_WATCHED = (
-    "its operations are known by name, and there it is equal; it differs where they are learned by running them, "
-    "for the sizes of its config do not fit the small weights that are made for that"
-)
 _EXPLAINED = {
-    "GradiumPhononTTSForConditionalGeneration": _WATCHED,
-    "GradiumPhononTTSModel": _WATCHED,
-    "HunYuanMoEV1ForCausalLM": _WATCHED,
-    "HunYuanMoEV1ForSequenceClassification": _WATCHED,
-    "HunYuanMoEV1Model": _WATCHED,
     "Qwen3VLMoeForConditionalGeneration": _TURNED,
     "Qwen3VLMoeModel": _TURNED,
     "Ernie4_5_VLMoeForConditionalGeneration": _ERNIE,

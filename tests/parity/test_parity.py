@@ -16,6 +16,8 @@ SAMPLE = [
     "Dinov2Model",
     "EsmModel",
     "GptOssForCausalLM",
+    "GradiumPhononTTSModel",
+    "HunYuanMoEV1Model",
     "LlavaForConditionalGeneration",
     "MixtralForSequenceClassification",
     "Molmo2TextModel",

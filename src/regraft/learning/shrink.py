@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 SIZES = 3
 """How many different sizes there are."""
@@ -42,6 +42,9 @@ _TABLE: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"\w*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|projection_dim)", (48, 120, 72)),
 )
 _RULES = tuple((re.compile(pattern), sizes) for pattern, sizes in _TABLE)
+_EXPERTS, _MOST_EXPERTS = next(
+    (re.compile(pattern), max(sizes)) for pattern, sizes in _TABLE if "num_experts" in pattern
+)
 _KEPT = re.compile(r"\w*(token|_)(id|index|ids)|vocab_size_per_layer_input")
 
 
@@ -57,7 +60,7 @@ def shrink(
     others = _others(config)
     layers = _layers(config, size)
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if _is_config(value):
             small[name] = shrink(value, size)
         elif isinstance(value, list) and name.endswith("layer_types") and layers is not None:
             small[name] = _some(value, layers)
@@ -67,6 +70,27 @@ def shrink(
             small[name] = value
     small.update(fixed or {})
     return small
+
+
+def _is_config(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a field holds fields; tables by number, such as ``id2label``, are values."""
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def several_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with experts where it has one: a stack of one does not tell where an expert's number stands.
+
+    >>> several_experts({"num_experts": 1, "hidden_size": 8})
+    {'num_experts': 9, 'hidden_size': 8}
+    """
+    return {
+        name: several_experts(value)
+        if _is_config(value)
+        else _MOST_EXPERTS
+        if value == 1 and not isinstance(value, bool) and _EXPERTS.fullmatch(name)
+        else value
+        for name, value in config.items()
+    }
 
 
 _FREE = re.compile(
@@ -117,6 +141,6 @@ def _size(name: str, value: int, size: int, config: Mapping[str, Any]) -> int:
                 )
                 # As many as there are heads: so it is in the small model.
                 if heads == value and name.endswith("heads"):
-                    return _HEADS[size]
-            return min(value, sizes[size]) if value < sizes[0] else sizes[size]
+                    sizes = _HEADS
+            return value if value < sizes[0] else sizes[size]
     return value

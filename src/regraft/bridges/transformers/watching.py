@@ -26,9 +26,9 @@ from regraft.learning.learn import learn_pairs
 from regraft.learning.pairs import Pair
 from regraft.learning.probe import MOST, labels
 from regraft.learning.roles import kinds_by_axes
-from regraft.learning.shrink import shrink
+from regraft.learning.shrink import several_experts, shrink
 from regraft.names.live import skeleton_of
-from regraft.names.skeleton import Skeleton
+from regraft.names.skeleton import Skeleton, SubModel
 from regraft.planning.model import Scope
 
 Shapes = Sequence[tuple[int, ...]]
@@ -130,10 +130,23 @@ def _cases(keys: Sequence[str], shapes: Shapes, skeleton: Skeleton) -> list[_Cas
     """The targets in small models of the same class; in the model itself where it cannot be made small."""
     root = skeleton.submodels[0]
     data = _fields(root.config)
+    for fields in (several_experts(data), data):
+        found = _small_cases(keys, _Fields(fields), root)
+        if len(found) == _SIZES and found[0].shapes != found[1].shapes:
+            return found
+    if sum(map(prod, shapes)) > MOST:
+        raise UnknownOperationError(
+            "no equation is known for its operations, and its tensors are too large to watch it"
+        )
+    return [_Case(tuple(keys), tuple(shapes), root.config, skeleton.tensors)]
+
+
+def _small_cases(keys: Sequence[str], data: _Fields, root: SubModel) -> list[_Case]:
+    """The targets in small models with a config; fewer than ``_SIZES`` where some model has them not."""
     wanted = _NUMBER.sub("#", keys[0])
     found = []
     for size in range(_SIZES):
-        model = _small(root.classes[0], str(root.model_type), _Fields(data), size)
+        model = _small(root.classes[0], str(root.model_type), data, size)
         if model is None:
             break
         config, small = model
@@ -145,13 +158,7 @@ def _cases(keys: Sequence[str], shapes: Shapes, skeleton: Skeleton) -> list[_Cas
         if any(key not in small for key in mine):
             break
         found.append(_Case(tuple(mine), tuple(small[key] for key in mine), config, small))
-    if len(found) == _SIZES and found[0].shapes != found[1].shapes:
-        return found
-    if sum(map(prod, shapes)) > MOST:
-        raise UnknownOperationError(
-            "no equation is known for its operations, and its tensors are too large to watch it"
-        )
-    return [_Case(tuple(keys), tuple(shapes), root.config, skeleton.tensors)]
+    return found
 
 
 class _Fields:
