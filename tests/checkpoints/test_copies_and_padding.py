@@ -7,6 +7,8 @@ import pytest
 from making import HEAD, equation_of
 
 import regraft
+from regraft.checkpoints import convert as convert_module
+from regraft.checkpoints import reads
 from regraft.checkpoints.gather import Files
 from regraft.checkpoints.prepare import prepare
 from regraft.checkpoints.verify import verify
@@ -65,6 +67,24 @@ def test_what_would_be_lost_is_an_error(folders, key, code):
         converted(folder, "new", "old", "out")
     (finding,) = caught.value.findings
     assert (finding.code, finding.key) == (code, key)
+    assert not (folder / "out").exists()
+
+
+def test_what_is_demanded_of_a_file_that_becomes_shorter(folders, monkeypatch):
+    """Read, never mapped: a mapped file would end the process."""
+    folder, _, new = folders
+    file = folder / "new/model.safetensors"
+    look = reads.check_reads
+
+    def shorter(plan, source):
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size - new["padded"].nbytes // 2)
+        return look(plan, source)
+
+    monkeypatch.setattr(convert_module, "check_reads", shorter)
+    with pytest.raises(regraft.BadInputError) as caught:
+        converted(folder, "new", "old", "out")
+    assert [finding.code for finding in caught.value.findings] == ["file-changed"]
     assert not (folder / "out").exists()
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -272,7 +273,7 @@ def test_adapters_move_between_layouts_of_ones_own(tmp_path):
     assert len(made) > 1000 and made[-1000:] == wanted[-1000:]
 
 
-def test_what_is_mapped_is_hashed_in_parts_and_may_not_become_shorter(tmp_path, monkeypatch):
+def test_a_large_file_is_hashed_in_parts_and_may_not_become_shorter(tmp_path, monkeypatch):
     monkeypatch.setattr(content, "_LARGEST", 16)
     monkeypatch.setattr(content, "_PART", 24)
     tensors = {"w": np.arange(30, dtype=np.float32).reshape(5, 6), "b": np.ones(3, np.float16)}
@@ -289,3 +290,51 @@ def test_what_is_mapped_is_hashed_in_parts_and_may_not_become_shorter(tmp_path, 
     with pytest.raises(BadInputError) as caught:
         assert [each.digest for each in again.values()]
     assert caught.value.findings[0].code == "file-changed"
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Two checkpoints too large to be read whole: one's matrices are stacked and turned in the other."""
+    monkeypatch.setattr(content, "_LARGEST", 16)
+    monkeypatch.setattr(content, "_KEPT", 200)
+    old = {f"a.{n}.w": numbers(5, 7) for n in range(3)} | {"b": numbers(4, 6), "c": numbers(3)}
+    new = {"s.w": np.stack([old[f"a.{n}.w"] for n in range(3)]), "b.t": old["b"].T, "c": old["c"]}
+    for name, tensors in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        write_tensors(tmp_path / name / "model.safetensors", tensors, {})
+        (tmp_path / name / "config.json").write_text('{"model_type": "mine"}')
+    return tmp_path
+
+
+def test_large_files_are_compared_as_small_ones(large, monkeypatch):
+    found = diff(large / "old", large / "new")
+    assert found.equal
+    assert found.verified
+    monkeypatch.setattr(content, "_LARGEST", 1 << 20)
+    assert diff(large / "old", large / "new") == found
+
+
+def test_a_file_that_becomes_shorter_during_a_search_is_an_error(large, monkeypatch):
+    """It would end the process, were it mapped."""
+    file = large / "new/model.safetensors"
+    search = content.Tensor.bits.fget
+
+    def shorter(tensor):
+        if file.stat().st_size > 200:
+            with file.open("r+b") as opened:
+                opened.truncate(200)
+        return search(tensor)
+
+    monkeypatch.setattr(content.Tensor, "bits", property(shorter))
+    with pytest.raises(BadInputError) as caught:
+        diff(large / "old", large / "new")
+    assert [finding.code for finding in caught.value.findings] == ["file-changed"]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_same_bits_of_another_type_are_not_the_same(large, monkeypatch, small):
+    monkeypatch.setattr(content, "_LARGEST", (1 << 20) * small)
+    bits = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    for name, key, dtype in (("old", "a.w", np.float16), ("new", "b.w", ml_dtypes.bfloat16)):
+        write_tensors(large / name / "model.safetensors", {key: bits.view(dtype)}, {})
+    assert not diff(large / "old", large / "new").equal

@@ -215,7 +215,7 @@ def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
                     slots[1],
                 )
     for padding in entry.paddings(written=False):
-        for slot, view in _padded(entry, entry.read, padding, tensors[padding.term]):
+        for slot, view in padded(entry, entry.read, padding, tensors[padding.term]):
             if not bool((view == _value_bits(padding.value, tensors[padding.term][slot])).all()):
                 message = (
                     f"what would be cut off is not padding: not all of it is {padding.value:g}"
@@ -226,11 +226,11 @@ def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
 
 def pad(entry: Entry, padding: Padding, tensors: Sequence[Any]) -> None:
     """Put the value of padding where it belongs in tensors that are made."""
-    for slot, view in _padded(entry, entry.written, padding, tensors):
+    for slot, view in padded(entry, entry.written, padding, tensors):
         view[...] = _value_bits(padding.value, tensors[slot])
 
 
-def _padded(
+def padded(
     entry: Entry, terms: Sequence[Term], padding: Padding, tensors: Sequence[Any]
 ) -> Iterator[tuple[int, Any]]:
     """Every block of padding: the slot of its tensor, and a view."""

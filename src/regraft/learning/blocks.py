@@ -53,7 +53,7 @@ class Finder:
     """Finds how wholes are made of some parts; a part is used once."""
 
     def __init__(self, parts: Iterable[Tensor]) -> None:
-        usable = [p for p in parts if p.whole and p.bits.size and len(p.shape)]
+        usable = [p for p in parts if p.whole and p.size and len(p.shape)]
         self.parts = {part.name: part for part in sorted(usable, key=lambda p: natural(p.name))}
         self.used: set[str] = set()
         self.rows: dict[tuple[str, int], dict[int, list[tuple[str, bool]]]] = defaultdict(
@@ -79,7 +79,7 @@ class Finder:
 
     def find(self, whole: Tensor) -> Made | None:
         """The blocks of a whole; ``None`` where parts do not tile it."""
-        if not whole.whole or not whole.bits.size:
+        if not whole.whole or not whole.size:
             return None
         for way in self._ways(whole):
             if way is not None and (len(way.blocks) > 1 or way.blocks[0].lead is not None):
@@ -140,7 +140,7 @@ class Finder:
         lead: int | None,
     ) -> Block | None:
         for name, turned in candidates:
-            if name in self.used or name in taken or self.parts[name].bits.ndim != 2:
+            if name in self.used or name in taken or len(self.parts[name].shape) != 2:
                 continue
             bits = self.parts[name].bits
             view = bits.T if turned else bits
@@ -162,12 +162,12 @@ class Finder:
         while at < len(flat):
             for name, _ in hits.get(at, ()):
                 part = self.parts[name]
-                if name in self.used or name in taken or part.bits.ndim < 3:
+                if name in self.used or name in taken or len(part.shape) < 3:
                     continue
                 is_stack = part.shape == whole.shape[1:]
                 if not is_stack and part.shape[1:] != whole.shape[1:]:
                     continue
-                size = 1 if is_stack else len(part.bits)
+                size = 1 if is_stack else part.shape[0]
                 rows = part.bits.reshape(size, -1)
                 if stack in (None, is_stack) and np.array_equal(flat[at : at + size], rows):
                     stack = is_stack

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,64 @@ Bits = npt.NDArray[Any]
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+@dataclass(slots=True)
+class Held:
+    """What was read last of some files, as long as it is not too much."""
+
+    most: int
+    """In bytes."""
+    held: OrderedDict[tuple[Path, int], Bits] = field(default_factory=OrderedDict)
+    """By file and place."""
+    size: int = 0
+
+    def bytes_of(self, place: Place) -> Bits:
+        """The bytes of a tensor, read where they are not at hand.
+
+        Raises ``BadInputError`` where the file is not what it was.
+        """
+        key = place.file.path, place.start
+        if key in self.held:
+            self.held.move_to_end(key)
+            return self.held[key]
+        data = place.read()
+        if not place.size:  # empty tensors may begin where others do
+            return data
+        self.held[key] = data
+        self.size += place.size
+        while self.size > self.most:
+            _, gone = self.held.popitem(last=False)
+            self.size -= gone.size
+        return data
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies in a file that is mapped."""
+    """Where a tensor lies in a file. It is read, never mapped: a mapped file that becomes shorter ends the process."""
 
     file: File
     start: int
     size: int
+    held: Held
+
+    def read(self) -> Bits:
+        """The bytes.
+
+        Raises ``BadInputError`` where the file is not what it was.
+        """
+        data = np.empty(self.size, np.uint8)
+        opened = open_source(self.file)
+        try:
+            read_into(opened, data.data, self.start)
+        except EOFError:
+            raise changed(self.file.path, "it ended early") from None
+        finally:
+            opened.close()
+        return data
 
     def digest(self) -> bytes:
-        """A hash of the bytes. They are read in parts: mapped ones would all stay in memory.
+        """A hash of the bytes, which are read in parts.
 
-        Raises ``BadInputError`` where the file became shorter.
+        Raises ``BadInputError`` where the file is not what it was.
         """
         made = hashlib.blake2b(digest_size=16)
         part = np.empty(min(_PART, self.size), np.uint8)
@@ -60,21 +107,52 @@ class Tensor:
         name: str,
         dtype: str,
         shape: tuple[int, ...],
-        bits: Bits,
-        place: Place | None = None,
+        bits: Bits | Place,
     ) -> None:
-        self.name, self.dtype, self.shape, self.bits = name, dtype, shape, bits
-        self.place = place
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self._bits = bits
+
+    @property
+    def bits(self) -> Bits:
+        """Its bits; those of a large file are read when they are asked for, and not kept by the tensor.
+
+        Raises ``BadInputError`` where the file is not what it was.
+        """
+        if not isinstance(self._bits, Place):
+            return self._bits
+        flat = _aligned(self._bits.held.bytes_of(self._bits), _word(self.dtype))
+        return flat.reshape(self.bits_shape)
+
+    @property
+    def bits_shape(self) -> tuple[int, ...]:
+        """The shape of its bits: its own, or their number where elements have no words of their own."""
+        if not isinstance(self._bits, Place):
+            return self._bits.shape
+        item = _word(self.dtype).itemsize
+        count = self._bits.size // (item if self._bits.size % item == 0 else 1)
+        return self.shape if count == prod(self.shape) else (count,)
+
+    @property
+    def size(self) -> int:
+        """How many words its bits are."""
+        return prod(self.bits_shape)
 
     @property
     def whole(self) -> bool:
         """Whether every element has words of its own; types below a byte are packed."""
-        return self.bits.shape == self.shape
+        return self.bits_shape == self.shape
 
     @property
     def typed(self) -> Bits:
         """The elements in their own type; as bits where that has no elements of its own."""
-        return self.bits.view(DTYPES[self.dtype].numpy) if self.whole else self.bits
+        return self.bits.view(self.held_as)
+
+    @property
+    def held_as(self) -> np.dtype[Any]:
+        """The type of `typed`."""
+        if self.whole:
+            return np.dtype(DTYPES[self.dtype].numpy)
+        return self.bits.dtype
 
     def has_nan(self) -> bool:
         """Whether some of its numbers are none."""
@@ -92,9 +170,9 @@ class Tensor:
     def digest(self) -> bytes:
         """A hash of the bits in order.
 
-        Raises ``BadInputError`` where the file became shorter.
+        Raises ``BadInputError`` where the file is not what it was.
         """
-        return digest(self.bits) if self.place is None else self.place.digest()
+        return self._bits.digest() if isinstance(self._bits, Place) else digest(self._bits)
 
     @property
     def look(self) -> tuple[str, tuple[int, ...], bytes]:
@@ -138,49 +216,48 @@ def open_content(path: Path) -> Content:
         adapter = find_source(path).one()
         return Content("adapter", adapter.where, content_of(adapter.tensors, adapter.where))
     source = open_checkpoint(path)
-    maps: list[Any] = []
-    for file in source.files:
-        maps.append(_bytes_of(file))
-    mapped = {number for number, data in enumerate(maps) if isinstance(data, mmap.mmap)}
+    held = Held(_KEPT)
+    whole = _small_files(source.files)
     tensors: dict[str, Tensor] = {}
     table = source.tensors
     for row, name in enumerate(table.names):
-        start, size = int(table.starts[row]), int(table.sizes[row])
+        start, size, number = int(table.starts[row]), int(table.sizes[row]), int(table.files[row])
         dtype, shape = table.dtypes[row], tuple(table.shapes[row])
-        bits = DTYPES[dtype].bits
-        word = np.dtype(_WORDS.get(bits // 8, np.uint8) if bits % 8 == 0 else np.uint8)
-        # A slice of a map is a copy; frombuffer reads nothing.
-        data = np.frombuffer(maps[int(table.files[row])], np.uint8, size, start) if size else None
-        flat = np.zeros(0, word) if data is None else _aligned(data, word)
-        full = flat.size == int(np.prod(shape, dtype=np.int64))
-        number = int(table.files[row])
-        place = Place(source.files[number], start, size) if number in mapped else None
-        tensors[name] = Tensor(name, dtype, shape, flat.reshape(shape) if full else flat, place)
+        bits: Bits | Place
+        if number in whole:
+            flat = _aligned(whole[number][start : start + size], _word(dtype))
+            bits = flat.reshape(shape) if flat.size == prod(shape) else flat
+        else:
+            bits = Place(source.files[number], start, size, held)
+        tensors[name] = Tensor(name, dtype, shape, bits)
     return Content("checkpoint", source.where, tensors)
 
 
 _LARGEST = 1 << 27
-"""Bytes of a file that are read as a whole."""
+"""Bytes of files that are read as a whole."""
+_KEPT = 1 << 27
+"""Bytes of tensors of the other files that are kept: the same are often read again soon."""
 
 
-def _bytes_of(file: File) -> Any:
-    """A file's bytes. A large file is mapped, and must stay as it is.
+def _small_files(files: Sequence[File]) -> dict[int, Bits]:
+    """The bytes of the first files by number, as long as together they are not large.
 
-    Raises ``BadInputError`` where it is not the file any more whose header was read.
+    Raises ``BadInputError`` where one is not the file any more whose header was read.
     """
-    opened = open_source(file)
-    try:
-        if file.size > _LARGEST and opened.descriptor is not None:
-            return mmap.mmap(opened.descriptor, 0, access=mmap.ACCESS_READ)
-        data = np.empty(file.size, np.uint8)
-        try:
-            read_into(opened, data.data, 0)
-        except EOFError:
-            file.stamp.check()
-            raise
-        return data
-    finally:
-        opened.close()
+    read: dict[int, Bits] = {}
+    total = 0
+    for number, file in enumerate(files):
+        total += file.size
+        if total > _LARGEST:
+            break
+        read[number] = Place(file, 0, file.size, Held(0)).read()
+    return read
+
+
+def _word(dtype: str) -> np.dtype[Any]:
+    """The unsigned integers that elements of a type are taken for; bytes where these are no whole ones."""
+    bits = DTYPES[dtype].bits
+    return np.dtype(_WORDS.get(bits // 8, np.uint8) if bits % 8 == 0 else np.uint8)
 
 
 def _aligned(data: Bits, word: np.dtype[Any]) -> Bits:

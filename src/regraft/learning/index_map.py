@@ -101,7 +101,7 @@ class Origins:
 def find_origins(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Origins:
     """Look every element after up among those before; both have unsigned integers of one size."""
     names = tuple(name for name, t in before.items() if t.whole)
-    sizes = [before[name].bits.size for name in names]
+    sizes = [before[name].size for name in names]
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1].astype(np.int64)
     flat: npt.NDArray[Any] = (
         np.concatenate([before[name].bits.reshape(-1) for name in names])

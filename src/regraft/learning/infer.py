@@ -104,7 +104,7 @@ def _by_rows(
     mine: dict[str, Tensor], yours: dict[str, Tensor], names: Names, result: Inferred
 ) -> None:
     """Rows of the last dim as they are: most layout changes move whole rows."""
-    if sum(t.bits.size for t in mine.values()) <= _FEW:
+    if sum(t.size for t in mine.values()) <= _FEW:
         return
     for turned in (False, True):
         widths = {t.shape[-1] for t in mine.values() if t.whole and len(t.shape) > 1}
@@ -181,7 +181,7 @@ def _by_elements(
         for name, tensor in tensors.items():
             by_word[tensor.dtype][side][name] = tensor
     for some, others in by_word.values():
-        if not some or max(sum(t.bits.size for t in x.values()) for x in (some, others)) > _MANY:
+        if not some or max(sum(t.size for t in x.values()) for x in (some, others)) > _MANY:
             why = "it is made of no whole rows, and there are too many elements to look each up: learn from a probe"
             for name in others:
                 result.odd.setdefault(name, why)
@@ -207,7 +207,7 @@ def _again(
     sources = {n: before[n] for n in (*whole, *result.kept) if writable(n)}
     looks = {t.look: n for n, t in sources.items()}
     wanted = {looks[t.look] for t in yours.values() if t.look in looks}
-    if yours and sum(t.bits.size for t in sources.values()) <= _FEW:
+    if yours and sum(t.size for t in sources.values()) <= _FEW:
         for dtype in {t.dtype for t in yours.values()}:
             some = {n: t for n, t in sources.items() if t.dtype == dtype}
             others = {n: t for n, t in yours.items() if t.dtype == dtype}

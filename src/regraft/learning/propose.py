@@ -224,7 +224,7 @@ def _as_it_is(tensor: Tensor) -> object:
 
 def _in_any_order(tensor: Tensor) -> object:
     """The same for a tensor and its transposes and reshapes; equal ones are compared afterwards."""
-    if not tensor.whole or not tensor.bits.size:
+    if not tensor.whole or not tensor.size:
         return tensor.look
     flat = tensor.bits.reshape(-1)
     plain = mixed = 0
@@ -449,24 +449,33 @@ def compare(
 ) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
     """Carry a plan out, a few tensors at a time: the rule, what it reads and makes, and what of that differs."""
     count = 1 + max((int(g.ids.max()) for g in plan.headers.groups if len(g)), default=-1)
-    bits: list[Any] = [None] * count
     called: list[str] = [""] * count
     for group in plan.headers.groups:
         for number, name in zip(group.ids.tolist(), group.names(), strict=True):
-            bits[number] = source[name].typed if name in source else None
             called[number] = name
-    for entry in plan.entries:
+    bits: list[Any] = [None] * count
+    """Of the tensors that are at work alone: all of them may be more than fits into memory."""
+    plain = replace(plan, entries=(), carried=(), demands=())
+    for entry, asked in chain(
+        ((e, True) for e in plan.demands), ((e, False) for e in plan.entries)
+    ):
         for row in range(len(entry)):
             part = replace(
                 entry,
                 loops=entry.loops[row : row + 1],
                 sources=tuple(ids[row : row + 1] for ids in entry.sources),
             )
-            made = apply_plan(replace(plan, entries=(part,), carried=()), bits)
-            wrong = [n for n, array in made.items() if not _equal(target.get(n), array)]
             numbers = [number for ids in part.sources for number in ids.reshape(-1).tolist()]
-            read = [called[n] for n in numbers if n >= 0 and bits[n] is not None]
-            yield str(entry.rule), read, list(made), wrong
+            read = [number for number in numbers if number >= 0 and called[number] in source]
+            for number in read:
+                bits[number] = source[called[number]].typed
+            step = replace(plain, demands=(part,)) if asked else replace(plain, entries=(part,))
+            made = apply_plan(step, bits)
+            wrong = [n for n, array in made.items() if not _equal(target.get(n), array)]
+            for number in read:
+                bits[number] = None
+            if not asked:
+                yield str(entry.rule), [called[n] for n in read], list(made), wrong
     for item in plan.carried:
         names = item.group.names()
         wrong = [n for n in names if n not in target or source[n].look != target[n].look]
@@ -476,7 +485,9 @@ def compare(
 def _equal(tensor: Tensor | None, bits: Bits) -> bool:
     if tensor is None:
         return False
-    return tensor.bits.shape == bits.shape and digest(bits) == tensor.digest
+    if tensor.bits_shape != bits.shape or tensor.held_as != bits.dtype:
+        return False
+    return digest(bits) == tensor.digest
 
 
 __all__ = ["Proposal", "Tied", "check", "compare", "pair_equal", "plan_names", "propose", "relate"]
