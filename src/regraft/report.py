@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from regraft.adapters.scale import Scale
     from regraft.planning.plan import Headers, Plan
@@ -15,8 +17,7 @@ SCHEMA_VERSION = 1
 """Stands in every JSON document; it grows when a field is renamed, removed or means something else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True, gc=False):
     """One adapted tensor of the result."""
 
     key: str
@@ -192,6 +193,8 @@ def plain_data(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         names = (field.name for field in fields(value) if field.name != "trace")
         return {name: plain_data(getattr(value, name)) for name in names}
+    if isinstance(value, Struct):
+        return {name: getattr(value, name) for name in value.__struct_fields__}
     if isinstance(value, list):
         return [plain_data(item) for item in value]
     return dict(value) if isinstance(value, dict) else value

@@ -901,11 +901,11 @@ def _targets(
     rung: str = "family",
     errors: Mapping[str, float] | None = None,
 ) -> list[Target]:
-    exact = {
-        key: lora.exact
+    inexact = {
+        image.keys.name(row)
         for image in made
-        for key, lora in zip(image.keys.names(), image.loras, strict=True)
-        if lora is not None
+        for row, lora in enumerate(image.loras)
+        if lora is not None and not lora.exact
     }
     rules = _rules(plan)
     return [
@@ -915,7 +915,7 @@ def _targets(
             w.scale.alpha,
             w.scale.value,
             rules.get(w.key, "carried over"),
-            exact.get(w.key, True) and rung == "family",
+            w.key not in inexact and rung == "family",
             w.parameter is not None,
             rung,
             (errors or {}).get(w.key, 0.0),

@@ -11,6 +11,7 @@ from msgspec import Struct
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
 from regraft.adapters.form import Array, Images, Lora, is_finite
+from regraft.adapters.scale import Scale
 from regraft.errors import BadInputError, Finding, RefusedError
 
 MERGE = "merge"
@@ -92,14 +93,16 @@ def make_uniform(made: Iterable[Images]) -> int:
     """Give all LoRAs the largest rank there is, with components of zeros, in place; the rank."""
     loras = [lora for image in made for lora in image.loras if lora is not None]
     rank = max((lora.a.shape[-2] for lora in loras), default=0)
+    scales: dict[Scale, Scale] = {}
     for lora in loras:
-        more = rank - lora.a.shape[-2]
-        if more:
-            zeros = np.zeros((*lora.a.shape[:-2], more, lora.a.shape[-1]), lora.a.dtype)
-            lora.a = np.concatenate([lora.a, zeros], axis=-2)
-            zeros = np.zeros((*lora.b.shape[:-1], more), lora.b.dtype)
-            lora.b = np.concatenate([lora.b, zeros], axis=-1)
-            lora.scale = lora.scale.at_rank(rank)
+        have = lora.a.shape[-2]
+        if have < rank:
+            a = np.zeros((*lora.a.shape[:-2], rank, lora.a.shape[-1]), lora.a.dtype)
+            b = np.zeros((*lora.b.shape[:-1], rank), lora.b.dtype)
+            a[..., :have, :], b[..., :have] = lora.a, lora.b
+            if lora.scale not in scales:
+                scales[lora.scale] = lora.scale.at_rank(rank)
+            lora.a, lora.b, lora.scale = a, b, scales[lora.scale]
     return rank
 
 

@@ -34,7 +34,7 @@ from regraft.adapters.form import SavedGroup as SavedGroup
 from regraft.adapters.protocol import Hints, Names, Opened, Reading, Spelling, Writer
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.ranks import make_uniform
-from regraft.adapters.scale import Scale, is_finite
+from regraft.adapters.scale import is_finite
 from regraft.dialects.registry import Evidence, dialect_of, dialects, sniffed
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group, group_names
@@ -378,7 +378,7 @@ def _stored(lora: Lora, kind: str) -> tuple[int, ...]:
     return tuple(sizes[role] for role in roles)
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, gc=False):
     """One LoRA as a writer gets it, adjusted to what its dialect can hold."""
 
     key: str
@@ -522,10 +522,9 @@ def adjust(made: Sequence[Images], can: Capabilities) -> None:
         make_uniform(made)
     if can.scales or not loras:
         return
-    common = max(loras, key=lambda lora: lora.a.size).scale
-    target = Scale(common.rank, common.alpha, common.rslora)
+    target = max(loras, key=lambda lora: lora.a.size).scale
     for lora in loras:
-        if lora.scale == target and lora.a.shape[-2] == target.rank:
+        if (lora.scale is target or lora.scale == target) and lora.a.shape[-2] == target.rank:
             continue
         ratio = lora.scale.ratio_to(target)
         lora.b, exact = rescale(lora.b, ratio)

@@ -15,7 +15,7 @@ from regraft.equation.notation import ConfigPath, Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import Edge
-from regraft.names.keys import group_names
+from regraft.names.keys import group_names, one_of_each
 from regraft.planning.model import Scope
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.templates import match_group
@@ -49,8 +49,8 @@ class Sizes:
     ) -> None:
         self.known, self.layout, self.title, self.where = known, layout, title, where
         self._seen = {
-            _NUMBER.sub("#", key): (lora.b.shape[-2], lora.a.shape[-1])
-            for key, lora in loras.items()
+            _NUMBER.sub("#", key): (loras[key].b.shape[-2], loras[key].a.shape[-1])
+            for key in one_of_each(loras)
         }
 
     def of(self, key: str) -> tuple[int, int]:

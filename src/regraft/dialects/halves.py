@@ -113,7 +113,7 @@ def narrow(array: Array, dtype: np.dtype[Any] | None = None) -> Array:
     dtype = array.dtype if dtype is None else dtype
     if dtype == np.float64:
         return array if array.dtype == np.float32 else cast_down(array, np.dtype(np.float32))
-    return array.astype(dtype, copy=False)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def one_file(src: Path, names: Sequence[str], ends: Sequence[str] = ()) -> Path | None:

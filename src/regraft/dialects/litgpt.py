@@ -10,7 +10,6 @@ Source: litgpt 0.5.13 (``lora.py``, ``scripts/merge_lora.py``, ``finetune/lora.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of,
 from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_finding, whole
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
+from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.torch_file import open_torch
@@ -51,8 +51,9 @@ _INSIDE = "model"
 _BASE = "model_config"
 """What the result's config has for ``model_config.yaml``, until it is saved."""
 _A, _B = ".lora_A", ".lora_B"
-_LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight")
+_LAYERS = "transformer.h."
 _QKV = "attn.qkv"
+_FUSED = f"{_QKV}.weight"
 _HEAD = "lm_head.weight"
 _PARTS = {"q": "lora_query", "k": "lora_key", "v": "lora_value"}
 """The switches of the parts of qkv, in the order in which they stand in it."""
@@ -237,27 +238,26 @@ class LitgptWriter(PlainWriter):
         scales=False, ranks=False, embeddings=False, experts=False, saved=False
     )
 
+    added = 0
+    """How many modules that are not adapted got zeros."""
+
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
         """LoRAs of one rank and scale, q, k and v apart, and zeros where LitGPT would adapt and the source does not.
 
         A part of qkv is called ``…attn.qkv.weight/q`` until the file is written.
         """
-        given = loras_of(made)
-        if any(lora.a.ndim != 2 for lora in given.values()):
+        if any(lora is not None and lora.a.ndim != 2 for image in made for lora in image.loras):
             return made  # refused by name afterwards
         rows = None
-        loras: dict[str, Lora] = {}
-        for key, lora in given.items():
-            if not key.endswith(f"{_QKV}.weight"):
-                loras[key] = lora
-                continue
+        fused = [image for image in made if image.keys.template.endswith(_FUSED)]
+        images = [image for image in made if not image.keys.template.endswith(_FUSED)]
+        parts: dict[str, Lora] = {}
+        for key, lora in loras_of(fused).items():
             rows = rows or self._rows(key)
-            loras.update(_apart(key, lora, rows))
-        images = as_images(loras)
-        kinds = {image.keys.template: image.kind for image in made}
-        for image in images:
-            image.kind = kinds.get(image.keys.template, image.kind)
+            parts.update(_apart(key, lora, rows))
+        images += as_images(parts)
         adjust(images, self.capabilities)
+        loras = loras_of(images)
         missing = self._missing(loras)
         if not missing:
             return images
@@ -265,6 +265,7 @@ class LitgptWriter(PlainWriter):
         sizes = Sizes(self.known, self.to.name, loras, self.title, self.opened.where)
         rank, dtype = like.a.shape[-2], like.a.dtype
         added = {key: zeros(rank, sizes.of(key), like.scale, dtype) for key in missing}
+        self.added = len({_weight(key) for key in missing} - {_weight(key) for key in parts})
         return [*images, *as_images(added)]
 
     def _rows(self, key: str) -> Rows:
@@ -283,14 +284,14 @@ class LitgptWriter(PlainWriter):
 
     def _missing(self, keys: Mapping[str, object]) -> list[str]:
         """Weights that LitGPT adapts besides."""
-        found = [match for match in map(_LAYER.match, keys) if match is not None]
-        inside = {_ending(key) for key in keys if _LAYER.match(key)}
-        if not found:
+        inside = {key.split(".", 3)[3] for key in keys if key.startswith(_LAYERS)}
+        if not inside:
             return []
         if any(module.startswith("mlp.") for module in inside):
             inside |= set(self._mlp(inside))
         count = layer_count(self.known, self.opened.where, self.title)
-        names = [f"transformer.h.{layer}.{end}" for layer in range(count) for end in sorted(inside)]
+        ends = sorted(inside)
+        names = [f"{_LAYERS}{layer}.{end}" for layer in range(count) for end in ends]
         return [name for name in names if name not in keys]
 
     def _mlp(self, inside: set[str]) -> Iterator[str]:
@@ -320,7 +321,7 @@ class LitgptWriter(PlainWriter):
         """The tensors, qkv as one, and the settings."""
         tensors: dict[str, Array] = {}
         qkv: dict[str, dict[str, Lora]] = {}
-        for delta in sorted(deltas, key=lambda d: _place(d.key)):
+        for delta in deltas:
             key, _, part = delta.key.partition("/")
             if part:
                 qkv.setdefault(key, {})[part] = delta.lora
@@ -334,7 +335,7 @@ class LitgptWriter(PlainWriter):
             tensors[module + _A] = narrow(np.concatenate([lora.a for lora in ordered]))
             tensors[module + _B] = narrow(np.concatenate([lora.b for lora in ordered]))
         scale = deltas[0].lora.scale if deltas else Scale(1, 1)
-        on = {_switch(delta.key) for delta in deltas}
+        on = {_switch(key) for key in one_of_each([delta.key for delta in deltas])}
         names = (*_PARTS.values(), *_FOLLOWS.values(), "lora_mlp")
         config: dict[str, Any] = {
             "dialect": "litgpt",
@@ -348,7 +349,7 @@ class LitgptWriter(PlainWriter):
         model = model_config(self.known.model_type, config_of(self.known))
         if model is not None:
             config[_BASE] = model
-        return Blob(config, dict(sorted(tensors.items(), key=lambda item: _place(item[0]))))
+        return Blob(config, tensors)
 
     def _checkpoint(self) -> str:
         said = self.opened.config.get("checkpoint_dir") or self.opened.hints().base
@@ -364,20 +365,17 @@ class LitgptWriter(PlainWriter):
     ) -> Blob:
         """Adjust, then write; what is reported of qkv is reported of the whole tensor."""
         blob = super().write_lora(made, saved, entries, returned, written)
-        done = {w.key.partition("/")[0]: w for w in blob.written}
-        told = tuple(
-            Written(key, key.removesuffix(".weight"), None, w.scale) for key, w in done.items()
-        )
-        return replace(blob, written=told)
+        fused = {_weight(w.key): w.scale for w in blob.written if "/" in w.key}
+        told = [w for w in blob.written if "/" not in w.key]
+        told += [Written(k, k.removesuffix(".weight"), None, s) for k, s in fused.items()]
+        return replace(blob, written=tuple(told))
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
         """How many factors are zeros."""
-        given = {key.partition("/")[0] for key in loras_of(made)}
-        added = sum(name.endswith(_A) for name in blob.tensors) - len(given)
         notes = []
-        if added > 0:
+        if self.added:
             notes.append(
-                f"{added} modules that were not adapted got zeros: LitGPT adapts all layers alike"
+                f"{self.added} modules that were not adapted got zeros: LitGPT adapts all layers alike"
             )
         if _BASE not in blob.config:
             notes.append(
@@ -386,14 +384,9 @@ class LitgptWriter(PlainWriter):
         return notes
 
 
-def _ending(key: str) -> str:
-    """What follows the layer."""
-    return key.split(".", 3)[3]
-
-
-def _place(key: str) -> tuple[int, str]:
-    layer, _, rest = key.removeprefix("transformer.h.").partition(".")
-    return (int(layer), rest) if layer.isdigit() else (1 << 30, key)
+def _weight(key: str) -> str:
+    """The weight that a part belongs to."""
+    return key.partition("/")[0]
 
 
 def _switch(key: str) -> str:

@@ -37,7 +37,6 @@ from regraft.rules.kinds import KINDS
 from regraft.values import replace
 
 _MERGE = "merge the adapter into its base and serve that"
-_EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 _COUNTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
@@ -347,6 +346,8 @@ class ServedWriter(PlainWriter):
             )
         for stem, have in stacks.items():
             experts = self._count(stem, have, count)
+            if len(have) == 3 * experts and _of_one_rank(have):
+                continue
             ranks: dict[str, int] = defaultdict(int)
             for (_, leaf), lora in have.items():
                 ranks[leaf] = max(ranks[leaf], lora.a.shape[0])
@@ -475,7 +476,9 @@ class ServedWriter(PlainWriter):
                 isinstance(layers, int)
                 and not (self.known.model is not None and self.known.model.is_composite())
                 and _everywhere(same, layers, experts)
-                and not numbers.there.names_others("." + leaf, same)
+                and not numbers.there.names_others(
+                    "." + leaf, same[:1]
+                )  # one template has them all
             )
             made += [leaf] if everywhere else _as_listed(same)
         return made
@@ -528,13 +531,20 @@ def _everywhere(paths: Sequence[str], layers: int, experts: int | None) -> bool:
     return len(set(paths)) == prod(sizes) and group.numbers.shape[1] == len(sizes)
 
 
+def _of_one_rank(have: Mapping[tuple[int, str], Lora]) -> bool:
+    """Whether each projection of a stack has one rank in all experts."""
+    ranks = {(leaf, lora.a.shape[0]) for (_, leaf), lora in have.items()}
+    return len(ranks) == len({leaf for leaf, _ in ranks})
+
+
 def stacks_of(modules: Mapping[str, Lora]) -> dict[str, dict[tuple[int, str], Lora]]:
     """The experts among modules: by the path of the stack, then by expert and projection."""
     stacks: dict[str, dict[tuple[int, str], Lora]] = defaultdict(dict)
     for path, lora in modules.items():
-        hit = _EXPERT.fullmatch(path) if ".experts." in path else None
-        if hit is not None:
-            stacks[hit["stem"]][int(hit["expert"]), hit["leaf"]] = lora
+        above, found, inside = path.rpartition("experts.")
+        expert, _, leaf = inside.partition(".")
+        if found and expert.isdecimal() and leaf and "." not in leaf and above[-1:] in ("", "."):
+            stacks[f"{above}experts"][int(expert), leaf] = lora
     return stacks
 
 

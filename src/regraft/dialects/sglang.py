@@ -37,12 +37,14 @@ class SglangWriter(ServedWriter):
         """Experts, and the parts of what is joined."""
         super().complete(pieces)
         parents: dict[str, dict[str, Lora]] = defaultdict(dict)
-        for path, lora in list(pieces.modules.items()):
-            module, _, leaf = path.rpartition(".")
-            parents[module][leaf] = lora
-        for module, have in parents.items():
-            for together in self.demands.complete:
-                if 0 < sum(leaf in have for leaf in together) < len(together):
+        for path, lora in pieces.modules.items():
+            if ".experts." not in path:  # those are complete
+                module, _, leaf = path.rpartition(".")
+                parents[module][leaf] = lora
+        for together in self.demands.complete:
+            wanted = frozenset(together)
+            for module, have in parents.items():
+                if not wanted.isdisjoint(have) and not wanted <= have.keys():
                     self._fill(pieces, module, have, together)
 
     def why_not(self, key: str, kind: str, lora: Lora) -> str | None:
