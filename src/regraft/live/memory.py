@@ -14,7 +14,16 @@ import torch
 from regraft.checkpoints.gather import Bytes, Files, Fill, fill_slices
 from regraft.checkpoints.source import Tensors
 from regraft.live.devices import fill_device
-from regraft.live.pages import Budget, Pieces, can_map, pieces_of, prefetch, stitch
+from regraft.live.pages import (
+    Budget,
+    Pieces,
+    Stitched,
+    can_map,
+    pieces_of,
+    prefetch,
+    read_rest,
+    stitch,
+)
 from regraft.planning.slices import Strips
 
 Way = Literal["map", "copy", "off"]
@@ -97,7 +106,7 @@ def make_parts(
     jobs = jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or 1
     made: dict[str, torch.Tensor] = {}
     if way == "map":
-        made = _map_parts(parts, tensors, files, amounts)
+        made = _map_parts(parts, tensors, files, amounts, jobs)
     fills: list[Fill] = []
     sent: list[tuple[torch.Tensor, Part]] = []
     for part in parts:
@@ -121,7 +130,7 @@ def make_parts(
 
 
 def _map_parts(
-    parts: Sequence[Part], tensors: Tensors, files: Files, amounts: Amounts
+    parts: Sequence[Part], tensors: Tensors, files: Files, amounts: Amounts, jobs: int
 ) -> dict[str, torch.Tensor]:
     """The parts that can be mapped; those with the longest pieces first, for mappings are few."""
     found: list[tuple[Part, Pieces]] = []
@@ -134,6 +143,7 @@ def _map_parts(
     prefetch(files, [pieces for _, pieces in found])
     budget = Budget.now()
     made: dict[str, torch.Tensor] = {}
+    rest: list[Stitched] = []
     for part, pieces in sorted(found, key=lambda pair: -pair[1].size / len(pair[1])):
         stitched = stitch(pieces, part.dtype.itemsize, files, budget)
         if stitched is None:
@@ -144,8 +154,10 @@ def _map_parts(
             count=pieces.size // part.dtype.itemsize,
             offset=stitched.at,
         ).view(part.shape)
+        rest.append(stitched)
         amounts.mapped += stitched.mapped
         amounts.copied += stitched.copied
+    read_rest(rest, files, jobs)
     amounts.not_mapped = budget.short
     return made
 

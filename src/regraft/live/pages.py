@@ -12,7 +12,9 @@ import errno
 import mmap
 import os
 import sys
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,8 @@ from regraft.planning.slices import Strips
 PAGE = mmap.PAGESIZE
 SMALLEST = 8 * PAGE
 """A piece of fewer bytes is copied sooner than mapped."""
+_READ_AT_ONCE = 1 << 24
+"""Bytes of one read, so that threads share the long ones."""
 _SPARE = 8192
 """Mappings that are left to the rest of the process: allocators and libraries need some, too."""
 _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x02, 0x10, 0x20, 0x4000
@@ -141,15 +145,15 @@ class Stitched:
     mapped: int = 0
     """Bytes that are a file's pages."""
     copied: int = 0
-    """Bytes that were read."""
-    _reads: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """File, from where, to where in the memory, how many."""
+    """Bytes that are to be read."""
+    reads: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """What is to be read into it: file, from where, to where in the memory, how many."""
 
 
 def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched | None:
-    """Map a tensor from its pieces; ``None`` where that would copy most of it.
+    """Map a tensor from its pieces, all but what ``read_rest`` reads; ``None`` where that would copy most of it.
 
-    Raises ``BadInputError`` where a file changed or ended early.
+    Raises ``BadInputError`` where a file changed.
     """
     residues = pieces.residues
     fitting = residues % item == 0
@@ -188,13 +192,31 @@ def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched 
             made.mapped += end - max(low, at)
             end = max(low, at)
         if at < end:
-            made._reads.append((file, source, at, end - at))
+            made.reads.append((file, source, at, end - at))
             made.copied += end - at
-    with memoryview(memory) as view:
-        for file, source, at, size in made._reads:
-            read_scattered(files, file, [(source, view[at : at + size])], whole=True)
-    made._reads.clear()
     return made
+
+
+def read_rest(stitched: Sequence[Stitched], files: Files, jobs: int = 1) -> None:
+    """Read into stitched tensors what could not be mapped.
+
+    Raises ``BadInputError`` where a file changed or ended early.
+    """
+    tasks = [
+        (file, source + part, view[at + part : at + min(size, part + _READ_AT_ONCE)])
+        for one in stitched
+        for view in [memoryview(one.memory)]
+        for file, source, at, size in one.reads
+        for part in range(0, size, _READ_AT_ONCE)
+    ]
+
+    def read(task: tuple[int, int, memoryview]) -> None:
+        file, at, place = task
+        read_scattered(files, file, [(at, place)], whole=True)
+
+    with ThreadPoolExecutor(jobs, "regraft-read") as pool:
+        # The longest first, so that no thread is left with one of them at the end.
+        deque(pool.map(read, sorted(tasks, key=lambda task: -len(task[2]))), maxlen=0)
 
 
 def _map(address: int, size: int, file: int, at: int) -> bool:
