@@ -31,6 +31,7 @@ from regraft.storage.stand_ins import named
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from regraft.checkpoints.convert import Staged
     from regraft.dialects.peft.inspect import Inspection
     from regraft.storage.objects import Client
 
@@ -68,6 +69,10 @@ def convert(
     keep: Sequence[str] = (),
     dequantize: bool = False,
     key: str | None = None,
+    stage: str | os.PathLike[str] | None = None,
+    part: str | None = None,
+    commit: bool = False,
+    abort: bool = False,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -125,6 +130,12 @@ def convert(
             the report says so.
         key: of what a training run saved (DCP): the key that the model is below, such as ``"model"``, where several
             fit.
+        stage: checkpoints only: do one part of the work, in a folder that all parts share; by as many processes as
+            there are parts, on any machines. ``dst`` appears with the ``commit``.
+        part: which part: ``"3/16"`` is number 3 of those from 0 to 15; ``"/16"`` that which the scheduler says
+            (JOB_COMPLETION_INDEX). Where it is not given, the scheduler says both (SLURM_ARRAY_TASK_ID and its like).
+        commit: put the result of all parts in its place, once they are done.
+        abort: end what is staged in ``stage``, and remove it; nothing is converted.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -138,6 +149,12 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
+    if abort:
+        return _abort(src, dst, stage, part=part, commit=commit)
+    if stage is None:
+        _check_options(
+            "they are for work in parts, and no stage is given", part=part, commit=commit
+        )
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
         stack.enter_context(taken_for(architecture))
@@ -165,6 +182,14 @@ def convert(
             options["foreign"] = InstalledTransformers()
             options["source"] = given.name
             options["untie"] = untie
+            if stage is not None:
+                _check_options(
+                    "they do not go with work in parts",
+                    resume=resume,
+                    in_place=in_place,
+                    dequantize=dequantize,
+                    **({"part": part} if commit else {}),
+                )
             if in_place:
                 _check_options(
                     "they say how to write, and --in-place writes headers only",
@@ -202,6 +227,7 @@ def convert(
             else:
                 from regraft.checkpoints.convert import convert_checkpoint
 
+                staged = None if stage is None else _staged(stage, part, commit)
                 done = convert_checkpoint(
                     src_path,
                     dst_path,
@@ -215,6 +241,7 @@ def convert(
                     tell=tell,
                     progress=progress,
                     store=store,
+                    staged=staged,
                     **options,
                 )
             if left := left_behind():
@@ -223,8 +250,9 @@ def convert(
                     f"as {left[0]}"
                 )
             done.traffic = traffic([] if store is None else [store])
+            written = not dry_run and done.part is None
             report = Report(
-                named(str(src_path)), address or str(dst_path), checkpoint=done, written=not dry_run
+                named(str(src_path)), address or str(dst_path), checkpoint=done, written=written
             )
             report.files = list(done.others)
             log_report(report)
@@ -240,6 +268,7 @@ def convert(
             drop=drop,
             keep=keep,
             dequantize=dequantize,
+            stage=stage,
         )
         from regraft.adapters.ranks import Options
         from regraft.adapting import convert_adapters
@@ -270,6 +299,35 @@ def convert(
         )
         log_report(report)
         return report
+
+
+def _staged(stage: str | os.PathLike[str], part: str | None, commit: bool) -> Staged:
+    from regraft.checkpoints.convert import Staged
+    from regraft.storage.scheduler import find_share
+
+    return Staged(Path(stage), None if commit else find_share(part, os.environ))
+
+
+def _abort(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    stage: str | os.PathLike[str] | None,
+    **given: object,
+) -> Report:
+    """End what is staged."""
+    _check_options("there is nothing to do after --abort", **given)
+    if stage is None:
+        raise BadInputError(Finding("option", "no stage is given to be ended", fix="give --stage"))
+    from regraft.storage import stage as stages
+    from regraft.storage.work import cannot_write
+
+    try:
+        there = stages.abort(Path(stage))
+    except OSError as error:
+        raise cannot_write(Path(stage), error) from error
+    report = Report(os.fspath(src), os.fspath(dst), written=False)
+    report.ended = os.fspath(stage) if there else ""
+    return report
 
 
 def _sent(

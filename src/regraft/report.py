@@ -88,6 +88,24 @@ class AdapterReport:
 
 
 @dataclass(slots=True)
+class PartReport:
+    """What became of one part of a conversion that several processes do."""
+
+    number: int
+    """From 0."""
+    count: int
+    """How many parts there are."""
+    pieces: int
+    """How many pieces of the result are the part's."""
+    bytes: int
+    """Their size."""
+    before: int = 0
+    """How many of them were there before."""
+    left: int = 0
+    """How many pieces of the whole are not there, as far as was known at the end."""
+
+
+@dataclass(slots=True)
 class CheckpointReport:
     """What became of a checkpoint."""
 
@@ -123,6 +141,8 @@ class CheckpointReport:
     """The most memory it may take, in bytes, as announced before the work began."""
     resumed: bool = False
     """Whether a run before had done a part of it."""
+    part: PartReport | None = None
+    """Where one part was done of a conversion in parts; the result is in its place after the commit."""
     notes: list[str] = field(default_factory=list)
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
@@ -139,6 +159,8 @@ class Report:
     files: list[str] = field(default_factory=list)
     """Other files that were carried over."""
     written: bool = True
+    ended: str | None = None
+    """The stage that was ended and removed, where that was asked for; empty where there was none."""
 
     @property
     def targets(self) -> list[Target]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from checkpoints.models import mixtral, write_folder
 from errors.lab import BASES, V5, provokes
 
 import regraft
@@ -16,6 +17,7 @@ from regraft.storage.dtypes import DTYPES, count_cells
 from regraft.storage.folder import check_destination, copy_file, load_json
 from regraft.storage.header import read_header
 from regraft.storage.objects import Client, StoreError
+from regraft.storage.stage import Stage
 from regraft.storage.stamp import Stamp
 from regraft.storage.work import Work, check_own, open_work
 from regraft.views.html import check_page_place
@@ -461,3 +463,72 @@ def _(lab):
     file = lab.path / "tf_model.h5"
     file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(60))
     lab.convert(file)
+
+
+# Work in parts
+
+
+def staged(lab, source=None, **options):
+    """Do a part, or what else is said, in a stage."""
+    src = lab.path / (source or "src")
+    if not src.exists():
+        write_folder(src, mixtral(), shards=1 if source is None else 2)
+    options = {"part": "0/1", "to": V5, "stage": lab.path / "stage", **options}
+    return regraft.convert(src, lab.out, **options)
+
+
+@provokes("bad-part")
+def _(lab):
+    staged(lab, part="3/2")
+
+
+@provokes("stage-other")
+def _(lab):
+    staged(lab)
+    staged(lab, "other")
+
+
+@provokes("stage-options")
+def _(lab):
+    staged(lab)
+    staged(lab, dtype="bfloat16")
+
+
+@provokes("stage-incomplete")
+def _(lab):
+    staged(lab, part=None, commit=True)
+
+
+@provokes("stage-committed")
+def _(lab):
+    staged(lab)
+    staged(lab, part=None, commit=True)
+    staged(lab, part=None, commit=True)
+
+
+@provokes("stage-gone")
+def _(lab):
+    """Somebody ends the work while a part is at it."""
+    make = Stage.make
+
+    def meanwhile(stage, name, size):
+        make(stage, name, size)
+        staged(lab, part=None, abort=True)
+
+    lab.patch.setattr(Stage, "make", meanwhile)
+    staged(lab)
+
+
+@provokes("stage-damaged")
+def _(lab):
+    staged(lab)
+    [file] = (lab.path / "stage").glob("job-*/new/*.safetensors")
+    file.write_bytes(b"")
+    staged(lab, part=None, commit=True)
+
+
+@provokes("stage-place")
+def _(lab):
+    (lab.path / "stage").mkdir()
+    lab.file(b"", "stage/mine")
+    staged(lab)

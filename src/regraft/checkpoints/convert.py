@@ -22,7 +22,10 @@ from regraft.report import CheckpointReport, show_size
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.safetensors import sync_path
+from regraft.storage.scheduler import Share
+from regraft.storage.stage import check_beside, is_placed
 from regraft.storage.work import Work, cannot_write, open_work, write_file
+from regraft.values import Struct
 
 if TYPE_CHECKING:
     from regraft.storage.objects import Client
@@ -39,6 +42,15 @@ _STREAMS = 8
 """Workers where the source or the result is in a store: more than cores, since they wait for the network."""
 _MOST_JOBS = 256
 """What the threads' stacks, the units in flight and the report take."""
+
+
+class Staged(Struct, frozen=True):
+    """A conversion that is done in parts."""
+
+    folder: Path
+    """The stage; see `regraft.storage.stage`."""
+    share: Share | None
+    """The part to do; ``None``: commit them."""
 
 
 def convert_checkpoint(
@@ -61,11 +73,13 @@ def convert_checkpoint(
     tell: Tell | None = None,
     progress: Progress | None = None,
     store: Client | None = None,
+    staged: Staged | None = None,
 ) -> CheckpointReport:
     """Convert a checkpoint to another layout; ``dst`` appears whole or not at all.
 
     One weights file becomes one file, where ``dst`` is named like one, and else a folder. With a ``store`` the result
-    is sent there, see `regraft.checkpoints.upload`; of ``dst`` only the name counts then.
+    is sent there, see `regraft.checkpoints.upload`; of ``dst`` only the name counts then. What is ``staged`` is one
+    part of the work, or putting the result of all in its place.
 
     Raises what `regraft.convert` raises.
     """
@@ -77,7 +91,9 @@ def convert_checkpoint(
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
     name = file_name(src, dst, limit)
-    if not dry_run and store is None:
+    if staged is not None:
+        check_beside(staged.folder, dst)
+    if not dry_run and store is None and not (staged and is_placed(staged.folder)):
         check_destination(src, dst, overwrite, file=name is not None)
     elif store is not None:
         from regraft.checkpoints.upload import check_free
@@ -96,8 +112,9 @@ def convert_checkpoint(
         drop=drop,
         keep=keep,
     )
-    streams = store is not None or ready.source.is_remote
-    jobs = _STREAMS if jobs is None and streams else _count_jobs(jobs)
+    waits = store is not None or ready.source.is_remote
+    jobs = _STREAMS if jobs is None and waits else _count_jobs(jobs)
+    streams = waits or staged is not None
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
     report.memory = max(resident() + _buffers(jobs, streams) + _SLACK, peak())
@@ -111,6 +128,9 @@ def convert_checkpoint(
         return report
     if ready.plan is not None:
         check_reads(ready.plan, ready.source)
+    if staged is not None:
+        _stage(ready, staged, dst, name, overwrite, jobs, progress)
+        return report
     if store is not None:
         from regraft.checkpoints.upload import upload
 
@@ -155,7 +175,6 @@ def _carry_out(
     finish: Finish | None = None,
 ) -> None:
     advance = _advancing(work.dst.name, ready, progress)
-    sources = [file.path for file in ready.source.files]
     try:
         work.check_place(overwrite)
         work.begin(ready.job(), resume)
@@ -172,15 +191,49 @@ def _carry_out(
         if finish is not None:
             work.forget()
             finish(work.new)
-        for file in ready.source.files:
-            file.stamp.check()
-        if not work.file:
-            _write_others(work, ready)
-        kept = [*ready.source.others, Path(CONFIG), *map(Path, ready.copied)]
-        narrow(work.new, sources, kept=kept)
-        work.place(overwrite)
+        _place(work, ready, overwrite)
     except OSError as error:
         raise cannot_write(work.dst, error) from error
+
+
+def _place(work: Work, ready: Prepared, overwrite: bool) -> None:
+    """Write everything beside the weights and put the result in its place.
+
+    Raises ``BadInputError`` where the source changed meanwhile, ``OSError``.
+    """
+    for file in ready.source.files:
+        file.stamp.check()
+    if not work.file:
+        _write_others(work, ready)
+    kept = [*ready.source.others, Path(CONFIG), *map(Path, ready.copied)]
+    narrow(work.new, [file.path for file in ready.source.files], kept=kept)
+    work.place(overwrite)
+
+
+def _stage(
+    ready: Prepared,
+    staged: Staged,
+    dst: Path,
+    name: str | None,
+    overwrite: bool,
+    jobs: int,
+    progress: Progress | None,
+) -> None:
+    """Do one part of a conversion, or commit all of them."""
+    from regraft.checkpoints import staging
+
+    if staged.share is None:
+
+        def place(work: Work, ready: Prepared) -> None:
+            try:
+                _place(work, ready, overwrite)
+            except OSError as error:
+                raise cannot_write(work.dst, error) from error
+
+        staging.commit(ready, staged.folder, dst, name, place)
+        return
+    advance = _advancing(dst.name, ready, progress)
+    ready.report.part = staging.do_part(ready, staged.folder, dst, staged.share, jobs, advance)
 
 
 def _advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance:

@@ -40,8 +40,20 @@ class Prepared(Struct, frozen=True, eq=False):
     copied: Mapping[str, Path] = field(default_factory=dict)
     """Files beside the weights that are copied from elsewhere."""
 
-    def job(self) -> bytes:
-        """What identifies the work: the same job makes the same bytes."""
+    def result(self) -> str:
+        """A digest of everything that decides what the result is, beside the source's bytes: the same anywhere."""
+        beside = {key: hashlib.sha256(text).hexdigest() for key, text in self.written.items()}
+        beside |= {key: path.name for key, path in self.copied.items()}
+        others = sorted(path.as_posix() for path in self.source.others)
+        files = [(file.name, file.size) for file in self.layout.files]
+        rest = [regraft.__version__, sorted(beside.items()), others, files]
+        digest = self._digest()
+        for text in (json.dumps(rest).encode(), self.config, self.layout.index):
+            digest.update(hashlib.sha256(text or b"").digest())
+        return digest.hexdigest()
+
+    def _digest(self) -> hashlib._Hash:
+        """Of what moves where, and of the headers."""
         digest = hashlib.sha256()
         parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
         for part in parts:
@@ -51,11 +63,15 @@ class Prepared(Struct, frozen=True, eq=False):
                 )
         for file in self.layout.files:
             digest.update(file.head)
+        return digest
+
+    def job(self) -> bytes:
+        """What identifies the work on this machine: the same job makes the same bytes."""
         files = [
             (named(str(f.path.resolve())), f.size, f.stamp.modified or f.stamp.version)
             for f in self.source.files
         ]
         out = [(file.name, file.size) for file in self.layout.files]
         return json.dumps(
-            [regraft.__version__, UNIT, files, out, digest.hexdigest()], indent=1
+            [regraft.__version__, UNIT, files, out, self._digest().hexdigest()], indent=1
         ).encode()

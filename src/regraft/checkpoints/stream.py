@@ -43,6 +43,7 @@ class Stream:
         self.windows = Windows(ready.moves, ready.dtypes, ready.source.tensors)
         self.files = Files(ready.source.files)
         self.jobs, self.advance = jobs, advance
+        self.reads = _AT_ONCE if ready.source.is_remote else 1
         self._pool = ThreadPoolExecutor(jobs, "regraft-window")
 
     def __enter__(self) -> Stream:
@@ -72,7 +73,7 @@ class Stream:
                 starts.append(start)
 
         def make(start: int, stop: int) -> Bytes:
-            data = self.windows.read(self.files, file, start, stop, _AT_ONCE)
+            data = self.windows.read(self.files, file, start, stop, self.reads)
             if put is not None:
                 put(start, data)
             return data
@@ -81,6 +82,15 @@ class Stream:
         for start, made in self.each(make, spans):
             self._count(len(made))
             yield start // WINDOW, made
+
+    def make(self, file: OutFile, start: int, stop: int) -> Iterator[tuple[int, Bytes]]:
+        """Bytes of a file in windows, made by the calling thread: where each begins, and what is in it.
+
+        Raises ``BadInputError`` where the source cannot be read.
+        """
+        for at in range(start, stop, WINDOW):
+            end = min(at + WINDOW, stop)
+            yield at, self.windows.read(self.files, file, at, end, self.reads)
 
     def each(
         self, read: Callable[[int, int], _Read], spans: Iterable[tuple[int, int]]

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from regraft.cli.output import Output, visible
 from regraft.cli.words import show_notes
-from regraft.report import AdapterReport, CheckpointReport, Report, show_size
+from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
 from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
@@ -53,6 +53,20 @@ def _traffic(counts: Mapping[str, int]) -> str:
     )
 
 
+def _part(part: PartReport) -> str:
+    """What became of a part, in sentences."""
+    made = part.pieces - part.before
+    words = f"Part {part.number} of {part.count}: {count_in_words(made, 'piece')} made"
+    if part.before:
+        words += f", {part.before} were there"
+    words += f"; {show_size(part.bytes)}. "
+    if part.left:
+        return (
+            words + f"Of all parts together {count_in_words(part.left, 'piece')} are not there yet."
+        )
+    return words + "Nothing is missing: --commit puts the result in its place."
+
+
 def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -> None:
     """What became of a checkpoint."""
     name = visible(Path(report.source).name or report.source)
@@ -60,6 +74,11 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     out.show(Text.assemble((name, _NAME), layouts))
     for line in checkpoint.evidence:
         out.show(Text(f"  {visible(line)}", _FAINT))
+    if checkpoint.part is not None:
+        out.show(Text(_part(checkpoint.part)))
+        if checkpoint.traffic:
+            out.show(Text(_traffic(checkpoint.traffic)))
+        return
     fired = {rule: times for rule, times in checkpoint.rules.items() if times}
     if fired or checkpoint.carried:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)

@@ -64,6 +64,21 @@ if TYPE_CHECKING:
     "--resume", is_flag=True, help="Checkpoints: continue what a run that died had begun."
 )
 @click.option(
+    "--stage",
+    metavar="DIR",
+    type=options.FILE,
+    help="Checkpoints: do one part of the work, in a folder that the processes of all parts share; DST appears with "
+    "--commit.",
+)
+@click.option(
+    "--part",
+    metavar="I/N",
+    help="Which part: 0/4, 1/4, 2/4 or 3/4; /4 for that which JOB_COMPLETION_INDEX says. As SLURM_ARRAY_TASK_ID and "
+    "SLURM_ARRAY_TASK_COUNT say if omitted.",
+)
+@click.option("--commit", is_flag=True, help="All parts are done: check them, and let DST appear.")
+@click.option("--abort", is_flag=True, help="End what is staged in --stage, and remove it.")
+@click.option(
     "--in-place",
     is_flag=True,
     help="Checkpoints: rename the tensors in SRC itself, by rewriting headers only.",
@@ -169,16 +184,21 @@ def convert(
         raise click.BadParameter("DST is missing", param_hint="DST")
     if len(sources) > 1 and (html is not None or given["in_place"]):
         raise click.UsageError("--html and --in-place take one SRC")
+    _check_staging(given, several=len(sources) > 1 or html is not None)
     out = Output(json=json, quiet=quiet, progress=progress, verbose=verbose)
 
     def job() -> int:
         out.log()
+        if given["abort"]:
+            return _convert_one(out, sources[0], dst, rules, html, given)
         from regraft.sources import find_sources
 
         there = [options.located(source, whole=not given["dry_run"]) for source in sources]
         items, deeper = find_sources(there)
         if len(sources) == 1 and items[0].path == there[0]:
             return _convert_one(out, there[0], dst, rules, html, given)
+        if given["stage"] is not None:
+            raise click.UsageError("--stage takes one checkpoint")
         if len(sources) == 1 and fail_fast:
             return _convert_one(out, there[0], dst, rules, html, given)
         if html is not None or given["in_place"]:
@@ -211,6 +231,10 @@ def _convert_one(
         report = convert(src, dst, tell=tell, progress=tell_progress, **given)
     if out.json:
         out.data(report.to_dict())
+    elif report.ended is not None and not out.quiet:
+        out.show(
+            f"ended and removed: {report.ended}" if report.ended else "nothing was staged there"
+        )
     elif report.checkpoint is not None and not out.quiet:
         from regraft.cli.checkpoint_words import show_checkpoint
 
@@ -279,6 +303,17 @@ def _place_of(item: Item, dst: Path, to: str) -> Path:
             else place.with_name(place.name + can.suffixes[0])
         )
     return place.with_suffix("") if item.path.is_file() else place
+
+
+def _check_staging(given: Mapping[str, Any], several: bool) -> None:
+    """Whether the options for work in parts go together."""
+    named = [f"--{name}" for name in ("part", "commit", "abort") if given[name]]
+    if len(named) > 1:
+        raise click.UsageError(f"{' and '.join(named)}: give one of them")
+    if named and given["stage"] is None:
+        raise click.UsageError(f"{named[0]} needs --stage")
+    if given["stage"] is not None and several:
+        raise click.UsageError("--stage takes one SRC, and no --html")
 
 
 def _check_values(shard_size: str | None, via: str | None) -> None:

@@ -1093,6 +1093,61 @@ class Code(Enum):
         "another run writes here",
         "wait for it, or write elsewhere",
     )
+    BAD_PART = (
+        "bad-part",
+        Part.CHECKPOINTS,
+        "no such part",
+        "give `--part I/N`, with I from 0: `0/4` to `3/4`",
+        "or nothing says which part to do: neither `--part` nor a scheduler's variables",
+    )
+    STAGE_OTHER = (
+        "stage-other",
+        Part.CHECKPOINTS,
+        "another conversion's stage",
+        "give each conversion a stage of its own, or end that one with `--abort`",
+        "`--stage` is a folder in which something else is being made, or the source changed since",
+    )
+    STAGE_OPTIONS = (
+        "stage-options",
+        Part.CHECKPOINTS,
+        "a stage begun with other options",
+        "give every part the same options; to change them, begin anew after `--abort`",
+        "parts with other options, rule books or another release of regraft would make other bytes",
+    )
+    STAGE_INCOMPLETE = (
+        "stage-incomplete",
+        Part.CHECKPOINTS,
+        "parts are missing",
+        "run what died again, or all that is missing with `--part 0/1`; then commit",
+        "`--commit` before all pieces of the result are there",
+    )
+    STAGE_COMMITTED = (
+        "stage-committed",
+        Part.CHECKPOINTS,
+        "committed already",
+        "look at the result; to make it once more, begin anew after `--abort`",
+    )
+    STAGE_GONE = (
+        "stage-gone",
+        Part.CHECKPOINTS,
+        "the stage was removed meanwhile",
+        "begin anew, if it is still wanted",
+        "somebody gave `--abort`, or committed, while a part was at work",
+    )
+    STAGE_DAMAGED = (
+        "stage-damaged",
+        Part.CHECKPOINTS,
+        "something else wrote to the stage",
+        "begin anew after `--abort`",
+        "a file has another size or another header than its parts gave it",
+    )
+    STAGE_PLACE = (
+        "stage-place",
+        Part.CHECKPOINTS,
+        "this folder cannot be a stage",
+        "give a new folder beside the result",
+        "it is on another file system than the result, or holds something else",
+    )
     UNFINISHED = (
         "unfinished",
         Part.CHECKPOINTS,

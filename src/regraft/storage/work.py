@@ -89,14 +89,7 @@ class Work:
 
         Raises ``BadInputError``.
         """
-        needed, free = size + _SPARE, shutil.disk_usage(self.folder).free
-        if needed > free:
-            message = f"{show_size(needed)} more are needed, and {show_size(free)} are free"
-            raise BadInputError(
-                Finding(
-                    "no-space", message, where=str(self.dst), fix="make room, or write elsewhere"
-                )
-            )
+        check_room(self.folder, size, self.dst)
 
     def check_place(self, overwrite: bool) -> None:
         """Check that nothing is in the result's place, unless it may be replaced.
@@ -180,6 +173,18 @@ class Work:
             return (self.folder / "journal").stat().st_size > 1
         except OSError:
             return False
+
+
+def check_room(folder: Path, size: int, dst: Path) -> None:
+    """Check that there is room in a folder for so many bytes of ``dst`` and what the file system keeps of them.
+
+    Raises ``BadInputError``.
+    """
+    needed, free = size + _SPARE, shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{show_size(needed)} more are needed, and {show_size(free)} are free"
+        fix = "make room, or write elsewhere"
+        raise BadInputError(Finding("no-space", message, where=str(dst), fix=fix))
 
 
 def work_folder(dst: Path) -> Path:

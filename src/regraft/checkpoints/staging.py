@@ -1,0 +1,191 @@
+"""Converting a checkpoint in parts: by the elements of a scheduler's array, on as many machines as there are.
+
+Each part is done by a process of its own, which plans the whole and makes its pieces of the files; see
+`regraft.storage.stage` for what they have in common. When all are done, one process commits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from regraft.checkpoints.prepared import Prepared
+from regraft.checkpoints.sharding import OutFile
+from regraft.checkpoints.shares import Piece, cut, piece_size, pieces_of
+from regraft.checkpoints.stream import Advance, Stream
+from regraft.checkpoints.tiles import write_all
+from regraft.errors import BadInputError, Finding
+from regraft.report import PartReport, show_size
+from regraft.storage.probe import open_regular
+from regraft.storage.scheduler import Share
+from regraft.storage.stage import Job, Stage
+from regraft.storage.work import Work, cannot_write, check_room, open_work
+
+_SYNC_BYTES, _SYNC_SECONDS = 1 << 28, 5.0
+"""How much work may be lost when a process dies."""
+_SHOWN = 8
+
+
+def job_of(ready: Prepared) -> Job:
+    """What a conversion is known by, on every machine."""
+    source = ready.source
+    files = tuple(
+        (file.name, file.size, str(file.stamp.modified or file.stamp.version))
+        for file in source.files
+    )
+    return Job(source.root.name, files, ready.result(), piece_size(ready.layout.size))
+
+
+def open_stage(folder: Path, ready: Prepared) -> Stage:
+    """The stage of a conversion."""
+    return Stage(folder, job_of(ready))
+
+
+def do_part(
+    ready: Prepared, folder: Path, dst: Path, share: Share, jobs: int, advance: Advance
+) -> PartReport:
+    """Make what one part has to make and nobody has made yet.
+
+    Raises ``BadInputError``.
+    """
+    pieces = cut(ready.layout.files, piece_size(ready.layout.size))
+    mine = pieces_of(pieces, share)
+    report = PartReport(share.number, share.count, len(mine), sum(piece.size for piece in mine))
+    with open_stage(folder, ready) as stage:
+        if stage.committed is not None:
+            if not dst.exists():
+                raise _committed(stage, dst)
+            report.before, report.left = len(mine), 0
+            return report
+        done = stage.done()
+        wanted = [piece for piece in mine if piece[:2] not in done]
+        missing = sum(piece.size for piece in wanted)
+        report.before = len(mine) - len(wanted)
+        advance(report.bytes - missing)
+        check_room(folder, missing, dst)
+        try:
+            _make(ready, stage, wanted, jobs, advance)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        for file in ready.source.files:
+            file.stamp.check()
+        report.left = len(pieces) - len(stage.done())
+    return report
+
+
+def _make(
+    ready: Prepared, stage: Stage, pieces: Sequence[Piece], jobs: int, advance: Advance
+) -> None:
+    with Stream(ready, jobs) as stream:
+        for number, its in groupby(pieces, lambda piece: piece.file):
+            file = ready.layout.files[number]
+            stage.make(file.name, file.size)
+            out = stage.open(file.name)
+            try:
+                _make_in(stream, file, stage, out, list(its), advance)
+            finally:
+                os.close(out)
+
+
+def _make_in(
+    stream: Stream,
+    file: OutFile,
+    stage: Stage,
+    out: int,
+    pieces: Sequence[Piece],
+    advance: Advance,
+) -> None:
+    """Make pieces of one file, each by a thread, and mark them when they are on disk."""
+
+    def make(start: int, stop: int) -> None:
+        for at, data in stream.make(file, start, stop):
+            write_all(out, data.data, at)
+            advance(len(data))
+
+    finished: list[tuple[int, int]] = []
+    size, since = 0, time.monotonic()
+    spans = ((piece.start, piece.stop) for piece in pieces)
+    for piece, _ in zip(pieces, stream.each(make, spans), strict=True):
+        finished.append(piece[:2])
+        size += piece.size
+        if size >= _SYNC_BYTES or time.monotonic() - since > _SYNC_SECONDS:
+            os.fdatasync(out)
+            stage.mark(finished)
+            finished, size, since = [], 0, time.monotonic()
+    if finished:
+        os.fdatasync(out)
+        stage.mark(finished)
+
+
+Place = Callable[[Work, Prepared], None]
+"""What writes everything beside the weights, the index last, and puts the result in its place."""
+
+
+def commit(ready: Prepared, folder: Path, dst: Path, name: str | None, place: Place) -> None:
+    """Check that all parts are done and nothing changed, and put the result in its place.
+
+    A commit that was killed is done again by the next.
+
+    Raises ``BadInputError``.
+    """
+    with open_stage(folder, ready) as stage:
+        if stage.committed is not None:
+            raise _committed(stage, dst)
+        _check_done(ready, stage)
+        claimed = stage.claim()
+        if claimed is None:  # a commit was killed between the renaming and the note of it
+            with open_work(dst, name is not None) as work:
+                work.clear()
+            stage.finish()
+            return
+        try:
+            _check_files(ready, claimed)
+            with open_work(dst, name is not None) as work:
+                work.new = claimed
+                place(work, ready)
+        except BaseException:
+            stage.give_up(claimed)
+            raise
+        stage.finish()
+
+
+def _check_done(ready: Prepared, stage: Stage) -> None:
+    done = stage.done()
+    pieces = cut(ready.layout.files, stage.job.piece)
+    missing = [piece for piece in pieces if piece[:2] not in done]
+    if not missing:
+        return
+    by_file = {number: list(its) for number, its in groupby(missing, lambda piece: piece.file)}
+    rows = [
+        f"{ready.layout.files[number].name} ({len(its)}: bytes {its[0].start} to {its[-1].stop})"
+        for number, its in by_file.items()
+    ]
+    more = f", and of {len(rows) - _SHOWN} more files" if len(rows) > _SHOWN else ""
+    size = show_size(sum(piece.size for piece in missing))
+    message = (
+        f"{len(missing)} of {len(pieces)} pieces are not there ({size}): of "
+        f"{', '.join(rows[:_SHOWN])}{more}"
+    )
+    fix = "run the parts that died again, or do all that is missing with --part 0/1; then commit"
+    raise BadInputError(Finding("stage-incomplete", message, where=str(stage.folder), fix=fix))
+
+
+def _check_files(ready: Prepared, folder: Path) -> None:
+    """Check that every file has its size and begins as it should."""
+    for file in ready.layout.files:
+        path = folder / file.name
+        opened, size = open_regular(path)
+        with opened:
+            if size != file.size or opened.read(len(file.head)) != file.head:
+                message = "the file is not what its parts are said to have made it"
+                fix = "see what else wrote to the stage; begin anew after --abort"
+                raise BadInputError(Finding("stage-damaged", message, where=str(path), fix=fix))
+
+
+def _committed(stage: Stage, dst: Path) -> BadInputError:
+    message = f"this conversion was committed already, and the stage has nothing left ({dst})"
+    fix = "look at the result; to make it once more, begin anew after --abort"
+    return BadInputError(Finding("stage-committed", message, where=str(stage.folder), fix=fix))
