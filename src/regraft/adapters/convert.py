@@ -45,7 +45,6 @@ from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Entry, Headers, Plan
 from regraft.planning.side import Side
 from regraft.report import AdapterReport, Target, Trace
-from regraft.rules.templates import match_group
 from regraft.values import replace
 
 
@@ -268,13 +267,14 @@ def _unnamed_layout(
 
 def _has_transposed(opened: Opened, known: Known, to: str) -> bool:
     """Whether a saved weight is stored differently in the other layout, under the same name."""
+    side = Side(known.books, to, known.scopes)
     return any(
-        match_group(term.key, keys) is not None
-        for rule, term, _, _ in Side(known.books, to, known.scopes).rules
-        if term.key is not None
-        and [str(t.key) for t in rule.equation.left] == [str(t.key) for t in rule.equation.right]
-        and [t.dims for t in rule.equation.left] != [t.dims for t in rule.equation.right]
+        [term.key for term in found.rule.equation.left]
+        == [term.key for term in found.rule.equation.right]
+        and [term.dims for term in found.rule.equation.left]
+        != [term.dims for term in found.rule.equation.right]
         for keys in opened.names().tensors
+        for found, _ in side.matching(keys)
     )
 
 

@@ -23,6 +23,7 @@ from regraft.planning.model import (
 )
 from regraft.planning.own_class import own_modules, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
+from regraft.rules.direction import SIDES
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import load_json
@@ -260,11 +261,10 @@ def _undecided(
 def _difference(books: Sequence[Book], names: Names) -> str:
     """A rule that moves one of the keys."""
     for book in books:
-        for rule in book.rules:
-            terms = (*rule.equation.left, *rule.equation.right)
-            for group in _candidates(names):
-                if any(t.key is not None and match_group(t.key, group) for t in terms):
-                    return f"{rule.name} moves {group.name(0)}"
+        for group in _candidates(names):
+            for side in SIDES:
+                for term, _ in book.terms(side).matching(group):
+                    return f"{term.rule.name} moves {group.name(0)}"
     return ""
 
 
@@ -357,19 +357,9 @@ def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
 
 def _check_explained(books: Sequence[Book], names: Names, hints: Hints, where: str) -> None:
     """Without a config the parts of a composite model are not known; then its keys are not explained."""
-    keys = [
-        term.key
-        for book in books
-        for rule in book.rules
-        for term in (*rule.equation.left, *rule.equation.right)
-    ]
-    keys += [carry.term.key for book in books for carry in book.carries]
-    modules = [table.module for book in books for table in book.parameters]
     for module in names.modules:
         group = Group(module.template + ".weight", module.ids, module.numbers)
-        if any(key is not None and match_group(key, group) for key in keys) or any(
-            match_group(key, module) for key in modules
-        ):
+        if any(_says_of(book, group) or _has_own_parameters(book, module) for book in books):
             continue
         raise UnmatchedKeysError(
             Finding(
@@ -412,15 +402,19 @@ def books_by_keys(names: Names) -> list[Book]:
 def _speaks_of(book: Book, names: Names) -> bool:
     if book.tells != "both":
         return names_tell(book, _candidates(names))
-    keys = [
-        term.key
-        for rule in book.rules
-        for term in (*rule.equation.left, *rule.equation.right)
-        if term.key is not None
-    ]
-    if any(match_group(key, group) for key in keys for group in _candidates(names)):
-        return True
-    return any(match_group(p.module, group) for p in book.parameters for group in names.modules)
+    return any(
+        book.terms(side).matches(group) for side in SIDES for group in _candidates(names)
+    ) or any(_has_own_parameters(book, group) for group in names.modules)
+
+
+def _says_of(book: Book, group: Group) -> bool:
+    """Whether a book has a rule or a carry-over for tensors, in either layout."""
+    return book.carried.matches(group) or any(book.terms(side).matches(group) for side in SIDES)
+
+
+def _has_own_parameters(book: Book, modules: Group) -> bool:
+    """Whether a book lists the parameters of modules."""
+    return any(match_group(table.module, modules) for table in book.parameters)
 
 
 def _outcome(book: Book, names: Names) -> object:

@@ -158,14 +158,12 @@ def _plan(headers: Headers, known: Known, side: Side, target: str, where: str) -
 
 def _refuse_changed(groups: Iterable[SavedGroup], side: Side, tuner: str, where: str) -> None:
     """Refuse tensors of families that have no rule where the base weight they stand on changes."""
-    rules = side.rules
-    whole = [term.key for _, term, _, _ in rules if term.key is not None]
-    opaque = [o for o in groups if not any(match_group(key, o.keys) for key in whole)]
+    opaque = [other for other in groups if side.find(other.keys) is None]
     findings = []
-    for rule, term, _, _ in rules:
-        if term.key is None or changes_nothing(rule):
+    for told in side.terms if opaque else ():
+        if changes_nothing(told.rule):
             continue
-        below = parse_key(str(term.key).removesuffix(".weight") + ".{*adapter_tensor}")
+        below = parse_key(str(told.key).removesuffix(".weight") + ".{*adapter_tensor}")
         for other in opaque:
             match = match_group(below, other.keys)
             if match is None or not match.rests[-1]:
@@ -179,7 +177,7 @@ def _refuse_changed(groups: Iterable[SavedGroup], side: Side, tuner: str, where:
                     f"that carries {kind} along{more}",
                     where=where,
                     key=other.keys.name(int(match.rows[0])),
-                    rule=str(rule),
+                    rule=str(told.rule),
                     fix="merge the adapter into its base and convert the base",
                 )
             )

@@ -9,7 +9,7 @@ from msgspec import Struct, field
 from regraft.adapters.detect import covers
 from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.per_expert import Unstacked, find_unstacked
-from regraft.equation.notation import ConfigPath, Key, Term
+from regraft.equation.notation import Key, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import (
     AmbiguousError,
@@ -232,7 +232,7 @@ def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
         solve_sizes(
             rule.equation,
             [(term, shape)],
-            lookup=lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
+            lookup=scope.look_up,
         )
     except UnknownSizeError:
         return True

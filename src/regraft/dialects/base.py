@@ -266,7 +266,7 @@ class PlainFile(Struct):
             found = side.find(group)
             for row, number in enumerate(group.ids.tolist()):
                 key, lora = keys[number], self.loras[keys[number]]
-                kind = found[2] if found is not None else self.kinds.get(key, "any")
+                kind = found.kind if found is not None else self.kinds.get(key, "any")
                 stored[number] = self.shapes.get(key) or _stored(lora, kind)
                 if not row:
                     kinds.append((group, kind))

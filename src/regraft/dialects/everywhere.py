@@ -11,7 +11,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Images, Lora
 from regraft.adapters.scale import Scale
 from regraft.dialects.halves import config_of
-from regraft.equation.notation import ConfigPath, Equation, Term
+from regraft.equation.notation import Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import Edge
@@ -89,9 +89,7 @@ class Sizes:
 
 
 def _matrix(equation: Equation, term: Term, kind: str, scope: Scope) -> Iterator[tuple[int, int]]:
-    dims = known_dims(
-        equation, term, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
-    )
+    dims = known_dims(equation, term, scope.look_up)
     roles = KINDS[kind].roles or (OUT, IN)
     if len(dims) == len(roles) and None not in dims:
         yield tuple(dims[roles.index(role)] for role in (OUT, IN))  # type: ignore[misc]

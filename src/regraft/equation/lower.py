@@ -28,9 +28,6 @@ from regraft.equation.notation import (
     Term,
     Where,
     axes_of,
-    givens_of,
-    indices_of,
-    loops_of,
     notation_error,
 )
 from regraft.equation.sizes import extent, shape_of
@@ -139,13 +136,13 @@ def is_stacked(equation: Equation, hole: Expr) -> bool:
     """Whether a hole counts the tensors of a stack; else it is a loop, or one number."""
     if not isinstance(hole, (Axis, Affine)):
         return True
-    free = {*loops_of(equation), *givens_of(equation)}
+    free = {*equation.loops, *equation.givens}
     return any(name not in free for name in axes_of(hole))
 
 
 def stacked_holes(equation: Equation, term: Term) -> tuple[Expr, ...]:
     """The holes of a term's key that are no loops, from left to right."""
-    return tuple(h for h in (term.key.holes if term.key else ()) if is_stacked(equation, h))
+    return tuple(h for h in term.holes if is_stacked(equation, h))
 
 
 def _boxes(
@@ -178,7 +175,7 @@ def check_equation(equation: Equation) -> None:
     """
     _check_one_sided(equation)
     for clause in equation.where:
-        if clause.one and (clause.axes or clause.axis not in indices_of(equation)):
+        if clause.one and (clause.axes or clause.axis not in equation.indices):
             raise notation_error(
                 equation.text,
                 clause.start,
@@ -187,7 +184,7 @@ def check_equation(equation: Equation) -> None:
     for term in (*equation.left, *equation.right):
         _check_numbers(equation, term)
     names: list[dict[frozenset[str], _Box]] = []
-    loops = loops_of(equation)
+    loops = equation.loops
     for side in (equation.left, equation.right):
         boxes: dict[frozenset[str], _Box] = {}
         seen: set[frozenset[str]] = set()
@@ -228,7 +225,7 @@ def check_equation(equation: Equation) -> None:
         term = next(t for t in terms if t.key and frozenset(t.key.rests) == odd)
         raise notation_error(equation.text, term.start, "every key holds the same {*...} parts")
     for term in terms:
-        holes = term.key.holes if term.key else ()
+        holes = term.holes
         bare = {name for h in holes if isinstance(h, (Axis, Affine)) for name in axes_of(h)}
         missing = [name for name in loops if name not in bare]
         if missing:
@@ -258,12 +255,7 @@ def check_equation(equation: Equation) -> None:
 def _check_one_sided(equation: Equation) -> None:
     """Copies and padding: axes of one side."""
     sides = [
-        {
-            n
-            for term in side
-            for e in (*term.dims, *(term.key.holes if term.key else ()))
-            for n in axes_of(e)
-        }
+        {n for term in side for e in (*term.dims, *term.holes) for n in axes_of(e)}
         for side in (equation.left, equation.right)
     ]
     for axis, what in (
@@ -279,9 +271,9 @@ def _check_one_sided(equation: Equation) -> None:
 
 def _check_numbers(equation: Equation, term: Term) -> None:
     """Numbers computed from indices: the indices can be found from the number, in one way."""
-    holes = term.key.holes if term.key else ()
-    free = {*loops_of(equation), *givens_of(equation)}
-    known = {h.name for h in holes if isinstance(h, Axis)} | set(givens_of(equation))
+    holes = term.holes
+    free = {*equation.loops, *equation.givens}
+    known = {h.name for h in holes if isinstance(h, Axis)} | set(equation.givens)
     for hole in sorted(
         (h for h in holes if isinstance(h, Affine)),
         key=lambda h: sum(name not in known for name in axes_of(h)),

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -108,26 +108,30 @@ class Segments(Struct, frozen=True):
         return "{*" + self.name + "}"
 
 
-class Key(Struct, frozen=True, cache_hash=True):
+class Key(Struct, frozen=True, cache_hash=True, dict=True):
     """A key template: text, holes and ``{*p}`` in order."""
 
     parts: tuple[str | Hole | Segments, ...]
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         return "".join(map(str, self.parts))
 
-    @property
+    @cached_property
     def holes(self) -> tuple[Expr, ...]:
         """The index expressions, from left to right."""
         return tuple(part.expr for part in self.parts if isinstance(part, Hole))
 
-    @property
+    @cached_property
     def rests(self) -> tuple[str, ...]:
         """The names of the ``{*p}`` parts, from left to right."""
         return tuple(part.name for part in self.parts if isinstance(part, Segments))
 
 
-class Term(Struct, frozen=True, cache_hash=True):
+class Term(Struct, frozen=True, cache_hash=True, dict=True):
     """One tensor of a side: its key (``None`` where only dims were written) and one expression per dim."""
 
     key: Key | None
@@ -135,10 +139,15 @@ class Term(Struct, frozen=True, cache_hash=True):
     start: int
     """Where the term begins in the equation's text."""
 
-    @property
+    @cached_property
     def ends_open(self) -> bool:
         """Whether the last dim is ``...``."""
         return bool(self.dims) and self.dims[-1] == Axis(REST)
+
+    @cached_property
+    def holes(self) -> tuple[Expr, ...]:
+        """The index expressions of its key."""
+        return self.key.holes if self.key is not None else ()
 
     def __str__(self) -> str:
         dims = " ".join(map(str, self.dims))
@@ -167,7 +176,7 @@ class ShapeOf(Struct, frozen=True):
 Value = int | Axis | ConfigPath | ShapeOf
 
 
-class Where(Struct, frozen=True):
+class Where(Struct, frozen=True, dict=True):
     """``axis = value * value / value``, several of them added or subtracted."""
 
     axis: str
@@ -179,7 +188,7 @@ class Where(Struct, frozen=True):
     or_last: bool = False
     """Whether that is the last index that there is where the values are not known."""
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """The axes among the values."""
         return tuple(value.name for _, value in self.values if isinstance(value, Axis))
@@ -218,7 +227,7 @@ class Fill(Struct, frozen=True):
         return f"fill {self.axis} = {self.value:g}"
 
 
-class Equation(Struct, frozen=True, cache_hash=True):
+class Equation(Struct, frozen=True, cache_hash=True, dict=True):
     """Two sides that hold the same elements. Its inverse is itself, read right to left."""
 
     text: str
@@ -233,6 +242,38 @@ class Equation(Struct, frozen=True, cache_hash=True):
     def sides(self, reverse: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The side that is read and the side that is written."""
         return (self.right, self.left) if reverse else (self.left, self.right)
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """All axes that stand in dims or in keys, in order of appearance."""
+        exprs = (e for term in (*self.left, *self.right) for e in (*term.dims, *term.holes))
+        return tuple(dict.fromkeys(name for expr in exprs for name in axes_of(expr)))
+
+    @cached_property
+    def indices(self) -> tuple[str, ...]:
+        """What stands in holes only, alone or in a number computed from it: it has no size."""
+        bare: dict[str, None] = {}
+        sized = set(self.copies)
+        for term in (*self.left, *self.right):
+            for hole in term.holes:
+                names = axes_of(hole)
+                if isinstance(hole, (Axis, Affine)):
+                    bare.update(dict.fromkeys(names))
+                else:
+                    sized.update(names)
+            for dim in term.dims:
+                sized.update(axes_of(dim))
+        return tuple(name for name in bare if name not in sized)
+
+    @cached_property
+    def givens(self) -> dict[str, Where]:
+        """Indices that have one value (``l is config.num_layers - 1``): such a hole is one number."""
+        return {clause.axis: clause for clause in self.where if clause.one}
+
+    @cached_property
+    def loops(self) -> tuple[str, ...]:
+        """Indices that take any values, gaps allowed."""
+        return tuple(name for name in self.indices if name not in self.givens)
 
     def __str__(self) -> str:
         sides = " == ".join(", ".join(map(str, side)) for side in (self.left, self.right))
@@ -286,34 +327,6 @@ def axes_of(expr: Expr) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4096)
-def loops_of(equation: Equation) -> tuple[str, ...]:
-    """Axes that stand in keys only, alone or in a number computed from them: any values, gaps allowed."""
-    given = givens_of(equation)
-    return tuple(name for name in indices_of(equation) if name not in given)
-
-
-@lru_cache(maxsize=4096)
-def givens_of(equation: Equation) -> dict[str, Where]:
-    """Indices that have one value (``l is config.num_layers - 1``): such a hole is one number."""
-    return {clause.axis: clause for clause in equation.where if clause.one}
-
-
-def indices_of(equation: Equation) -> dict[str, None]:
-    """What stands in holes only, alone or in a number computed from it."""
-    bare: dict[str, None] = {}
-    sized = set(equation.copies)
-    for term in (*equation.left, *equation.right):
-        for hole in term.key.holes if term.key else ():
-            if isinstance(hole, (Axis, Affine)):
-                bare.update(dict.fromkeys(axes_of(hole)))
-            else:
-                sized.update(axes_of(hole))
-        for dim in term.dims:
-            sized.update(axes_of(dim))
-    return {name: None for name in bare if name not in sized}
-
-
-@lru_cache(maxsize=4096)
 def parse_equation(text: str) -> Equation:
     """Parse an equation; the result is cached and immutable.
 
@@ -340,8 +353,7 @@ def parse_equation(text: str) -> Equation:
     if scanner.at < len(text):
         raise scanner.error("this was not expected here")
     for term in (*left, *right):
-        holes = term.key.holes if term.key is not None else ()
-        pieces = prod(count_pieces(expr) for expr in (*holes, *term.dims))
+        pieces = prod(count_pieces(expr) for expr in (*term.holes, *term.dims))
         if pieces > _MOST_PIECES:
             message = (
                 f"its sums cut {term} into {pieces} pieces, and at most {_MOST_PIECES} are moved"

@@ -20,8 +20,6 @@ from regraft.equation.notation import (
     Value,
     Where,
     axes_of,
-    givens_of,
-    loops_of,
 )
 
 
@@ -159,12 +157,12 @@ def undetermined(equation: Equation, reverse: bool = False) -> tuple[str, ...]:
     for name in _indices(equation):
         solver.sizes[name] = 1
     for term in source:
-        for hole in term.key.holes if term.key else ():
+        for hole in term.holes:
             if isinstance(hole, (Axis, Affine)):
                 solver.sizes.update(dict.fromkeys(axes_of(hole), 1))
     if any(term.ends_open for term in source):
         solver.sizes[REST] = 1
-    dims = [dim for term in source for dim in (*term.dims, *(term.key.holes if term.key else ()))]
+    dims = [dim for term in source for dim in (*term.dims, *term.holes)]
     return solver.settle_symbolically(dims)
 
 
@@ -186,12 +184,14 @@ def _evaluate(
         return None
     total = 0
     for part in _parts(values):
-        result = _ratio(part, sizes, lookup)
-        if result is None:
+        ratio = _ratio(part, sizes, lookup)
+        if ratio is None:
             return None
-        if result.denominator != 1:
+        above, below = ratio
+        if above % below:
+            result = Fraction(above, below)
             raise SizeError(f"{result.numerator} is not divisible by {result.denominator}")
-        total += int(result)
+        total += above // below
     return total
 
 
@@ -209,8 +209,9 @@ def _parts(values: tuple[tuple[str, Value], ...]) -> Iterator[list[tuple[str, Va
 
 def _ratio(
     part: Iterable[tuple[str, Value]], sizes: Mapping[str, int], lookup: Lookup | None
-) -> Fraction | None:
-    result = Fraction(1)
+) -> tuple[int, int] | None:
+    """A product as a numerator and a denominator; ``None`` where a value is not known."""
+    above, below = 1, 1
     for op, value in part:
         if isinstance(value, int):
             number: int | None = value
@@ -220,15 +221,21 @@ def _ratio(
             number = lookup(value) if lookup else None
         if number is None:
             return None
-        if op == "/" and number == 0:
-            raise SizeError(f"{result} is not divisible by 0")
-        result = result * number if op == "*" else result / number
-    return result
+        if op == "*":
+            above *= number
+        elif number == 0:
+            raise SizeError(f"{Fraction(above, below)} is not divisible by 0")
+        else:
+            below *= number
+    return above, below
 
 
 def _indices(equation: Equation) -> tuple[str, ...]:
     """What stands in keys only and has no size: loops, and indices with one value."""
-    return (*loops_of(equation), *givens_of(equation))
+    return (*equation.loops, *equation.givens)
+
+
+_ONCE = Fraction(1)
 
 
 class _Solver:
@@ -237,17 +244,16 @@ class _Solver:
         self.lookup = lookup
         self.sizes: dict[str, int] = {}
         self.told: dict[str, str] = {}
-        terms = (*equation.left, *equation.right)
-        self.axes = dict.fromkeys(
-            name
-            for term in terms
-            for expr in (*term.dims, *(term.key.holes if term.key else ()))
-            for name in axes_of(expr)
-        )
+        self.axes = equation.axes
         self.same: dict[str, tuple[str, Fraction]] = {}
         for clause in equation.where:
             if not clause.one:
                 self.relate(clause)
+        self.alike: dict[str, list[tuple[str, Fraction]]] = {}
+        """The axes that are measured by one, and how many times it each of them is."""
+        for name in self.axes if self.same else ():
+            root, times = self.root(name)
+            self.alike.setdefault(root, []).append((name, times))
 
     def relate(self, clause: Where) -> None:
         """Note that an axis is so many times another: ``m = 4 q``."""
@@ -258,15 +264,15 @@ class _Solver:
         if ("/", Axis(other)) in parts[0]:
             return
         ratio = _ratio([p for p in parts[0] if p[1] != Axis(other)], {}, self.lookup)
-        if not ratio or ratio < 0:
+        if ratio is None or Fraction(*ratio) <= 0:
             return
         (a, of_a), (b, of_b) = self.root(clause.axis), self.root(other)
         if a != b:
-            self.same[a] = b, ratio * of_b / of_a
+            self.same[a] = b, Fraction(*ratio) * of_b / of_a
 
     def root(self, axis: str) -> tuple[str, Fraction]:
         """The axis that another is measured by, and how many times it that is."""
-        times = Fraction(1)
+        times = _ONCE
         while axis in self.same:
             axis, ratio = self.same[axis]
             times *= ratio
@@ -281,13 +287,10 @@ class _Solver:
         if size < 0:
             raise SizeError(f"{axis} would be {size}", at)
         root, times = self.root(axis)
-        unit = size / times
-        for name in self.axes:
-            other, factor = self.root(name)
-            if other != root:
-                continue
-            here = f" ({told})" if told else ""
-            wanted = unit * factor
+        here = f" ({told})" if told else ""
+        own = ((axis, times),) if axis in self.axes else ()
+        for name, factor in self.alike.get(root, own):
+            wanted = size if factor is times else size / times * factor
             if wanted.denominator != 1:
                 raise SizeError(f"{axis} = {size}{here} leaves no whole number for {name}", at)
             if self.sizes.setdefault(name, int(wanted)) != wanted:
@@ -318,6 +321,10 @@ class _Solver:
         return {self.root(name)[0] for name in axes_of(expr) if name not in self.sizes}
 
     def solve(self, dim: Expr, size: int, at: int) -> None:
+        if isinstance(dim, Axis):
+            if dim.name not in self.sizes:
+                self.put(dim.name, size, at)
+            return
         unknown = self.unknowns(dim)
         if len(unknown) != 1:
             return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regraft.equation.lower import Copy
-from regraft.equation.notation import Equation, Term, loops_of
+from regraft.equation.notation import Equation, Term
 from regraft.explaining.explanation import End, Explanation, Piece
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
@@ -87,7 +87,7 @@ def locate(plan: Plan, base: str | None) -> tuple[Entry, int] | None:
 def unsized(best: Claim, reading: bool) -> Iterator[End]:
     """The terms of a rule where sizes are not known: holes stay holes, except those that are."""
     values = values_of(best.term, best.match)
-    loops = loops_of(best.rule.equation)
+    loops = best.rule.equation.loops
     sides, kinds = best.edge.sides(best.rule), best.rule.kinds(best.edge.direction)
     for term, kind in zip(sides[not reading], kinds[not reading], strict=True):
         key = str(term.key)
@@ -102,7 +102,7 @@ def with_entry(
     made: Explanation, plan: Plan, entry: Entry, row: int, key: str | None
 ) -> Explanation:
     """Sources, targets and pieces of one loop value of an entry."""
-    loops = loops_of(entry.rule.equation)
+    loops = entry.rule.equation.loops
     sizes = {name: size for name, size in entry.sizes.items() if name not in loops}
     sources: list[End] = []
     targets: list[End] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from itertools import pairwise
 
 from msgspec import Struct
@@ -21,7 +22,7 @@ from regraft.rules.book import Book, Rule
 from regraft.rules.direction import Direction, Side
 
 
-class Edge(Struct, frozen=True):
+class Edge(Struct, frozen=True, dict=True):
     """A rule book, read in one direction: from the layout ``source`` to the layout ``target``."""
 
     book: Book
@@ -43,22 +44,22 @@ class Edge(Struct, frozen=True):
         """
         return Edge(book, _direction(book, layout, target=False))
 
-    @property
+    @cached_property
     def source(self) -> str:
         """The layout that is read."""
         return self.book.layout(self.direction.read)
 
-    @property
+    @cached_property
     def target(self) -> str:
         """The layout that is written."""
         return self.book.layout(self.direction.written)
 
-    @property
+    @cached_property
     def reads(self) -> Side:
         """The side of the book that is read."""
         return self.direction.read
 
-    @property
+    @cached_property
     def writes(self) -> Side:
         """The side of the book that is written."""
         return self.direction.written

@@ -16,8 +16,6 @@ from regraft.equation.notation import (
     Product,
     Sum,
     axes_of,
-    indices_of,
-    loops_of,
     parse_equation,
 )
 from regraft.equation.sizes import undetermined
@@ -156,12 +154,12 @@ def _counts(
     favour: _Favour,
 ) -> Iterator[str]:
     """How many tensors are stacked, where a field of the config says it: otherwise the last may be missing."""
-    loops = {*loops_of(equation), *indices_of(equation)}
+    loops = {*equation.loops, *equation.indices}
     keyed = {
         name
         for side in equation.sides()
         for term in side
-        for hole in (term.key.holes if term.key is not None else ())
+        for hole in term.holes
         for name in axes_of(hole)
     }
     for axis in sorted(keyed - loops - done - lonely):

@@ -122,7 +122,7 @@ def _kind(term: Term, told: str | None, guessed: str, roles: Mapping[str, str]) 
 
 
 def _note_roles(term: Term, kind: str, roles: dict[str, str]) -> None:
-    for hole in term.key.holes if term.key is not None else ():
+    for hole in term.holes:
         for axis in axes_of(hole):
             roles.setdefault(axis, BATCH)
     for dim, expr in enumerate(term.dims):

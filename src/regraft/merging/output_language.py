@@ -51,7 +51,7 @@ class LanguageOutput:
         found: dict[str, str] = {}
         for group in group_names(list(self.base.rows)):
             told = side.find(group)
-            kind = side.carried_kind(group) if told is None else told[2]
+            kind = side.carried_kind(group) if told is None else told.kind
             found.update(dict.fromkeys(group.names(), kind or "any"))
         return found
 

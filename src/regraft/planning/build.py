@@ -9,13 +9,10 @@ import numpy as np
 
 from regraft.equation.notation import (
     Affine,
-    ConfigPath,
     Equation,
     Expr,
     Term,
     axes_of,
-    givens_of,
-    loops_of,
 )
 from regraft.equation.sizes import (
     SizeError,
@@ -30,13 +27,12 @@ from regraft.names.keys import Group, Ints
 from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
-from regraft.rules.book import Book, Carry, Rule
+from regraft.rules.book import Book, Carry, Rule, RuleTerm
 from regraft.rules.indices import Givens, reading_of
 from regraft.rules.templates import (
     Match,
     Specificity,
     match_group,
-    specificity,
 )
 
 UNMATCHED_FIX = "check the prefix and the model, or add the key to a rule book"
@@ -111,12 +107,17 @@ class _Builder:
         found: list[tuple[Specificity, Claim]] = []
         for edge in self.edges:
             scope = self.scopes.get(edge.book.name, Scope())
-            for rule in edge.book.rules:
-                for number, term in enumerate(edge.sides(rule)[0]):
-                    for group in self.headers.groups:
-                        claim = self.claim(rule, number, term, group, scope)
-                        if claim is not None:
-                            found.append((specificity(term, rule.equation), claim))
+            terms = edge.book.terms(edge.reads)
+            matches = [
+                (term, group, match)
+                for group in self.headers.groups
+                if scope.admits(group.template)
+                for term, match in terms.matching(group)
+            ]
+            for term, group, match in sorted(matches, key=lambda each: each[0].place):
+                claim = self.claim(term, group, match, scope)
+                if claim is not None:
+                    found.append((term.specificity, claim))
         found.sort(key=lambda pair: pair[0], reverse=True)
         ranks = {rank: place for place, (rank, _) in enumerate(found)}
         digits = np.full(len(self.owner), -1)
@@ -157,19 +158,14 @@ class _Builder:
             claims[claim.rule].append(claim)
         return claims
 
-    def claim(
-        self, rule: Rule, number: int, term: Term, group: Group, scope: Scope
-    ) -> Claim | None:
-        """The keys of a group that a term speaks of: by name, by number of dims, and inside its scope."""
-        assert term.key is not None
-        match = match_group(term.key, group)
-        if match is None or not scope.admits(group.template):
-            return None
+    def claim(self, of: RuleTerm, group: Group, match: Match, scope: Scope) -> Claim | None:
+        """The keys of a group that a term speaks of: by name, and by number of dims."""
+        rule, term = of.rule, of.term
         givens = self.givens(rule, term, group, match, scope)
         if givens is None:
             return None
-        indices, fits = reading_of(rule.equation, term.key).read(match.holes, givens)
-        claim = Claim(rule, number, term, group, match, indices, givens)
+        indices, fits = of.reading.read(match.holes, givens)
+        claim = Claim(rule, of.number, term, group, match, indices, givens)
         if not fits.all():
             if not fits.any():
                 return None
@@ -186,10 +182,8 @@ class _Builder:
     ) -> Givens | None:
         """The values of a rule's indices that have one value each; ``None`` where one is not known."""
         found: dict[str, int] = {}
-        for name, clause in givens_of(rule.equation).items():
-            value = evaluate(
-                clause, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
-            )
+        for name, clause in rule.equation.givens.items():
+            value = evaluate(clause, scope.look_up)
             if value is None and clause.or_last:
                 if self.sources.partial:
                     shaped = self.shaped_as_last(rule, name, term, group, match)
@@ -336,12 +330,10 @@ class _Builder:
         self, equation: Equation, scope: Scope, group: Group, loops: Ints, where: str
     ) -> None:
         for bound in equation.bounds:
-            limit = limit_of(
-                bound, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
-            )
+            limit = limit_of(bound, scope.look_up)
             if limit is None:
                 continue
-            over = loops[:, loops_of(equation).index(bound.axis)] >= limit
+            over = loops[:, equation.loops.index(bound.axis)] >= limit
             if over.any():
                 self.sources.report(
                     "wrong-base",
@@ -365,7 +357,7 @@ class _Builder:
                 solve_sizes(
                     carry.equation,
                     [(carry.term, shape)],
-                    lookup=lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
+                    lookup=scope.look_up,
                 )
             except UnknownSizeError:
                 continue

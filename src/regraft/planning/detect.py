@@ -96,15 +96,9 @@ def telling(books: Sequence[Book], groups: Sequence[Group]) -> tuple[Book, ...]:
 
 def names_tell(book: Book, groups: Sequence[Group]) -> bool:
     """Whether names are among those that only the telling side of a book has."""
-    left, right = (
-        [term.key for rule in book.rules for term in rule.equation.sides(back)[0] if term.key]
-        for back in (False, True)
-    )
-    mine, other = (left, right) if book.tells == "left" else (right, left)
+    mine, other = SIDES if book.tells == "left" else SIDES[::-1]
     return any(
-        any(match_group(key, group) for key in mine)
-        and not any(match_group(key, group) for key in other)
-        for group in groups
+        book.terms(mine).matches(group) and not book.terms(other).matches(group) for group in groups
     )
 
 
@@ -137,7 +131,16 @@ _Spoken = list[tuple[Group, dict[Side, list[str]]]]
 
 def _spoken(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
     """What a book's rules say of tensors."""
-    return _hits({side: list(_terms(book, side)) for side in SIDES}, book, groups, admits)
+    return [
+        (group, {side: rules for side in SIDES if (rules := _rules_of(book, side, group))})
+        for group in groups
+        if admits(book, group)
+    ]
+
+
+def _rules_of(book: Book, side: Side, group: Group) -> list[str]:
+    """The names of the rules that speak of a group on one side."""
+    return [term.rule.name for term, _ in book.terms(side).matching(group)]
 
 
 def _spoken_modules(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
@@ -202,14 +205,9 @@ def _unexplained(
             mine = explained.setdefault(id(group), set())
             mine.update(book.layout(side) for side in hits)
             ruled |= {id(group)} if hits else set()
-            if not mine.issuperset(book.layouts) and _carries(book, group):
+            if not mine.issuperset(book.layouts) and book.carried.matches(group):
                 mine.update(book.layouts)
     return {name for each in ruled for name in layouts if name not in explained[each]}
-
-
-def _carries(book: Book, group: Group) -> bool:
-    """Whether a book says of keys that they stay."""
-    return any(c.term.key is not None and match_group(c.term.key, group) for c in book.carries)
 
 
 def _without_parameters(
@@ -238,12 +236,9 @@ def _explaining(books: Sequence[Book], group: Group, admits: _Admits) -> set[str
     for book in books:
         if not admits(book, group):
             continue
-        if _carries(book, group):
+        if book.carried.matches(group):
             explained.update(book.layouts)
-        for rule in book.rules:
-            for side, terms in zip(SIDES, (rule.equation.left, rule.equation.right), strict=True):
-                if any(t.key is not None and match_group(t.key, group) for t in terms):
-                    explained.add(book.layout(side))
+        explained.update(book.layout(side) for side in SIDES if book.terms(side).matches(group))
     return explained
 
 

@@ -18,7 +18,6 @@ from regraft.equation.notation import (
     ShapeOf,
     Term,
     axes_of,
-    loops_of,
 )
 from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_sizes
 from regraft.errors import Finding
@@ -109,7 +108,7 @@ class Family:
         self.direction, self.scope = direction, scope
         self.givens = claims[0].givens
         self.read, self.written = rule.sides(direction)
-        self.loop_names = loops_of(rule.equation)
+        self.loop_names = rule.equation.loops
         self.holes = tuple(stacked_holes(rule.equation, term) for term in self.read)
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
         for claim in claims:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, field
 
-from regraft.equation.notation import ConfigPath
+from regraft.equation.notation import ConfigPath, ShapeOf
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book
 
@@ -207,11 +207,13 @@ class Scope(Struct, frozen=True):
         segments = template.split(".")
         return self.below is None or self.below in segments or segments[0] in _HEADS
 
-    def look_up(self, value: ConfigPath) -> int | None:
-        """The first of the fields that the config has as a whole number.
+    def look_up(self, value: ConfigPath | ShapeOf) -> int | None:
+        """The first of the fields that the config has as a whole number; it says nothing of shapes.
 
         Attention heads share the hidden size where a config says nothing of ``head_dim``.
         """
+        if isinstance(value, ShapeOf):
+            return None
         for path in value.paths:
             found = self._field(path)
             if found is not None:

@@ -8,12 +8,12 @@ from functools import cached_property
 
 from msgspec import Struct
 
-from regraft.equation.notation import Hole, Segments, Term
+from regraft.equation.notation import Hole, Segments
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group
 from regraft.planning.model import Scope
-from regraft.rules.book import Book, Rule
-from regraft.rules.templates import match_group, specificity
+from regraft.rules.book import Book, RuleTerm
+from regraft.rules.templates import Match, match_group
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
@@ -37,35 +37,29 @@ class Side(Struct, frozen=True, dict=True):
             if layout in book.layouts
         )
 
-    @cached_property
-    def rules(self) -> list[tuple[Rule, Term, str, Scope]]:
-        """Every term of this side with its kind."""
-        return [
-            (rule, term, kind, self.scopes.get(edge.book.name, Scope()))
-            for edge in self.edges
-            for rule in edge.book.rules
-            for term, kind in zip(edge.sides(rule)[0], rule.kinds(edge.direction)[0], strict=True)
-        ]
+    @property
+    def terms(self) -> list[RuleTerm]:
+        """Every term of this side."""
+        return [term for edge in self.edges for term in edge.book.terms(edge.reads)]
 
-    def find(self, keys: Group) -> tuple[Rule, Term, str, Scope] | None:
-        """The rule that speaks of a key on this side; of several the one with most of the key's text in its own."""
-        hits = [
-            found
-            for found in self.rules
-            if (key := found[1].key) is not None and match_group(key, keys) is not None
-        ]
-        if len(hits) < 2:
-            return hits[0] if hits else None
-        return max(hits, key=lambda found: specificity(found[1], found[0].equation))
+    def matching(self, keys: Group) -> Iterator[tuple[RuleTerm, Match]]:
+        """The terms of this side that speak of keys."""
+        for edge in self.edges:
+            yield from edge.book.terms(edge.reads).matching(keys)
+
+    def find(self, keys: Group) -> RuleTerm | None:
+        """The term that speaks of a key on this side; of several the one with most of the key's text in its own."""
+        hits = (term for term, _ in self.matching(keys))
+        return max(hits, key=lambda term: term.specificity, default=None)
+
+    def scope_of(self, book: str) -> Scope:
+        """What a book's ``config.x`` means here, by the book's name."""
+        return self.scopes.get(book, Scope())
 
     def carried_kind(self, keys: Group) -> str | None:
         """The kind that a carry-over gives a key that stays as it is; ``None`` where none says it."""
-        for book in self.books:
-            for carry in book.carries:
-                key = carry.term.key
-                if carry.kind and key is not None and match_group(key, keys) is not None:
-                    return carry.kind
-        return None
+        kinds = (carry.kind for book in self.books for carry, _ in book.carried.matching(keys))
+        return next(filter(None, kinds), None)
 
     def has_parameters_in(self, name: str) -> bool:
         """Whether a module of this side that has parameters of its own ends in a name."""

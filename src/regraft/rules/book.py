@@ -33,7 +33,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -57,7 +57,9 @@ from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
 from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
+from regraft.rules.indices import Reading, reading_of
 from regraft.rules.kinds import KINDS, OUT
+from regraft.rules.templates import KeyTable, Specificity, specificity
 from regraft.storage.probe import open_regular
 from regraft.values import replace
 
@@ -165,6 +167,12 @@ class Rule(Struct, frozen=True, cache_hash=True):
         """The terms of the side that is read and of the side that is written."""
         return self.equation.sides(direction.backward)
 
+    def side(self, side: Side) -> Iterator[tuple[Term, str]]:
+        """The terms of a side, with their kinds."""
+        if side == "left":
+            return zip(self.equation.left, self.left_kinds, strict=True)
+        return zip(self.equation.right, self.right_kinds, strict=True)
+
     def kinds(self, direction: Direction) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The kinds of the side that is read and of the side that is written."""
         kinds = (self.left_kinds, self.right_kinds)
@@ -172,6 +180,29 @@ class Rule(Struct, frozen=True, cache_hash=True):
 
     def __str__(self) -> str:
         return f"{self.book}/{self.name} ({self.where})"
+
+
+class RuleTerm(Struct, frozen=True, eq=False):
+    """A term of a rule on the side that is read, with what follows from the rule alone."""
+
+    place: int
+    """Where it stands among the terms of its book."""
+    rule: Rule
+    number: int
+    """Which term of its side it is."""
+    term: Term
+    key: Key
+    kind: str
+    specificity: Specificity
+    reading: Reading
+    """How the numbers in its key are read."""
+
+    @staticmethod
+    def of(place: int, rule: Rule, number: int, term: Term, kind: str) -> RuleTerm:
+        """A term, and what follows from its rule."""
+        assert term.key is not None
+        closeness, reading = specificity(term, rule.equation), reading_of(rule.equation, term.key)
+        return RuleTerm(place, rule, number, term, term.key, kind, closeness, reading)
 
 
 class Carry(Struct, frozen=True):
@@ -294,6 +325,10 @@ class Book:
     """The installed package that it comes with; ``None`` for regraft's and a user's own."""
     shared: tuple[Shared, ...] = ()
     """Modules of the left layout that stand in two places."""
+    tables: dict[str, KeyTable[Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was asked for by key, see `terms` and `carried`."""
 
     if not TYPE_CHECKING:  # so that types are checked as if every slot were filled
 
@@ -320,6 +355,27 @@ class Book:
     def layout(self, side: Side) -> str:
         """The layout that a side speaks of."""
         return self.left if side == "left" else self.right
+
+    def terms(self, side: Side) -> KeyTable[RuleTerm]:
+        """The terms of the rules' one side, by key."""
+        if side not in self.tables:
+            terms = (
+                (rule, number, term, kind)
+                for rule in self.rules
+                for number, (term, kind) in enumerate(rule.side(side))
+            )
+            found = [RuleTerm.of(place, *each) for place, each in enumerate(terms)]
+            self.tables[side] = KeyTable((each.key, each) for each in found)
+        return self.tables[side]
+
+    @property
+    def carried(self) -> KeyTable[Carry]:
+        """The carry-overs by key."""
+        if "carried" not in self.tables:
+            self.tables["carried"] = KeyTable(
+                (carry.term.key, carry) for carry in self.carries if carry.term.key is not None
+            )
+        return self.tables["carried"]
 
     def adapters(self, layout: str) -> str | None:
         """The dialect and version that adapters of a layout usually are in, as far as the book says."""
@@ -851,12 +907,7 @@ def expand_module(module: ModuleRule, book: str) -> list[Rule]:
         if None in dims:
             return rules
     left, right = sides
-    named = {
-        n
-        for t in (*left, *right)
-        for e in (*t.dims, *(t.key.holes if t.key else ()))
-        for n in axes_of(e)
-    }
+    named = {n for t in (*left, *right) for e in (*t.dims, *t.holes) for n in axes_of(e)}
     where = tuple(
         c for c in module.equation.where if c.axis in named and all(n in named for n in c.axes)
     )

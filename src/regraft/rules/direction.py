@@ -20,17 +20,13 @@ class Direction(Enum):
     FORWARD = "left to right"
     BACKWARD = "right to left"
 
-    @property
-    def backward(self) -> bool:
-        """Whether the right side is the one that is read: the switch that equations take."""
-        return self is Direction.BACKWARD
+    backward: bool
+    """Whether the right side is the one that is read: the switch that equations take."""
+    read: Side
+    """The side that is read."""
+    written: Side
+    """The side that is written."""
 
-    @property
-    def read(self) -> Side:
-        """The side that is read."""
-        return "right" if self.backward else "left"
-
-    @property
-    def written(self) -> Side:
-        """The side that is written."""
-        return "left" if self.backward else "right"
+    def __init__(self, value: str) -> None:
+        self.backward = value == "right to left"
+        self.read, self.written = SIDES[::-1] if self.backward else SIDES

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from regraft.equation.lower import is_stacked
-from regraft.equation.notation import Affine, Axis, Equation, Expr, Key, givens_of, loops_of
+from regraft.equation.notation import Affine, Axis, Equation, Expr, Key
 from regraft.names.keys import Ints
 
 Givens = Mapping[str, int]
@@ -74,13 +74,13 @@ class Reading(Struct, frozen=True):
                 fits &= (column >= constant) & ((column - constant) % factor == 0)
                 column = (column - constant) // factor
             columns.append(column)
-        loops = [known[name] for name in loops_of(self.equation)]
+        loops = [known[name] for name in self.equation.loops]
         return Indices(_columns(loops, count), _columns(columns, count)), fits
 
     def write(self, loops: Ints, stacked: Ints, givens: Givens) -> Ints:
         """The numbers in the holes for some indices; the inverse of reading."""
         numbers = np.empty((len(loops), len(self.holes)), dtype=np.int64)
-        names = loops_of(self.equation)
+        names = self.equation.loops
         at_stack = 0
         for at, hole in enumerate(self.holes):
             if self.stacked[at]:
@@ -122,7 +122,7 @@ def reading_of(equation: Equation, key: Key) -> Reading:
 
 def given_names(equation: Equation, key: Key) -> tuple[str, ...]:
     """The indices of a key that have one value each, which a clause gives."""
-    given = givens_of(equation)
+    given = equation.givens
     return tuple(
         dict.fromkeys(name for hole in key.holes for _, name in _terms(hole) if name in given)
     )

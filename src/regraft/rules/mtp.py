@@ -28,7 +28,6 @@ from regraft.equation.notation import (
     Key,
     Segments,
     axes_of,
-    indices_of,
     parse_equation,
 )
 from regraft.errors import BadInputError, Finding
@@ -218,7 +217,7 @@ def _below_layer(
     """The axis that numbers the layers in a key, and what follows it; ``None`` where there is no such axis."""
     if key is None:
         return None
-    numbers = indices_of(equation)
+    numbers = equation.indices
     for at, part in enumerate(key.parts[:-1]):
         if not isinstance(part, Hole) or not isinstance(part.expr, Axis):
             continue

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -83,18 +84,7 @@ def _compile(key: Key, lengths: tuple[int, ...] = ()) -> _Compiled:
     if len(key.parts) > 1 and isinstance(key.parts[-2], Segments):
         last = last.removeprefix(".")
     pattern = re.compile("".join(pieces), re.DOTALL)
-    return _Compiled(pattern, tuple(kinds), _head(first), _tail(last))
-
-
-def _head(text: str) -> str:
-    """A literal text up to its first number, which stands as a mark in templates."""
-    number = _DIGITS.search(text)
-    return text if number is None else text[: number.start()]
-
-
-def _tail(text: str) -> str:
-    """A literal text from its last number on."""
-    return _DIGITS.split(text)[-1]
+    return _Compiled(pattern, tuple(kinds), _DIGITS.sub(MARK, first), _DIGITS.sub(MARK, last))
 
 
 def _held(segments: int) -> tuple[str, str]:
@@ -144,7 +134,10 @@ def match_group(key: Key, group: Group) -> Match | None:
     >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
     (('model',), [0, 1], [0, 1])
     """
-    compiled = _compile(key)
+    return _match_compiled(key, _compile(key), group)
+
+
+def _match_compiled(key: Key, compiled: _Compiled, group: Group) -> Match | None:
     template = group.template
     if not (template.startswith(compiled.head) and template.endswith(compiled.tail)):
         return None
@@ -161,6 +154,51 @@ def match_group(key: Key, group: Group) -> Match | None:
         if match is not None:
             return match
     return None
+
+
+_Value = TypeVar("_Value")
+_MOST_ENDINGS = 4096
+
+
+class KeyTable(Generic[_Value]):
+    """Values by key templates; those whose template matches a group are found without trying all.
+
+    >>> from regraft.equation.notation import parse_key
+    >>> from regraft.names.keys import table
+    >>> known = KeyTable([(parse_key("{*p}.a.{l}.w"), "first"), (parse_key("a.{l}.v"), "second")])
+    >>> [value for value, _ in known.matching(table("a.0.v", "a.1.v")[0])]
+    ['second']
+    """
+
+    def __init__(self, values: Iterable[tuple[Key, _Value]]) -> None:
+        self._all = [(key, _compile(key), value) for key, value in values]
+        self._ending: dict[str, list[tuple[Key, _Compiled, _Value]]] = {}
+
+    def matching(self, group: Group) -> Iterator[tuple[_Value, Match]]:
+        """The values whose templates match a group, in their order, each with its match."""
+        template = group.template
+        last = template.rfind(".")
+        ending = template[template.rfind(".", 0, max(last, 0)) + 1 :]
+        found = self._ending.get(ending)
+        if found is None:
+            found = [
+                each
+                for each in self._all
+                if each[1].tail.endswith(ending) or ending.endswith(each[1].tail)
+            ]
+            if len(self._ending) < _MOST_ENDINGS:
+                self._ending[ending] = found
+        for key, compiled, value in found:
+            match = _match_compiled(key, compiled, group)
+            if match is not None:
+                yield value, match
+
+    def __iter__(self) -> Iterator[_Value]:
+        return (value for _, _, value in self._all)
+
+    def matches(self, group: Group) -> bool:
+        """Whether one of the templates matches a group."""
+        return any(True for _ in self.matching(group))
 
 
 def _match(compiled: _Compiled, found: re.Match[str], group: Group) -> Match | None:

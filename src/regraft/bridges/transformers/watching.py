@@ -20,7 +20,7 @@ import torch
 from regraft.bridges.transformers.building import build, make_config, model_class
 from regraft.bridges.transformers.operations import UnknownOperationError
 from regraft.bridges.transformers.registry import Transform
-from regraft.equation.notation import ConfigPath, Equation, Term, Where, parse_equation
+from regraft.equation.notation import Equation, Term, Where, parse_equation
 from regraft.equation.sizes import SizeError, evaluate, solve_sizes
 from regraft.learning.learn import learn_pairs
 from regraft.learning.pairs import Pair
@@ -314,7 +314,7 @@ def _written(
 
 
 def _clause(clause: Where, scope: Scope) -> str:
-    value = evaluate(clause, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None)
+    value = evaluate(clause, scope.look_up)
     return str(clause) if value is None else f"{clause.axis} = {value}"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from regraft.equation.notation import Bound, ConfigPath, Equation, Term, loops_of
-from regraft.equation.sizes import Lookup, known_dims, limit_of
+from regraft.equation.notation import Bound, Equation, Term
+from regraft.equation.sizes import known_dims, limit_of
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.model import ModelConfig, Scope
@@ -42,7 +42,7 @@ class Places:
         if not found:
             return "the base has no such weight"
         for equation, term, kind, scope in found:
-            dims = known_dims(equation, term, _look_up(scope))
+            dims = known_dims(equation, term, scope.look_up)
             roles = KINDS[kind].roles or (OUT, IN)
             if len(dims) != len(roles):
                 return None
@@ -66,15 +66,10 @@ class Places:
                 yield each
 
 
-def _look_up(scope: Scope) -> Lookup:
-    """The numbers that a base's config says."""
-    return lambda value: scope.look_up(value) if isinstance(value, ConfigPath) else None
-
-
 def _inside(bound: Bound, equation: Equation, loops: Ints, scope: Scope) -> bool:
     """Whether a number, that of a layer, is one that the base has."""
-    limit = limit_of(bound, _look_up(scope))
-    names = loops_of(equation)
+    limit = limit_of(bound, scope.look_up)
+    names = equation.loops
     if limit is None or bound.axis not in names:
         return True
     return bool((loops[:, names.index(bound.axis)] < limit).all())

@@ -15,15 +15,12 @@ from regraft.adapters.tuned import TunedModules
 from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.scan import PREFIX, Scan, Tuned
 from regraft.dialects.peft.targeting import Targeting, untargeted
-from regraft.equation.notation import ConfigPath, Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group, Ints
-from regraft.planning.model import Scope
 from regraft.planning.plan import Headers
 from regraft.planning.side import Side
 from regraft.rules.kinds import IN, KINDS, OUT
-from regraft.rules.templates import match_group
 
 _AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"
 
@@ -76,20 +73,20 @@ class ModuleReader:
         """Some modules at a time: their rows, the kind of their weights, and the dims that the base's config says."""
         left = np.arange(len(modules))
         keys = Group(modules.template + ".weight", left, modules.numbers)
-        for rule, term, kind, scope in self.side.rules:
-            match = match_group(term.key, keys) if term.key is not None else None
-            rows = left if match is None else np.intersect1d(left, match.rows)
-            if match is not None and len(rows):
+        for found, match in self.side.matching(keys):
+            rows = np.intersect1d(left, match.rows)
+            if len(rows):
                 left = np.setdiff1d(left, rows)
-                yield rows, kind, _look_up(rule.equation, term, scope)
+                look_up = self.side.scope_of(found.rule.book).look_up
+                yield rows, found.kind, known_dims(found.rule.equation, found.term, look_up)
         for book in self.side.books:
-            scope = self.side.scopes.get(book.name, Scope())
-            for carry in book.carries:
-                match = match_group(carry.term.key, keys) if carry.term.key is not None else None
-                rows = left if match is None else np.intersect1d(left, match.rows)
-                if match is not None and len(rows):
+            look_up = self.side.scope_of(book.name).look_up
+            for carry, match in book.carried.matching(keys):
+                rows = np.intersect1d(left, match.rows)
+                if len(rows):
                     left = np.setdiff1d(left, rows)
-                    yield rows, carry.kind or "any", _look_up(carry.equation, carry.term, scope)
+                    dims = known_dims(carry.equation, carry.term, look_up)
+                    yield rows, carry.kind or "any", dims
         if len(left):
             yield left, "any", []
 
@@ -235,12 +232,6 @@ class ModuleReader:
             )
         else:
             self.findings += missed
-
-
-def _look_up(equation: Equation, term: Term, scope: Scope) -> list[int | None]:
-    return known_dims(
-        equation, term, lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None
-    )
 
 
 def _matrix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:

@@ -16,14 +16,12 @@ from regraft.dialects.peft.config import LoraConfig, targets_module, targets_par
 from regraft.dialects.peft.packing import PACKINGS, packing_of_version, swaps, unpack
 from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
 from regraft.dialects.peft.targeting import Targeting, untargeted
-from regraft.equation.notation import ConfigPath, Term
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.names.keys import Group
-from regraft.planning.model import Scope
 from regraft.planning.plan import Headers
 from regraft.planning.side import Side
-from regraft.rules.book import Rule
+from regraft.rules.book import RuleTerm
 from regraft.rules.kinds import KINDS
 from regraft.values import replace
 
@@ -157,7 +155,7 @@ class FactorReader:
         unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
         if pairs.attention:
             unruled = "linear"
-        kind = found[2] if found is not None else unruled
+        kind = found.kind if found is not None else unruled
         if as_parameter and kind == "embedding":
             kind = (
                 "parameter"  # PEFT adds B A to the parameter as it is stored, (vocabulary, hidden)
@@ -341,7 +339,7 @@ class FactorReader:
         numbers = np.array([row[0] for row in rows], dtype=np.int64).reshape(len(rows), -1)
         keys = Group(template, np.arange(start, start + len(rows)), numbers)
         found = self.side.find(keys)
-        kind = found[2] if found is not None else "parameter"
+        kind = found.kind if found is not None else "parameter"
         kept = []
         for row, (_, (i, j)) in enumerate(rows):
             a, b = self.tensors[i], self.tensors[j]
@@ -394,12 +392,12 @@ class FactorReader:
         a: Array,
         b: Array,
         experts: int,
-        found: tuple[Rule, Term, str, Scope] | None,
+        found: RuleTerm | None,
         name: str,
     ) -> str | None:
         """The packing: told by ``peft_version`` and the shapes; where they leave it open, ask."""
         told = packing_of_version(self.config.get("peft_version"))
-        kind = found[2] if found is not None else "experts"
+        kind = found.kind if found is not None else "experts"
         if self.forced is None and swaps(PACKINGS[0], kind, experts) == swaps(
             PACKINGS[1], kind, experts
         ):
@@ -407,13 +405,8 @@ class FactorReader:
             return told or PACKINGS[-1]
         fits = list(PACKINGS)
         if found is not None:
-            _, term, _, scope = found
-            rule = found[0]
-            expected = known_shape(
-                rule.equation,
-                term,
-                lambda v: scope.look_up(v) if isinstance(v, ConfigPath) else None,
-            )
+            look_up = self.side.scope_of(found.rule.book).look_up
+            expected = known_shape(found.rule.equation, found.term, look_up)
             if expected is not None:
                 fits = []
                 for packing in PACKINGS:

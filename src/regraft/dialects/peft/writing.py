@@ -98,7 +98,7 @@ def _is_joined(side: Side, key: str) -> bool:
     found = side.find(group_names([key])[0])
     if found is None:
         return False
-    equation, term = found[0].equation, found[1]
+    equation, term = found.rule.equation, found.term
     other = equation.right if term in equation.left else equation.left
     return len(other) > 1
 
