@@ -31,6 +31,8 @@ SMALLEST = 8 * PAGE
 """A piece of fewer bytes is copied sooner than mapped."""
 _READ_AT_ONCE = 1 << 24
 """Bytes of one read, so that threads share the long ones."""
+_SHARED = 1 << 18
+"""Reads of fewer bytes are done by one thread."""
 _SPARE = 8192
 """Mappings that are left to the rest of the process: allocators and libraries need some, too."""
 _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x02, 0x10, 0x20, 0x4000
@@ -215,8 +217,14 @@ def read_rest(stitched: Sequence[Stitched], files: Files, jobs: int = 1) -> None
         read_scattered(files, file, [(at, place)], whole=True)
 
     with ThreadPoolExecutor(jobs, "regraft-read") as pool:
-        # The longest first, so that no thread is left with one of them at the end.
-        deque(pool.map(read, sorted(tasks, key=lambda task: -len(task[2]))), maxlen=0)
+        # The longest first, so that no thread is left with one of them at the end. Short ones are more of Python than
+        # of reading, and threads would only wait for one another.
+        tasks.sort(key=lambda task: -len(task[2]))
+        long = sum(len(place) >= _SHARED for _, _, place in tasks)
+        shared = pool.map(read, tasks[:long])
+        for task in tasks[long:]:
+            read(task)
+        deque(shared, maxlen=0)
 
 
 def _map(address: int, size: int, file: int, at: int) -> bool:
