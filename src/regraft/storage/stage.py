@@ -61,21 +61,18 @@ class Job(Struct, frozen=True):
 
     def against(self, other: Job, stage: str) -> BadInputError:
         """The error where a stage is another job's."""
-        code, fix = (
-            "stage-other",
-            "give each conversion a stage of its own, or end that one with --abort",
-        )
-        names, others = ([row[0] for row in job.files] for job in (self, other))
-        if names != others:
-            what = f"it is that of another conversion, of {other.source}, and this one is of {self.source}"
-        elif self.files != other.files:
-            what = f"{self.source} is not what it was when the stage was begun: sizes or versions of its files changed"
-            fix = "see what wrote to it; then begin anew after --abort"
-        else:
-            code = "stage-options"
+        here = [row[0] for row in self.files]
+        if self.files == other.files:
             what = "it was begun with other options, rules or another release of regraft, and would have other bytes"
             fix = "give every part the same options; to change them, begin anew after --abort"
-        return BadInputError(Finding(code, what, where=stage, fix=fix))
+            return BadInputError(Finding("stage-options", what, where=stage, fix=fix))
+        if here == [row[0] for row in other.files]:
+            what = f"since it was begun, files of {self.source} changed: their sizes, or when they were written"
+            fix = "see what wrote to it; then begin anew after --abort"
+        else:
+            what = f"it is that of another conversion, of {other.source}, and this one is of {self.source}"
+            fix = "give each conversion a stage of its own, or end that one with --abort"
+        return BadInputError(Finding("stage-other", what, where=stage, fix=fix))
 
 
 class Stage:
