@@ -15,7 +15,7 @@ from test_merge_language import read as weights
 
 import regraft
 from regraft.cli import main
-from regraft.merging.low_rank import spectrum
+from regraft.merging.low_rank import spectrum, spectrum_within
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "adapters"))
 from test_golden import adapter_of, base_of
@@ -108,27 +108,48 @@ def test_factors_are_the_best_of_their_rank(out, into, rank, seed):
     random = np.random.default_rng(seed)
     matrix = random.standard_normal((out, into))
     rank = min(rank, out, into)
-    found = spectrum(matrix)
+    found = spectrum(matrix, rank)
     b, a = found.factors(rank)
     values = np.linalg.svd(matrix, compute_uv=False)
     error = np.linalg.norm(matrix - b @ a)
     assert np.isclose(error, np.sqrt((values[rank:] ** 2).sum()), atol=1e-9)
     low = random.standard_normal((out, rank)) @ random.standard_normal((rank, into))
-    assert spectrum(low).rank_within(1e-9) <= rank
-    b, a = spectrum(low).factors(rank)
+    assert spectrum(low, rank).rank_within(1e-9) <= rank
+    b, a = spectrum(low, rank).factors(rank)
     assert np.allclose(b @ a, low, atol=1e-9)
 
 
-def test_large_matrices_go_another_way_to_the_same_factors():
+def test_a_large_matrix_of_low_rank_comes_back():
     random = np.random.default_rng(0)
     low = random.standard_normal((600, 8)) @ random.standard_normal((8, 520))
     for matrix in (low, low.T, low.astype(np.float32)):
-        found = spectrum(matrix)
+        found = spectrum(matrix, 8)
         b, a = found.factors(8)
         assert np.linalg.norm(matrix - b @ a) < 1e-6 * found.norm
-        assert found.rank_within(1e-5) == 8
+        assert spectrum_within(matrix, 1e-5)[1] == 8
         assert np.isclose(found.lost(b, a), np.linalg.norm(matrix - b @ a) ** 2, atol=1e-6)
-        assert np.allclose(found.values[:8], np.linalg.svd(matrix, compute_uv=False)[:8])
+        assert np.allclose(found.values, np.linalg.svd(matrix, compute_uv=False)[:8])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(400, 300), (250, 2000)])
+def test_few_factors_of_a_large_matrix_are_as_good_as_the_best(shape, power):
+    """Singular values that fall slowly, or not at all: the error of the best factors of each rank to 1e-4."""
+    random = np.random.default_rng(0)
+    u, v = (np.linalg.qr(random.standard_normal((n, min(shape))))[0] for n in shape)
+    values = np.arange(1, min(shape) + 1) ** -power * (1 + random.random(min(shape)))
+    matrix = (u * values) @ v.T
+    best = np.sqrt(np.cumsum(np.sort(values**2)))[::-1]
+    for rank in (1, 8, 32):
+        found = spectrum(matrix, rank)
+        b, a = found.factors(rank)
+        assert np.linalg.norm(matrix - b @ a) <= best[rank] * (1 + 1e-4)
+    for error in (0.9, 0.5, 1e-3):
+        found, rank = spectrum_within(matrix, error)
+        b, a = found.factors(rank)
+        assert np.linalg.norm(matrix - b @ a) <= error * found.norm * (1 + 1e-9)
+        least = int((best > error * found.norm).sum())
+        assert least <= rank <= least * 1.02 + 1
 
 
 def test_a_norm_that_changed_is_refused_kept_or_left_out_by_name(tmp_path):

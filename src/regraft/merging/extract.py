@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,7 +23,7 @@ from regraft.dialects.names import layout_named
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.merging.base import Base, Reader, float_type, open_base
 from regraft.merging.extraction import Extracted, Extraction
-from regraft.merging.low_rank import spectrum
+from regraft.merging.low_rank import Spectrum, spectrum, spectrum_within
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
 from regraft.planning.model import taken_for
@@ -58,8 +58,9 @@ def extract(
 ) -> Extraction:
     """Take what tuning changed in a model, as a LoRA of a rank or within an error.
 
-    The change of each matrix (a convolution's too, and each expert's) is computed in float64 and replaced by the best
-    factors of low rank. Tensors that did not change are left out, and counted.
+    The change of each matrix (a convolution's too, and each expert's) is computed in float64 and replaced by factors
+    of low rank: to 1e-4 as good as the best ones. How far they are off is measured on them as they are written.
+    Tensors that did not change are left out, and counted.
 
     Args:
         base: the model that was tuned: a language, image or video model, as `regraft.merge` takes it.
@@ -286,29 +287,33 @@ class _Extracting:
         matrices = delta.reshape(len(delta), -1) if kernel else oriented(delta, kind)
         batched = matrices.ndim == 3
         each = list(matrices) if batched else [matrices]
-        rank = min(self._rank(each), *each[0].shape)
+        spectra, rank = self._spectra(each)
         made: list[tuple[Array, Array]] = []
-        off = norm = kept = whole = 0.0
-        for matrix in each:
-            found = spectrum(matrix)
+        off = norm = kept = 0.0
+        for found in spectra:
             b, a = (cast_down(side, self.wanted.dtype) for side in found.factors(rank))
             off, norm = off + found.lost(b, a), norm + found.norm**2
-            total = float(found.values.sum())
-            kept, whole = kept + total * found.mass(rank), whole + total
+            kept += float((found.values[:rank] ** 2).sum())
             made.append((a, b))
         self.lost, self.norm = self.lost + off, self.norm + norm
         error = float(np.sqrt(off / norm))
-        target = Extracted(name, tuple(delta.shape), rank, error, kept / whole)
+        target = Extracted(name, tuple(delta.shape), rank, error, min(1.0, kept / norm))
         self.made.targets.append(target)
         a, b = (np.stack(side) for side in zip(*made, strict=True)) if batched else made[0]
         self.output.add(name, kind, (a, b), tuple(delta.shape))
 
-    def _rank(self, matrices: Sequence[Array]) -> int:
-        """The rank that was asked for, or that the matrix that needs most of it needs."""
+    def _spectra(self, matrices: Sequence[Array]) -> tuple[Iterable[Spectrum], int]:
+        """What is kept of matrices, and at which rank: the one that was asked for, or that all of them need."""
+        side = min(matrices[0].shape)
         if self.wanted.rank is not None:
-            return self.wanted.rank
+            rank = min(self.wanted.rank, side)
+            return (spectrum(matrix, rank) for matrix in matrices), rank
         assert self.wanted.error is not None
-        return max(spectrum(matrix).rank_within(self.wanted.error) for matrix in matrices)
+        if len(matrices) == 1:
+            found, rank = spectrum_within(matrices[0], self.wanted.error)
+            return [found], rank
+        rank = max(spectrum_within(matrix, self.wanted.error)[1] for matrix in matrices)
+        return (spectrum(matrix, rank) for matrix in matrices), rank
 
 
 def _same_bytes(readers: tuple[Reader, Reader], row: int, there: int) -> bool:

@@ -18,9 +18,9 @@ class Extracted:
     rank: int
     """0 where the whole change is kept."""
     error: float
-    """How far the factors are off, relative to the change's Frobenius norm."""
+    """How far the factors are off as they are written, relative to the change's Frobenius norm; measured."""
     mass: float
-    """The share of the sum of the change's singular values that the factors have."""
+    """The share of the sum of the change's squared singular values that the factors' components have."""
 
 
 @dataclass(slots=True)
