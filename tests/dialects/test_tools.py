@@ -9,6 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import regraft
+from regraft.adapters.detect import Known
+from regraft.adapters.form import Lora
+from regraft.adapters.scale import Scale
+from regraft.dialects.everywhere import Sizes, as_images
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.storage.torch_file import open_torch
 from regraft.storage.torch_write import write_torch
@@ -482,3 +486,17 @@ def test_old_mlx_files(tmp_path):
     name = f"{PREFIX}.0.mlp.experts.1.up_proj.lora_"
     found = delta(got[f"{name}A.weight"], got[f"{name}B.weight"], about["lora_alpha"] / 2)
     assert np.allclose(found, 6.0 * b[1] @ a[2:4], rtol=1e-5)
+
+
+def test_sizes_of_zeros_are_those_of_weights_of_the_same_name():
+    """Names that differ in a digit of their own are two; layers and experts make no difference."""
+    rows = {"fc_1": 3, "fc_2": 5}
+    loras = {
+        f"h.{layer}.{name}.weight": Lora(np.zeros((2, 4)), np.zeros((out, 2)), Scale(2, 2))
+        for layer in range(2)
+        for name, out in rows.items()
+    }
+    known = Known((), {}, None, None, "")
+    sizes = Sizes(known, "litgpt", as_images(loras), "LitGPT", "here")
+    assert sizes.of("h.7.fc_1.weight") == (3, 4)
+    assert sizes.of("h.7.fc_2.weight") == (5, 4)

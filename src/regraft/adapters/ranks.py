@@ -92,13 +92,16 @@ def compact(made: Iterable[Images]) -> list[tuple[int, int]]:
 def make_uniform(made: Iterable[Images]) -> int:
     """Give all LoRAs the largest rank there is, with components of zeros, in place; the rank."""
     loras = [lora for image in made for lora in image.loras if lora is not None]
-    rank = max((lora.a.shape[-2] for lora in loras), default=0)
+    ranks = [lora.a.shape[-2] for lora in loras]
+    rank = max(ranks, default=0)
+    if ranks.count(rank) == len(ranks):
+        return rank
     scales: dict[Scale, Scale] = {}
-    for lora in loras:
-        have = lora.a.shape[-2]
+    for lora, have in zip(loras, ranks, strict=True):
         if have < rank:
-            a = np.zeros((*lora.a.shape[:-2], rank, lora.a.shape[-1]), lora.a.dtype)
-            b = np.zeros((*lora.b.shape[:-1], rank), lora.b.dtype)
+            # In the order in memory that they have: B may be as PEFT packs it, experts fastest.
+            a = np.zeros_like(lora.a, shape=(*lora.a.shape[:-2], rank, lora.a.shape[-1]))
+            b = np.zeros_like(lora.b, shape=(*lora.b.shape[:-1], rank))
             a[..., :have, :], b[..., :have] = lora.a, lora.b
             if lora.scale not in scales:
                 scales[lora.scale] = lora.scale.at_rank(rank)

@@ -29,7 +29,7 @@ class Scale(Struct, frozen=True, gc=False):
         >>> Scale(4, 8).value, Scale(4, 8, rslora=True).value
         (2.0, 4.0)
         """
-        return self.alpha / self.divisor
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def exact(self) -> Fraction:

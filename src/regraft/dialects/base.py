@@ -517,10 +517,11 @@ def adjust(made: Sequence[Images], can: Capabilities) -> None:
     Ranks are padded with components of zeros, which add nothing. The ratio of a scale to the common one goes into B;
     it is exact where it is a power of two.
     """
-    loras = [lora for image in made for lora in image.loras if lora is not None]
     if not can.ranks:
         make_uniform(made)
-    if can.scales or not loras:
+    loras = [lora for image in made for lora in image.loras if lora is not None]
+    pairs = {(lora.scale, lora.a.shape[-2]) for lora in loras}
+    if can.scales or (len(pairs) < 2 and all(scale.rank == rank for scale, rank in pairs)):
         return
     target = max(loras, key=lambda lora: lora.a.size).scale
     for lora in loras:

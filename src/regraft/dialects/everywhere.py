@@ -15,7 +15,7 @@ from regraft.equation.notation import Equation, Term
 from regraft.equation.sizes import known_dims
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import Edge
-from regraft.names.keys import group_names, one_of_each
+from regraft.names.keys import MARK, group_names
 from regraft.planning.model import Scope
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.templates import match_group
@@ -45,12 +45,13 @@ class Sizes:
     """The sizes of the base's weights: those of adapted weights of the same name, or what books and config say."""
 
     def __init__(
-        self, known: Known, layout: str, loras: Mapping[str, Lora], title: str, where: str
+        self, known: Known, layout: str, made: Iterable[Images], title: str, where: str
     ) -> None:
         self.known, self.layout, self.title, self.where = known, layout, title, where
         self._seen = {
-            _NUMBER.sub("#", key): (loras[key].b.shape[-2], loras[key].a.shape[-1])
-            for key in one_of_each(loras)
+            _NUMBER.sub("#", key): (lora.b.shape[-2], lora.a.shape[-1])
+            for image in made
+            for key, lora in _examples(image)
         }
 
     def of(self, key: str) -> tuple[int, int]:
@@ -86,6 +87,18 @@ class Sizes:
                 for term, kind in zip(terms, kinds, strict=True):
                     if term.key is not None and match_group(term.key, group) is not None:
                         yield from _matrix(rule.equation, term, kind, scope)
+
+
+def _examples(image: Images) -> Iterator[tuple[str, Lora]]:
+    """One LoRA of each name, layers and experts left aside; ``fc_1`` and ``fc_2`` are two."""
+    rows = np.array([row for row, lora in enumerate(image.loras) if lora is not None], dtype=int)
+    segments = image.keys.template.split(".")
+    whole = [segment == MARK for segment in segments for _ in range(segment.count(MARK))]
+    others = image.keys.numbers[rows][:, np.flatnonzero(~np.array(whole, dtype=bool))]
+    for row in rows[np.unique(others, axis=0, return_index=True)[1] if others.size else slice(1)]:
+        lora = image.loras[row]
+        assert lora is not None
+        yield image.keys.name(row), lora
 
 
 def _matrix(equation: Equation, term: Term, kind: str, scope: Scope) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ Source: litgpt 0.5.13 (``lora.py``, ``scripts/merge_lora.py``, ``finetune/lora.p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of,
 from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_finding, whole
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
-from regraft.names.keys import one_of_each
+from regraft.names.keys import MARK, fill_rows, one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.torch_file import open_torch
@@ -257,12 +258,11 @@ class LitgptWriter(PlainWriter):
             parts.update(_apart(key, lora, rows))
         images += as_images(parts)
         adjust(images, self.capabilities)
-        loras = loras_of(images)
-        missing = self._missing(loras)
+        missing = self._missing(images)
         if not missing:
             return images
-        like = most_common(list(loras.values()))
-        sizes = Sizes(self.known, self.to.name, loras, self.title, self.opened.where)
+        like = most_common([lora for image in images for lora in image.loras if lora is not None])
+        sizes = Sizes(self.known, self.to.name, images, self.title, self.opened.where)
         rank, dtype = like.a.shape[-2], like.a.dtype
         added = {key: zeros(rank, sizes.of(key), like.scale, dtype) for key in missing}
         self.added = len({_weight(key) for key in missing} - {_weight(key) for key in parts})
@@ -282,17 +282,24 @@ class LitgptWriter(PlainWriter):
             )
         )
 
-    def _missing(self, keys: Mapping[str, object]) -> list[str]:
+    def _missing(self, images: Sequence[Images]) -> list[str]:
         """Weights that LitGPT adapts besides."""
-        inside = {key.split(".", 3)[3] for key in keys if key.startswith(_LAYERS)}
+        inside: Counter[str] = Counter()
+        for image in images:
+            rows = np.array([lora is not None for lora in image.loras], dtype=bool)
+            before, _, ending = image.keys.template.partition(f"{_LAYERS}{MARK}.")
+            if ending and not before:
+                inside.update(fill_rows(ending, image.keys.numbers[rows, 1:]))
         if not inside:
             return []
+        wanted = set(inside)
         if any(module.startswith("mlp.") for module in inside):
-            inside |= set(self._mlp(inside))
+            wanted.update(self._mlp(wanted))
         count = layer_count(self.known, self.opened.where, self.title)
-        ends = sorted(inside)
-        names = [f"{_LAYERS}{layer}.{end}" for layer in range(count) for end in ends]
-        return [name for name in names if name not in keys]
+        short = sorted(ending for ending in wanted if inside[ending] < count)
+        have = loras_of(images) if any(inside[ending] for ending in short) else {}
+        names = [f"{_LAYERS}{layer}.{end}" for layer in range(count) for end in short]
+        return [name for name in names if name not in have]
 
     def _mlp(self, inside: set[str]) -> Iterator[str]:
         """Every module that ``lora_mlp`` stands for in this model."""
@@ -326,9 +333,8 @@ class LitgptWriter(PlainWriter):
             if part:
                 qkv.setdefault(key, {})[part] = delta.lora
                 continue
-            module = key.removesuffix(".weight")
-            tensors[module + _A] = narrow(delta.lora.a)
-            tensors[module + _B] = narrow(delta.lora.b)
+            module, lora = key.removesuffix(".weight"), delta.lora
+            tensors[module + _A], tensors[module + _B] = narrow(lora.a), narrow(lora.b)
         for key, parts in qkv.items():
             ordered = [parts[part] for part in "qkv" if part in parts]
             module = key.removesuffix(".weight")

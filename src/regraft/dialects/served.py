@@ -24,7 +24,7 @@ from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written, zer
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, PlainWriter, adjust
-from regraft.dialects.peft.packing import SINCE
+from regraft.dialects.peft.packing import SINCE, fast_experts
 from regraft.dialects.peft.source import PeftNames
 from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result
 from regraft.dialects.tool_files import INNER, OUTER, PREFIX, SPLIT, WRITTEN_BY
@@ -546,12 +546,6 @@ def stacks_of(modules: Mapping[str, Lora]) -> dict[str, dict[tuple[int, str], Lo
         if found and expert.isdecimal() and leaf and "." not in leaf and above[-1:] in ("", "."):
             stacks[f"{above}experts"][int(expert), leaf] = lora
     return stacks
-
-
-def fast_experts(b: Array) -> Array:
-    """(E, out, r) as PEFT packs it: (out, r * E), the expert fastest."""
-    experts, out, rank = b.shape
-    return np.ascontiguousarray(b.transpose(1, 2, 0)).reshape(out, rank * experts)
 
 
 def grouped(findings: Sequence[Finding], most: int = 20) -> list[Finding]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from regraft.adapters.form import Array
 from regraft.dialects.peft.config import LoraConfig
+from regraft.dialects.peft.packing import fast_experts
 from regraft.dialects.tool_files import INNER, OUTER, PREFIX
 from regraft.errors import BadInputError, Finding
 
@@ -153,8 +154,7 @@ def stack_split(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict
             a, b = whole[leaf]
             place = module + ".base_layer" * depth
             rest[f"{place}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
-            turned = np.ascontiguousarray(b.transpose(1, 2, 0))
-            rest[f"{place}.lora_B.weight"] = turned.reshape(b.shape[1], -1)
+            rest[f"{place}.lora_B.weight"] = fast_experts(b)
             path = f"{module.removeprefix(PREFIX)}.{leaf}"
             parameters.append(path)
             ranks[path] = a.shape[1]
@@ -219,8 +219,7 @@ def _pack(rest: dict[str, Array], module: str, whole: Mapping[str, tuple[Array, 
             a, b = pair[0], pair[1]
             place = module + ".base_layer" * depth
             rest[f"{place}.lora_A.weight"] = np.ascontiguousarray(a).reshape(-1, a.shape[-1])
-            turned = np.ascontiguousarray(b.transpose(1, 2, 0))
-            rest[f"{place}.lora_B.weight"] = turned.reshape(b.shape[1], -1)
+            rest[f"{place}.lora_B.weight"] = fast_experts(b)
     return [f"{module.removeprefix(PREFIX)}.{name}" for name in names]
 
 

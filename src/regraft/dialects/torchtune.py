@@ -70,7 +70,7 @@ class TorchtuneWriter(DoraWriter):
             return made
         like = most_common(list(loras.values()))
         rank, dtype = like.a.shape[-2], like.a.dtype
-        sizes = Sizes(self.known, self.to.name, loras, self.title, self.opened.where)
+        sizes = Sizes(self.known, self.to.name, made, self.title, self.opened.where)
         added = {key: zeros(rank, sizes.of(key), like.scale, dtype) for key in missing}
         return [*made, *as_images(added)]
 
