@@ -16,12 +16,14 @@ from regraft.errors import (
 
 if TYPE_CHECKING:
     from regraft.api import convert, inspect
+    from regraft.arrays.anonymous import rearrange
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
     from regraft.checking.check import check
     from regraft.checking.verify import verify
     from regraft.explaining.diff import diff
     from regraft.explaining.explain import explain
+    from regraft.layouts.spelled import LayoutName
     from regraft.learning.learn import learn
     from regraft.learning.watch import learn_from
     from regraft.live.load import from_pretrained, load_checkpoint
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from regraft.live.state_dict import convert_state_dict
     from regraft.merging.extract import extract
     from regraft.merging.merge import merge
+    from regraft.planned import plan
+    from regraft.planning.plan import Plan
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
+    from regraft.saving import SaveInLayout, save_adapter
     from regraft.slicing import slices
 
 __version__ = "0.1.0.dev0"
@@ -39,10 +44,13 @@ __all__ = [
     "AmbiguousError",
     "BadInputError",
     "Finding",
+    "LayoutName",
     "NotEqualError",
+    "Plan",
     "RefusedError",
     "RegraftError",
     "Report",
+    "SaveInLayout",
     "UnmatchedKeysError",
     "check",
     "convert",
@@ -62,6 +70,9 @@ __all__ = [
     "mapping",
     "merge",
     "only_books",
+    "plan",
+    "rearrange",
+    "save_adapter",
     "slices",
     "uninstall",
     "verify",
@@ -76,7 +87,10 @@ _LAZY = {
     "installed": "regraft.bridges.peft.hook",
     "load_adapter": "regraft.bridges.peft.load",
     "uninstall": "regraft.bridges.peft.hook",
+    "LayoutName": "regraft.layouts.spelled",
+    "Plan": "regraft.planning.plan",
     "Report": "regraft.report",
+    "SaveInLayout": "regraft.saving",
     "convert_state_dict": "regraft.live.state_dict",
     "from_pretrained": "regraft.live.load",
     "load_checkpoint": "regraft.live.load",
@@ -89,6 +103,9 @@ _LAZY = {
     "merge": "regraft.merging.merge",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
+    "plan": "regraft.planned",
+    "rearrange": "regraft.arrays.anonymous",
+    "save_adapter": "regraft.saving",
     "slices": "regraft.slicing",
     "verify": "regraft.checking.verify",
 }

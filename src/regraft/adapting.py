@@ -19,6 +19,7 @@ from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, Target, find_source, reopened
 from regraft.errors import BadInputError, Finding, NotEqualError, RefusedError, RegraftError
 from regraft.layouts.names import Layout
+from regraft.options import ConvertOptions
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Report
 from regraft.storage.beside import narrow
@@ -40,34 +41,29 @@ def convert_adapters(
     to: Layout,
     given: SourceName,
     model: Path | None,
-    asked: Options,
+    asked: ConvertOptions,
     *,
     foreign: Foreign,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    merge: bool = False,
-    verify_for: float | None = None,
-    max_error: float | None = None,
     progress: Progress | None = None,
+    known: ModelConfig | None = None,
 ) -> Report:
-    """Convert the adapters of a path; ``given`` is what was said of them, ``verify_for`` the seconds for a certificate.
+    """Convert the adapters of a path; ``given`` is what was said of them, ``known`` a base that has no files.
 
     Raises what `regraft.convert` raises, with the findings of all adapters together.
     """
+    ranks = Options(asked.via, asked.compact, asked.uniform_rank)
     if asked.via == MERGE:
-        return _held_or_merged(
-            src, dst, to, given, model, asked, foreign, overwrite, dry_run, verify_for, progress
-        )
+        return _held_or_merged(src, dst, to, given, model, asked, foreign, progress)
     opening = find_source(src, given)
     found = opening.found
-    if merge:
-        return _merge(opening, dst, to, given, model, overwrite, progress, foreign)
+    if asked.merge:
+        return _merge(opening, dst, to, given, model, asked.overwrite, progress, foreign)
     target = Target.of(to, opening, dst)
-    check_destination(src, dst, overwrite, file=target.file)
-    config: ModelConfig | None = None
-    report = Report(str(src), str(dst), written=not dry_run)
+    check_destination(src, dst, asked.overwrite, file=target.file)
+    config = known
+    report = Report(str(src), str(dst), written=not asked.dry_run)
     report.files = [str(path) for path in found.others]
-    left = _budget(verify_for) if verify_for is not None else None
+    left = _budget(asked.verify_budget) if asked.verify else None
     converted: list[tuple[Opened, Converted]] = []
     stamps: list[Stamp] = []
     findings: list[Finding] = []
@@ -80,7 +76,7 @@ def convert_adapters(
             opened = opening.open(folder)
             by_itself = getattr(opened, "convert", None)
             if by_itself is not None:
-                result = by_itself(to, given.family, model, asked)
+                result = by_itself(to, given.family, model, ranks)
             else:
                 config = load_model(model) if model is not None and config is None else config
                 opened, moved = at_home(opened, config, foreign)
@@ -89,7 +85,7 @@ def convert_adapters(
                     to,
                     config,
                     given.layout,
-                    asked,
+                    ranks,
                     foreign,
                     packing=given.packing,
                     into=target.into,
@@ -99,7 +95,7 @@ def convert_adapters(
             failed.append(error)
             findings += error.findings
             continue
-        if not result.report.copied or not dry_run:
+        if not result.report.copied or not asked.dry_run:
             _note_values(opened, result)
         if left is not None and by_itself is not None:
             _certify_image(opened, result, target, model, asked.via, left, given.family)
@@ -110,8 +106,8 @@ def convert_adapters(
     if failed:
         kinds = {type(error) for error in failed}
         raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
-    if max_error is not None:
-        _check_errors(report, max_error)
+    if asked.max_error is not None:
+        _check_errors(report, asked.max_error)
     _note_company(report, [result for _, result in converted])
     others = list(found.others)
     if not all(result.report.copied for _, result in converted):
@@ -123,8 +119,8 @@ def convert_adapters(
         )
         others = []
     report.files = [str(path) for path in others]
-    if not dry_run:
-        _write(found.root, others, dst, target, converted, stamps, overwrite)
+    if not asked.dry_run:
+        _write(found.root, others, dst, target, converted, stamps, asked.overwrite)
     if progress is not None:
         progress("", len(found.folders), len(found.folders))
     return report
@@ -136,38 +132,26 @@ def _held_or_merged(
     to: Layout,
     given: SourceName,
     model: Path | None,
-    asked: Options,
+    asked: ConvertOptions,
     foreign: Foreign,
-    overwrite: bool,
-    dry_run: bool,
-    verify_for: float | None,
     progress: Progress | None,
 ) -> Report:
     """The adapter where the result can hold it, and otherwise the base with the adapter in its weights."""
     try:
+        bare = replace(asked, via=None)
         return convert_adapters(
-            src,
-            dst,
-            to,
-            given,
-            model,
-            replace(asked, via=None),
-            foreign=foreign,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verify_for=verify_for,
-            progress=progress,
+            src, dst, to, given, model, bare, foreign=foreign, progress=progress
         )
     except RefusedError as error:
         if model is None:
             raise
-        if dry_run:
+        if asked.dry_run:
             from regraft.merging.merge import merge as merge_into
 
             report = merge_into(model, [src], dst, source=given.family, dry_run=True)
         else:
             opening = find_source(src, given)
-            report = _merge(opening, dst, to, given, model, overwrite, progress, foreign)
+            report = _merge(opening, dst, to, given, model, asked.overwrite, progress, foreign)
         why = error.findings[0]
         where = f"{why.key}: " if why.key else ""
         report.adapters[0].notes.append(

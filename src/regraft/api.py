@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import going_over
+from regraft.layouts.spelled import LayoutName
+from regraft.options import ConvertOptions, described
 from regraft.places import (
     address_of,
     below,
@@ -26,14 +28,15 @@ from regraft.places import (
 )
 from regraft.planning.model import taken_for
 from regraft.report import Report, log_report
-from regraft.rules.book import Rules, only_books, only_family
+from regraft.rules.book import Rules, only_books, only_family, own_rules
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.checkpoints.convert import Staged
+    from regraft.dialects.names import SourceName
     from regraft.dialects.peft.inspect import Inspection
-    from regraft.storage.objects import Client
+    from regraft.layouts.names import Layout
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -43,15 +46,15 @@ def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    to: str,
+    to: LayoutName | str,
     model: str | os.PathLike[str] | None = None,
-    source: str | None = None,
+    source: LayoutName | str | None = None,
     alpha: float | None = None,
     rank: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     shard_size: str | int | None = None,
-    dtype: str | list[str] | None = None,
+    dtype: str | Sequence[str] = (),
     jobs: int | None = None,
     resume: bool = False,
     in_place: bool = False,
@@ -149,173 +152,96 @@ def convert(
         RefusedError: what was asked for has no exact image.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    if abort:
-        return _abort(src, dst, stage, part=part, commit=commit)
-    if stage is None:
-        _check_options(
-            "they are for work in parts, and no stage is given", part=part, commit=commit
-        )
+    asked = ConvertOptions(
+        to=to,
+        source=source,
+        model=model,
+        architecture=architecture,
+        rules=rules,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        shard_size=shard_size,
+        dtype=dtype,
+        jobs=jobs,
+        resume=resume,
+        in_place=in_place,
+        untie=untie,
+        drop=drop,
+        keep=keep,
+        dequantize=dequantize,
+        stage=stage,
+        part=part,
+        commit=commit,
+        abort=abort,
+        verify=verify,
+        verify_budget=verify_budget,
+        compact=compact,
+        uniform_rank=uniform_rank,
+        max_error=max_error,
+        merge=merge,
+        via=via,
+        alpha=alpha,
+        rank=rank,
+    )
+    with below(key):
+        return convert_with(src, dst, asked, tell=tell, progress=progress)
+
+
+def convert_with(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    asked: ConvertOptions,
+    *,
+    tell: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """What `convert` does, its options in one value."""
+    if asked.abort:
+        return _abort(src, dst, asked)
+    if asked.stage is None:
+        names = ("part", "commit")
+        _check_unused(asked, names, "they are for work in parts, and no stage is given")
     with ExitStack() as stack:
-        stack.enter_context(only_books(rules))
-        stack.enter_context(taken_for(architecture))
+        stack.enter_context(only_books(asked.rules))
+        stack.enter_context(taken_for(asked.architecture))
         stack.enter_context(visiting())
-        stack.enter_context(below(key))
-        if in_place:
+        if asked.in_place:
             no_address(src, "--in-place")
-        src_path, dst_path = locate(src, whole=not dry_run), Path(dst)
-        address = address_of(dst)
-        store = None if address is None else store_for(address)
-        adapter = not is_checkpoint(src_path)
-        layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
-        given = replace(given, alpha=alpha, rank=rank)
-        told = locate(model) if model is not None else None
+        path = locate(src, whole=not asked.dry_run)
+        model = locate(asked.model) if asked.model is not None else None
+        adapter = not is_checkpoint(path)
+        asked.check_for("adapters" if adapter else "checkpoints")
+        layout = layout_named(asked.to, adapter=adapter)
+        given = source_named(asked.source, adapter=adapter)
+        given = replace(given, alpha=asked.alpha, rank=asked.rank)
         stack.enter_context(only_family(given.family))
         stack.enter_context(going_over(given.via))
-        if not adapter:
-            _check_options(
-                "only for adapters, and SRC is a checkpoint",
-                max_error=max_error,
-                alpha=alpha,
-                rank=rank,
+        if adapter:
+            report = _convert_adapters(path, dst, layout, given, model, asked, progress)
+        else:
+            report = _convert_checkpoint(
+                path, dst, layout.name, given.name, model, asked, tell, progress
             )
-            options: dict[str, Any] = {"to": layout.name, "model": told, "dry_run": dry_run}
-            options["foreign"] = InstalledTransformers()
-            options["source"] = given.name
-            options["untie"] = untie
-            if stage is not None:
-                _check_options(
-                    "they do not go with work in parts",
-                    resume=resume,
-                    in_place=in_place,
-                    dequantize=dequantize,
-                    **({"part": part} if commit else {}),
-                )
-            if in_place:
-                _check_options(
-                    "they say how to write, and --in-place writes headers only",
-                    drop=drop,
-                    keep=keep,
-                    shard_size=shard_size,
-                    dtype=dtype,
-                    jobs=jobs,
-                    resume=resume,
-                    overwrite=overwrite,
-                    dequantize=dequantize,
-                )
-                from regraft.checkpoints.in_place import convert_in_place
-
-                done = convert_in_place(src_path, dst_path, **options)
-            elif dequantize:
-                _check_options("they do not go with --dequantize", dry_run=dry_run, resume=resume)
-                no_address(dst, "--dequantize")
-                del options["dry_run"]
-                from regraft.checkpoints.dequantize import dequantize_checkpoint
-
-                done = dequantize_checkpoint(
-                    src_path,
-                    dst_path,
-                    shard_size=shard_size,
-                    dtype=dtype,
-                    jobs=jobs,
-                    overwrite=overwrite,
-                    drop=drop,
-                    keep=keep,
-                    tell=tell,
-                    progress=progress,
-                    **options,
-                )
-            else:
-                from regraft.checkpoints.convert import convert_checkpoint
-
-                staged = None if stage is None else _staged(stage, part, commit)
-                done = convert_checkpoint(
-                    src_path,
-                    dst_path,
-                    shard_size=shard_size,
-                    dtype=dtype,
-                    jobs=jobs,
-                    resume=resume,
-                    overwrite=overwrite,
-                    drop=drop,
-                    keep=keep,
-                    tell=tell,
-                    progress=progress,
-                    store=store,
-                    staged=staged,
-                    **options,
-                )
-            if left := left_behind():
-                done.notes.append(
-                    f"left behind, because they are no part of the model: {len(left)} states of the training, such "
-                    f"as {left[0]}"
-                )
-            done.traffic = traffic([] if store is None else [store])
-            written = not dry_run and done.part is None
-            report = Report(
-                named(str(src_path)), address or str(dst_path), checkpoint=done, written=written
-            )
-            report.files = list(done.others)
-            log_report(report)
-            return report
-        _check_options(
-            "only for checkpoints, and SRC is none",
-            shard_size=shard_size,
-            dtype=dtype,
-            jobs=jobs,
-            resume=resume,
-            in_place=in_place,
-            untie=untie,
-            drop=drop,
-            keep=keep,
-            dequantize=dequantize,
-            stage=stage,
-        )
-        from regraft.adapters.ranks import Options
-        from regraft.adapting import convert_adapters
-
-        if address is not None and merge:
-            no_address(dst, "--merge")
-        report = _sent(
-            store,
-            address,
-            dry_run,
-            overwrite,
-            lambda place: convert_adapters(
-                src_path,
-                place,
-                layout,
-                given,
-                told,
-                Options(via, compact, uniform_rank),
-                foreign=InstalledTransformers(),
-                overwrite=overwrite,
-                dry_run=dry_run,
-                merge=merge,
-                verify_for=verify_budget if verify else None,
-                max_error=max_error,
-                progress=progress,
-            ),
-            dst_path,
-        )
+        report.own_rules = own_rules()
         log_report(report)
         return report
 
 
-def _staged(stage: str | os.PathLike[str], part: str | None, commit: bool) -> Staged:
+def _staged(asked: ConvertOptions) -> Staged | None:
+    if asked.stage is None:
+        return None
     from regraft.checkpoints.convert import Staged
     from regraft.storage.scheduler import find_share
 
-    return Staged(Path(stage), None if commit else find_share(part, os.environ))
+    return Staged(Path(asked.stage), None if asked.commit else find_share(asked.part, os.environ))
 
 
 def _abort(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    stage: str | os.PathLike[str] | None,
-    **given: object,
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], asked: ConvertOptions
 ) -> Report:
     """End what is staged."""
-    _check_options("there is nothing to do after --abort", **given)
+    _check_unused(asked, ("part", "commit"), "there is nothing to do after --abort")
+    stage = asked.stage
     if stage is None:
         raise BadInputError(Finding("option", "no stage is given to be ended", fix="give --stage"))
     from regraft.storage import stage as stages
@@ -330,29 +256,127 @@ def _abort(
     return report
 
 
-def _sent(
-    store: Client | None,
-    address: str | None,
-    dry_run: bool,
-    overwrite: bool,
-    make: Callable[[Path], Report],
-    place: Path,
+def _convert_adapters(
+    src: Path,
+    dst: str | os.PathLike[str],
+    layout: Layout,
+    given: SourceName,
+    model: Path | None,
+    asked: ConvertOptions,
+    progress: Progress | None,
 ) -> Report:
-    """Let something small be made: here, or in a folder that is sent to an address then, its configs last."""
-    if store is None or address is None:
-        return make(place)
+    from regraft.adapting import convert_adapters
+
+    if asked.merge:
+        no_address(dst, "--merge")
+
+    def make(place: Path) -> Report:
+        return convert_adapters(
+            src,
+            place,
+            layout,
+            given,
+            model,
+            asked,
+            foreign=InstalledTransformers(),
+            progress=progress,
+        )
+
+    address = address_of(dst)
+    return make(Path(dst)) if address is None else _sent(address, asked, make)
+
+
+def _convert_checkpoint(
+    src: Path,
+    dst: str | os.PathLike[str],
+    to: LayoutName | str,
+    source: str | None,
+    model: Path | None,
+    asked: ConvertOptions,
+    tell: Callable[[str], None] | None,
+    progress: Progress | None,
+) -> Report:
+    address = address_of(dst)
+    store = None if address is None else store_for(address)
+    options: dict[str, Any] = {
+        "to": to,
+        "source": source,
+        "model": model,
+        "untie": asked.untie,
+        "foreign": InstalledTransformers(),
+    }
+    if asked.stage is not None:
+        names = ("resume", "in_place", "dequantize", *(["part"] if asked.commit else []))
+        _check_unused(asked, names, "they do not go with work in parts")
+    if asked.in_place:
+        writing = (
+            "drop",
+            "keep",
+            "shard_size",
+            "dtype",
+            "jobs",
+            "resume",
+            "overwrite",
+            "dequantize",
+        )
+        _check_unused(asked, writing, "they say how to write, and --in-place writes headers only")
+        from regraft.checkpoints.in_place import convert_in_place
+
+        done = convert_in_place(src, Path(dst), dry_run=asked.dry_run, **options)
+    else:
+        options |= {
+            "shard_size": asked.shard_size,
+            "dtype": asked.dtype,
+            "jobs": asked.jobs,
+            "overwrite": asked.overwrite,
+            "drop": asked.drop,
+            "keep": asked.keep,
+            "tell": tell,
+            "progress": progress,
+        }
+        if asked.dequantize:
+            _check_unused(asked, ("dry_run", "resume"), "they do not go with --dequantize")
+            no_address(dst, "--dequantize")
+            from regraft.checkpoints.dequantize import dequantize_checkpoint
+
+            done = dequantize_checkpoint(src, Path(dst), **options)
+        else:
+            from regraft.checkpoints.convert import convert_checkpoint
+
+            done = convert_checkpoint(
+                src,
+                Path(dst),
+                resume=asked.resume,
+                dry_run=asked.dry_run,
+                store=store,
+                staged=_staged(asked),
+                **options,
+            )
+    if left := left_behind():
+        done.notes.append(
+            f"left behind, because they are no part of the model: {len(left)} states of the training, such as {left[0]}"
+        )
+    done.traffic = traffic([] if store is None else [store])
+    written = not asked.dry_run and done.part is None
+    report = Report(named(str(src)), address or str(dst), checkpoint=done, written=written)
+    report.files = list(done.others)
+    return report
+
+
+def _sent(address: str, asked: ConvertOptions, make: Callable[[Path], Report]) -> Report:
+    """Let something small be made in a folder that is sent to an address then, its configs last."""
     from tempfile import TemporaryDirectory
 
     from regraft.checkpoints.upload import check_free, chunks_of
 
-    name = file_named(address)
-    check_free(store, overwrite, name)
+    store, name = store_for(address), file_named(address)
+    check_free(store, asked.overwrite, name)
     with TemporaryDirectory(prefix="regraft-") as folder:
         made = Path(folder) / (name or "made")
         report = make(made)
         report.destination = address
         files = [made] if name else [path for path in sorted(made.rglob("*")) if path.is_file()]
-        for path in [] if dry_run else sorted(files, key=lambda path: path.suffix == ".json"):
+        for path in [] if asked.dry_run else sorted(files, key=lambda path: path.suffix == ".json"):
             key = name or path.relative_to(made).as_posix()
             with path.open("rb") as file:
                 store.stream(key, chunks_of(file), path.stat().st_size)
@@ -363,7 +387,7 @@ def inspect(
     src: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
-    source: str | None = None,
+    source: LayoutName | str | None = None,
     architecture: str | None = None,
     rules: Rules = (),
 ) -> Inspection:
@@ -393,8 +417,12 @@ def inspect(
             )
 
 
-def _check_options(why: str, **given: object) -> None:
+def _check_unused(asked: ConvertOptions, names: Collection[str], why: str) -> None:
     """Raise ``BadInputError`` for options that were given and do not apply."""
-    wrong = [name for name, value in given.items() if value]
+    wrong = [
+        field.flag
+        for field in described(ConvertOptions)
+        if field.name in names and getattr(asked, field.name) != field.default
+    ]
     if wrong:
         raise BadInputError(Finding("option", f"{' and '.join(wrong)}: {why}"))

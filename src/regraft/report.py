@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from regraft.shown import Shown
+
 if TYPE_CHECKING:
     from regraft.adapters.scale import Scale
     from regraft.planning.plan import Headers, Plan
@@ -147,8 +149,8 @@ class CheckpointReport:
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(slots=True)
-class Report:
+@dataclass(slots=True, repr=False)
+class Report(Shown):
     """What a conversion did; ``to_dict`` gives plain data."""
 
     source: str
@@ -157,10 +159,12 @@ class Report:
     checkpoint: CheckpointReport | None = None
     """What became of a checkpoint, where that is what was converted."""
     files: list[str] = field(default_factory=list)
-    """Other files that were carried over."""
+    """Other files that were copied."""
     written: bool = True
     ended: str | None = None
     """The stage that was ended and removed, where that was asked for; empty where there was none."""
+    own_rules: list[str] = field(default_factory=list)
+    """The user's own rule books that were in force, and whether REGRAFT_RULES named them."""
 
     @property
     def targets(self) -> list[Target]:

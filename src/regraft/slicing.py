@@ -9,6 +9,7 @@ from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.slices import Boxes, Slices, cut
 from regraft.dialects.names import layout_named, source_named
+from regraft.layouts.spelled import LayoutName
 from regraft.places import keep_with, leave, locate, opened, renaming
 from regraft.rules.book import Rules, only_books, only_family
 
@@ -16,11 +17,11 @@ from regraft.rules.book import Rules, only_books, only_family
 def slices(
     src: str | Path,
     *,
-    to: str,
+    to: LayoutName | str,
     names: Iterable[str] | None = None,
     box: Boxes = None,
     model: str | Path | None = None,
-    source: str | None = None,
+    source: LayoutName | str | None = None,
     rules: Rules = (),
 ) -> Slices:
     """Which bytes of a checkpoint some parts of its tensors in another layout are made of. Reads headers only.
@@ -61,9 +62,9 @@ def slices(
 
 def prepare_slices(
     src: str | Path,
-    to: str,
+    to: LayoutName | str,
     model: str | Path | None = None,
-    source: str | None = None,
+    source: LayoutName | str | None = None,
     rules: Rules = (),
 ) -> Prepared:
     """The conversion that slices are cut from."""

@@ -61,6 +61,7 @@ from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers
 from regraft.rules.book import library
 from regraft.rules.kinds import BATCH, KINDS
+from regraft.shown import Shown
 from regraft.values import replace
 
 TOLERANCE = 1e-5
@@ -85,8 +86,8 @@ class Compared:
     matrices: int = 1
 
 
-@dataclass(slots=True)
-class AdapterVerification:
+@dataclass(slots=True, repr=False)
+class AdapterVerification(Shown):
     """What comparing two adapters found."""
 
     source: str

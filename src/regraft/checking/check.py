@@ -28,7 +28,7 @@ from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
 from regraft.checking.checkpoint import check_checkpoint
-from regraft.checking.for_tool import ToolCheck, check_for
+from regraft.checking.for_tool import ToolCheck, check_for, is_tool
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import layout_named
@@ -41,7 +41,9 @@ from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
+from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
+from regraft.options import CheckOptions
 from regraft.places import locate, visiting
 from regraft.planning.model import ModelConfig, taken_for
 from regraft.rules.book import Rules, only_books
@@ -56,7 +58,7 @@ def check(
     *,
     tool: None = None,
     model: str | os.PathLike[str] | None = None,
-    to: str = "transformers-v5",
+    to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
     architecture: str | None = None,
     rules: Rules = (),
@@ -67,7 +69,7 @@ def check(
     *,
     tool: str,
     model: str | os.PathLike[str] | None = None,
-    to: str = "transformers-v5",
+    to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
     architecture: str | None = None,
     rules: Rules = (),
@@ -77,7 +79,7 @@ def check(
     *,
     tool: str | None = None,
     model: str | os.PathLike[str] | None = None,
-    to: str = "transformers-v5",
+    to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
     architecture: str | None = None,
     rules: Rules = (),
@@ -98,11 +100,19 @@ def check(
     Raises:
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
-    with only_books(rules), taken_for(architecture), visiting():
-        path, base = locate(src), None if model is None else locate(model)
-        if tool is not None:
-            return check_for(path, tool, base)
-        return _check(path, base, to, peft)
+    asked = CheckOptions(to=tool or to, model=model, architecture=architecture, rules=rules)
+    return check_with(src, asked, peft)
+
+
+def check_with(
+    src: str | os.PathLike[str], asked: CheckOptions, peft: StockPeft | None = None
+) -> Check | ToolCheck:
+    """What `check` does, its options in one value; ``to`` may be a tool's name there."""
+    with only_books(asked.rules), taken_for(asked.architecture), visiting():
+        path, base = locate(src), None if asked.model is None else locate(asked.model)
+        if is_tool(asked.to):
+            return check_for(path, asked.to, base)
+        return _check(path, base, asked.to, peft)
 
 
 def _check(

@@ -20,11 +20,12 @@ from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.tool_files import look_at
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.shown import Shown
 from regraft.storage.safetensors import TensorFile, read_header
 
 
-@dataclass(slots=True)
-class ToolCheck:
+@dataclass(slots=True, repr=False)
+class ToolCheck(Shown):
     """What a tool would do with an adapter as it is."""
 
     source: str

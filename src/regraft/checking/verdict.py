@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft.errors import Finding
 from regraft.names.patterns import group_alike
+from regraft.shown import Shown
 
 OUTCOMES = {
     "lands": ("lands", "land"),
@@ -107,8 +108,8 @@ class Verdict:
         return sum(row.count for row in self.rows if row.dead)
 
 
-@dataclass(slots=True)
-class Check:
+@dataclass(slots=True, repr=False)
+class Check(Shown):
     """Whether adapters or a checkpoint load as they are."""
 
     source: str

@@ -62,7 +62,7 @@ def convert_checkpoint(
     source: str | None = None,
     foreign: Foreign | None = None,
     shard_size: str | int | None = None,
-    dtype: str | list[str] | None = None,
+    dtype: str | Sequence[str] | None = None,
     jobs: int | None = None,
     resume: bool = False,
     overwrite: bool = False,

@@ -29,6 +29,7 @@ from regraft.names.keys import Ints
 from regraft.planning.model import Foreign, taken_for
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
+from regraft.shown import Shown
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
 from regraft.storage.stand_ins import named
@@ -39,8 +40,8 @@ _JOBS = 8
 """Threads that read from a store."""
 
 
-@dataclass(slots=True)
-class Verification:
+@dataclass(slots=True, repr=False)
+class Verification(Shown):
     """What comparing two checkpoints found."""
 
     source: str

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regraft.cli.output import Output, visible
-from regraft.cli.words import show_notes
+from regraft.cli.words import show_company, show_notes
 from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
 from regraft.views.wording import count_in_words
 
@@ -107,8 +107,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     out.show(summary)
     for change in checkpoint.config:
         out.show(Text(f"config.json: {visible(change)}"))
-    if report.files:
-        out.show(Text(f"Files carried over: {', '.join(map(visible, report.files[:6]))}"))
+    show_company(out, report)
     if checkpoint.traffic:
         out.show(Text(_traffic(checkpoint.traffic)))
     if checkpoint.resumed:

@@ -6,10 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
+from msgspec import NODEFAULT
+
+from regraft.options import ConvertOptions, Described, Option, Options, described
+
+if TYPE_CHECKING:
+    from regraft.rules.book import Rules
 
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path)
@@ -66,6 +72,58 @@ class WithArguments(click.Command):
         super().format_options(ctx, formatter)
 
 
+def from_class(options: type[Options]) -> Callable[[Command], Command]:
+    """The options that a class describes, in its order; the command takes them by the names of its fields."""
+
+    def add(command: Command) -> Command:
+        for field in reversed(list(described(options))):
+            command = _option(field)(command)
+        return command
+
+    return add
+
+
+def from_field(options: type[Options], name: str) -> Callable[[Command], Command]:
+    """The option of one field of a class."""
+    return _option(next(field for field in described(options) if field.name == name))
+
+
+def _option(field: Described) -> Callable[[Command], Command]:
+    option = field.option
+    settings: dict[str, Any] = {"help": _help_of(option), "metavar": option.metavar}
+    kinds = set(get_args(field.type)) or {field.type}
+    if field.type is bool:
+        return click.option(field.flag, field.name, is_flag=True, help=settings["help"])
+    if option.kind == "place":
+        settings["type"] = PLACE
+    elif option.kind == "file":
+        settings["type"] = FILE
+    elif option.kind in ("layout", "source"):
+        settings["shell_complete"] = _complete_layout
+    elif str not in kinds and kinds & {int, float}:
+        made: Any = click.FloatRange if float in kinds else click.IntRange
+        settings["type"] = made(min=option.least, min_open=option.above)
+    if option.many:
+        return click.option(field.flag, field.name, multiple=True, **settings)
+    if field.default is NODEFAULT:
+        return click.option(field.flag, field.name, required=True, **settings)
+    settings["show_default"] = option.shown
+    return click.option(field.flag, field.name, default=field.default, **settings)
+
+
+def _help_of(option: Option) -> str:
+    """What the help says: first what the option is for, where it is not for everything.
+
+    >>> _help_of(Option("Leave it out.", only="adapters"))
+    'Adapters: leave it out.'
+    """
+    if option.only is None:
+        return option.help
+    first, second = option.help[0], option.help[1]
+    start = first.lower() if not second.isupper() else first
+    return f"{option.only.capitalize()}: {start}{option.help[1:]}"
+
+
 src = argument(
     "src",
     "A folder that save_pretrained wrote, a weights file with its config beside it, a folder with several adapters "
@@ -73,13 +131,11 @@ src = argument(
     metavar="SRC",
     type=PLACE,
 )
-model = click.option(
-    "--model",
-    metavar="PATH",
-    type=PLACE,
-    help="The base model's folder or its config.json, of either version. Needed where the adapter itself doesn't "
-    "say what it is for, or how many experts there are.",
-)
+model = from_field(ConvertOptions, "model")
+architecture = from_field(ConvertOptions, "architecture")
+rules = from_field(ConvertOptions, "rules")
+source = from_field(ConvertOptions, "source")
+verify_budget = from_field(ConvertOptions, "verify_budget")
 key = click.option(
     "--key",
     metavar="KEY",
@@ -103,18 +159,6 @@ def beyond(command: Command) -> Command:
     return key(offline(command))
 
 
-architecture = click.option(
-    "--architecture",
-    metavar="CLASS",
-    help="The model's class in transformers, where its config.json names none that there is.",
-)
-rules = click.option(
-    "--rules",
-    metavar="BOOK",
-    multiple=True,
-    help="Use this rule book (a TOML file, or the name of one of regraft's) and no others. May be given more than "
-    "once; the word built-in means all of regraft's, so that --rules MINE --rules built-in adds one to them.",
-)
 json = click.option("--json", is_flag=True, help="Print one JSON document; messages go to stderr.")
 html = click.option(
     "--html",
@@ -123,15 +167,12 @@ html = click.option(
     callback=lambda ctx, param, value: _check_file(value),
     help="Write an HTML report: one file that needs no network. Also when the command fails.",
 )
-verify_budget = click.option(
-    "--verify-budget",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0),
-    default=300.0,
-    help="Adapters: compare every entry for so long, then the targets that are left by 16 random vectors; the result "
-    "names them (300).",
-)
 quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+fail_fast = click.option(
+    "--fail-fast",
+    is_flag=True,
+    help="Several SRC: stop at the first that fails.",
+)
 progress = click.option(
     "--progress",
     metavar="auto|plain|json|none",
@@ -142,13 +183,6 @@ progress = click.option(
 )
 verbose = click.option(
     "--verbose", "-v", is_flag=True, help="Say on stderr what is decided and why, while it goes on."
-)
-source = click.option(
-    "--from",
-    "source",
-    metavar="LAYOUT",
-    shell_complete=_complete_layout,
-    help="The layout of SRC, its dialect, or the family of its model. Detected if omitted.",
 )
 
 
@@ -214,7 +248,7 @@ def _check_file(path: Path | None) -> Path | None:
 
 
 @contextmanager
-def told(names: Sequence[str], architecture: str | None) -> Iterator[None]:
+def told(names: Rules, architecture: str | None) -> Iterator[None]:
     """Let --rules and --architecture apply."""
     from regraft.planning.model import taken_for
 
@@ -223,7 +257,7 @@ def told(names: Sequence[str], architecture: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def own_books(names: Sequence[str]) -> Iterator[None]:
+def own_books(names: Rules) -> Iterator[None]:
     """Let the rule books of --rules stand in for the library."""
     from regraft.rules.book import only_books
 

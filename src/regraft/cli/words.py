@@ -46,12 +46,19 @@ def show_report(out: Output, report: Report, load: bool = True) -> None:
     """What a conversion did; the last line says how to load the result, unless ``load`` is off."""
     for adapter in report.adapters:
         _show_adapter(out, adapter, report)
+    show_company(out, report)
+    if load:
+        out.show(_last_line(report))
+
+
+def show_company(out: Output, report: Report) -> None:
+    """What else was copied, and the rule books that stood in for regraft's own."""
     if report.files:
         names = [visible(name) for name in report.files[:_FILES]]
         more = [f"and {len(report.files) - _FILES} more"] if len(report.files) > _FILES else []
-        out.show(Text("Files carried over: " + ", ".join(names + more)))
-    if load:
-        out.show(_last_line(report))
+        out.show(Text("Also copied: " + ", ".join(names + more)))
+    if report.own_rules:
+        out.show(Text("Rule books: " + ", ".join(map(visible, report.own_rules))))
 
 
 def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:

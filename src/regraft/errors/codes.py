@@ -616,9 +616,9 @@ class Code(Enum):
     NO_SUCH_ADAPTER = (
         "no-such-adapter",
         Part.LIVE,
-        "no such adapter to replace",
-        "load it without `hotswap` first",
-        "hotswapping, and the model has no adapter of this name",
+        "no such adapter in the model",
+        "name one that it has; to hotswap, load it without `hotswap` first",
+        "hotswapping or saving, and the model has no adapter of this name",
     )
     HOTSWAP = (
         "hotswap",

@@ -23,6 +23,7 @@ from regraft.places import locate, visiting
 from regraft.planning.compose import plan_along
 from regraft.planning.model import taken_for
 from regraft.rules.book import Rules, only_books
+from regraft.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,8 @@ class Differs:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Diff:
+@dataclass(frozen=True, slots=True, repr=False)
+class Diff(Shown):
     """Two files compared."""
 
     a: str

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regraft.errors import Finding
+from regraft.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class Near:
     found: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(Shown):
     """The way of one key; ``fate`` is moved, carried, unmatched, unknown or there."""
 
     src: str

@@ -535,12 +535,52 @@ def only_books(books: Rules) -> Iterator[None]:
     before it come first, and take the place of one that leads between the same layouts for the same model types.
     Books that have no equations, and only say of some keys that they stay or go, stand beside regraft's.
     """
-    given = tuple(_named(books))
-    if given and all(book.is_addition for book in given):
-        given += built_in()
+    given = _standing_in(books)
     token = _ONLY.set(given or _ONLY.get())
     try:
         yield
+    finally:
+        _ONLY.reset(token)
+
+
+def _standing_in(books: Rules) -> tuple[Book, ...]:
+    given = tuple(_named(books))
+    if given and all(book.is_addition for book in given):
+        given += built_in()
+    return given
+
+
+ENVIRONMENT = "REGRAFT_RULES"
+"""The variable that lists rule books as ``--rules`` takes them, separated as in ``PATH``, for where none are given."""
+
+
+def _given() -> tuple[Book, ...]:
+    """The books that stand in for the library: those of `only_books`, else those of the environment; or none."""
+    text = os.environ.get(ENVIRONMENT, "")
+    return _ONLY.get() or (_environment_books(text, _changed(text)) if text else ())
+
+
+def _changed(text: str) -> tuple[int, ...]:
+    """When the files of the environment's books changed, so that one that was edited is read again."""
+    found = []
+    for name in text.split(os.pathsep):
+        try:
+            found.append(os.stat(name).st_mtime_ns)  # noqa: PTH116
+        except OSError:
+            found.append(0)
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)
+def _environment_books(text: str, changed: tuple[int, ...]) -> tuple[Book, ...]:
+    token = _ONLY.set(built_in())  # names are those of regraft's own
+    try:
+        return _standing_in(name for name in text.split(os.pathsep) if name)
+    except BadInputError as error:
+        raise BadInputError(
+            replace(each, message=f"{each.message} (named by {ENVIRONMENT})")
+            for each in error.findings
+        ) from None
     finally:
         _ONLY.reset(token)
 
@@ -557,13 +597,19 @@ def _named(books: Rules) -> Iterator[Book]:
 
 def own_books() -> tuple[Book, ...]:
     """The books of the user's own that stand in for the library, or beside it."""
-    given = _ONLY.get()
+    given = _given()
     return tuple(b for b in given if all(b is not each for each in built_in())) if given else ()
+
+
+def own_rules() -> list[str]:
+    """Names of the user's own books that are in force, and whether the environment named them; for reports."""
+    origin = "" if _ONLY.get() else f" ({ENVIRONMENT})"
+    return [f"{book.path}{origin}" for book in own_books()]
 
 
 def is_complete() -> bool:
     """Whether the library is all that is to be asked: books stand in for it, and not beside it."""
-    given = _ONLY.get()
+    given = _given()
     return bool(given) and not {id(book) for book in built_in()} <= {id(book) for book in given}
 
 
@@ -587,7 +633,7 @@ def asked_family() -> str | None:
 
 def library() -> tuple[Book, ...]:
     """The rule books in force: those that come with regraft and with installed packages, or what stands in for them."""
-    books, family = _ONLY.get() or built_in(), _FAMILY.get()
+    books, family = _given() or built_in(), _FAMILY.get()
     return books if family is None else tuple(books_for([family], books))
 
 

@@ -16,7 +16,7 @@ _TRAINING = re.compile(
     r"|.*_(optim|model)_states\.pt|pytorch_model_fsdp.*|zero_pp_rank.*|latest|zero_to_fp32\.py",
     re.IGNORECASE,
 )
-_ARGUMENTS = "training_args.bin"
+TRAINING_ARGUMENTS = "training_args.bin"
 """What a Trainer was told: no tensors."""
 _ENDINGS = (
     ".pt",
@@ -43,7 +43,7 @@ def sort_files(root: Path, files: Iterable[Path]) -> tuple[list[Path], list[str]
     """
     kept, weights, training = [], [], []
     for file in files:
-        if _is_training(file):
+        if is_training_state(file):
             training.append(str(file))
         elif _is_weights(root / file):
             weights.append(str(file))
@@ -63,7 +63,8 @@ def sort_files(root: Path, files: Iterable[Path]) -> tuple[list[Path], list[str]
     return kept, notes
 
 
-def _is_training(file: Path) -> bool:
+def is_training_state(file: Path) -> bool:
+    """Whether a file has the state of a training, and not weights or words: by its name."""
     return _TRAINING.fullmatch(file.name) is not None or any(
         re.fullmatch(r"global_step\d+|(optimizer|pytorch_model_fsdp)_\d+", part)
         for part in file.parts[:-1]
@@ -73,7 +74,7 @@ def _is_training(file: Path) -> bool:
 def _is_weights(path: Path) -> bool:
     """By content where it tells, by the name where it does not."""
     name = path.name.lower()
-    if name == _ARGUMENTS:
+    if name == TRAINING_ARGUMENTS:
         return False
     if name.endswith(_INDEX) or name.endswith(_ENDINGS):
         return True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
 from regraft.errors import AmbiguousError, Finding, RefusedError, RegraftError
 from regraft.report import SCHEMA_VERSION, Report
@@ -54,7 +55,7 @@ class SourceOutcome:
     """``unknown``: regraft has to be told more about it."""
     why: str = ""
     """In a few words."""
-    report: Report | Check | None = None
+    report: Report | Check | ToolCheck | None = None
     """What the command prints where this is its only source."""
     error: Problem | None = None
     load: str = ""

@@ -24,13 +24,15 @@ from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
 from regraft.bridges.peft.undo import undone_on_failure
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.storage.hub import find_cached
 
 
 def load_adapter(
     model: Any,
     path: str | os.PathLike[str],
-    *,
     adapter_name: str = "default",
+    *,
+    subfolder: str = "",
     hotswap: bool = False,
     is_trainable: bool = False,
 ) -> Any:
@@ -41,8 +43,10 @@ def load_adapter(
             data-parallel, sharded or compiled model, a value head, an object with a model as attribute. In a holder
             of several models the adapter goes into the one whose path its keys begin with, or else into the only one
             that it fits.
-        path: the folder that ``save_pretrained`` wrote, its weights file, or an adapter of any other dialect.
-        adapter_name: any name that torch takes for a module's child.
+        path: the folder that ``save_pretrained`` wrote, its weights file, an adapter of any other dialect, or the name
+            of a repository in the Hub's local cache (``"org/name"``).
+        adapter_name: what to call it in the model; any name that torch accepts for a module's child.
+        subfolder: the folder of the adapter inside ``path``.
         hotswap: put the adapter in the place of a loaded one of that name, without new layers. Layers that it does
             not adapt are set to zero.
         is_trainable: leave the adapter's parameters open to training.
@@ -57,11 +61,18 @@ def load_adapter(
         AmbiguousError: the adapter fits several models, or the path holds several adapters.
         RefusedError: it has no exact image in this layout.
     """
-    source = open_any(Path(path))
+    source = open_any(_found(path, subfolder))
     with alone_with(model):
         place, adapter = choose(model, source)
         with alone_with(place.base):
             return _load(model, place, adapter, source, adapter_name, hotswap, is_trainable)
+
+
+def _found(path: str | os.PathLike[str], subfolder: str) -> Path:
+    """Where the adapter is; what exists here always wins over a repository in the Hub's cache."""
+    local = Path(path)
+    cached = None if os.path.lexists(local) else find_cached(os.fspath(path))
+    return (cached or local) / subfolder
 
 
 def _load(

@@ -35,6 +35,7 @@ from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.book import Book
+from regraft.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,8 @@ class Inspected:
         return sorted({target.scale for target in self.targets})
 
 
-@dataclass(slots=True)
-class Inspection:
+@dataclass(slots=True, repr=False)
+class Inspection(Shown):
     """What the adapters of a source are; ``to_dict`` gives plain data."""
 
     source: str

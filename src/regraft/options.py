@@ -1,0 +1,328 @@
+"""What a conversion and a check can be asked for: each option once, with its name, type, default and help.
+
+The command line is made from these classes (`regraft.cli.options.from_class`), and the functions of the package hand
+them on as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from msgspec import NODEFAULT, Struct
+
+from regraft.errors import BadInputError, Finding
+
+if TYPE_CHECKING:
+    from regraft.rules.book import Rules
+
+Subject = Literal["adapters", "checkpoints"]
+
+
+class Option(Struct, frozen=True):
+    """What the command line says of a field."""
+
+    help: str
+    metavar: str | None = None
+    kind: Literal["layout", "source", "place", "file", "text"] = "text"
+    """What its values are completed with, and checked for."""
+    only: Subject | None = None
+    """What it is for, if it is not for everything."""
+    flag: str | None = None
+    """Its name on the command line, if that is not the field's."""
+    many: bool = False
+    """Whether it can be given several times."""
+    least: float | None = None
+    above: bool = False
+    """Whether the least value itself is too small."""
+    shown: bool = False
+    """Whether the help shows the default."""
+
+
+class Described(Struct, frozen=True):
+    """A field of a class of options."""
+
+    name: str
+    type: Any
+    """As it is annotated, ``None`` left out."""
+    default: Any
+    """``msgspec.NODEFAULT`` for what has to be given."""
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line.
+
+        >>> [field.flag for field in described(ConvertOptions)][:3]
+        ['--to', '--from', '--model']
+        """
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+
+def described(options: type["Options"]) -> Iterator[Described]:
+    """The fields of a class of options, in their order."""
+    hints: dict[str, Any] = {}
+    for base in reversed(options.__mro__):
+        hints.update(getattr(base, "__annotations__", {}))
+    names, defaults = options.__struct_fields__, options.__struct_defaults__
+    without = [NODEFAULT] * (len(names) - len(defaults))
+    for name, default in zip(names, [*without, *defaults], strict=True):
+        hint, option = get_args(hints[name])
+        yield Described(name, hint, default, option)
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """Values of options."""
+
+    def check_for(self, subject: Subject) -> None:
+        """Whether everything that was asked for is for adapters, or for checkpoints.
+
+        Raises ``BadInputError`` that names the options that are not.
+        """
+        wrong = [
+            field.flag
+            for field in described(type(self))
+            if field.option.only not in (None, subject)
+            and getattr(self, field.name) != field.default
+        ]
+        if wrong:
+            other, one = (
+                ("checkpoints", "an adapter")
+                if subject == "adapters"
+                else ("adapters", "a checkpoint")
+            )
+            message = f"{' and '.join(wrong)}: only for {other}, and SRC is {one}"
+            raise BadInputError(Finding("option", message))
+
+
+Model = Annotated[
+    str | PathLike[str] | None,
+    Option(
+        "The base model's folder or its config.json, of either version. Needed if the adapter itself doesn't name its "
+        "base, or the number of experts is unknown.",
+        "PATH",
+        "place",
+    ),
+]
+Architecture = Annotated[
+    str | None,
+    Option(
+        "The model's class in transformers, if its config.json names none that exists.", "CLASS"
+    ),
+]
+RuleBooks = Annotated[
+    "Rules",
+    Option(
+        "Use this rule book (a TOML file, or the name of a built-in one) and no others. Repeatable; the word built-in "
+        "means all built-in ones, so that --rules MINE --rules built-in adds one to them. If omitted, the books that "
+        "REGRAFT_RULES lists (separated as in PATH).",
+        "BOOK",
+        many=True,
+    ),
+]
+
+
+class ConvertOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.convert` is asked for, beside its two places."""
+
+    to: Annotated[
+        str,
+        Option(
+            "The layout to convert to (transformers-v5, transformers-v4), a dialect of adapters, or both "
+            "(LAYOUT:DIALECT); 'regraft layouts' lists them.",
+            "LAYOUT",
+            "layout",
+        ),
+    ]
+    source: Annotated[
+        str | None,
+        Option(
+            "The layout of SRC, its dialect, or the family of its model. Detected if omitted.",
+            "LAYOUT",
+            "source",
+            flag="--from",
+        ),
+    ] = None
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+    dry_run: Annotated[bool, Option("Run without writing.")] = False
+    overwrite: Annotated[bool, Option("Replace DST if it exists.")] = False
+    shard_size: Annotated[
+        str | int | None,
+        Option(
+            "The size of a weights file, such as 200MB or 5GB. As SRC is sharded if omitted.",
+            "SIZE",
+            only="checkpoints",
+        ),
+    ] = None
+    dtype: Annotated[
+        str | Sequence[str],
+        Option(
+            "Cast floating-point tensors (bfloat16), or those whose names match a pattern (*.norm.weight=float32). "
+            "Repeatable.",
+            "[PATTERN=]DTYPE",
+            many=True,
+            only="checkpoints",
+        ),
+    ] = ()
+    jobs: Annotated[
+        int | None,
+        Option(
+            "How many workers, by default one per core. Several SRC: how many at once, by default one.",
+            "N",
+            only="checkpoints",
+            least=1,
+        ),
+    ] = None
+    resume: Annotated[
+        bool, Option("Continue what an interrupted run had begun.", only="checkpoints")
+    ] = False
+    stage: Annotated[
+        str | PathLike[str] | None,
+        Option(
+            "Do one part of the work, in a folder that the processes of all parts share; DST appears with --commit.",
+            "DIR",
+            "file",
+            only="checkpoints",
+        ),
+    ] = None
+    part: Annotated[
+        str | None,
+        Option(
+            "Which part: 0/4, 1/4, 2/4 or 3/4; /4 for the one that JOB_COMPLETION_INDEX says. If omitted, as "
+            "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT say.",
+            "I/N",
+            only="checkpoints",
+        ),
+    ] = None
+    commit: Annotated[
+        bool,
+        Option("When all parts are done: check them, and let DST appear.", only="checkpoints"),
+    ] = False
+    abort: Annotated[bool, Option("End what is staged in --stage, and remove it.")] = False
+    in_place: Annotated[
+        bool,
+        Option("Rename the tensors in SRC itself, by rewriting headers only.", only="checkpoints"),
+    ] = False
+    untie: Annotated[
+        bool,
+        Option(
+            "If tied weights have different values, keep both, and write tie_word_embeddings: false.",
+            only="checkpoints",
+        ),
+    ] = False
+    drop: Annotated[
+        Sequence[str],
+        Option(
+            "Leave out the tensors whose names match it (model.mtp.*), or one of two tied weights with different "
+            "values. Repeatable.",
+            "PATTERN",
+            many=True,
+            only="checkpoints",
+        ),
+    ] = ()
+    keep: Annotated[
+        Sequence[str],
+        Option(
+            "Copy the tensors whose names match it unchanged, although no rule matches them. Repeatable.",
+            "PATTERN",
+            many=True,
+            only="checkpoints",
+        ),
+    ] = ()
+    dequantize: Annotated[
+        bool,
+        Option(
+            "Turn quantised weights (FP8, MXFP4, NVFP4) into bfloat16. This changes numbers.",
+            only="checkpoints",
+        ),
+    ] = False
+    verify: Annotated[
+        bool,
+        Option(
+            "Compare what every target adds before and after, before anything is written.",
+            only="adapters",
+        ),
+    ] = False
+    verify_budget: Annotated[
+        float,
+        Option(
+            "Compare every entry for so long, then the remaining targets by 16 random vectors; the result names them.",
+            "SECONDS",
+            only="adapters",
+            least=0,
+            shown=True,
+        ),
+    ] = 300.0
+    compact: Annotated[
+        bool, Option("Leave out components that add nothing, to rounding.", only="adapters")
+    ] = False
+    uniform_rank: Annotated[
+        bool,
+        Option("One rank for all targets, padded with zeros; no rank_pattern.", only="adapters"),
+    ] = False
+    max_error: Annotated[
+        float | None,
+        Option(
+            "Refuse an approximation (--via) whose relative error is larger; nothing is written.",
+            "ERROR",
+            only="adapters",
+            least=0,
+        ),
+    ] = None
+    merge: Annotated[
+        bool,
+        Option(
+            "Write the base of --model in the layout, with the adapter added to its weights.",
+            only="adapters",
+        ),
+    ] = False
+    via: Annotated[
+        str | None,
+        Option(
+            "Allow what is done only on request. dense: a LoRA of full rank; svd:RANK (svd:16) or svd:TOLERANCE "
+            "(svd:1e-3): the best one of a lower rank, with its error; merge: the base of --model with the adapter in "
+            "its weights, if the result cannot hold the adapter.",
+            "WAY",
+            only="adapters",
+        ),
+    ] = None
+    alpha: Annotated[
+        float | None,
+        Option(
+            "The alpha of a LoRA whose files do not contain it (Megatron-Bridge's export).",
+            "ALPHA",
+            only="adapters",
+            least=0,
+            above=True,
+        ),
+    ] = None
+    rank: Annotated[
+        int | None,
+        Option(
+            "The rank that --alpha is divided by, if the factors have several.",
+            "RANK",
+            only="adapters",
+            least=1,
+        ),
+    ] = None
+
+
+class CheckOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.check` is asked for."""
+
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+    to: Annotated[
+        str,
+        Option(
+            "What is to load it: transformers-v5 or transformers-v4 (the installed one is tried; for the other, names, "
+            "shapes and the config are compared), or a tool, with @VERSION if a certain one is meant (vllm, sglang, "
+            "…): what it would do with the files as they are.",
+            "LAYOUT",
+            "layout",
+            flag="--for",
+            shown=True,
+        ),
+    ] = "transformers-v5"
