@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
+from regraft.adapters.form import not_finite
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
 from regraft.adapters.ranks import MERGE, Options
@@ -303,15 +302,10 @@ def _note_company(report: Report, results: list[Converted]) -> None:
 
 
 def _note_values(source: Opened, result: Converted) -> None:
-    for name, tensor in source.tensors.items():
-        with np.errstate(all="ignore"):
-            summed = tensor.dtype.kind in "fV" and np.add.reduce(tensor, axis=None, dtype=float)
-        if not np.isfinite(summed):
-            bad = ~np.isfinite(tensor.astype(np.float64))
-            if bad.any():
-                result.report.notes.append(
-                    f"{name} holds {int(bad.sum())} values that are NaN or infinite; they were kept"
-                )
+    for name, count in not_finite(source.tensors).items():
+        result.report.notes.append(
+            f"{name} holds {count} values that are NaN or infinite; they were kept"
+        )
 
 
 def _check_folder(dst: Path) -> None:

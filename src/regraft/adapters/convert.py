@@ -322,7 +322,9 @@ def _check_scales(reading: Reading, where: str) -> None:
     factors = reading.adapter.factors
     if factors is None:
         return
-    wrong = [i for i, scale in enumerate(factors.scales) if not isfinite(scale.alpha)]
+    # Most scales are one and the same.
+    odd = {scale for scale in set(factors.scales) if not isfinite(scale.alpha)}
+    wrong = [i for i, scale in enumerate(factors.scales) if scale in odd] if odd else ()
     if wrong:
         message = "what multiplies its factors is no finite number"
         fix = "correct alpha, or the scale, where the adapter says it"

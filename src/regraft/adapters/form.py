@@ -6,6 +6,7 @@ base weight is ``scale * B @ A`` in (out, in) orientation, whatever way the base
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,6 +139,42 @@ def is_finite(values: Array) -> bool:
         if np.isfinite(np.add.reduce(values, axis=None, dtype=float)):
             return True
         return bool(np.isfinite(values).all())
+
+
+def not_finite(tensors: Mapping[str, Array]) -> dict[str, int]:
+    """How many values of each tensor are NaN or infinite, for those that hold any.
+
+    Small tensors are looked at many at a time: a file may have tens of thousands.
+    """
+    found: dict[str, int] = {}
+    for names in _batches(tensors):
+        together = [tensors[name] for name in names]
+        if together[0].dtype.kind not in "fV" or is_finite(
+            together[0] if len(together) == 1 else np.concatenate(together, axis=None)
+        ):
+            continue
+        counts = ((name, int((~np.isfinite(tensors[name])).sum())) for name in names)
+        found.update((name, count) for name, count in counts if count)
+    return found
+
+
+_BATCH = 1 << 20
+"""How many values are put together to be looked at at once."""
+
+
+def _batches(tensors: Mapping[str, Array]) -> Iterator[list[str]]:
+    """Names of tensors of one dtype that follow each other, of moderate size together."""
+    names: list[str] = []
+    size, dtype = 0, None
+    for name, tensor in tensors.items():
+        size += tensor.size
+        if names and (size > _BATCH or tensor.dtype != dtype):
+            yield names
+            names, size = [], tensor.size
+        dtype = tensor.dtype
+        names.append(name)
+    if names:
+        yield names
 
 
 def common_dtype(dtypes: set[np.dtype[Any]]) -> np.dtype[Any]:

@@ -190,14 +190,16 @@ def keep_changed(
 
     They were rounded to another scale, or joined with factors of another dtype.
     """
+    loras = (lora for image in images for lora in image.loras if lora is not None)
+    changed = [source for lora in loras for source in lora.changed]
+    if not changed:
+        return 0
     names = {id(tensor): name for name, tensor in tensors.items()}
     lost = 0
-    for image in images:
-        for lora in image.loras:
-            for source in lora.changed if lora is not None else ():
-                found = [names.get(id(x)) for x in (factors.a[source], factors.b[source])]
-                lost += None in found
-                kept.tensors.update((name, tensors[name]) for name in found if name is not None)
+    for source in changed:
+        found = [names.get(id(x)) for x in (factors.a[source], factors.b[source])]
+        lost += None in found
+        kept.tensors.update((name, tensors[name]) for name in found if name is not None)
     return lost
 
 

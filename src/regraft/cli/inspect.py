@@ -91,8 +91,7 @@ def _inspect_checkpoint(out: Output, src: Path, model: Path | None, html: Path |
 
 def _is_image(src: Path) -> bool:
     """Whether a path is a LoRA of an image model, or a folder with several files of which one is."""
-    from regraft.dialects.image.dialect import recognise
-    from regraft.dialects.image.peft import weights_in
+    from regraft.dialects.image.recognise import recognise, weights_in
 
     if src.is_file() or not src.is_dir() or (src / "adapter_config.json").exists():
         return recognise(src) is not None or weights_in(src) is not None
@@ -105,7 +104,7 @@ def _is_image(src: Path) -> bool:
 def _inspect_image(out: Output, src: Path) -> int:
     from regraft.cli.image_words import show_image, show_images
     from regraft.dialects.image.inspect import summaries, summarize
-    from regraft.dialects.image.peft import weights_in
+    from regraft.dialects.image.recognise import weights_in
 
     one = src if src.is_file() else weights_in(src)
     if one is not None:

@@ -18,7 +18,6 @@ from typing import Any
 
 from regraft.adapters.form import Array
 from regraft.errors import Finding, RegraftError
-from regraft.names.keys import one_of_each
 from regraft.storage.folder import load_json
 
 NEMO_CONFIG = "automodel_peft_config.json"
@@ -56,10 +55,12 @@ _KEYS: tuple[tuple[re.Pattern[str], int | None, str], ...] = (
 
 
 def find_dialect(
-    config: Mapping[str, Any], tensors: Mapping[str, Array], folder: Path
+    config: Mapping[str, Any], names: Sequence[str], tensors: Mapping[str, Array], folder: Path
 ) -> Finding | None:
-    """What says that an adapter is in another tool's form, and in whose; ``None`` where nothing does."""
-    names = one_of_each(tensors)
+    """What says that an adapter is in another tool's form, and in whose; ``None`` where nothing does.
+
+    ``names`` has one of each kind.
+    """
     packed = any(map(_PACKED.search, names))
     found = _unsloth(config) or _nemo(config, folder) if packed else None
     if found is None:

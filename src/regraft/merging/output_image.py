@@ -7,13 +7,14 @@ from pathlib import Path
 
 from regraft.adapters.form import Array
 from regraft.checkpoints.pipelines import DIFFUSERS
+from regraft.dialects.image import DIALECTS
 from regraft.dialects.image.delta import FULL, LORA, NOTHING, Delta
 from regraft.dialects.image.dialect import WEIGHTS
 from regraft.dialects.image.families import DENOISER
 from regraft.dialects.image.modules import body_names, names_of
 from regraft.dialects.image.moving import Ways, move_deltas
 from regraft.dialects.image.read import Home
-from regraft.dialects.image.write import DIALECTS, fit_to, write_deltas, writing
+from regraft.dialects.image.write import fit_to, write_deltas, writing
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
 from regraft.merging.base import Base, BasePart

@@ -12,7 +12,7 @@ from regraft.checking.verify import verify
 from regraft.cli import main
 from regraft.dialects.image.families import FAMILIES
 from regraft.dialects.image.modules import names_of
-from regraft.dialects.image.peft import NO_DENOISER
+from regraft.dialects.image.recognise import NO_DENOISER
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0.attn1."
@@ -119,7 +119,7 @@ def test_a_folder_is_for_one_model(tmp_path):
 
 def test_adapters_of_language_models_stay_pefts(saved):
     """A task, or another library, or other names."""
-    from regraft.dialects.image.peft import weights_in
+    from regraft.dialects.image.recognise import weights_in
 
     tensors = lora(f"{BLOCK}to_q")
     assert weights_in(saved(tensors)) is not None

@@ -6,7 +6,6 @@ written. Four can be written: kohya's, diffusers', ComfyUI's and ai-toolkit's.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,107 +14,21 @@ from msgspec import Struct, field
 from regraft.adapters.convert import Converted
 from regraft.adapters.protocol import Names, Opened, Writer
 from regraft.dialects.base import Capabilities, Evidence, Found, PlainFile
-from regraft.dialects.image.convert import (
-    Made,
-    OpenedImage,
-    convert_image,
-    dialect_of,
-    open_image,
-    opened_image,
-)
-from regraft.dialects.image.grouping import Grouped, ModuleTensors
-from regraft.dialects.image.leaves import split_key
-from regraft.dialects.image.peft import CONFIG, open_folder, opened_folder, weights_in
-from regraft.dialects.image.prefixes import FLAT, place_of
-from regraft.dialects.image.read import fit_families
-from regraft.dialects.image.write import DIALECTS, PEFT
+from regraft.dialects.image import DIALECTS, PEFT
+from regraft.dialects.image.recognise import CONFIG, file_in, recognise, weights_in
 from regraft.dialects.peft.saving import save_adapter
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
-from regraft.storage.safetensors import Header, read_header, write_tensors
+from regraft.storage.safetensors import write_tensors
 
 if TYPE_CHECKING:
     from regraft.adapters.detect import Known
     from regraft.adapters.ranks import Options
+    from regraft.dialects.image.convert import OpenedImage
     from regraft.dialects.judging import ToolReader
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file in a folder."""
-
-_CONFIG = "adapter_config.json"
-_MOST = 1 << 20
-"""Headers with more tensors are of no adapter."""
-
-
-def file_in(src: Path) -> Path | None:
-    """The one weights file of a path, where it has no PEFT config; ``None`` where there is none, or several."""
-    if src.is_file():
-        alone = src.suffix == ".safetensors" and not (src.parent / _CONFIG).is_file()
-        return src if alone else None
-    if not src.is_dir() or (src / _CONFIG).is_file():
-        return None
-    found = [path for path in src.glob("*.safetensors") if path.is_file()]
-    return found[0] if len(found) == 1 else None
-
-
-def recognise(src: Path) -> str | None:
-    """The dialect of a path, by the names in its header; ``None`` where it is no adapter of an image model."""
-    path = file_in(src)
-    if path is None:
-        return None
-    try:
-        stat = path.stat()
-        return _recognised(path, stat.st_mtime_ns, stat.st_size)
-    except OSError:
-        return None
-
-
-@lru_cache(maxsize=64)
-def _recognised(path: Path, changed: int, size: int) -> str | None:
-    try:
-        header = read_header(path)
-    except BadInputError:
-        return None
-    return recognised_header(header)
-
-
-def recognised_header(header: Header) -> str | None:
-    """The dialect of a header; ``None`` where not most of its keys are an image adapter's."""
-    if len(header.tensors) > _MOST:
-        return None
-    modules: dict[str, ModuleTensors] = {}
-    unread = 0
-    for key in header.tensors:
-        leaf = split_key(key)
-        if leaf is None or leaf.role == "ia3":
-            unread += leaf is None
-            if unread > len(header.tensors) // 2:
-                return None
-            continue
-        module = modules.setdefault(leaf.stem, ModuleTensors(leaf.stem))
-        module.spellings.add(leaf.spelling)
-        if leaf.role.partition(".")[0] == "set":
-            module.scale_key = True
-    grouped = Grouped(modules, {})
-    if all(module.spellings == {"bfl"} for module in modules.values()):
-        return None  # norms of a base model are named like what takes the place of them
-    if not modules or not _is_image(grouped):
-        return None
-    return dialect_of(grouped, header.metadata)
-
-
-_ALWAYS = ("unet.", "lora_unet_", "diffusion_model.", "model.diffusion_model.")
-
-
-def _is_image(grouped: Grouped) -> bool:
-    """Whether names are an image model's: by what stands before them, or by a family that has most of them."""
-    places = [place_of(stem) for stem in grouped.modules]
-    if any(FLAT.match(stem) for stem in grouped.modules) or any(
-        place.prefix in _ALWAYS or place.prefix.startswith("text_encoder") for place in places
-    ):
-        return True
-    best = fit_families(grouped)[0]
-    return 2 * len(best.missing) < len(grouped.modules)
 
 
 def written_as(to: Layout) -> str | None:
@@ -149,6 +62,8 @@ class ImageFile(PlainFile):
 
         Raises what `regraft.dialects.image.convert.convert_image` raises.
         """
+        from regraft.dialects.image.convert import convert_image
+
         assert self.image is not None
         name = written_as(to)
         if name is None:
@@ -159,7 +74,7 @@ class ImageFile(PlainFile):
                     "option", "ranks of image LoRAs are not changed by --compact or --uniform-rank"
                 )
             )
-        made: Made = convert_image(self.image, name, family=family, base=base, via=asked.via)
+        made = convert_image(self.image, name, family=family, base=base, via=asked.via)
         config = made.config or {"dialect": name}
         return Converted(config, made.tensors, made.metadata, made.report)
 
@@ -225,11 +140,15 @@ class ImageDialect(Struct, frozen=True):
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ImageFile:
         """All of its tensors, by module."""
+        from regraft.dialects.image.convert import open_image
+
         assert weights is not None
         return self._file(open_image(weights))
 
     def in_memory(self, result: Converted) -> ImageFile:
         """A result, as it would be opened."""
+        from regraft.dialects.image.convert import opened_image
+
         return self._file(opened_image("the result", result.tensors, result.metadata))
 
     def _file(self, image: OpenedImage) -> ImageFile:
@@ -295,11 +214,15 @@ class PeftImageDialect(ImageDialect, frozen=True):
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ImageFile:
         """All of its tensors, by module, with what the config says."""
+        from regraft.dialects.image.peft import open_folder
+
         assert weights is not None
         return self._file(open_folder(weights))
 
     def in_memory(self, result: Converted) -> ImageFile:
         """A result, as it would be opened."""
+        from regraft.dialects.image.peft import opened_folder
+
         config = result.config
         return self._file(opened_folder("the result", result.tensors, result.metadata, config))
 

@@ -27,7 +27,7 @@ from regraft.dialects.image.grouping import (
     algebra_of,
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
-from regraft.dialects.image.peft import config_beside, said_in_header
+from regraft.dialects.image.peft import said_in_header
 from regraft.dialects.image.prefixes import FLAT, Place, place_of
 from regraft.dialects.image.read import (
     ADAPTER_METADATA,
@@ -35,6 +35,7 @@ from regraft.dialects.image.read import (
     fit_families,
     hinted_families,
 )
+from regraft.dialects.image.recognise import config_beside
 from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.storage.dtypes import DTYPES

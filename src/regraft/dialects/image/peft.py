@@ -9,7 +9,7 @@ Sources: PEFT 0.21.2 (``tuners/lora/config.py``, ``tuners/loha``, ``tuners/lokr`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,89 +19,16 @@ from regraft.adapters.families.settings import Patterns
 from regraft.adapters.form import Array
 from regraft.dialects.image.convert import OpenedImage, opened_image
 from regraft.dialects.image.families import FAMILIES
-from regraft.dialects.image.grouping import Grouped, ModuleTensors
 from regraft.dialects.image.leaves import split_key
-from regraft.dialects.image.read import ADAPTER_METADATA, families_with
+from regraft.dialects.image.read import ADAPTER_METADATA
+from regraft.dialects.image.recognise import CONFIG, config_beside
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.storage.header import first_names, read_header
+from regraft.storage.header import read_header
 from regraft.storage.safetensors import open_tensors
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _SCALED = ("LOHA", "LOKR")
 """Kinds beside LoRA that are read."""
 _COMPONENTS = tuple(dict.fromkeys(family.component for family in FAMILIES))
-
-
-NO_DENOISER = frozenset(
-    {
-        "model",
-        "transformer",
-        "encoder",
-        "decoder",
-        "language_model",
-        "vision_tower",
-        "vision_model",
-        "visual",
-        "vit",
-        "bert",
-    }
-)
-"""Where names of transformers' models begin, and those of no denoiser, as a test holds against the books."""
-
-
-def weights_in(src: Path) -> Path | None:
-    """The weights of a folder, or of a file in it; ``None`` where this is no adapter of a denoiser of diffusers."""
-    path = src if src.is_file() else src / WEIGHTS
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        config = config_beside(path)
-        if config is None or config.get("task_type") is not None:
-            return None
-        mapping = config.get("auto_mapping")
-        library = mapping.get("parent_library") if isinstance(mapping, dict) else None
-        if library is not None and not str(library).startswith("diffusers"):
-            return None
-        # Most folders are no such adapter, and their first names tell; a header may be long.
-        first = first_names(path) if library is None else []
-        if first and (_is_elsewhere(first[0]) or not _is_of_a_denoiser(first, False)):
-            return None
-        header = read_header(path)
-    except (BadInputError, OSError):
-        return None
-    return path if _is_of_a_denoiser(header.tensors, library is not None) else None
-
-
-def config_beside(path: Path) -> dict[str, Any] | None:
-    """PEFT's config in the folder of a weights file; ``None`` where there is none."""
-    try:
-        data = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) and isinstance(data.get("peft_type"), str) else None
-
-
-def _is_elsewhere(name: str) -> bool:
-    """Whether a name begins as no denoiser's does, which spares reading the books of all families.
-
-    >>> _is_elsewhere("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
-    True
-    """
-    return name.removeprefix("base_model.model.").partition(".")[0] in NO_DENOISER
-
-
-def _is_of_a_denoiser(names: Iterable[str], said: bool) -> bool:
-    """Whether a family has all modules that names are about; one is enough where the config names diffusers."""
-    modules: dict[str, ModuleTensors] = {}
-    for name in names:
-        leaf = split_key(name)
-        if leaf is None:
-            continue
-        modules.setdefault(leaf.stem, ModuleTensors(leaf.stem))
-        if said or (len(modules) == 1 and not families_with(Grouped(modules, {}))):
-            break
-    return bool(modules) and bool(families_with(Grouped(modules, {})))
 
 
 def open_folder(path: Path) -> OpenedImage:

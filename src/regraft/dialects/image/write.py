@@ -23,6 +23,7 @@ import numpy as np
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, rescale
 from regraft.adapters.scale import Number, Scale
+from regraft.dialects.image import PEFT
 from regraft.dialects.image.delta import (
     BOFT,
     FULL,
@@ -45,11 +46,6 @@ from regraft.values import replace
 
 KEYED, HEADER, CONFIG, FOLDED = "key", "header", "config", "folded"
 """Where a dialect has alpha."""
-
-PEFT = "peft-image"
-DIALECTS = ("kohya", "diffusers", "comfyui", "ai-toolkit", PEFT)
-"""Those that can be written."""
-
 
 AlphaDtype = Callable[[str], str | None] | None
 """The dtype that an alpha once had, by its key."""

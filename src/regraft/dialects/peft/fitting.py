@@ -37,6 +37,8 @@ def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> No
 def _odd_dims(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]:
     """Factors with more dims than the base weight that they adapt."""
     tensors, names = list(source.tensors.values()), list(source.tensors)
+    if all(tensor.ndim <= 2 for tensor in tensors):
+        return
     for pairs in scan.pairs:
         for row, number in enumerate(pairs.a.tolist()):
             dims = tensors[number].ndim

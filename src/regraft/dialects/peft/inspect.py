@@ -31,6 +31,7 @@ from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
 from regraft.layouts.names import DEFAULT
+from regraft.names.keys import one_of_each
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.side import Side
@@ -260,7 +261,11 @@ def inspect_adapter(
     names, tensors = list(source.tensors), list(source.tensors.values())
     scan, problems = scan_names(names, source.where, lora)
     own = source.opened_by == DEFAULT
-    dialect = find_dialect(config, source.tensors, Path(source.where)) if own else None
+    dialect = (
+        find_dialect(config, one_of_each(source.tensors), source.tensors, Path(source.where))
+        if own
+        else None
+    )
     if dialect is not None:
         problems = [dialect]
     known, books, evidence = _find_model(names_of_scan(scan), source, model, foreign)

@@ -147,7 +147,8 @@ class Source:
     def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Source:
         """The adapter that this one says that it was made of. Raises ``BadInputError``."""
         made = Source(self.name, self.where, dict(config), tensors)
-        wrong = check_fields(config, self.where) + _check_names(tensors, self.where)
+        wrong = check_fields(config, self.where)
+        wrong += _check_names(tensors, one_of_each(tensors), self.where)
         wrong = wrong or _find_slow(config, tensors)
         if wrong:
             raise BadInputError(wrong)
@@ -490,12 +491,10 @@ _MOST_DIGITS = 15
 _NUMBER = re.compile(rf"(?:^|\.)[0-9]{{{_MOST_DIGITS + 1},}}(?=\.|$)", re.MULTILINE)
 
 
-def _check_names(tensors: Mapping[str, Array], where: str) -> list[Finding]:
-    """Names that are not text, or that hold a number which nothing can have."""
-    if not tensors:
-        return []
+def _check_names(tensors: Mapping[str, Array], few: Sequence[str], where: str) -> list[Finding]:
+    """Names that are not text, or that hold a number which nothing can have; ``few`` has one of each kind."""
     odd = []
-    if any(_NUMBER.search(name) or not _is_text(name) for name in one_of_each(tensors)):
+    if any(_NUMBER.search(name) or not _is_text(name) for name in few):
         odd = [name for name in tensors if _NUMBER.search(name) or not _is_text(name)]
     return [
         Finding(
@@ -601,19 +600,20 @@ def open_adapter(
             aside = open_tensors(folder / ASIDE)
     except RegraftError as error:
         findings += error.findings
-    findings += _check_names(tensors, str(file))
+    few = one_of_each(tensors)
+    findings += _check_names(tensors, few, str(file))
     if not findings:
         findings += _find_slow(config, tensors)
     if findings:
         raise BadInputError(findings)
-    dialect = None if foreign else find_dialect(config, tensors, folder)
+    dialect = None if foreign else find_dialect(config, few, tensors, folder)
     if dialect is not None:
         raise RefusedError(dialect)
     stripped = None
     if not (foreign or as_named):
         family = family_of(config)
         prefix = family.prefix if family is not None else "lora_" * (config["peft_type"] == "LORA")
-        tensors, stripped = strip_tensors(tensors, prefix, str(folder))
+        tensors, stripped = strip_tensors(tensors, few, prefix, str(folder))
     config, tensors, told = unmerged(config, tensors, str(folder))
     name = str(folder.relative_to(root))
     name = "" if name == "." else name

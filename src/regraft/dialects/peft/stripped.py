@@ -22,7 +22,6 @@ from regraft.adapters.form import Array
 from regraft.dialects.peft.renaming import RenamedTensors
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
-from regraft.names.keys import one_of_each
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _MODULE = "module"
@@ -58,15 +57,16 @@ class Stripped(Struct, frozen=True):
 
 
 def strip_tensors(
-    tensors: Mapping[str, Array], family: str, where: str
+    tensors: Mapping[str, Array], few: Sequence[str], family: str, where: str
 ) -> tuple[Mapping[str, Array], Stripped]:
-    """Tensors by their keys without what does not belong in them.
+    """Tensors by their keys without what does not belong in them; ``few`` has one key of each kind.
 
     Raises ``BadInputError`` where two keys would become one.
     """
-    stripped = strip_names(list(tensors), family)
-    if not stripped:
-        return tensors, stripped
+    names = list(tensors)
+    if not strip_names(few, family):
+        return tensors, Stripped(names, tuple(names))
+    stripped = strip_names(names, family)
     firsts: dict[str, str] = {}
     findings = []
     for old, new in zip(tensors, stripped.names, strict=True):
@@ -92,9 +92,6 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
     ``family`` is what the segments begin with that a family's tensors have below their modules. Several adapters'
     names in one file stay, for they are several adapters.
     """
-    few = one_of_each(names)
-    if len(few) < len(names) and not strip_names(few, family):
-        return Stripped(list(names), tuple(names))
     split = [name.split(".") for name in names]
     gone: dict[str, None] = {}
     named = {found for segments in split if (found := _adapter_in(segments, family)) is not None}
