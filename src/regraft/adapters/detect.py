@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from regraft.adapters.protocol import Hints, Names
+from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
@@ -21,7 +22,7 @@ from regraft.planning.model import (
     asked_architecture,
     check_sizes,
 )
-from regraft.planning.own_class import own_modules, whole_class
+from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.direction import SIDES
 from regraft.rules.templates import match_group
@@ -171,36 +172,35 @@ def _find_books(
     if model is not None:
         _check_family(hints, model, where)
         books = tuple(books_for(model.model_types()))
-        if foreign is not None and not covers(books, model):
-            imported = _ask(foreign, names, hints, model)
-            if imported is not None:
-                told = f"{imported.evidence} ({model.path})"
-                others = [book for book in books if book.tells != "both"]
-                return Known(
-                    (imported.book, *others),
-                    {book.name: model.scope_of(book.model_types) for book in others},
-                    model,
-                    model.model_type,
-                    told,
-                    foreign,
-                    imported.notes,
-                    imported.architecture,
-                )
+        imported, unchecked = _asked(foreign, names, hints, model, books)
+        if imported is not None:
+            told = f"{imported.evidence} ({model.path})"
+            others = [book for book in books if book.tells != "both"]
+            return Known(
+                (imported.book, *others),
+                {book.name: model.scope_of(book.model_types) for book in others},
+                model,
+                model.model_type,
+                told,
+                foreign,
+                imported.notes,
+                imported.architecture,
+            )
         if not books:
             return _of_unknown_type(names, model, foreign)
         model = _replicate_layers(model, hints.replicated)
         scopes = {book.name: model.scope_of(book.model_types) for book in books}
         shown = ", ".join(dict.fromkeys(model.model_types()))
-        return Known(
-            books, scopes, model, model.model_type, f"the base model is {shown} ({model.path})"
-        )
+        told = f"the base model is {shown} ({model.path})"
+        return Known(books, scopes, model, model.model_type, told, notes=unchecked)
     named = hints.model_type
     if named is not None:
         books = tuple(books_for([named]))
         if not books:
             raise _unknown_model([named], f"{where}/{hints.source}", False)
         _check_explained(books, names, hints, where)
-        return Known(books, {}, None, named, f"{hints.source} says that the base is {named}")
+        told = f"{hints.source} says that the base is {named}"
+        return Known(books, {}, None, named, told, notes=unchecked_names(_candidates(names), books))
     fitting = books_by_keys(names)
     if not fitting:
         raise UnmatchedKeysError(
@@ -315,8 +315,31 @@ def base_names(names: Names) -> list[str]:
     return keys
 
 
-def _ask(foreign: Foreign, names: Names, hints: Hints, model: ModelConfig) -> Told | None:
+def _asked(
+    foreign: Foreign | None,
+    names: Names,
+    hints: Hints,
+    model: ModelConfig,
+    books: Sequence[Book],
+) -> tuple[Told | None, tuple[str, ...]]:
+    """What the installed transformers says, where books do not know all of a model or lack words for names.
+
+    Beside it, notes on names that nobody could be asked about.
+    """
+    if not covers(books, model):
+        return _ask(foreign, names, hints, model), ()
+    packed = [table.module for book in books for table in book.parameters]
+    groups = _named(names, packed)
+    scopes = {book.name: model.scope_of(book.model_types) for book in books}
+    return told_by_class(
+        groups, books, scopes, model, foreign, lambda: _ask(foreign, names, hints, model)
+    )
+
+
+def _ask(foreign: Foreign | None, names: Names, hints: Hints, model: ModelConfig) -> Told | None:
     """What the installed transformers knows of an adapter's base."""
+    if foreign is None:
+        return None
     keys = [*hints.spelled, *base_names(names)]
     classes = [*hints.classes, *model.architectures()]
     return foreign.book(model, keys, {}, classes, adapter=True, task=hints.task)
@@ -390,7 +413,13 @@ def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> Unmat
 
 
 def _candidates(names: Names) -> list[Group]:
-    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in names.modules]
+    return _named(names, ())
+
+
+def _named(names: Names, packed: Sequence[Key]) -> list[Group]:
+    """Names of tensors of the base; of packed parameters, which an adapter names by their module, none."""
+    modules = [m for m in names.modules if not any(match_group(key, m) for key in packed)]
+    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in modules]
     return [*groups, *names.tensors]
 
 

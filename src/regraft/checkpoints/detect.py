@@ -25,7 +25,7 @@ from regraft.planning.build import UNMATCHED_FIX, build_plan
 from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts, names_tell, telling
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
-from regraft.planning.own_class import own_modules
+from regraft.planning.own_class import own_modules, told_by_class, unchecked_names
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
 from regraft.rules.mtp import Counts, MtpKeys, find_mtp, with_mtp
@@ -74,17 +74,12 @@ def detect(
     and differ, ``BadInputError`` where names of two layouts stand together.
     """
     imported: Told | None = None
+    unchecked: tuple[str, ...] = ()
     if model is not None:
         found_books = books_for(model.model_types())
         additions = tuple(book for book in found_books if book.is_addition)
         books = tuple(book for book in found_books if not book.is_addition)
-        if foreign is not None and not covers(books, model):
-            names = [name for group in headers.groups for name in group.names()]
-            shapes = {
-                group.name(0): tuple(headers.shapes[int(group.ids[0])]) for group in headers.groups
-            }
-            classes = model.architectures()
-            imported = foreign.book(model, names, shapes, classes, adapter=False, spelled=spelled)
+        imported, unchecked = _asked(headers, model, where, books, foreign, spelled)
         if not books and imported is None and not additions:
             known = ", ".join(sorted({t for book in library() for t in book.model_types}))
             message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"
@@ -113,6 +108,8 @@ def detect(
     keys = (key for book in books for key in _own_keys(book)) if imported is not None else ()
     counts = Counts.of(part for _, part in model.parts()) if model is not None else Counts()
     mtp = find_mtp(headers.groups, counts, where, keys)
+    if model is None:
+        unchecked = unchecked_names(mtp.without(headers.groups), books)
     books = tuple(with_mtp(book, mtp) for book in books)
     own = own_modules(headers.groups, books, scopes, model, foreign)
     books, scopes = (*books, *own.books), {**scopes, **own.scopes}
@@ -122,7 +119,7 @@ def detect(
     layout, evidence, mixed = _layout_of(
         books, scopes, _without(mtp, unstacked.without(headers)), where, source
     )
-    said = () if own.note is None else (own.note,)
+    said = unchecked if own.note is None else (own.note, *unchecked)
     found = Detected(
         books, scopes, layout, (told, evidence), False, said, None, unstacked, mixed, mtp
     )
@@ -130,6 +127,39 @@ def detect(
         return found
     notes = (*imported.notes, *said)
     return replace(found, imported=True, notes=notes, architecture=imported.architecture)
+
+
+def _asked(
+    headers: Headers,
+    model: ModelConfig,
+    where: str,
+    books: Sequence[Book],
+    foreign: Foreign | None,
+    spelled: Sequence[str],
+) -> tuple[Told | None, tuple[str, ...]]:
+    """What the installed transformers says of a model, where books do not know all of it or lack words for names.
+
+    Beside it, notes on names that nobody could be asked about.
+    """
+
+    def ask() -> Told | None:
+        if foreign is None:
+            return None
+        names = [name for group in headers.groups for name in group.names()]
+        shapes = {
+            group.name(0): tuple(headers.shapes[int(group.ids[0])]) for group in headers.groups
+        }
+        classes = model.architectures()
+        return foreign.book(model, names, shapes, classes, adapter=False, spelled=spelled)
+
+    if not covers(books, model):
+        return ask(), ()
+    if any(not book.model_types for book in books):
+        return None, ()
+    scopes = {book.name: model.scope_of(book.model_types) for book in books}
+    counts = Counts.of(part for _, part in model.parts())
+    own = find_mtp(headers.groups, counts, where).without(headers.groups)
+    return told_by_class(own, books, scopes, model, foreign, ask)
 
 
 def _own_keys(book: Book) -> Iterator[Key]:

@@ -15,7 +15,8 @@ import numpy as np
 from regraft.equation.notation import Key, parse_equation
 from regraft.names.keys import MARK, Group
 from regraft.names.patterns import patterns
-from regraft.planning.model import Foreign, ModelConfig, Scope
+from regraft.planning.model import Foreign, ModelConfig, Scope, Told
+from regraft.planning.outside import outside
 from regraft.rules.book import Book, Carry
 from regraft.rules.templates import match_group
 from regraft.values import Struct
@@ -97,6 +98,57 @@ def whole_class(
     return OwnModules(
         (_book(name, 0, *_TRANSFORMERS, carries),),
         f"{name} is not a class of transformers, and its weights have these very names, so nothing moves",
+    )
+
+
+def told_by_class(
+    groups: Sequence[Group],
+    books: Sequence[Book],
+    scopes: Mapping[str, Scope],
+    model: ModelConfig,
+    foreign: Foreign | None,
+    ask: Callable[[], Told | None],
+) -> tuple[Told | None, tuple[str, ...]]:
+    """What the model's class says where rule books do not tell whether the model has all of a file's tensors.
+
+    ``groups`` are names of tensors; ``ask`` asks for the class's own book. A release may have tensors that a book of
+    the library does not name yet, and some that no model has are left aside by its class. Beside it, a note on names
+    that only look like a model's, where nobody could be asked about them.
+    """
+    strange = outside(groups, books, scopes, model)
+    if not strange and not any(True for g in groups for _ in unexplained(g, books, scopes)):
+        return None, ()
+    named = model.architectures()
+    there = foreign.has_class(named) if foreign is not None and named else None
+    told = ask() if there else None
+    if told is None:
+        return None, _unchecked(strange, named, there)
+    whole = not told.book.gaps and not any(
+        True for group in groups for _ in unexplained(group, (told.book,), {})
+    )
+    return told if strange or whole else None, ()
+
+
+def unchecked_names(groups: Sequence[Group], books: Sequence[Book]) -> tuple[str, ...]:
+    """A note on names that only look like a model's, where no config tells its class."""
+    return _unchecked(outside(groups, books, {}, None), (), None)
+
+
+def _unchecked(
+    strange: Sequence[Group], named: Sequence[str], there: bool | None
+) -> tuple[str, ...]:
+    if not strange:
+        return ()
+    shown = ", ".join(p for p, _ in patterns([name for g in strange for name in g.names()]))
+    if not named:
+        why = "the config names no class that could be asked"
+    elif there is False:
+        why = f"{named[0]} is not a class of transformers"
+    else:
+        why = "transformers is not installed, or does not have it as a whole"
+    return (
+        f"whether the model has these could not be checked, because they are not where its layers are, and {why}; "
+        f"they are taken for what they are called: {shown}",
     )
 
 

@@ -71,8 +71,9 @@ class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
     right_kind: str | list[str] = "linear"
 
 
-class _CarryTable(msgspec.Struct, forbid_unknown_fields=True):
-    keys: list[str]
+class _CarryTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    keys: list[str] = []
+    modules: list[str] = []
     why: str
     kind: str = "any"
     where: str = ""
@@ -826,7 +827,10 @@ class _Loader:
         if table.kind not in KINDS:
             self.report("kind", f"no kind {table.kind!r}; known: {', '.join(KINDS)}", line)
             return
-        for key in table.keys:
+        if not table.keys and not table.modules:
+            self.report("rule-book", "[[carry]]: it names neither keys nor modules", line)
+        tensors = [f"{module}.{name}" for module in table.modules for name in ("weight", "bias")]
+        for key in (*table.keys, *tensors):
             term = key if " : " in key else f"{key} : ..."
             text = f"{term} == {term}" + (f" where {table.where}" if table.where else "")
             equation = self.parse(text, line)

@@ -1,0 +1,87 @@
+"""Names that a rule book's ``{*p}`` takes although they are not where the model is.
+
+``{*p}`` stands for where a model is inside another: ``model``, ``model.language_model``, nothing. It would take any
+module below a layer for one, too: ``model.layers.0.extra.norm.weight`` is called like the norm of a model at
+``model.layers.0.extra``. Where most of a file's layers are tells where the model is, and what is elsewhere is outside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from regraft.equation.notation import Hole, Key, Segments
+from regraft.names.keys import MARK, Group
+from regraft.planning.model import ModelConfig, Scope
+from regraft.rules.book import Book, own_books
+from regraft.rules.templates import Match, match_group
+
+
+def outside(
+    groups: Sequence[Group],
+    books: Sequence[Book],
+    scopes: Mapping[str, Scope],
+    model: ModelConfig | None,
+) -> list[Group]:
+    """The names that books take for another model's than the one whose layers most names are of.
+
+    In a composite model there may be several with layers; there, what is below a layer is outside. Of books of the
+    user's own, what ``{*p}`` may hold is the user's to say.
+    """
+    found = [
+        (group.take(match.rows), key, match.rests[0])
+        for group in groups
+        for key, match in _first(group, books, scopes)
+    ]
+    layers: Counter[tuple[str, str]] = Counter()
+    for group, key, place in found:
+        if _numbers_layers(key):
+            layers[place, str(key.parts[1])] += len(group)
+    if not layers:
+        return []
+    (((place, name), _),) = layers.most_common(1)
+    below = f"{place}{name}{MARK}.".removeprefix(".")
+    several = model is not None and model.is_composite()
+    return [
+        group
+        for group, _, own in found
+        if own != place and (not several or f"{own}.".startswith(below))
+    ]
+
+
+def _first(
+    group: Group, books: Sequence[Book], scopes: Mapping[str, Scope]
+) -> Iterator[tuple[Key, Match]]:
+    """The keys of books that take rows of a group, where they begin with ``{*p}``; each row once."""
+    left = np.arange(len(group))
+    own = own_books()
+    for book in books:
+        if book.tells != "both" or any(book is each for each in own):
+            continue
+        if not scopes.get(book.name, Scope()).admits(group.template):
+            continue
+        for key in _keys(book):
+            match = match_group(key, group.take(left))
+            if match is None:
+                continue
+            if isinstance(key.parts[0], Segments):
+                yield key, Match(left[match.rows], match.rests, match.rest_numbers, match.holes)
+            left = np.delete(left, match.rows)
+            if not len(left):
+                return
+
+
+def _keys(book: Book) -> Iterator[Key]:
+    terms = [t for rule in book.rules for t in (*rule.equation.left, *rule.equation.right)]
+    yield from (term.key for term in terms if term.key is not None)
+    yield from (c.term.key for c in book.carries if c.term.key is not None)
+
+
+def _numbers_layers(key: Key) -> bool:
+    """Whether a key is ``{*p}.layers.{l}`` and more, by whatever name the layers go."""
+    return len(key.parts) > 2 and isinstance(key.parts[2], Hole)
+
+
+__all__ = ["outside"]
