@@ -735,6 +735,7 @@ class _Loader:
     def __init__(self, path: str, text: str, book: str, sound: bool) -> None:
         self.path, self.text, self.book, self.sound = path, text, book, sound
         self.findings: list[Finding] = []
+        self.carried: set[str] = set()
         self.lines = {
             name: [
                 self.text.count("\n", 0, m.start()) + 1
@@ -830,6 +831,8 @@ class _Loader:
         if not table.keys and not table.modules:
             self.report("rule-book", "[[carry]]: it names neither keys nor modules", line)
         tensors = [f"{module}.{name}" for module in table.modules for name in ("weight", "bias")]
+        tensors = [key for key in tensors if key not in self.carried]
+        self.carried.update(key.partition(" : ")[0] for key in (*table.keys, *tensors))
         for key in (*table.keys, *tensors):
             term = key if " : " in key else f"{key} : ..."
             text = f"{term} == {term}" + (f" where {table.where}" if table.where else "")
