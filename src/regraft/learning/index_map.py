@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from regraft.learning.content import Tensor
 from regraft.learning.relate import Names, isolated
+from regraft.learning.segments import NoOrderError, Piece, pieces_of
 from regraft.names.keys import Ints
 
 NOWHERE, UNCLEAR = -1, -2
@@ -306,7 +307,7 @@ def _padding(
     if (held != held[0]).any():
         raise NotABoxError("some of its values are nowhere before")
     sides = _product_set(mask)
-    each = [_axes_of(side, np.zeros((len(side), 0), dtype=np.int64)) for side in sides]
+    each = [_pieces(side, np.zeros((len(side), 0), dtype=np.int64)) for side in sides]
     for choice in product(*each):
         axes = [
             AxisRun(size, None, (dim, step))
@@ -370,7 +371,7 @@ def _breaks(coordinates: Ints, dim: int) -> list[int]:
 def _nests(
     first: Ints, functions: Sequence[Ints], sides: Sequence[Ints], before: int, after: int
 ) -> Iterator[Box]:
-    each = [_axes_of(side, moved) for side, moved in zip(sides, functions, strict=True)]
+    each = [_pieces(side, moved) for side, moved in zip(sides, functions, strict=True)]
     for choice in product(*each):
         axes: list[AxisRun] = []
         copied: list[int] = []
@@ -392,124 +393,8 @@ def _nests(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Positions of one dim in arithmetic order: where they begin, and axes with steps on both sides."""
-
-    start: int
-    moved: Ints
-    """Where it begins on the other side."""
-    axes: tuple[tuple[int, int, int, int], ...]
-    """Size, step here, dim there (-1 for none), step there; the outermost first."""
-
-
-def _axes_of(positions: Ints, moved: Ints) -> list[_Piece]:
-    """A function of positions in one dim as few pieces, each a nest of axes."""
-    starts, values = positions.astype(np.int64), moved.astype(np.int64)
-    inner: list[tuple[int, int, int, int]] = []
-    while len(starts) > 1:
-        cuts = _runs(starts, values)
-        lengths = np.diff([*cuts, len(starts)])
-        run = int(lengths[0])
-        if run == 1 or (lengths != run).any():
-            return _periodic(starts, values, cuts, inner)
-        step = int(starts[1] - starts[0])
-        change = values[1] - values[0]
-        along, by = _along(change)
-        heads = np.array(cuts)
-        same = all(
-            (np.diff(starts[h : h + run]) == step).all()
-            and (np.diff(values[h : h + run], axis=0) == change).all()
-            for h in cuts
-        )
-        if not same:
-            return _periodic(starts, values, cuts, inner)
-        inner.insert(0, (run, step, along, by))
-        starts, values = starts[heads], values[heads]
-    return [_Piece(int(starts[0]), values[0], tuple(inner))]
-
-
-def _along(change: Ints) -> tuple[int, int]:
-    """The one dim in which something moves, and how far; -1 where it stays."""
-    dims = np.flatnonzero(change)
-    return (int(dims[0]), int(change[dims[0]])) if len(dims) else (-1, 0)
-
-
-def _runs(starts: Ints, values: Ints) -> list[int]:
-    """Where runs begin: positions whose steps here and there stay the same, and do not go back."""
-    cuts = [0]
-    at = 0
-    steps, changes = np.diff(starts), np.diff(values, axis=0)
-    fine = ((changes != 0).sum(axis=1) <= 1) & (changes >= 0).all(axis=1)
-    while at < len(steps):
-        if not fine[at]:
-            at += 1
-            cuts.append(at)
-            continue
-        same = (steps[at:] == steps[at]) & (changes[at:] == changes[at]).all(axis=1)
-        length = int(np.argmin(same)) if not same.all() else len(same)
-        at += length + 1
-        if at < len(starts):
-            cuts.append(at)
-    return cuts
-
-
-def _periodic(
-    starts: Ints, values: Ints, cuts: Sequence[int], inner: list[tuple[int, int, int, int]]
-) -> list[_Piece]:
-    """Runs that are not all alike: a period of them that repeats, or one piece each."""
-    lengths = np.diff([*cuts, len(starts)]).tolist()
-    for period in range(1, len(lengths) // 2 + 1):
-        if len(lengths) % period or lengths != lengths[:period] * (len(lengths) // period):
-            continue
-        heads = np.array(cuts)[::period]
-        if len(heads) > 1 and len(_runs(starts[heads], values[heads])) == 1:
-            width = int(heads[1])
-            step = int(starts[heads[1]] - starts[heads[0]])
-            change = values[heads[1]] - values[heads[0]]
-            regular = all(
-                (starts[h : h + width] - starts[h] == starts[:width] - starts[0]).all()
-                and (values[h : h + width] - values[h] == values[:width] - values[0]).all()
-                for h in heads.tolist()
-            )
-            if regular:
-                along, by = _along(change)
-                outer = (len(heads), step, along, by)
-                pieces = _separate(starts[:width], values[:width], cuts[:period], inner)
-                return [_Piece(p.start, p.moved, (outer, *p.axes)) for p in pieces]
-    return _separate(starts, values, cuts, inner)
-
-
-_SINGLE = 4
-"""So many positions one by one are an order; more of them, among as many other parts, are none."""
-
-
-def _separate(
-    starts: Ints, values: Ints, cuts: Sequence[int], inner: list[tuple[int, int, int, int]]
-) -> list[_Piece]:
-    if len(cuts) > 64:
-        raise NotABoxError("its index map has no order that an equation could say")
-    lengths = np.diff([*cuts, len(starts)]).tolist()
-    if lengths.count(1) > _SINGLE and len(lengths) > 2 * _SINGLE:
-        raise NotABoxError("its index map has no order that an equation could say")
-    blocks: list[tuple[int, int, bool]] = []
-    at = 0
-    while at < len(cuts):
-        # Runs of one length that follow each other may be one nest.
-        end = at + 1
-        while end < len(cuts) and lengths[end] == lengths[at]:
-            end += 1
-        if end - at > 1 and end - at < len(cuts):
-            blocks.append((cuts[at], cuts[end] if end < len(cuts) else len(starts), True))
-        else:
-            blocks += [(cuts[n], cuts[n] + lengths[n], False) for n in range(at, end)]
-        at = end
-    pieces = []
-    for low, high, several in blocks:
-        if high - low < len(starts):
-            parts = _axes_of(starts[low:high], values[low:high])
-        else:
-            assert not several
-            parts = [_Piece(int(starts[low]), values[low], ())]
-        pieces += [_Piece(p.start, p.moved, (*p.axes, *inner)) for p in parts]
-    return pieces
+def _pieces(positions: Ints, moved: Ints) -> list[Piece]:
+    try:
+        return pieces_of(positions, moved)
+    except NoOrderError:
+        raise NotABoxError("its index map has no order that an equation could say") from None
