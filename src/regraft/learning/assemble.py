@@ -41,6 +41,13 @@ class Drafted:
     names: tuple[tuple[str, ...], tuple[str, ...]]
     """The tensors on either side."""
 
+    @property
+    def fixed(self) -> list[str]:
+        """Clauses that belong to the equation, whatever the sizes."""
+        clauses = [f"{tag} = 1" for tag in self.tags]
+        clauses += [f"copies {axis}" for axis in self.copies]
+        return clauses + [f"fill {axis} = {value:g}" for axis, value in self.fills]
+
 
 @dataclass(slots=True)
 class _Piece:

@@ -30,8 +30,8 @@ class Chosen:
         """
         tensors, fields, findings = set(), set(), []
         for answer in answers:
-            if answer.startswith("config."):
-                fields.add(answer)
+            if _SIZE.fullmatch(answer):
+                fields.add(" ".join(answer.split()))
                 continue
             target, equals, source = (part.strip() for part in answer.partition("="))
             if not equals:
@@ -113,6 +113,7 @@ class Doubts:
 
 
 _NUMBER = re.compile(r"\d+")
+_SIZE = re.compile(r"(\d+ *\* *)?config\.[\w.]+( *[*/+] *config\.[\w.]+)?")
 _MOST = 6
 """Choices that one question lists."""
 

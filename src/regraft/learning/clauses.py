@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
+from operator import add, mul
 from typing import Any
 
 from regraft.equation.notation import (
@@ -50,6 +51,21 @@ class Clauses:
     where: tuple[str, ...]
     notes: tuple[str, ...]
     doubts: tuple[Doubt, ...] = ()
+    ranks: tuple[int, ...] = ()
+    """How good each is (`_Option`)."""
+
+    @property
+    def weak(self) -> bool:
+        """Whether some sizes are said by nothing that is sure."""
+        return max(self.ranks, default=0) >= _WEAK
+
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """Less is better."""
+        return max(self.ranks, default=0), len(self.doubts), sum(self.ranks)
+
+
+_WEAK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +116,10 @@ class _Favour:
         found = tuple(field for field in fields if self.order(field)[:3] == first)
         return found if len(found) > 1 and fields[0] not in self.chosen else ()
 
+    def alike_composed(self, readings: Sequence[str]) -> tuple[str, ...]:
+        """Readings that say a size in every pair, where nothing was chosen."""
+        return tuple(readings) if len(readings) > 1 and readings[0] not in self.chosen else ()
+
 
 def clauses_of(
     looped: Looped, seen: Sequence[Seen], chosen: frozenset[str] = frozenset()
@@ -109,14 +129,13 @@ def clauses_of(
     ``chosen`` are fields of the config that come before others.
     """
     first = looped.members[0]
-    where = [f"{tag} = 1" for tag in first.tags]
-    where += [f"copies {axis}" for axis in first.copies]
-    where += [f"fill {axis} = {value:g}" for axis, value in first.fills]
+    where = first.fixed
     notes: list[str] = []
     done = set(first.tags)
     lonely = {*first.copies, *(axis for axis, _ in first.fills)}
     favour = _Favour(frozenset(re.findall("[a-z]+", looped.sides)), chosen)
     doubts: list[Doubt] = []
+    ranks: list[int] = []
     beside = _beside(parse_equation(looped.sides))
     while True:
         text = looped.sides + (f"\nwhere {', '.join(where)}" if where else "")
@@ -129,7 +148,7 @@ def clauses_of(
         ]
         if not loose:
             counts = _counts(equation, done, lonely, seen, favour)
-            return Clauses((*where, *counts), tuple(notes), tuple(doubts))
+            return Clauses((*where, *counts), tuple(notes), tuple(doubts), tuple(ranks))
         options = [
             (axis, found)
             for axis in dict.fromkeys(loose)
@@ -137,7 +156,8 @@ def clauses_of(
         ]
         if not options:
             return None
-        axis, best = min(options, key=lambda o: o[1].rank)
+        axis, best = min(options, key=lambda o: (o[1].rank, len(o[1].alike) > 1))
+        ranks.append(best.rank)
         where.append(best.clause)
         done.add(axis)
         if best.note:
@@ -225,9 +245,9 @@ def _clause(
             return _Option(2, f"{axis} = {other}")
     if fields:
         return _Option(3, f"{axis} = {fields[0]}", "", favour.alike(fields))
-    composed = next(_composed(axis, seen, favour), None)
-    if composed is not None:
-        return _Option(4, f"{axis} = {composed}")
+    composed = _composed(axis, seen, favour)
+    if composed:
+        return _Option(4, f"{axis} = {composed[0]}", "", favour.alike_composed(composed))
     for other in names:
         ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
         if len(ratios) == 1 and len(seen) > 1:
@@ -302,27 +322,65 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
     return found
 
 
-def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> Iterator[str]:
-    """Products and quotients of two fields, and multiples of one."""
+def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
+    """Multiples of a field, products, quotients and sums of two: all that say the size in every pair."""
     wanted = _wanted(axis, seen)
     table = _numbers(seen)
     if wanted is None or not table or len(seen) < 2:
-        return
+        return []
     order = sorted(table, key=lambda path: favour.order(f"config.{path}"))
+    found: list[str] = []
     for path in order:
-        for times in (2, 3, 4):
-            if [times * v for v in table[path]] == wanted:
-                yield f"{times} * config.{path}"
-    for one, other in combinations(order, 2):
-        if [a * b for a, b in zip(table[one], table[other], strict=True)] == wanted:
-            yield f"config.{one} * config.{other}"
-    for one in order:
-        for other in order:
-            pairs = list(zip(table[one], table[other], strict=True))
-            fits = one != other and all(b and not a % b for a, b in pairs)
-            if fits and [a // b for a, b in pairs] == wanted:
-                yield f"config.{one} / config.{other}"
-                return
+        found += [
+            f"{times} * config.{path}"
+            for times in _TIMES
+            if [times * v for v in table[path]] == wanted
+        ]
+    for sign, combine in (("*", mul), ("+", add)):
+        for one, other in combinations(order, 2):
+            if list(map(combine, table[one], table[other])) == wanted:
+                found.append(f"config.{one} {sign} config.{other}")
+    for one, other in permutations(order, 2):
+        pairs = list(zip(table[one], table[other], strict=True))
+        if all(b and not a % b for a, b in pairs) and [a // b for a, b in pairs] == wanted:
+            found.append(f"config.{one} / config.{other}")
+    return _told_apart(found, table, favour)
+
+
+def _told_apart(found: Sequence[str], table: Mapping[str, list[int]], favour: _Favour) -> list[str]:
+    """Without readings of fields that are alike: the config says a size under several names."""
+    seen: set[object] = set()
+    result = []
+    for each in sorted(found, key=lambda text: text not in favour.chosen):
+        values = tuple(tuple(table[path]) for path in _FIELD.findall(each))
+        look = _FIELD.sub("", each), tuple(sorted(values)) if "/" not in each else values
+        if look not in seen:
+            seen.add(look)
+            result.append(each)
+    return result
+
+
+_TIMES = (2, 3, 4)
+_FIELD = re.compile(r"config\.([\w.]+)")
+
+
+def likely(seen: Seen, config: Config | None) -> dict[str, list[int]]:
+    """Sizes that an equation's axes may have in another pair, from those that they have in one, by axis."""
+    result: dict[str, list[int]] = {}
+    for axis, size in seen.sizes[0].items():
+        named = [
+            value
+            for path in (_paths(seen.config) if seen.config is not None else ())
+            if _value(seen.config, path) == size and (value := _value(config, path)) is not None
+        ]
+        result[axis] = list(dict.fromkeys([*named, size]))
+    return result
+
+
+def numbers_of(config: Config | None) -> list[int]:
+    """The whole numbers of a config."""
+    found = (_value(config, path) for path in (_paths(config) if config is not None else ()))
+    return [number for number in found if number is not None]
 
 
 _PARTS = {

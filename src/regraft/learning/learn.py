@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from itertools import islice, product
 from typing import cast
 
 from regraft.equation.notation import Key, parse_equation, parse_key
@@ -17,8 +18,9 @@ from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.learning.casts import joined
 from regraft.learning.choosing import Chosen, Doubts
-from regraft.learning.clauses import Clauses, Config, Seen, clauses_of
+from regraft.learning.clauses import Clauses, Config, Seen, clauses_of, likely, numbers_of
 from regraft.learning.content import Tensor
+from regraft.learning.fitting import fits
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.loops import Looped, with_loops
 from regraft.learning.making import comment, make_book
@@ -214,7 +216,7 @@ def learn_pairs(
     loaded = load_book(cast(Traversable, _Text(write_book(book))), f"{name}.toml")
     verified = []
     for number, pair in enumerate(pairs):
-        dropped = set(found[number].unused) if number < naming else dropped_names(loaded, pair)
+        dropped = dropped_names(loaded, pair)
         # What is explained at one size and not at another is no rule: only what the book leaves out is left out here.
         odd = _odd_of(loaded, pair)
         if number < naming:
@@ -344,13 +346,22 @@ def _with_sizes(
     ``base`` is the number of the pair that it is from.
     """
     seen = [_seen(one, pairs[base])]
+    held = [pairs[base]]
     for number, others in enumerate(looped):
-        same = [each for each in others if each.sides == one.sides and number != base]
+        if number == base:
+            continue
+        same = [each for each in others if each.sides == one.sides]
         if same:
             seen.append(_seen(same[0], pairs[number]))
+            held.append(pairs[number])
+        elif (fitted := _fitted(one, seen[0], pairs[number])) is not None:
+            seen.append(fitted)
+            held.append(pairs[number])
     found: Clauses | None = clauses_of(one, seen, chosen.fields) or (
         clauses_of(one, seen[:1], chosen.fields) if len(seen) > 1 else None
     )
+    if len(seen) > 1 and (found is None or found.weak):
+        found = _better(one, seen, held, found, chosen)
     if found is None:
         if len(one.members) == 1:
             notes.append(f"nothing says the sizes of {one.sides}")
@@ -370,6 +381,60 @@ def _with_sizes(
     doubts.sizes += found.doubts if len(seen) > 1 else ()
     where = f"\nwhere {', '.join(found.where)}" if found.where else ""
     return [(one.sides + where + "\n", one.members[0])]
+
+
+def _fitted(one: Looped, base: Seen, pair: Pair) -> Seen | None:
+    """Sizes for which an equation holds in a pair in which other equations were found."""
+    tables = [dict(table) for table in base.sizes]
+    if any(table != tables[0] for table in tables) or _elements(pair) > _MOST:
+        return None
+    sizes = next(_ways(one, base, pair, tuple(range(1, _LONGEST))), None)
+    return None if sizes is None else Seen((sizes,), pair.config)
+
+
+def _better(
+    one: Looped,
+    seen: Sequence[Seen],
+    pairs: Sequence[Pair],
+    found: Clauses | None,
+    chosen: Chosen,
+) -> Clauses | None:
+    """Other sizes for which the equation holds as well, where the config says more of them.
+
+    Where a run of elements goes on into the next piece, one size alone does not tell where the piece ends.
+    """
+    if any(len({tuple(t.items()) for t in each.sizes}) > 1 for each in seen):
+        return found
+    if max(map(_elements, pairs)) > _MOST:
+        return found
+    ways = [
+        list(islice(_ways(one, each, pair), _MOST_WAYS))
+        for each, pair in zip(seen, pairs, strict=True)
+    ]
+    for tables in product(*ways):
+        others = [Seen((t,), pair.config) for t, pair in zip(tables, pairs, strict=True)]
+        again = clauses_of(one, others, chosen.fields)
+        if again is not None and (found is None or again.cost < found.cost):
+            found = again
+    return found
+
+
+_MOST = 1 << 20
+"""Elements of a pair on which sizes are tried."""
+_MOST_WAYS = 12
+_LONGEST = 64
+"""Sizes above which an axis only gets those that a config suggests."""
+
+
+def _ways(
+    one: Looped, known: Seen, pair: Pair, others: tuple[int, ...] = ()
+) -> Iterator[dict[str, int]]:
+    numbers = tuple(dict.fromkeys((*numbers_of(pair.config), *others)))
+    return fits(one.sides, one.members[0].fixed, pair, likely(known, pair.config), numbers)
+
+
+def _elements(pair: Pair) -> int:
+    return sum(t.bits.size for t in pair.before.values())
 
 
 def _seen(looped: Looped, pair: Pair) -> Seen:

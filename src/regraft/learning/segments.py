@@ -83,6 +83,8 @@ class _Cuts:
         for first, last, period in _repetitions(self.starts, self.values):
             for end in range(first + 2 * period, last + 1):
                 self.ending[end].append((first, period))
+        for each in self.ending:
+            each.sort()
 
     def best(self, low: int, high: int) -> _Cost:
         """How few pieces an interval is."""

@@ -1,0 +1,142 @@
+"""Whether an equation that was found at one size holds at another, and for which sizes of its axes.
+
+At a size at which axes are alike the same tensors show less of the rule, and what was inferred there by itself looks
+different. So the equation is tried: its axes get all sizes that the shapes permit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from regraft.equation.lower import is_stacked
+from regraft.equation.notation import Equation, Expr, Term, axes_of, parse_equation
+from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
+from regraft.learning.content import Tensor
+from regraft.learning.pairs import Pair
+from regraft.learning.propose import check
+from regraft.names.keys import group_names
+from regraft.rules.book import Book, Rule
+from regraft.rules.templates import match_group
+from regraft.values import replace
+
+_TRIES = 200
+"""Sizes that are tried at most."""
+
+
+def fits(
+    sides: str,
+    fixed: Sequence[str],
+    pair: Pair,
+    likely: Mapping[str, Sequence[int]],
+    others: Sequence[int],
+) -> Iterator[dict[str, int]]:
+    """Sizes of an equation's axes for which it makes a pair's tensors after of those before, bit for bit.
+
+    ``fixed`` are clauses that belong to the equation, ``likely`` sizes that are tried first, by axis, and ``others``
+    those that are tried then, for any axis.
+    """
+    text = sides + (f"\nwhere {', '.join(fixed)}" if fixed else "")
+    equation = parse_equation(text)
+    found = _Known.of(equation, pair)
+    if found is None:
+        return
+    for sizes in islice(_sizes(equation, found, likely, others), _TRIES):
+        clauses = [*fixed, *(f"{axis} = {size}" for axis, size in sizes.items())]
+        if _holds(f"{sides}\nwhere {', '.join(clauses)}", found, pair):
+            yield sizes
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a pair says of an equation: its tensors, their shapes, and how many are stacked."""
+
+    names: tuple[frozenset[str], frozenset[str]]
+    shapes: tuple[tuple[Term, tuple[int, ...]], ...]
+    holes: tuple[tuple[Expr, int], ...]
+
+    @staticmethod
+    def of(equation: Equation, pair: Pair) -> _Known | None:
+        """``None`` where a tensor is missing, or tensors of one name have several shapes."""
+        names: list[frozenset[str]] = []
+        shapes: list[tuple[Term, tuple[int, ...]]] = []
+        holes: list[tuple[Expr, int]] = []
+        for terms, tensors in zip(equation.sides(), (pair.before, pair.after), strict=True):
+            mine: set[str] = set()
+            for term in terms:
+                found, numbers = _matching(term, tensors)
+                looks = {tensors[name].shape for name in found}
+                if len(looks) != 1:
+                    return None
+                mine |= found
+                shapes.append((term, looks.pop()))
+                for hole, values in numbers:
+                    if is_stacked(equation, hole) and values == set(range(len(values))):
+                        holes.append((hole, len(values)))
+            names.append(frozenset(mine))
+        return _Known((names[0], names[1]), tuple(shapes), tuple(holes))
+
+
+def _matching(
+    term: Term, tensors: Mapping[str, Tensor]
+) -> tuple[set[str], list[tuple[Expr, set[int]]]]:
+    """Tensors that a term speaks of, and the numbers that are in the holes of its name."""
+    assert term.key is not None
+    names: set[str] = set()
+    numbers: list[tuple[Expr, set[int]]] = [(hole, set()) for hole in term.key.holes]
+    fixed = len(term.dims) - term.ends_open
+    for group in group_names([n for n, t in tensors.items() if len(t.shape) >= fixed]):
+        match = match_group(term.key, group)
+        if match is None:
+            continue
+        names.update(group.take(match.rows).names())
+        for (_, values), column in zip(numbers, match.holes.T, strict=True):
+            values.update(column.tolist())
+    return names, numbers
+
+
+def _sizes(
+    equation: Equation,
+    known: _Known,
+    likely: Mapping[str, Sequence[int]],
+    others: Sequence[int],
+) -> Iterator[dict[str, int]]:
+    """All sizes that agree with the shapes, likely ones first."""
+    try:
+        sizes, _ = solve_sizes(equation, known.shapes, known.holes)
+        yield {axis: size for axis, size in sizes.items() if axis != "..."}
+        return
+    except UnknownSizeError as error:
+        axis = min(error.axes, key=lambda name: len(likely.get(name, others)))
+    except SizeError:
+        return
+    limit = _limit(axis, known)
+    for size in dict.fromkeys((*likely.get(axis, ()), *others)):
+        if 0 < size <= limit:
+            told = parse_equation(f"{axis} == {axis} where {axis} = {size}").where
+            yield from _sizes(
+                replace(equation, where=(*equation.where, *told)), known, likely, others
+            )
+
+
+def _limit(axis: str, known: _Known) -> int:
+    """The extent of the smallest dim or index that an axis is in."""
+    spans = [size for dim, size in (*_dims(known.shapes), *known.holes) if axis in axes_of(dim)]
+    return min(spans, default=0)
+
+
+def _dims(shapes: Iterable[tuple[Term, tuple[int, ...]]]) -> Iterator[tuple[Expr, int]]:
+    for term, shape in shapes:
+        yield from zip(term.dims[: len(term.dims) - term.ends_open], shape, strict=False)
+
+
+def _holds(text: str, known: _Known, pair: Pair) -> bool:
+    equation = parse_equation(text)
+    kinds = [tuple("any" for _ in side) for side in equation.sides()]
+    rule = Rule("tried", equation, kinds[0], kinds[1], "tried", "")
+    book = Book("tried", "", "before", "after", (), (rule,), (), (), (), (), (), "", "")
+    return check(book, pair.before, pair.after, *known.names, pair.config)
+
+
+__all__ = ["fits"]
