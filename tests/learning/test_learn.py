@@ -1,6 +1,7 @@
 """Rule books learned by watching converters: what was planted is found, and nothing else is taken for a rule."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 import regraft
 from regraft import BadInputError
+from regraft.arrays.anonymous import rearrange
 from regraft.arrays.apply import apply_plan
 from regraft.cli import main
+from regraft.equation.notation import parse_equation
+from regraft.equation.sizes import shape_of
 from regraft.learning.command import write_probe
 from regraft.learning.learn import learn_pairs
 from regraft.learning.pairs import Pair
@@ -595,6 +599,57 @@ def test_two_fields_with_the_same_sizes_are_asked_or_told_apart_by_one_more_pair
     assert "config.parts" in texts(chosen)[0]
     told = regraft.learn(*pairs[0], *pairs[1:], configs=configs, layouts=("old", "new"))
     assert "config.groups" in texts(told)[0]
+
+
+def between(text, config):
+    """The pair that an equation of one source and one target makes of labels at the sizes of a config."""
+    equation = parse_equation(text)
+    before = labels({str(t.key): shape_of(t, config, ()) for t in equation.left}, 3)
+    anonymous = " == ".join(" ".join(map(str, side[0].dims)) for side in equation.sides())
+    (made,) = rearrange(anonymous, *before.values(), **config)
+    return before, {str(equation.right[0].key): made}
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        # The first of (r 2) goes on where n ends.
+        ("x : (n + r t) == y : (n + t r)", [(4, 3, 2), (5, 4, 3)]),
+        # Steps of two pieces are alike where their sizes are.
+        ("x : (n r + t m) == y : (r n + m t)", [(3, 4, 5, 6), (2, 2, 2, 2)]),
+        ("x : (n r + t m) == y : (r n + m t)", [(4, 3, 4, 5), (3, 2, 5, 4)]),
+        ("x : a (n + r t) b == y : (t r + n) (b a)", [(3, 5, 4, 2, 6), (2, 2, 3, 3, 2)]),
+    ],
+)
+def test_pieces_end_where_both_sizes_say_it(text, sizes):
+    letters = [c for c in dict.fromkeys("".join(re.findall(r": ([^=]+)", text))) if c.isalpha()]
+    configs = [dict(zip(letters, each, strict=True)) for each in sizes]
+    pairs = [between(text, config) for config in configs]
+    named = [{f"size_{n}": v for n, v in config.items()} for config in configs]
+    book = regraft.learn(*pairs[0], pairs[1], configs=named)
+    elsewhere = dict(zip(letters, (7, 5, 6, 3, 4), strict=False))
+    before, after = between(text, elsewhere)
+    config = {f"size_{n}": v for n, v in elsewhere.items()}
+    assert same(applied(book, before, config), after)
+    assert same(applied(book, after, config, to="before"), before)
+
+
+def test_two_composed_sizes_are_asked_or_told_apart_by_one_more_pair():
+    configs = [{"heads": 3, "dim": 2}, {"heads": 5, "dim": 2}, {"heads": 3, "dim": 4}]
+    pairs = []
+    for number, config in enumerate(configs):
+        size = config["heads"] * config["dim"]
+        before = labels({"q": (size, 5), "k": (7 + number, 5)}, number)
+        pairs.append((before, {"qk": np.concatenate([before["q"], before["k"]])}))
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.learn(*pairs[0], pairs[1], configs=configs[:2])
+    (finding,) = caught.value.findings
+    readings = [c.source for c in finding.choices]
+    assert readings == ["2 * config.heads", "config.dim * config.heads"]
+    chosen = regraft.learn(*pairs[0], pairs[1], configs=configs[:2], choose=readings[1:])
+    assert "config.dim * config.heads" in texts(chosen)[0]
+    told = regraft.learn(*pairs[0], *pairs[1:], configs=configs)
+    assert "config.dim * config.heads" in texts(told)[0]
 
 
 def casting(dtype, spoil=lambda x: x):

@@ -20,11 +20,11 @@ class Chosen:
     tensors: frozenset[tuple[str, str]] = frozenset()
     """Names before and after of tensors that are the same one; others whose names differ in numbers follow."""
     fields: frozenset[str] = frozenset()
-    """Fields of the config that say sizes, before all others: ``config.num_heads``."""
+    """What says sizes before all else: ``config.num_heads``, ``2 * config.num_heads``."""
 
     @staticmethod
     def of(answers: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> Chosen:
-        """Answers as `--choose` takes them: ``AFTER=BEFORE``, two tensors, or ``config.FIELD``.
+        """Answers as `--choose` takes them: ``AFTER=BEFORE``, two tensors, or a size (``config.FIELD``).
 
         Raises ``BadInputError`` for one that speaks of no tensor.
         """
@@ -54,7 +54,7 @@ NOTHING_CHOSEN = Chosen()
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Fields of the config that say a size alike in every pair."""
+    """Fields of the config, or what is computed of two, that say a size alike in every pair."""
 
     axis: str
     sides: str
@@ -101,7 +101,7 @@ class Doubts:
             asked.add(doubt.fields)
             yield Finding(
                 "which-reading",
-                f"{len(doubt.fields)} fields of the config say the size {doubt.axis} in every pair, in "
+                f"{len(doubt.fields)} readings of the config say the size {doubt.axis} in every pair, in "
                 f"{' '.join(doubt.sides.split())}",
                 where=where,
                 choices=tuple(
@@ -114,8 +114,16 @@ class Doubts:
 
 _NUMBER = re.compile(r"\d+")
 _SIZE = re.compile(r"(\d+ *\* *)?config\.[\w.]+( *[*/+] *config\.[\w.]+)?")
+_FIELD = re.compile(r"config\.([\w.]+)")
+
+
+def fields_in(size: str) -> list[str]:
+    """The fields of the config in a size: ``heads`` and ``dim`` in ``config.heads * config.dim``."""
+    return _FIELD.findall(size)
+
+
 _MOST = 6
 """Choices that one question lists."""
 
 
-__all__ = ["NOTHING_CHOSEN", "OPTION", "Chosen", "Doubt", "Doubts"]
+__all__ = ["NOTHING_CHOSEN", "OPTION", "Chosen", "Doubt", "Doubts", "fields_in"]

@@ -20,7 +20,7 @@ from regraft.equation.notation import (
     parse_equation,
 )
 from regraft.equation.sizes import undetermined
-from regraft.learning.choosing import Doubt
+from regraft.learning.choosing import Doubt, fields_in
 from regraft.learning.loops import Looped
 
 Config = Mapping[str, Any]
@@ -352,8 +352,11 @@ def _told_apart(found: Sequence[str], table: Mapping[str, list[int]], favour: _F
     seen: set[object] = set()
     result = []
     for each in sorted(found, key=lambda text: text not in favour.chosen):
-        values = tuple(tuple(table[path]) for path in _FIELD.findall(each))
-        look = _FIELD.sub("", each), tuple(sorted(values)) if "/" not in each else values
+        values = tuple(tuple(table[path]) for path in fields_in(each))
+        look = (
+            re.sub(r"config\.[\w.]+", "", each),
+            tuple(sorted(values)) if "/" not in each else values,
+        )
         if look not in seen:
             seen.add(look)
             result.append(each)
@@ -361,7 +364,6 @@ def _told_apart(found: Sequence[str], table: Mapping[str, list[int]], favour: _F
 
 
 _TIMES = (2, 3, 4)
-_FIELD = re.compile(r"config\.([\w.]+)")
 
 
 def likely(seen: Seen, config: Config | None) -> dict[str, list[int]]:

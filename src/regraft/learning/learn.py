@@ -17,7 +17,7 @@ from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.learning.casts import joined
-from regraft.learning.choosing import Chosen, Doubts
+from regraft.learning.choosing import Chosen, Doubts, fields_in
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of, likely, numbers_of
 from regraft.learning.content import Tensor
 from regraft.learning.fitting import fits
@@ -67,12 +67,14 @@ class Learned:
 
     def differing(self, config: Config) -> Iterator[tuple[str, int]]:
         """Fields that are in question, each with another value, for a probe that answers."""
+        seen: set[str] = set()
         for question in self.questions:
             for choice in question.choices[1:]:
-                name = choice.source.removeprefix("config.")
-                value = config.get(name)
-                if choice.source != name and isinstance(value, int):
-                    yield name, 2 * value
+                for name in fields_in(choice.source):
+                    value = config.get(name)
+                    if isinstance(value, int) and name not in seen:
+                        seen.add(name)
+                        yield name, 2 * value
 
     @property
     def sound(self) -> bool:
