@@ -261,7 +261,7 @@ class _Extracting:
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             self.made.skipped.append(name)
             return []
-        if not np.isfinite(delta).all():
+        if not np.isfinite([delta.min(), delta.max()]).all():
             return [self._refusal(name, "its change has NaN or infinite values", "not-finite")]
         kind = self.output.kind_of(name)
         if kind is not None:

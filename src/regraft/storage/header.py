@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable
 from itertools import islice
-from operator import eq, mul, sub
+from operator import mul
 from pathlib import Path
 from typing import Annotated
 
@@ -229,8 +229,7 @@ def _check_entries(entries: dict[str, _Entry], data_size: int) -> dict[str, Tens
     """The tensors if all are sound, or else None."""
     dtypes = [entry.dtype for entry in entries.values()]
     shapes = [entry.shape for entry in entries.values()]
-    starts = [entry.data_offsets[0] for entry in entries.values()]
-    ends = [entry.data_offsets[1] for entry in entries.values()]
+    spans = [entry.data_offsets for entry in entries.values()]
     try:
         bits = [BITS[dtype] for dtype in dtypes]
     except KeyError:
@@ -238,21 +237,18 @@ def _check_entries(entries: dict[str, _Entry], data_size: int) -> dict[str, Tens
     counts = list(map(math.prod, shapes))
     if -1 in counts:
         return None
-    if not all(map(eq, map(mul, counts, bits), (8 * size for size in map(sub, ends, starts)))):
+    if list(map(mul, counts, bits)) != [8 * (end - start) for start, end in spans]:
         return None
     if 0 in counts and any(math.prod(filter(None, shape)) * 8 > _MAX_BYTES for shape in shapes):
         return None
-    if not _covers(list(zip(starts, ends, strict=True)), data_size):
+    if not _covers(sorted(spans), data_size):
         return None
-    return dict(zip(entries, map(TensorInfo, dtypes, shapes, starts, ends), strict=True))
+    rows = zip(dtypes, shapes, spans, strict=True)
+    infos = [TensorInfo(dtype, shape, start, end) for dtype, shape, (start, end) in rows]
+    return dict(zip(entries, infos, strict=True))
 
 
 def _covers(spans: list[tuple[int, int]], data_size: int) -> bool:
-    """Whether the spans lie end to end over the whole of the data."""
-    spans.sort()
-    at = 0
-    for start, end in spans:
-        if start != at:
-            return False
-        at = end
-    return at == data_size
+    """Whether spans, in order, lie end to end over the whole of the data."""
+    starts = [start for start, _ in spans]
+    return [*starts, data_size] == [0, *(end for _, end in spans)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _MUSUBI = (
     "lora_flux_kontext",
     "lora_zimage",
 )
-_SHOWN = 6
+_SHOWN = 4
 """Names of one template that are looked up: more tell nothing new."""
 
 
@@ -145,8 +145,11 @@ def _summary(path: Path, header: Header) -> ImageSummary:
             size=size,
             problem="no adapter of an image model",
         )
-    heads = _heads(modules)
-    family, problem = _family(modules, header.metadata)
+    stems = list(modules)
+    groups = [[stems[i] for i in group.ids.tolist()] for group in group_names(stems)]
+    heads = _heads(groups)
+    family, problem = _family(modules, groups, header.metadata)
+    algorithms, ranks = _algorithms(modules)
     problem = (
         (unread and f"{unread} is not supported")
         or (unknown and f"unknown key: {unknown}")
@@ -157,9 +160,9 @@ def _summary(path: Path, header: Header) -> ImageSummary:
         family,
         _dialect(heads, spellings, header.metadata),
         _trainer(header.metadata, spellings),
-        dict(_algorithms(modules).most_common()),
+        algorithms,
         len(modules),
-        _ranks(modules),
+        ranks,
         _alphas(path, header, modules),
         _base(header.metadata),
         _text_encoders(heads),
@@ -169,8 +172,8 @@ def _summary(path: Path, header: Header) -> ImageSummary:
     )
 
 
-_Roles = dict[str, tuple[TensorInfo, str]]
-"""A module's tensors by role, each with the spelling that it belongs to."""
+_Roles = dict[str, TensorInfo]
+"""A module's tensors by role."""
 
 
 def _modules(header: Header) -> tuple[dict[str, _Roles], set[str], str, str]:
@@ -179,7 +182,7 @@ def _modules(header: Header) -> tuple[dict[str, _Roles], set[str], str, str]:
     Names that differ in numbers only are alike, so most leaves are told once for all of them.
     """
     names, infos = list(header.tensors), list(header.tensors.values())
-    modules: dict[str, _Roles] = {}
+    modules: defaultdict[str, _Roles] = defaultdict(dict)
     spellings: set[str] = set()
     unknown = unread = ""
     for group in group_names(names):
@@ -191,17 +194,17 @@ def _modules(header: Header) -> tuple[dict[str, _Roles], set[str], str, str]:
             for i in ids:
                 leaf = split_key(names[i])
                 if leaf is not None:
-                    modules.setdefault(leaf.stem, {})[leaf.role] = infos[i], leaf.spelling
+                    modules[leaf.stem][leaf.role] = infos[i]
                     spellings.add(leaf.spelling)
                     continue
                 kind = unread_kind(names[i])
                 unread = unread or (kind or "")
                 unknown = unknown or ("" if kind or has_no_weights(names[i]) else names[i])
             continue
-        role, spelling, cut = leaf.role, leaf.spelling, -len(end)
-        spellings.add(spelling)
+        role, cut = leaf.role, -len(end)
+        spellings.add(leaf.spelling)
         for i in ids:
-            modules.setdefault(names[i][:cut], {})[role] = infos[i], spelling
+            modules[names[i][:cut]][role] = infos[i]
     return modules, spellings, unknown, unread
 
 
@@ -210,16 +213,22 @@ _HEAD = re.compile(r"text_encoders\.\w+\.\w+\.|base_model\.model\.\w+\.|\w+?[a-z
 """What stands before a module; the component, and the form of a name, are told by it."""
 
 
-def _heads(modules: Mapping[str, _Roles]) -> dict[str, tuple[Place, int]]:
+def _heads(groups: Sequence[Sequence[str]]) -> dict[str, tuple[Place, int]]:
     """A module's place for each of the ways that names begin, and how many begin so."""
     counts: Counter[str] = Counter()
     samples: dict[str, str] = {}
-    for stem in modules:
-        found = FLAT.match(stem) or _HEAD.match(stem)
-        head = found[0] if found is not None else ""
-        counts[head] += 1
-        samples.setdefault(head, stem)
+    for group in groups:
+        first = _head(group[0])
+        alike = _DIGIT.search(first) is None  # names of a group differ in their numbers only
+        for head, stem in ((first, group[0]),) if alike else ((_head(x), x) for x in group):
+            counts[head] += len(group) if alike else 1
+            samples.setdefault(head, stem)
     return {head: (place_of(samples[head]), count) for head, count in counts.items()}
+
+
+def _head(stem: str) -> str:
+    found = FLAT.match(stem) or _HEAD.match(stem)
+    return found[0] if found is not None else ""
 
 
 def _dialect(
@@ -234,26 +243,25 @@ def _dialect(
 def _outlined(stem: str, roles: _Roles) -> ModuleTensors:
     """A module of which only shapes are known."""
     module = ModuleTensors(stem)
-    for name, (info, spelling) in roles.items():
+    for name, info in roles.items():
         role, _, parameter = name.partition(".")
         outline: Any = _Outline(info.shape)
         module.tensors[role] = outline
         module.scale_key |= bool(parameter)
-        module.spellings.add(spelling)
     return module
 
 
-def _family(modules: Mapping[str, _Roles], metadata: Mapping[str, str]) -> tuple[str, str]:
+def _family(
+    modules: Mapping[str, _Roles], groups: Sequence[Sequence[str]], metadata: Mapping[str, str]
+) -> tuple[str, str]:
     """The families that names fit, judged by some names of every kind; and what is wrong."""
     first: dict[str, ModuleTensors] = {}
     some: dict[str, ModuleTensors] = {}
-    stems = list(modules)
-    for group in group_names(stems):
-        ids = group.ids.tolist()
-        step = max(len(ids) // _SHOWN, 1)
-        for i in (*ids[::step], ids[-1]):
-            some.setdefault(stems[i], _outlined(stems[i], modules[stems[i]]))
-        first[stems[ids[-1]]] = some[stems[ids[-1]]]
+    for group in groups:
+        step = max(len(group) // _SHOWN, 1)
+        for stem in (*group[:-1:step], group[-1]):
+            some[stem] = _outlined(stem, modules[stem])
+        first[group[-1]] = some[group[-1]]
     likely = families_with(Grouped(first, {}))
     fits = fit_families(Grouped(some, {}), likely or FAMILIES)
     whole = [fit for fit in fits if not fit.missing]
@@ -269,20 +277,30 @@ def _family(modules: Mapping[str, _Roles], metadata: Mapping[str, str]) -> tuple
     return " or ".join(fit.family.name for fit in chosen), problem
 
 
-def _algorithms(modules: Mapping[str, _Roles]) -> Counter[str]:
-    """How many modules each algorithm has; those with the same roles have the same one."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    samples: dict[tuple[str, ...], _Roles] = {}
+def _algorithms(modules: Mapping[str, _Roles]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many modules each algorithm has, and how many each rank, most common first.
+
+    Modules with the same roles have the same algorithm, and the rank in the same place.
+    """
+    kinds: defaultdict[tuple[str, ...], list[_Roles]] = defaultdict(list)
     for roles in modules.values():
-        kind = tuple(roles)
-        if "oft_blocks" in roles:  # of how many dimensions it is tells OFT from BOFT
-            kind = (*kind, str(len(roles["oft_blocks"][0].shape)))
-        counts[kind] += 1
-        samples.setdefault(kind, roles)
+        kinds[tuple(roles)].append(roles)
     found: Counter[str] = Counter()
-    for kind, count in counts.items():
-        found[_algorithm(_outlined("", samples[kind]))] += count
-    return found
+    ranks: Counter[int] = Counter()
+    for kind, alike in kinds.items():
+        if "oft_blocks" in kind:  # of how many dimensions it is tells OFT from BOFT
+            found.update(_algorithm(_outlined("", roles)) for roles in alike)
+        else:
+            found[_algorithm(_outlined("", alike[0]))] += len(alike)
+        ranked = next((role for role in _RANKED if role in kind), None)
+        if ranked is not None:
+            shapes = [roles[ranked].shape for roles in alike]
+            ranks.update([shape[0] for shape in shapes if shape])
+    return dict(found.most_common()), {str(rank): n for rank, n in ranks.most_common()}
+
+
+_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
+"""Roles of tensors whose first size is the rank."""
 
 
 def _algorithm(module: ModuleTensors) -> str:
@@ -298,25 +316,8 @@ def _algorithm(module: ModuleTensors) -> str:
     return f"{found} with DoRA" if dora else found
 
 
-def _ranks(modules: Mapping[str, _Roles]) -> dict[str, int]:
-    """The ranks, most common first."""
-    found: Counter[int] = Counter()
-    for roles in modules.values():
-        for role in _RANKED:
-            if role in roles:
-                shape = roles[role][0].shape
-                if shape:
-                    found[shape[0]] += 1
-                break
-    return {str(rank): count for rank, count in found.most_common()}
-
-
-_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2")
-"""Roles of tensors whose first size is the rank."""
-
-
 def _alphas(path: Path, header: Header, modules: Mapping[str, _Roles]) -> dict[str, int]:
-    infos = [roles["alpha"][0] for roles in modules.values() if "alpha" in roles]
+    infos = [roles["alpha"] for roles in modules.values() if "alpha" in roles]
     if not infos:
         return _said_alphas(header.metadata, len(modules))
     found: Counter[float] = Counter()
