@@ -334,3 +334,74 @@ def test_alphas_that_were_not_there_do_not_come_back(convert):
     made, header = convert(t, "comfyui", source="sdxl")
     back, _ = convert(made, "kohya", header)
     same_bits(back, t)
+
+
+def oft_v2(size, count=1, into=N, **more):
+    return {"oft_R__weight": 0.3 * numbers(count, size * (size - 1) // 2), **more}
+
+
+def rotated(weight, tensors, size, conv=False):
+    """OneTrainer's forward of unit vectors: a linear's input is turned, a convolution's kernel."""
+    upper = tensors["oft_R__weight"].astype(np.float64)
+    if "oft_R__scaled_oft" in tensors:
+        upper = upper / upper.shape[1] ** 0.5
+    flat = weight.reshape(len(weight), -1).astype(np.float64)
+    whole = np.zeros((flat.shape[1],) * 2)
+    for start in range(0, flat.shape[1], size):
+        q = np.zeros((size, size))
+        q[np.triu_indices(size, 1)] = upper[start // size if len(upper) > 1 else 0]
+        q -= q.T
+        turn = np.eye(size) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        whole[start : start + size, start : start + size] = turn
+    made = (flat @ whole if conv else (np.eye(len(whole)) @ whole @ flat.T).T).reshape(weight.shape)
+    if "dora_scale" in tensors:
+        factor = tensors["dora_scale"] / tensors["initial_norm"]
+        made = made * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    return made - weight
+
+
+OFT_V2 = {
+    "each": oft_v2(4, 4),
+    "shared": oft_v2(4),
+    "whole": oft_v2(N),
+    "scaled": oft_v2(4, 4, oft_R__scaled_oft=np.array(1)),
+    "dora": oft_v2(4, 4, dora_scale=1 + numbers(N, 1) ** 2, initial_norm=1 + numbers(N, 1) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", OFT_V2)
+def test_onetrainers_oft_turns_the_in_axis(convert, base, name):
+    tensors = OFT_V2[name]
+    size = N if name == "whole" else 4
+    made, header = convert(
+        named(STEM, **tensors), "diffusers", via="dense", model=base["path"], verify=True
+    )
+    want = rotated(base[f"{MODULE}.weight"], tensors, size)
+    check(read_diffusers(made, header), {MODULE: want})
+    kept, _ = convert(named(STEM, **tensors), "kohya")
+    same_bits(kept, named(STEM, **tensors))
+
+
+def test_onetrainers_oft_of_a_convolution_turns_the_kernel(convert, base):
+    tensors = oft_v2(8, 18)
+    made, header = convert(
+        named(CONV, **tensors), "diffusers", via="dense", model=base["path"], verify=True
+    )
+    want = rotated(base[f"{CONV_MODULE}.weight"], tensors, 8, conv=True)
+    check(read_diffusers(made, header), {CONV_MODULE: want})
+
+
+def test_onetrainers_oft_follows_rows_and_half_of_its_dora_is_an_error(convert):
+    """A rotation of the in axis is that of each part of a fused weight, and of the whole where all parts have it."""
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    fused = named(stem, **oft_v2(4, 4))
+    split = {
+        f"lora_transformer_transformer_blocks_0_attn_to_{x}.oft_R.weight": fused[
+            f"{stem}.oft_R.weight"
+        ]
+        for x in "qkv"
+    }
+    made, _ = convert(split, "kohya", source="flux")
+    same_bits(made, fused)
+    with pytest.raises(regraft.BadInputError, match="dora_scale and initial_norm"):
+        convert(named(STEM, **oft_v2(4, 4), initial_norm=numbers(N, 1)), "kohya")

@@ -1,17 +1,18 @@
-"""What a file adds to one base weight: LoRA, Tucker, LoHa, LoKr, GLoRA, OFT, BOFT, IA3, or a full delta.
+"""What a file adds to one base weight: LoRA, Tucker, LoHa, LoKr, GLoRA, three OFTs, IA3, or a full delta.
 
 A weight is seen as a matrix (out, in); a convolution's in dim and kernel are flattened to one. Around any algebra
 there may be a magnitude (DoRA, on either axis) and a delta of the bias.
 
 Sources: lycoris-lora 4.1.3 (``lycoris/modules``, ``lycoris/functional``), its forward and not its ``merge_to``, which
-multiplies by alpha / rank twice in LoHa and LoKr; PEFT 0.21.2 for the magnitude.
+multiplies by alpha / rank twice in LoHa and LoKr; PEFT 0.21.2 for the magnitude;
+OneTrainer (``modules/module/LoRAModule.py``, ``oft_utils.py``) for OFT v2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,21 @@ from regraft.values import replace
 Weight = Callable[[], Wide] | None
 """Gives the base weight as a matrix (out, in); ``None`` where no base was given."""
 
-LORA, LOHA, LOKR, GLORA, OFT, BOFT, IA3, FULL, SET, NOTHING = (
+LORA, LOHA, LOKR, GLORA, OFT, BOFT, OFT_V2, IA3, FULL, SET, NOTHING = (
     "LoRA",
     "LoHa",
     "LoKr",
     "GLoRA",
     "OFT",
     "BOFT",
+    "OFT v2",
     "IA3",
     "full delta",
     "new weight",
     "bias only",
 )
 
-_MULTIPLIES = (GLORA, OFT, BOFT, IA3)
+_MULTIPLIES = (GLORA, OFT, BOFT, OFT_V2, IA3)
 """Algebras whose delta depends on the base weight."""
 
 
@@ -151,7 +153,7 @@ def plain_lora(delta: Delta) -> Delta:
         b, a = _lokr_factors(delta)
     elif delta.algebra == GLORA:
         raise NoImageError("GLoRA multiplies the base weight", needs_base=True)
-    elif delta.algebra in (OFT, BOFT, IA3):
+    elif delta.algebra in (OFT, BOFT, OFT_V2, IA3):
         raise NoImageError(f"{delta.algebra} multiplies the base weight", needs_base=True)
     elif delta.algebra == NOTHING:
         return delta
@@ -237,6 +239,8 @@ def _added(delta: Delta, base: Wide | None) -> Wide:
         return np.asarray(base * w[:, None])
     if delta.algebra == OFT:
         return _rotated(delta, base) - base
+    if delta.algebra == OFT_V2:
+        return _turned_columns(delta, base) - base
     return _butterflied(delta, base) - base
 
 
@@ -397,6 +401,45 @@ def _butterflied(delta: Delta, base: Wide) -> Wide:
     return np.asarray(_rescaled(delta, made))
 
 
+def oft_block(elements: int) -> int:
+    """The size of a block whose upper triangle has so many elements.
+
+    >>> oft_block(6)
+    4
+    """
+    return (1 + isqrt(1 + 8 * elements)) // 2
+
+
+def _turned_columns(delta: Delta, base: Wide) -> Wide:
+    """OneTrainer's OFT: blocks of the in axis are turned, by the first terms of Cayley's series.
+
+    One block may stand for all. A linear turns its input, a convolution its kernel, the other way round.
+    """
+    t = delta.tensors
+    upper = t["oft_R"].astype(np.float64)
+    count, elements = upper.shape
+    if "scaled_oft" in t:
+        upper = upper / elements**0.5
+    size = oft_block(elements)
+    skew = np.zeros((count, size, size))
+    rows, columns = np.triu_indices(size, 1)
+    skew[:, rows, columns] = upper
+    skew -= skew.transpose(0, 2, 1)
+    square = skew @ skew
+    turns = np.eye(size) + 2 * (skew + square + square @ skew) + square @ square
+    if not delta.conv:
+        turns = turns.transpose(0, 2, 1)
+    if base.shape[1] % size or count not in (1, base.shape[1] // size):
+        raise NoImageError(
+            f"its {count} blocks of {size} do not fit the weight's {base.shape[1]} columns"
+        )
+    made = (base.reshape(len(base), -1, 1, size) @ turns).reshape(base.shape)
+    if "initial_norm" not in t:
+        return np.asarray(made)
+    m, norm = (t[role].astype(np.float64).reshape(-1, 1) for role in ("dora_scale", "initial_norm"))
+    return np.asarray(made * (m / norm))
+
+
 def _rescaled(delta: Delta, made: Wide) -> Wide:
     factor = delta.tensors.get("rescale")
     if factor is None:
@@ -472,6 +515,11 @@ def _take_ia3(delta: Delta, rows: Ints) -> dict[str, Array]:
     return {**t, "ia3": t["ia3"].reshape(-1)[rows]}
 
 
+def _take_oft_v2(delta: Delta, rows: Ints) -> dict[str, Array]:
+    own = {r: t[rows] for r, t in delta.tensors.items() if r in ("dora_scale", "initial_norm")}
+    return {**delta.tensors, **own}
+
+
 def _take_full(delta: Delta, rows: Ints) -> dict[str, Array]:
     return {role: tensor[rows] for role, tensor in delta.tensors.items()}
 
@@ -482,6 +530,7 @@ _TAKES: dict[str, Callable[[Delta, Ints], dict[str, Array]]] = {
     LOKR: _take_lokr,
     GLORA: _take_glora,
     IA3: _take_ia3,
+    OFT_V2: _take_oft_v2,
     FULL: _take_full,
     SET: _take_full,
     NOTHING: _take_full,
@@ -512,6 +561,7 @@ def join_rows(parts: Sequence[Delta | None]) -> Delta:
         IA3: ("ia3",),
         GLORA: ("b1",),
         LOHA: ("hada_w1_a", "hada_w2_a"),
+        OFT_V2: ("dora_scale", "initial_norm"),
     }
     if first.algebra not in along or "hada_t1" in first.tensors:
         raise NoImageError(f"{first.algebra} cannot follow weights that are fused")

@@ -85,7 +85,7 @@ def said_alpha(
 
 def multiplies(t: Tensors) -> bool:
     """Whether what a module adds depends on the base weight."""
-    return bool({"a1", "oft_blocks", "ia3", "magnitude", "dora_scale"} & set(t))
+    return bool({"a1", "oft_blocks", "oft_R", "ia3", "magnitude", "dora_scale"} & set(t))
 
 
 def bias_of(t: Tensors, scale: float) -> Wide | None:
@@ -107,7 +107,7 @@ def delta_of_tensors(
         shape = base.shape
     added = _added(t, scale, shape, base)
     magnitude = t.get("magnitude", t.get("dora_scale"))
-    if magnitude is None:
+    if magnitude is None or "initial_norm" in t:
         return added
     if base is None:
         raise ValueError("the base weight is needed")
@@ -133,7 +133,7 @@ def _added(t: Tensors, scale: float, shape: tuple[int, ...], base: Wide | None) 
         return _shaped(_kronecker(f) * scale, shape)
     if "diff" in f:
         return _shaped(f["diff"], shape)
-    if not {"a1", "ia3", "oft_blocks"} & set(f):
+    if not {"a1", "ia3", "oft_blocks", "oft_R"} & set(f):
         return np.zeros(shape)
     if base is None:
         raise ValueError("the base weight is needed")
@@ -145,6 +145,8 @@ def _added(t: Tensors, scale: float, shape: tuple[int, ...], base: Wide | None) 
         along = [1] * base.ndim
         along[int(bool(f["on_input"].reshape(-1)[0]))] = -1
         return np.asarray(base * f["ia3"].reshape(along))
+    if "oft_R" in f:
+        return _turned_in(f, base) - base
     turned = _turned(f, base)
     if "rescale" in f:
         turned = turned * f["rescale"].reshape([-1] + [1] * (base.ndim - 1))
@@ -234,6 +236,29 @@ def _turned(f: Mapping[str, Wide], base: Wide) -> Wide:
     for stage, each in enumerate(turns):
         flat = _stage(flat, each, 2**stage * (size // 2))
     return flat.reshape(base.shape)
+
+
+def _turned_in(f: Mapping[str, Wide], base: Wide) -> Wide:
+    """OneTrainer's OFT: I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 for each block of columns, or one for all of them.
+
+    A convolution's weight is multiplied by it, a linear's by its transpose, for its input is.
+    """
+    flat = base.reshape(len(base), -1)
+    upper = f["oft_R"] / (np.sqrt(f["oft_R"].shape[1]) if "scaled_oft" in f else 1.0)
+    size = int(np.sqrt(2 * upper.shape[1])) + 1
+    made = np.empty_like(flat)
+    for number in range(flat.shape[1] // size):
+        q = np.zeros((size, size))
+        q[np.triu_indices(size, 1)] = upper[number if len(upper) > 1 else 0]
+        q = q - q.T if base.ndim > 2 else q.T - q
+        one = np.eye(size)
+        columns = slice(number * size, (number + 1) * size)
+        made[:, columns] = flat[:, columns] @ (
+            one + q @ (2 * one + q @ (2 * one + q @ (2 * one + q)))
+        )
+    if "initial_norm" in f:
+        made *= f["dora_scale"].reshape(-1, 1) / f["initial_norm"].reshape(-1, 1)
+    return made.reshape(base.shape)
 
 
 def _stage(flat: Wide, turns: Wide, step: int) -> Wide:

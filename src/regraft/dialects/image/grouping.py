@@ -20,9 +20,11 @@ from regraft.dialects.image.delta import (
     LORA,
     NOTHING,
     OFT,
+    OFT_V2,
     SET,
     Delta,
     is_older_glora,
+    oft_block,
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
 from regraft.errors import BadInputError, Finding, RefusedError
@@ -158,7 +160,11 @@ def delta_of(
     """
     t = dict(module.tensors)
     own = t.pop("alpha", None)
-    magnitude, dora_scale = t.pop("magnitude", None), t.pop("dora_scale", None)
+    magnitude = t.pop("magnitude", None)
+    if "oft_R" in t and ("dora_scale" in t) != ("initial_norm" in t):
+        raise MalformedError("its OFT has one of dora_scale and initial_norm, and needs both")
+    # Beside the lengths that the rows had, it is what OneTrainer's OFT multiplies them by.
+    dora_scale = None if "initial_norm" in t else t.pop("dora_scale", None)
     bias = t.pop("diff_b", None)
     up_bias = t.pop("up_bias", None)
     reshape = t.pop("reshape", None)
@@ -227,6 +233,10 @@ def algebra_of(t: Mapping[str, Array]) -> str:
         if dims not in (3, 4):
             raise MalformedError(f"oft_blocks has {dims} dimensions, and 3 or 4 were expected")
         return OFT if dims == 3 else BOFT
+    if "oft_R" in roles and roles <= _OFT_V2:
+        if t["oft_R"].ndim != 2:
+            raise MalformedError(f"oft_R has {t['oft_R'].ndim} dimensions, and 2 were expected")
+        return OFT_V2
     if roles == {"ia3", "on_input"}:
         return IA3
     if roles == {"diff"}:
@@ -236,6 +246,9 @@ def algebra_of(t: Mapping[str, Array]) -> str:
     raise MalformedError(
         f"its tensors ({', '.join(sorted(roles))}) belong to no one kind of adapter"
     )
+
+
+_OFT_V2 = frozenset({"oft_R", "scaled_oft", "dora_scale", "initial_norm"})
 
 
 def _lora_tensors(
@@ -291,6 +304,10 @@ def _sizes(
     if algebra in (OFT, BOFT):
         blocks = t["oft_blocks"]
         return blocks.shape[-3] * blocks.shape[-1], 1, ()
+    if algebra == OFT_V2:
+        count, elements = t["oft_R"].shape
+        out = len(t["dora_scale"]) if "dora_scale" in t else 1
+        return out, (count * oft_block(elements) if count > 1 else 1), ()
     if algebra == IA3:
         size = t["ia3"].size
         return (1, size, ()) if bool(np.asarray(t["on_input"]).reshape(-1)[0]) else (size, 1, ())

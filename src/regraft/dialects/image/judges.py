@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from regraft.adapters.form import Array
-from regraft.dialects.image.delta import BOFT, FULL, IA3, LOHA, LOKR, LORA, NOTHING, OFT, SET, Delta
+from regraft.dialects.image.delta import (
+    BOFT,
+    FULL,
+    IA3,
+    LOHA,
+    LOKR,
+    LORA,
+    NOTHING,
+    OFT,
+    OFT_V2,
+    SET,
+    Delta,
+)
 from regraft.dialects.image.families import DENOISER
 from regraft.dialects.image.grouping import ModuleTensors, group_tensors
 from regraft.dialects.image.prefixes import Place, place_of
@@ -294,6 +306,8 @@ class ComfyRules:
             return IGNORED, "names without 'diffusion_model.' are not known"
         if delta.algebra == IA3:
             return IGNORED, "it does not read IA3"
+        if delta.algebra == OFT_V2:
+            return IGNORED, "it does not read OneTrainer's OFT"
         if delta.algebra in (OFT, BOFT) and (delta.alpha or "rescale" in delta.tensors):
             return (
                 WRONG_VALUES,

@@ -33,6 +33,9 @@ _SUFFIXES: tuple[tuple[str, str, str], ...] = (
     (r"\.(lokr_(?:w[12](?:_[ab])?|t2))", "", "lycoris"),
     (r"\.(oft_blocks)", "", "lycoris"),
     (r"\.(rescale)", "", "lycoris"),
+    (r"\.oft_R\.weight", "oft_R", "onetrainer"),
+    (r"\.oft_R\.(scaled_oft)", "", "onetrainer"),
+    (r"\.(initial_norm)", "", "onetrainer"),
     (r"\.([ab][12])\.weight", "", "lycoris"),
     (r"\.(on_input)", "", "lycoris"),
     (r"\.diff", "diff", "lycoris"),
@@ -61,7 +64,6 @@ _NO_WEIGHTS = re.compile(r"bundle_emb\..*|emb_params|(?:.*\.)?_aux(?:\..*)?")
 """Embeddings and bookkeeping that trainers store beside their weights."""
 
 UNREAD = {
-    "oft_R": "OneTrainer's OFT (oft_R)",
     "lambda_layer": "T-LoRA",
     "q_layer": "T-LoRA",
     "p_layer": "T-LoRA",
@@ -141,7 +143,10 @@ def has_no_weights(key: str) -> bool:
 
 def unread_kind(key: str) -> str | None:
     """The kind of adapter that a key is of, where it is one that cannot be read."""
-    return next((kind for part, kind in UNREAD.items() if part in key.split(".")), None)
+    parts = key.split(".")
+    if "oft_R" in parts and parts[0] == "base_model":
+        return "PEFT's OFT"
+    return next((kind for part, kind in UNREAD.items() if part in parts), None)
 
 
 def _side(word: str) -> str:

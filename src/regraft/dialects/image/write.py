@@ -34,6 +34,7 @@ from regraft.dialects.image.delta import (
     LORA,
     NOTHING,
     OFT,
+    OFT_V2,
     SET,
     Delta,
     whole_w1,
@@ -81,10 +82,12 @@ _LYCORIS = {
     for role in (
         *(f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
         *(f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-        *("oft_blocks", "rescale", "on_input"),
+        *("oft_blocks", "rescale", "on_input", "dora_scale", "initial_norm"),
     )
 } | {
     "ia3": ".weight",
+    "oft_R": ".oft_R.weight",
+    "scaled_oft": ".oft_R.scaled_oft",
     "set": ".set_weight",
     **{role: f".{role}.weight" for role in ("a1", "a2", "b1", "b2")},
 }
@@ -173,6 +176,8 @@ def _refused_by_comfyui(delta: Delta) -> str | None:
         return "it divides DoRA on the out axis by the lengths of the base's rows, and not of the sum's"
     if delta.algebra == IA3:
         return "it does not read IA3"
+    if delta.algebra == OFT_V2:
+        return "it does not read OneTrainer's OFT"
     if delta.algebra in (OFT, BOFT) and (delta.alpha or "rescale" in delta.tensors):
         return "it ignores OFT's rescale, and takes the constraint for another number"
     return None
@@ -369,7 +374,7 @@ def _write_module(
 
 
 def _has_alpha(delta: Delta, how: Writing) -> bool:
-    if delta.algebra in (FULL, SET, IA3, NOTHING):
+    if delta.algebra in (FULL, SET, IA3, OFT_V2, NOTHING):
         return False
     if delta.algebra == LORA:
         return how.alpha == KEYED
