@@ -25,6 +25,10 @@ _EXPLAINED = {
     "Ernie4_5_VL_MoeModel": _ERNIE,
     "Nemotron3_5TranscribeForConditionalGeneration": _STACKS_TWICE,
     "Nemotron3_5TranscribeModel": _STACKS_TWICE,
+    "OneFormerForUniversalSegmentation": (
+        "its `criterion.logit_scale` is made as float64 whatever type is asked for: transformers loads the number of "
+        "a float32 file into it, so that the value is the same and the type is not"
+    ),
     "PixioBackbone": (
         "it has `layernorm` and `pixio.layernorm`; transformers puts the base model's prefix before the first when it "
         "reads it, so that both go to one place; regraft leaves a key where the model has it"
