@@ -357,7 +357,7 @@ def test_a_rename_by_a_function_is_called(register):
     assert all(np.array_equal(made[k], state[k]) for k in state)
 
 
-def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept():
+def test_what_the_model_computes_and_ignores_is_kept():
     config = transformers.SwinConfig(
         depths=[1], num_heads=[2], embed_dim=8, image_size=16, patch_size=4
     )
@@ -365,6 +365,24 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
     buffer = "encoder.layers.0.blocks.0.attention.self.relative_position_index"
     book = imported.book([buffer])
     headers = Headers(group_names([buffer]), [(4, 4)], ["I64"])
+    for layout in (NEW, OLD):
+        plan = build_plan(headers, edges_to([book], layout), scopes={book.name: Scope()})
+        ((carried),) = plan.carried
+        assert carried.group.names() == [buffer]
+        assert "the model computes it itself" in carried.carry.why
+    with pytest.raises(UnmatchedKeysError):
+        other = Headers(group_names(["encoder.mystery"]), [(4,)], ["F32"])
+        build_plan(other, edges_to([book], NEW), scopes={book.name: Scope()})
+
+
+def test_what_the_model_computes_and_does_not_ignore_is_dropped_and_told():
+    config = transformers.CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    imported = import_model(skeleton_of(transformers.CLIPVisionModel(config)))
+    buffer = "vision_model.embeddings.position_ids"
+    book = imported.book([buffer])
+    headers = Headers(group_names([buffer]), [(1, 50)], ["I64"])
     plan = build_plan(headers, edges_to([book], NEW), scopes={book.name: Scope()})
     assert [(d.group.names(), d.drop.why) for d in plan.dropped] == [
         ([buffer], "the model computes it itself")
@@ -372,9 +390,16 @@ def test_what_the_model_computes_is_dropped_and_told_and_what_it_ignores_is_kept
     assert "dropped" in str(plan)
     back = build_plan(Headers([], [], []), edges_to([book], OLD), scopes={book.name: Scope()})
     assert len(back.lacking()) == 1
-    with pytest.raises(UnmatchedKeysError):
-        other = Headers(group_names(["encoder.mystery"]), [(4,)], ["F32"])
-        build_plan(other, edges_to([book], NEW), scopes={book.name: Scope()})
+
+
+def test_what_a_class_had_and_did_not_use_is_kept():
+    vlm = transformers.Qwen2VLConfig(
+        text_config={"num_hidden_layers": 0}, vision_config={"depth": 0}
+    )
+    with torch.device("meta"):
+        model = transformers.ColQwen2ForRetrieval(transformers.ColQwen2Config(vlm_config=vlm))
+    why, computed = import_model(skeleton_of(model)).unwanted("vlm.lm_head.weight")
+    assert "did not use it" in why and not computed
 
 
 def test_rows_of_single_tokens_go_with_their_embedding(tmp_path):

@@ -75,3 +75,14 @@ def _unwritten() -> dict[str, list[tuple[str, str]]]:
             pairs = found.setdefault(entry, [])
             pairs += [(pattern, table.get("below", "")) for pattern in table["patterns"]]
     return found
+
+
+def unused(classes: Sequence[str], old: str) -> bool:
+    """Whether a model's class had a tensor in transformers 4 that it never computed with, and has it no longer."""
+    patterns = next((p for n in classes if (p := _unused().get(n))), ())
+    return any(re.search(pattern, old) for pattern in patterns)
+
+
+@lru_cache(maxsize=1)
+def _unused() -> dict[str, list[str]]:
+    return {name: table["patterns"] for table in _facts()["unused"] for name in table["classes"]}

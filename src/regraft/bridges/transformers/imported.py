@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from regraft.bridges.transformers.facts import file_name
+from regraft.bridges.transformers.facts import file_name, unused
 from regraft.bridges.transformers.registry import (
     NEWEST,
     OLDEST,
@@ -193,17 +193,22 @@ class Imported:
     def unwanted(self, key: str) -> tuple[str, bool] | None:
         """Why the model has no place for a key of a file, and whether it computes it; ``None`` if it should have one.
 
-        Source: ``PreTrainedModel._adjust_missing_and_unexpected_keys``: these are the keys that are ignored there.
+        Source: ``PreTrainedModel._adjust_missing_and_unexpected_keys``: these are the keys that are ignored there. What
+        a pattern of the model's class ignores stays in the file, and is there for the way back; a buffer that only
+        stands elsewhere, or in the model alone, would be left over.
         """
+        if unused(self.classes, key):
+            return "transformers 4 had it and did not use it, and the model has it no longer", False
         new = self.renamer.forward(key)
         names = [way.key for way in self.renamer.ways(key, new)]
         leaf = key.rpartition(".")[2]
         leaves = {name.rpartition(".")[2] for name in self.skeleton.computed}
         models = self.skeleton.submodels
         known = next((model for model in models if _ignores(model, models, names)), None)
-        if any(name in self.skeleton.computed for name in names) or (
-            leaf in leaves and (known is not None or leaf in _MOVED)
-        ):
+        is_computed = any(name in self.skeleton.computed for name in names) or leaf in leaves
+        if known is not None and is_computed:
+            return "the model computes it itself, and leaves it aside when it loads", False
+        if is_computed and (leaf in _MOVED or any(n in self.skeleton.computed for n in names)):
             return "the model computes it itself", True
         if known is None:
             return None
