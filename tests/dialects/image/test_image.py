@@ -265,6 +265,24 @@ def test_alpha_is_folded_where_there_is_none(convert):
     assert not convert.report.targets[0].exact
 
 
+def test_ai_toolkits_text_encoders_have_dots(convert):
+    """Beside a transformer it writes ``lora_te1.`` and ``lora_te2.``, with PEFT's leaves."""
+    clip, t5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
+    tensors = {}
+    for name in (
+        "transformer.transformer_blocks.0.attn.to_q",
+        f"text_encoder.{clip}",
+        f"text_encoder_2.{t5}",
+    ):
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = pair(H, H)
+    made, _ = convert(tensors, "ai-toolkit", source="flux")
+    assert {f"lora_te1.{clip}.lora_A.weight", f"lora_te2.{t5}.lora_B.weight"} <= set(made)
+    again, _ = convert(made, "diffusers", source="flux", verify=True)
+    same_bits(again, tensors)
+    kohya, _ = convert(made, "kohya", source="flux")
+    assert "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight" in kohya
+
+
 def test_ranks_that_differ_are_said_in_the_header(convert):
     """Without it diffusers gives every module the most common rank as alpha."""
     tensors = {}

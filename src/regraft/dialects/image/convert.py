@@ -104,6 +104,8 @@ def form_of_place(place: Place) -> str:
         return "kohya"
     if prefix.startswith("text_encoders."):
         return "comfyui"
+    if prefix.startswith("lora_te"):
+        return "ai-toolkit"
     return _FORMS.get(prefix, "bfl" if _BFL.match(place.module) else "diffusers")
 
 

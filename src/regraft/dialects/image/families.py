@@ -276,7 +276,11 @@ FAMILIES: tuple[Family, ...] = (
         "transformer",
         "sd3",
         "sd3",
-        (_CLIP_L, _CLIP_G, TextEncoder("text_encoder_3", "t5", ("lora_te3_",), "t5xxl")),
+        (
+            _CLIP_L,
+            _CLIP_G,
+            TextEncoder("text_encoder_3", "t5", ("lora_te3_", "lora_te2_"), "t5xxl"),
+        ),
         last_block=(
             r"(?:joint_blocks\.(\d+)\.context_block\.adaLN_modulation\.1|transformer_blocks\.(\d+)\.norm1_context\.linear)",
             2,

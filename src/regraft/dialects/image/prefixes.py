@@ -1,7 +1,7 @@
 """What stands before a module's name: which component it is of, and whether the name is flat.
 
 Sources: sd-scripts ``networks/lora*.py``, OneTrainer ``modules/model/*Model.py``, diffusers
-``loaders/lora_pipeline.py``, ComfyUI ``comfy/lora.py:model_lora_keys_clip``.
+``loaders/lora_pipeline.py``, ComfyUI ``comfy/lora.py:model_lora_keys_clip``, ai-toolkit ``toolkit/lora_special.py``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _DOTTED = (
     ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder.", "text_encoder"),
 )
+_TOOLKIT = re.compile(r"(lora_te[123]?)\.(.+)")
+"""ai-toolkit's text encoders beside a transformer, in PEFT's leaves."""
 _COMFY = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
 
@@ -58,6 +60,9 @@ def place_of(stem: str) -> Place:
     comfy = _COMFY.fullmatch(stem)
     if comfy is not None:
         return Place(f"text_encoders.{comfy[1]}.transformer.", f"te:{comfy[1]}", comfy[2], False)
+    toolkit = _TOOLKIT.fullmatch(stem)
+    if toolkit is not None:
+        return Place(f"{toolkit[1]}.", f"te:{toolkit[1]}_", toolkit[2], False)
     for prefix, component in _DOTTED:
         if stem.startswith(prefix):
             return Place(prefix, component, stem[len(prefix) :], False)

@@ -190,7 +190,13 @@ def _ai_toolkit(family: Family) -> Writing:
         return replace(like, name="ai-toolkit", title="ai-toolkit", layout=layout, also=())
 
     def stem(home: Home) -> str:
-        return family.ai_toolkit + home.module
+        encoder = family.text_encoder(home.component)
+        if encoder is None:
+            return family.ai_toolkit + home.module
+        if len(family.text_encoders) == 1:
+            return f"lora_te.{home.module}"
+        # All that follow the first are called the second.
+        return f"lora_te{1 if encoder is family.text_encoders[0] else 2}.{home.module}"
 
     return Writing(
         "ai-toolkit",
@@ -271,11 +277,6 @@ def _no_place(home: Home, how: Writing) -> tuple[str, str] | None:
         )
     if home.component == DENOISER:
         return None
-    if how.alpha == FOLDED:
-        return (
-            "it is known to write the denoiser's adapters only",
-            "kohya, diffusers or comfyui",
-        )
     if how.alpha == CONFIG:
         return (
             f"it is for one model, and this is of the {home.component}",
