@@ -38,8 +38,6 @@ from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, Regra
 from regraft.names.keys import MARK, fill_rows, one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
-from regraft.storage.torch_file import open_torch
-from regraft.storage.torch_write import write_torch
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -438,6 +436,8 @@ class Litgpt:
             return Evidence(True, f"there is a {file.name}")
         if not (src.is_file() and src.suffix in (".pth", ".lora", ".pt")):
             return None
+        from regraft.storage.torch_file import open_torch
+
         try:
             names = open_torch(src, _INSIDE)
         except (RegraftError, OSError):
@@ -466,6 +466,8 @@ class Litgpt:
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> LitgptFile:
         """Its factors by base tensor."""
+        from regraft.storage.torch_file import open_torch
+
         path = weights if weights is not None else folder / WEIGHTS
         settings = _load(path.parent / CONFIG)
         model = _load(path.parent / MODEL)
@@ -510,6 +512,8 @@ class Litgpt:
 
     def save(self, folder: Path, opened: Opened, result: Converted) -> None:
         """Write the weights and the settings."""
+        from regraft.storage.torch_write import write_torch
+
         source = Path(opened.where)
         if result.report.copied:
             copy_file(source, folder / WEIGHTS)

@@ -63,6 +63,15 @@ _ALONE = IMAGE - {"peft-image"}
 """Dialects whose files never have an ``adapter_config.json`` beside them; where there is one, they are not asked."""
 
 
+_FILES = {
+    "gguf": ".gguf",
+    "litgpt": ".pth.lora",
+    "mlx": "adapters.safetensors",
+    "torchtune": "adapter_model.pt",
+}
+"""How files of a dialect are called that are in a folder; where none is, it is not imported to be asked."""
+
+
 class _Registry(Mapping[str, "Dialect"]):
     """Dialects by name, each imported when it is asked for."""
 
@@ -153,14 +162,19 @@ def dialect_of(src: Path) -> Dialect:
 
 def sniffed(src: Path) -> dict[str, Evidence]:
     """The dialects that recognise a path as theirs, by name, with why."""
-    folder = src if src.is_dir() else src.parent
-    left_out = _ALONE if (folder / "adapter_config.json").is_file() else frozenset()
-    found: dict[str, Evidence] = {}
-    for name in dialects():
-        told = None if name in left_out else dialects()[name].sniff(src)
-        if told is not None:
-            found[name] = told
-    return found
+    left_out = _left_out(src)
+    known = dialects()
+    asked = {name: known[name].sniff(src) for name in known if name not in left_out}
+    return {name: told for name, told in asked.items() if told is not None}
+
+
+def _left_out(src: Path) -> frozenset[str]:
+    """Built-in dialects that a path cannot be of, by the names of the files that are there."""
+    if not src.is_dir():
+        return _ALONE if (src.parent / "adapter_config.json").is_file() else frozenset()
+    files = [path.name for path in src.iterdir()]
+    missing = {name for name, end in _FILES.items() if not any(f.endswith(end) for f in files)}
+    return (_ALONE if "adapter_config.json" in files else frozenset()) | missing
 
 
 __all__ = ["Evidence", "dialect_of", "dialects", "registered", "sniffed"]

@@ -9,7 +9,6 @@ Source: skyrl 0.3.0, ``skyrl/tx/utils/models.py`` (``save_safetensors``, ``get_e
 from __future__ import annotations
 
 import re
-import tarfile
 from pathlib import Path
 
 from regraft.adapters.protocol import Opened
@@ -70,6 +69,8 @@ class Skyrl(ReadOnly):
 
 def _holds_adapter(file: Path) -> bool:
     """Whether one of the first members of an archive is an adapter's weights."""
+    import tarfile
+
     try:
         with tarfile.open(file) as archive:
             for number, member in enumerate(archive):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Generic, TypeVar
 
@@ -32,14 +32,19 @@ class Match(Struct, frozen=True, eq=False):
     """(rows, holes): the index in each hole."""
 
 
-class _Compiled(Struct, frozen=True):
-    pattern: re.Pattern[str]
+class _Compiled(Struct, frozen=True, dict=True):
+    expression: str
     kinds: tuple[str, ...]
     """What each capture group is: ``hole``, ``rest``, or the digits of a literal number."""
     head: str
     """What every name begins with that matches: it is faster to look at than the pattern."""
     tail: str
     """What every name ends with that matches."""
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The expression, compiled when a name has head and tail, as few do."""
+        return re.compile(self.expression, re.DOTALL)
 
 
 @lru_cache(maxsize=4096)
@@ -83,8 +88,9 @@ def _compile(key: Key, lengths: tuple[int, ...] = ()) -> _Compiled:
     last = key.parts[-1] if key.parts and isinstance(key.parts[-1], str) else ""
     if len(key.parts) > 1 and isinstance(key.parts[-2], Segments):
         last = last.removeprefix(".")
-    pattern = re.compile("".join(pieces), re.DOTALL)
-    return _Compiled(pattern, tuple(kinds), _DIGITS.sub(MARK, first), _DIGITS.sub(MARK, last))
+    return _Compiled(
+        "".join(pieces), tuple(kinds), _DIGITS.sub(MARK, first), _DIGITS.sub(MARK, last)
+    )
 
 
 def _held(segments: int) -> tuple[str, str]:
