@@ -45,6 +45,8 @@ class Objects:
     """The keys that could be seen, after each request that wrote."""
     fault: Fault | None = None
     delay: float = 0.0
+    page: int = 1000
+    """Parts of an upload that are listed at a time."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     port: int = 0
 
@@ -137,6 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "list-type" in request.query:
             self._list(request)
             return
+        if "uploadId" in request.query:
+            self._list_parts(request)
+            return
         data = self.objects.data.get(request.key)
         if data is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
@@ -183,8 +188,41 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"<ListBucketResult><Name>{bucket}</Name>{text}<IsTruncated>false</IsTruncated></ListBucketResult>"
         self._answer(200, body.encode(), Content_Type="application/xml")
 
+    def _list_parts(self, request: Request) -> None:
+        upload = self._upload(request)
+        if upload is None:
+            return
+        after = int(request.query.get("part-number-marker", ["0"])[0])
+        numbers = [number for number in sorted(upload[1]) if number > after]
+        shown = numbers[: self.objects.page]
+        rows = "".join(
+            f"<Part><PartNumber>{n}</PartNumber><ETag>{escape(etag(upload[1][n]))}</ETag>"
+            f"<Size>{len(upload[1][n])}</Size></Part>"
+            for n in shown
+        )
+        rows += f"<IsTruncated>{str(len(shown) < len(numbers)).lower()}</IsTruncated>"
+        rows += f"<NextPartNumberMarker>{shown[-1] if shown else 0}</NextPartNumberMarker>"
+        body = f"<ListPartsResult>{rows}</ListPartsResult>"
+        self._answer(200, body.encode(), Content_Type="application/xml")
+
+    def _upload(self, request: Request) -> tuple[str, dict[int, bytes]] | None:
+        upload = self.objects.uploads.get(request.query["uploadId"][0])
+        if upload is None:
+            self._answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        return upload
+
     def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        data = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
+            return data
+        body, rest = b"", data
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            length = int(size.partition(b";")[0], 16)
+            if not length:
+                break
+            body, rest = body + rest[:length], rest[length + 2 :]
+        return body
 
     def do_PUT(self) -> None:
         request, fault = self._begin()
@@ -193,7 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self.objects.lock:
             if "partNumber" in request.query:
-                upload = self.objects.uploads[request.query["uploadId"][0]]
+                upload = self._upload(request)
+                if upload is None:
+                    return
                 upload[1][int(request.query["partNumber"][0])] = body
             elif self.headers.get("If-None-Match") == "*" and request.key in self.objects.data:
                 self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
@@ -221,7 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.objects.uploads[name] = (request.key, {})
                 text = f"<InitiateMultipartUploadResult><UploadId>{name}</UploadId></InitiateMultipartUploadResult>"
             else:
-                key, parts = self.objects.uploads.pop(request.query["uploadId"][0])
+                upload = self._upload(request)
+                if upload is None:
+                    return
+                del self.objects.uploads[request.query["uploadId"][0]]
+                key, parts = upload
                 data = b"".join(parts[number] for number in sorted(parts))
                 self.objects.data[key] = data
                 self.objects.seen.append(frozenset(self.objects.data))

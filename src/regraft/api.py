@@ -134,7 +134,7 @@ def convert(
         key: of what a training run saved (DCP): the key that the model is below, such as ``"model"``, where several
             fit.
         stage: checkpoints only: do one part of the work, in a folder that all parts share; by as many processes as
-            there are parts, on any machines. ``dst`` appears with the ``commit``.
+            there are parts, on any machines. ``dst`` appears with the ``commit``; where that is in S3, so is the stage.
         part: which part: ``"3/16"`` is number 3 of those from 0 to 15; ``"/16"`` that which the scheduler says
             (JOB_COMPLETION_INDEX). Where it is not given, the scheduler says both (SLURM_ARRAY_TASK_ID and its like).
         commit: put the result of all parts in its place, once they are done.
@@ -233,7 +233,9 @@ def _staged(asked: ConvertOptions) -> Staged | None:
     from regraft.checkpoints.convert import Staged
     from regraft.storage.scheduler import find_share
 
-    return Staged(Path(asked.stage), None if asked.commit else find_share(asked.part, os.environ))
+    address = address_of(asked.stage)
+    folder = Path(asked.stage) if address is None else store_for(address)
+    return Staged(folder, None if asked.commit else find_share(asked.part, os.environ))
 
 
 def _abort(
@@ -244,15 +246,21 @@ def _abort(
     stage = asked.stage
     if stage is None:
         raise BadInputError(Finding("option", "no stage is given to be ended", fix="give --stage"))
-    from regraft.storage import stage as stages
-    from regraft.storage.work import cannot_write
+    address, target = address_of(stage), address_of(dst)
+    if address is not None:
+        from regraft.checkpoints.staged_uploads import abort_uploads
 
-    try:
-        there = stages.abort(Path(stage))
-    except OSError as error:
-        raise cannot_write(Path(stage), error) from error
+        there = abort_uploads(store_for(target or os.fspath(dst)), store_for(address))
+    else:
+        from regraft.storage import stage as stages
+        from regraft.storage.work import cannot_write
+
+        try:
+            there = stages.abort(Path(stage))
+        except OSError as error:
+            raise cannot_write(Path(stage), error) from error
     report = Report(os.fspath(src), os.fspath(dst), written=False)
-    report.ended = os.fspath(stage) if there else ""
+    report.ended = address or os.fspath(stage) if there else ""
     return report
 
 

@@ -180,7 +180,8 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
     stage: Annotated[
         str | PathLike[str] | None,
         Option(
-            "Do one part of the work, in a folder that the processes of all parts share; DST appears with --commit.",
+            "Do one part of the work, in a folder that the processes of all parts share; DST appears with --commit. "
+            "An address in S3 where DST is one.",
             "DIR",
             "file",
             only="checkpoints",

@@ -47,8 +47,9 @@ _MOST_JOBS = 256
 class Staged(Struct, frozen=True):
     """A conversion that is done in parts."""
 
-    folder: Path
-    """The stage; see `regraft.storage.stage`."""
+    folder: Path | Client
+    """The stage: a folder that all machines see (`regraft.storage.stage`), or one in a store, where the result goes to
+    a store (`regraft.checkpoints.staged_uploads`)."""
     share: Share | None
     """The part to do; ``None``: commit them."""
 
@@ -91,11 +92,17 @@ def convert_checkpoint(
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
     name = file_name(src, dst, limit)
-    if staged is not None:
-        check_beside(staged.folder, dst)
-    if not dry_run and store is None and not (staged and is_placed(staged.folder)):
+    folder = staged.folder if staged is not None and isinstance(staged.folder, Path) else None
+    if staged is not None and (folder is None) != (store is not None):
+        message = (
+            "the stage is to be where the result goes: both in a store, or both on a file system"
+        )
+        raise BadInputError(Finding("stage-place", message, fix="give --stage beside DST"))
+    if folder is not None:
+        check_beside(folder, dst)
+    if not dry_run and store is None and not (folder is not None and is_placed(folder)):
         check_destination(src, dst, overwrite, file=name is not None)
-    elif store is not None:
+    elif store is not None and staged is None:
         from regraft.checkpoints.upload import check_free
 
         check_free(store, overwrite, name)
@@ -129,7 +136,8 @@ def convert_checkpoint(
     if ready.plan is not None:
         check_reads(ready.plan, ready.source)
     if staged is not None:
-        _stage(ready, staged, dst, name, overwrite, jobs, progress)
+        advance = _advancing(dst.name, ready, progress)
+        _stage(ready, staged, dst, name, overwrite, jobs, advance, store)
         return report
     if store is not None:
         from regraft.checkpoints.upload import upload
@@ -217,23 +225,35 @@ def _stage(
     name: str | None,
     overwrite: bool,
     jobs: int,
-    progress: Progress | None,
+    advance: Advance,
+    store: Client | None,
 ) -> None:
     """Do one part of a conversion, or commit all of them."""
-    from regraft.checkpoints import staging
+    share, report = staged.share, ready.report
+    if store is not None and not isinstance(staged.folder, Path):
+        from regraft.checkpoints.staged_uploads import commit_uploads, send_part
 
-    if staged.share is None:
-
-        def place(work: Work, ready: Prepared) -> None:
-            try:
-                _place(work, ready, overwrite)
-            except OSError as error:
-                raise cannot_write(work.dst, error) from error
-
-        staging.commit(ready, staged.folder, dst, name, place)
+        if share is None:
+            commit_uploads(ready, store, staged.folder, overwrite, name)
+        else:
+            report.part = send_part(
+                ready, store, staged.folder, share, jobs, overwrite, advance, name
+            )
         return
-    advance = _advancing(dst.name, ready, progress)
-    ready.report.part = staging.do_part(ready, staged.folder, dst, staged.share, jobs, advance)
+    from regraft.checkpoints.staging import commit, do_part
+
+    assert isinstance(staged.folder, Path)
+    if share is not None:
+        report.part = do_part(ready, staged.folder, dst, share, jobs, advance)
+        return
+
+    def place(work: Work, ready: Prepared) -> None:
+        try:
+            _place(work, ready, overwrite)
+        except OSError as error:
+            raise cannot_write(work.dst, error) from error
+
+    commit(ready, staged.folder, dst, name, place)
 
 
 def _advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance:

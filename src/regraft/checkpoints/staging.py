@@ -29,19 +29,20 @@ _SYNC_BYTES, _SYNC_SECONDS = 1 << 28, 5.0
 _SHOWN = 8
 
 
-def job_of(ready: Prepared) -> Job:
-    """What a conversion is known by, on every machine."""
+def job_of(ready: Prepared, piece: int) -> Job:
+    """What a conversion in pieces of so many bytes is known by, on every machine."""
     source = ready.source
     files = tuple(
         (file.name, file.size, str(file.stamp.modified or file.stamp.version))
         for file in source.files
     )
-    return Job(source.root.name, files, ready.result(), piece_size(ready.layout.size))
+    made = tuple(file.name for file in ready.layout.files)
+    return Job(source.root.name, files, ready.result(), piece, made)
 
 
 def open_stage(folder: Path, ready: Prepared) -> Stage:
     """The stage of a conversion."""
-    return Stage(folder, job_of(ready))
+    return Stage(folder, job_of(ready, piece_size(ready.layout.size)))
 
 
 def do_part(
@@ -57,7 +58,7 @@ def do_part(
     with open_stage(folder, ready) as stage:
         if stage.committed is not None:
             if not dst.exists():
-                raise _committed(stage, dst)
+                raise committed_already(str(folder), str(dst))
             report.before, report.left = len(mine), 0
             return report
         done = stage.done()
@@ -133,8 +134,10 @@ def commit(ready: Prepared, folder: Path, dst: Path, name: str | None, place: Pl
     """
     with open_stage(folder, ready) as stage:
         if stage.committed is not None:
-            raise _committed(stage, dst)
-        _check_done(ready, stage)
+            raise committed_already(str(folder), str(dst))
+        done, pieces = stage.done(), cut(ready.layout.files, stage.job.piece)
+        missing = [piece for piece in pieces if piece[:2] not in done]
+        check_complete(ready, missing, len(pieces), str(folder))
         claimed = stage.claim()
         if claimed is None:  # a commit was killed between the renaming and the note of it
             with open_work(dst, name is not None) as work:
@@ -152,10 +155,11 @@ def commit(ready: Prepared, folder: Path, dst: Path, name: str | None, place: Pl
         stage.finish()
 
 
-def _check_done(ready: Prepared, stage: Stage) -> None:
-    done = stage.done()
-    pieces = cut(ready.layout.files, stage.job.piece)
-    missing = [piece for piece in pieces if piece[:2] not in done]
+def check_complete(ready: Prepared, missing: Sequence[Piece], count: int, where: str) -> None:
+    """Check that none of so many pieces is missing.
+
+    Raises ``BadInputError``.
+    """
     if not missing:
         return
     by_file = {number: list(its) for number, its in groupby(missing, lambda piece: piece.file)}
@@ -166,11 +170,11 @@ def _check_done(ready: Prepared, stage: Stage) -> None:
     more = f", and of {len(rows) - _SHOWN} more files" if len(rows) > _SHOWN else ""
     size = show_size(sum(piece.size for piece in missing))
     message = (
-        f"{len(missing)} of {len(pieces)} pieces are not there ({size}): of "
+        f"{len(missing)} of {count} pieces are not there ({size}): of "
         f"{', '.join(rows[:_SHOWN])}{more}"
     )
     fix = "run the parts that died again, or do all that is missing with --part 0/1; then commit"
-    raise BadInputError(Finding("stage-incomplete", message, where=str(stage.folder), fix=fix))
+    raise BadInputError(Finding("stage-incomplete", message, where=where, fix=fix))
 
 
 def _check_files(ready: Prepared, folder: Path) -> None:
@@ -185,7 +189,8 @@ def _check_files(ready: Prepared, folder: Path) -> None:
                 raise BadInputError(Finding("stage-damaged", message, where=str(path), fix=fix))
 
 
-def _committed(stage: Stage, dst: Path) -> BadInputError:
+def committed_already(where: str, dst: str) -> BadInputError:
+    """The error for a second commit, or for a part after it whose result is gone."""
     message = f"this conversion was committed already, and the stage has nothing left ({dst})"
     fix = "look at the result; to make it once more, begin anew after --abort"
-    return BadInputError(Finding("stage-committed", message, where=str(stage.folder), fix=fix))
+    return BadInputError(Finding("stage-committed", message, where=where, fix=fix))

@@ -12,7 +12,7 @@ So a reader that goes by the index finds nothing or everything; one that lists t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 from regraft.checkpoints.prepared import Prepared
@@ -61,24 +61,44 @@ def upload(
     Raises ``BadInputError``. What was sent before stays then, without the index.
     """
     there = check_free(client, overwrite, name)
+    with Stream(ready, jobs, advance) as stream:
+
+        def send(file: OutFile) -> None:
+            client.stream(file.name, _parts(stream, file), file.size)
+
+        place(ready, client, there, send, create=not overwrite, name=name)
+
+
+def place(
+    ready: Prepared,
+    client: Client,
+    there: Collection[str],
+    send: Callable[[OutFile], None],
+    *,
+    create: bool,
+    name: str | None = None,
+) -> None:
+    """Let a result appear: ``send`` makes one weights file visible; what says that all is there comes last.
+
+    What is ``there`` already is replaced. Raises ``BadInputError``.
+    """
     first = {file.name for file in ready.layout.files} | {INDEX}
     for key in there:
         if key == INDEX or (ready.layout.index is None and key in first):
             client.delete(key)
-    with Stream(ready, jobs, advance) as stream:
-        files = ready.layout.files
-        last = files[-1] if ready.layout.index is None else None
-        for file in files[: len(files) - (last is not None)]:
-            client.stream(file.name, _parts(stream, file), file.size)
-        if name is None:
-            _send_others(ready, client)
-        if last is not None:
-            client.stream(last.name, _parts(stream, last), last.size)
+    files = ready.layout.files
+    last = files[-1] if ready.layout.index is None else None
+    for file in files[: len(files) - (last is not None)]:
+        send(file)
+    if name is None:
+        _send_others(ready, client)
+    if last is not None:
+        send(last)
     for key in there:
         if _REPLACED.fullmatch(key) and key not in first:
             client.delete(key)
     if ready.layout.index is not None:
-        client.put(INDEX, ready.layout.index, create=not overwrite)
+        client.put(INDEX, ready.layout.index, create=create)
 
 
 def _parts(stream: Stream, file: OutFile) -> Iterator[memoryview]:

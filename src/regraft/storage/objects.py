@@ -21,6 +21,7 @@ TRIES = 6
 PAUSE = 0.1
 """Seconds before the second try; each further one waits about twice as long."""
 _LONGEST = 5.0
+_SMALL = 1 << 24
 
 Trouble = Literal["missing", "forbidden", "changed", "no-ranges", "exists", "transient", "unfit"]
 """Why a store gave no answer; only what is ``transient`` is asked for again."""
@@ -114,7 +115,7 @@ class Client:
     def first(self, key: str, count: int) -> tuple[Found, memoryview] | None:
         """The first bytes of an object, and what it is; ``None`` where it is not there."""
         try:
-            found, data = self._ask(key, lambda: self.store.read(key, 0, count))
+            found, data = self.ask(key, lambda: self.store.read(key, 0, count))
         except StoreError as error:
             if error.trouble == "missing":
                 return None
@@ -134,24 +135,36 @@ class Client:
             return data
 
         try:
-            return self._counted(self._ask(found.key, once))
+            return self._counted(self.ask(found.key, once))
         except StoreError as error:
             raise self.failed(found.key, error) from None
 
     def listed(self) -> list[Found] | None:
         """Everything below the folder; ``None`` where the store cannot tell."""
         try:
-            return self._ask("", self.store.listed)
+            return self.ask("", self.store.listed)
         except StoreError as error:
             raise self.failed("", error) from None
 
     def put(self, key: str, data: bytes, create: bool = False) -> None:
         """Write a small object as a whole; with ``create`` only where there is none."""
         try:
-            self._ask(key, lambda: self.store.put(key, data, create))
+            self.ask(key, lambda: self.store.put(key, data, create))
         except StoreError as error:
             raise self.failed(key, error) from None
         self.traffic.add(written=len(data))
+
+    def create(self, key: str, data: bytes) -> bytes:
+        """Write a small object where there is none; what is there then, which somebody else may have written."""
+        try:
+            self.ask(key, lambda: self.store.put(key, data, True))
+        except StoreError as error:
+            if error.trouble != "exists":
+                raise self.failed(key, error) from None
+            found = self.first(key, _SMALL)
+            return data if found is None else bytes(found[1])
+        self.traffic.add(written=len(data))
+        return data
 
     def stream(self, key: str, parts: Iterator[Any], size: int) -> None:
         """Write an object from parts in order. Its parts are sent again by the store's library."""
@@ -165,7 +178,7 @@ class Client:
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
         try:
-            self._ask(key, lambda: self.store.delete(key))
+            self.ask(key, lambda: self.store.delete(key))
         except StoreError as error:
             if error.trouble != "missing":
                 raise self.failed(key, error) from None
@@ -175,7 +188,11 @@ class Client:
         self.traffic.add(read=view.nbytes)
         return view
 
-    def _ask(self, key: str, once: Callable[[], _T]) -> _T:
+    def ask(self, key: str, once: Callable[[], _T]) -> _T:
+        """Ask until there is an answer, or none can be had; each try is counted.
+
+        Raises `StoreError`.
+        """
         for attempt in range(TRIES):
             self.traffic.add(requests=1, retries=int(attempt > 0))
             try:

@@ -52,6 +52,8 @@ class Job(Struct, frozen=True):
     """A digest of everything that decides what bytes come out: options, rules, names, the release of regraft."""
     piece: int
     """Bytes of a piece."""
+    made: tuple[str, ...] = ()
+    """The files of the result."""
 
     @property
     def name(self) -> str:

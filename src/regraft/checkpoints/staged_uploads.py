@@ -1,0 +1,289 @@
+"""Converting a checkpoint into S3 in parts, by processes that share nothing but the store.
+
+Every weights file is an upload in parts, and a piece of it is a part: S3 itself keeps what has come, so work that died
+goes on from that. In the stage, which is a folder in the store, stands how the uploads are called:
+
+STAGE/job-ID/job            what is being made
+STAGE/job-ID/uploads/F.K    the id of file F's upload; K counts those that were ended by somebody else
+STAGE/job-ID/committing     a commit has found everything, and nothing in the way
+STAGE/job-ID/complete/F     file F can be seen
+STAGE/committed             the job that was committed here
+
+Such a note is written only where there is none, so of two processes that begin an upload both use one. What can be seen
+of a result, and when, is what `regraft.checkpoints.upload` says: nothing before the commit, the index last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import PurePosixPath
+
+import msgspec
+import numpy as np
+
+from regraft.checkpoints.prepared import Prepared
+from regraft.checkpoints.sharding import OutFile
+from regraft.checkpoints.shares import Piece, cut, pieces_of
+from regraft.checkpoints.staging import check_complete, committed_already, job_of
+from regraft.checkpoints.stream import Advance, Stream
+from regraft.checkpoints.upload import check_free, place
+from regraft.errors import BadInputError, Finding
+from regraft.report import PartReport
+from regraft.storage.objects import Client
+from regraft.storage.scheduler import Share
+from regraft.storage.stage import Job
+from regraft.storage.uploads import Uploads
+
+SIZE = 1 << 23
+"""Bytes of a piece; S3 takes no smaller parts than 5 MiB, and no more than 10,000."""
+_MOST = 9_000
+_AT_ONCE = 16
+_NOTE = 1 << 24
+
+
+def size_of(files: Collection[OutFile]) -> int:
+    """Bytes of a piece."""
+    return max(SIZE, -(-max(file.size for file in files) // _MOST))
+
+
+class RemoteStage:
+    """A stage in a store that a process takes part in.
+
+    Raises ``BadInputError`` where it is another job's, or no answer can be had.
+    """
+
+    def __init__(self, client: Client, target: Client, ready: Prepared) -> None:
+        self.client, self.target, self.ready = client, target, ready
+        self.url = client.store.url
+        if f"{self.url}/".startswith(f"{target.store.url}/"):
+            message = "it is inside the folder of the result"
+            fix = f"give one beside it, such as {target.store.url}.stage"
+            raise BadInputError(Finding("stage-place", message, where=self.url, fix=fix))
+        self.uploads = Uploads(target.store.url, target)
+        self.files = ready.layout.files
+        self.job: Job = job_of(ready, size_of(self.files))
+        self.pieces = cut(self.files, self.job.piece)
+        self.is_committed = False
+        self._join()
+
+    def _join(self) -> None:
+        names = [row.key for row in self.client.listed() or []]
+        jobs = {name.partition("/")[0] for name in names if name.startswith("job-")}
+        strange = [name for name in names if not name.startswith(("job-", "committed"))]
+        if strange:
+            message = (
+                f"it is to hold what is staged and nothing else, and has {', '.join(strange[:5])}"
+            )
+            fix = "give --stage a folder of its own"
+            raise BadInputError(Finding("stage-place", message, where=self.url, fix=fix))
+        notes = [f"{job}/job" for job in sorted(jobs - {self.job.name})]
+        for name in ["committed", *notes]:
+            data = self._read(name)
+            other = None if data is None else msgspec.json.decode(data, type=Job)
+            if other is not None and other.name != self.job.name:
+                raise self.job.against(other, self.url)
+            self.is_committed |= other is not None
+        if not self.is_committed:
+            self.client.create(f"{self.job.name}/job", msgspec.json.encode(self.job))
+
+    def _read(self, name: str) -> bytes | None:
+        found = self.client.first(name, _NOTE)
+        return None if found is None else bytes(found[1])
+
+    def find(self, number: int, make: bool) -> tuple[str, dict[int, tuple[int, str]]] | None:
+        """The upload of a file and its parts; ``None`` where the file is complete, or nobody has begun and is to."""
+        key = self.files[number].name
+        if self._read(f"{self.job.name}/complete/{number}") is not None:
+            return None
+        for attempt in count():
+            name = f"{self.job.name}/uploads/{number}.{attempt}"
+            known = self._read(name)
+            if known is None:
+                if not make:
+                    return None
+                known = self._begin(key, name)
+            parts = self.uploads.parts(key, known.decode())
+            if parts is not None:
+                return known.decode(), parts
+        raise AssertionError("counting does not end")
+
+    def _begin(self, key: str, note: str) -> bytes:
+        """Begin a file's upload and note its id; that of somebody else who was first."""
+        own = self.uploads.begin(key)
+        known = b""
+        try:
+            known = self.client.create(note, own.encode())
+        finally:
+            if known != own.encode():
+                self.uploads.abort(key, own)
+        return known
+
+    def is_complete(self, number: int) -> bool:
+        """Whether a file can be seen."""
+        return self._read(f"{self.job.name}/complete/{number}") is not None
+
+    def here(self, piece: Piece, parts: dict[int, tuple[int, str]]) -> bool:
+        """Whether a piece is among the parts that have come."""
+        return parts.get(piece.number + 1, (-1, ""))[0] == piece.size
+
+    def look(self, make: bool = False) -> list[tuple[str, dict[int, tuple[int, str]]] | None]:
+        """The uploads of all files."""
+        with ThreadPoolExecutor(_AT_ONCE, "regraft-look") as pool:
+            return list(pool.map(lambda number: self.find(number, make), range(len(self.files))))
+
+    def forget(self) -> None:
+        """End the uploads that are left, and remove every note but that of the commit."""
+        forget(self.client, self.uploads, {str(n): f.name for n, f in enumerate(self.files)})
+
+
+def forget(client: Client, uploads: Uploads | None, names: dict[str, str]) -> None:
+    """End uploads and remove the notes of jobs; ``names`` are those of the files, by their numbers."""
+    for row in client.listed() or []:
+        folder, _, rest = row.key.partition("/")
+        if not folder.startswith("job-"):
+            continue
+        number = PurePosixPath(rest).name.partition(".")[0]
+        if rest.startswith("uploads/") and uploads is not None and number in names:
+            found = client.first(row.key, _NOTE)
+            if found is not None:
+                uploads.abort(names[number], bytes(found[1]).decode())
+        client.delete(row.key)
+
+
+def send_part(
+    ready: Prepared,
+    target: Client,
+    stage: Client,
+    share: Share,
+    jobs: int,
+    overwrite: bool,
+    advance: Advance,
+    name: str | None,
+) -> PartReport:
+    """Make and send what one part has to send and nobody has sent yet.
+
+    Raises ``BadInputError``.
+    """
+    staged = RemoteStage(stage, target, ready)
+    mine = pieces_of(staged.pieces, share)
+    report = PartReport(share.number, share.count, len(mine), sum(piece.size for piece in mine))
+    if staged.is_committed:
+        report.before = len(mine)
+        return report
+    if staged._read(f"{staged.job.name}/committing") is None:
+        check_free(target, overwrite, name)
+    with Stream(ready, jobs) as stream:
+        for number in sorted({piece.file for piece in mine}):
+            its = [piece for piece in mine if piece.file == number]
+            found = staged.find(number, make=True)
+            if found is None:
+                report.before += len(its)
+                advance(sum(piece.size for piece in its))
+                continue
+            upload, parts = found
+            wanted = [piece for piece in its if not staged.here(piece, parts)]
+            report.before += len(its) - len(wanted)
+            advance(sum(piece.size for piece in its) - sum(piece.size for piece in wanted))
+            _send(staged, stream, number, upload, wanted, advance)
+    for file in ready.source.files:
+        file.stamp.check()
+    report.left = sum(
+        found is None or not staged.here(piece, found[1]) for piece, found in _with_uploads(staged)
+    )
+    return report
+
+
+def _send(
+    staged: RemoteStage,
+    stream: Stream,
+    number: int,
+    upload: str,
+    pieces: Collection[Piece],
+    advance: Advance,
+) -> None:
+    file = staged.files[number]
+
+    def make(start: int, stop: int) -> None:
+        data = np.concatenate([part for _, part in stream.make(file, start, stop)])
+        if not staged.uploads.send(file.name, upload, start // staged.job.piece + 1, data.data):
+            message = "the upload was ended meanwhile: by --abort, by a commit, or by the store's own rules"
+            fix = "run the part again, if it is still wanted"
+            raise BadInputError(Finding("stage-gone", message, where=staged.url, fix=fix))
+        advance(len(data))
+
+    for _ in stream.each(make, ((piece.start, piece.stop) for piece in pieces)):
+        pass
+
+
+def _with_uploads(
+    staged: RemoteStage,
+) -> list[tuple[Piece, tuple[str, dict[int, tuple[int, str]]] | None]]:
+    """Every piece of a file that is not complete, with the file's upload."""
+    uploads = staged.look()
+    complete = {
+        number
+        for number, found in enumerate(uploads)
+        if found is None and staged.is_complete(number)
+    }
+    return [(piece, uploads[piece.file]) for piece in staged.pieces if piece.file not in complete]
+
+
+def commit_uploads(
+    ready: Prepared, target: Client, stage: Client, overwrite: bool, name: str | None
+) -> None:
+    """Check that all parts are there and nothing changed, and let the result appear.
+
+    A commit that was killed is done again by the next. Raises ``BadInputError``.
+    """
+    staged = RemoteStage(stage, target, ready)
+    if staged.is_committed:
+        raise committed_already(staged.url, target.store.url)
+    rows = _with_uploads(staged)
+    missing = [p for p, found in rows if found is None or not staged.here(p, found[1])]
+    check_complete(ready, missing, len(staged.pieces), staged.url)
+    for file in ready.source.files:
+        file.stamp.check()
+    note = f"{staged.job.name}/committing"
+    if staged._read(note) is None:
+        check_free(target, overwrite, name)
+        stage.create(note, b"")
+    uploads = {piece.file: found for piece, found in rows if found is not None}
+    numbers = {file.name: number for number, file in enumerate(staged.files)}
+
+    def send(file: OutFile) -> None:
+        number = numbers[file.name]
+        if number not in uploads:
+            return
+        upload, parts = uploads[number]
+        etags = {part: etag for part, (_, etag) in parts.items()}
+        etag = staged.uploads.complete(file.name, upload, etags)
+        stage.put(f"{staged.job.name}/complete/{number}", etag.encode())
+
+    there = [row.key for row in target.listed() or []] if name is None else []
+    complete = {file.name for file in staged.files if numbers[file.name] not in uploads}
+    place(ready, target, [k for k in there if k not in complete], send, create=False, name=name)
+    stage.put("committed", msgspec.json.encode(staged.job))
+    staged.forget()
+
+
+def abort_uploads(target: Client, stage: Client) -> bool:
+    """End what is staged in a store; whether there was anything.
+
+    Raises ``BadInputError``.
+    """
+    rows = stage.listed() or []
+    uploads = None
+    for row in rows:
+        if row.key.partition("/")[2] != "job":
+            continue
+        found = stage.first(row.key, _NOTE)
+        if found is None:
+            continue
+        uploads = uploads or Uploads(target.store.url, target)
+        names = msgspec.json.decode(bytes(found[1]), type=Job).made
+        forget(stage, uploads, {str(number): name for number, name in enumerate(names)})
+    if any(row.key == "committed" for row in rows):
+        stage.delete("committed")
+    return bool(rows)
