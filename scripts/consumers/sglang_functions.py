@@ -31,6 +31,16 @@ JOINED = {
 }
 SIZES = {name.rpartition(".")[2]: size for name, size in (DENSE | MLP | LATENT).items()}
 
+# What its sizes of buffers are told by; the numbers make no difference here.
+SHAPE = dict.fromkeys(
+    (
+        *("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "v_head_dim"),
+        *("intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"),
+        *("qk_nope_head_dim", "vocab_size"),
+    ),
+    8,
+)
+
 
 class Whole:
     """Stands for a layer in one process: nothing is cut."""
@@ -55,7 +65,12 @@ def functions():
     """SGLang's functions by name."""
     root = archive("sglang")
     have = {"torch": torch, "nn": torch.nn, "os": os, "re": re, "json": json}
-    have |= {"logging": logging, "logger": Quiet(), "_SGLANG_EXPERIMENTAL_LORA_OPTI": False}
+    have |= {
+        "AutoConfig": object,
+        "logging": logging,
+        "logger": Quiet(),
+        "_SGLANG_EXPERIMENTAL_LORA_OPTI": False,
+    }
     have |= {name: getattr(typing, name) for name in ("Dict", "List", "Optional", "Set", "Tuple")}
     have |= {name: getattr(typing, name) for name in ("Iterable", "Iterator", "Union", "overload")}
     for path, names in {
@@ -64,6 +79,9 @@ def functions():
         "lora/utils.py": (
             "get_normalized_target_modules",
             "get_stacked_multiply",
+            "get_hidden_dim",
+            "get_default_hidden_dim",
+            "DSA_INDEXER_LORA_NAMES",
             "get_target_module_name",
             "copy_weight_into_buffer",
         ),
@@ -113,6 +131,9 @@ def loaded(sglang, folder, model_type):
     """What the server adds, by layer and by the part's name, (experts first where there are experts)."""
     config = sglang.LoRAConfig(path=str(folder), base_vocab_size=WORDS)
     made = SimpleNamespace(num_hidden_layers=LAYERS, vocab_size=WORDS, architectures=[])
+    shape = SimpleNamespace(**SHAPE)
+    for name in sglang.get_normalized_target_modules(config.target_modules):
+        sglang.get_hidden_dim(name, shape, None, 0)  # raises where there is no buffer of this name
     lora = sglang.LoRAAdapter("one", config, made, None, None)
     lora.initialize_weights_from_tensors(load_file(folder / "adapter_model.safetensors"))
     pool = object.__new__(sglang.LoRAMemoryPool)

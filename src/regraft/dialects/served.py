@@ -33,7 +33,7 @@ from regraft.layouts.names import Layout
 from regraft.names.keys import MARK, group_names, in_order
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
-from regraft.rules.kinds import KINDS
+from regraft.rules.kinds import BATCH, KINDS
 from regraft.values import replace
 
 _MERGE = "merge the adapter into its base and serve that"
@@ -55,7 +55,7 @@ class Table(Struct, frozen=True):
             if any(name in row["model_types"] for name in types):
                 merged |= {k: v for k, v in row.items() if k != "model_types"}
         merged["projections"] = tuple(merged["projections"])
-        for name in ("embeddings", "unknown"):
+        for name in ("embeddings", "unknown", "known", "adapts", "refuses"):
             merged[name] = tuple(merged.get(name, ()))
         return Demands(**{k: v for k, v in merged.items() if k in Demands.__struct_fields__})
 
@@ -75,6 +75,14 @@ class Demands(Struct, frozen=True):
     """Embeddings and heads that can be adapted."""
     unknown: tuple[str, ...] = ()
     """Last segments of modules that it cannot adapt."""
+    known: tuple[str, ...] = ()
+    """Last segments of the only modules that it can adapt; every one where there are none."""
+    adapts: tuple[str, ...] = ()
+    """Model types that it is known to adapt; nothing is known of any where there are none."""
+    refuses: tuple[str, ...] = ()
+    """Model types that it takes no adapters for."""
+    block: str = ""
+    """The module that the experts are in, where that has another name than in transformers 5."""
     complete: tuple[tuple[str, ...], ...] = ()
     """Modules that are read together, so that zeros stand for the missing ones."""
     serve: str = ""
@@ -99,13 +107,8 @@ def model_types_of(known: Known) -> list[str]:
 
 def stacks_experts(known: Known, layout: str = "transformers-v4") -> bool:
     """Whether the base has its experts in stacked parameters in a layout."""
-    return any(
-        side in table.sides and str(table.module).endswith("experts")
-        for book in known.books
-        for side, name in (("left", book.left), ("right", book.right))
-        if name == layout
-        for table in book.parameters
-    )
+    side = Side(known.books, layout, known.scopes)
+    return any(BATCH in (KINDS[item.kind].roles or ()) for item in side.terms)
 
 
 def language_config(model: ModelConfig | None) -> Mapping[str, Any]:
@@ -209,6 +212,9 @@ class ServedWriter(PlainWriter):
             for item in saved
             if not self.can_save(item)
         ]
+        refused = [name for name in model_types_of(self.known) if name in self.demands.refuses]
+        if refused:
+            findings.append(self._refusal(refused[0], f"takes no LoRA for {refused[0]}"))
         if self.opened.hints().replicated:
             findings.append(
                 self._refusal("layer_replication", "does not build a model of repeated layers")
@@ -257,7 +263,7 @@ class ServedWriter(PlainWriter):
                 return "takes no LoRA on the experts of this model"
             known = key.endswith((f".experts.{INNER}", f".experts.{OUTER}"))
             return None if known else "has no name for this parameter of stacked experts"
-        if leaf in demands.unknown:
+        if leaf in demands.unknown or (demands.known and leaf not in demands.known):
             return f"takes no LoRA on {leaf}"
         if not key.endswith(".weight"):
             return "adapts modules, and this is a parameter of its own"
@@ -493,6 +499,13 @@ class ServedWriter(PlainWriter):
             notes.append(
                 f"{len(self.left_out)} LoRAs that add nothing were left out, because {self.title} cannot hold them "
                 f"({self.left_out[0]}, …)"
+            )
+        types = model_types_of(self.known)
+        if self.demands.adapts and types and not set(types) & set(self.demands.adapts):
+            version = demands_table(self.tool).version
+            notes.append(
+                f"{self.title} {version} has no model of its own for {types[0]} that takes adapters: names are those "
+                "of its checkpoint, and whether it takes them is not known"
             )
         if self.demands.serve:
             notes.append(self.demands.serve)

@@ -16,6 +16,8 @@ from regraft.adapters.detect import Known
 from regraft.adapters.form import Lora, Written, zeros_like
 from regraft.dialects.base import Capabilities
 from regraft.dialects.judging import ToolReader
+from regraft.dialects.peft.source import Source
+from regraft.dialects.peft.writing import ConfigWriter
 from regraft.dialects.served import (
     Pieces,
     ServedWriter,
@@ -24,6 +26,10 @@ from regraft.dialects.served import (
 )
 from regraft.dialects.vllm import Server
 from regraft.errors import BadInputError, Finding
+
+AS_TARGETS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""What ``target_modules`` has to say for an expert's projections of these names: tensors are renamed as they are loaded
+(``_rename_expert_w_to_proj``), and entries are not (``get_normalized_target_modules``)."""
 
 
 class SglangWriter(ServedWriter):
@@ -103,6 +109,11 @@ class SglangWriter(ServedWriter):
             )
         return int(size)
 
+    def target_modules(self, paths: Sequence[str], numbers: ConfigWriter) -> list[str]:
+        """As for all servers, in the names that it knows: it looks at the last segment only."""
+        told = super().target_modules(paths, numbers)
+        return list(dict.fromkeys(AS_TARGETS.get(e.rpartition(".")[2], e) for e in told))
+
     def config(self, written: Sequence[Written]) -> dict[str, Any]:
         """One rank and one alpha; alpha takes the root of rsLoRA in."""
         made = super().config(written)
@@ -121,6 +132,16 @@ class Sglang(Server):
     layout = "transformers-v4"
     writes = SglangWriter
     capabilities = SglangWriter.capabilities
+
+    def understood(self, source: Source) -> dict[str, Any]:
+        """What all servers take, and projections of experts under the names that it has for them."""
+        changed = super().understood(source)
+        said = changed["config"].get("target_modules")
+        ends = {name.split(".")[-3] for name in changed["tensors"] if ".experts." in name}
+        if isinstance(said, list):
+            more = [w for w, name in AS_TARGETS.items() if name in said and w in ends]
+            changed["config"] = {**changed["config"], "target_modules": [*said, *more]}
+        return changed
 
     def layout_for(self, known: Known) -> str | None:
         """Where experts are stacked in every layout, names are those of transformers 5."""

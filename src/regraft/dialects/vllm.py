@@ -90,7 +90,11 @@ class Server(PeftFiles):
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""
         source = open_adapter(folder, root, weights, foreign=True)
-        return tool_source(source, self.name, **as_peft(source))
+        return tool_source(source, self.name, **self.understood(source))
+
+    def understood(self, source: Source) -> dict[str, Any]:
+        """The fields of a source to change, so that PEFT would read it as the server does."""
+        return as_peft(source)
 
     def writer(self, opened: Opened, known: Known, to: Layout) -> ServedWriter:
         """What writes it."""

@@ -14,7 +14,8 @@ from regraft.dialects.judges.peft_like import (
     not_read,
 )
 from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, Files, Judgement
-from regraft.dialects.served import demands_table
+from regraft.dialects.served import Demands, demands_table
+from regraft.dialects.sglang import AS_TARGETS
 
 _JOINED = {
     "q_proj": "qkv_proj",
@@ -22,9 +23,6 @@ _JOINED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
-    "w1": "gate_up_proj",
-    "w3": "gate_up_proj",
-    "w2": "down_proj",
     "q_a_proj": "fused_qkv_a_proj_with_mqa",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
     "unembed_tokens": "lm_head",
@@ -68,7 +66,13 @@ class SglangReader:
             else {_joined(entry.rpartition(".")[2]) for entry in targets}
         )
         types = files.model.model_types() if files.model is not None else []
-        unknown = demands_table("sglang").for_model(types).unknown
+        demands = demands_table("sglang").for_model(types)
+        odd = sorted((named or set()) & AS_TARGETS.keys())
+        if odd:
+            judged.failures.append(
+                f"target_modules names {odd[0]}, for which it has no buffers (NotImplementedError): there it is called "
+                f"{AS_TARGETS[odd[0]]}"
+            )
         if source.others:
             judged.add(
                 [name for name in source.others if "lora_" not in name],
@@ -79,7 +83,7 @@ class SglangReader:
                 [n for n in source.others if "lora_" in n], IGNORED, "no factor that it knows"
             )
         for module in source.modules.values():
-            judged.add(module.path, *self._module(module, source, named, unknown, files))
+            judged.add(module.path, *self._module(module, source, named, demands, files))
         return judged
 
     def _module(
@@ -87,16 +91,19 @@ class SglangReader:
         module: Module,
         source: PeftLike,
         named: set[str] | None,
-        unknown: tuple[str, ...],
+        demands: Demands,
         files: Files,
     ) -> tuple[str, str]:
         if module.a is None or module.b is None:
             return FAILS, "it has no other half"
         if module.packed:
             return IGNORED, "packed experts match no target: they are passed over with one warning"
-        if module.leaf in unknown:
-            return IGNORED, f"{module.leaf} is no module that it can adapt"
-        if named is not None and _joined(module.leaf) not in named:
+        leaf = (
+            AS_TARGETS.get(module.leaf, module.leaf) if ".experts." in module.path else module.leaf
+        )
+        if leaf in demands.unknown or (demands.known and leaf not in demands.known):
+            return IGNORED, f"{leaf} is no module that it can adapt"
+        if named is not None and _joined(leaf) not in named:
             return IGNORED, "target_modules does not name it"
         head = module.path.rpartition(".")[0]
         if module.leaf == "q_proj" and f"{head}.v_proj" not in source.modules:

@@ -61,6 +61,9 @@ class VllmReader:
         ]
         types = files.model.model_types() if files.model is not None else []
         demands = demands_table("vllm").for_model(types)
+        refused = [name for name in types if name in demands.refuses]
+        if refused:
+            judged.failures.append(f"it takes no LoRA for {refused[0]}")
         self._experts(source, demands, files, judged)
         done = {target.key for target in judged.targets}
         composite = files.model is not None and (
@@ -148,18 +151,17 @@ class VllmReader:
         if demands.packed:
             judged.add(singles, FAILS, "it takes the experts of this model packed")
             return
-        types = files.model.model_types() if files.model is not None else []
         gate, up, down = demands.projections
         odd = [p for p in singles if p.rpartition(".")[2] not in (gate, up, down)]
         if odd:
             judged.add(odd, FAILS, f"an expert's projections are {gate}, {up} and {down}")
             singles = [p for p in singles if p not in set(odd)]
-        if "mixtral" in types and any(".mlp.experts." in p for p in singles):
+        if demands.block and any(".mlp.experts." in p for p in singles):
             there = [p for p in singles if ".mlp.experts." in p]
             judged.add(
                 there,
                 IGNORED,
-                "the module is called block_sparse_moe: no LoRA is applied, and nothing is said",
+                f"the module is called {demands.block}: no LoRA is applied, and nothing is said",
             )
             return
         lost = missing_experts(
