@@ -62,8 +62,8 @@ def _first(
             continue
         if not scopes.get(book.name, Scope()).admits(group.template):
             continue
-        for key in _keys(book):
-            match = match_group(key, group.take(left))
+        for key, whole in book.keys.matching(group):
+            match = whole if len(left) == len(group) else match_group(key, group.take(left))
             if match is None:
                 continue
             if isinstance(key.parts[0], Segments):
@@ -71,12 +71,6 @@ def _first(
             left = np.delete(left, match.rows)
             if not len(left):
                 return
-
-
-def _keys(book: Book) -> Iterator[Key]:
-    terms = [t for rule in book.rules for t in (*rule.equation.left, *rule.equation.right)]
-    yield from (term.key for term in terms if term.key is not None)
-    yield from (c.term.key for c in book.carries if c.term.key is not None)
 
 
 def _numbers_layers(key: Key) -> bool:

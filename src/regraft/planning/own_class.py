@@ -12,13 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from regraft.equation.notation import Key, parse_equation
+from regraft.equation.notation import parse_equation
 from regraft.names.keys import MARK, Group
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import outside
 from regraft.rules.book import Book, Carry
-from regraft.rules.templates import match_group
 from regraft.values import Struct
 
 _TRANSFORMERS = ("transformers-v4", "transformers-v5")
@@ -169,22 +168,12 @@ def unexplained(
         scope = scopes.get(book.name)
         if scope is not None and not scope.admits(group.template):
             continue
-        for key in _keys(book):
-            match = match_group(key, group)
-            if match is not None:
-                free[match.rows] = False
-                if not free.any():
-                    return
+        for _, match in book.keys.matching(group):
+            free[match.rows] = False
+            if not free.any():
+                return
     if free.any():
         yield group.take(free)
-
-
-def _keys(book: Book) -> Iterator[Key]:
-    terms = [t for rule in book.rules for t in (*rule.equation.left, *rule.equation.right)]
-    terms += [carry.term for carry in book.carries]
-    yield from (term.key for term in terms if term.key is not None)
-    yield from (drop.key for drop in book.drops)
-    yield from (gap.key for gap in book.gaps)
 
 
 def _among(group: Group, there: Collection[str]) -> Group:

@@ -329,7 +329,7 @@ class Book:
     tables: dict[str, KeyTable[Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What was asked for by key, see `terms` and `carried`."""
+    """What was asked for by key, see `terms`, `carried` and `keys`."""
 
     if not TYPE_CHECKING:  # so that types are checked as if every slot were filled
 
@@ -377,6 +377,17 @@ class Book:
                 (carry.term.key, carry) for carry in self.carries if carry.term.key is not None
             )
         return self.tables["carried"]
+
+    @property
+    def keys(self) -> KeyTable[Key]:
+        """All keys that it has a word for, of rules in both layouts and of carry-overs."""
+        if "keys" not in self.tables:
+            terms = [t for rule in self.rules for t in (*rule.equation.left, *rule.equation.right)]
+            terms += [carry.term for carry in self.carries]
+            self.tables["keys"] = KeyTable(
+                (term.key, term.key) for term in terms if term.key is not None
+            )
+        return self.tables["keys"]
 
     def adapters(self, layout: str) -> str | None:
         """The dialect and version that adapters of a layout usually are in, as far as the book says."""
