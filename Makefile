@@ -7,7 +7,7 @@ PIP = -m pip install -qq --disable-pip-version-check
 .DEFAULT_GOAL := help
 SECONDS = 60
 
-.PHONY: consumers fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
+.PHONY: cluster consumers fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -81,11 +81,14 @@ consumers: .venv-consumers/.done ## compare with the tools that read what regraf
 		.venv-consumers/bin/python "$$file" $(if $(STRICT),--strict) || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
+cluster: .venv-cluster/.done ## convert on a cluster of Ray's whose workers and nodes die
+	@.venv-cluster/bin/python scripts/cluster.py
+
 mutants: .venv/.done ## change the code in small ways that the tests must notice
 	@.venv/bin/python scripts/mutants.py
 
 clean: ## remove the environments, caches and builds
-	@rm -rf .venv .venv-demo .venv-golden .venv-consumers site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-demo .venv-golden .venv-consumers .venv-cluster site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environments. A .done file says that everything named in its prerequisites is installed.
@@ -97,7 +100,7 @@ python:
 		exit 1; \
 	}
 
-.venv/.created .venv-demo/.created .venv-golden/.created .venv-consumers/.created: | python
+.venv/.created .venv-demo/.created .venv-golden/.created .venv-consumers/.created .venv-cluster/.created: | python
 	@echo "==> creating $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@touch $@
@@ -133,4 +136,9 @@ python:
 	@grep -v '^#' requirements/consumers-alone.txt | while read -r each; do \
 		.venv-consumers/bin/python $(PIP) --no-deps "$$each" || echo "could not install $$each"; \
 	done
+	@touch $@
+
+.venv-cluster/.done: pyproject.toml .venv-cluster/.created
+	@echo "==> installing Ray into .venv-cluster"
+	@.venv-cluster/bin/python $(PIP) -e '.[ray]'
 	@touch $@

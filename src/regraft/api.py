@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.source import is_checkpoint
@@ -22,13 +23,16 @@ from regraft.places import (
     left_behind,
     locate,
     no_address,
+    settings,
+    stay_offline,
     store_for,
     traffic,
     visiting,
 )
 from regraft.planning.model import taken_for
-from regraft.report import Report, log_report
+from regraft.report import PartReport, Report, log_report
 from regraft.rules.book import Rules, only_books, only_family, own_rules
+from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 
@@ -76,6 +80,8 @@ def convert(
     part: str | None = None,
     commit: bool = False,
     abort: bool = False,
+    runner: Literal["ray"] | None = None,
+    address: str = "auto",
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -139,6 +145,10 @@ def convert(
             (JOB_COMPLETION_INDEX). Where it is not given, the scheduler says both (SLURM_ARRAY_TASK_ID and its like).
         commit: put the result of all parts in its place, once they are done.
         abort: end what is staged in ``stage``, and remove it; nothing is converted.
+        runner: checkpoints only: ``"ray"`` hands out the parts to a running cluster of Ray's and commits; ``part``
+            (``"/16"``) then says how many there are, and ``stage`` is beside ``dst`` where it is not given.
+        address: where the cluster is; the one of this machine (``"auto"``) where it is not given, or the one that Ray
+            is connected to already.
         tell: told in one line what is about to be done, with the most memory it may take.
         progress: told how far it is.
 
@@ -173,6 +183,8 @@ def convert(
         part=part,
         commit=commit,
         abort=abort,
+        runner=runner,
+        address=address,
         verify=verify,
         verify_budget=verify_budget,
         compact=compact,
@@ -198,6 +210,8 @@ def convert_with(
     """What `convert` does, its options in one value."""
     if asked.abort:
         return _abort(src, dst, asked)
+    if asked.runner is not None:
+        return _run_on(src, dst, asked, tell, progress)
     if asked.stage is None:
         names = ("part", "commit")
         _check_unused(asked, names, "they are for work in parts, and no stage is given")
@@ -225,6 +239,69 @@ def convert_with(
         report.own_rules = own_rules()
         log_report(report)
         return report
+
+
+def _run_on(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    asked: ConvertOptions,
+    tell: Callable[[str], None] | None,
+    progress: Progress | None,
+) -> Report:
+    """Let a cluster do all parts, and commit them."""
+    from regraft.checkpoints.on_ray import Cluster, count_of
+
+    _check_unused(asked, ("commit",), "a runner commits by itself")
+    count = count_of(asked.part)
+    src, dst = _anywhere(src), _anywhere(dst)
+    stage = f"{dst}.stage" if asked.stage is None else _anywhere(asked.stage)
+    asked = replace(asked, runner=None, stage=stage, part="0/1")
+    if asked.model is not None:
+        asked = replace(asked, model=_anywhere(asked.model))
+    if isinstance(asked.rules, (list, tuple)):
+        asked = replace(asked, rules=[_book_anywhere(book) for book in asked.rules])
+    planned = convert_with(src, dst, replace(asked, dry_run=True), tell=tell)
+    if asked.dry_run:
+        return planned
+    assert planned.checkpoint is not None
+    cluster, total = Cluster(asked.address), planned.checkpoint.bytes
+    done = [0]
+
+    def advance(part: PartReport) -> None:
+        done[0] += part.bytes
+        if progress is not None:
+            progress(Path(dst).name, done[0], total)
+
+    jobs = asked.jobs or 1
+    work = partial(_do_part, src, dst, replace(asked, jobs=jobs), *settings())
+    cluster.run(work, count or cluster.count(total), jobs, advance)
+    report = convert_with(src, dst, replace(asked, part=None, commit=True))
+    _abort(src, dst, replace(asked, part=None))
+    return report
+
+
+def _do_part(
+    src: str, dst: str, asked: ConvertOptions, key: str | None, offline: bool, part: str
+) -> PartReport:
+    """One part, in a process of the cluster."""
+    stay_offline(offline)
+    with below(key):
+        report = convert_with(src, dst, replace(asked, part=part))
+    assert report.checkpoint is not None and report.checkpoint.part is not None
+    return report.checkpoint.part
+
+
+def _anywhere(path: str | os.PathLike[str]) -> str:
+    """A path as another process names it; an address, and an id of the hub, stay as they are."""
+    text = address_of(path)
+    if text is None and (os.path.lexists(path) or find_cached(os.fspath(path)) is None):
+        return str(Path(path).absolute())
+    return text or os.fspath(path)
+
+
+def _book_anywhere(book: Any) -> Any:
+    is_file = isinstance(book, (str, os.PathLike)) and Path(book).is_file()
+    return str(Path(book).absolute()) if is_file else book
 
 
 def _staged(asked: ConvertOptions) -> Staged | None:

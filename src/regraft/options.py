@@ -201,6 +201,18 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
         Option("When all parts are done: check them, and let DST appear.", only="checkpoints"),
     ] = False
     abort: Annotated[bool, Option("End what is staged in --stage, and remove it.")] = False
+    runner: Annotated[
+        Literal["ray"] | None,
+        Option(
+            "Hand out the parts to a running cluster, and commit: ray. --part /N says how many.",
+            "ray",
+            only="checkpoints",
+        ),
+    ] = None
+    address: Annotated[
+        str,
+        Option("Where the cluster is (auto: this machine's).", "ADDRESS", only="checkpoints"),
+    ] = "auto"
     in_place: Annotated[
         bool,
         Option("Rename the tensors in SRC itself, by rewriting headers only.", only="checkpoints"),

@@ -126,6 +126,11 @@ def stay_offline(wanted: bool) -> None:
     _OFFLINE.set(wanted)
 
 
+def settings() -> tuple[str | None, bool]:
+    """What `below` and `stay_offline` were told, for another process."""
+    return _KEY.get(), _OFFLINE.get()
+
+
 def left_behind() -> list[str]:
     """What of training runs' checkpoints is no part of the model: states of optimizers and the like."""
     return [name for each in _OPEN for name in getattr(each, "left", ())]

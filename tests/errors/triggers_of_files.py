@@ -4,13 +4,16 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from checkpoints.models import mixtral, write_folder
 from errors.lab import BASES, V5, provokes
 
 import regraft
+from regraft.checkpoints.on_ray import Cluster
 from regraft.storage import folder as folders
 from regraft.storage import objects
 from regraft.storage.dtypes import DTYPES, count_cells
@@ -532,3 +535,9 @@ def _(lab):
     (lab.path / "stage").mkdir()
     lab.file(b"", "stage/mine")
     staged(lab)
+
+
+@provokes("cluster")
+def _(lab):
+    lab.patch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    Cluster("local")

@@ -1148,6 +1148,13 @@ class Code(Enum):
         "give a new folder beside the result",
         "it is on another file system than the result, or holds something else",
     )
+    CLUSTER = (
+        "cluster",
+        Part.CHECKPOINTS,
+        "no cluster, or one that fails",
+        "start one (`ray start --head`), or name it with `--address`",
+        "regraft starts none by itself; a part that died is begun again ten times",
+    )
     UNFINISHED = (
         "unfinished",
         Part.CHECKPOINTS,
