@@ -30,7 +30,7 @@ from regraft.places import (
     visiting,
 )
 from regraft.planning.model import taken_for
-from regraft.report import PartReport, Report, log_report
+from regraft.report import PartReport, Report, log_report, logged
 from regraft.rules.book import Rules, only_books, only_family, own_rules
 from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
@@ -468,6 +468,7 @@ def _sent(address: str, asked: ConvertOptions, make: Callable[[Path], Report]) -
         return report
 
 
+@logged
 def inspect(
     src: str | os.PathLike[str],
     *,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from msgspec import Struct
 
@@ -212,6 +213,51 @@ def log_report(report: Report) -> None:
             log.info("%s: rule %s applied %d times", report.source, rule, count)
     for note in report.notes:
         log.info("%s: %s", report.source, note)
+
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def logged(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Let a function tell the logger ``regraft`` what its result says of layouts, evidence, notes and warnings."""
+
+    @wraps(function)
+    def run(*args: _Given.args, **named: _Given.kwargs) -> _Result:
+        result = function(*args, **named)
+        log_result(result)
+        return result
+
+    return run
+
+
+def log_result(result: Any, where: str = "") -> None:
+    """Tell the logger ``regraft`` what a result says of layouts, evidence, notes and warnings."""
+    import logging
+
+    log = logging.getLogger("regraft")
+    name = next(
+        (
+            str(getattr(result, f))
+            for f in ("source", "src", "a", "name")
+            if getattr(result, f, None)
+        ),
+        "",
+    )
+    where = f"{where}: {name}" if where and name else where or name
+    layouts = getattr(result, "layouts", None) or [
+        getattr(result, name, None) for name in ("source_layout", "target_layout", "layout")
+    ]
+    if any(layouts):
+        log.info("%s: %s", where, " -> ".join(str(layout) for layout in layouts if layout))
+    for line in [*getattr(result, "evidence", ()), *getattr(result, "notes", ())]:
+        log.info("%s: %s", where, line)
+    for line in getattr(result, "warnings", ()):
+        log.warning("%s: %s", where, line)
+    for part in ("adapters", "verdicts", "checkpoint"):
+        inside = getattr(result, part, None) or []
+        for each in inside if isinstance(inside, list) else [inside]:
+            log_result(each, where)
 
 
 def plain_data(value: Any) -> Any:

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
+import regraft
 from regraft.cli import main
 from regraft.errors import BadInputError
 from regraft.sources import find_sources
+from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.schema import schema_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -129,3 +132,68 @@ def test_links_hidden_and_deep_folders_are_not_followed(loras):
     assert deeper == [loras / "deep"]
     with pytest.raises(BadInputError):
         find_sources([loras / "a", loras / "a"])
+
+
+def kohya_file(path):
+    """What sd-scripts writes for one layer of Stable Diffusion 1.5."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"{name}.lora_down.weight": np.ones((4, 320), np.float32),
+        f"{name}.lora_up.weight": np.ones((320, 4), np.float32),
+        f"{name}.alpha": np.array(4, np.float32),
+    }
+    write_tensors(path, tensors, {"ss_base_model_version": "sd_v1"})
+
+
+def test_a_tools_file_beside_adapters_is_one_of_many(tmp_path, capsys):
+    """One file of an image tool does not make the folder its own, with the other adapters as company."""
+    folder = tmp_path / "loras"
+    shutil.copytree(CASES / "mixtral__gud_attn", folder / "a")
+    kohya_file(folder / "style.safetensors")
+    status, words, _ = convert(capsys, folder, tmp_path / "out")
+    assert status == 1 and "2 sources: 1 converted, 1 refused" in words
+    with pytest.raises(regraft.RegraftError):
+        regraft.convert(folder, tmp_path / "one", to="diffusers")
+    assert main(["convert", str(folder), str(tmp_path / "two"), "--to", "diffusers"]) == 1
+    assert (tmp_path / "two/style.safetensors").is_file()
+
+
+def test_one_that_is_the_same_in_both_layouts_is_unchanged(tmp_path, capsys):
+    """Attention alone has the same names; the layout that is named for it is one of two."""
+    folder = tmp_path / "loras"
+    for name in "ab":
+        shutil.copytree(CASES / "mixtral__gud_attn", folder / name)
+        file = folder / name / "adapter_model.safetensors"
+        kept = {n: np.array(t) for n, t in open_tensors(file).items() if "self_attn" in n}
+        write_tensors(file, kept, {"format": "pt"})
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    status, words, _ = convert(capsys, folder, tmp_path / "out")
+    assert status == 0 and "2 sources: 2 unchanged" in words
+
+
+COMMANDS = {
+    "inspect": (CASES / "mixtral__gud_attn",),
+    "check": (CASES / "mixtral__gud_attn", "--for", "vllm"),
+    "verify": (CASES / "mixtral__gud_attn", CASES / "mixtral__gud_attn"),
+    "explain": (BASES / "mixtral", "lm_head.weight", *TO),
+    "diff": (BASES / "mixtral", BASES / "mixtral"),
+    "slices": (BASES / "mixtral", *TO, "--ep", "2"),
+    "layouts": (),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_verbose_and_quiet_everywhere(command, capsys):
+    args = [command, *map(str, COMMANDS[command])]
+    status = main(args)
+    loud = capsys.readouterr()
+    assert main([*args, "-q"]) == status
+    quiet = capsys.readouterr()
+    assert main([*args, "-v"]) == status
+    verbose = capsys.readouterr()
+    assert quiet.out == quiet.err == ""
+    assert verbose.out == loud.out
+    if command in ("inspect", "verify", "explain", "diff"):
+        assert "INFO: " in verbose.err and "INFO: " not in loud.err

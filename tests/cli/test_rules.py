@@ -104,7 +104,7 @@ def test_export(tmp_path, capsys):
     assert main(["rules", "export", "no-such-model"]) == 1
     config = GOLDEN / "bases/llava_mixtral/config.json"
     assert main(["rules", "export", str(config)]) == 1
-    assert "no rule book knows all of" in capsys.readouterr().err
+    assert "no built-in rule book covers all of" in capsys.readouterr().err
 
 
 def test_export_of_what_transformers_knows(tmp_path, capsys):

@@ -397,17 +397,16 @@ def _check_explained(books: Sequence[Book], names: Names, hints: Hints, where: s
 
 
 def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> UnmatchedKeysError:
-    known = sorted({t for book in library() for t in book.model_types})
     return UnmatchedKeysError(
         Finding(
             "unknown-model",
-            f"no rule book knows {', '.join(model_types)}, so nothing says whether its layout changed; "
-            f"known: {', '.join(known)}",
+            f"{', '.join(model_types)} has no built-in rules",
             where=where,
-            fix="install transformers, whose own registry is then asked, or write a rule book for it"
+            fix="install transformers, so that it can be asked, or write a rule book; `regraft rules list` shows what "
+            "is built in"
             if given
-            else "give the base model with --model (its folder or its config.json); the installed transformers is "
-            "asked then",
+            else "pass --model DIR (its config.json is enough), so that the installed transformers can be asked; "
+            "`regraft rules list` shows what is built in",
         )
     )
 

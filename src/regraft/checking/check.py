@@ -46,6 +46,7 @@ from regraft.names.keys import group_names
 from regraft.options import CheckOptions
 from regraft.places import locate, visiting
 from regraft.planning.model import ModelConfig, taken_for
+from regraft.report import logged
 from regraft.rules.book import Rules, only_books
 from regraft.rules.templates import match_group
 from regraft.storage.stand_ins import named
@@ -104,6 +105,7 @@ def check(
     return check_with(src, asked, peft)
 
 
+@logged
 def check_with(
     src: str | os.PathLike[str], asked: CheckOptions, peft: StockPeft | None = None
 ) -> Check | ToolCheck:

@@ -95,13 +95,12 @@ def export(model: str) -> str:
     else:
         books = books_for([model]) or [book for book in library() if book.name == model]
     if not books:
-        known = ", ".join(sorted({t for book in library() for t in book.model_types}))
         raise UnmatchedKeysError(
             Finding(
                 "unknown-model",
-                f"no rule book knows all of {model}; known: {known}",
+                f"no built-in rule book covers all of {model}",
                 fix="give the model's folder with its weights, so that the installed transformers can be asked; "
-                "or write a rule book for it",
+                "or write a rule book for it; `regraft rules list` shows what is built in",
             )
         )
     books = [book for book in books if book.tells == "both"] or books

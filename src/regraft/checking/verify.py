@@ -15,9 +15,11 @@ from regraft.dialects.names import source_named
 from regraft.layouts.graph import going_over
 from regraft.places import locate, visiting
 from regraft.planning.model import taken_for
+from regraft.report import logged
 from regraft.rules.book import Rules, only_books, only_family
 
 
+@logged
 def verify(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],

@@ -81,15 +81,14 @@ def detect(
         books = tuple(book for book in found_books if not book.is_addition)
         imported, unchecked = _asked(headers, model, where, books, foreign, spelled)
         if not books and imported is None and not additions:
-            known = ", ".join(sorted({t for book in library() for t in book.model_types}))
-            message = f"no rule book knows {', '.join(model.model_types())}; known: {known}"
             raise UnmatchedKeysError(
                 Finding(
                     "unknown-model",
-                    message,
+                    f"{', '.join(model.model_types())} has no built-in rules, and the installed transformers does not "
+                    "know it",
                     where=model.path,
-                    fix="install a release of transformers that has the model, whose registry is then asked, "
-                    "or write a rule book for it",
+                    fix="install a release of transformers that has the model, or write a rule book for it; `regraft "
+                    "rules list` shows what is built in",
                 )
             )
         if imported is not None:

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 @options.html
 @options.json
 @options.quiet
-@options.verbose
 @options.progress
 def check(
     sources: tuple[Path, ...],
@@ -53,7 +52,6 @@ def check(
     html: Path | None,
     json: bool,
     quiet: bool,
-    verbose: bool,
     progress: Mode,
     **given: Any,
 ) -> Job:
@@ -77,12 +75,11 @@ def check(
         raise click.BadParameter(message, param_hint="--html")
     if len(sources) > 1 and html is not None:
         raise click.UsageError("--html takes one SRC")
-    out = Output(json=json, quiet=quiet, verbose=verbose, progress=progress)
+    out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
         from regraft.sources import find_sources
 
-        out.log()
         with options.own_books(asked.rules):
             bare = replace(asked, rules=())
             if len(sources) == 1 and (html is not None or not sources[0].is_dir()):
@@ -143,7 +140,7 @@ def _why(result: Check | ToolCheck) -> str:
         reasons = [*result.failures, *(each.reason for each in result.targets if each.reason)]
         return next(iter(reasons), "")
     for verdict in result.verdicts:
-        for line in (*(each.message for each in verdict.findings), *verdict.causes):
+        for line in (*verdict.causes, *(each.message for each in verdict.findings)):
             return line
         if verdict.error is not None:
             return verdict.error

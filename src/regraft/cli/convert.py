@@ -16,6 +16,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
+    from regraft.report import AdapterReport
     from regraft.sources import Item
 
 
@@ -40,14 +41,12 @@ if TYPE_CHECKING:
 @options.html
 @options.json
 @options.quiet
-@options.verbose
 @options.progress
 def convert(
     paths: tuple[Path, ...],
     html: Path | None,
     json: bool,
     quiet: bool,
-    verbose: bool,
     progress: Mode,
     fail_fast: bool,
     **given: Any,
@@ -66,10 +65,9 @@ def convert(
     if len(sources) > 1 and (html is not None or asked.in_place):
         raise click.UsageError("--html and --in-place take one SRC")
     _check_staging(asked, several=len(sources) > 1 or html is not None)
-    out = Output(json=json, quiet=quiet, progress=progress, verbose=verbose)
+    out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
-        out.log()
         if asked.abort:
             return _convert_one(out, sources[0], dst, html, asked)
         from regraft.sources import find_sources
@@ -154,14 +152,23 @@ def _convert_many(
             why = ", ".join(
                 dict.fromkeys(f"{a.source_layout} -> {a.target_layout}" for a in report.adapters)
             )
-            same = all(adapter.copied for adapter in report.adapters)
+            same = all(map(_is_same, report.adapters))
         if same:
-            verdict, why = "unchanged", f"it is in {why.partition(' -> ')[2]} already; copied"
+            verdict, why = "unchanged", f"the same in {why.partition(' -> ')[2]}"
         load = how_to_load(report) if report.written and made is None else ""
         return SourceOutcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
 
     with options.own_books(asked.rules):
         return run_many(out, items, work, jobs=asked.jobs or 1, fail_fast=fail_fast)
+
+
+def _is_same(adapter: AdapterReport) -> bool:
+    """Whether a result has the names and numbers of its source: no rule fired, and no tool's files became another's."""
+    dialects = {name.partition(":")[2] for name in (adapter.source_layout, adapter.target_layout)}
+    moved = any(adapter.rules.values()) or not all(target.exact for target in adapter.targets)
+    return adapter.copied or (
+        len(dialects) == 1 and not moved and adapter.tensors_in == adapter.tensors_out
+    )
 
 
 def _place_of(item: Item, dst: Path, to: str) -> Path:

@@ -112,6 +112,7 @@ def learn(
         from regraft.errors import BadInputError, Finding
         from regraft.learning.learn import learn_pairs, require_sound
         from regraft.learning.pairs import Pair
+        from regraft.report import log_result
         from regraft.storage.beside import write_like
 
         if book.exists():
@@ -127,6 +128,7 @@ def learn(
             else:
                 pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
                 found = learn_pairs(pairs, layouts=layouts, name=title, choose=choose)
+        log_result(found)
         if not partial:
             require_sound(found)
         write_like(book, found.text, [Path(name) for name in files])

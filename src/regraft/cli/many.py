@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LOADS = 20
 _COLORS = {"converted": GOOD, "healthy": GOOD, "unchanged": FAINT, "refused": WARNING}
+_WHY = 100
 _SHOWN = 3
 """How many folders that were not looked into are named."""
 
@@ -95,7 +96,7 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
         table.add_column(title, overflow="fold", header_style=FAINT)
     for outcome in done:
         verdict = Text(outcome.verdict, _COLORS.get(outcome.verdict, BAD))
-        table.add_row(visible(outcome.name), verdict, visible(outcome.why))
+        table.add_row(visible(outcome.name), verdict, visible(_short(outcome.why)))
     counts = Counter(outcome.verdict for outcome in done)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     left = f", {asked - len(done)} not tried (--fail-fast)" if len(done) < asked else ""
@@ -105,6 +106,15 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
         out.show(Text.assemble((visible(outcome.name), NAME), f": {outcome.load}"))
     if len(hints) > _LOADS:
         out.show(Text(f"… and {len(hints) - _LOADS} more", FAINT))
+
+
+def _short(why: str) -> str:
+    """A reason that fits a table; all of it stands above, or in --json.
+
+    >>> _short("a word " * 30)[-9:]
+    'word a …'
+    """
+    return why if len(why) <= _WHY else why[:_WHY].rpartition(" ")[0] + " …"
 
 
 def warn_of_rest(out: Output, sources: Iterable[Path], deeper: Sequence[Path]) -> None:

@@ -167,7 +167,29 @@ html = click.option(
     callback=lambda ctx, param, value: _check_file(value),
     help="Write an HTML report: one file that needs no network. Also when the command fails.",
 )
-quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+_quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+_verbose = click.option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: _log(ctx, value),
+    help="Say on stderr what is decided, and why.",
+)
+
+
+def quiet(command: Command) -> Command:
+    """How much a command says."""
+    return _quiet(_verbose(command))
+
+
+def _log(ctx: click.Context, verbose: bool) -> None:
+    """Let what the library logs go to stderr."""
+    from regraft.cli.output import log_to_stderr
+
+    log_to_stderr(verbose=verbose, quiet=bool(ctx.params.get("quiet")))
+
+
 fail_fast = click.option(
     "--fail-fast",
     is_flag=True,
@@ -180,9 +202,6 @@ progress = click.option(
     default="auto",
     help="How to show on stderr how far it is: a bar on a terminal and else a line every ten seconds (auto), lines "
     "(plain), a line of JSON every second (json), or not at all.",
-)
-verbose = click.option(
-    "--verbose", "-v", is_flag=True, help="Say on stderr what is decided and why, while it goes on."
 )
 
 

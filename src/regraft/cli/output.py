@@ -29,7 +29,6 @@ class Output:
     json: bool = False
     quiet: bool = False
     progress: Mode = "auto"
-    verbose: bool = False
     begun: float = field(default_factory=time.perf_counter, compare=False)
 
     def text(self, text: str) -> None:
@@ -68,21 +67,6 @@ class Output:
             text = "".join(line.rstrip() + "\n" for line in text.split("\n")[:-1])
         _write(stream, text)
 
-    def log(self) -> None:
-        """Let what the library logs go to stderr: warnings, and with `verbose` what was decided."""
-        import logging
-
-        class Printable(logging.Formatter):
-            def format(self, record: logging.LogRecord) -> str:
-                return visible(super().format(record))
-
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(Printable("%(levelname)s: %(message)s"))
-        logger = logging.getLogger("regraft")
-        logger.handlers = [handler]
-        level = logging.ERROR if self.quiet else logging.WARNING
-        logger.setLevel(logging.INFO if self.verbose else level)
-
     @property
     def colored(self) -> bool:
         """Whether stdout takes colours."""
@@ -113,6 +97,21 @@ class Output:
         )
         with shown as tell:
             yield tell
+
+
+def log_to_stderr(*, verbose: bool, quiet: bool) -> None:
+    """Let what the library logs go to stderr: warnings, and with ``verbose`` what was decided."""
+    import logging
+
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return visible(super().format(record))
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("regraft")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
 
 
 def finite(data: Any) -> Any:

@@ -201,7 +201,7 @@ class Code(Enum):
         Part.READING,
         "no rules for this model",
         "give `--model`, install transformers, or [write a rule book](rule-books.md)",
-        "no rule book knows the model type, and neither does the installed transformers",
+        "the model type has no built-in rules, and the installed transformers does not know it",
     )
     MODEL_CONFIG = (
         "model-config",

@@ -22,6 +22,7 @@ from regraft.names.patterns import patterns
 from regraft.places import locate, visiting
 from regraft.planning.compose import plan_along
 from regraft.planning.model import taken_for
+from regraft.report import logged
 from regraft.rules.book import Rules, only_books
 from regraft.shown import Shown
 
@@ -87,6 +88,7 @@ class Diff(Shown):
         )
 
 
+@logged
 def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

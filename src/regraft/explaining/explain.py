@@ -29,6 +29,7 @@ from regraft.places import visiting
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope, taken_for
 from regraft.planning.plan import Headers, Plan
+from regraft.report import logged
 from regraft.rules.book import Book, Carry, Rules, only_books, only_family
 from regraft.rules.templates import Match, match_group, specificity
 from regraft.values import replace
@@ -37,6 +38,7 @@ _NEAR = 3
 _TOO_FAR = 2.0
 
 
+@logged
 def explain(
     src: str | os.PathLike[str],
     key: str,

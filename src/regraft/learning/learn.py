@@ -30,6 +30,7 @@ from regraft.learning.relate import Names, carried
 from regraft.learning.roles import KindOf
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
+from regraft.report import logged
 from regraft.rules.book import Book, Drop, load_book
 from regraft.rules.templates import match_group
 from regraft.rules.write import write_book
@@ -82,6 +83,7 @@ class Learned:
         return not self.odd and all(each.equal for each in self.verified)
 
 
+@logged
 def learn(
     before: Source,
     after: Source,

@@ -27,6 +27,7 @@ from regraft.merging.low_rank import Spectrum, spectrum, spectrum_within
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
 from regraft.planning.model import taken_for
+from regraft.report import logged
 from regraft.rules.book import Rules, only_books, only_family
 from regraft.rules.kinds import KINDS
 from regraft.storage.dtypes import DTYPES
@@ -38,6 +39,7 @@ Path_ = str | os.PathLike[str]
 _SHOWN = 20
 
 
+@logged
 def extract(
     base: Path_,
     tuned: Path_,

@@ -22,7 +22,7 @@ from regraft.merging.base import Base, open_base, prepare_like, write_prepared
 from regraft.merging.image import image_addends
 from regraft.merging.language import language_addend
 from regraft.planning.model import Foreign, taken_for
-from regraft.report import AdapterReport, Report, Target
+from regraft.report import AdapterReport, Report, Target, logged
 from regraft.rules.book import Rules, only_books, only_family
 from regraft.storage.folder import check_destination
 
@@ -32,6 +32,7 @@ Path_ = str | os.PathLike[str]
 _HEAD = "lm_head.weight"
 
 
+@logged
 def merge(
     base: Path_,
     adapters: Sequence[Path_ | tuple[Path_, float]],

@@ -86,7 +86,7 @@ class ImageFile(PlainFile):
         raise RefusedError(
             Finding(
                 "dialect",
-                "this command is not for LoRAs of image and video models",
+                "this command does not support LoRAs of image and video models",
                 where=self.where,
                 fix="use convert, verify, explain, inspect, or check --for",
             )

@@ -25,14 +25,17 @@ _MOST = 1 << 20
 
 
 def file_in(src: Path) -> Path | None:
-    """The one weights file of a path, where it has no PEFT config; ``None`` where there is none, or several."""
+    """The one weights file of a path, where it has no PEFT config; ``None`` where there is none, or several.
+
+    A folder with weights in folders inside is a collection, of which no single file is the whole.
+    """
     if src.is_file():
         alone = src.suffix == ".safetensors" and not (src.parent / CONFIG).is_file()
         return src if alone else None
     if not src.is_dir() or (src / CONFIG).is_file():
         return None
     found = [path for path in src.glob("*.safetensors") if path.is_file()]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and next(src.glob("*/*.safetensors"), None) is None else None
 
 
 def recognise(src: Path) -> str | None:
