@@ -30,8 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from dense import assert_same
+from dialect_files import Sound, assert_as_much, change_dialect_file, copied, energy, sound_inputs
 
 import regraft
+from regraft.dialects.image.inspect import summarize
+from regraft.dialects.image.recognise import weights_in
 from regraft.errors import RegraftError
 from regraft.rules.lint.book import lint_file
 from regraft.storage.safetensors import open_tensors
@@ -214,6 +217,30 @@ def fuzz_bin(folder: Path, rng: random.Random) -> None:
     open_torch(path)
 
 
+def fuzz_dialect(folder: Path, rng: random.Random) -> None:
+    sound = rng.choice(SOUND)
+    source, files = copied(sound, folder)
+    change_dialect_file(rng.choice(files), rng, change_file, change_json)
+    if source.is_file() or sound.dialect == "peft-image":
+        summarize(weights_in(source) or source)
+    else:
+        regraft.inspect(source, model=sound.base)
+    out = folder / ("out.safetensors" if source.is_file() else "out")
+    regraft.convert(source, out, to=sound.to, model=sound.base)
+    before = energy(source, sound.dialect)
+    assert_as_much(before, energy(out, sound.to))
+    if sound.dialect not in UNWRITTEN:
+        back = folder / ("back.safetensors" if source.is_file() else "back")
+        try:
+            regraft.convert(out, back, to=sound.dialect, model=sound.base)
+        except RegraftError:
+            return  # one that another tool cannot hold
+        assert_as_much(before, energy(back, sound.dialect))
+
+
+UNWRITTEN = ("tinker", "megatron-bridge", "onetrainer", "bfl", "xlabs", "peft-image")
+
+
 def fuzz_book(folder: Path, rng: random.Random) -> None:
     text = rng.choice(BOOKS)
     words = [
@@ -249,6 +276,7 @@ TARGETS: dict[str, Callable[[Path, random.Random], None]] = {
     "base": fuzz_base,
     "checkpoint": fuzz_checkpoint,
     "bin": fuzz_bin,
+    "dialect": fuzz_dialect,
     "book": fuzz_book,
 }
 ADAPTERS = sorted(
@@ -258,6 +286,7 @@ ADAPTERS = sorted(
 )
 BOOKS = [p.read_text() for p in sorted(Path(regraft.__file__).parent.glob("rules/library/*.toml"))]
 BINS: list[bytes] = []
+SOUND: list[Sound] = []
 
 
 def make_bins() -> None:
@@ -320,6 +349,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("fuzz-finds"), help="where finds are put")
     options = parser.parse_args()
     make_bins()
+    made = tempfile.TemporaryDirectory(prefix="regraft-sound-")
+    SOUND.extend(sound_inputs(Path(made.name) / "sound"))
     end, tried, seen = time.monotonic() + options.seconds, 0, Counter[str]()
     names = [options.target] if options.target else sorted(TARGETS)
     while time.monotonic() < end:
@@ -338,6 +369,7 @@ def main() -> int:
                     shutil.copytree(folder, kept, dirs_exist_ok=True, ignore_dangling_symlinks=True)
                     print(f"{kept}: {what}", flush=True)
         tried += 1
+    made.cleanup()
     print(f"{tried} inputs from seed {options.seed}: {dict(counts)}, {len(seen)} kinds of finds")
     return 1 if seen else 0
 

@@ -1,12 +1,14 @@
 """Classes that are not transformers' own: what they add stays as it is, and what they hold is found by its names."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints.models import MIXTRAL, mixtral, write_folder
 
 import regraft
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 pytest.importorskip("torch")
@@ -176,3 +178,17 @@ def test_a_model_of_which_nothing_is_known_but_its_weights(tmp_path):
     with pytest.raises(regraft.UnmatchedKeysError) as caught:
         regraft.convert(other, tmp_path / "new", to="transformers-v5", model=base)
     assert caught.value.findings[0].code == "unknown-model"
+
+
+def test_packed_experts_are_no_modules_of_somebody_s_own(tmp_path, monkeypatch):
+    """Nothing has to be asked of transformers for them, which takes seconds."""
+    golden = Path(__file__).parents[1] / "golden"
+    adapter = golden / "cases/mixtral__gud_attn"
+
+    def asked(self, names):
+        raise AssertionError(f"{names} were asked for")
+
+    monkeypatch.setattr(InstalledTransformers, "has_class", asked)
+    base = golden / "bases/mixtral"
+    regraft.convert(adapter, tmp_path / "v5", to="transformers-v5", model=base)
+    regraft.convert(tmp_path / "v5", tmp_path / "v4", to="transformers-v4", model=base)

@@ -8,6 +8,7 @@ import pytest
 from dialects.pairs import FILE, Pairs
 
 import regraft
+from regraft.adapters.scale import Scale
 from regraft.cli import main
 from regraft.dialects import base
 from regraft.errors import BadInputError
@@ -37,7 +38,7 @@ def test_the_kit_notices_a_lost_scale(tmp_path):
         def open(self, folder, root, weights):
             opened = super().open(folder, root, weights)
             for lora in opened.loras.values():
-                lora.scale = base.Scale(lora.scale.rank, lora.scale.rank)
+                lora.scale = Scale(lora.scale.rank, lora.scale.rank)
             return opened
 
     with pytest.raises(AssertionError, match="is off by"):

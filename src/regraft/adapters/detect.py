@@ -27,7 +27,7 @@ from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.direction import SIDES
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
-from regraft.storage.folder import load_json
+from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.hub import find_cached, parse_id
 from regraft.values import replace
 
@@ -354,8 +354,9 @@ def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
 
 
 def _model_beside(hints: Hints) -> ModelConfig | None:
-    if hints.base and (Path(hints.base) / "config.json").is_file():
-        return load_model(hints.base)
+    folder = folder_with_config(hints.base)
+    if folder is not None:
+        return load_model(folder)
     cached = find_cached(hints.base) if hints.base else None
     if cached is not None and (cached / "config.json").is_file():
         return load_model(cached)

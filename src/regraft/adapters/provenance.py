@@ -104,7 +104,7 @@ def read_remembered(metadata: Mapping[str, str]) -> Remembered:
     """The entry of a file's metadata; an empty one where there is none."""
     try:
         found = msgspec.json.decode(metadata.get(KEY, "{}"), type=Remembered)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return Remembered()
     return found if found.format == FORMAT else Remembered()
 

@@ -21,6 +21,7 @@ from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.tool_files import look_at
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.shown import Shown
+from regraft.storage.folder import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
 
 
@@ -158,8 +159,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _named_base(config: Any) -> Path | None:
-    base = config.get("base_model_name_or_path") if config else None
-    return Path(base) if isinstance(base, str) and (Path(base) / "config.json").is_file() else None
+    return folder_with_config(config.get("base_model_name_or_path")) if config else None
 
 
 def _nearest(reader: ToolReader, asked: str) -> str:

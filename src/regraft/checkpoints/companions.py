@@ -151,7 +151,7 @@ class _Found:
         try:
             told = msgspec.json.decode((self.source.root / _MODELOPT).read_bytes())
             algorithm = str(told["quantization"]["quant_algo"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             pass
         return read_quantization(self.config, self.of.keys(), algorithm, self.like_awq)
 
@@ -266,7 +266,7 @@ def _shape_in_json(source: Source, row: int) -> tuple[int, ...] | None:
     try:
         shape = json.loads(data)["shape"]
         return tuple(int(size) for size in shape)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, OverflowError, KeyError, TypeError):
         return None
 
 

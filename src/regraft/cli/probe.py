@@ -23,7 +23,7 @@ def fixed_fields(settings: tuple[str, ...]) -> dict[str, Any]:
             raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
         try:
             fields[name] = msgspec.json.decode(value)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             fields[name] = value
     return fields
 

@@ -38,6 +38,7 @@ from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, Regra
 from regraft.names.keys import MARK, fill_rows, one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
+from regraft.storage.probe import open_regular
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -79,18 +80,46 @@ def _yaml() -> Any:
     return yaml
 
 
+_LARGEST = 1 << 18
+"""Bytes of settings; a training's have about a thousand, and the reader of YAML takes seconds for a megabyte."""
+
+
 def _load(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file; none where there is no such file."""
+    """The fields of a YAML file; none where there is no such file.
+
+    Raises ``BadInputError`` where it is none, or says one thing twice.
+    """
     if not path.is_file():
         return {}
     yaml = _yaml()
+    file, size = open_regular(path)
+    with file:
+        if size > _LARGEST:
+            message = f"it has {size} bytes, and settings have at most {_LARGEST}"
+            raise BadInputError(Finding("file-too-large", message, where=str(path)))
+        text = file.read(_LARGEST)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        message = f"it is no YAML file: {str(error).splitlines()[0]}"
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
+        message = f"it is no YAML file: {(str(error) or type(error).__name__).splitlines()[0]}"
         raise BadInputError(Finding("config", message, where=str(path))) from error
     if not isinstance(loaded, dict):
         raise BadInputError(Finding("config", "it has no fields", where=str(path)))
+    counts = Counter(name.value for name, _ in node.value)
+    doubled = [
+        Finding(
+            "duplicate-key",
+            f"the key stands {count} times, and which is meant is unclear",
+            where=str(path),
+            key=str(name)[:300],
+            fix="keep one of them",
+        )
+        for name, count in counts.items()
+        if count > 1
+    ]
+    if doubled:
+        raise BadInputError(doubled)
     return loaded
 
 
@@ -549,6 +578,11 @@ def _numbers(settings: Mapping[str, Any], path: Path) -> tuple[int, float]:
         if isinstance(value, bool)
         or not isinstance(value, kind)
         or (name == "lora_r" and isinstance(value, int) and value < 1)
+    ]
+    findings += [
+        Finding("config", "it is neither true nor false", where=str(path), key=name)
+        for name in _PARTS.values()
+        if name in settings and not isinstance(settings[name], bool)
     ]
     if findings:
         raise BadInputError(findings)

@@ -144,7 +144,7 @@ class MegatronBridge(ReadOnly):
         file = weights or folder / WEIGHTS
         header = read_header(file)
         tensors = _with_prefix(open_tensors(file, header))
-        ranks = {len(x) for name, x in tensors.items() if name.endswith(_FACTOR)}
+        ranks = {x.shape[0] for n, x in tensors.items() if n.endswith(_FACTOR) and x.ndim}
         config = fresh_config(None, None) | read_run(folder, ranks, self.alpha, self.rank)
         modules = {n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors}
         config["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})

@@ -41,7 +41,7 @@ from regraft.dialects.tool_files import (
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.names import Layout
 from regraft.names.keys import in_order
-from regraft.storage.folder import load_json
+from regraft.storage.folder import folder_with_config, load_json
 
 OWN = "automodel_peft_config.json"
 STAMP = "paramwrapper_layout"
@@ -177,15 +177,15 @@ def _experts_of(
     The number of active experts divides the rank and is in the base's config; where that is not at hand, the rank is
     not known.
     """
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+    folder = folder_with_config(config.get("base_model_name_or_path"))
+    if folder is None:
         return None
-    fields = load_json(Path(base) / "config.json")
+    fields = load_json(folder / "config.json")
     inner = fields.get("text_config")
     fields = {**fields, **inner} if isinstance(inner, dict) else fields
     for name in ("num_local_experts", "n_routed_experts", "num_experts"):
         count = fields.get(name)
-        if isinstance(count, int) and count and len(a) % count == 0:
+        if isinstance(count, int) and count > 0 and len(a) % count == 0:
             return count
     return None
 

@@ -24,7 +24,7 @@ from regraft.dialects.tool_files import (
     tool_source,
 )
 from regraft.errors import Finding, RefusedError
-from regraft.storage.folder import load_json
+from regraft.storage.folder import folder_with_config, load_json
 
 HEAD = ".unembed_tokens."
 _ATTENTION = re.compile(r"(\.layers\.\d+)\.attn\.")
@@ -33,10 +33,8 @@ _PARTS = {"in_proj_q": ("in_proj_q", "in_proj_k", "in_proj_v")}
 
 
 def _base_config(source: Source) -> dict[str, Any]:
-    base = source.config.get("base_model_name_or_path")
-    if isinstance(base, str) and (Path(base) / "config.json").is_file():
-        return load_json(Path(base) / "config.json")
-    return {}
+    base = folder_with_config(source.config.get("base_model_name_or_path"))
+    return {} if base is None else load_json(base / "config.json")
 
 
 def as_peft(source: Source) -> dict[str, Any]:

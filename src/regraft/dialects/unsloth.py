@@ -38,7 +38,7 @@ from regraft.dialects.tool_files import (
 )
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
-from regraft.storage.folder import load_json
+from regraft.storage.folder import folder_with_config, load_json
 
 FLAT, RECORD, FIXED = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
 RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"
@@ -125,8 +125,9 @@ def _family(config: Mapping[str, Any], base: object) -> str | None:
     library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
     if isinstance(library, str) and library.startswith("transformers.models."):
         return library.split(".")[2]
-    if isinstance(base, str) and (Path(base) / "config.json").is_file():
-        found = load_json(Path(base) / "config.json").get("model_type")
+    folder = folder_with_config(base)
+    if folder is not None:
+        found = load_json(folder / "config.json").get("model_type")
         return found if isinstance(found, str) else None
     return None
 

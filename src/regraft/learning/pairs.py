@@ -73,7 +73,7 @@ def _config_beside(path: Path) -> Config | None:
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         data = msgspec.json.decode(file.read_bytes())
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 

@@ -18,6 +18,7 @@ from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import outside
 from regraft.rules.book import Book, Carry
+from regraft.rules.templates import match_group
 from regraft.values import Struct
 
 _TRANSFORMERS = ("transformers-v4", "transformers-v5")
@@ -52,6 +53,7 @@ def own_modules(
     adapts; ``there`` gives the names of the base's own weights, where these are known.
     """
     left = [group for group in groups for group in unexplained(group, books, scopes)]
+    left = [group for group in left if not _holds_parameters(group, adapted, books)]
     if not left or sum(map(len, left)) == sum(map(len, groups)) or model is None:
         return OwnModules()
     if not is_own_class(model, foreign):
@@ -174,6 +176,16 @@ def unexplained(
                 return
     if free.any():
         yield group.take(free)
+
+
+def _holds_parameters(group: Group, adapted: Collection[str], books: Sequence[Book]) -> bool:
+    """Whether an adapted module is one that a book knows by its parameters: stacked experts have no weight."""
+    module = group.template.removesuffix(".weight")
+    if group.template not in adapted or module == group.template:
+        return False
+    named = Group(module, group.ids, group.numbers)
+    heads = (parameters.module for book in books for parameters in book.parameters)
+    return any(match_group(head, named) is not None for head in heads)
 
 
 def _among(group: Group, there: Collection[str]) -> Group:

@@ -153,17 +153,17 @@ def read_dcp(folder: Path) -> tuple[dict[str, Chunked], list[str]]:
     Raises ``BadInputError`` for a folder that is none, and for a pickle that speaks of anything else than a plain
     checkpoint does.
     """
-    if not (folder / METADATA).is_file():
-        return _of_shards(folder)
-    where = str(folder / METADATA)
-    file, size = open_regular(folder / METADATA)
-    with file:
-        if size > _MOST_BYTES:
-            raise _bad(where, f"it has {size} bytes")
-        data = file.read()
+    is_table = (folder / METADATA).is_file()
+    where = str(folder / METADATA if is_table else folder)
+    data = b""
+    if is_table:
+        file, size = open_regular(folder / METADATA)
+        with file:
+            if size > _MOST_BYTES:
+                raise _bad(where, f"it has {size} bytes")
+            data = file.read()
     try:
-        root = _load(data)
-        return _tensors_of(root, where)
+        return _tensors_of(_load(data), where) if is_table else _of_shards(folder)
     except RefusedError as error:
         raise _bad(where, f"it holds {error}, and only plain checkpoints are read") from None
     except (

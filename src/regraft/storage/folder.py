@@ -175,8 +175,14 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             object, or has an object with the same key twice.
     """
     path = Path(path)
-    where = str(path)
-    text = _read_text(path)
+    return parse_json(_read_text(path), str(path))
+
+
+def parse_json(text: str, where: str, key: str | None = None) -> dict[str, Any]:
+    """The JSON object that some text is, of a file or of one entry of it (``key``).
+
+    Raises ``BadInputError`` as `load_json` does.
+    """
     duplicates: Counter[str] = Counter()
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,26 +195,31 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=build)
     except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}"
+        place = where if key is not None else f"{where}:{error.lineno}"
         message = f"not JSON: {error.msg}, at line {error.lineno}, column {error.colno}"
         raise BadInputError(
-            Finding("not-json", message, where=place, fix="correct the file")
+            Finding("not-json", message, where=place, key=key, fix="correct the file")
         ) from error
     except ValueError as error:
         message = "not JSON that can be read: it holds a number with thousands of digits"
-        raise BadInputError(Finding("not-json", message, where=where)) from error
+        raise BadInputError(Finding("not-json", message, where=where, key=key)) from error
     except RecursionError as error:
         message = "not JSON that can be read: it is nested too deep"
-        raise BadInputError(Finding("not-json", message, where=where)) from error
+        raise BadInputError(Finding("not-json", message, where=where, key=key)) from error
     if _depth_exceeds(value, text, _MAX_JSON_DEPTH):
         message = f"not JSON that can be read: it is nested more than {_MAX_JSON_DEPTH} deep"
-        raise BadInputError(Finding("not-json", message, where=where, fix="correct the file"))
+        raise BadInputError(
+            Finding("not-json", message, where=where, key=key, fix="correct the file")
+        )
     if _SURROGATE.search(text) and not _is_text(value):
         message = "a string holds half of a surrogate pair (such as \\ud800), which is not text"
-        raise BadInputError(Finding("not-json", message, where=where, fix="correct the file"))
+        raise BadInputError(
+            Finding("not-json", message, where=where, key=key, fix="correct the file")
+        )
     if not isinstance(value, dict):
-        message = f"expected a JSON object, and the file holds {_name_json(value)}"
-        raise BadInputError(Finding("not-an-object", message, where=where))
+        what = "the file" if key is None else "it"
+        message = f"expected a JSON object, and {what} holds {_name_json(value)}"
+        raise BadInputError(Finding("not-an-object", message, where=where, key=key))
     if duplicates:
         raise BadInputError(
             Finding(
@@ -221,6 +232,32 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             for name, count in duplicates.items()
         )
     return value
+
+
+def folder_with_config(named: object) -> Path | None:
+    """The folder that a file names as its base, where it is one and has a ``config.json``; a name may be anything.
+
+    >>> folder_with_config("a" * 5000), folder_with_config(["x"]), folder_with_config("org/model")
+    (None, None, None)
+    """
+    if not isinstance(named, str) or not named:
+        return None
+    try:
+        return Path(named) if (Path(named) / "config.json").is_file() else None
+    except (OSError, ValueError):
+        return None  # too long a name, or one with a zero byte
+
+
+def told_in_json(text: str | bytes) -> Any:
+    """What some JSON says that tells something besides; ``None`` where it is none, or none that can be read.
+
+    >>> told_in_json('{"a": [1]}'), told_in_json("[" * 100000)
+    ({'a': [1]}, None)
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _depth_exceeds(value: object, text: str, most: int) -> bool:

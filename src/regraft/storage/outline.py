@@ -207,7 +207,7 @@ def _guess(outline: Outline, whole: bool) -> None:
 def _tensors_of(found: Mapping[str, bytes]) -> dict[str, int]:
     """For every file that an index names about how many bytes its header has."""
     sizes: dict[str, int] = {}
-    with suppress(msgspec.DecodeError, KeyError):
+    with suppress(msgspec.DecodeError, RecursionError, KeyError):
         index = msgspec.json.decode(found[_INDEX], type=_Names)
         for tensor, file in index.weight_map.items():
             if "/" not in file and file.endswith(".safetensors"):

@@ -17,11 +17,11 @@ from regraft.adapters.scale import Number
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.dialects.image.families import DENOISER, Family
 from regraft.dialects.image.grouping import Grouped, group_tensors
+from regraft.dialects.image.header import ADAPTER_METADATA, settings_of
 from regraft.dialects.image.moving import Ways, move_deltas, with_kernels
 from regraft.dialects.image.origin import KEY, Origin, read_origin, unfolded, write_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.dialects.image.read import (
-    ADAPTER_METADATA,
     Fit,
     Home,
     ImageAdapter,
@@ -84,6 +84,7 @@ def opened_image(where: str, tensors: dict[str, Array], metadata: dict[str, str]
     Raises what `open_image` raises.
     """
     grouped = group_tensors(tensors, where)
+    settings_of(metadata, where)
     if not grouped.modules:
         message = "there is no adapter in this file"
         raise BadInputError(Finding("empty", message, where=where, fix="check the path"))

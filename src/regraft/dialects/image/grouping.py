@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 
 import numpy as np
 
-from regraft.adapters.form import Array
+from regraft.adapters.form import Array, is_float
 from regraft.adapters.scale import Number
 from regraft.dialects.image.delta import (
     BOFT,
@@ -116,10 +116,18 @@ def group_tensors(tensors: Mapping[str, Array], where: str) -> Grouped:
 def number_of(alpha: Array) -> Number:
     """Alpha, whole where it can be.
 
+    Raises ``MalformedError`` where it is not one number.
+
     >>> number_of(np.float16(2)), number_of(np.float32([0.5]))
     (2, 0.5)
     """
-    value = float(np.asarray(alpha).reshape(-1)[0])
+    given = np.asarray(alpha)
+    if given.size != 1 or given.dtype.kind not in "iufV":
+        message = f"its alpha is {given.size} numbers of {given.dtype}, and not one"
+        raise MalformedError(message, "shape" if given.size != 1 else "dtype")
+    value = float(given.reshape(-1)[0])
+    if not isfinite(value):
+        raise MalformedError(f"its alpha is {value}, and no finite number", "config")
     return int(value) if value.is_integer() else value
 
 
@@ -140,8 +148,16 @@ AROUND = frozenset({"alpha", "magnitude", "dora_scale", "diff_b", "up_bias", "re
 """Roles of what stands around an algebra's own tensors."""
 
 
+_PLAIN = ("alpha", "on_input", "reshape", "scaled_oft")
+"""Roles of tensors that may hold whole numbers."""
+
+
 class MalformedError(Exception):
     """A module's tensors do not fit together."""
+
+    def __init__(self, message: str, code: str = "shape") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def delta_of(
@@ -159,6 +175,9 @@ def delta_of(
     Raises ``MalformedError``.
     """
     t = dict(module.tensors)
+    odd = next((r for r, x in t.items() if r not in _PLAIN and not is_float(x.dtype)), None)
+    if odd is not None:
+        raise MalformedError(f"its {odd} is {t[odd].dtype}, and no floating-point tensor", "dtype")
     own = t.pop("alpha", None)
     magnitude = t.pop("magnitude", None)
     if "oft_R" in t and ("dora_scale" in t) != ("initial_norm" in t):
@@ -169,6 +188,9 @@ def delta_of(
     up_bias = t.pop("up_bias", None)
     reshape = t.pop("reshape", None)
     algebra = algebra_of(t)
+    empty = next((role for role, tensor in t.items() if not tensor.size), None)
+    if empty is not None:
+        raise MalformedError(f"its {empty} has no numbers: {t[empty].shape}")
     conv = kind == "conv"
     if algebra == LORA:
         t = _lora_tensors(t, conv, kernel)
@@ -256,12 +278,16 @@ def _lora_tensors(
 ) -> dict[str, Array]:
     """Factors of a linear as matrices, of a convolution with a kernel."""
     down, up = t["down"], t["up"]
+    if any(x.ndim < 2 for x in t.values()):
+        raise MalformedError(
+            f"its factors have the shapes {down.shape} and {up.shape}: no matrices"
+        )
     if "mid" in t:
         if t["mid"].shape[0] != up.shape[1] or t["mid"].shape[1] != down.shape[0]:
             raise MalformedError(
                 f"lora_mid {t['mid'].shape} does not fit between {down.shape} and {up.shape}"
             )
-    elif up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+    elif up.shape[1] != down.shape[0]:
         raise MalformedError(f"its factors have the shapes {down.shape} and {up.shape}: two ranks")
     if prod(up.shape[2:]) != 1:
         raise MalformedError(f"its up has a kernel: {up.shape}")
@@ -272,11 +298,11 @@ def _lora_tensors(
                 "up": up.reshape(*up.shape[:2], *kernel),
             }
         raise MalformedError(f"the base is a convolution, and its down is a matrix {down.shape}")
-    if not conv and down.ndim > 2:
+    if not conv:
         if prod(down.shape[2:]) == 1 and "mid" not in t:
             return {"down": down.reshape(down.shape[:2]), "up": up.reshape(up.shape[:2])}
         raise MalformedError(f"the base is a linear, and its down has a kernel: {down.shape}")
-    return t
+    return {**t, "up": up.reshape(*up.shape[:2], *(1 for _ in down.shape[2:]))}
 
 
 def _sizes(

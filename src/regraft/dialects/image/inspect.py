@@ -5,7 +5,6 @@ Of the data only alphas are read, a few bytes each.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -26,11 +25,11 @@ from regraft.dialects.image.grouping import (
     ModuleTensors,
     algebra_of,
 )
+from regraft.dialects.image.header import ADAPTER_METADATA
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
 from regraft.dialects.image.peft import said_in_header
 from regraft.dialects.image.prefixes import FLAT, Place, place_of
 from regraft.dialects.image.read import (
-    ADAPTER_METADATA,
     families_with,
     fit_families,
     hinted_families,
@@ -39,6 +38,7 @@ from regraft.dialects.image.recognise import config_beside
 from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.storage.dtypes import DTYPES
+from regraft.storage.folder import told_in_json
 from regraft.storage.safetensors import Header, TensorInfo, read_header
 from regraft.values import replace
 
@@ -327,21 +327,15 @@ def _alphas(path: Path, header: Header, modules: Mapping[str, _Roles]) -> dict[s
             numpy = np.dtype(DTYPES[dtype].numpy)
             size, starts = numpy.itemsize, [x.start for x in infos if x.dtype == dtype]
             first = b"".join([os.pread(number, size, header.data_start + x) for x in starts])
-            found.update(np.frombuffer(first, numpy).astype(float).tolist())
+            found.update(np.frombuffer(first, numpy).real.astype(float).tolist())
     return {f"{alpha:g}": count for alpha, count in found.most_common()}
 
 
 def _said_alphas(metadata: Mapping[str, str], modules: int) -> dict[str, int]:
     """What the header says where no tensor does."""
-    try:
-        said = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError:
-        said = {}
-    alphas = (
-        {v for k, v in said.items() if k.endswith(".lora_alpha")}
-        if isinstance(said, dict)
-        else set()
-    )
+    said = told_in_json(metadata.get(ADAPTER_METADATA, "{}"))
+    fields = said.items() if isinstance(said, dict) else ()
+    alphas = {v for k, v in fields if k.endswith(".lora_alpha") and isinstance(v, int | float)}
     if not alphas:
         return {"rank": modules}
     return {f"{alpha} (header)": modules for alpha in alphas}
@@ -352,10 +346,9 @@ def _trainer(metadata: Mapping[str, str], spellings: set[str]) -> str:
     if "ot_revision" in metadata:
         return "OneTrainer"
     if "software" in metadata:
-        try:
-            return str(json.loads(metadata["software"]).get("name", "")) or metadata["software"]
-        except (ValueError, AttributeError):
-            return metadata["software"]
+        told = told_in_json(metadata["software"])
+        name = told.get("name") if isinstance(told, dict) else None
+        return str(name or metadata["software"])
     if module.startswith("lycoris"):
         return "LyCORIS"
     if module:

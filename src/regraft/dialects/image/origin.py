@@ -13,6 +13,7 @@ from regraft.adapters.provenance import digest_all
 from regraft.adapters.scale import Number, Scale
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.errors import RefusedError
+from regraft.storage.folder import told_in_json
 from regraft.values import replace
 
 KEY = "regraft.origin"
@@ -54,10 +55,7 @@ class Origin:
 
 def read_origin(metadata: Mapping[str, str]) -> Origin | None:
     """What we noted when we made a file; ``None`` where we did not."""
-    try:
-        data = json.loads(metadata[KEY])
-    except (KeyError, ValueError):
-        return None
+    data = told_in_json(metadata.get(KEY, ""))
     if not isinstance(data, dict):
         return None
     tables = {k: v for k in ("header", "dtypes", "alphas") if isinstance(v := data.get(k), dict)}

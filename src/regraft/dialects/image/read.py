@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +29,12 @@ from regraft.dialects.image.grouping import (
     delta_of,
     size_of,
 )
+from regraft.dialects.image.header import ADAPTER_METADATA, plain_alpha, settings_of
 from regraft.dialects.image.modules import Module, Names, body_names, names_of
 from regraft.dialects.image.origin import read_origin
 from regraft.dialects.image.prefixes import Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.values import replace
-
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""diffusers' entry of the header: the PEFT config of each component, as JSON with prefixed keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +337,7 @@ def read_adapter(
 
     Raises ``BadInputError`` with everything that is wrong with its tensors.
     """
-    alphas = Alphas(metadata, grouped)
+    alphas = Alphas(metadata, grouped, where)
     deltas: dict[Home, Delta] = {}
     findings = []
     for stem, module in grouped.modules.items():
@@ -350,13 +347,19 @@ def read_adapter(
         try:
             delta = delta_of(module, home.kind, kernel, alpha, rslora)
         except MalformedError as error:
-            findings.append(Finding("shape", str(error), where=where, key=stem, fix=_AGAIN))
+            findings.append(Finding(error.code, str(error), where=where, key=stem, fix=_AGAIN))
             continue
         except (IndexError, ValueError, ZeroDivisionError):
             shapes = ", ".join(f"{role} {t.shape}" for role, t in module.tensors.items())
             message = f"its tensors have shapes that no tool writes: {shapes}"
             findings.append(Finding("shape", message, where=where, key=stem, fix=_AGAIN))
             continue
+        said = alphas.other_rank(home, delta, fit.family)
+        if said is not None:
+            message = (
+                f"its factors have the rank {delta.rank}, and {ADAPTER_METADATA} gives it {said}"
+            )
+            findings.append(Finding("shape", message, where=where, key=stem, fix=_AGAIN))
         if "xlabs" in module.spellings and home.module.endswith(".linear1"):
             delta = _whole_linear1(delta)
         if home in deltas:
@@ -412,6 +415,7 @@ class Alphas:
 
     metadata: Mapping[str, str]
     grouped: Grouped
+    where: str
     notes: list[str] = field(default_factory=list)
     _configs: dict[str, _Config] = field(default_factory=dict)
     _plain: Number | None = None
@@ -419,14 +423,13 @@ class Alphas:
     def __post_init__(self) -> None:
         own = any("alpha" in m.tensors for m in self.grouped.modules.values())
         spellings = {s for m in self.grouped.modules.values() for s in m.spellings}
-        self._configs = _configs(self.metadata)
+        self._configs = _configs(self.metadata, self.where)
         if own or self._configs:
             return
         name = "ss_network_alpha" if spellings == {"lora_down"} else "alpha"
         if spellings <= {"lora_down", "lora_A"} and name in self.metadata:
-            try:
-                value = float(self.metadata[name])
-            except ValueError:
+            value = plain_alpha(self.metadata, name, self.where)
+            if value is None:
                 return
             self._plain = int(value) if value.is_integer() else value
             self.notes.append(
@@ -443,47 +446,42 @@ class Alphas:
             return self._plain, False
         return config.alpha(home.module), config.rslora
 
+    def other_rank(self, home: Home, delta: Delta, family: Family) -> int | None:
+        """The rank that the header gives a LoRA whose factors have another one."""
+        component = family.component if home.component == DENOISER else home.component
+        config = self._configs.get(component)
+        said = config.rank_of(home.module) if config is not None else None
+        return said if delta.algebra == LORA and said != delta.rank else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Config:
     usual: Number | None
     patterns: Patterns
     rslora: bool
+    rank: int | None
+    ranks: Patterns
 
     def alpha(self, module: str) -> Number | None:
         found = self.patterns.find(module)
         return self.usual if found is None else found
 
+    def rank_of(self, module: str) -> int | None:
+        found: int | None = self.ranks.find(module)
+        return self.rank if found is None else found
 
-def _configs(metadata: Mapping[str, str]) -> dict[str, _Config]:
+
+def _configs(metadata: Mapping[str, str], where: str) -> dict[str, _Config]:
     """What diffusers' header says, by component."""
-    text = metadata.get(ADAPTER_METADATA)
-    if text is None:
-        return {}
-    try:
-        data = json.loads(text)
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise BadInputError(
-            Finding(
-                "metadata-not-text",
-                f"{ADAPTER_METADATA} of the header is no JSON object, and alpha stands in it",
-                fix="save the file again with diffusers",
-            )
-        )
-    parts: dict[str, dict[str, object]] = {}
-    for name, value in data.items():
-        component, _, setting = name.partition(".")
-        parts.setdefault(component, {})[setting] = value
     found = {}
-    for component, settings in parts.items():
-        alpha = settings.get("lora_alpha")
-        patterns = settings.get("alpha_pattern")
+    for component, settings in settings_of(metadata, where).items():
+        usual = settings.get("lora_alpha")
         found[component] = _Config(
-            alpha if isinstance(alpha, (int, float)) else None,
-            Patterns(patterns if isinstance(patterns, dict) else None, "alpha_pattern"),
+            usual,
+            Patterns(settings.get("alpha_pattern"), "alpha_pattern"),
             bool(settings.get("use_rslora")),
+            settings.get("r"),
+            Patterns(settings.get("rank_pattern"), "rank_pattern"),
         )
     return found
 

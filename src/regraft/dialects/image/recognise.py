@@ -5,13 +5,13 @@ Every adapter's folder is asked, and few are of these models, so what takes the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import BadInputError
+from regraft.storage.folder import load_json
 from regraft.storage.header import Header, first_names, read_header
 
 if TYPE_CHECKING:
@@ -148,10 +148,10 @@ def weights_in(src: Path) -> Path | None:
 def config_beside(path: Path) -> dict[str, Any] | None:
     """PEFT's config in the folder of a weights file; ``None`` where there is none."""
     try:
-        data = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = load_json(path.parent / CONFIG)
+    except BadInputError:
         return None
-    return data if isinstance(data, dict) and isinstance(data.get("peft_type"), str) else None
+    return data if isinstance(data.get("peft_type"), str) else None
 
 
 def _is_elsewhere(name: str) -> bool:

@@ -40,8 +40,9 @@ from regraft.dialects.image.delta import (
     whole_w1,
 )
 from regraft.dialects.image.families import CLIP_V4, DENOISER, Family
+from regraft.dialects.image.header import ADAPTER_METADATA
 from regraft.dialects.image.moving import Ways, is_vector
-from regraft.dialects.image.read import ADAPTER_METADATA, Home
+from regraft.dialects.image.read import Home
 from regraft.errors import Finding, RefusedError
 from regraft.values import replace
 

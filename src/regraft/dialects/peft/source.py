@@ -47,7 +47,7 @@ from regraft.planning.side import Side
 from regraft.rules.book import Shared
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
-from regraft.storage.folder import load_json
+from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.formats import find_form
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
@@ -175,8 +175,7 @@ class Source:
         """What its config and metadata say of the base."""
         hints = hints_of(self.config, self.provenance())
         beside = Path(self.where) / "config.json"
-        named = hints.base is not None and (Path(hints.base) / "config.json").is_file()
-        if not named and beside.is_file():
+        if folder_with_config(hints.base) is None and beside.is_file():
             return replace(
                 hints, base=self.where
             )  # a base's config that was saved with the adapter
