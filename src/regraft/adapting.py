@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import load_model
@@ -34,82 +37,168 @@ Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
 
 
-def convert_adapters(
-    src: Path,
-    dst: Path,
-    to: Layout,
-    given: SourceName,
-    model: Path | None,
-    asked: ConvertOptions,
-    *,
-    foreign: Foreign,
-    progress: Progress | None = None,
-    known: ModelConfig | None = None,
-) -> Report:
-    """Convert the adapters of a path; ``given`` is what was said of them, ``known`` a base that has no files.
+class Request(Struct, frozen=True, kw_only=True):
+    """What is to be converted, into what, and what was said of it."""
+
+    src: Path
+    dst: Path
+    to: Layout
+    given: SourceName
+    """What was said of the source."""
+    model: Path | None
+    asked: ConvertOptions
+    foreign: Foreign
+    progress: Progress | None = None
+    known: ModelConfig | None = None
+    """The base's config, where it has no files."""
+
+    def tell(self, what: str, done: int, whole: int) -> None:
+        """Tell how far it is."""
+        if self.progress is not None:
+            self.progress(what, done, whole)
+
+
+class _Moved(Struct, frozen=True, eq=False):
+    """An adapter before and after."""
+
+    opened: Opened
+    result: Converted
+    by_itself: bool
+    """Whether it converted itself, as those of image models do."""
+    stamps: tuple[Stamp, ...]
+    """Its files as they were."""
+
+
+def convert_adapters(request: Request) -> Report:
+    """Convert the adapters of a path.
 
     Raises what `regraft.convert` raises, with the findings of all adapters together.
     """
-    ranks = Options(asked.via, asked.compact, asked.uniform_rank)
+    asked = request.asked
     if asked.via == MERGE:
-        return _held_or_merged(src, dst, to, given, model, asked, foreign, progress)
-    opening = find_source(src, given)
-    found = opening.found
+        return _held_or_merged(request)
+    opening = find_source(request.src, request.given)
     if asked.merge:
-        return _merge(opening, dst, to, given, model, asked.overwrite, progress, foreign)
-    target = Target.of(to, opening, dst)
-    check_destination(src, dst, asked.overwrite, file=target.file)
-    config = known
-    report = Report(str(src), str(dst), written=not asked.dry_run)
-    report.files = [str(path) for path in found.others]
-    left = _budget(asked.verify_budget) if asked.verify else None
-    converted: list[tuple[Opened, Converted]] = []
-    stamps: list[Stamp] = []
-    findings: list[Finding] = []
-    failed: list[RegraftError] = []
-    for number, folder in enumerate(found.folders):
-        if progress is not None:
-            progress(folder.name, number, len(found.folders))
-        stamps += _stamp(folder, found)
-        try:
-            opened = opening.open(folder)
-            by_itself = getattr(opened, "convert", None)
-            if by_itself is not None:
-                result = by_itself(to, given.family, model, ranks)
-            else:
-                config = load_model(model) if model is not None and config is None else config
-                opened, moved = at_home(opened, config, foreign)
-                result = convert_adapter(
-                    opened,
-                    to,
-                    config,
-                    given.layout,
-                    ranks,
-                    foreign,
-                    packing=given.packing,
-                    into=target.into,
+        return _merge(request, opening)
+    target = Target.of(request.to, opening, request.dst)
+    check_destination(request.src, request.dst, asked.overwrite, file=target.file)
+    moved = _Conversion(request, opening, target).run()
+    report = _report(request, opening.found, target, moved)
+    if not asked.dry_run:
+        _write(request, opening.found.root, report.files, target, moved)
+    request.tell("", len(moved), len(moved))
+    return report
+
+
+class _Conversion(Struct, frozen=True, dict=True):
+    """The adapters of a path on their way."""
+
+    request: Request
+    opening: Opening
+    target: Target
+
+    @cached_property
+    def base(self) -> ModelConfig | None:
+        """The config of the base, where one was given."""
+        if self.request.known is not None or self.request.model is None:
+            return self.request.known
+        return load_model(self.request.model)
+
+    def run(self) -> list[_Moved]:
+        """All of them, one after the other; what is wrong with any is raised together."""
+        asked = self.request.asked
+        budget = _budget(asked.verify_budget) if asked.verify else None
+        moved: list[_Moved] = []
+        failed: list[RegraftError] = []
+        folders = self.opening.found.folders
+        for number, folder in enumerate(folders):
+            self.request.tell(folder.name, number, len(folders))
+            try:
+                one = self.move(folder)
+            except RegraftError as error:
+                failed.append(error)
+                continue
+            if not one.result.report.copied or not asked.dry_run:
+                _note_values(one)
+            if budget is not None:
+                self.certify(one, budget)
+            moved.append(one)
+        if failed:
+            kinds = {type(error) for error in failed}
+            findings = [finding for error in failed for finding in error.findings]
+            raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+        return moved
+
+    def move(self, folder: Path) -> _Moved:
+        """One of them. Raises what `convert_adapter` raises."""
+        request = self.request
+        asked, given = request.asked, request.given
+        ranks = Options(asked.via, asked.compact, asked.uniform_rank)
+        stamps = tuple(_stamp(folder, self.opening.found))
+        opened = self.opening.open(folder)
+        by_itself = getattr(opened, "convert", None)
+        if by_itself is not None:
+            result = by_itself(request.to, given.family, request.model, ranks)
+            return _Moved(opened, result, True, stamps)
+        opened, note = at_home(opened, self.base, request.foreign)
+        result = convert_adapter(
+            opened,
+            request.to,
+            self.base,
+            given.layout,
+            ranks,
+            request.foreign,
+            packing=given.packing,
+            into=self.target.into,
+        )
+        result.report.notes += [note] if note is not None else []
+        return _Moved(opened, result, False, stamps)
+
+    def certify(self, moved: _Moved, budget: Budget) -> None:
+        """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
+
+        The result is opened by its dialect; where that needs files, they are written for this and removed.
+
+        Raises ``NotEqualError``.
+        """
+        from regraft.checking.certificate import TOLERANCE, compare
+
+        request, dialect = self.request, self.target.dialect
+        exact = request.asked.via is None or request.asked.via == "dense"
+        tolerance = TOLERANCE if exact else math.inf
+        if not moved.by_itself:
+            with reopened(dialect, moved.opened, moved.result) as made:
+                packing = request.given.packing
+                done = compare(
+                    moved.opened, made, self.base, tolerance, request.foreign, budget, packing
                 )
-                result.report.notes += [moved] if moved is not None else []
-        except RegraftError as error:
-            failed.append(error)
-            findings += error.findings
-            continue
-        if not result.report.copied or not asked.dry_run:
-            _note_values(opened, result)
-        if left is not None and by_itself is not None:
-            _certify_image(opened, result, target, model, asked.via, left, given.family)
-        elif left is not None:
-            _certify(opened, result, target, config, asked.via, foreign, left, given.packing)
-        converted.append((opened, result))
-        report.adapters.append(result.report)
-    if failed:
-        kinds = {type(error) for error in failed}
-        raise (kinds.pop() if len(kinds) == 1 else BadInputError)(findings)
+        else:
+            from regraft.checking.image import compare_images
+            from regraft.dialects.image.dialect import PEFT_IMAGE, ImageFile
+
+            assert isinstance(moved.opened, ImageFile)
+            dialect = PEFT_IMAGE if dialect.name == "peft" else dialect
+            with reopened(dialect, moved.opened, moved.result) as made:
+                assert isinstance(made, ImageFile)
+                family = request.given.family
+                done = compare_images(moved.opened, made, request.model, tolerance, budget, family)
+        _report_certificate(moved.result, done)
+
+
+def _report(request: Request, found: Found, target: Target, moved: Sequence[_Moved]) -> Report:
+    """What was done, and which other files of the folder go along.
+
+    Raises ``RefusedError`` where an approximation is off by more than was allowed.
+    """
+    asked = request.asked
+    results = [one.result for one in moved]
+    report = Report(str(request.src), str(request.dst), written=not asked.dry_run)
+    report.adapters = [result.report for result in results]
     if asked.max_error is not None:
         _check_errors(report, asked.max_error)
-    _note_company(report, [result for _, result in converted])
+    _note_company(report, results)
     others = list(found.others)
-    if not all(result.report.copied for _, result in converted):
+    if not all(result.report.copied for result in results):
         others, notes = sort_files(found.root, found.others)
         report.adapters[0].notes += notes
     if target.file and others:
@@ -118,39 +207,17 @@ def convert_adapters(
         )
         others = []
     report.files = [str(path) for path in others]
-    if not asked.dry_run:
-        _write(found.root, others, dst, target, converted, stamps, asked.overwrite)
-    if progress is not None:
-        progress("", len(found.folders), len(found.folders))
     return report
 
 
-def _held_or_merged(
-    src: Path,
-    dst: Path,
-    to: Layout,
-    given: SourceName,
-    model: Path | None,
-    asked: ConvertOptions,
-    foreign: Foreign,
-    progress: Progress | None,
-) -> Report:
+def _held_or_merged(request: Request) -> Report:
     """The adapter where the result can hold it, and otherwise the base with the adapter in its weights."""
     try:
-        bare = replace(asked, via=None)
-        return convert_adapters(
-            src, dst, to, given, model, bare, foreign=foreign, progress=progress
-        )
+        return convert_adapters(replace(request, asked=replace(request.asked, via=None)))
     except RefusedError as error:
-        if model is None:
+        if request.model is None:
             raise
-        if asked.dry_run:
-            from regraft.merging.merge import merge as merge_into
-
-            report = merge_into(model, [src], dst, source=given.family, dry_run=True)
-        else:
-            opening = find_source(src, given)
-            report = _merge(opening, dst, to, given, model, asked.overwrite, progress, foreign)
+        report = _merge(request, find_source(request.src, request.given))
         why = error.findings[0]
         where = f"{why.key}: " if why.key else ""
         report.adapters[0].notes.append(
@@ -175,19 +242,11 @@ def _check_errors(report: Report, most: float) -> None:
         raise RefusedError(findings)
 
 
-def _merge(
-    opening: Opening,
-    dst: Path,
-    layout: Layout,
-    given: SourceName,
-    model: Path | None,
-    overwrite: bool,
-    progress: Progress | None,
-    foreign: Foreign,
-) -> Report:
-    from regraft.merging.converted import merge_adapter
+def _merge(request: Request, opening: Opening) -> Report:
+    """The base with the adapter in its weights."""
+    from regraft.dialects.image.dialect import ImageDialect
 
-    src = opening.src
+    src, dst, model, asked = request.src, request.dst, request.model, request.asked
     if model is None or len(opening.found.folders) != 1:
         raise BadInputError(
             Finding(
@@ -197,31 +256,37 @@ def _merge(
                 fix="give the base's folder as --model, and one adapter's folder as SRC",
             )
         )
-    from regraft.dialects.image.dialect import ImageDialect
-
-    if isinstance(opening.dialect, ImageDialect):
+    if asked.dry_run or isinstance(opening.dialect, ImageDialect):
         from regraft.merging.merge import merge as merge_into
 
         return merge_into(
-            model, [src], dst, source=given.family, overwrite=overwrite, progress=progress
+            model,
+            [src],
+            dst,
+            source=request.given.family,
+            overwrite=asked.overwrite,
+            dry_run=asked.dry_run,
+            progress=request.progress,
         )
+    from regraft.merging.converted import merge_adapter
+
     _check_folder(dst)
-    check_destination(src, dst, overwrite)
-    check_destination(model, dst, overwrite)
+    check_destination(src, dst, asked.overwrite)
+    check_destination(model, dst, asked.overwrite)
     files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
-    opened, moved = at_home(opening.one(), load_model(Path(model)), foreign)
+    opened, note = at_home(opening.one(), load_model(model), request.foreign)
     adapter, checkpoint = merge_adapter(
         opened,
         dst,
-        layout,
+        request.to,
         model,
-        given.layout,
-        overwrite,
-        progress,
-        foreign,
+        request.given.layout,
+        asked.overwrite,
+        request.progress,
+        request.foreign,
         files,
     )
-    adapter.notes += [moved] if moved is not None else []
+    adapter.notes += [note] if note is not None else []
     report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
     report.files = list(checkpoint.others)
     return report
@@ -231,55 +296,6 @@ def _budget(seconds: float) -> Budget:
     from regraft.checking.certificate import Budget
 
     return Budget(seconds)
-
-
-def _certify(
-    source: Opened,
-    result: Converted,
-    target: Target,
-    model: ModelConfig | None,
-    via: str | None,
-    foreign: Foreign,
-    left: Budget,
-    packing: str | None,
-) -> None:
-    """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
-
-    The result is opened by its dialect; where that needs files, they are written for this and removed.
-    """
-    from regraft.checking.certificate import compare
-
-    with reopened(target.dialect, source, result) as made:
-        done = compare(source, made, model, _tolerance(via), foreign, left, packing)
-    _report_certificate(result, done)
-
-
-def _certify_image(
-    source: Opened,
-    result: Converted,
-    target: Target,
-    base: Path | None,
-    via: str | None,
-    left: Budget,
-    family: str | None,
-) -> None:
-    """The same of a LoRA of an image model."""
-    from regraft.checking.image import compare_images
-    from regraft.dialects.image.dialect import PEFT_IMAGE, ImageFile
-
-    assert isinstance(source, ImageFile)
-    dialect = PEFT_IMAGE if target.dialect.name == "peft" else target.dialect
-    with reopened(dialect, source, result) as made:
-        assert isinstance(made, ImageFile)
-        done = compare_images(source, made, base, _tolerance(via), left, family)
-    _report_certificate(result, done)
-
-
-def _tolerance(via: str | None) -> float:
-    """How far deltas may be off; an approximation that was asked for is only measured."""
-    from regraft.checking.certificate import TOLERANCE
-
-    return TOLERANCE if via is None or via == "dense" else math.inf
 
 
 def _report_certificate(result: Converted, done: AdapterVerification) -> None:
@@ -301,9 +317,9 @@ def _note_company(report: Report, results: list[Converted]) -> None:
         )
 
 
-def _note_values(source: Opened, result: Converted) -> None:
-    for name, count in not_finite(source.tensors).items():
-        result.report.notes.append(
+def _note_values(moved: _Moved) -> None:
+    for name, count in not_finite(moved.opened.tensors).items():
+        moved.result.report.notes.append(
             f"{name} holds {count} values that are NaN or infinite; they were kept"
         )
 
@@ -325,23 +341,20 @@ def _stamp(folder: Path, found: Found) -> list[Stamp]:
 
 
 def _write(
-    root: Path,
-    others: Sequence[Path],
-    dst: Path,
-    target: Target,
-    converted: list[tuple[Opened, Converted]],
-    stamps: list[Stamp],
-    overwrite: bool,
+    request: Request, root: Path, files: Sequence[str], target: Target, moved: Sequence[_Moved]
 ) -> None:
+    others = list(map(Path, files))
     size = sum((root / path).stat().st_size for path in others)
-    for _, result in converted:
-        size += sum(t.nbytes for t in (*result.tensors.values(), *result.aside.values()))
+    for one in moved:
+        made = (*one.result.tensors.values(), *one.result.aside.values())
+        size += sum(tensor.nbytes for tensor in made)
+    stamps = [stamp for one in moved for stamp in one.stamps]
     staged_place = staged_file if target.file else staged_folder
-    with staged_place(dst, overwrite, size) as staged:
-        for source, result in converted:
-            inner = staged / source.name
+    with staged_place(request.dst, request.asked.overwrite, size) as staged:
+        for one in moved:
+            inner = staged / one.opened.name
             inner.mkdir(parents=True, exist_ok=True)
-            target.dialect.save(inner, source, result)
+            target.dialect.save(inner, one.opened, one.result)
         for path in others:
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(root / path, staged / path)

@@ -350,21 +350,23 @@ def _convert_adapters(
     asked: ConvertOptions,
     progress: Progress | None,
 ) -> Report:
-    from regraft.adapting import convert_adapters
+    from regraft.adapting import Request, convert_adapters
 
     if asked.merge:
         no_address(dst, "--merge")
 
     def make(place: Path) -> Report:
         return convert_adapters(
-            src,
-            place,
-            layout,
-            given,
-            model,
-            asked,
-            foreign=InstalledTransformers(),
-            progress=progress,
+            Request(
+                src=src,
+                dst=place,
+                to=layout,
+                given=given,
+                model=model,
+                asked=asked,
+                foreign=InstalledTransformers(),
+                progress=progress,
+            )
         )
 
     address = address_of(dst)

@@ -5,6 +5,7 @@ them on as they are.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -58,8 +59,13 @@ class Described(Struct, frozen=True):
         return self.option.flag or "--" + self.name.replace("_", "-")
 
 
-def described(options: type["Options"]) -> Iterator[Described]:
+@cache
+def described(options: type["Options"]) -> tuple[Described, ...]:
     """The fields of a class of options, in their order."""
+    return tuple(_described(options))
+
+
+def _described(options: type["Options"]) -> Iterator[Described]:
     hints: dict[str, Any] = {}
     for base in reversed(options.__mro__):
         hints.update(getattr(base, "__annotations__", {}))

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from regraft.adapting import convert_adapters
+from regraft.adapting import Request, convert_adapters
 from regraft.api import convert
 from regraft.bridges.peft.holders import Place, find_models
 from regraft.bridges.peft.known import LiveTransformers, known_model, live_layout, to_numpy
@@ -82,14 +82,16 @@ def save_adapter(
         stack.enter_context(only_books(rules))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-"))
         report = convert_adapters(
-            _write(place, adapter, Path(scratch)),
-            Path(dst),
-            layout_named(asked.to),
-            source_named(layout.name),
-            None,
-            asked,
-            foreign=LiveTransformers(place.base),
-            known=known_model(place.base),
+            Request(
+                src=_write(place, adapter, Path(scratch)),
+                dst=Path(dst),
+                to=layout_named(asked.to),
+                given=source_named(layout.name),
+                model=None,
+                asked=asked,
+                foreign=LiveTransformers(place.base),
+                known=known_model(place.base),
+            )
         )
         report.source = f"the {type(model).__name__} in memory"
         report.own_rules = own_rules()
