@@ -317,6 +317,33 @@ def test_the_smaller_rank_of_nemo_s_experts(packed, tmp_path):
     assert same(src, tmp_path / "made", base)
 
 
+def test_nemo_s_smaller_rank_is_told_by_grouped_tensors_or_by_the_base(packed, tmp_path):
+    src, base = packed
+    scaled = {"target_parameters": None, "r": config_of(src)["r"] * 2, "peft_version": None}
+    mine = rewrite(src, tmp_path / "src", native, **scaled, base_model_name_or_path=None)
+    (mine / "automodel_peft_config.json").write_text('{"moe_rank_scaling": true}')
+    regraft.convert(mine, tmp_path / "made", to="unsloth", model=base)
+    assert same(src, tmp_path / "made", base)
+    mine = rewrite(
+        src, tmp_path / "packed", r=config_of(src)["r"] * 2, base_model_name_or_path=None
+    )
+    stamped = {"moe_rank_scaling": True, "paramwrapper_layout": "peft-0.19.1"}
+    (mine / "automodel_peft_config.json").write_text(json.dumps(stamped))
+    with pytest.raises(regraft.BadInputError, match="how many experts"):
+        regraft.convert(mine, tmp_path / "other", to=V5, model=base)
+
+
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [("vllm", "vllm serve BASE"), ("sglang", "sglang.launch_server"), ("nemo", "NeMo Automodel")],
+)
+def test_the_last_line_says_what_to_do_with_the_result(to, says, packed, tmp_path, capsys):
+    src, base = packed
+    assert main(["convert", str(src), str(tmp_path / to), "--to", to, "--model", str(base)]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert says in last and str(tmp_path / to) in last
+
+
 # Experts as w1, w2, w3
 
 

@@ -1,6 +1,7 @@
 """llama.cpp, MLX, torchtune and LitGPT: what is written is what the tools read, and comes back with the same deltas."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -486,6 +487,23 @@ def test_old_mlx_files(tmp_path):
     name = f"{PREFIX}.0.mlp.experts.1.up_proj.lora_"
     found = delta(got[f"{name}A.weight"], got[f"{name}B.weight"], about["lora_alpha"] / 2)
     assert np.allclose(found, 6.0 * b[1] @ a[2:4], rtol=1e-5)
+
+
+def test_mlx_s_older_flat_experts_become_today_s_form(tmp_path):
+    """Releases before 0.28 had (E * rank, in); today's do not read that."""
+    base = make_base(tmp_path / "base", "qwen3_moe")
+    made = through(tmp_path, make_adapter(tmp_path / "lora", modules_of("qwen3_moe")), base, "mlx")
+    old = tmp_path / "old"
+    shutil.copytree(made, old)
+    tensors = {
+        name: x.reshape(-1, x.shape[-1]) if "switch" in name and name.endswith("lora_a") else x
+        for name, x in open_tensors(made / "adapters.safetensors").items()
+    }
+    write_tensors(old / "adapters.safetensors", tensors, {})
+    regraft.convert(old, tmp_path / "new", to="mlx", model=base)
+    again = open_tensors(tmp_path / "new" / "adapters.safetensors")
+    for name, x in open_tensors(made / "adapters.safetensors").items():
+        np.testing.assert_array_equal(again[name], x)
 
 
 def test_sizes_of_zeros_are_those_of_weights_of_the_same_name():

@@ -237,7 +237,9 @@ def _undecided(
     outcomes: Sequence[Sequence[tuple[Book, ...]]], names: Names, where: str
 ) -> AmbiguousError:
     """Which model it is for, with one family of each kind to choose."""
-    fits = "; ".join(" or ".join(same[0].name for same in alike) for alike in outcomes)
+    fits = "; ".join(
+        " or ".join(dict.fromkeys(same[0].name for same in alike)) for alike in outcomes
+    )
     firsts = [alike[0] for alike in outcomes]
     return AmbiguousError(
         Finding(

@@ -46,6 +46,17 @@ BLOCK = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
+class MlxFile(DoraFile):
+    """An adapter of mlx-lm's."""
+
+    older: bool = False
+    """Whether it has the form of releases that today's do not read: experts in one flat tensor, ``lora_layers``."""
+
+    def is_ready(self, to: Layout, known: Known, packing: str | None) -> bool:
+        """Whether today's mlx-lm reads it as it is."""
+        return not self.older
+
+
 class MlxWriter(DoraWriter):
     """Writes factors turned over, and the config that makes modules of them."""
 
@@ -183,7 +194,7 @@ class Mlx:
         if findings:
             raise BadInputError(findings)
         base = config.get("model")
-        return DoraFile(
+        return MlxFile(
             "",
             where,
             {**config, "dialect": self.name, **(DORA_CONFIG if magnitudes else {})},
@@ -194,6 +205,11 @@ class Mlx:
             said=Hints(CONFIG, base=base if isinstance(base, str) else None, layout=self.layout),
             spelling=self.spelling,
             magnitudes=magnitudes,
+            older="lora_layers" in config
+            or any(
+                tensors[f"{k.removesuffix('.weight')}.lora_a"].ndim != x.a.ndim
+                for k, x in loras.items()
+            ),
         )
 
     def writer(self, opened: Opened, known: Known, to: Layout) -> MlxWriter:

@@ -64,8 +64,8 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     native = [name for name in tensors if NATIVE.fullmatch(name)]
     stamp = own.get(STAMP, config.pop(STAMP, None))
     if native:
-        tensors, named = _pack_native(tensors, source.where)
-        config["target_parameters"] = named
+        tensors, ranks = _pack_native(tensors, source.where)
+        config["target_parameters"] = list(ranks)
         config["peft_version"] = _VERSION_OF[SINCE]
         told.append("its experts are grouped as in NeMo Automodel's memory")
     elif stamp is not None and any(map(PACKED.fullmatch, tensors)):
@@ -82,7 +82,13 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         config["peft_version"] = _VERSION_OF[STAMPS[stamp]]
         told.append(f"{OWN} says that its experts are packed as by {stamp}")
     if own.get("moe_rank_scaling"):
-        _scale_ranks(tensors, config, own)
+        if native:
+            given = config.get("rank_pattern") or {}
+            config["rank_pattern"] = {
+                **given,
+                **{"^" + re.escape(path): rank for path, rank in ranks.items()},
+            }
+        _scale_ranks(tensors, config, own, source.where)
         told.append(f"{OWN} says moe_rank_scaling: the experts' rank is that of their tensors")
     changed: dict[str, Any] = {"tensors": tensors, "config": config}
     if stamp in STAMPS and not native:
@@ -90,8 +96,10 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     return changed, told
 
 
-def _pack_native(tensors: Mapping[str, Array], where: str) -> tuple[dict[str, Array], list[str]]:
-    """Grouped tensors, (E, in, rank) and (E, rank, out), as PEFT packs them, and the parameters' names."""
+def _pack_native(
+    tensors: Mapping[str, Array], where: str
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """Grouped tensors, (E, in, rank) and (E, rank, out), as PEFT packs them, and the ranks by the parameters' names."""
     rest: dict[str, Array] = {}
     found: dict[tuple[str, str], dict[str, Array]] = {}
     for name, tensor in tensors.items():
@@ -101,7 +109,7 @@ def _pack_native(tensors: Mapping[str, Array], where: str) -> tuple[dict[str, Ar
         else:
             found.setdefault((hit["module"], hit["part"]), {})[hit["letter"]] = tensor
     findings = []
-    names = []
+    ranks: dict[str, int] = {}
     for (module, part), pair in found.items():
         a, b = pair.get("A"), pair.get("B")
         fits = (
@@ -128,7 +136,7 @@ def _pack_native(tensors: Mapping[str, Array], where: str) -> tuple[dict[str, Ar
         assert a is not None
         assert b is not None
         leaf = "gate_up_proj" if part == "gate_and_up" else "down_proj"
-        names.append(f"{module.removeprefix(PREFIX)}.{leaf}")
+        ranks[f"{module.removeprefix(PREFIX)}.{leaf}"] = a.shape[2]
         inside = part == "gate_and_up" and (module, "down") in found
         place = module + ".base_layer" * inside
         rest[f"{place}.lora_A.weight"] = np.ascontiguousarray(a.transpose(0, 2, 1)).reshape(
@@ -139,15 +147,16 @@ def _pack_native(tensors: Mapping[str, Array], where: str) -> tuple[dict[str, Ar
         )
     if findings:
         raise BadInputError(findings)
-    return rest, names
+    return rest, ranks
 
 
 def _scale_ranks(
-    tensors: Mapping[str, Array], config: dict[str, Any], own: Mapping[str, Any]
+    tensors: Mapping[str, Array], config: dict[str, Any], own: Mapping[str, Any], where: str
 ) -> None:
     """Ranks of experts that are smaller than the config's, in its ``rank_pattern``.
 
-    NeMo divides the rank of experts by the number of active ones, and alpha by the rank that comes out.
+    NeMo divides the rank of experts by the number of active ones, and alpha by the rank that comes out. Raises
+    ``BadInputError`` where experts are packed and nothing says how many there are.
     """
     ranks = dict(config.get("rank_pattern") or {})
     for name, tensor in tensors.items():
@@ -155,11 +164,23 @@ def _scale_ranks(
         hit = PACKED.fullmatch(name)
         if hit is not None and hit["letter"] == "A":
             b = tensors.get(name.replace("lora_A", "lora_B"))
+            leaf = "gate_up_proj" if hit["depth"] else "down_proj"
+            pattern = "^" + re.escape(f"{hit['module'].removeprefix(PREFIX)}.{leaf}")
+            if pattern in ranks:
+                continue
             experts = _experts_of(config, own, tensor, b)
-            if experts:
-                leaf = "gate_up_proj" if hit["depth"] else "down_proj"
-                path = hit["module"].removeprefix(PREFIX)
-                ranks["^" + re.escape(f"{path}.{leaf}")] = len(tensor) // experts
+            if not experts:
+                raise BadInputError(
+                    Finding(
+                        "model-needed",
+                        f"{OWN} says moe_rank_scaling: the experts' rank is the config's divided by the number of "
+                        "active experts, and nothing beside the file says how many experts there are",
+                        where=where,
+                        key=name,
+                        fix="name the base's folder as base_model_name_or_path in adapter_config.json",
+                    )
+                )
+            ranks[pattern] = len(tensor) // experts
         elif (
             name.endswith(".lora_A.weight")
             and ".experts." in name
@@ -284,6 +305,7 @@ class Nemo(PeftFiles):
     name = "nemo"
     title = "NeMo Automodel: PEFT's files and automodel_peft_config.json"
     layout = "transformers-v5"
+    usage = "Written for NeMo Automodel: {path}"
     versions = (BEFORE, SINCE)
     capabilities = NemoWriter.capabilities
 

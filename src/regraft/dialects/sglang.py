@@ -130,6 +130,7 @@ class Sglang(Server):
     name = "sglang"
     title = "SGLang: PEFT's files as its server takes them, one rank and one scale"
     layout = "transformers-v4"
+    usage = "Serve with SGLang: python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME={path}"
     writes = SglangWriter
     capabilities = SglangWriter.capabilities
 

@@ -107,6 +107,7 @@ class Vllm(Server):
     name = "vllm"
     title = "vLLM: PEFT's files as its server takes them"
     layout = "transformers-v4"
+    usage = "Serve with vLLM: vllm serve BASE --enable-lora --lora-modules NAME={path}"
     writes = VllmWriter
     capabilities = VllmWriter.capabilities
 
