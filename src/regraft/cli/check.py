@@ -127,9 +127,19 @@ def _check_many(
         result = check_with(item.path, asked)
         verdict: Verdict = "healthy" if result.healthy else "not healthy"
         why = "" if result.healthy else _why(result)
-        return SourceOutcome(item.name, str(item.path), None, verdict, why, result)
+        fix = _fix(result)
+        return SourceOutcome(item.name, str(item.path), None, verdict, why, result, fix=fix)
 
     return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast)
+
+
+def _fix(result: Check | ToolCheck) -> list[str]:
+    """The commands that mend it."""
+    from regraft.checking.for_tool import ToolCheck
+
+    if isinstance(result, ToolCheck):
+        return [result.fix] if result.fix else []
+    return [line for verdict in result.verdicts for line in verdict.remedy]
 
 
 def _why(result: Check | ToolCheck) -> str:

@@ -9,6 +9,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -106,6 +107,13 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
         out.show(Text.assemble((visible(outcome.name), NAME), f": {outcome.load}"))
     if len(hints) > _LOADS:
         out.show(Text(f"… and {len(hints) - _LOADS} more", FAINT))
+    commands = [line for outcome in done for line in outcome.fix]
+    if commands:
+        out.show(Text("Fix:", GOOD))
+        for command in commands[:_LOADS]:
+            out.show(Padding(Text(visible(command), NAME), (0, 0, 0, 2)))
+    if len(commands) > _LOADS:
+        out.show(Text(f"… and {len(commands) - _LOADS} more: --json names them all", FAINT))
 
 
 def _short(why: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,8 @@ class SourceOutcome:
     error: Problem | None = None
     load: str = ""
     """How to load the result."""
+    fix: list[str] = field(default_factory=list)
+    """The commands that mend it."""
 
     @property
     def good(self) -> bool:
@@ -83,6 +85,7 @@ class SourceOutcome:
             "report": report,
             "error": error,
             "load": self.load,
+            "fix": list(self.fix),
         }
 
 

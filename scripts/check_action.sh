@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What the GitHub Action runs: `regraft check` of the paths in CHECK_PATH, one a line, for CHECK_FOR and over CHECK_MODEL
+# where they are not empty. What it says goes to the log and to the job's summary, JSON into a file. The exit status is
+# that of `regraft check`.
+set -euo pipefail
+
+: "${ROOM:?the environment that regraft is in}"
+mapfile -t sources < <(printf '%s\n' "${CHECK_PATH:-.}" | sed '/^[[:space:]]*$/d')
+options=(--offline --progress none)
+[[ -z "${CHECK_FOR:-}" ]] || options+=(--for "$CHECK_FOR")
+[[ -z "${CHECK_MODEL:-}" ]] || options+=(--model "$CHECK_MODEL")
+report="$ROOM/report.json"
+
+status=0
+"$ROOM/bin/regraft" check "${options[@]}" --verbose -- "${sources[@]}" | tee "$ROOM/report.txt" || status=$?
+# The same again for programs; what it found is known, so its status is left out.
+"$ROOM/bin/regraft" check "${options[@]}" --json -- "${sources[@]}" > "$report" || true
+
+[[ -z "${GITHUB_OUTPUT:-}" ]] || echo "report=$report" >> "$GITHUB_OUTPUT"
+if [[ -n "${GITHUB_STEP_SUMMARY:-}" ]]; then
+  { echo '### regraft check'; echo '```text'; cat "$ROOM/report.txt"; echo '```'; } >> "$GITHUB_STEP_SUMMARY"
+fi
+exit "$status"
