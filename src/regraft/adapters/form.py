@@ -17,6 +17,7 @@ from regraft.adapters.scale import Scale
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.adapters.families.base import Family
@@ -53,6 +54,24 @@ def zeros_like(lora: Lora, out: int, into: int) -> Lora:
     head, rank = lora.a.shape[:-2], lora.a.shape[-2]
     a = np.zeros((*head, rank, into), lora.a.dtype)
     return Lora(a, np.zeros((*head, out, rank), lora.b.dtype), lora.scale)
+
+
+def widened(lora: Lora, rank: int) -> Lora:
+    """The same LoRA with components of zeros up to a rank.
+
+    >>> lora = Lora(np.ones((2, 5)), np.ones((3, 2)), Scale(2, 4))
+    >>> wide = widened(lora, 4)
+    >>> wide.a.shape, wide.b.shape, wide.scale
+    ((4, 5), (3, 4), Scale(rank=4, alpha=8, rslora=False))
+    """
+    have = lora.a.shape[-2]
+    if have >= rank:
+        return lora
+    # In the order in memory that they have: B may be as PEFT packs it, experts fastest.
+    a = np.zeros_like(lora.a, shape=(*lora.a.shape[:-2], rank, lora.a.shape[-1]))
+    b = np.zeros_like(lora.b, shape=(*lora.b.shape[:-1], rank))
+    a[..., :have, :], b[..., :have] = lora.a, lora.b
+    return replace(lora, a=a, b=b, scale=lora.scale.at_rank(rank))
 
 
 class Images(Struct):

@@ -10,8 +10,7 @@ from msgspec import Struct
 
 from regraft.adapters.families.base import as_wide, narrowed
 from regraft.adapters.follow import trimmed
-from regraft.adapters.form import Array, Images, Lora, is_finite
-from regraft.adapters.scale import Scale
+from regraft.adapters.form import Array, Images, Lora, is_finite, widened
 from regraft.errors import BadInputError, Finding, RefusedError
 
 MERGE = "merge"
@@ -96,16 +95,9 @@ def make_uniform(made: Iterable[Images]) -> int:
     rank = max(ranks, default=0)
     if ranks.count(rank) == len(ranks):
         return rank
-    scales: dict[Scale, Scale] = {}
-    for lora, have in zip(loras, ranks, strict=True):
-        if have < rank:
-            # In the order in memory that they have: B may be as PEFT packs it, experts fastest.
-            a = np.zeros_like(lora.a, shape=(*lora.a.shape[:-2], rank, lora.a.shape[-1]))
-            b = np.zeros_like(lora.b, shape=(*lora.b.shape[:-1], rank))
-            a[..., :have, :], b[..., :have] = lora.a, lora.b
-            if lora.scale not in scales:
-                scales[lora.scale] = lora.scale.at_rank(rank)
-            lora.a, lora.b, lora.scale = a, b, scales[lora.scale]
+    for lora in loras:
+        wide = widened(lora, rank)
+        lora.a, lora.b, lora.scale = wide.a, wide.b, wide.scale
     return rank
 
 

@@ -70,11 +70,16 @@ class Scale(Struct, frozen=True, gc=False):
         """
         if rank == self.rank:
             return self
+        alpha: Number
+        if isinstance(self.alpha, int) and not self.rslora:
+            alpha, rest = divmod(self.alpha * rank, self.rank)
+            if not rest and abs(alpha) < 1 << 53:
+                return Scale(rank, alpha)
         ratio = Fraction(rank, self.rank)
         if self.rslora:
             root = Fraction(_root(ratio.numerator), _root(ratio.denominator))
             if root * root != ratio:
-                alpha: Number = self.alpha * sqrt(rank / self.rank)
+                alpha = self.alpha * sqrt(rank / self.rank)
                 if not isfinite(alpha):
                     raise out_of_range(f"{self} at rank {rank}")
                 return Scale(rank, alpha, True)

@@ -9,7 +9,6 @@ import numpy as np
 
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Images, Lora
-from regraft.adapters.scale import Scale
 from regraft.dialects.halves import config_of
 from regraft.equation.notation import Equation, Term
 from regraft.equation.sizes import known_dims
@@ -116,12 +115,6 @@ def loras_of(made: Iterable[Images]) -> dict[str, Lora]:
         for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }
-
-
-def zeros(rank: int, sizes: tuple[int, int], scale: Scale, dtype: np.dtype[np.generic]) -> Lora:
-    """A LoRA that adds nothing to a weight of so many rows and columns."""
-    out, into = sizes
-    return Lora(np.zeros((rank, into), dtype), np.zeros((out, rank), dtype), scale.at_rank(rank))
 
 
 def as_images(loras: Mapping[str, Lora]) -> list[Images]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct, field
 
-from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written
+from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written, zeros_like
 from regraft.adapters.protocol import Hints, Opened, Reading
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import (
@@ -31,7 +31,7 @@ from regraft.dialects.base import (
     PlainWriter,
     adjust,
 )
-from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common, zeros
+from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common
 from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_finding, whole
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
@@ -290,8 +290,7 @@ class LitgptWriter(PlainWriter):
             return images
         like = most_common([lora for image in images for lora in image.loras if lora is not None])
         sizes = Sizes(self.known, self.to.name, images, self.title, self.opened.where)
-        rank, dtype = like.a.shape[-2], like.a.dtype
-        added = {key: zeros(rank, sizes.of(key), like.scale, dtype) for key in missing}
+        added = {key: zeros_like(like, *sizes.of(key)) for key in missing}
         self.added = len({_weight(key) for key in missing} - {_weight(key) for key in parts})
         return [*images, *as_images(added)]
 

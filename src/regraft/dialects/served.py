@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from regraft.adapters.detect import Known
-from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written, zeros_like
+from regraft.adapters.form import Array, Blob, Images, Lora, Saved, Written, widened, zeros_like
 from regraft.adapters.protocol import Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, PlainWriter, adjust
@@ -155,16 +155,6 @@ class Pieces(Struct):
         """Add a module that adds nothing."""
         self.modules[path] = lora
         self.filled[why] = self.filled.get(why, 0) + 1
-
-
-def widen(lora: Lora, rank: int) -> Lora:
-    """The same LoRA with components of zeros up to a rank."""
-    more = rank - lora.a.shape[-2]
-    if more <= 0:
-        return lora
-    a = np.concatenate([lora.a, np.zeros((more, lora.a.shape[1]), lora.a.dtype)])
-    b = np.concatenate([lora.b, np.zeros((len(lora.b), more), lora.b.dtype)], axis=1)
-    return replace(lora, a=a, b=b, scale=lora.scale.at_rank(rank))
 
 
 class ServedWriter(PlainWriter):
@@ -362,12 +352,12 @@ class ServedWriter(PlainWriter):
                     path = f"{stem}.{expert}.{leaf}"
                     mine = have.get((expert, leaf))
                     if mine is not None:
-                        pieces.modules[path] = widen(mine, ranks[leaf])
+                        pieces.modules[path] = widened(mine, ranks[leaf])
                         continue
                     like, shape = self._like(have, leaf)
                     zeros = zeros_like(like, *shape)
                     if leaf in ranks:
-                        zeros = widen(zeros, ranks[leaf])
+                        zeros = widened(zeros, ranks[leaf])
                     pieces.fill("experts and projections that are not adapted", path, zeros)
 
     def _count(self, stem: str, have: Mapping[tuple[int, str], Lora], count: int | None) -> int:
@@ -590,5 +580,4 @@ __all__ = [
     "language_config",
     "model_types_of",
     "stacks_of",
-    "widen",
 ]

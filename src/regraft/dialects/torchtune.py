@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.adapters.form import Array, Blob, Images, Lora
+from regraft.adapters.form import Array, Blob, Images, Lora, zeros_like
 from regraft.adapters.protocol import Hints, Opened
 from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, Delta, Evidence, Found, PlainNames
 from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
-from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common, zeros
+from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common
 from regraft.dialects.halves import narrow, one_file, pairs, refuse_tied_head, shape_finding, whole
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.storage.folder import copy_file, load_json
@@ -69,9 +69,8 @@ class TorchtuneWriter(DoraWriter):
         if not missing:
             return made
         like = most_common(list(loras.values()))
-        rank, dtype = like.a.shape[-2], like.a.dtype
         sizes = Sizes(self.known, self.to.name, made, self.title, self.opened.where)
-        added = {key: zeros(rank, sizes.of(key), like.scale, dtype) for key in missing}
+        added = {key: zeros_like(like, *sizes.of(key)) for key in missing}
         return [*made, *as_images(added)]
 
     def _missing(self, keys: Mapping[str, object]) -> list[str]:
@@ -97,9 +96,7 @@ class TorchtuneWriter(DoraWriter):
             weight = self.base.matrix(key, "linear")
             if weight is None:
                 raise self._needs_weights(key)
-            shape = weight.shape[0], weight.shape[1]
-            lora = zeros(like.a.shape[0], shape, like.scale, like.a.dtype)
-            deltas.append(Delta(key, "linear", lora))
+            deltas.append(Delta(key, "linear", zeros_like(like, *weight.shape)))
             magnitudes[key] = np.linalg.norm(weight, axis=1).astype(np.float32)
         return deltas, magnitudes
 

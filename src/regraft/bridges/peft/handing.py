@@ -53,7 +53,7 @@ class Handed:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LoadedKeys:
     """What PEFT expects of setting tensors, like torch's ``load_state_dict``: nothing missing, nothing unexpected."""
 
     missing_keys: list[str]
@@ -171,7 +171,7 @@ def _place(original: Function) -> Function:
             _check(done, config, adapter_name, where)
             return done
         place_tensors(handed.root, handed.adapter.tensors, adapter_name, config, where)
-        return Outcome([], [])
+        return LoadedKeys([], [])
 
     return set_peft_model_state_dict
 

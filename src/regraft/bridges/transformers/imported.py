@@ -17,7 +17,7 @@ from regraft.bridges.transformers.registry import (
 )
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
-from regraft.bridges.transformers.symbolic import Outcome, Rows, outcomes, put, rows_of, stand_in
+from regraft.bridges.transformers.symbolic import Judged, Rows, outcomes, put, rows_of, stand_in
 from regraft.errors import Finding, RefusedError, UnmatchedKeysError
 from regraft.names.skeleton import Skeleton, SubModel
 from regraft.planning.model import ModelConfig
@@ -272,9 +272,9 @@ class Imported:
     def _outcomes(
         self,
         table: Iterable[Rows],
-        judge: Callable[[str], Outcome],
-        place: Callable[[Outcome, Sequence[int]], Outcome],
-    ) -> Iterator[tuple[Rows, Outcome]]:
+        judge: Callable[[str], Judged],
+        place: Callable[[Judged, Sequence[int]], Judged],
+    ) -> Iterator[tuple[Rows, Judged]]:
         spelled, each = self._digits
         for rows in table:
             yield from outcomes(rows, judge, place, spelled, each)

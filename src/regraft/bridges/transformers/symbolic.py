@@ -18,7 +18,7 @@ from regraft.names.keys import MARK, Group, Ints, group_names
 _STAND_IN = re.compile(r"97(\d\d)79")
 _INDEX = re.compile(rf"(?<![^.]){MARK}(?![^.])")
 
-Outcome = TypeVar("Outcome")
+Judged = TypeVar("Judged")
 
 
 def stand_in(column: int) -> str:
@@ -105,11 +105,11 @@ def _split_inner(group: Group) -> Iterator[Rows]:
 
 def outcomes(
     rows: Rows,
-    judge: Callable[[str], Outcome],
-    place: Callable[[Outcome, Sequence[int]], Outcome],
+    judge: Callable[[str], Judged],
+    place: Callable[[Judged, Sequence[int]], Judged],
     spelled: frozenset[int],
     each: bool,
-) -> Iterator[tuple[Rows, Outcome]]:
+) -> Iterator[tuple[Rows, Judged]]:
     """What a function makes of keys: few groups of keys, each with one outcome in terms of stand-ins.
 
     ``place`` puts numbers into an outcome; ``spelled`` are the numbers that the function may look at, ``each``
