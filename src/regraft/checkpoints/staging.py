@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
+from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.shares import Piece, cut, piece_size, pieces_of
@@ -80,45 +82,63 @@ def do_part(
 def _make(
     ready: Prepared, stage: Stage, pieces: Sequence[Piece], jobs: int, advance: Advance
 ) -> None:
+    """Make pieces, each by a thread, and mark them when they are on disk."""
+    files = {
+        number: _Shared(stage, ready.layout.files[number], list(its))
+        for number, its in groupby(pieces, lambda piece: piece.file)
+    }
     with Stream(ready, jobs) as stream:
-        for number, its in groupby(pieces, lambda piece: piece.file):
-            file = ready.layout.files[number]
-            stage.make(file.name, file.size)
-            out = stage.open(file.name)
-            try:
-                _make_in(stream, file, stage, out, list(its), advance)
-            finally:
-                os.close(out)
+
+        def make(piece: Piece) -> None:
+            shared = files[piece.file]
+            for at, data in stream.make(shared.file, piece.start, piece.stop):
+                write_all(shared.out, data.data, at)
+                begin_writing(shared.out, at, len(data))
+                advance(len(data))
+
+        try:
+            tasks = (piece for shared in files.values() for piece in shared.open())
+            with closing(stream.every(make, tasks)) as made:
+                for piece in made:
+                    files[piece.file].note(piece)
+        finally:
+            for shared in files.values():
+                shared.close()
 
 
-def _make_in(
-    stream: Stream,
-    file: OutFile,
-    stage: Stage,
-    out: int,
-    pieces: Sequence[Piece],
-    advance: Advance,
-) -> None:
-    """Make pieces of one file, each by a thread, and mark them when they are on disk."""
+class _Shared:
+    """A file of the result, as a part writes it."""
 
-    def make(start: int, stop: int) -> None:
-        for at, data in stream.make(file, start, stop):
-            write_all(out, data.data, at)
-            advance(len(data))
+    def __init__(self, stage: Stage, file: OutFile, pieces: list[Piece]) -> None:
+        self.stage, self.file, self.pieces = stage, file, pieces
+        self.left, self.out = len(pieces), -1
+        self._finished: list[tuple[int, int]] = []
+        self._size, self._since = 0, time.monotonic()
 
-    finished: list[tuple[int, int]] = []
-    size, since = 0, time.monotonic()
-    spans = ((piece.start, piece.stop) for piece in pieces)
-    for piece, _ in zip(pieces, stream.each(make, spans), strict=True):
-        finished.append(piece[:2])
-        size += piece.size
-        if size >= _SYNC_BYTES or time.monotonic() - since > _SYNC_SECONDS:
-            os.fdatasync(out)
-            stage.mark(finished)
-            finished, size, since = [], 0, time.monotonic()
-    if finished:
-        os.fdatasync(out)
-        stage.mark(finished)
+    def open(self) -> list[Piece]:
+        """Open it; the pieces that are to be made."""
+        self.stage.make(self.file.name, self.file.size)
+        self.out = self.stage.open(self.file.name)
+        return self.pieces
+
+    def note(self, piece: Piece) -> None:
+        """Mark a piece, when it is on disk; many at a time."""
+        self.left -= 1
+        self._finished.append(piece[:2])
+        self._size += piece.size
+        late = time.monotonic() - self._since > _SYNC_SECONDS
+        if not self.left or late or self._size >= _SYNC_BYTES:
+            os.fdatasync(self.out)
+            self.stage.mark(self._finished)
+            self._finished, self._size, self._since = [], 0, time.monotonic()
+        if not self.left:
+            self.close()
+
+    def close(self) -> None:
+        """Close it."""
+        if self.out >= 0:
+            os.close(self.out)
+            self.out = -1
 
 
 Place = Callable[[Work, Prepared], None]

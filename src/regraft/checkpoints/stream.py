@@ -7,11 +7,15 @@ order. At most as many are under way as there are threads, so memory is bounded,
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
+from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.gather import Bytes, Files
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
@@ -27,7 +31,11 @@ _AT_ONCE = 4
 """Reads of one window that go on at a time: what it is made of may lie in several files."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
+_SYNC_BYTES = 1 << 28
+"""How much work may be lost when a run dies."""
+
 _Read = TypeVar("_Read")
+_Task = TypeVar("_Task")
 Advance = Callable[[int], None]
 
 
@@ -53,35 +61,59 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
         self.files.close()
 
-    def run(
-        self,
-        file: OutFile,
-        done: Collection[int] = (),
-        put: Callable[[int, Bytes], None] | None = None,
-    ) -> Iterator[tuple[int, Bytes]]:
-        """The windows of a file in order: number, and bytes. Those that are ``done`` are passed over.
-
-        ``put`` is called for each with its place and its bytes, by the thread that made it.
+    def run(self, file: OutFile) -> Iterator[tuple[int, Bytes]]:
+        """The windows of a file in order: where each begins, and its bytes.
 
         Raises ``BadInputError`` where the source cannot be read.
         """
-        starts = []
-        for number, start in enumerate(range(0, file.size, WINDOW)):
-            if number in done:
-                self._count(min(WINDOW, file.size - start))
-            else:
-                starts.append(start)
 
         def make(start: int, stop: int) -> Bytes:
-            data = self.windows.read(self.files, file, start, stop, self.reads)
-            if put is not None:
-                put(start, data)
-            return data
+            return self.windows.read(self.files, file, start, stop, self.reads)
 
-        spans = ((start, min(start + WINDOW, file.size)) for start in starts)
+        spans = ((at, min(at + WINDOW, file.size)) for at in range(0, file.size, WINDOW))
         for start, made in self.each(make, spans):
             self._count(len(made))
-            yield start // WINDOW, made
+            yield start, made
+
+    def every(
+        self, do: Callable[[_Task], None], tasks: Iterable[_Task]
+    ) -> Generator[_Task, None, None]:
+        """Do some tasks by the threads, each of which takes the next; those that are done, as they come.
+
+        The threads go on while the caller looks at one. Raises what ``do`` or ``tasks`` raise.
+        """
+        lock, stop, finished = threading.Lock(), threading.Event(), SimpleQueue[Any]()
+        end, waiting = object(), iter(tasks)
+
+        def work() -> None:
+            try:
+                while not stop.is_set():
+                    with lock:
+                        task = next(waiting, end)
+                    if task is end:
+                        return
+                    do(task)  # type: ignore[arg-type]
+                    finished.put(task)
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                finished.put(end)
+
+        threads = [self._pool.submit(work) for _ in range(self.jobs)]
+        running = len(threads)
+        try:
+            while running:
+                task = finished.get()
+                if task is end:
+                    running -= 1
+                else:
+                    yield task
+            for thread in threads:
+                thread.result()
+        finally:
+            stop.set()
+            wait(threads)
 
     def make(self, file: OutFile, start: int, stop: int) -> Iterator[tuple[int, Bytes]]:
         """Bytes of a file in windows, made by the calling thread: where each begins, and what is in it.
@@ -99,7 +131,8 @@ class Stream:
         waiting: deque[tuple[int, Future[_Read]]] = deque()
         for start, stop in spans:
             waiting.append((start, self._pool.submit(read, start, stop)))
-            if len(waiting) > self.jobs:
+            # Those that come later are made while one takes long, at most as many as there are threads.
+            if len(waiting) > 2 * self.jobs:
                 at, future = waiting.popleft()
                 yield at, future.result()
         while waiting:
@@ -116,25 +149,67 @@ def stream_into(work: Work, ready: Prepared, jobs: int, advance: Advance) -> Non
 
     Raises ``BadInputError``, ``OSError``.
     """
-    with Stream(ready, jobs, advance) as stream:
-        for number, file in enumerate(ready.layout.files):
-            out = os.open(work.new / file.name, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
-            try:
-                if os.fstat(out).st_size != file.size:
-                    os.ftruncate(out, file.size)
-                finished: list[tuple[int, int]] = []
-                here = {window for at, window in work.done if at == number}
+    files = [_Output(work, number, file) for number, file in enumerate(ready.layout.files)]
+    with Stream(ready, jobs) as stream:
 
-                def put(at: int, data: Bytes, out: int = out) -> None:
-                    write_all(out, data.data, at)
+        def make(task: tuple[_Output, int]) -> None:
+            output, window = task
+            start = window * WINDOW
+            for at, data in stream.make(output.file, start, min(start + WINDOW, output.file.size)):
+                write_all(output.out, data.data, at)
+                begin_writing(output.out, at, len(data))
+                advance(len(data))
 
-                for window, _ in stream.run(file, here, put):
-                    finished.append((number, window))
-                    if len(finished) * WINDOW >= 1 << 28:
-                        os.fdatasync(out)
-                        work.note(finished)
-                        finished = []
-                os.fsync(out)
-                work.note(finished)
-            finally:
-                os.close(out)
+        try:
+            for output in files:
+                advance(output.done)
+            tasks = ((output, window) for output in files for window in output.open())
+            with closing(stream.every(make, tasks)) as made:
+                for output, window in made:
+                    output.note(window)
+        finally:
+            for output in files:
+                output.close()
+
+
+class _Output:
+    """A file of the result, in the work folder."""
+
+    def __init__(self, work: Work, number: int, file: OutFile) -> None:
+        self.work, self.number, self.file = work, number, file
+        here = {window for at, window in work.done if at == number}
+        count = -(-file.size // WINDOW)
+        self.missing = [window for window in range(count) if window not in here]
+        self.left = len(self.missing)
+        self.done = file.size - sum(
+            min(WINDOW, file.size - window * WINDOW) for window in self.missing
+        )
+        self.out = -1
+        self._finished: list[tuple[int, int]] = []
+
+    def open(self) -> list[int]:
+        """Open it, if anything is missing; the windows that are."""
+        if self.missing:
+            self.out = os.open(
+                self.work.new / self.file.name, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666
+            )
+            if os.fstat(self.out).st_size != self.file.size:
+                os.ftruncate(self.out, self.file.size)
+        return self.missing
+
+    def note(self, window: int) -> None:
+        """Note a window as done, when it is on disk; many at a time."""
+        self.left -= 1
+        self._finished.append((self.number, window))
+        if not self.left or len(self._finished) * WINDOW >= _SYNC_BYTES:
+            os.fdatasync(self.out) if self.left else os.fsync(self.out)
+            self.work.note(self._finished)
+            self._finished = []
+        if not self.left:
+            self.close()
+
+    def close(self) -> None:
+        """Close it."""
+        if self.out >= 0:
+            os.close(self.out)
+            self.out = -1
