@@ -116,12 +116,20 @@ def _write_one(torch, cls, shrink, folder: Path) -> dict:
 
 
 def _agreeing(config):
-    """Lists with an entry for each layer are as long as there are layers."""
+    """With fields that follow from others as these are now: lists with an entry for each layer, sums of sizes."""
     for part in [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]:
         layers = getattr(part, "num_hidden_layers", None)
         kinds = getattr(part, "layer_types", None)
         if isinstance(layers, int) and isinstance(kinds, list):
             part.layer_types = kinds[:layers]
+        if getattr(part, "qk_nope_head_dim", None) and hasattr(part, "qk_head_dim"):
+            part.qk_head_dim = part.qk_nope_head_dim + part.qk_rope_head_dim
+        if getattr(part, "zero_expert_num", None):
+            part.zero_expert_num = 0
+        names = getattr(part, "stage_names", None)
+        if isinstance(layers, int) and names and names[-1] == f"stage{len(names) - 1}":
+            part.stage_names = names[: layers + 1]
+            part._out_features, part._out_indices = [f"stage{layers}"], [layers]
     return config
 
 
@@ -228,25 +236,26 @@ def main() -> int:
                 regraft.convert(there, back, to="transformers-v4")
             except regraft.RegraftError as error:
                 wrong[f"{kind}/{form}"] = f"{type(error).__name__}: {str(error)[:300]}"
-    alike: set[str] = set()
+    alike: dict[str, str] = {}
     for python, folder in ((options.new, "there"), (options.old, "back")):
         run(python, "read", folder, f"{folder}.json")
         run(python, "read", ".", f"before-{folder}.json")
         before = json.loads((work / f"before-{folder}.json").read_text())
         for name, why in json.loads((work / f"{folder}.json").read_text()).items():
             if why and why == before[name]:
-                alike.add(f"{folder} {name}: as the first file: {why}")
+                alike[name.split("/")[0]] = f"{folder} {name}: as the first file: {why}"
             elif why:
                 wrong[f"{folder} {name}"] = why
     spoilt = {name.split(" ")[-1].split("/")[0] for name in wrong}
     for name, why in wrong.items():
         print(f"{name}: {why}")
-    for text in sorted(alike):
+    for text in alike.values():
         print(text)
     for kind, why in told["passed over"].items():
         print(f"not tried: {kind}: {why}")
     computing = sum(each["computes"] for each in told["made"].values())
     right = len(told["made"]) - len(spoilt)
+    print(f"{len(alike)} of them load as their first files do, and not wholly")
     print(
         f"{right} of {len(told['made'])} types right ({computing} by their outputs, others by names and loading)"
     )

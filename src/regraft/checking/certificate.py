@@ -107,6 +107,10 @@ class AdapterVerification(Shown):
         """Whether every delta is the same within the tolerance, and nothing is missing or too many."""
         return not self.differences
 
+    def __bool__(self) -> bool:
+        """Whether nothing differs."""
+        return self.equal
+
     @property
     def error(self) -> float:
         """The largest relative error; infinite where one cannot be told."""

@@ -61,6 +61,10 @@ class Verification(Shown):
         """Whether every element of the one is in the other, at its place and nowhere else."""
         return not self.differences
 
+    def __bool__(self) -> bool:
+        """Whether nothing differs."""
+        return self.equal
+
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
         data = asdict(replace(self, trace=None))

@@ -12,7 +12,6 @@ Source: ``torch/distributed/checkpoint`` of torch 2.13: ``metadata.py``, ``files
 from __future__ import annotations
 
 import io
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
+from regraft.storage.folder import told_in_json
 from regraft.storage.header import read_header
 from regraft.storage.positioned import Positioned
 from regraft.storage.probe import open_regular
@@ -291,7 +291,7 @@ def _of_shards(folder: Path) -> tuple[dict[str, Chunked], list[str]]:
     found: dict[str, tuple[str, list[Chunk]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         header = read_header(path)
-        told = json.loads(header.metadata.get(_SHARDING, "{}"))
+        told = told_in_json(header.metadata.get(_SHARDING, "{}")) or {}
         for name, info in header.tensors.items():
             offsets = told.get(name, {}).get("saved_offsets", [0] * len(info.shape))
             at = header.data_start + info.start

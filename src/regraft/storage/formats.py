@@ -117,10 +117,13 @@ _OPTIMIZERS = re.compile(r"(.*/)?(optimizer|scheduler|rng_state.*|training_args)
 
 def find_form(path: Path) -> Finding | None:
     """What a file or a folder is, if it is a form of weights that is known and not read."""
-    form = None
     with suppress(OSError):
-        form = _of_folder(path) if path.is_dir() else _of_file(path, path.name)
-    return form.finding(str(path)) if form is not None else None
+        if path.is_dir():
+            form, place = _of_folder(path)
+        else:
+            form, place = _of_file(path, path.name), path
+        return form.finding(str(place)) if form is not None else None
+    return None
 
 
 def is_run(folder: Path) -> bool:
@@ -180,12 +183,15 @@ def _of_file(path: Path, name: str) -> Form | None:
     return None
 
 
-def _of_folder(path: Path) -> Form | None:
+def _of_folder(path: Path) -> tuple[Form | None, Path]:
+    """What a folder is, and the file in it that is of a form where the folder itself is not."""
     names = sorted(islice(_files(path), _MOST))
     for pattern, named in _NAMES:
-        if any(re.fullmatch(pattern, name) for name in names):
-            return named
-    return next((form for name in names if (form := _of_file(path / name, name))), None)
+        hit = next((name for name in names if re.fullmatch(pattern, name)), None)
+        if hit is not None:
+            return named, path / hit if named is MSGPACK else path
+    found = ((form, path / name) for name in names if (form := _of_file(path / name, name)))
+    return next(found, (None, path))
 
 
 def _files(path: Path) -> Iterator[str]:

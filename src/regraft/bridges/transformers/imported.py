@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from regraft.bridges.transformers.facts import file_name, unused
+from regraft.bridges.transformers.facts import file_name, module_name, unused
 from regraft.bridges.transformers.registry import (
     NEWEST,
     OLDEST,
@@ -319,9 +319,12 @@ class Imported:
         return None
 
     def _land(self, rows: Rows, new: Renamed) -> Iterator[tuple[Rows, Renamed | None]]:
-        """Which keys the model has."""
+        """Which keys the model has; an old name that no rule reads is tried as its module was called."""
         tensors = self.skeleton.tensors
-        ways = self.renamer.ways(rows.text, new)
+        ways = list(self.renamer.ways(rows.text, new))
+        module = module_name(self.classes, rows.text)
+        if module != rows.text:
+            ways += self.renamer.ways(module, self.renamer.forward(module))
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
             found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)

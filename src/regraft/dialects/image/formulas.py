@@ -10,7 +10,6 @@ Sources: lycoris-lora 4.1.3 (``lycoris/functional``, and the forward of ``lycori
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from regraft.adapters.families.base import Wide
 from regraft.adapters.form import Array
 from regraft.storage.expressions import expression
+from regraft.storage.folder import told_in_json
 
 Tensors = Mapping[str, Array]
 """A module's tensors by role (`regraft.dialects.image.leaves`)."""
@@ -66,7 +66,8 @@ def said_alpha(
     """
     text = metadata.get("lora_adapter_metadata")
     if text is not None:
-        settings: dict[str, Any] = json.loads(text)
+        told = told_in_json(text)
+        settings: dict[str, Any] = told if isinstance(told, dict) else {}
         name = f"{component}.alpha_pattern"
         for pattern, alpha in (settings.get(name) or {}).items():
             if expression(rf"(.*\.)?({pattern})$", "alpha_pattern").match(module):

@@ -463,9 +463,11 @@ def find_adapters(src: Path) -> Found:
             known
             or Finding(
                 "no-config",
-                f"there is no {CONFIG} here" + (", and rank and alpha stand there" if has else ""),
+                f"there is no {CONFIG} here, and rank and alpha stand there"
+                if has
+                else f"there is neither an adapter here ({CONFIG}) nor a checkpoint (model.safetensors, or its index)",
                 where=str(src),
-                fix="give the folder that PEFT's save_pretrained wrote",
+                fix="give the folder that save_pretrained wrote",
             )
         )
     own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
