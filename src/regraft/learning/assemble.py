@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from regraft.learning.index_map import AxisRun, Box, Component, NotABoxError, Stack
@@ -67,6 +68,8 @@ class _Draft:
     tags: list[Ref] = field(default_factory=list)
     placed: tuple[set[Ref], set[Ref]] = field(default_factory=lambda: (set(), set()))
     """Tags that stand in a sum already, after and before."""
+    split: bool = False
+    """Whether axes were made of one that may stand in a tree already."""
 
     def root(self, ref: Ref) -> Ref:
         while self.parent.get(ref, ref) != ref:
@@ -85,17 +88,17 @@ Tree = tuple[Any, ...]
 
 
 class _OverlapError(NotABoxError):
-    """Parts of a dim that lie in each other; it names axes of boxes that could be cut into single positions."""
+    """Parts of a dim that lie in each other; it names axes of boxes that could be cut, and where."""
 
-    def __init__(self, boxes: list[Box], cuts: list[Ref]) -> None:
+    def __init__(self, boxes: list[Box], cuts: dict[Ref, set[int]]) -> None:
         super().__init__("its parts lie in each other in no order that an equation could say")
         self.boxes, self.cuts = boxes, cuts
 
 
-_CUTS = 6
+_CUTS = 12
 """How often boxes are cut before one gives up."""
 _LONGEST = 8
-"""Positions of an axis that is cut."""
+"""Positions of an axis that is cut into single ones."""
 
 
 def draft(component: Component) -> Drafted:
@@ -109,32 +112,33 @@ def draft(component: Component) -> Drafted:
         except _OverlapError as error:
             if not error.cuts:
                 raise
-            # [q, k, v, q] holds the two of q around the others: two boxes, not one with a step.
-            boxes = [
-                part
-                for number, box in enumerate(error.boxes)
-                for part in _cut(box, [at for n, at in error.cuts if n == number])
-            ]
-            component = replace(component, boxes=tuple(boxes))
+            component = replace(component, boxes=tuple(_cut(error.boxes, error.cuts)))
     return _draft(component)
 
 
-def _cut(box: Box, axes: Sequence[int]) -> list[Box]:
-    """A box as one for each position of some of its axes."""
-    parts = [box]
-    for at in axes:
-        axis = box.axes[at]
-        parts = [
-            replace(
-                part,
-                start_before=_moved(part.start_before, axis.before, index),
-                start_after=_moved(part.start_after, axis.after, index),
-            )
-            for part in parts
-            for index in range(axis.size)
-        ]
-    kept = [axis for at, axis in enumerate(box.axes) if at not in axes]
-    return [replace(part, axes=list(kept), copied=[]) for part in parts]
+def _cut(boxes: Sequence[Box], cuts: Mapping[Ref, set[int]]) -> Iterator[Box]:
+    """Boxes with some axes cut before some of their positions."""
+    for number, box in enumerate(boxes):
+        parts = [box]
+        for (owner, at), places in cuts.items():
+            if owner != number:
+                continue
+            axis = box.axes[at]
+            edges = [0, *sorted(places), axis.size]
+            parts = [
+                replace(
+                    part,
+                    start_before=_moved(part.start_before, axis.before, low),
+                    start_after=_moved(part.start_after, axis.after, low),
+                    axes=[
+                        replace(a, size=high - low) if n == at else a
+                        for n, a in enumerate(part.axes)
+                    ],
+                )
+                for part in parts
+                for low, high in pairwise(edges)
+            ]
+        yield from parts
 
 
 def _moved(start: tuple[int, ...], place: tuple[int, int] | None, times: int) -> tuple[int, ...]:
@@ -144,13 +148,25 @@ def _moved(start: tuple[int, ...], place: tuple[int, int] | None, times: int) ->
     return tuple(n + step * times * (d == dim) for d, n in enumerate(start))
 
 
+def _grown(component: Component) -> tuple[_Draft, list[list[list[Tree]]]]:
+    """The trees of all dims. Where one dim splits an axis, it is split in all others, too."""
+    boxes: Sequence[Box] = component.boxes
+    while True:
+        work = _Draft(component, _refined(boxes))
+        _mark_copies(work)
+        trees: list[list[list[Tree]]] = [[], []]
+        for side, stacks in enumerate((component.after, component.before)):
+            for number, stack in enumerate(stacks):
+                trees[side].append(
+                    [_dim(work, side, number, dim) for dim in range(len(stack.shape))]
+                )
+        if not work.split:
+            return work, trees
+        boxes = work.boxes
+
+
 def _draft(component: Component) -> Drafted:
-    work = _Draft(component, _refined(component.boxes))
-    _mark_copies(work)
-    trees: list[list[list[Tree]]] = [[], []]
-    for side, stacks in enumerate((component.after, component.before)):
-        for number, stack in enumerate(stacks):
-            trees[side].append([_dim(work, side, number, dim) for dim in range(len(stack.shape))])
+    work, trees = _grown(component)
     _tell_apart(work, trees)
     names = _name(work, trees)
     left, right = (
@@ -244,7 +260,7 @@ def _place(axis: AxisRun, side: int) -> tuple[int, int] | None:
 
 def _dim(work: _Draft, side: int, stack: int, dim: int) -> Tree:
     """One dim of a tensor as a tree; ``side`` is 0 after and 1 before."""
-    grouped: dict[object, _Piece] = {}
+    pieces: list[_Piece] = []
     for number, box in enumerate(work.boxes):
         if (box.before if side else box.after) != stack:
             continue
@@ -255,18 +271,13 @@ def _dim(work: _Draft, side: int, stack: int, dim: int) -> Tree:
             if (place := _place(axis, side)) is not None and place[0] == dim
         ]
         mine.sort(key=lambda each: (-each[1], each[0] == 1))
-        key = start, tuple((size, step) for size, step, _ in mine)
-        if key in grouped:
-            for known, other in zip(grouped[key].axes, mine, strict=True):
-                known[2].extend(other[2])
-            grouped[key].boxes.append(number)
-        else:
-            grouped[key] = _Piece(start, mine, [number])
+        pieces.append(_Piece(start, mine, [number]))
     size = (work.component.before if side else work.component.after)[stack].shape[dim]
-    return _tree(work, list(grouped.values()), size, side, stack, dim)
+    return _tree(work, pieces, size, side, stack, dim)
 
 
 def _tree(work: _Draft, pieces: list[_Piece], size: int, side: int, stack: int, dim: int) -> Tree:
+    pieces = _merged(pieces)
     if not pieces:
         raise NotABoxError("part of a tensor is nowhere on the other side")
     if len(pieces) == 1:
@@ -308,11 +319,47 @@ def _tree(work: _Draft, pieces: list[_Piece], size: int, side: int, stack: int, 
     return ("+", terms, boxes)
 
 
-def _to_cut(pieces: Sequence[_Piece]) -> list[Ref]:
-    """The outermost axes of the piece that has the shortest one: cut there, it lies beside the others."""
-    outer = [next((a for a in p.axes if a[0] > 1), None) for p in pieces]
-    known = [a for a in outer if a is not None and a[0] <= _LONGEST and a[1] > 1]
-    return min(known, key=lambda a: a[0])[2] if known else []
+def _merged(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Pieces that are in the same places as one."""
+    grouped: dict[object, _Piece] = {}
+    for piece in pieces:
+        key = piece.start, tuple((size, step) for size, step, _ in piece.axes)
+        known = grouped.setdefault(key, piece)
+        if known is not piece:
+            for mine, other in zip(known.axes, piece.axes, strict=True):
+                mine[2].extend(other[2])
+            known.boxes.extend(piece.boxes)
+    return list(grouped.values())
+
+
+def _to_cut(pieces: Sequence[_Piece]) -> dict[Ref, set[int]]:
+    """Outermost axes that are cut where other pieces begin or end; or else the shortest one, at every position.
+
+    Rows that one tensor has as they are and another in parts are as many parts in both. And [q, k, v, q] holds the two
+    of q around the others: two boxes, not one with a step.
+    """
+    cuts: dict[Ref, set[int]] = {}
+    edges = {edge for piece in pieces for edge in _span(piece)}
+    outer = [(p, a) for p in pieces if (a := next((a for a in p.axes if a[0] > 1), None))]
+    for piece, (size, step, refs) in outer:
+        if step * size < _span(piece)[1] - piece.start:
+            continue  # an inner axis goes on beyond it
+        inside = {(e - piece.start) // step for e in edges if not (e - piece.start) % step}
+        inside = {at for at in inside if 0 < at < size}
+        if inside:
+            cuts.update((ref, inside) for ref in refs)
+    if cuts:
+        return cuts
+    known = [a for _, a in outer if a[0] <= _LONGEST and a[1] > 1]
+    if not known:
+        return {}
+    size, _, refs = min(known, key=lambda a: a[0])
+    return {ref: set(range(1, size)) for ref in refs}
+
+
+def _span(piece: _Piece) -> tuple[int, int]:
+    """The first position of a piece, and the one after its last."""
+    return piece.start, piece.start + sum((c - 1) * s for c, s, _ in piece.axes if c > 1) + 1
 
 
 def _split_outer(work: _Draft, piece: _Piece, least: int) -> None:
@@ -326,6 +373,7 @@ def _split_outer(work: _Draft, piece: _Piece, least: int) -> None:
     if size % least:
         raise NotABoxError("its parts repeat differently")
     rest = size // least
+    work.split = True
     made: list[Ref] = []
     for number, axis in refs:
         box = work.boxes[number]
@@ -341,10 +389,7 @@ def _split_outer(work: _Draft, piece: _Piece, least: int) -> None:
 def _clusters(pieces: Sequence[_Piece], size: int) -> Iterator[tuple[int, int, list[_Piece]]]:
     """Pieces that lie in one interval together; the intervals lie one after the other and leave nothing out."""
     spans = sorted(
-        (
-            (p.start, p.start + sum((c - 1) * s for c, s, _ in p.axes if c > 1) + 1, p)
-            for p in pieces
-        ),
+        ((*_span(p), p) for p in pieces),
         key=lambda span: span[:2],
     )
     result: list[tuple[int, int, list[_Piece]]] = []

@@ -42,10 +42,15 @@ def fits(
     found = _Known.of(equation, pair)
     if found is None:
         return
-    for sizes in islice(_sizes(equation, found, likely, others), _TRIES):
-        clauses = [*fixed, *(f"{axis} = {size}" for axis, size in sizes.items())]
-        if _holds(f"{sides}\nwhere {', '.join(clauses)}", found, pair):
-            yield sizes
+    tried: list[dict[str, int]] = []
+    for more in ((), others):
+        for sizes in islice(_sizes(equation, found, likely, more), _TRIES):
+            if sizes in tried:
+                continue
+            tried.append(sizes)
+            clauses = [*fixed, *(f"{axis} = {size}" for axis, size in sizes.items())]
+            if _holds(f"{sides}\nwhere {', '.join(clauses)}", found, pair):
+                yield sizes
 
 
 @dataclass(frozen=True, slots=True)

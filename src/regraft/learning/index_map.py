@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -343,29 +344,47 @@ def _sums(coordinates: Ints, sides: Sequence[Ints], before: int, after: int) -> 
     if np.array_equal(total, coordinates):
         yield from _nests(first, functions, sides, before, after)
         return
-    cuts = {dim: found for dim in range(dims) if (found := _breaks(coordinates, dim))}
-    if not cuts:
-        raise NotABoxError("its index map is no sum over dims")
-    dim = min(cuts, key=lambda d: len(cuts[d]))
-    edges = [0, *cuts[dim], coordinates.shape[dim]]
-    if len(edges) > _PARTS:
+    ways: list[list[Box]] = []
+    for dim, classes in sorted(_alike(coordinates).items(), key=lambda each: len(each[1])):
+        if len(classes) <= (min(_PARTS, len(ways[0])) if ways else _PARTS):
+            with suppress(NotABoxError):
+                ways.append(list(_parts(coordinates, sides, before, after, dim, classes)))
+                ways.sort(key=len)
+    if not ways:
         raise NotABoxError("its index map has no order that an equation could say")
-    for low, high in pairwise(edges):
-        some = tuple(slice(low, high) if d == dim else slice(None) for d in range(dims))
-        part = [side[low:high] if d == dim else side for d, side in enumerate(sides)]
-        yield from _sums(coordinates[some], part, before, after)
+    yield from ways[0]
+
+
+def _parts(
+    coordinates: Ints,
+    sides: Sequence[Ints],
+    before: int,
+    after: int,
+    dim: int,
+    classes: Sequence[Ints],
+) -> Iterator[Box]:
+    """The boxes of a region, for some positions of a dim after the other."""
+    for some in classes:
+        part = [side[some] if d == dim else side for d, side in enumerate(sides)]
+        yield from _sums(np.take(coordinates, some, axis=dim), part, before, after)
 
 
 _PARTS = 32
 
 
-def _breaks(coordinates: Ints, dim: int) -> list[int]:
-    """Where the step from one position of a dim to the next is not the same everywhere."""
-    if coordinates.shape[dim] < 2:
-        return []
-    steps = np.moveaxis(np.diff(coordinates, axis=dim), dim, 0)
-    flat = steps.reshape(len(steps), -1, steps.shape[-1])
-    return [int(n) + 1 for n in np.flatnonzero((flat != flat[:, :1]).any(axis=(1, 2)))]
+def _alike(coordinates: Ints) -> dict[int, list[Ints]]:
+    """For dims whose positions differ in it: those from which the other dims lead to other places alike."""
+    result: dict[int, list[Ints]] = {}
+    for dim in range(coordinates.ndim - 1):
+        flat = np.moveaxis(coordinates, dim, 0).reshape(
+            coordinates.shape[dim], -1, coordinates.shape[-1]
+        )
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for position, row in enumerate(flat):
+            groups[(row - row[0]).tobytes()].append(position)
+        if len(groups) > 1:
+            result[dim] = [np.array(same, dtype=np.int64) for same in groups.values()]
+    return result
 
 
 def _nests(
