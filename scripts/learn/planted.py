@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
@@ -30,9 +31,14 @@ from regraft.arrays.apply import apply_plan
 from regraft.errors import RegraftError
 from regraft.learning.watch import watch
 
-LARGEST = 20_000
+LARGEST = 40_000
 """Elements of an equation."""
-TABLE = [(a, b, (a * b + 1) % 5 + 2) for b in range(2, 7) for a in (3, 2, 4, 5, 6) if a != b]
+STEPS = (3, 4, 2, 5, 6)
+TABLE = (
+    [(STEPS[n % 5], STEPS[(n + 1 + n // 5) % 5], STEPS[(2 * n + n // 5) % 5]) for n in range(25)]
+    + [(7, b, 3) for b in (*STEPS, 7)]
+    + [(a, 7, 4) for a in STEPS]
+)
 """Sizes of axes, in turn, each at three models: no two axes are alike at the first two."""
 
 SHAPES = [{"a.weight": s, "b.weight": s, "v": s[:1]} for s in ((12, 14), (18, 22))]
@@ -71,11 +77,9 @@ class Planted:
     def resize(self, size):
         """Give all axes other sizes; returns the config that says them."""
         config = {"model_type": "planted"}
+        table = cycle(TABLE)
         for number, made in enumerate(self.parts):
-            names = list(made.sizes)
-            made.sizes = {
-                n: TABLE[(i + 7 * number) % len(TABLE)][size] for i, n in enumerate(names)
-            }
+            made.sizes = {n: next(table)[size] for n in made.sizes}
             config |= {f"part{number}_{n}": v for n, v in made.sizes.items()}
         self.layers = 2 + size
         return config

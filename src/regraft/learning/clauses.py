@@ -368,13 +368,17 @@ _TIMES = (2, 3, 4)
 
 def likely(seen: Seen, config: Config | None) -> dict[str, list[int]]:
     """Sizes that an equation's axes may have in another pair, from those that they have in one, by axis."""
+    table = _numbers([seen, Seen((), config)])
     result: dict[str, list[int]] = {}
     for axis, size in seen.sizes[0].items():
-        named = [
-            value
-            for path in (_paths(seen.config) if seen.config is not None else ())
-            if _value(seen.config, path) == size and (value := _value(config, path)) is not None
-        ]
+        named = [there for here, there in table.values() if here == size]
+        if not named:
+            named = [
+                combine(one[1], other[1])
+                for combine in (mul, add)
+                for one, other in combinations(table.values(), 2)
+                if combine(one[0], other[0]) == size
+            ]
         result[axis] = list(dict.fromkeys([*named, size]))
     return result
 

@@ -21,7 +21,7 @@ from regraft.rules.book import Book, Rule
 from regraft.rules.templates import match_group
 from regraft.values import replace
 
-_TRIES = 200
+_TRIES = 300
 """Sizes that are tried at most."""
 
 
@@ -35,7 +35,7 @@ def fits(
     """Sizes of an equation's axes for which it makes a pair's tensors after of those before, bit for bit.
 
     ``fixed`` are clauses that belong to the equation, ``likely`` sizes that are tried first, by axis, and ``others``
-    those that are tried then, for any axis.
+    those that are tried then, for axes of which nothing else is likely.
     """
     text = sides + (f"\nwhere {', '.join(fixed)}" if fixed else "")
     equation = parse_equation(text)
@@ -45,7 +45,7 @@ def fits(
     tried: list[dict[str, int]] = []
     for more in ((), others):
         for sizes in islice(_sizes(equation, found, likely, more), _TRIES):
-            if sizes in tried:
+            if sizes in tried or 0 in sizes.values():
                 continue
             tried.append(sizes)
             clauses = [*fixed, *(f"{axis} = {size}" for axis, size in sizes.items())]
@@ -113,11 +113,13 @@ def _sizes(
         yield {axis: size for axis, size in sizes.items() if axis != "..."}
         return
     except UnknownSizeError as error:
-        axis = min(error.axes, key=lambda name: len(likely.get(name, others)))
+        # What no field suggests follows from the others, if it can.
+        axis = min(error.axes, key=lambda name: (len(likely[name]) == 1, len(likely[name])))
     except SizeError:
         return
     limit = _limit(axis, known)
-    for size in dict.fromkeys((*likely.get(axis, ()), *others)):
+    more = others if len(likely[axis]) == 1 else ()
+    for size in dict.fromkeys((*likely[axis], *more)):
         if 0 < size <= limit:
             told = parse_equation(f"{axis} == {axis} where {axis} = {size}").where
             yield from _sizes(
@@ -144,4 +146,14 @@ def _holds(text: str, known: _Known, pair: Pair) -> bool:
     return check(book, pair.before, pair.after, *known.names, pair.config)
 
 
-__all__ = ["fits"]
+def is_there(sides: str, pair: Pair) -> bool:
+    """Whether a pair has tensors of all names that an equation speaks of."""
+    equation = parse_equation(sides)
+    return all(
+        _matching(term, tensors)[0]
+        for terms, tensors in zip(equation.sides(), (pair.before, pair.after), strict=True)
+        for term in terms
+    )
+
+
+__all__ = ["fits", "is_there"]

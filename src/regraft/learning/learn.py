@@ -20,7 +20,7 @@ from regraft.learning.casts import joined
 from regraft.learning.choosing import Chosen, Doubts, fields_in
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of, likely, numbers_of
 from regraft.learning.content import Tensor
-from regraft.learning.fitting import fits
+from regraft.learning.fitting import fits, is_there
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.loops import Looped, with_loops
 from regraft.learning.making import comment, make_book
@@ -186,11 +186,22 @@ def learn_pairs(
     looped = [list(with_loops(each.drafts)) for each in found]
     notes: list[str] = [*pairs[0].notes]
     doubts = Doubts()
+    sights = [
+        [_Sight.of(one, number, looped, pairs) for one in each]
+        for number, each in enumerate(looped)
+    ]
     rules: list[tuple[str, Drafted]] = []
-    for number, each in enumerate(looped):
-        for one in each:
-            if number == 0 or not _is_made(one, rules):
-                rules += _with_sizes(one, number, looped, pairs, notes, doubts, chosen)
+    told: list[tuple[str, Drafted]] = []
+    for everywhere in (True, False):
+        # Pieces that are alike by chance at one size may look like another rule there.
+        for number, each in enumerate(sights):
+            for sight in each:
+                if sight.everywhere != everywhere:
+                    continue
+                if not _is_made(sight.one, rules if number else told):
+                    written = _with_sizes(sight, looped, pairs, notes, doubts, chosen)
+                    rules += written
+                    told += written if number else ()
     kinds = kind_of or (lambda _: None, lambda _: None)
     for inferred, pair in zip(found, pairs, strict=False):
         _value_changes(inferred, pair)
@@ -336,31 +347,48 @@ def _add_rest(first: Inferred, more: Inferred, rules: Sequence[tuple[str, Drafte
         first.odd[name] = more.odd[name]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """An equation, and its sizes in the pairs in which it holds."""
+
+    one: Looped
+    base: int
+    """The number of the pair that it is from."""
+    seen: tuple[Seen, ...]
+    """In that pair, and in others."""
+    pairs: tuple[Pair, ...]
+    everywhere: bool
+    """Whether it holds in all pairs that have its tensors."""
+
+    @staticmethod
+    def of(
+        one: Looped, base: int, looped: Sequence[Sequence[Looped]], pairs: Sequence[Pair]
+    ) -> _Sight:
+        """Look for an equation in other pairs: as what was found there, or by trying it."""
+        seen, held, everywhere = [_seen(one, pairs[base])], [pairs[base]], True
+        for number, others in enumerate(looped):
+            if number == base:
+                continue
+            same = [each for each in others if each.sides == one.sides]
+            found = _seen(same[0], pairs[number]) if same else _fitted(one, seen[0], pairs[number])
+            if found is not None:
+                seen.append(found)
+                held.append(pairs[number])
+            else:
+                everywhere = everywhere and not is_there(one.sides, pairs[number])
+        return _Sight(one, base, tuple(seen), tuple(held), everywhere)
+
+
 def _with_sizes(
-    one: Looped,
-    base: int,
+    sight: _Sight,
     looped: Sequence[Sequence[Looped]],
     pairs: Sequence[Pair],
     notes: list[str],
     doubts: Doubts,
     chosen: Chosen,
 ) -> list[tuple[str, Drafted]]:
-    """The equation with clauses; by itself for each of its members where their sizes differ.
-
-    ``base`` is the number of the pair that it is from.
-    """
-    seen = [_seen(one, pairs[base])]
-    held = [pairs[base]]
-    for number, others in enumerate(looped):
-        if number == base:
-            continue
-        same = [each for each in others if each.sides == one.sides]
-        if same:
-            seen.append(_seen(same[0], pairs[number]))
-            held.append(pairs[number])
-        elif (fitted := _fitted(one, seen[0], pairs[number])) is not None:
-            seen.append(fitted)
-            held.append(pairs[number])
+    """The equation with clauses; by itself for each of its members where their sizes differ."""
+    one, seen, held = sight.one, sight.seen, sight.pairs
     found: Clauses | None = clauses_of(one, seen, chosen.fields) or (
         clauses_of(one, seen[:1], chosen.fields) if len(seen) > 1 else None
     )
@@ -379,7 +407,9 @@ def _with_sizes(
             rule
             for part in parts.values()
             for again in with_loops(part)
-            for rule in _with_sizes(again, base, looped, pairs, notes, doubts, chosen)
+            for rule in _with_sizes(
+                _Sight.of(again, sight.base, looped, pairs), looped, pairs, notes, doubts, chosen
+            )
         ]
     notes += found.notes
     doubts.sizes += found.doubts if len(seen) > 1 else ()
