@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
+from math import prod
 
 from regraft.equation.lower import is_stacked
 from regraft.equation.notation import Equation, Expr, Term, axes_of, parse_equation
@@ -21,8 +22,10 @@ from regraft.rules.book import Book, Rule
 from regraft.rules.templates import match_group
 from regraft.values import replace
 
-_TRIES = 300
-"""Sizes that are tried at most."""
+_TRIES, _LEAST, _WORK = 300, 20, 2_000_000
+"""Sizes that are tried at most: so many, but fewer where that would move more elements than this."""
+_SOLVED = 2000
+"""How often sizes are solved in search of them."""
 
 
 def fits(
@@ -43,8 +46,10 @@ def fits(
     if found is None:
         return
     tried: list[dict[str, int]] = []
+    elements = sum(prod(shape) for _, shape in found.shapes)
+    tries = max(_LEAST, min(_TRIES, _WORK // elements))
     for more in ((), others):
-        for sizes in islice(_sizes(equation, found, likely, more), _TRIES):
+        for sizes in islice(_sizes(equation, found, likely, more, count(1)), tries):
             if sizes in tried or 0 in sizes.values():
                 continue
             tried.append(sizes)
@@ -106,8 +111,11 @@ def _sizes(
     known: _Known,
     likely: Mapping[str, Sequence[int]],
     others: Sequence[int],
+    solved: Iterator[int],
 ) -> Iterator[dict[str, int]]:
-    """All sizes that agree with the shapes, likely ones first."""
+    """Sizes that agree with the shapes, likely ones first; ``solved`` counts the attempts."""
+    if next(solved) > _SOLVED:
+        return
     try:
         sizes, _ = solve_sizes(equation, known.shapes, known.holes)
         yield {axis: size for axis, size in sizes.items() if axis != "..."}
@@ -123,7 +131,7 @@ def _sizes(
         if 0 < size <= limit:
             told = parse_equation(f"{axis} == {axis} where {axis} = {size}").where
             yield from _sizes(
-                replace(equation, where=(*equation.where, *told)), known, likely, others
+                replace(equation, where=(*equation.where, *told)), known, likely, others, solved
             )
 
 

@@ -57,7 +57,7 @@ _FEW = 6
 """So many pieces are an order, whatever they are made of."""
 _SHARE = 0.6
 """Of more pieces, the numbers that tell them must be fewer than this share of the positions."""
-_STEPS = 400_000
+_STEPS = 60_000
 """Comparisons after which positions are taken to follow no rule."""
 _SLACK = 3
 """By how many times less one the longest repetition may be shortened for the sake of what is beside it."""
@@ -172,7 +172,8 @@ def _repetitions(starts: Ints, values: Ints) -> Iterator[tuple[int, int, int]]:
     for period in range(1, len(starts) // 2 + 1):
         same = numbers[period:] == numbers[:-period]
         edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
-        spans = [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= period - 1]
+        long = edges[1::2] - edges[::2] >= period - 1
+        spans = list(zip(edges[::2][long].tolist(), edges[1::2][long].tolist(), strict=True))
         if period == 1:
             # Two neighbours repeat by themselves.
             covered = np.zeros(len(numbers) + 1, dtype=bool)
