@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dialects.test_tools import ATTENTION, MLP, make_adapter, make_base
 
 import regraft
 from regraft.cli import main
@@ -23,6 +24,7 @@ def rewrite(src, dst, change=lambda tensors: tensors, **fields):
     dst.mkdir()
     write_tensors(dst / "adapter_model.safetensors", change(tensors), {"format": "pt"})
     config = json.loads((src / "adapter_config.json").read_text()) | fields
+    config = {name: value for name, value in config.items() if value is not ...}
     (dst / "adapter_config.json").write_text(json.dumps(config))
     return dst
 
@@ -47,15 +49,13 @@ def outcomes(check):
         ("mixtral__gud_attn", "vllm", "full", ""),
         ("mixtral__only_up", "vllm", "fails", "every expert and all three projections"),
         ("mixtral__rslora", "vllm", "full", ""),
-        ("mixtral__rslora", "sglang", "wrong-scale", "does not read use_rslora"),
-        ("mixtral__patterns_projection", "sglang", "fails", "its buffers have the config's"),
+        ("mixtral__rslora", "sglang", "fails", "no buffers (NotImplementedError)"),
         ("mixtral__dora", "vllm", "fails", "DoRA"),
         ("mixtral__dora", "sglang", "fails", "DoRA"),
         ("mixtral__router", "sglang", "none", "no module that it can adapt"),
         ("gpt_oss__params_attn", "vllm", "full", ""),
         ("qwen3_vl_moe__params", "vllm", "full", ""),
         ("mixtral__mts_head", "vllm", "fails", "modules_to_save"),
-        ("mixtral__embedding", "sglang", "partial", "LoRA factors only"),
     ],
 )
 def test_a_verdict_for_each(case, tool, verdict, reason, tmp_path):
@@ -69,6 +69,24 @@ def test_a_verdict_for_each(case, tool, verdict, reason, tmp_path):
         assert check.fix is None
     else:
         assert (check.fix is None) != (check.no_fix is None)
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict", "reason"),
+    [
+        ("rslora", "wrong-scale", "does not read use_rslora"),
+        ("patterns_projection", "fails", "its buffers have the config's"),
+        ("embedding", "partial", "LoRA factors only"),
+    ],
+)
+def test_sglang_where_target_modules_has_its_names(case, verdict, reason, tmp_path):
+    src, base = golden(f"mixtral__{case}")
+    named = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    check = regraft.check(
+        rewrite(src, tmp_path / "src", target_modules=named), tool="sglang", model=base
+    )
+    assert check.verdict == verdict
+    assert reason in " ".join(target.reason for target in check.targets)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +223,45 @@ def test_nemo_reads_one_rank_one_scale_and_gate_s_factor_for_up(case, verdict, r
     check = regraft.check(mine, tool="nemo", model=base)
     assert check.verdict == verdict, check
     assert reason in " ".join(t.reason for t in check.targets)
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): x for name, x in tensors.items()}
+
+
+def without(*parts):
+    return lambda tensors: {n: x for n, x in tensors.items() if not any(p in n for p in parts)}
+
+
+def as_they_are(tensors):
+    return tensors
+
+
+NAMED = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("tool", "change", "fields", "verdict", "reason"),
+    [
+        ("vllm", as_they_are, {"bias": "all"}, "fails", "bias is not none"),
+        ("vllm", as_they_are, {"init_lora_weights": "pissa"}, "fails", "init_lora_weights"),
+        ("vllm", without("q_proj.lora_B"), {}, "fails", "no other half"),
+        ("vllm", renamed("layers.0.self_attn.o_proj", "unembed_tokens"), {}, "fails", "lm_head"),
+        ("vllm", renamed("layers.0.", "layers.9."), {}, "partial", "no module of the model"),
+        ("vllm", renamed("model.layers", "model.language_model.layers"), {}, "none", "no LoRA is"),
+        ("sglang", as_they_are, {"lora_alpha": ...}, "fails", "has no lora_alpha"),
+        ("sglang", as_they_are, {"target_modules": ".*proj"}, "fails", "an expression"),
+        ("sglang", as_they_are, {"peft_type": "LOHA"}, "fails", "it has LoRA only"),
+        ("sglang", without("o_proj.lora_A"), {}, "fails", "no other half"),
+        ("sglang", without("q_proj"), {}, "partial", "q_proj is missing"),
+        ("sglang", without("gate_proj"), {}, "partial", "gate_proj is missing"),
+        ("sglang", renamed("layers.1.", "layers.9."), {}, "fails", "no such layer"),
+    ],
+)
+def test_faults_of_a_dense_adapter(tool, change, fields, verdict, reason, tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    src = make_adapter(tmp_path / "lora", ATTENTION | MLP)
+    mine = rewrite(src, tmp_path / "src", change, **({"target_modules": NAMED} | fields))
+    check = regraft.check(mine, tool=tool, model=base)
+    assert check.verdict == verdict, check
+    assert reason in " ".join([*check.failures, *(t.reason for t in check.targets)])
