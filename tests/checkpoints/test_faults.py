@@ -46,7 +46,7 @@ class Stopping:
     def __init__(self, monkeypatch, after, error):
         self.left, self.error, self.lock = after, error, threading.Lock()
         self.done = 0
-        do = engine._Worker.do
+        do = engine.Worker.do
 
         def counted(worker, op, out):
             with self.lock:
@@ -57,7 +57,7 @@ class Stopping:
                 self.done += 1
             do(worker, op, out)
 
-        monkeypatch.setattr(engine._Worker, "do", counted)
+        monkeypatch.setattr(engine.Worker, "do", counted)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 20])
@@ -160,7 +160,7 @@ def test_a_run_that_was_overtaken_does_not_begin(src, wanted, tmp_path, monkeypa
 
 
 def test_a_source_that_is_cut_while_it_is_read(src, tmp_path, monkeypatch):
-    do = engine._Worker.do
+    do = engine.Worker.do
     file = src / "model-00002-of-00003.safetensors"
 
     def cutting(worker, op, out):
@@ -168,20 +168,20 @@ def test_a_source_that_is_cut_while_it_is_read(src, tmp_path, monkeypatch):
             opened.truncate(1000)
         do(worker, op, out)
 
-    monkeypatch.setattr(engine._Worker, "do", cutting)
+    monkeypatch.setattr(engine.Worker, "do", cutting)
     with pytest.raises(BadInputError, match="changed while it was read"):
         regraft.convert(src, tmp_path / "out", to=V5)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_is_written_to(src, tmp_path, monkeypatch):
-    do = engine._Worker.do
+    do = engine.Worker.do
 
     def touching(worker, op, out):
         do(worker, op, out)
         os.utime(src / "model-00001-of-00003.safetensors", ns=(1, 1))
 
-    monkeypatch.setattr(engine._Worker, "do", touching)
+    monkeypatch.setattr(engine.Worker, "do", touching)
     with pytest.raises(BadInputError, match="it was written to"):
         regraft.convert(src, tmp_path / "out", to=V5)
     assert not (tmp_path / "out").exists()
@@ -216,11 +216,11 @@ _RUN = """
 import sys, time
 from regraft.checkpoints import engine, units
 units.UNIT, engine._SYNC_BYTES = 64, 128
-do = engine._Worker.do
+do = engine.Worker.do
 def slow(worker, op, out):
     time.sleep(0.002)
     do(worker, op, out)
-engine._Worker.do = slow
+engine.Worker.do = slow
 import regraft
 print("ready", flush=True)
 regraft.convert(sys.argv[1], sys.argv[2], to="transformers-v5", resume=sys.argv[3] == "1")

@@ -95,7 +95,7 @@ def test_resume_and_the_lock(src, out, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT", 64)
     monkeypatch.setattr(engine, "_SYNC_BYTES", 128)
     regraft.convert(src, tmp_path / "wanted.safetensors", to=V5)
-    do, left = engine._Worker.do, [20]
+    do, left = engine.Worker.do, [20]
 
     def stopping(worker, op, file):
         left[0] -= 1
@@ -103,7 +103,7 @@ def test_resume_and_the_lock(src, out, tmp_path, monkeypatch):
             raise OSError(5, "broken")
         do(worker, op, file)
 
-    monkeypatch.setattr(engine._Worker, "do", stopping)
+    monkeypatch.setattr(engine.Worker, "do", stopping)
     out.parent.mkdir()
     out.write_text("old")
     with pytest.raises(BadInputError, match="broken"):

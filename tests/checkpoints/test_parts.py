@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from killing import run_killed
 
 import regraft
-from regraft.checkpoints import shares, staging, stream
+from regraft.checkpoints import engine, shares, staging, stream, windows
 from regraft.checkpoints.shares import Piece, pieces_of
 from regraft.cli.run import run
 from regraft.errors import BadInputError
@@ -89,6 +89,26 @@ def test_a_file_in_parts(tmp_path, src):
         regraft.convert(one / "model.safetensors", out, part=part, **options)
     regraft.convert(one / "model.safetensors", out, commit=True, **options)
     assert out.read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "*.norm.weight=float16"}])
+def test_the_system_copies_what_it_can(src, tmp_path, monkeypatch, options):
+    """Long runs are copied by the system, and what is cast is made in memory: the same bytes."""
+    monkeypatch.setattr(windows, "_SHORT", 8)
+    copied = []
+    do = engine.Worker.do
+    monkeypatch.setattr(
+        engine.Worker, "do", lambda worker, op, out: (copied.append(op.size), do(worker, op, out))
+    )
+    regraft.convert(src, tmp_path / "plain", to=V5, **options)
+    copied.clear()
+    for part in ("1/2", "0/2"):
+        staged = {"to": V5, "stage": tmp_path / "stage", **options}
+        regraft.convert(src, tmp_path / "out", part=part, **staged)
+    regraft.convert(src, tmp_path / "out", commit=True, **staged)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "plain")
+    data = sum(size for size in copied)
+    assert data if options else data == sum(array.nbytes for array in mixtral().values())
 
 
 def test_overwriting(src, wanted, place):

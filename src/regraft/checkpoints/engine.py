@@ -108,7 +108,7 @@ class Engine:
             raise self.errors[0]
 
     def _work(self) -> None:
-        worker = _Worker(self.sources, buffer_size(self.jobs))
+        worker = Worker(self.sources, buffer_size(self.jobs))
         try:
             active: _Active | None = None
             while not self.stop.is_set():
@@ -243,7 +243,7 @@ class _Active:
             self.out = -1
 
 
-class _Worker:
+class Worker:
     """What a thread keeps for itself: open source files and buffers."""
 
     def __init__(self, sources: Sequence[File], buffer_bytes: int) -> None:
@@ -260,11 +260,16 @@ class _Worker:
         return self.open[number]
 
     def close(self) -> None:
+        """Close the source files."""
         for file in self.open.values():
             file.close()
         self.open.clear()
 
     def do(self, op: Op, out: int) -> None:
+        """Do one operation, into an open file.
+
+        Raises ``BadInputError`` where the source changed, ``OSError``.
+        """
         number = op.file if isinstance(op, Run) else op[0]
         file = self.source(number)
         try:
@@ -311,6 +316,29 @@ class _Worker:
             with np.errstate(all="ignore"):
                 result.view(op.written)[...] = data.view(op.read)
             write_all(out, result.data, op.target_at + at * op.written.itemsize)
+
+
+class Workers:
+    """For each thread that asks a `Worker` of its own; a context manager, which closes them."""
+
+    def __init__(self, sources: Sequence[File], jobs: int) -> None:
+        self._sources, self._size = sources, buffer_size(jobs)
+        self._own, self._all = threading.local(), list[Worker]()
+
+    def mine(self) -> Worker:
+        """The calling thread's."""
+        if not hasattr(self._own, "worker"):
+            self._own.worker = Worker(self._sources, self._size)
+            self._all.append(self._own.worker)
+        worker: Worker = self._own.worker
+        return worker
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._all:
+            worker.close()
 
 
 def _range_of(unit: list[Op]) -> tuple[int, int]:

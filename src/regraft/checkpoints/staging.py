@@ -13,6 +13,7 @@ from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
+from regraft.checkpoints.engine import Workers
 from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
@@ -87,15 +88,24 @@ def _make(
         number: _Shared(stage, ready.layout.files[number], list(its))
         for number, its in groupby(pieces, lambda piece: piece.file)
     }
-    with Stream(ready, jobs) as stream:
+    with Stream(ready, jobs) as stream, Workers(ready.source.files, jobs) as workers:
 
         def make(piece: Piece) -> None:
-            shared = files[piece.file]
-            for at, data in stream.make(shared.file, piece.start, piece.stop):
-                write_all(shared.out, data.data, at)
-                begin_writing(shared.out, at, len(data))
-                advance(len(data))
+            file, out = files[piece.file].file, files[piece.file].out
+            runs = stream.windows.runs(file, piece.start, piece.stop) if is_local else None
+            if runs is None:
+                for at, data in stream.make(file, piece.start, piece.stop):
+                    write_all(out, data.data, at)
+                    begin_writing(out, at, len(data))
+                    advance(len(data))
+                return
+            write_all(out, memoryview(file.head)[piece.start : piece.stop], piece.start)
+            for run in runs:
+                workers.mine().do(run, out)
+            begin_writing(out, piece.start, piece.size)
+            advance(piece.size)
 
+        is_local = not ready.source.is_remote
         try:
             tasks = (piece for shared in files.values() for piece in shared.open())
             with closing(stream.every(make, tasks)) as made:

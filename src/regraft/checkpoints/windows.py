@@ -12,14 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from regraft.checkpoints.gather import Bytes, Files, Fill, byte_runs, fill_slices
+from regraft.checkpoints.gather import (
+    Bytes,
+    Files,
+    Fill,
+    byte_runs,
+    covered,
+    fill_slices,
+    reads_of,
+)
 from regraft.checkpoints.moves import Moves, size_of, slicer_of
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.slices import strips_of
 from regraft.checkpoints.source import Tensors
+from regraft.checkpoints.units import Run
 from regraft.planning.slices import Strips, region_of
 from regraft.planning.windows import cut_strips
 from regraft.storage.dtypes import DTYPES
+
+_SHORT = 1 << 16
+"""Bytes of a run that are worth an operation of the system by itself."""
+_NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +90,31 @@ class Windows:
                     buffer = buffer.view(part.read).astype(part.written).view(np.uint8)
             out[part.at : part.at + part.size] = buffer[part.skip : part.skip + part.size]
         return out
+
+    def runs(self, file: OutFile, start: int, stop: int) -> list[Run] | None:
+        """The runs that fill a window of a file but for its header, if it is made of long ones that stay as they are.
+
+        ``None`` where elements are cast, transposed or made up, or runs are so short that memory is the better way.
+        """
+        parts, fills = self._parts(file, start, stop), []
+        for part in parts:
+            same = part.written is None and not part.skip and part.size == part.count * part.item
+            made_up = any(strips.bits for strips in part.strips)
+            if not same or made_up or covered(part.strips) * part.item != part.size:
+                return None
+            fills.append(Fill(_NOTHING, part.strips, part.item))
+        reads, tiled = reads_of(fills, self.tensors)
+        if tiled or len(reads) * _SHORT > stop - start:
+            return None
+        begins = np.array([start + part.at for part in parts], dtype=np.int64)
+        columns = (
+            reads.files,
+            reads.source_at,
+            reads.target_at + begins[reads.fills],
+            reads.sizes,
+        )
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Run(*row) for row in rows]
 
     def sources(self, file: OutFile, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Which bytes of which source files a window reads: file, from where, how many."""
