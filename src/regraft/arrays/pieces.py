@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.arrays.apply import Work, apply_loop, work_of
-from regraft.equation.lower import Copy, lower, stacked_holes
+from regraft.equation.lower import Copy, lower
 from regraft.equation.notation import REST, Axis, Expr, Product, Sum, Term, axes_of
 from regraft.equation.sizes import extent
 from regraft.names.keys import Ints
@@ -246,9 +246,7 @@ def _carry_one(
     sizes = dict(entry.sizes)
     if combined is not None:
         sizes[combined] = VECTORS
-    holes = {
-        term: stacked_holes(entry.rule.equation, term) for term in (*entry.read, *entry.written)
-    }
+    holes = {term: entry.way.stacks[term] for term in (*entry.read, *entry.written)}
     stacks = [entry.stack(term) for term in entry.written]
     slots = [np.arange(prod(stack)).reshape(stack) for stack in stacks]
     shapes = [entry.shape(term) for term in entry.written]
@@ -292,7 +290,7 @@ def _part(entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered) -> 
     """One loop value of an entry whose axes have other sizes, and what carries it out."""
     key = tuple(sizes.values())
     found = lowered.get(key)
-    copies = found[0] if found else lower(entry.rule.equation, sizes, entry.direction.backward)
+    copies = found[0] if found else lower(entry.rule.equation, sizes, entry.way.direction.backward)
     part = replace(entry, loops=entry.loops[loop : loop + 1], sizes=sizes, copies=copies)
     if found is None:
         found = lowered[key] = copies, () if part.renames else work_of(part)
@@ -345,7 +343,7 @@ def _common(entry: Entry) -> list[str]:
     """Axes that every element has an index along, in the order of the first tensor that is written."""
     axes = set.intersection(*({axis.name for axis in copy.axes} for copy in entry.copies))
     term = entry.written[0]
-    exprs = (*stacked_holes(entry.rule.equation, term), *term.dims)
+    exprs = (*entry.way.stacks[term], *term.dims)
     ordered = dict.fromkeys(name for expr in exprs for name in axes_of(expr))
     return [name for name in ordered if name in axes and name != REST]
 
@@ -354,7 +352,7 @@ def _combined(entry: Entry) -> str | None:
     """The longest axis that stands alone in a dim of every tensor."""
 
     def alone(name: str, term: Term) -> bool:
-        exprs = (*stacked_holes(entry.rule.equation, term), *term.dims)
+        exprs = (*entry.way.stacks[term], *term.dims)
         inside = sum(name in axes_of(expr) for expr in exprs)
         return inside == 1 and Axis(name) in term.dims
 

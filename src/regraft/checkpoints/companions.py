@@ -439,7 +439,7 @@ def _add(
         _add_single(moves, entry, keys, sources, source, refuse)
         return
     sizes = _grid(entry, sources, tensors, companions.block, refuse)
-    copies = lower(entry.rule.equation, sizes, entry.direction.backward)
+    copies = lower(entry.rule.equation, sizes, entry.way.direction.backward)
     add_entry(moves, entry, keys, copies, sizes, sources, tensors)
 
 

@@ -26,7 +26,7 @@ from regraft.errors import Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.build import build_plan
-from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan, walk
+from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan, entry_of, walk
 from regraft.planning.slices import as_copy, without_rest
 from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
@@ -422,5 +422,5 @@ def _literal(
         like.rule.where,
     )
     ids = tuple(np.array([number], dtype=np.int64) for number in sources)
-    rest = rule, Direction.FORWARD, (), _NONE, sizes, (), ids, tuple(copies)
-    return Entry(*rest, tuple(padded))
+    way = rule.ways[Direction.FORWARD]
+    return entry_of(way, (), _NONE, sizes, (), ids, tuple(copies), tuple(padded))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from regraft.equation.lower import lower, stacked_holes
+from regraft.equation.lower import lower
 from regraft.equation.notation import (
     Affine,
     Axis,
@@ -23,7 +23,7 @@ from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_si
 from regraft.errors import Finding
 from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.model import Scope
-from regraft.planning.plan import Entry, Headers, keys_of
+from regraft.planning.plan import Entry, Headers, entry_of, keys_of
 from regraft.rules.book import Rule
 from regraft.rules.direction import Direction
 from regraft.rules.indices import Givens, Indices, reading_of
@@ -105,11 +105,11 @@ class Family:
         claims: list[Claim],
     ) -> None:
         self.sources, self.rule, self.rests = sources, rule, rests
-        self.direction, self.scope = direction, scope
+        self.way, self.scope = rule.ways[direction], scope
         self.givens = claims[0].givens
-        self.read, self.written = rule.sides(direction)
+        self.read, self.written = self.way.read, self.way.written
         self.loop_names = rule.equation.loops
-        self.holes = tuple(stacked_holes(rule.equation, term) for term in self.read)
+        self.holes = tuple(self.way.stacks[term] for term in self.read)
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
         for claim in claims:
             found = claim.indices
@@ -232,10 +232,9 @@ class Family:
         sizes |= self.givens
         if not self._check_numbers(loops[members], sizes):
             return None
-        copies = lower(self.rule.equation, sizes, self.direction.backward)
-        return Entry(
-            self.rule,
-            self.direction,
+        copies = lower(self.rule.equation, sizes, self.way.direction.backward)
+        return entry_of(
+            self.way,
             self.rests,
             loops[members],
             sizes,
@@ -276,7 +275,7 @@ class Family:
         for term in self.written:
             if term.key is None or not any(isinstance(h, Affine) for h in term.key.holes):
                 continue
-            stack = tuple(extent(h, sizes) for h in stacked_holes(self.rule.equation, term))
+            stack = tuple(extent(h, sizes) for h in self.way.stacks[term])
             keys = keys_of(term, self.rule, self.rests, loops, stack, sizes)
             match = match_group(term.key, keys)
             marks = loops.shape[1] - len(self.loop_names)

@@ -17,14 +17,12 @@ from regraft.equation.lower import (
     flat_shape,
     paddings,
     repeats,
-    stacked_holes,
 )
-from regraft.equation.notation import Expr, Term, axes_of
+from regraft.equation.notation import Term
 from regraft.equation.sizes import extent, shape_of
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
-from regraft.rules.book import Book, Carry, Drop, Rule
-from regraft.rules.direction import Direction
+from regraft.rules.book import Book, Carry, Drop, Rule, Way
 from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
 
@@ -72,8 +70,15 @@ class Entry(Struct, frozen=True, eq=False):
     stacked indices...); -1 where a tensor is absent, which only a partial plan (an adapter's) has.
     """
 
+    way: Way
+    """The rule, in the direction in which it is read."""
     rule: Rule
-    direction: Direction
+    read: tuple[Term, ...]
+    """The terms of the side that is read."""
+    read_kinds: tuple[str, ...]
+    written: tuple[Term, ...]
+    """The terms of the side that is written."""
+    written_kinds: tuple[str, ...]
     rests: tuple[str, ...]
     loops: Ints
     """(loop values, numbers in ``{*p}`` and loops)."""
@@ -92,43 +97,23 @@ class Entry(Struct, frozen=True, eq=False):
     @property
     def repeats(self) -> tuple[Copy, ...]:
         """What must be equal among the tensors that are read: both ends of each copy are on that side."""
-        return repeats(self.rule.equation, self.sizes, self.direction.backward)
+        equation = self.rule.equation
+        if not equation.copies:
+            return ()
+        return repeats(equation, self.sizes, self.way.direction.backward)
 
     def paddings(self, written: bool) -> tuple[Padding, ...]:
         """The padding of the tensors that are written, or of those that are read."""
-        own = paddings(self.rule.equation, self.sizes, written, self.direction.backward)
+        own: tuple[Padding, ...] = ()
+        equation = self.rule.equation
+        if equation.fills:
+            own = paddings(equation, self.sizes, written, self.way.direction.backward)
         return (*own, *self.padded) if written else own
 
     @property
     def renames(self) -> bool:
         """Whether every tensor that is written is one that is read, byte by byte."""
-        if len(self.read) != 1 or len(self.written) != 1 or self.rule.equation.copies:
-            return False
-        holes = (stacked_holes(self.rule.equation, t) for t in (self.read[0], self.written[0]))
-        return (
-            self.read[0].dims == self.written[0].dims
-            and len(set(map(tuple, map(_axes, holes)))) == 1
-        )
-
-    @property
-    def read(self) -> tuple[Term, ...]:
-        """The terms of the side that is read."""
-        return self.rule.sides(self.direction)[0]
-
-    @property
-    def written(self) -> tuple[Term, ...]:
-        """The terms of the side that is written."""
-        return self.rule.sides(self.direction)[1]
-
-    @property
-    def read_kinds(self) -> tuple[str, ...]:
-        """The kinds of the side that is read."""
-        return self.rule.kinds(self.direction)[0]
-
-    @property
-    def written_kinds(self) -> tuple[str, ...]:
-        """The kinds of the side that is written."""
-        return self.rule.kinds(self.direction)[1]
+        return self.way.renames
 
     def shape(self, term: Term) -> tuple[int, ...]:
         """The shape of a term's tensors."""
@@ -140,7 +125,7 @@ class Entry(Struct, frozen=True, eq=False):
 
     def stack(self, term: Term) -> tuple[int, ...]:
         """How many values each stacked index of a term's key has."""
-        return tuple(extent(h, self.sizes) for h in stacked_holes(self.rule.equation, term))
+        return tuple(extent(hole, self.sizes) for hole in self.way.stacks[term])
 
     def keys(self, term: Term) -> Group:
         """The keys of a term, loop values first, then stacked indices, row major."""
@@ -149,13 +134,23 @@ class Entry(Struct, frozen=True, eq=False):
     @property
     def moves_nothing(self) -> bool:
         """Whether every tensor stays whole: one source, one target, the same bytes and the same kind."""
-        return (
-            self.renames and self.read_kinds == self.written_kinds and not self.stack(self.read[0])
-        )
+        way = self.way
+        return way.renames and way.read_kinds == way.written_kinds and not way.stacks[way.read[0]]
 
 
-def _axes(holes: Sequence[Expr]) -> Sequence[str]:
-    return [name for hole in holes for name in axes_of(hole)]
+def entry_of(
+    way: Way,
+    rests: tuple[str, ...],
+    loops: Ints,
+    sizes: dict[str, int],
+    rest: tuple[int, ...],
+    sources: tuple[Ints, ...],
+    copies: tuple[Copy, ...],
+    padded: tuple[Padding, ...] = (),
+) -> Entry:
+    """One rule at work, in one direction."""
+    terms = way.read, way.read_kinds, way.written, way.written_kinds
+    return Entry(way, way.rule, *terms, rests, loops, sizes, rest, sources, copies, padded)
 
 
 def index_grid(sizes: Sequence[int]) -> Ints:

@@ -30,11 +30,11 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from regraft.equation.lower import check_equation
+from regraft.equation.lower import check_equation, stacked_holes
 from regraft.equation.notation import (
     Equation,
     Expr,
@@ -151,7 +151,7 @@ GROUP = "regraft.books"
 """The entry points of packages that bring rule books."""
 
 
-class Rule(Struct, frozen=True, cache_hash=True):
+class Rule(Struct, frozen=True, cache_hash=True, dict=True):
     """One equation of a book, with the kinds of its tensors and the line it stands on."""
 
     name: str
@@ -163,6 +163,17 @@ class Rule(Struct, frozen=True, cache_hash=True):
     """``file:line``."""
     module: str = ""
     """The name of the module rule that it is a part of."""
+
+    @cached_property
+    def ways(self) -> dict[Direction, Way]:
+        """The rule, read in either direction."""
+        equation = self.equation
+        stacks = {t: stacked_holes(equation, t) for t in (*equation.left, *equation.right)}
+        left, right = (equation.left, self.left_kinds), (equation.right, self.right_kinds)
+        return {
+            Direction.FORWARD: Way(self, Direction.FORWARD, *left, *right, stacks),
+            Direction.BACKWARD: Way(self, Direction.BACKWARD, *right, *left, stacks),
+        }
 
     def sides(self, direction: Direction) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The terms of the side that is read and of the side that is written."""
@@ -181,6 +192,33 @@ class Rule(Struct, frozen=True, cache_hash=True):
 
     def __str__(self) -> str:
         return f"{self.book}/{self.name} ({self.where})"
+
+
+class Way(Struct, frozen=True, eq=False, dict=True):
+    """A rule, read in one direction, with what follows from that alone."""
+
+    rule: Rule
+    direction: Direction
+    read: tuple[Term, ...]
+    """The terms of the side that is read."""
+    read_kinds: tuple[str, ...]
+    written: tuple[Term, ...]
+    """The terms of the side that is written."""
+    written_kinds: tuple[str, ...]
+    stacks: Mapping[Term, tuple[Expr, ...]]
+    """The holes of each term's key that count the tensors of a stack."""
+
+    @cached_property
+    def renames(self) -> bool:
+        """Whether every tensor that is written is one that is read, byte by byte."""
+        if len(self.read) != 1 or len(self.written) != 1 or self.rule.equation.copies:
+            return False
+        one, other = self.read[0], self.written[0]
+        axes = (
+            tuple(name for hole in self.stacks[term] for name in axes_of(hole))
+            for term in (one, other)
+        )
+        return one.dims == other.dims and len(set(axes)) == 1
 
 
 class RuleTerm(Struct, frozen=True, eq=False):
