@@ -157,9 +157,19 @@ def try_adapter(folder: Path, base: Path = GOLDEN / "bases" / "mixtral") -> None
     regraft.inspect(folder / "in", model=base)
     regraft.convert(folder / "in", folder / "out", to="transformers-v5", model=base)
     if (folder / "in" / "adapter_model.safetensors").exists():
-        assert_same(folder / "in", folder / "out")
+        same(folder / "in", folder / "out")
         regraft.convert(folder / "out", folder / "back", to="transformers-v4", model=base)
-        assert_same(folder / "in", folder / "back")
+        same(folder / "in", folder / "back")
+
+
+def same(before: Path, after: Path) -> None:
+    assert_same(before, after)
+    compared[0] += 1
+
+
+def as_much(before: float | None, after: float | None) -> None:
+    assert_as_much(before, after)
+    compared[0] += before is not None and after is not None
 
 
 def fuzz_checkpoint(folder: Path, rng: random.Random) -> None:
@@ -228,14 +238,14 @@ def fuzz_dialect(folder: Path, rng: random.Random) -> None:
     out = folder / ("out.safetensors" if source.is_file() else "out")
     regraft.convert(source, out, to=sound.to, model=sound.base)
     before = energy(source, sound.dialect)
-    assert_as_much(before, energy(out, sound.to))
+    as_much(before, energy(out, sound.to))
     if sound.dialect not in UNWRITTEN:
         back = folder / ("back.safetensors" if source.is_file() else "back")
         try:
             regraft.convert(out, back, to=sound.dialect, model=sound.base)
         except RegraftError:
             return  # one that another tool cannot hold
-        assert_as_much(before, energy(back, sound.dialect))
+        as_much(before, energy(back, sound.dialect))
 
 
 UNWRITTEN = ("tinker", "megatron-bridge", "onetrainer", "bfl", "xlabs", "peft-image")
@@ -322,6 +332,8 @@ def attempt(target: str, seed: int, folder: Path) -> str | None:
             except RegraftError:
                 code = 3
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            helpers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            (folder / "told").write_text(f"{peak >> 10} {helpers >> 10} {compared[0]}")
             if peak * 1024 > MEMORY and peak > before:
                 report.write_text(f"{peak >> 10} MB")
                 code = 2
@@ -335,10 +347,17 @@ def attempt(target: str, seed: int, folder: Path) -> str | None:
         return f"no end after {SECONDS} s" if late else f"signal {os.WTERMSIG(status)}"
     outcome = os.WEXITSTATUS(status)
     counts["converted" if outcome == 0 else "refused"] += outcome in (0, 3)
+    if (folder / "told").exists():
+        own, helpers, comparisons = map(int, (folder / "told").read_text().split())
+        counts["comparisons"] += comparisons
+        for name, size in (("most MB", own), ("most MB of a helper", helpers)):
+            counts[name] = max(counts[name], size)
     return report.read_text() if report.exists() else None
 
 
 counts: Counter[str] = Counter()
+compared = [0]
+"""How often what an adapter adds was compared with what its source adds, in this process."""
 
 
 def main() -> int:
