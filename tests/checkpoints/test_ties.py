@@ -8,9 +8,11 @@ from models import MIXTRAL, mixtral, write_folder
 
 import regraft
 from regraft.checkpoints import ties
+from regraft.checkpoints.source import open_checkpoint
 from regraft.checkpoints.verify import verify
 from regraft.cli import main
 from regraft.errors import BadInputError
+from regraft.planning.model import ModelConfig
 from regraft.rules.book import library
 from regraft.storage.safetensors import open_tensors
 
@@ -235,7 +237,66 @@ def test_types_that_tie_unsaid_are_those_of_transformers():
         if getattr(config, ties.FIELD, False):
             tied.add(model_type)
     # Version 4 does not tie these, and writes for all of them what it does.
-    assert tied - {"qwen3_vl_moe_text"} == ties._TIED_TYPES
+    assert tied - {"qwen3_vl_moe_text"} == ties.tied_types() & known
+
+
+BART = {
+    "model.shared.weight": (9, 4),
+    "model.encoder.embed_tokens.weight": (9, 4),
+    "model.decoder.embed_tokens.weight": (9, 4),
+    "lm_head.weight": (9, 4),
+    "model.encoder.layers.0.fc1.weight": (6, 4),
+}
+
+
+def of_shapes(shapes):
+    noise = np.random.default_rng(3)
+    return {name: noise.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"model_type": "bart"}, 3),  # by the defaults of transformers 4
+        ({"model_type": "bart", "tie_word_embeddings": False}, 0),
+        ({"model_type": "mine", "tie_word_embeddings": True}, 3),
+        ({"model_type": "mine", "text_config": {"model_type": "gemma2"}}, 3),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, 0),
+        ({"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}}, 0),
+    ],
+)
+def test_without_a_class_the_config_tells_or_the_type(tmp_path, config, count):
+    config = {"vocab_size": 9, **config}
+    source = open_checkpoint(write_folder(tmp_path / "src", of_shapes(BART), config))
+    found = ties.unequal_ties(source, ModelConfig(config, "config.json"), None)
+    assert len(found.unequal) == count
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mine", "architectures": ["Mine"]}, None])
+def test_where_nothing_tells_it_is_said(tmp_path, config):
+    """Neither is picked: both are kept, and what that means is said."""
+    tensors = mixtral()
+    src = write_folder(tmp_path / "src", tensors, config or MIXTRAL)
+    if config is None:
+        (src / "config.json").unlink()
+    model = None if config is None else ModelConfig({**MIXTRAL, **config}, "config.json")
+    found = ties.unequal_ties(open_checkpoint(src), model, None)
+    assert not found.unequal
+    (tie,) = found.undecided
+    note = ties.undecided_note(tie, model)
+    assert EMBEDDINGS in note and HEAD in note and "both are kept" in note
+    same = {**tensors, HEAD: tensors[EMBEDDINGS]}
+    src = write_folder(tmp_path / "same", same, MIXTRAL)
+    assert not ties.unequal_ties(open_checkpoint(src), model, None).undecided
+
+
+def test_a_file_without_a_config_says_it_in_its_report(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral(), MIXTRAL)
+    file = src / "model.safetensors"
+    file.rename(tmp_path / "alone.safetensors")
+    src, out = tmp_path / "alone.safetensors", tmp_path / "out.safetensors"
+    report = regraft.convert(src, out, to=NEW, source="mixtral")
+    assert [note for note in report.notes if "nothing says whether" in note]
 
 
 def test_a_shared_embedding_is_what_others_follow_by_their_names():

@@ -38,10 +38,12 @@ from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.ties import (
     FIELD,
+    Ties,
     leave_out,
     nothing_to_untie,
     refuse,
     refuse_rest,
+    undecided_note,
     unequal_ties,
     without_ties,
 )
@@ -127,7 +129,8 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     model, drop, keep, casts = options.model, options.drop, options.keep, options.casts
     source = whole
     config = model_of(source, model)
-    ties = unequal_ties(source, _read_there(config, to), foreign) if to is not None else []
+    found = unequal_ties(source, _read_there(config, to), foreign) if to is not None else Ties()
+    ties = found.unequal
     aside = find_aside(source, drop, keep)
     dropped = set(aside.dropped)
     halves = [tie for tie in ties if len(dropped & {tie.kept, tie.other}) == 1]
@@ -155,7 +158,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     if plan is not None:
         check_kept(known, aside.kept, headers, config, source.where)
         plan = aside.beside(plan, headers)
-    if untie and not left:
+    if untie and not left and not found.undecided:
         raise BadInputError(nothing_to_untie(source))
     if plan is not None and (
         asked := [t for t in left if not untie or (to == V4 and not t.is_head)]
@@ -166,6 +169,12 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         if untie
         else f"{t.other} is tied to {t.kept}, and the two have other values; both stay as they are"
         for t in left
+    ]
+    gone = set(aside.dropped)
+    said += [
+        undecided_note(tie, config)
+        for tie in found.undecided
+        if not untie and not gone & {tie.kept, tie.other}
     ]
     untied: list[str] = []
     if plan is None:

@@ -9,7 +9,9 @@ Source: ``PreTrainedModel.tie_embeddings_and_encoder_decoder`` of transformers 4
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from msgspec import Struct
 from regraft.adapters.detect import covers
 from regraft.checkpoints.aside import drop_rows
 from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.source import Source
+from regraft.checkpoints.source import CONFIG, Source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign, ModelConfig, TiedNames
@@ -28,8 +30,6 @@ from regraft.values import replace
 FIELD = "tie_word_embeddings"
 _TEXT = ("decoder", "generator", "text_config")
 """What ``get_text_config(decoder=True)`` takes for the text model's part, in this order."""
-_TIED_TYPES = frozenset({"ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "jetmoe", "smollm3"})
-"""The model types that a book of the library knows and that are tied where the config does not say it."""
 _OUTPUTS = frozenset({"lm_head", "embed_out", "output_projection", "decoder"})
 _INPUTS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
 _SHARED = "shared"
@@ -46,30 +46,56 @@ class Tie(Struct, frozen=True):
     """Whether the other is the output embeddings, which only the config ties in transformers 4."""
 
 
-def unequal_ties(source: Source, model: ModelConfig | None, foreign: Foreign | None) -> list[Tie]:
+class Ties(Struct, frozen=True):
+    """Tensors of a checkpoint that a model may have as one, and that have other values."""
+
+    unequal: tuple[Tie, ...] = ()
+    """Those that are tied."""
+    undecided: tuple[Tie, ...] = ()
+    """Embeddings of which nothing says whether they are tied: no class, no config."""
+
+
+def unequal_ties(source: Source, model: ModelConfig | None, foreign: Foreign | None) -> Ties:
     """The tied weights of a checkpoint that have other values.
 
     None where the config says that nothing is tied. ``foreign`` is asked for the ties of the model's class, whatever
-    they are; of models that the library knows, only the embeddings are ever tied, and names tell them. Two that
-    differ are told by their first bytes.
+    they are; of models that the library knows, only the embeddings are ever tied, and names tell them. Where there is
+    no class to ask, the config tells it, or the defaults of transformers 4 for the model's type. Two that differ are
+    told by their first bytes.
     """
-    if model is None or _says_tied(model.data) is False:
-        return []
-    groups: list[TiedNames] | None = None
-    if foreign is not None and not covers(books_for(model.model_types()), model):
+    if model is not None and _says_tied(model.data) is False:
+        return Ties()
+    known = model is not None and covers(books_for(model.model_types()), model)
+    if model is not None and foreign is not None and not known:
         groups = foreign.tied(model, source.tensors.names, model.architectures())
-    if groups is None:
-        groups = _tied_by_names(source, model)
+        if groups is not None:
+            return Ties(tuple(_unequal(source, groups)))
+    if model is not None and _ties_by_default(model):
+        return Ties(tuple(_unequal(source, _tied_by_names(source, model))))
+    if known:
+        return Ties()
+    return Ties(undecided=tuple(_unequal(source, _tied_by_names(source, model))))
+
+
+def _unequal(source: Source, groups: Sequence[TiedNames]) -> Iterator[Tie]:
     at = {name: row for row, name in enumerate(source.tensors.names)} if groups else {}
     shapes = source.tensors.shapes
-    return [
-        Tie(kept, other, other in group.heads)
-        for group in groups
-        for kept, *others in [group.names]
-        for other in others
-        # A loader refuses other shapes by itself.
-        if shapes[at[kept]] == shapes[at[other]] and not same_values(source, at[kept], at[other])
-    ]
+    for group in groups:
+        kept, *others = group.names
+        for other in others:
+            # A loader refuses other shapes by itself.
+            same_shape = shapes[at[kept]] == shapes[at[other]]
+            if same_shape and not same_values(source, at[kept], at[other]):
+                yield Tie(kept, other, other in group.heads)
+
+
+def undecided_note(tie: Tie, model: ModelConfig | None) -> str:
+    """What is said of embeddings of which nothing says whether they are tied."""
+    lacking = f"there is no {CONFIG}" if model is None else f"{CONFIG} does not have {FIELD}"
+    return (
+        f"{lacking}, and no class that could be asked, so nothing says whether {tie.other} is tied to {tie.kept}; they "
+        f"have other values, and both are kept. If they are tied, transformers 4 takes {tie.kept} for both"
+    )
 
 
 def refuse(where: str, ties: Sequence[Tie]) -> None:
@@ -184,25 +210,42 @@ def same_values(source: Source, one: int, other: int) -> bool:
 
 def _says_tied(config: Mapping[str, Any]) -> bool | None:
     """What the part of the config says that transformers 4 goes by; ``None`` where it says nothing."""
-    part = next((config[name] for name in _TEXT if isinstance(config.get(name), Mapping)), config)
-    value = part.get(FIELD)
+    value = _text_part(config).get(FIELD)
     return value if isinstance(value, bool) else None
 
 
-def _tied_by_names(source: Source, model: ModelConfig) -> list[TiedNames]:
-    """The embeddings by their names, where the model ties them: where no class can be asked.
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that transformers 4 goes by."""
+    return next((config[name] for name in _TEXT if isinstance(config.get(name), Mapping)), config)
+
+
+def _ties_by_default(model: ModelConfig) -> bool:
+    """Whether the embeddings are tied, by the config or by what transformers 4 takes where it does not say it."""
+    said = _says_tied(model.data)
+    inner = _text_part(model.data).get("model_type")
+    kind = inner if isinstance(inner, str) else model.model_type
+    return bool(said) if said is not None else kind in tied_types()
+
+
+@lru_cache(maxsize=1)
+def tied_types() -> frozenset[str]:
+    """The model types whose embeddings transformers 4 ties where the config does not say it."""
+    text = (resources.files("regraft.checkpoints") / "tables" / "tied_types.txt").read_text("utf-8")
+    return frozenset(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def _tied_by_names(source: Source, model: ModelConfig | None) -> list[TiedNames]:
+    """The embeddings by their names: where no class can be asked.
 
     The output's follow the input's; where a model has one for several inputs, these follow it, too.
     """
-    if _says_tied(model.data) is None and not _TIED_TYPES & set(model.model_types()):
-        return []
     tensors = source.tensors
-    sizes = {part.get("vocab_size") for _, part in model.parts()}
+    sizes = {part.get("vocab_size") for _, part in model.parts()} if model is not None else set()
     # Vocabularies are resized without the config.
     sizes |= {
         shape[0]
         for name, shape in zip(tensors.names, tensors.shapes, strict=True)
-        if shape and name.endswith("lm_head.weight")
+        if shape and (name.endswith("lm_head.weight") or (model is None and is_output(name)))
     }
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, shape in zip(tensors.names, tensors.shapes, strict=True):

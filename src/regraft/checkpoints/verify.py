@@ -146,7 +146,7 @@ def _settled(
 ) -> tuple[bool, list[str]]:
     """What was said, when the second was made, of tied weights that have other values in the first."""
     source = open_checkpoint(src)
-    ties = unequal_ties(source, model_of(source, told), foreign)
+    ties = unequal_ties(source, model_of(source, told), foreign).unequal
     names = set(other.tensors.names)
     drop = [tie.other for tie in ties if tie.other not in names]
     config = model_of(other, None)
