@@ -34,6 +34,7 @@ from regraft.report import PartReport, Report, log_report, logged
 from regraft.rules.book import Rules, only_books, only_family, own_rules
 from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
+from regraft.storage.training import left_words
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def convert(
         keep: checkpoints only: patterns of names that stay as they are although nothing explains them.
         dequantize: checkpoints only: make quantised weights (FP8, MXFP4, NVFP4) bfloat16 ones. It changes numbers, and
             the report says so.
-        key: of what a training run saved (DCP): the key that the model is below, such as ``"model"``, where several
+        key: of what a training run saved (DCP, ``.ckpt``, ``.pt``): the key that the model is below, where several
             fit.
         stage: checkpoints only: do one part of the work, in a folder that all parts share; by as many processes as
             there are parts, on any machines. ``dst`` appears with the ``commit``; where that is in S3, so is the stage.
@@ -440,9 +441,7 @@ def _convert_checkpoint(
                 **options,
             )
     if left := left_behind():
-        done.notes.append(
-            f"left behind, because they are no part of the model: {len(left)} states of the training, such as {left[0]}"
-        )
+        done.notes.append(left_words(left))
     done.traffic = traffic([] if store is None else [store])
     written = not asked.dry_run and done.part is None
     report = Report(named(str(src)), address or str(dst), checkpoint=done, written=written)

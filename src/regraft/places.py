@@ -21,6 +21,7 @@ from weakref import finalize
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.storage.hub import find_cached, is_offline, parse_id
 from regraft.storage.stand_ins import named
+from regraft.storage.training import KEY
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
 
 _FSDP = ("pytorch_model_fsdp_0", "model")
 """The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
-_KEY: ContextVar[str | None] = ContextVar("key", default=None)
 _OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
 _OPEN: list[Outline | Joined] = []
 
@@ -100,7 +100,7 @@ def _joined(path: Path) -> Path:
         return path
     known = next((each for each in _OPEN if each.url == str(path)), None)
     if known is None:
-        known = join(path, inside, _KEY.get())
+        known = join(path, inside, KEY.get())
         _OPEN.append(known)
     return known.path
 
@@ -108,17 +108,17 @@ def _joined(path: Path) -> Path:
 @contextmanager
 def below(key: str | None) -> Iterator[None]:
     """Let the model of a training run's checkpoint be below a key, such as ``model`` or ``app.model``."""
-    token = _KEY.set(key) if key is not None else None
+    token = KEY.set(key) if key is not None else None
     try:
         yield
     finally:
         if token is not None:
-            _KEY.reset(token)
+            KEY.reset(token)
 
 
 def take_key(key: str | None) -> None:
     """Let `below` hold until it is said otherwise."""
-    _KEY.set(key)
+    KEY.set(key)
 
 
 def stay_offline(wanted: bool) -> None:
@@ -128,7 +128,7 @@ def stay_offline(wanted: bool) -> None:
 
 def settings() -> tuple[str | None, bool]:
     """What `below` and `stay_offline` were told, for another process."""
-    return _KEY.get(), _OFFLINE.get()
+    return KEY.get(), _OFFLINE.get()
 
 
 def left_behind() -> list[str]:

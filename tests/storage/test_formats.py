@@ -9,6 +9,7 @@ import pytest
 from checkpoints.models import MIXTRAL, mixtral
 
 import regraft
+from regraft.cli import main
 from regraft.errors import BadInputError
 from regraft.storage.safetensors import open_tensors
 
@@ -100,7 +101,6 @@ def test_a_folder_of_a_hub_with_other_weights_only(name, tmp_path):
 @pytest.mark.parametrize("name", ["plain.pt", "plain.pth", "last.ckpt"])
 @pytest.mark.parametrize("under", [None, "state_dict", "model", "model_state_dict", "module"])
 def test_torch_files_are_read_whatever_their_name(name, under, tmp_path):
-    torch = pytest.importorskip("torch")
     state = {key: torch.from_numpy(value) for key, value in mixtral().items()}
     whole = state if under is None else {under: state, "epoch": 3, "optimizer": {"lr": 0.1}}
     torch.save(whole, tmp_path / name)
@@ -108,3 +108,61 @@ def test_torch_files_are_read_whatever_their_name(name, under, tmp_path):
     regraft.convert(tmp_path / name, tmp_path / "out", to=V5)
     made = open_tensors(tmp_path / "out" / "model.safetensors")
     assert "model.layers.1.mlp.experts.down_proj" in made
+
+
+torch = pytest.importorskip("torch")
+
+
+def lightning(state, **more):
+    """What Lightning's trainer saves."""
+    moments = {i: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)} for i in range(2)}
+    return {
+        "epoch": 3,
+        "global_step": 300,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"ready": 4}}}},
+        "callbacks": {"ModelCheckpoint{}": {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [{"state": moments, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}],
+        "lr_schedulers": [],
+        **more,
+    }
+
+
+def test_checkpoints_of_training_runs(tmp_path, capsys):
+    state = {key: torch.from_numpy(value) for key, value in mixtral().items()}
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save(lightning(state), tmp_path / "last.ckpt")
+    average = {key: value + 1 for key, value in state.items()}
+    torch.save(lightning(state, ema={"shadow": average}), tmp_path / "two.ckpt")
+    report = regraft.convert(tmp_path / "plain.pt", tmp_path / "plain", to=V5)
+    assert not report.notes
+    report = regraft.convert(tmp_path / "last.ckpt", tmp_path / "last", to=V5)
+    [note] = report.notes
+    assert "5 states of the training, such as callbacks.ModelCheckpoint{}.best_model_score" in note
+    with pytest.raises(
+        BadInputError, match=r"below several keys: ema\.shadow, state_dict"
+    ) as caught:
+        regraft.convert(tmp_path / "two.ckpt", tmp_path / "two", to=V5)
+    assert caught.value.findings[0].code == "which-key"
+    with pytest.raises(BadInputError, match="below several keys: callbacks"):
+        regraft.convert(tmp_path / "two.ckpt", tmp_path / "two", to=V5, key="nothing")
+    line = ["convert", str(tmp_path / "two.ckpt"), "--to", V5]
+    assert main([*line, str(tmp_path / "one"), "--key", "state_dict"]) == 0
+    assert "left behind" in capsys.readouterr().out
+    assert main([*line, str(tmp_path / "average"), "--key", "ema.shadow", "-q"]) == 0
+    made = {
+        name: (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("plain", "last", "one", "average")
+    }
+    assert made["plain"] == made["last"] == made["one"] != made["average"]
+
+
+def test_a_dict_that_holds_itself(tmp_path):
+    state = {key: torch.from_numpy(value) for key, value in mixtral().items()}
+    whole = {"state_dict": state}
+    whole.update({f"again{number}": whole for number in range(200)})
+    torch.save(whole, tmp_path / "loop.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    regraft.convert(tmp_path / "loop.ckpt", tmp_path / "out", to=V5)

@@ -30,6 +30,7 @@ from regraft.storage.hub import parse_id
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
 from regraft.storage.stand_ins import remote_at
+from regraft.storage.training import KEY, left_words
 from regraft.values import replace
 
 CONFIG = "config.json"
@@ -189,7 +190,7 @@ def open_checkpoint(path: Path) -> Source:
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
         try:
-            opened, tensors = _open_file(file)
+            opened, tensors = _open_file(file, notes)
         except RegraftError as error:
             findings += error.findings
             continue
@@ -249,9 +250,10 @@ def open_weights(paths: Iterable[Path]) -> Source:
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     findings: list[Finding] = []
+    notes: list[str] = []
     for path in paths:
         try:
-            opened, tensors = _open_file(path)
+            opened, tensors = _open_file(path, notes)
         except RegraftError as error:
             findings += error.findings
             continue
@@ -261,7 +263,8 @@ def open_weights(paths: Iterable[Path]) -> Source:
     findings = findings or _check_names(root, files, [part for part, _ in parts], None, [])
     if findings:
         raise BadInputError(findings)
-    return Source(str(root), root, tuple(files), _columns(parts), None, None, ())
+    said = tuple(notes)
+    return Source(str(root), root, tuple(files), _columns(parts), None, None, (), notes=said)
 
 
 class _Index(msgspec.Struct):
@@ -404,14 +407,16 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
     return tuple(others), tuple(left_out)
 
 
-def _open_file(path: Path) -> tuple[File, Mapping[str, TensorInfo]]:
+def _open_file(path: Path, notes: list[str]) -> tuple[File, Mapping[str, TensorInfo]]:
     file, _ = open_regular(path)
     with file:
         stamp = Stamp.of(path, file)
     if path.suffix in (".bin", *_TORCH_ONLY):
-        from regraft.storage.torch_file import read_torch
+        from regraft.storage.torch_file import read_run
 
-        tensors: Mapping[str, TensorInfo] = read_torch(path)
+        tensors: Mapping[str, TensorInfo]
+        tensors, left = read_run(path, KEY.get())
+        notes += [left_words(left)] if left else []
         metadata: Mapping[str, str] = {"format": "pt"}
         data_start = 0
     else:

@@ -142,7 +142,7 @@ key = click.option(
     expose_value=False,
     is_eager=True,
     callback=lambda ctx, param, value: _below(value),
-    help="What a training run saved (DCP): the key that the model is below, such as model, where several fit.",
+    help="What a training run saved (DCP, .ckpt, .pt): the key that the model is below, if several fit.",
 )
 offline = click.option(
     "--offline",

@@ -12,7 +12,6 @@ Source: ``torch/distributed/checkpoint`` of torch 2.13: ``metadata.py``, ``files
 from __future__ import annotations
 
 import io
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -37,6 +36,7 @@ from regraft.storage.torch_file import (
     opcodes,
     open_zip,
 )
+from regraft.storage.training import STATES, which_key
 
 METADATA = ".metadata"
 _FIX = "join it with torch: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.bin"
@@ -59,11 +59,6 @@ _MODULES = {
 _SHARDING = "DCP_SHARDING_INFO"
 _MOST_BYTES = 1_000_000_000
 _MOST_CELLS = 1_000_000
-_STATES = re.compile(
-    r"(^|\.)(optim|optimizer|optimizers|optimizer_state|optimizer_states|optim_state|lr_scheduler|lr_schedulers|"
-    r"scheduler|dataloader|train_state|rng_state|exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|param_groups)(\.|$)"
-)
-"""What of a training run is not the model."""
 
 
 class Chunk(Struct, frozen=True):
@@ -370,7 +365,7 @@ def model_of(
     left = []
     for name, tensor in tensors.items():
         above, own = ".".join(tensor.path[:-1]), tensor.path[-1]
-        if wanted is None and (_STATES.search(above) or _STATES.search(name)):
+        if wanted is None and (STATES.search(above) or STATES.search(name)):
             left.append(name)
         elif wanted is None:
             groups.setdefault(above, {})[own] = tensor
@@ -380,12 +375,7 @@ def model_of(
             left.append(name)
     if len(groups) == 1:
         return next(iter(groups.values())), left
-    names = ", ".join(sorted(name or "(none)" for name in groups))
-    if groups:
-        message, fix = f"tensors are below several keys: {names}", "name one with --key"
-    else:
-        message, fix = "there is no tensor of a model in it", "check --key, and the folder"
-    raise BadInputError(Finding("which-key", message, where=where, fix=fix))
+    raise which_key(where, groups)
 
 
 def chunks_by_file(tensors: Mapping[str, Chunked]) -> Iterator[str]:

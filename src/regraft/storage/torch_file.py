@@ -15,7 +15,7 @@ import io
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,7 @@ from regraft.storage.header import TensorInfo
 from regraft.storage.header_check import name_problem
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 from regraft.storage.stamp import Stamp, changed
+from regraft.storage.training import STATES, which_key
 
 _FIX = "save it again as safetensors"
 _MAX_PICKLE_BYTES = 100_000_000
@@ -131,7 +132,26 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
 
     Raises ``BadInputError`` for a file that holds anything but plain tensors by name, each with its bytes in a row.
     """
-    tensors, _ = _find_tensors(path, _NESTED)
+    return read_run(path, None)[0]
+
+
+def read_run(path: Path, key: str | None) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The same for what a training run saved, where the model is below a key, and the tensors beside it that are left.
+
+    Args:
+        path: the file.
+        key: the key (``state_dict``, ``app.model``), where several fit; found out where it is ``None``.
+
+    Raises ``BadInputError``.
+    """
+    left: list[str] = []
+
+    def model_in(loaded: dict[Any, Any]) -> dict[Any, Any]:
+        model, beside = _model_in(loaded, str(path), key)
+        left.extend(beside)
+        return model
+
+    tensors, _ = _find_tensors(path, model_in)
     scattered = [
         Finding("not-tensors", "its elements do not lie in a row", str(path), key, fix=_FIX)
         for key, tensor in tensors.items()
@@ -139,10 +159,11 @@ def read_torch(path: Path) -> dict[str, TensorInfo]:
     ]
     if scattered:
         raise BadInputError(scattered)
-    return {
+    infos = {
         key: TensorInfo(tensor.dtype, tensor.shape, tensor.start, tensor.start + tensor.size)
         for key, tensor in tensors.items()
     }
+    return infos, left
 
 
 def open_torch(
@@ -163,7 +184,12 @@ def open_torch(
             safetensors has no name for; or it changed meanwhile.
     """
     path = Path(path)
-    tensors, stamp = _find_tensors(path, () if inside is None else (inside,))
+
+    def model_in(loaded: dict[Any, Any]) -> dict[Any, Any]:
+        nested = loaded.get(inside)
+        return nested if isinstance(nested, dict) else loaded
+
+    tensors, stamp = _find_tensors(path, model_in)
     wanted = {tensor.storage for tensor in tensors.values() if tensor.size}
     total = sum(end - start for start, end in wanted)
     if total > stamp.size:
@@ -233,16 +259,55 @@ class _Refused(Struct, frozen=True):
     what: str
 
 
-_NESTED = ("state_dict", "model_state_dict", "model", "module")
-"""Under what trainers keep the weights beside other things: Lightning, plain loops, DeepSpeed."""
+_DEEPEST = 6
+"""How far below others tensors are looked for."""
 
 
 class RefusedError(Exception):
     """What a plain file of torch does not have."""
 
 
-def _find_tensors(path: Path, inside: Sequence[str]) -> tuple[dict[str, TorchTensor], Stamp]:
-    """The tensors by name, and what the file was. They may be one level down, under one of ``inside``."""
+def _model_in(
+    loaded: dict[Any, Any], where: str, key: str | None
+) -> tuple[dict[Any, Any], list[str]]:
+    """The dict with the model's tensors, and the names of those that are in others."""
+    groups = dict(_groups(loaded, "", 0, set()))
+    if key is None and ("" in groups or not groups):
+        return loaded, []
+    fitting = [
+        name for name in groups if (STATES.search(name) is None if key is None else name == key)
+    ]
+    if len(fitting) != 1:
+        raise which_key(where, fitting or ([] if key is None else groups))
+    left = [
+        f"{name}.{each}"
+        for name, group in groups.items()
+        if name != fitting[0]
+        for each, value in group.items()
+        if isinstance(value, Tensor)
+    ]
+    return groups[fitting[0]], left
+
+
+def _groups(
+    value: Any, name: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Every dict with tensors, by the keys above it; one that is at several places once."""
+    if depth > _DEEPEST or not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    if isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values()):
+        yield name, value
+    for key, below in items:
+        if not isinstance(below, Tensor):
+            yield from _groups(below, f"{name}.{key}" if name else str(key), depth + 1, seen)
+
+
+def _find_tensors(
+    path: Path, model_in: Callable[[dict[Any, Any]], dict[Any, Any]]
+) -> tuple[dict[str, TorchTensor], Stamp]:
+    """The tensors by name, and what the file was; ``model_in`` finds the dict that they are in."""
     where = str(path)
     file, _ = open_regular(path)
     with file:
@@ -254,7 +319,7 @@ def _find_tensors(path: Path, inside: Sequence[str]) -> tuple[dict[str, TorchTen
             raise BadInputError(known)
         loaded, places = _load(file, is_zip, stamp.size, where)
         if isinstance(loaded, dict):
-            loaded = next((loaded[n] for n in inside if isinstance(loaded.get(n), dict)), loaded)
+            loaded = model_in(loaded)
         if not isinstance(loaded, dict):
             message = (
                 f"expected a dict of names and tensors, and the file holds {_describe(loaded)}"
