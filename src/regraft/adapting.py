@@ -17,6 +17,7 @@ from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
 from regraft.adapters.ranks import MERGE, Options
 from regraft.dialects.base import Found
+from regraft.dialects.image.families import Family, only_image_family
 from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, Target, find_source, reopened
 from regraft.errors import BadInputError, Finding, NotEqualError, RefusedError, RegraftError
@@ -138,7 +139,8 @@ class _Conversion(Struct, frozen=True, dict=True):
         opened = self.opening.open(folder)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:
-            result = by_itself(request.to, given.family, request.model, ranks)
+            with only_image_family(_family_of(request.model)):
+                result = by_itself(request.to, given.family, request.model, ranks)
             return _Moved(opened, result, True, stamps)
         opened, note = at_home(opened, self.base, request.foreign)
         result = convert_adapter(
@@ -178,11 +180,21 @@ class _Conversion(Struct, frozen=True, dict=True):
 
             assert isinstance(moved.opened, ImageFile)
             dialect = PEFT_IMAGE if dialect.name == "peft" else dialect
-            with reopened(dialect, moved.opened, moved.result) as made:
+            with (
+                only_image_family(_family_of(request.model)),
+                reopened(dialect, moved.opened, moved.result) as made,
+            ):
                 assert isinstance(made, ImageFile)
                 family = request.given.family
                 done = compare_images(moved.opened, made, request.model, tolerance, budget, family)
         _report_certificate(moved.result, done)
+
+
+def _family_of(base: Path | None) -> Family | None:
+    """The family of a base of an image model that has no rule book."""
+    from regraft.bridges.diffusers import family_of_base
+
+    return family_of_base(base)
 
 
 def _report(request: Request, found: Found, target: Target, moved: Sequence[_Moved]) -> Report:

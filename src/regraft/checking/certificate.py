@@ -166,9 +166,12 @@ def verify_adapters(
     left = Budget(budget)
     opened, there_opened = find_source(src, said), find_source(dst)
     if opened.dialect.name in IMAGE or there_opened.dialect.name in IMAGE:
+        from regraft.bridges.diffusers import family_of_base
         from regraft.checking.image import verify_images
+        from regraft.dialects.image.families import only_image_family
 
-        return verify_images(opened, there_opened, model, tolerance, left, said)
+        with only_image_family(family_of_base(model)):
+            return verify_images(opened, there_opened, model, tolerance, left, said)
     packing = said.packing if said is not None else None
     first, second = opened.found, there_opened.found
     config = load_model(model) if model is not None else None

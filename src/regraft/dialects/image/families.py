@@ -9,6 +9,9 @@ Sources: sd-scripts (``networks/lora*.py``: ``LORA_PREFIX_*``), musubi-tuner (``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,6 +94,8 @@ class Family:
     text_encoders: tuple[TextEncoder, ...] = ()
     modules: tuple[str, ...] = ()
     """Of the denoiser, where one layout is all there is, so that no book has them."""
+    convolutions: tuple[str, ...] = ()
+    """Those of them that are convolutions."""
     excludes: str = ""
     """A pattern of modules that it does not have although a rule of its book would fit."""
     marks: str = ""
@@ -372,6 +377,25 @@ FAMILIES: tuple[Family, ...] = (
 """Where several fit, and their results are the same, the first one counts."""
 
 
+_OWN: ContextVar[Family | None] = ContextVar("_OWN", default=None)
+
+
+@contextmanager
+def only_image_family(family: Family | None) -> Iterator[None]:
+    """Within it there is one family, which was made of a base's own modules; ``None`` changes nothing."""
+    token = _OWN.set(family or _OWN.get())
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
+def image_families() -> tuple[Family, ...]:
+    """The families that files may be for."""
+    own = _OWN.get()
+    return FAMILIES if own is None else (own,)
+
+
 def family_named(name: str) -> Family | None:
     """A family by its name; ``-`` and ``_`` are the same.
 
@@ -379,4 +403,4 @@ def family_named(name: str) -> Family | None:
     'Qwen-Image'
     """
     plain = name.lower().replace("_", "-")
-    return next((f for f in FAMILIES if plain in (f.name, f.book.replace("_", "-"))), None)
+    return next((f for f in image_families() if plain in (f.name, f.book.replace("_", "-"))), None)

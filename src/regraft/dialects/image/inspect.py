@@ -17,7 +17,7 @@ import numpy as np
 
 from regraft.dialects.image.convert import form_of_place, tool_of
 from regraft.dialects.image.delta import LORA
-from regraft.dialects.image.families import DENOISER, FAMILIES
+from regraft.dialects.image.families import DENOISER
 from regraft.dialects.image.grouping import (
     AROUND,
     Grouped,
@@ -263,7 +263,7 @@ def _family(
             some[stem] = _outlined(stem, modules[stem])
         first[group[-1]] = some[group[-1]]
     likely = families_with(Grouped(first, {}))
-    fits = fit_families(Grouped(some, {}), likely or FAMILIES)
+    fits = fit_families(Grouped(some, {}), likely)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
         return "", f"no family has a module {fits[0].missing[0]}"

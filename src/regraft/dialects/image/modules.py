@@ -122,7 +122,7 @@ def names_of(family: Family, layout: str) -> Names | None:
     book = book_of(family)
     if book is None or layout not in (book.left, book.right):
         if family.modules and layout == "diffusers":
-            return _plain_names(family.modules)
+            return _plain_names(family.modules, family.convolutions)
         return None
     place = (id(book), layout)
     known = _KNOWN.get(place)
@@ -169,8 +169,10 @@ def _of_key(key: Key, kind: str) -> _Template | None:
 
 
 @lru_cache(maxsize=64)
-def _plain_names(modules: tuple[str, ...]) -> Names:
-    return Names("diffusers", [_Template(tuple(_cut(m)), ".weight", "linear") for m in modules])
+def _plain_names(modules: tuple[str, ...], convolutions: tuple[str, ...] = ()) -> Names:
+    kinds = {**dict.fromkeys(modules, "linear"), **dict.fromkeys(convolutions, "conv")}
+    templates = [_Template(tuple(_cut(m)), ".weight", kind) for m, kind in kinds.items()]
+    return Names("diffusers", templates)
 
 
 def _cut(path: str) -> Iterator[str | None]:

@@ -17,10 +17,10 @@ from regraft.dialects.image.delta import LORA, Delta
 from regraft.dialects.image.families import (
     CLIP_V4,
     DENOISER,
-    FAMILIES,
     Family,
     TextEncoder,
     family_named,
+    image_families,
 )
 from regraft.dialects.image.grouping import (
     Grouped,
@@ -90,17 +90,17 @@ def places_of(grouped: Grouped) -> dict[str, Place]:
     return {stem: place_of(stem) for stem in grouped.modules}
 
 
-def fit_families(grouped: Grouped, families: Iterable[Family] = FAMILIES) -> list[Fit]:
-    """How a file's names stand in each family, best first."""
+def fit_families(grouped: Grouped, families: Iterable[Family] = ()) -> list[Fit]:
+    """How a file's names stand in each family, or in those that are given; best first."""
     places = places_of(grouped)
-    fits = [_fit(family, places, grouped) for family in families]
+    fits = [_fit(family, places, grouped) for family in families or image_families()]
     return sorted(fits, key=lambda fit: len(fit.missing))
 
 
 def families_with(grouped: Grouped) -> list[Family]:
     """The families that have every module of a file; each is left at the first module that it has not."""
     places = [(place, grouped.modules[stem]) for stem, place in places_of(grouped).items()]
-    return [family for family in FAMILIES if _has_all(family, places)]
+    return [family for family in image_families() if _has_all(family, places)]
 
 
 def _has_all(family: Family, places: Sequence[tuple[Place, ModuleTensors]]) -> bool:
@@ -224,7 +224,7 @@ def hinted_families(metadata: Mapping[str, str]) -> tuple[list[Family], str]:
         if not said:
             continue
         told = said.partition("/")[0]
-        found = [f for f in FAMILIES if f.marks and re.fullmatch(f.marks, told)]
+        found = [f for f in image_families() if f.marks and re.fullmatch(f.marks, told)]
         if found:
             return found, f"the header's {name} is {metadata[name]!r}"
     return [], ""
@@ -238,7 +238,7 @@ def candidates(
     Raises ``UnmatchedKeysError`` where none has all of them, ``BadInputError`` where the header contradicts the names.
     """
     named = _named(grouped, metadata, given)
-    fits = fit_families(grouped, named or FAMILIES)
+    fits = fit_families(grouped, named)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
         raise _no_family(fits[0], where, bool(named))
@@ -311,7 +311,7 @@ def _no_family(best: Fit, where: str, named: bool) -> UnmatchedKeysError:
                 "no family of image or video models that regraft knows has a module of this name",
                 where=where,
                 key=best.missing[0],
-                fix="give the rule book of its model with --rules, or name the family with --from",
+                fix=f"give the rule book of its model with --rules, or {_OWN_FOLDER}",
             )
         )
     what = "as it was said to be" if named else f"as {known} of its modules are"
@@ -321,10 +321,13 @@ def _no_family(best: Fit, where: str, named: bool) -> UnmatchedKeysError:
             f"{title} ({what}) has no module of this name",
             where=where,
             key=stem,
-            fix="check the file; if it is of another family, name that with --from",
+            fix=f"check the file; if it is of another family, name that with --from, or {_OWN_FOLDER}",
         )
         for stem in best.missing
     )
+
+
+_OWN_FOLDER = "give the folder of its model in diffusers' form with --model"
 
 
 # -- reading

@@ -100,6 +100,15 @@ def writing(dialect: str, family: Family, *, alone: bool = True) -> Writing:
     ``alone`` says whether an adapter is for no other family; otherwise names that they share are taken where both are
     read.
     """
+    if not family.native and dialect in ("comfyui", "ai-toolkit"):
+        raise RefusedError(
+            Finding(
+                "dialect",
+                f"its family is known from diffusers' {family.title} only, and not under its own code's names, "
+                f"which {dialect} has",
+                fix="convert it to kohya or diffusers, or give a rule book for it with --rules",
+            )
+        )
     if dialect == "comfyui" and not alone:
         return _comfyui(family, family.of_comfy)
     return {
