@@ -63,6 +63,7 @@ def recognised_header(header: Header) -> str | None:
     """The dialect of a header; ``None`` where not most of its keys are an image adapter's."""
     from regraft.dialects.image.convert import dialect_of
     from regraft.dialects.image.grouping import Grouped, ModuleTensors
+    from regraft.dialects.image.header import ADAPTER_METADATA
     from regraft.dialects.image.leaves import split_key
 
     if len(header.tensors) > _MOST:
@@ -83,7 +84,7 @@ def recognised_header(header: Header) -> str | None:
     grouped = Grouped(modules, {})
     if all(module.spellings == {"bfl"} for module in modules.values()):
         return None  # norms of a base model are named like what takes the place of them
-    if not modules or not _is_image(grouped):
+    if not modules or not (ADAPTER_METADATA in header.metadata or _is_image(grouped)):
         return None
     return dialect_of(grouped, header.metadata)
 
@@ -98,7 +99,10 @@ def _is_image(grouped: Grouped) -> bool:
 
     places = [place_of(stem) for stem in grouped.modules]
     if any(FLAT.match(stem) for stem in grouped.modules) or any(
-        place.prefix in _ALWAYS or place.prefix.startswith("text_encoder") for place in places
+        place.prefix in _ALWAYS
+        or place.prefix.startswith("text_encoder")
+        or (place.prefix == "transformer." and "transformer_blocks." in place.module)
+        for place in places
     ):
         return True
     best = fit_families(grouped)[0]
