@@ -27,10 +27,12 @@ from regraft.adapters.uncalled import modules_of
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
-from regraft.checking.checkpoint import check_checkpoint
+from regraft.checking.checkpoint import check_checkpoint, check_image_checkpoint, is_image
 from regraft.checking.for_tool import ToolCheck, check_for, is_tool
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.base import dialect_of
+from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, WRONG_VALUES, tool_readers
 from regraft.dialects.names import layout_named
 from regraft.dialects.opening import Opening, Target, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
@@ -39,7 +41,8 @@ from regraft.dialects.peft.saving import save_adapter
 from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
-from regraft.errors import Finding, RegraftError
+from regraft.dialects.registry import IMAGE
+from regraft.errors import Finding, RefusedError, RegraftError
 from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
@@ -112,9 +115,61 @@ def check_with(
     """What `check` does, its options in one value; ``to`` may be a tool's name there."""
     with only_books(asked.rules), taken_for(asked.architecture), visiting():
         path, base = locate(src), None if asked.model is None else locate(asked.model)
+        checkpoint = is_checkpoint(path)
+        if is_tool(asked.to) and not checkpoint:
+            return check_for(path, asked.to, base)
+        if checkpoint and is_image(path):
+            return _check_image_model(path, base, asked.to)
         if is_tool(asked.to):
             return check_for(path, asked.to, base)
+        if not checkpoint and dialect_of(path).name in IMAGE:
+            return _check_image(path, base, asked.to)
         return _check(path, base, asked.to, peft)
+
+
+def _check_image_model(src: Path, model: Path | None, to: str) -> Check:
+    """A checkpoint of an image model is for diffusers, unless another tool was named.
+
+    Raises ``RefusedError`` for tools of which nothing is known.
+    """
+    tool = _DIFFUSERS if to == _USUAL else to.partition("@")[0]
+    if tool not in (_DIFFUSERS, "comfyui"):
+        message = f"nothing is known of how {to} takes a checkpoint of an image or video model"
+        fix = "say --for diffusers or --for comfyui; regraft inspect tells what it is"
+        raise RefusedError(Finding("dialect", message, where=str(src), fix=fix))
+    return Check(named(str(src)), tool, [check_image_checkpoint(src, model, tool)])
+
+
+def _check_image(src: Path, model: Path | None, to: str) -> Check:
+    """A LoRA of an image model, as diffusers takes it where no tool was named.
+
+    Raises ``RefusedError`` where a layout was named: such files are for tools.
+    """
+    if to != _USUAL:
+        tools = ", ".join(name for name in tool_readers() if name in _IMAGE_TOOLS)
+        message = f"this is a LoRA of an image or video model, and {to} does not have these"
+        raise RefusedError(Finding("dialect", message, where=str(src), fix=f"say --for {tools}"))
+    found = check_for(src, _DIFFUSERS, model)
+    verdict = Verdict("", "LORA", dialect_of(src).name, found.healthy)
+    verdict.tried = f"{found.tool} {found.version}, known from {found.basis}"
+    verdict.error = next(iter(found.failures), None)
+    verdict.rows = rows_of((each.key, {"outcome": _FATES[each.outcome]}) for each in found.targets)
+    verdict.causes = list(dict.fromkeys(each.reason for each in found.targets if each.reason))
+    verdict.remedy = [found.fix] if found.fix is not None else []
+    verdict.no_remedy, verdict.notes = found.no_fix, found.notes
+    return Check(named(str(src)), _DIFFUSERS, [verdict])
+
+
+_USUAL, _DIFFUSERS = "transformers-v5", "diffusers"
+_IMAGE_TOOLS = ("diffusers", "comfyui", "kohya")
+_FATES = {
+    LOADED: "lands",
+    IGNORED: "dropped",
+    FAILS: "refused",
+    WRONG_SCALE: "scaled",
+    WRONG_VALUES: "differs",
+}
+"""What tools make of a module, in a check's words."""
 
 
 def _check(

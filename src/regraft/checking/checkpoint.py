@@ -15,7 +15,13 @@ from regraft.bridges.transformers.trial import (
     try_checkpoint,
 )
 from regraft.checking.verdict import Verdict, rows_of
+from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.convert import convert_checkpoint
+from regraft.checkpoints.detect import Detected, detect
+from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
+from regraft.checkpoints.prepare import model_of
+from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.errors import RegraftError
 from regraft.layouts.names import Layout
 from regraft.report import CheckpointReport
@@ -54,6 +60,72 @@ def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
     if not verdict.healthy:
         _mend(path, told, to, report, verdict)
     return verdict
+
+
+def is_image(path: Path) -> bool:
+    """Whether a checkpoint is of an image or video model: the parts of a pipeline, or a denoiser by itself."""
+    opened = open_checkpoint(path)
+    return is_parted(opened) or _alone(opened) is not None
+
+
+def _alone(opened: Source) -> Detected | None:
+    """What a part of an image model by itself is; ``None`` for everything else."""
+    if model_of(opened, None) is not None:
+        return None
+    companions = find_companions(opened, None)
+    try:
+        known = detect(companions.headers, None, opened.where, None, None, companions=companions)
+    except RegraftError:
+        return None
+    return known if part_by_book(known.books) is not None else None
+
+
+def check_image_checkpoint(path: Path, told: Path | None, tool: str) -> Verdict:
+    """Whether a checkpoint of an image model has the names and shapes that a tool takes.
+
+    diffusers' `from_pretrained` takes folders in its own layout, ComfyUI the layout of the model's own code.
+    """
+    verdict = Verdict("", "checkpoint", healthy=False)
+    report: CheckpointReport | None = None
+    opened = open_checkpoint(path)
+    try:
+        layout, other = _layouts(opened)
+        verdict.layout = layout
+        single = other != DIFFUSERS and opened.parted
+        out = path.with_name(f"{path.stem}-{other}{'.safetensors' if single else ''}")
+        report = convert_checkpoint(path, out, to=other, model=told, dry_run=True)
+    except RegraftError as error:
+        verdict.findings = list(error.findings)
+        first = verdict.findings[0]
+        key = f"{first.key}: " if first.key else ""
+        verdict.no_remedy = f"regraft cannot convert it: {key}{first.message}"
+        return verdict
+    verdict.notes = ["nothing was loaded: names and shapes were compared with the rule books"]
+    verdict.healthy = (layout == DIFFUSERS) == (tool == DIFFUSERS)
+    if not verdict.healthy:
+        verdict.notes += report.notes
+        verdict.causes.append(f"it is in the layout {layout}, and {tool} takes the layout {other}")
+        if tool == DIFFUSERS:
+            verdict.causes.append("diffusers' from_single_file takes it as it is")
+        words = ["regraft", "convert", str(path), str(out), "--to", other]
+        verdict.remedy = [shlex.join(words)]
+    return verdict
+
+
+def _layouts(opened: Source) -> tuple[str, str]:
+    """The layout that an image model is in, and the other one.
+
+    Raises what `find_parts` raises.
+    """
+    if is_parted(opened):
+        found = find_parts(opened)
+        return found.layout, found.target
+    known = _alone(opened)
+    assert known is not None
+    (book, *_) = known.books
+    native = book.left if book.right == DIFFUSERS else book.right
+    layout = known.layout or DIFFUSERS
+    return layout, native if layout == DIFFUSERS else DIFFUSERS
 
 
 def _try(question: Loading, verdict: Verdict) -> None:

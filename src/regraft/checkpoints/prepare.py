@@ -48,7 +48,7 @@ from regraft.checkpoints.ties import (
     without_ties,
 )
 from regraft.checkpoints.wrappers import refuse_adapters, strip_wrappers
-from regraft.errors import BadInputError, UnmatchedKeysError
+from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
@@ -88,6 +88,10 @@ def prepare(
     """
     opened = open_checkpoint(path)
     if to is not None and is_parted(opened):
+        if keep:
+            message = "--keep: the parts of a pipeline have no place for tensors that no rule moves"
+            fix = "leave them out with --drop PATTERN"
+            raise BadInputError(Finding("option", message, where=opened.where, fix=fix))
         return prepare_parts(
             opened,
             to,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from regraft.checkpoints.parts import is_parted
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.dialects.names import layout_named, source_named
 from regraft.dialects.opening import find_source
@@ -20,7 +21,7 @@ from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.explaining.explanation import End, Explanation, Near
 from regraft.explaining.near import closest, part_ways
-from regraft.explaining.subject import SHARED, Name, Subject, open_subject
+from regraft.explaining.subject import SHARED, Name, Subject, open_part, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
 from regraft.layouts.graph import edges_to, going_over
 from regraft.names.keys import Group, group_names
@@ -69,6 +70,9 @@ def explain(
                     from regraft.explaining.image import explain_image
 
                     return explain_image(opening.one(), key, layout, given.family, known)
+            elif is_parted(opened := open_checkpoint(path)):
+                said = None if given.layout is None else given.layout.name
+                return _Search(open_part(opened, key, said), key, layout.name).explain()
             subject = open_subject(path, layout, known, given.layout, given)
             return _Search(subject, key, layout.name).explain()
 
@@ -76,7 +80,8 @@ def explain(
 class _Search:
     def __init__(self, subject: Subject, key: str, to: str) -> None:
         self.subject, self.key, self.to = subject, key, to
-        self.edges = edges_to([b for b in subject.books if to in b.layouts] or subject.books, to)
+        books = [b for b in subject.books if to in b.layouts] or subject.books
+        self.edges = () if subject.same else edges_to(books, to)
         found = _find(subject, key)
         self.name = found
         source = subject.layout
@@ -123,6 +128,11 @@ class _Search:
         if self.explanation.source_layout == self.to:
             made = replace(self.explanation, fate="there")
             return replace(made, why=f"the file is in {self.to} already: nothing is moved")
+        if self.subject.same:
+            here = End((base,), 1, 0, self.shape(group), "any", base, True)
+            where, why = self.subject.where, self.subject.same
+            same = replace(self.explanation, fate="carried", where=where, why=why)
+            return replace(same, sources=(here,), targets=(here,))
         stays = self.subject.unstacked.carry_of(base)
         if stays is not None:
             return self.unchanged(stays, stays.where, {}, group, ())

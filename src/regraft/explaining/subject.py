@@ -15,8 +15,11 @@ from regraft.adapters.protocol import Into, Opened
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
+from regraft.checkpoints.parts import find_parts
 from regraft.checkpoints.per_expert import Unstacked
+from regraft.checkpoints.pipelines import DIFFUSERS
 from regraft.checkpoints.prepare import model_of
+from regraft.checkpoints.source import Source as Checkpoint
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Target, find_source
@@ -71,6 +74,8 @@ class Subject:
     """Quantised experts that stay one by one."""
     made: frozenset[str] = frozenset()
     """The names in the result of an adapter that can be converted."""
+    same: str = ""
+    """Why every tensor stays as it is; empty where rules move them."""
 
 
 def open_subject(
@@ -141,6 +146,41 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
         known.evidence,
         config,
         unstacked=known.unstacked,
+    )
+
+
+def open_part(opened: Checkpoint, key: str, layout: str | None) -> Subject:
+    """The part of an image model that a tensor belongs to, by the part's own names.
+
+    ``key`` is the tensor's name in the file, or its own; ``layout`` what was said of the whole.
+
+    Raises what `find_parts` raises.
+    """
+    found = find_parts(opened, layout)
+    piece = next(
+        (p for p in found.pieces if key.startswith(p.place) or key in p.tensors.names),
+        found.pieces[0],
+    )
+    name = piece.part.name
+    role = f"in the {name}: {piece.place} stands before its own name"
+    own = zip(piece.rows.tolist(), piece.tensors.names, strict=True)
+    names = {opened.tensors.names[row]: Name(opened.tensors.names[row], x, role) for row, x in own}
+    there = piece.part.prefixes[0] if found.layout == DIFFUSERS else f"{name}/"
+    evidence = found.evidence, f"in {found.target} it has {there} before its name"
+    books = tuple(book for book in found.books if book.name == piece.part.book)
+    same = "" if books else f"the names of the {name} are the same in all layouts"
+    return Subject(
+        "checkpoint",
+        opened.where,
+        names,
+        piece.headers,
+        True,
+        books,
+        {},
+        found.layout,
+        evidence,
+        None,
+        same=same,
     )
 
 
