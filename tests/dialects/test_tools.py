@@ -518,3 +518,39 @@ def test_sizes_of_zeros_are_those_of_weights_of_the_same_name():
     sizes = Sizes(known, "litgpt", as_images(loras), "LitGPT", "here")
     assert sizes.of("h.7.fc_1.weight") == (3, 4)
     assert sizes.of("h.7.fc_2.weight") == (5, 4)
+
+
+@pytest.mark.parametrize("to", TOOLS)
+def test_repeated_layers_are_refused(tmp_path, to):
+    """Layer 1 of the model that was adapted is layer 0 of its base, and no file of these tools says so."""
+    base = make_base(tmp_path / "base", "llama")
+    source = make_adapter(tmp_path / "src", modules_of("llama"))
+    file = source / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "layer_replication": [[0, 1], [0, 1]]}
+    file.write_text(json.dumps(config))
+    with pytest.raises(regraft.RefusedError, match="repeated layers"):
+        regraft.convert(source, tmp_path / "out", to=to, model=base)
+
+
+@pytest.mark.parametrize("to", TOOLS)
+def test_float64_is_rounded_and_that_is_said(tmp_path, to):
+    base = make_base(tmp_path / "base", "llama")
+    source = make_adapter(tmp_path / "src", modules_of("llama"), dtype=np.float64)
+    report = regraft.convert(source, tmp_path / "out", to=to, model=base).adapters[0]
+    assert any("float64 and became float32" in note for note in report.notes)
+    assert all(target.exact for target in report.targets)
+    file = source / WEIGHTS
+    tensors = {name: tensor * (1 + 1e-12) for name, tensor in open_tensors(file).items()}
+    file.unlink()
+    write_tensors(file, tensors, {})
+    report = regraft.convert(source, tmp_path / "again", to=to, model=base).adapters[0]
+    assert not any(target.exact for target in report.targets)
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e-300])
+def test_an_alpha_that_gguf_cannot_hold(tmp_path, alpha):
+    """It is a float32 there, and 0 would stand for a scale of 1."""
+    base = make_base(tmp_path / "base", "llama")
+    source = make_adapter(tmp_path / "src", ATTENTION, alpha=alpha)
+    with pytest.raises(regraft.RefusedError, match="out of its range"):
+        regraft.convert(source, tmp_path / "out", to="gguf", model=base)

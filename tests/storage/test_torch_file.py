@@ -228,3 +228,15 @@ def test_files_that_are_cut_or_changed(tmp_path: Path, zipped: bool) -> None:
             continue
         assert all(isinstance(name, str) for name in opened)
         assert sum(array.nbytes for array in opened.values()) <= 10 * len(data)
+
+
+def test_a_tensor_that_lacks_its_strides(tmp_path: Path) -> None:
+    """A call with fewer arguments than it takes is no plain tensor."""
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00aNK\x04tQ"
+    made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x04\x85tR"
+    file = tmp_path / "adapter_model.bin"
+    with zipfile.ZipFile(file, "w") as out:
+        out.writestr("a/data.pkl", b"\x80\x02}X\x01\x00\x00\x00w" + made + b"s.")
+        out.writestr("a/data/a", b"\0" * 16)
+    with pytest.raises(BadInputError, match="lacks its storage, its shape or its strides"):
+        open_torch(file)

@@ -28,6 +28,7 @@ from regraft.adapters.form import (
     Lora,
     Saved,
     Written,
+    cast_down,
     rescale,
 )
 from regraft.adapters.form import SavedGroup as SavedGroup
@@ -70,6 +71,8 @@ class Capabilities(Struct, frozen=True):
     """Whether the LoRA of stacked experts can be written as it is."""
     saved: bool = True
     """Whether whole tensors of the base can be written beside the deltas."""
+    doubles: bool = True
+    """Whether factors may be float64; otherwise they become float32, and that is said."""
     suffixes: tuple[str, ...] = ()
     """What the name of a destination ends in that is to be one file (``.safetensors``, ``.gguf``)."""
     folder: bool = True
@@ -403,6 +406,8 @@ class PlainWriter:
     capabilities = Capabilities()
     title = "this format"
     claimed: tuple[str, ...] = ()
+    narrowed: int = 0
+    """How many factors were float64 and became float32."""
 
     def __init__(self, opened: Opened, known: Known, to: Layout, spelling: Spelling) -> None:
         self.opened, self.known, self.to, self.spelling = opened, known, to, spelling
@@ -411,6 +416,11 @@ class PlainWriter:
     def model(self) -> ModelConfig | None:
         """The config of the base, where it is known."""
         return self.known.model
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether the model that was adapted repeats layers of its base, which the dialect's files cannot say."""
+        return bool(self.opened.hints().replicated)
 
     @cached_property
     def base(self) -> BaseWeights:
@@ -455,6 +465,7 @@ class PlainWriter:
         """Adjust, then write."""
         deltas = list(_deltas(self.arrange(made)))
         self.check(deltas, saved)
+        self.narrow_doubles(deltas)
         blob = self.blob(deltas, saved)
         tensors = {**blob.tensors, **returned}
         return replace(blob, tensors=tensors, written=(*written_of(deltas), *written))
@@ -480,7 +491,29 @@ class PlainWriter:
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
         """What the user should know of the written file."""
-        return []
+        if not self.narrowed:
+            return []
+        return [
+            f"{self.narrowed} factors were float64 and became float32, the widest type that {self.title} has: numbers "
+            "were rounded"
+        ]
+
+    def narrow_doubles(self, deltas: Sequence[Delta]) -> None:
+        """Make float64 float32, where the dialect has no wider type.
+
+        Raises ``RefusedError`` where a finite number would become infinite.
+        """
+        if self.capabilities.doubles:
+            return
+        wide = np.dtype(np.float64)
+        for lora in (delta.lora for delta in deltas):
+            for half in "ab":
+                values = getattr(lora, half)
+                if values.dtype == wide:
+                    made = cast_down(values, np.dtype(np.float32))
+                    lora.exact = lora.exact and bool(np.array_equal(made, values, equal_nan=True))
+                    setattr(lora, half, made)
+                    self.narrowed += 1
 
     def check(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> None:
         """Raise ``RefusedError`` for everything that the dialect cannot hold."""
@@ -498,6 +531,7 @@ class PlainWriter:
                 *((d.key, "a LoRA of stacked experts") for d in deltas if d.lora.a.ndim == 3),
                 *((i.new, "whole weights of the base") for i in saved if not i.rows),
                 *((i.new, "some rows of a weight of the base") for i in saved if i.rows),
+                *[("layer_replication", "a model of repeated layers")] * bool(self._repeats),
             )
             if not (
                 can.embeddings

@@ -125,6 +125,7 @@ class DoraWriter(PlainWriter):
         can, where = self.capabilities, self.opened.where
         deltas, magnitudes = arranged(carried, family, can, self.title, where)
         self.check(deltas, saved)
+        self.narrow_doubles(deltas)
         deltas, magnitudes = self.completed(deltas, magnitudes)
         blob = self.file(deltas, magnitudes)
         return Blob(blob.config, blob.tensors, blob.metadata, written=written_of(deltas)), True

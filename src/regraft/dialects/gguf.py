@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ class GgufWriter(PlainWriter):
     """Writes factors under the names of llama.cpp's tensors."""
 
     title = "GGUF"
-    capabilities = Capabilities(scales=False, saved=False, suffixes=(".gguf",))
+    capabilities = Capabilities(scales=False, saved=False, suffixes=(".gguf",), doubles=False)
 
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
         """One alpha for all; the rank of each tensor divides it.
@@ -178,8 +179,7 @@ class GgufWriter(PlainWriter):
             alpha = Fraction(lora.scale.value) * lora.a.shape[-2]
             if alpha:
                 sizes[alpha] += lora.a.size
-        most = float(sizes.most_common(1)[0][0]) if sizes else 1.0
-        common = whole(float(np.float32(most)))
+        common = whole(self._in_float32(sizes.most_common(1)[0][0]) if sizes else 1.0)
         for lora in loras:
             target = Scale(lora.a.shape[-2], common)
             near = lora.scale.value and abs(target.value / lora.scale.value - 1) < 2.0**-23
@@ -188,6 +188,25 @@ class GgufWriter(PlainWriter):
                 lora.exact = lora.exact and exact
             lora.scale = target
         return made
+
+    def _in_float32(self, alpha: Fraction) -> float:
+        """An alpha as the file has it; 0 would stand for a scale of 1.
+
+        Raises ``RefusedError`` where it is out of range.
+        """
+        with np.errstate(all="ignore"):
+            found = float(np.float32(float(alpha)))
+        if isfinite(found) and found:
+            return found
+        raise RefusedError(
+            Finding(
+                "not-representable",
+                f"the file has one alpha, a float32, and {float(alpha):g} is out of its range",
+                where=self.opened.where,
+                key=_ALPHA,
+                fix="check lora_alpha and alpha_pattern of adapter_config.json",
+            )
+        )
 
     def blob(self, deltas: Sequence[Delta], saved: Sequence[Saved]) -> Blob:
         """The tensors, and the two fields that a file must have."""
@@ -216,17 +235,6 @@ class GgufWriter(PlainWriter):
                 )
             )
         return found
-
-    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
-        """What the user should know."""
-        wide = any(
-            x.dtype == np.float64
-            for image in made
-            for lora in image.loras
-            if lora is not None
-            for x in (lora.a, lora.b)
-        )
-        return ["float64 became float32, the widest type that llama.cpp computes with"] * wide
 
 
 class Gguf:

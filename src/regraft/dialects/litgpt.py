@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,11 +264,16 @@ class LitgptWriter(PlainWriter):
 
     title = "LitGPT"
     capabilities = Capabilities(
-        scales=False, ranks=False, embeddings=False, experts=False, saved=False
+        scales=False, ranks=False, embeddings=False, experts=False, saved=False, doubles=False
     )
 
     added = 0
     """How many modules that are not adapted got zeros."""
+
+    @cached_property
+    def cut(self) -> list[tuple[Lora, list[Lora]]]:
+        """The LoRAs of qkv, and what was made of each: the report is about the whole."""
+        return []
 
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
         """LoRAs of one rank and scale, q, k and v apart, and zeros where LitGPT would adapt and the source does not.
@@ -282,7 +288,9 @@ class LitgptWriter(PlainWriter):
         parts: dict[str, Lora] = {}
         for key, lora in loras_of(fused).items():
             rows = rows or self._rows(key)
-            parts.update(_apart(key, lora, rows))
+            cut = dict(_apart(key, lora, rows))
+            self.cut.append((lora, list(cut.values())))
+            parts.update(cut)
         images += as_images(parts)
         adjust(images, self.capabilities)
         missing = self._missing(images)
@@ -397,6 +405,8 @@ class LitgptWriter(PlainWriter):
     ) -> Blob:
         """Adjust, then write; what is reported of qkv is reported of the whole tensor."""
         blob = super().write_lora(made, saved, entries, returned, written)
+        for lora, parts in self.cut:
+            lora.exact = lora.exact and all(part.exact for part in parts)
         fused = {_weight(w.key): w.scale for w in blob.written if "/" in w.key}
         told = [w for w in blob.written if "/" not in w.key]
         told += [Written(k, k.removesuffix(".weight"), None, s) for k, s in fused.items()]
@@ -404,7 +414,7 @@ class LitgptWriter(PlainWriter):
 
     def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
         """How many factors are zeros."""
-        notes = []
+        notes = super().notes(blob, made)
         if self.added:
             notes.append(
                 f"{self.added} modules that were not adapted got zeros: LitGPT adapts all layers alike"

@@ -61,7 +61,7 @@ class MlxWriter(DoraWriter):
     """Writes factors turned over, and the config that makes modules of them."""
 
     title = "MLX"
-    capabilities = Capabilities(scales=False, ranks=False, saved=False)
+    capabilities = Capabilities(scales=False, ranks=False, saved=False, doubles=False)
 
     def file(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
         """Factors with modules' inputs first, and a config whose keys cover them."""

@@ -58,7 +58,7 @@ class TorchtuneWriter(DoraWriter):
 
     title = "torchtune"
     capabilities = Capabilities(
-        scales=False, ranks=False, embeddings=False, experts=False, saved=False
+        scales=False, ranks=False, embeddings=False, experts=False, saved=False, doubles=False
     )
 
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
@@ -142,10 +142,12 @@ class TorchtuneWriter(DoraWriter):
         """How many factors are zeros."""
         given = len(loras_of(made))
         added = sum(name.endswith(_A) for name in blob.tensors) - given
+        notes = super().notes(blob, made)
         if added <= 0 or not given:
-            return []
+            return notes
         return [
-            f"{added} modules that were not adapted got zeros: torchtune adapts all layers alike"
+            *notes,
+            f"{added} modules that were not adapted got zeros: torchtune adapts all layers alike",
         ]
 
 

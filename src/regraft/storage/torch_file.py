@@ -713,6 +713,8 @@ def _call(called: Any, arguments: Any) -> Any:
         return arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
     if called.text == "parameter":
         return arguments[0]
+    if len(arguments) < 4:
+        raise RefusedError("a tensor that lacks its storage, its shape or its strides")
     return _rebuild(*arguments)
 
 
@@ -725,7 +727,10 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
         raise RefusedError("a tensor whose shape is none")
     if len(shape) > 64 or not all(map(_is_size, (offset, *shape, *strides))):
         raise RefusedError("a tensor whose shape is none")
-    dtype = next((item.text for item in rest if isinstance(item, Name)), storage.dtype)
+    dtype = next(
+        (item.text for item in rest if isinstance(item, Name) and item.kind == "dtype"),
+        storage.dtype,
+    )
     if any(isinstance(item, dict) and (item.get("conj") or item.get("neg")) for item in rest):
         return _Refused("a tensor that is to be conjugated or negated when it is read")
     return Tensor(storage, dtype, offset, shape, strides)

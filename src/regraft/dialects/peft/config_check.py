@@ -163,8 +163,13 @@ def _is_targets(value: object) -> bool:
 
 def _is_token_indices(value: object) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_sizes(v) for k, v in value.items())
-    return _is_sizes(value)
+        return all(isinstance(k, str) and _are_tokens(v) for k, v in value.items())
+    return _are_tokens(value)
+
+
+def _are_tokens(value: object) -> bool:
+    """Token numbers, each once: of a row that stands twice, nothing says which counts."""
+    return isinstance(value, list) and _is_sizes(value) and len(set(value)) == len(value)
 
 
 def _is_sizes(value: object) -> bool:
@@ -219,7 +224,7 @@ _FIELDS: Mapping[str, _Type] = {
     "layers_pattern": _EXPRESSIONS,
     "layer_replication": _Type(_is_replication, "a list of pairs of layer numbers"),
     "trainable_token_indices": _Type(
-        _is_token_indices, "a list of token numbers, or a table of such lists"
+        _is_token_indices, "a list of token numbers, each once, or a table of such lists"
     ),
     "auto_mapping": _OBJECT,
     "lora_dropout": _NUMBER,
