@@ -158,9 +158,9 @@ def convert(
 
     Raises:
         BadInputError: the input breaks a rule of its format, or contradicts its config or its base.
-        UnmatchedKeysError: keys that no rule and no carry-over explains.
+        UnmatchedKeysError: keys that no rule matches.
         AmbiguousError: more than one reading fits, with different results.
-        RefusedError: what was asked for has no exact image.
+        RefusedError: what was asked for has no exact equivalent.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
     asked = ConvertOptions(

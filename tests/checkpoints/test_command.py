@@ -27,7 +27,7 @@ def test_convert_and_verify(src, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("convert", src, out, "--to", V5, "--shard-size", "600B", "--jobs", 2) == 0
     shown = capsys.readouterr()
-    assert "every number is the source's own, bit for bit" in shown.out
+    assert "lossless: all values copied bit for bit" in shown.out
     assert re.search(r"2 workers, peak memory \d+ MB", shown.err)
     assert run("verify", src, out) == 0
     assert "Equal" in capsys.readouterr().out

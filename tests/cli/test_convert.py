@@ -50,7 +50,7 @@ def test_converts_and_says_how_to_load(lora: Path, tmp_path: Path, capsys: Captu
     assert "mixtral/experts gate and up" in row
     assert row.endswith("exact")
     attention = next(line for line in lines if "q_proj" in line)
-    assert "carried over" in attention
+    assert "unchanged" in attention
     assert "Also copied: README.md" in lines
     quoted = json.dumps(str(out))
     assert lines[-1] == f"Load with transformers 5: PeftModel.from_pretrained(model, {quoted})"

@@ -40,7 +40,7 @@ def test_words(capsys: Capture) -> None:
     words, messages = capsys.readouterr()
     assert messages == ""
     assert words.splitlines()[:2] == ["mixtral__gud_attn: LORA", "layout    transformers-v4"]
-    assert "the base is mixtral" in words
+    assert "base model: mixtral" in words
     pattern = "model.layers.{0,1}.block_sparse_moe.experts.{0..3}.w1.weight"
     row = next(line for line in words.splitlines() if pattern in line)
     assert row.split()[1:] == ["8", "24", "x", "16", "4", "8", "2", "float32"]

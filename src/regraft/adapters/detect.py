@@ -199,7 +199,7 @@ def _find_books(
         if not books:
             raise _unknown_model([named], f"{where}/{hints.source}", False)
         _check_explained(books, names, hints, where)
-        told = f"{hints.source} says that the base is {named}"
+        told = f"base model: {named} ({hints.source})"
         return Known(books, {}, None, named, told, notes=unchecked_names(_candidates(names), books))
     fitting = books_by_keys(names)
     if not fitting:
@@ -510,10 +510,10 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
     """
     told = detect_layouts(books, _candidates(names), where, modules=names.modules)
     if told.layout is not None:
-        shown = f"{told.evidence[told.layout]} is a name of {told.layout}"
+        shown = f"layout: {told.layout} (found {told.evidence[told.layout]})"
         return Detected(told.layout, [shown], by_names=True, possible=told.possible)
     if told.mixed:
-        shown = "; ".join(f"{key} is a name of {name}" for name, key in told.evidence.items())
+        shown = "; ".join(f"{key} belongs to {name}" for name, key in told.evidence.items())
         return Detected(None, [f"its parts are of several layouts: {shown}"], True, (), told.mixed)
     known = told.possible or tuple(known_layouts())
     if hints.layout in known:
@@ -523,7 +523,7 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
     usual = tuple(name for name in known if any(book.adapters(name) for book in books))
     known = usual or known
     if len(known) == 1 and known[0] in told.evidence:
-        shown = f"{told.evidence[known[0]]} is a name of {known[0]}"
+        shown = f"layout: {known[0]} (found {told.evidence[known[0]]})"
         return Detected(known[0], [shown], by_names=True, possible=known)
     same = "all its names are the same in every layout"
     if hints.likely is None or hints.likely[0] not in known:

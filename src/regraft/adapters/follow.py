@@ -90,7 +90,7 @@ def _rename(
         result.failed[number] = why, str(entry.rule)
 
 
-_PARAMETER = "its weight becomes a parameter, and PEFT adapts parameters with LoRA only"
+_PARAMETER = "PEFT supports only plain LoRA on stacked expert parameters"
 
 
 def _carry(

@@ -109,7 +109,7 @@ def _move_out(
     heads = [*_HEADS.values(), _HEAD]
     left = [path for path in paths if not path.startswith((*homes, *heads))]
     if left:
-        more = f" ({len(left)} modules like it)" if len(left) > 1 else ""
+        more = f" (and {len(left) - 1} more modules)" if len(left) > 1 else ""
         raise RefusedError(
             Finding(
                 "no-image",

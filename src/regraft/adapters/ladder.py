@@ -37,7 +37,6 @@ from regraft.rules.templates import match_group
 
 MERGE = "merge the adapter into its base and convert the base"
 STAY = "keep it with the layout that it was trained in; PEFT cannot merge it either"
-DENSELY = "ask for deltas of full rank (--via dense), or merge the adapter into its base"
 GIVE_BASE = "give the base's folder with its weights as --model"
 
 
@@ -185,7 +184,7 @@ class Ladder:
             raise RefusedError(
                 Finding(
                     "no-image",
-                    f"{self.family.title} has no exact image here: {error.why}",
+                    f"{self.family.title} has no exact equivalent here: {error.why}",
                     where=self.where,
                     key=next(iter(parts)),
                     fix=self._way_out(dense=False),
@@ -217,36 +216,60 @@ class Ladder:
             alike = re.sub(r"\.\d+(?=\.)", ".#", key)
             groups.setdefault((reason, rule, GIVE_BASE if needs else "", alike), []).append(key)
         findings = []
+        shapes = [tuple(tuned.headers.shapes[number]) for number in failed]
         for (reason, rule, base, _), keys in groups.items():
-            more = f" ({len(keys)} like it)" if len(keys) > 1 else ""
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             findings.append(
                 Finding(
                     "needs-base-weights" if base else "no-image",
-                    f"{self.family.title} has no exact image here: {reason}{more}",
+                    f"{self.family.title} has no exact equivalent here: {reason}{more}",
                     where=self.where,
                     key=keys[0],
                     rule=rule or None,
-                    fix=base or self._way_out(dense),
+                    fix=base or self._way_out(dense, shapes),
                 )
             )
         return RefusedError(findings)
 
-    def _way_out(self, dense: bool) -> str:
+    def _way_out(self, dense: bool, shapes: Sequence[tuple[int, ...]] = ()) -> str:
+        """What else there is, each with its size and its error; ``shapes`` are those of the adapted base tensors."""
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
         if dense or all({cell.rung, cell.better} <= {NONE, FAMILY, None} for cell in cells):
             return MERGE if self.family.merges else STAY
-        with_base = (
-            ""
-            if self.family.adds or self.base.weights is not None
-            else (", with the base's weights as --model")
-        )
+        base = "" if self.family.adds or self.base.weights is not None else " --model BASE"
+        full, low = _sizes(shapes)
         return (
-            f"{DENSELY}{with_base}"
-            if not with_base
-            else (
-                f"ask for deltas of full rank (--via dense{with_base}), or merge the adapter into its base"
-            )
+            f"--via dense{base}: a LoRA of full rank, exact{full}; --via svd:{_RANK}{base}: a LoRA of rank {_RANK}, "
+            f"approximate{low}, its error is measured and shown (svd:1e-3 bounds it); or merge the adapter into its "
+            "base: exact, a whole model"
         )
+
+
+_RANK = 16
+"""What is proposed."""
+
+
+def _sizes(shapes: Sequence[tuple[int, ...]]) -> tuple[str, str]:
+    """How large LoRAs of full rank and of the proposed one are, in words; nothing where shapes are not known.
+
+    >>> _sizes([(1000, 500)])
+    (', 750k numbers', ', 24k numbers')
+    """
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    if not matrices:
+        return "", ""
+    full = sum(min(shape) * sum(shape) for shape in matrices)
+    low = sum(min(_RANK, *shape) * sum(shape) for shape in matrices)
+    return f", {_count(full)} numbers", f", {_count(low)} numbers"
+
+
+def _count(number: float) -> str:
+    """A number for people: 1234567 is 1.23M."""
+    for unit in ("", "k", "M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}G"
 
 
 def sources_of(plan: Plan) -> dict[str, int]:

@@ -173,7 +173,7 @@ def _no_image(entry: Entry, why: str) -> RefusedError:
     return RefusedError(
         Finding(
             "no-image",
-            f"a LoRA has no exact image under this equation: {why}",
+            f"a LoRA has no exact equivalent under this equation: {why}",
             rule=str(entry.rule),
             fix="merge the adapter into its base and convert the base",
         )

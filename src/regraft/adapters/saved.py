@@ -169,7 +169,7 @@ def _refuse_changed(groups: Iterable[SavedGroup], side: Side, tuner: str, where:
             if match is None or not match.rests[-1]:
                 continue
             kind = "this variant of LORA" if tuner == "LORA" else tuner
-            more = f" ({len(match.rows)} like it)" if len(match.rows) > 1 else ""
+            more = f" (and {len(match.rows) - 1} more)" if len(match.rows) > 1 else ""
             findings.append(
                 Finding(
                     "no-image",

@@ -492,14 +492,12 @@ class Comparison:
             elif not np.isfinite(tally.largest).all() or not np.isfinite(tally.off).all():
                 self._differs("differs", key, "its delta has entries that are no finite numbers")
             elif not error <= self.result.tolerance:
-                self._differs(
-                    "differs", key, f"its delta is another one (relative error {error:.3g})"
-                )
+                self._differs("differs", key, f"its delta differs (relative error {error:.3g})")
             elif not entry <= self.result.tolerance:
                 self._differs(
                     "differs",
                     key,
-                    f"an entry of its delta is another one (off by {entry:.3g} of the greatest)",
+                    f"an entry of its delta differs (off by {entry:.3g} of the greatest)",
                 )
 
     def _compare_biases(self) -> None:

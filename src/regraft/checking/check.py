@@ -430,8 +430,8 @@ class _Checker:
             )
         if not fits:
             verdict.causes.append(
-                f"it is in {converted.report.source_layout}: names, shapes or the config are others in "
-                f"{self.to}, and what does not fit is left out or refused"
+                f"this adapter uses the {converted.report.source_layout} layout; {self.to} ignores or rejects keys "
+                "that do not match"
             )
             verdict.remedy = self.remedy(source)
         elif inspected.problems:

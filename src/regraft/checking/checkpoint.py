@@ -55,7 +55,7 @@ def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
             verdict.healthy = report.source_layout == to.name or not any(report.rules.values())
             if not verdict.healthy:
                 verdict.causes.append(
-                    f"it is in {report.source_layout}: its names or shapes are others in {to.name}"
+                    f"it uses the {report.source_layout} layout; names or shapes differ in {to.name}"
                 )
     if not verdict.healthy:
         _mend(path, told, to, report, verdict)

@@ -76,7 +76,7 @@ def verify_images(
             raise BadInputError(
                 Finding(
                     "wrong-base",
-                    "this is no LoRA of an image or video model, and the other file is one",
+                    "this is not a LoRA of an image or video model, and the other file is one",
                     where=str(opening.src),
                     fix="give two files of one model",
                 )

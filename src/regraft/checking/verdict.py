@@ -11,8 +11,8 @@ from regraft.names.patterns import group_alike
 from regraft.shown import Shown
 
 OUTCOMES = {
-    "lands": ("lands", "land"),
-    "dropped": ("dropped silently", "dropped silently"),
+    "lands": ("loaded", "loaded"),
+    "dropped": ("ignored", "ignored"),
     "scaled": ("wrong scale", "with a wrong scale"),
     "differs": ("other values", "with other values"),
     "extra": ("adapted without cause", "adapted without cause"),

@@ -53,7 +53,7 @@ def verify(
 
     Raises:
         BadInputError: one of them is wrong in itself.
-        UnmatchedKeysError: keys that no rule and no carry-over explains.
+        UnmatchedKeysError: keys that no rule matches.
         AmbiguousError: more than one reading fits.
     """
     foreign = InstalledTransformers()

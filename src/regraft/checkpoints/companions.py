@@ -366,7 +366,7 @@ def _refused(
 def add_companions(moves: Moves, plan: Plan, companions: Companions, source: Source) -> None:
     """Add to what a plan moves what belongs to it.
 
-    Raises ``RefusedError`` where a companion has no exact image.
+    Raises ``RefusedError`` where a companion has no exact equivalent.
     """
     findings: list[Finding] = []
     for entry in plan.entries:

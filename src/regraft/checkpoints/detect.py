@@ -199,9 +199,9 @@ def _layout_of(
     books = telling(books, headers.groups)
     told = detect_layouts(books, headers.groups, where, scopes=scopes)
     if told.layout is not None:
-        return told.layout, f"{told.evidence[told.layout]} is a name of {told.layout}", ()
+        return told.layout, f"layout: {told.layout} (found {told.evidence[told.layout]})", ()
     if told.mixed:
-        shown = "; ".join(f"{key} is a name of {name}" for name, key in told.evidence.items())
+        shown = "; ".join(f"{key} belongs to {name}" for name, key in told.evidence.items())
         return None, f"its parts are of several layouts: {shown}", told.mixed
     shaped = _by_shape(books, scopes, headers, where)
     if shaped is None:

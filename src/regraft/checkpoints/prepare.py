@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import lay_out
-from regraft.checkpoints.source import ADAPTER, CONFIG, Source, open_checkpoint
+from regraft.checkpoints.source import ADAPTER, CONFIG, Source, is_checkpoint, open_checkpoint
 from regraft.checkpoints.spelling import read_config, read_spelling, write_note
 from regraft.checkpoints.ties import (
     FIELD,
@@ -62,6 +63,16 @@ _UNUSED = (
     "check the prefix and the model; if the model does not use it, leave it out with --drop PATTERN or carry it over "
     "as it is with --keep PATTERN; or add the key to a rule book"
 )
+
+
+def _way_out(path: Path, model: Path | None) -> str:
+    """What to do about keys that no rule matches; where ``model`` has weights, they are a twin with good names."""
+    if model is None or not is_checkpoint(model) or model.resolve() == path.resolve():
+        return f"{_UNUSED} (`regraft diff SRC GOOD -o fix.toml` writes one, from the same weights under good names)"
+    command = shlex.join(["regraft", "diff", str(path), str(model), "-o", "fix.toml"])
+    return (
+        f"`{command}` writes a rule book from the weights that have the same values; or {_UNUSED}"
+    )
 
 
 def prepare(
@@ -153,7 +164,8 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     rest = companions.headers
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, companions)
     try:
-        plan = make_plan(rest, known, to, source.where, _UNUSED) if to is not None else None
+        fix = _way_out(Path(source.where), model)
+        plan = make_plan(rest, known, to, source.where, fix) if to is not None else None
     except UnmatchedKeysError:
         spelled_right = None if repaired else read_misspelled(whole, rest, known)
         if spelled_right is None:

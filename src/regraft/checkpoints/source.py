@@ -454,7 +454,7 @@ def _check_names(
         listed, name_of_index = index.weight_map, Path(index.path).name
         absent = [(name, shard) for name, shard in listed.items() if name not in seen]
         for name, shard in absent[:_SHOWN]:
-            more = f" (and {len(absent) - 1} more like it)" if len(absent) > 1 else ""
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
             message = f"the index says that it is in {shard}, and it is in no file{more}"
             findings.append(
                 Finding("index", message, where=index.path, key=name, fix="download it again")

@@ -215,12 +215,12 @@ def _check_files(ready: Prepared, folder: Path) -> None:
         with opened:
             if size != file.size or opened.read(len(file.head)) != file.head:
                 message = "the file is not what its parts are said to have made it"
-                fix = "see what else wrote to the stage; begin anew after --abort"
+                fix = "see what else wrote to the stage; start over after --abort"
                 raise BadInputError(Finding("stage-damaged", message, where=str(path), fix=fix))
 
 
 def committed_already(where: str, dst: str) -> BadInputError:
     """The error for a second commit, or for a part after it whose result is gone."""
     message = f"this conversion was committed already, and the stage has nothing left ({dst})"
-    fix = "look at the result; to make it once more, begin anew after --abort"
+    fix = "look at the result; to make it once more, start over after --abort"
     return BadInputError(Finding("stage-committed", message, where=where, fix=fix))

@@ -14,13 +14,14 @@ Job = Callable[[], int]
 """What a command returns: it parses, and `regraft.cli.run` does the job, so that errors are handled in one place."""
 
 TOUR = """\
-regraft moves LoRA adapters between the weight layouts of transformers 4 and 5, exactly.
+regraft moves model checkpoints and LoRA adapters between weight layouts (transformers 4 and 5,
+PEFT, vLLM, llama.cpp, kohya, diffusers, ...), exactly.
 
-Look at an adapter, convert it, and convert it back:
+Adapters: inspect one, convert it, and convert it back:
   $ regraft inspect my-lora                              what it is, and which layout it has
-  $ regraft check my-lora --model model                  will it load as it is? if not, why
+  $ regraft check my-lora --model model                  will it load as it is? If not, why?
   $ regraft convert my-lora out --to transformers-v5     convert it; PEFT loads the result
-  $ regraft convert out back --to transformers-v4        the very bits you had
+  $ regraft convert out back --to transformers-v4        the same bits as before
 
 Adapters and their base:
   $ regraft merge model my-lora=0.8 -o merged            the base with adapters added
@@ -31,20 +32,21 @@ Whole checkpoints:
   $ regraft verify model out                             compare every element, bit for bit
 
 What goes where, and why:
-  $ regraft explain model KEY --to transformers-v5       the way of one tensor
+  $ regraft explain model KEY --to transformers-v5       what becomes of one tensor
   $ regraft diff model other                             what two files have in common
   $ regraft learn before after -o mine.toml              a rule book, learned from two files
   $ regraft rules lint mine.toml                         check a rule book of your own
 
-What helps with each of them:
-  --model PATH     the base model's folder or config.json, where the adapter doesn't tell enough
-  --dry-run        do everything but write
-  --html FILE      a page that shows where every tensor goes
+Useful options:
+  --model PATH     the base model's folder or config.json, if the adapter doesn't name it
+  --dry-run        run without writing
+  --html FILE      HTML report: where every tensor goes
   --json           the same for programs; 'regraft schema COMMAND' describes it
   -q               print errors only
 
 'regraft COMMAND --help' has all options; 'regraft completion bash' enables tab completion.
-Nothing is guessed: what has no exact image is refused, with the reason.
+Nothing is guessed: if there is no exact equivalent, regraft refuses, explains why, and lists
+the options.
 """
 
 _COMMANDS = {

@@ -60,11 +60,11 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
         for warning in verdict.warnings[:_WARNINGS]:
             _line(out, "It warns", warning, FAINT)
     if verdict.remedy:
-        tried = " (tried: its result loads rightly)" if verdict.remedy_tried else ""
+        tried = " (tried: the result loads correctly)" if verdict.remedy_tried else ""
         out.show(Text.assemble((f"Fix{tried}:", GOOD)))
         out.show(*(Padding(Text(visible(line), NAME), (0, 0, 0, 2)) for line in verdict.remedy))
     elif verdict.no_remedy is not None:
-        _line(out, "Nothing mends it", verdict.no_remedy, BAD)
+        _line(out, "No fix is known", verdict.no_remedy, BAD)
 
 
 def _answer(verdict: Verdict) -> str:
@@ -87,7 +87,7 @@ def _summary(verdict: Verdict, result: Check) -> Text:
             f": nothing speaks against loading it with {result.layout}, but it was not tried"
         )
     else:
-        text = Text.assemble(("Not healthy", BAD), f" with {result.layout}")
+        text = Text.assemble(("Will not load correctly", BAD), f" with {result.layout}")
     counts = ", ".join(f"{n} {OUTCOMES[outcome][1]}" for outcome, n in verdict.counts.items())
     if counts:
         text.append(f": {counts}" if verdict.healthy is False else f" ({counts})")
@@ -178,4 +178,4 @@ def show_tool(out: Output, result: ToolCheck) -> None:
             Text.assemble(("Fix:", GOOD)), Padding(Text(visible(result.fix), NAME), (0, 0, 0, 2))
         )
     elif result.no_fix:
-        _line(out, "Nothing mends it", result.no_fix, BAD)
+        _line(out, "No fix is known", result.no_fix, BAD)

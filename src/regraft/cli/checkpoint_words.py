@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regraft.cli.output import Output, visible
-from regraft.cli.words import show_company, show_notes
+from regraft.cli.words import show_company, show_differences, show_notes
 from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
 from regraft.views.wording import count_in_words
 
@@ -89,7 +89,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
         for rule, times in fired.items():
             table.add_row(Text(visible(rule)), str(times))
         if checkpoint.carried:
-            table.add_row(Text("carried over: the same in both", _FAINT), str(checkpoint.carried))
+            table.add_row(Text("unchanged", _FAINT), str(checkpoint.carried))
         out.show(Text(), table, Text())
     summary = Text(
         f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
@@ -103,7 +103,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     for adapter in merged:
         summary.append(merged_in_words(adapter, checkpoint), _WARNING)
     if not checkpoint.casts and not merged:
-        summary.append("every number is the source's own, bit for bit", _GOOD)
+        summary.append("lossless: all values copied bit for bit", _GOOD)
     out.show(summary)
     for change in checkpoint.config:
         out.show(Text(f"config.json: {visible(change)}"))
@@ -119,10 +119,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
 
 def show_verification(out: Output, result: Verification) -> None:
     """Whether two checkpoints are one."""
-    for finding in result.differences[:_SHOWN]:
-        out.show(Text(visible(str(finding))))
-    if len(result.differences) > _SHOWN:
-        out.show(Text(f"… and {len(result.differences) - _SHOWN} more; --json lists them all"))
+    show_differences(out, result.differences)
     if result.equal:
         words = f": {result.tensors} tensors, {show_size(result.bytes)}, every bit is accounted for"
         out.show(Text.assemble(("Equal", _GOOD), words))

@@ -94,13 +94,13 @@ def show_explanation(out: Output, found: Explanation) -> None:
         _show_moved(out, found)
     elif found.fate == "carried":
         out.show(
-            Text.assemble("carried over: ", (visible(found.why or ""), _GOOD), f" ({found.where})"),
+            Text.assemble("unchanged: ", (visible(found.why or ""), _GOOD), f" ({found.where})"),
             Text(f"  {visible(found.equation or '')}", _FAINT),
         )
     elif found.fate == "there":
         out.show(Text(visible(found.why or ""), _GOOD))
     else:
-        out.show(Text("it goes nowhere: no rule and no carry-over explains it", _BAD))
+        out.show(Text("it goes nowhere: no rule matches it", _BAD))
     _show_near(out, found)
     for finding in found.problems:
         out.show(Text.assemble(("Problem: ", _BAD), visible(str(finding))))

@@ -29,6 +29,8 @@ GOOD, WARNING, BAD, NAME, FAINT = "green", "yellow", "bold red", "bold", "dim"
 _ROWS = 40
 _FINDINGS = 200
 _FILES = 6
+_KEYS = 3
+"""More keys of one problem are shown as patterns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _cells(row: _Row) -> list[Text]:
 
 
 def _how_cell(row: _Row) -> Text:
-    return _cell(row.how, FAINT if row.how.startswith("carried over") else "")
+    return _cell(row.how, FAINT if row.how == "unchanged" else "")
 
 
 def _room(width: int, names: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -161,9 +163,9 @@ def _rows_of(adapter: AdapterReport) -> list[_Row]:
 
 
 def _how(rule: str, adapter: AdapterReport) -> str:
-    if rule in adapter.rules or rule == "carried over":
+    if rule in adapter.rules:
         return rule
-    return f"carried over: {rule}"
+    return "unchanged"
 
 
 def _summary(adapter: AdapterReport) -> Text:
@@ -179,7 +181,7 @@ def _summary(adapter: AdapterReport) -> Text:
         text.append(f"; LoRA stands in for another family in {stands_in} targets")
     elif adapter.targets:
         text.append("; ")
-        text.append("every number is the source's own, bit for bit", GOOD)
+        text.append("lossless: all values copied bit for bit", GOOD)
     if adapter.carried and not adapter.copied:
         text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
     if adapter.verified:
@@ -245,10 +247,7 @@ def _usage(layout: str) -> str:
 
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
     """Whether two adapters add the same to their bases."""
-    for finding in result.differences[:_FINDINGS]:
-        out.show(Text(visible(str(finding))))
-    if len(result.differences) > _FINDINGS:
-        out.show(Text(f"… and {len(result.differences) - _FINDINGS} more; --json lists them all"))
+    show_differences(out, result.differences)
     counted = f"{count_in_words(len(result.targets), 'target')}, {count_in_words(result.others, 'other tensor')}"
     error = f"the largest relative error is {result.error:.2g}"
     if result.sampled:
@@ -264,26 +263,54 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else json.dumps(text)
 
 
+def show_differences(out: Output, findings: Sequence[Finding]) -> None:
+    """In what two things differ: what is said of many keys, once for all of them."""
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings:
+        keys = alike.setdefault(replace(finding, key=None), [])
+        keys += [finding.key] if finding.key is not None else []
+    places = {finding.where for finding in findings}
+    common = places.pop() if len(places) == 1 else None
+    if common is not None:
+        out.show(Text(visible(common), NAME))
+    for number, (finding, keys) in enumerate(list(alike.items())[:_FINDINGS], 1):
+        out.show(*_finding(finding, keys, number, common))
+    if len(alike) > _FINDINGS:
+        out.show(Text(f"… and {len(alike) - _FINDINGS} more; --json lists them all", WARNING))
+
+
+def _keys(keys: Sequence[str]) -> list[Text]:
+    """Keys, those alike as one pattern with their number where they are many."""
+    if len(keys) <= _KEYS:
+        return [Text(visible(key), NAME) for key in keys]
+    found = [
+        Text.assemble((visible(pattern), NAME), f" ({count})" if count > 1 else "")
+        for pattern, count in patterns(keys)
+    ]
+    left = len(found) - _FINDINGS
+    return found[:_FINDINGS] + ([Text(f"… and {left} more patterns")] if left > 0 else [])
+
+
 def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     """Every problem, with where it is and what to do, on stderr."""
     head = Text.assemble(("regraft: ", NAME), (title, BAD))
     alike: dict[Finding, list[str]] = {}
-    for finding in findings[:_FINDINGS]:
+    for finding in findings:
         keys = alike.setdefault(replace(finding, key=None), [])
         keys += [finding.key] if finding.key is not None else []
     if len(findings) > 1:
         kinds = f" of {count_in_words(len(alike), 'kind')}" if len(alike) < len(findings) else ""
-        head.append(f", {len(findings)} problems{kinds if len(findings) <= _FINDINGS else ''}")
+        head.append(f", {len(findings)} problems{kinds}")
     places = {finding.where for finding in findings}
     common = places.pop() if len(places) == 1 else None
     if common is not None:
         head.append(f" in {visible(common)}")
     parts: list[Text | Padding] = [head]
-    for number, (finding, keys) in enumerate(alike.items(), 1):
+    for number, (finding, keys) in enumerate(list(alike.items())[:_FINDINGS], 1):
         parts += _finding(finding, keys, number if len(alike) > 1 else None, common)
-    if len(findings) > _FINDINGS:
-        left = len(findings) - _FINDINGS
-        parts.append(Text(f"… and {left} more; --json lists them all", WARNING))
+    if len(alike) > _FINDINGS:
+        left = len(alike) - _FINDINGS
+        parts.append(Text(f"… and {left} kinds more; --json lists them all", WARNING))
     out.show(*parts, error=True)
 
 
@@ -294,7 +321,7 @@ def _finding(
     lines = []
     if finding.where is not None and finding.where != common:
         lines.append(Text(visible(finding.where)))
-    lines += [Text(visible(key), NAME) for key in keys]
+    lines += _keys(keys)
     lines.append(Text(visible(finding.message)))
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))

@@ -310,7 +310,7 @@ def _not_made(keys: Sequence[str], config: Mapping[str, Any], where: str) -> lis
         Finding(
             "not-targeted",
             f"lora_parameters.keys of {CONFIG} does not name this module, so mlx-lm would not load its factors"
-            + (f" (and {len(missed) - 1} more like it)" if len(missed) > 1 else ""),
+            + (f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""),
             where=where,
             key=f"{missed[0]}.lora_a",
             fix="use the config that was saved with these weights",

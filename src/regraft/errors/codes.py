@@ -1111,7 +1111,7 @@ class Code(Enum):
         "stage-options",
         Part.CHECKPOINTS,
         "a stage begun with other options",
-        "give every part the same options; to change them, begin anew after `--abort`",
+        "give every part the same options; to change them, start over after `--abort`",
         "parts with other options, rule books or another release of regraft would make other bytes",
     )
     STAGE_INCOMPLETE = (
@@ -1125,20 +1125,20 @@ class Code(Enum):
         "stage-committed",
         Part.CHECKPOINTS,
         "committed already",
-        "look at the result; to make it once more, begin anew after `--abort`",
+        "look at the result; to make it once more, start over after `--abort`",
     )
     STAGE_GONE = (
         "stage-gone",
         Part.CHECKPOINTS,
         "the stage was removed meanwhile",
-        "begin anew, if it is still wanted",
+        "start over, if it is still wanted",
         "somebody gave `--abort`, or committed, while a part was at work",
     )
     STAGE_DAMAGED = (
         "stage-damaged",
         Part.CHECKPOINTS,
         "something else wrote to the stage",
-        "begin anew after `--abort`",
+        "start over after `--abort`",
         "a file has another size or another header than its parts gave it",
     )
     STAGE_PLACE = (

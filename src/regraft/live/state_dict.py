@@ -67,7 +67,7 @@ class StateDictReport:
     def __str__(self) -> str:
         lines = [f"to {self.layout}: " + "; ".join(self.prefixes)]
         lines += [f"  {rule}: {times} times" for rule, times in self.rules.items()]
-        lists = [("carried over", self.carried), ("kept as they are", self.kept)]
+        lists = [("unchanged", self.carried), ("kept as they are", self.kept)]
         for why in dict.fromkeys(self.left_out.values()):
             lists.append((f"left out ({why})", [k for k, w in self.left_out.items() if w == why]))
         for title, names in lists:

@@ -271,7 +271,7 @@ class _Extracting:
             return []
         why = self.output.why_not_whole(name)
         if not self.full or why is not None:
-            reason = why or "it is no matrix of a module, so its change is no LoRA"
+            reason = why or "it is no matrix of a module, so its change is not a LoRA"
             return [self._refusal(name, reason)]
         self.output.add_whole(name, delta, readers[1].whole(there))
         self.made.whole.append(name)

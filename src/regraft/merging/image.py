@@ -55,7 +55,7 @@ def image_addends(
         raise BadInputError(
             Finding(
                 "wrong-base",
-                "this is no LoRA of an image or video model, and the base is one",
+                "this is not a LoRA of an image or video model, and the base is one",
                 where=opened.where,
                 fix="give the base that it was trained on",
             )

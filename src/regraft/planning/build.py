@@ -418,7 +418,7 @@ class _Builder:
         self.unmatched.append(
             Finding(
                 "unmatched",
-                f"no rule and no carry-over explains this key{_others(group)} (rule books: {books})",
+                f"no rule matches this key{_others(group)} (rule books: {books})",
                 where=self.where,
                 key=group.name(0),
                 fix=self.unmatched_fix,
@@ -451,7 +451,7 @@ class _Builder:
 
 
 def _others(group: Group) -> str:
-    return f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
+    return f" (and {len(group) - 1} more)" if len(group) > 1 else ""
 
 
 __all__ = ["Guess", "build_plan"]

@@ -338,7 +338,7 @@ class Family:
 
     def _report_extra(self, ids: Ints, term: int, stack: tuple[int, ...]) -> None:
         sources = self.sources
-        count = f" (and {len(ids) - 1} more keys like it)" if len(ids) > 1 else ""
+        count = f" (and {len(ids) - 1} more keys)" if len(ids) > 1 else ""
         sources.report(
             "extra",
             f"the base model has {' x '.join(map(str, stack))} of these, numbered from 0{count}",

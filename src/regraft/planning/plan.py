@@ -337,7 +337,7 @@ class Plan(Struct, frozen=True, eq=False):
                     lines.append(f"    {sign} {term.key}  {list(entry.shape(term))}")
         for carried in self.carried:
             shown = carried.group.template.replace(MARK, "*")
-            lines.append(f"  carried over: {shown} ({len(carried.group)}): {carried.carry.why}")
+            lines.append(f"  unchanged: {shown} ({len(carried.group)}): {carried.carry.why}")
         for dropped in self.dropped:
             shown = dropped.group.template.replace(MARK, "*")
             lines.append(f"  dropped: {shown} ({len(dropped.group)}): {dropped.drop.why}")

@@ -128,13 +128,14 @@ def check_destination(
         fix = f"choose another {kind} to write to"
         findings.append(Finding(code, message, where=str(dst), fix=fix))
 
-    if _is_same(src, dst):
+    if _is_same(src, dst):  # then it is there, of course, and what else is wrong does not matter
         report("destination-is-source", f"the {kind} to write is the one that is read")
     elif _is_inside(dst, src):
         report("destination-in-source", f"the {kind} to write is inside {src}, which is read")
     elif _is_inside(src, dst) or any(_is_inside(path, dst) for path in _resolve_entries(src)):
         report("source-in-destination", f"{src}, which is read, lies inside the {kind} to write")
-    findings += _check_place(dst, overwrite, file)
+    if not findings or findings[0].code != "destination-is-source":
+        findings += _check_place(dst, overwrite, file)
     if findings:
         raise BadInputError(findings)
 

@@ -66,11 +66,11 @@ class Job(Struct, frozen=True):
         here = [row[0] for row in self.files]
         if self.files == other.files:
             what = "it was begun with other options, rules or another release of regraft, and would have other bytes"
-            fix = "give every part the same options; to change them, begin anew after --abort"
+            fix = "give every part the same options; to change them, start over after --abort"
             return BadInputError(Finding("stage-options", what, where=stage, fix=fix))
         if here == [row[0] for row in other.files]:
             what = f"since it was begun, files of {self.source} changed: their sizes, or when they were written"
-            fix = "see what wrote to it; then begin anew after --abort"
+            fix = "see what wrote to it; then start over after --abort"
         else:
             what = f"it is that of another conversion, of {other.source}, and this one is of {self.source}"
             fix = "give each conversion a stage of its own, or end that one with --abort"
@@ -233,7 +233,7 @@ class Stage:
             message = (
                 "what was begun there is gone: it was ended by --abort, or committed, meanwhile"
             )
-            fix = "begin anew, if it is still wanted"
+            fix = "start over, if it is still wanted"
             return BadInputError(Finding("stage-gone", message, where=str(self.folder), fix=fix))
         message = f"it cannot be written: {error.strerror or error}"
         fix = "give a folder that every machine may write to and that has room"

@@ -94,7 +94,7 @@ def _fate(found: Explanation) -> Fact:
     if found.fate in ("carried", "there"):
         word = "Carried over" if found.fate == "carried" else "There already"
         return Fact(word, found.why or "", "good")
-    return Fact("It goes nowhere", "no rule and no carry-over explains it", "bad")
+    return Fact("It goes nowhere", "no rule matches it", "bad")
 
 
 def _state_of(found: Explanation) -> str:

@@ -34,7 +34,7 @@ def page_of_report(report: Report) -> Page:
     for adapter in report.adapters:
         facts += _adapter_facts(adapter)
     if report.files:
-        facts.append(Fact("files carried over", ", ".join(report.files)))
+        facts.append(Fact("also copied", ", ".join(report.files)))
     if not report.written:
         facts.append(Fact("written", "nothing: this was a dry run", "warning"))
     layouts = _layouts(report)
@@ -74,7 +74,7 @@ def _verdict(report: Report) -> Fact:
             f"{count_in_words(len(near), 'target')} approximated, off by {error:.2g} at most"
         )
     if other:
-        told.append(f"{count_in_words(other, 'target')} carried over exactly as LoRA")
+        told.append(f"{count_in_words(other, 'target')} kept exactly as LoRA")
     if merged:
         told.append(f"what the adapter adds is in {count_in_words(merged, 'tensor')}")
     if rescaled:
@@ -83,7 +83,7 @@ def _verdict(report: Report) -> Fact:
         told.append(f"{count_in_words(casts, 'tensor')} cast to another dtype")
     if told:
         return Fact(word, "; ".join(told) + "; the rest is bit for bit", "warning")
-    return Fact(word, "every number is the source's own, bit for bit", "good")
+    return Fact(word, "lossless: all values copied bit for bit", "good")
 
 
 def _add_adapter(made: Flows, adapter: AdapterReport) -> None:
@@ -325,12 +325,12 @@ def page_of_check(result: Check) -> Page:
             facts.append(Fact(f"{lead}raises", verdict.error, "bad"))
         facts += [Fact(f"{lead}cause", cause, "warning") for cause in verdict.causes]
         if verdict.no_remedy is not None:
-            facts.append(Fact(f"{lead}nothing mends it", verdict.no_remedy, "bad"))
-        following += [Fact(f"{lead}mend it", line) for line in verdict.remedy]
+            facts.append(Fact(f"{lead}no fix is known", verdict.no_remedy, "bad"))
+        following += [Fact(f"{lead}fix", line) for line in verdict.remedy]
     answer = Fact("Healthy", f"it loads with {result.layout} as it is", "good")
     if not result.healthy:
         proven = any(verdict.healthy is False for verdict in result.verdicts)
-        word = "Not healthy" if proven else "Not proven"
+        word = "Will not load correctly" if proven else "Not proven"
         answer = Fact(word, f"with {result.layout}", "bad" if proven else "warning")
     return Page(
         title=Path(result.source).name or result.source,

@@ -72,13 +72,13 @@ def steps(trace: Trace) -> Iterator[Step]:
         for group in trace.headers.groups:
             names = group.names()
             ids = group.ids.tolist()
-            yield from _kept(trace, names, ids, "carried over", "")
+            yield from _kept(trace, names, ids, "unchanged", "")
     else:
         for entry in trace.plan.entries:
             yield from _entry_steps(trace, entry)
         for carried in trace.plan.carried:
             names, ids = carried.group.names(), carried.group.ids.tolist()
-            rule = f"carried over ({carried.carry.where})"
+            rule = f"unchanged ({carried.carry.where})"
             yield from _kept(trace, names, ids, rule, carried.carry.why)
     yield from _beside(trace)
 

@@ -99,7 +99,7 @@ class Part(Struct, frozen=True):
 
 
 class NoImageError(Exception):
-    """A family has no exact image; ``needs_base`` where the base's weights would give one."""
+    """A family has no exact equivalent; ``needs_base`` where the base's weights would give one."""
 
     def __init__(self, why: str, needs_base: bool = False) -> None:
         super().__init__(why)
@@ -313,7 +313,7 @@ class Family:
 
         ``weight`` gives the base weight (out, in), where it is at hand.
         """
-        raise NoImageError("its delta is no LoRA of lower rank")
+        raise NoImageError("its delta is not a LoRA of lower rank")
 
     def delta(self, part: Part, weight: Weight) -> Wide:
         """The delta in float64; multiplicative families need the weight."""

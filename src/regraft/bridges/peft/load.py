@@ -57,9 +57,9 @@ def load_adapter(
 
     Raises:
         BadInputError: the adapter, or its fit to the model. The model is as it was before, here and below.
-        UnmatchedKeysError: keys that no rule and no carry-over explains.
+        UnmatchedKeysError: keys that no rule matches.
         AmbiguousError: the adapter fits several models, or the path holds several adapters.
-        RefusedError: it has no exact image in this layout.
+        RefusedError: it has no exact equivalent in this layout.
     """
     source = open_any(_found(path, subfolder))
     with alone_with(model):

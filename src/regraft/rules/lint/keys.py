@@ -79,10 +79,10 @@ def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
     for group in keys.groups:
         rows = [row for row, number in enumerate(group.ids.tolist()) if number not in explained]
         if rows:
-            more = f" (and {len(rows) - 1} more like it)" if len(rows) > 1 else ""
+            more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
             finding = Finding(
                 "unmatched",
-                f"no rule and no carry-over explains this key{more}",
+                f"no rule matches this key{more}",
                 where=keys.where,
                 key=group.name(rows[0]),
                 fix=f"add it to {book.path}; regraft explain shows which rules come close",
