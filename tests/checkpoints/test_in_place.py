@@ -93,7 +93,7 @@ def test_options_of_writing_are_refused(tmp_path):
     src = make(tmp_path)
     before = snapshot(src)
     options = {"dtype": "float16", "jobs": 2, "overwrite": True}
-    with pytest.raises(BadInputError, match="dtype and jobs and overwrite: they say how"):
+    with pytest.raises(BadInputError, match="--overwrite and --dtype and --jobs: they say how"):
         regraft.convert(src, src, to="transformers-v5", in_place=True, **options)
     assert snapshot(src) == before
 
