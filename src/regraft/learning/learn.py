@@ -199,7 +199,7 @@ def learn_pairs(
                 if sight.everywhere != everywhere:
                     continue
                 if not _is_made(sight.one, rules if number else told):
-                    written = _with_sizes(sight, looped, pairs, notes, doubts, chosen)
+                    written = _with_sizes(sight, notes, doubts, chosen)
                     rules += written
                     told += written if number else ()
     kinds = kind_of or (lambda _: None, lambda _: None)
@@ -357,6 +357,8 @@ class _Sight:
     seen: tuple[Seen, ...]
     """In that pair, and in others."""
     pairs: tuple[Pair, ...]
+    found: tuple[Looped | None, ...]
+    """What was found in each of these pairs; ``None`` where the equation was only tried."""
     everywhere: bool
     """Whether it holds in all pairs that have its tensors."""
 
@@ -366,6 +368,7 @@ class _Sight:
     ) -> _Sight:
         """Look for an equation in other pairs: as what was found there, or by trying it."""
         seen, held, everywhere = [_seen(one, pairs[base])], [pairs[base]], True
+        known: list[Looped | None] = [one]
         for number, others in enumerate(looped):
             if number == base:
                 continue
@@ -374,43 +377,58 @@ class _Sight:
             if found is not None:
                 seen.append(found)
                 held.append(pairs[number])
+                known.append(same[0] if same else None)
             else:
                 everywhere = everywhere and not is_there(one.sides, pairs[number])
-        return _Sight(one, base, tuple(seen), tuple(held), everywhere)
+        return _Sight(one, base, tuple(seen), tuple(held), tuple(known), everywhere)
+
+    def parts(self) -> list[_Sight]:
+        """Its members apart where their sizes differ in any pair; none where they are alike."""
+        tables = [
+            {m.names[1]: m.sizes for m in each.members} for each in self.found if each is not None
+        ]
+        groups: dict[object, list[Drafted]] = defaultdict(list)
+        for member in self.one.members:
+            groups[tuple(table.get(member.names[1]) for table in tables)].append(member)
+        if len(groups) < 2:
+            return []
+        return [self._only(again) for part in groups.values() for again in with_loops(part)]
+
+    def _only(self, one: Looped) -> _Sight:
+        """The same of some of its members."""
+        names = {member.names[1] for member in one.members}
+        kept: list[tuple[Seen, Pair, Looped | None]] = []
+        for seen, pair, found in zip(self.seen, self.pairs, self.found, strict=True):
+            if found is None:
+                kept.append((seen, pair, None))
+                continue
+            members = tuple(member for member in found.members if member.names[1] in names)
+            if members:
+                mine = Looped(one.sides, members)
+                kept.append((_seen(mine, pair), pair, mine))
+        seen_, pairs, founds = zip(*kept, strict=True)
+        return _Sight(one, self.base, seen_, pairs, founds, self.everywhere)
 
 
 def _with_sizes(
     sight: _Sight,
-    looped: Sequence[Sequence[Looped]],
-    pairs: Sequence[Pair],
     notes: list[str],
     doubts: Doubts,
     chosen: Chosen,
 ) -> list[tuple[str, Drafted]]:
     """The equation with clauses; by itself for each of its members where their sizes differ."""
     one, seen, held = sight.one, sight.seen, sight.pairs
-    found: Clauses | None = clauses_of(one, seen, chosen.fields) or (
-        clauses_of(one, seen[:1], chosen.fields) if len(seen) > 1 else None
-    )
+    found = clauses_of(one, seen, chosen.fields)
+    if found is None and (parts := sight.parts()):
+        return [rule for part in parts for rule in _with_sizes(part, notes, doubts, chosen)]
+    if found is None and len(seen) > 1:
+        found = clauses_of(one, seen[:1], chosen.fields)
     if len(seen) > 1 and (found is None or found.weak):
         found = _better(one, seen, held, found, chosen)
     if found is None:
         if len(one.members) == 1:
             notes.append(f"nothing says the sizes of {one.sides}")
-            return []
-        parts: dict[object, list[Drafted]] = defaultdict(list)
-        for member in one.members:
-            parts[member.sizes].append(member)
-        if len(parts) == 1:
-            return []
-        return [
-            rule
-            for part in parts.values()
-            for again in with_loops(part)
-            for rule in _with_sizes(
-                _Sight.of(again, sight.base, looped, pairs), looped, pairs, notes, doubts, chosen
-            )
-        ]
+        return []
     notes += found.notes
     doubts.sizes += found.doubts if len(seen) > 1 else ()
     where = f"\nwhere {', '.join(found.where)}" if found.where else ""
