@@ -235,7 +235,7 @@ def open_content(path: Path) -> Content:
 
 _LARGEST = 1 << 27
 """Bytes of files that are read as a whole."""
-_KEPT = 1 << 27
+_KEPT = 1 << 26
 """Bytes of tensors of the other files that are kept: the same are often read again soon."""
 
 
