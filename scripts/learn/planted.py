@@ -34,11 +34,9 @@ from regraft.learning.watch import watch
 LARGEST = 40_000
 """Elements of an equation."""
 STEPS = (3, 4, 2, 5, 6)
-TABLE = (
-    [(STEPS[n % 5], STEPS[(n + 1 + n // 5) % 5], STEPS[(2 * n + n // 5) % 5]) for n in range(25)]
-    + [(7, b, 3) for b in (*STEPS, 7)]
-    + [(a, 7, 4) for a in STEPS]
-)
+TABLE = [
+    (STEPS[n % 5], STEPS[(n + 1 + n // 5) % 5], STEPS[(2 * n + n // 5) % 5]) for n in range(20)
+] + [each for n in STEPS for each in ((7, n, 3), (n, 7, 4))]
 """Sizes of axes, in turn, each at three models: no two axes are alike at the first two."""
 
 SHAPES = [{"a.weight": s, "b.weight": s, "v": s[:1]} for s in ((12, 14), (18, 22))]

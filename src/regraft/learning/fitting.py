@@ -48,8 +48,9 @@ def fits(
     tried: list[dict[str, int]] = []
     elements = sum(prod(shape) for _, shape in found.shapes)
     tries = max(_LEAST, min(_TRIES, _WORK // elements))
-    for more in ((), others):
-        for sizes in islice(_sizes(equation, found, likely, more, count(1)), tries):
+    for alike, more in ((True, ()), (False, ()), (False, others)):
+        search = _Search(likely, more, alike, count(1))
+        for sizes in islice(search.sizes(equation, found), tries):
             if sizes in tried or 0 in sizes.values():
                 continue
             tried.append(sizes)
@@ -106,33 +107,40 @@ def _matching(
     return names, numbers
 
 
-def _sizes(
-    equation: Equation,
-    known: _Known,
-    likely: Mapping[str, Sequence[int]],
-    others: Sequence[int],
-    solved: Iterator[int],
-) -> Iterator[dict[str, int]]:
-    """Sizes that agree with the shapes, likely ones first; ``solved`` counts the attempts."""
-    if next(solved) > _SOLVED:
-        return
-    try:
-        sizes, _ = solve_sizes(equation, known.shapes, known.holes)
-        yield {axis: size for axis, size in sizes.items() if axis != "..."}
-        return
-    except UnknownSizeError as error:
-        # What no field suggests follows from the others, if it can.
-        axis = min(error.axes, key=lambda name: (len(likely[name]) == 1, len(likely[name])))
-    except SizeError:
-        return
-    limit = _limit(axis, known)
-    more = others if len(likely[axis]) == 1 else ()
-    for size in dict.fromkeys((*likely[axis], *more)):
-        if 0 < size <= limit:
-            told = parse_equation(f"{axis} == {axis} where {axis} = {size}").where
-            yield from _sizes(
-                replace(equation, where=(*equation.where, *told)), known, likely, others, solved
-            )
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A way to try sizes."""
+
+    likely: Mapping[str, Sequence[int]]
+    others: Sequence[int]
+    alike: bool
+    """Whether axes of which the same is likely are of one size."""
+    solved: Iterator[int]
+    """Counts the attempts."""
+
+    def sizes(self, equation: Equation, known: _Known) -> Iterator[dict[str, int]]:
+        """Sizes that agree with the shapes, likely ones first."""
+        if next(self.solved) > _SOLVED:
+            return
+        try:
+            sizes, _ = solve_sizes(equation, known.shapes, known.holes)
+            yield {axis: size for axis, size in sizes.items() if axis != "..."}
+            return
+        except UnknownSizeError as error:
+            # What no field suggests follows from the others, if it can.
+            rest = error.axes
+            axis = min(rest, key=lambda n: (len(self.likely[n]) == 1, len(self.likely[n])))
+        except SizeError:
+            return
+        limit = _limit(axis, known)
+        same = [n for n in rest if self.alike and self.likely[n] == self.likely[axis]]
+        more = self.others if len(self.likely[axis]) == 1 else ()
+        for size in dict.fromkeys((*self.likely[axis], *more)):
+            if 0 < size <= limit:
+                clauses = ", ".join(f"{name} = {size}" for name in (same or [axis]))
+                where = parse_equation(f"{axis} == {axis} where {clauses}").where
+                told = replace(equation, where=(*equation.where, *where))
+                yield from self.sizes(told, known)
 
 
 def _limit(axis: str, known: _Known) -> int:

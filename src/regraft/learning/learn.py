@@ -187,7 +187,7 @@ def learn_pairs(
     notes: list[str] = [*pairs[0].notes]
     doubts = Doubts()
     sights = [
-        [_Sight.of(one, number, looped, pairs) for one in each]
+        [sight for one in each for sight in _sights(one, number, looped, pairs)]
         for number, each in enumerate(looped)
     ]
     rules: list[tuple[str, Drafted]] = []
@@ -408,6 +408,22 @@ class _Sight:
                 kept.append((_seen(mine, pair), pair, mine))
         seen_, pairs, founds = zip(*kept, strict=True)
         return _Sight(one, self.base, seen_, pairs, founds, self.everywhere)
+
+
+def _sights(
+    one: Looped, base: int, looped: Sequence[Sequence[Looped]], pairs: Sequence[Pair]
+) -> Iterator[_Sight]:
+    """An equation, or its members apart where only they hold in all pairs: their sizes differ."""
+    whole = _Sight.of(one, base, looped, pairs)
+    parts: dict[object, list[Drafted]] = defaultdict(list)
+    for member in one.members:
+        parts[member.sizes].append(member)
+    if whole.everywhere or len(parts) < 2:
+        yield whole
+        return
+    for part in parts.values():
+        for again in with_loops(part):
+            yield _Sight.of(again, base, looped, pairs)
 
 
 def _with_sizes(

@@ -57,7 +57,8 @@ _FEW = 6
 """So many pieces are an order, whatever they are made of."""
 _SHARE = 0.6
 """Of more pieces, the numbers that tell them must be fewer than this share of the positions."""
-_STEPS = 60_000
+_FEW_REPEATED = 3
+_STEPS = 500_000
 """Comparisons after which positions are taken to follow no rule."""
 _SLACK = 3
 """By how many times less one the longest repetition may be shortened for the sake of what is beside it."""
@@ -95,12 +96,12 @@ class _Cuts:
         return self.known[low, high][0]
 
     def _whole(self, low: int, high: int) -> tuple[_Cost, list[tuple[int, int]]] | None:
-        """One repetition that is a single piece: nothing is better."""
+        """One repetition of few pieces: nothing is better, or little."""
         for first, period in self.ending[high]:
             if first <= low and (high - low) % period == 0 and high - low > period:
                 pieces, axes = self.best(low, low + period)
-                if pieces == 1:
-                    return (1, axes + 1), [(high, period)]
+                if pieces <= _FEW_REPEATED:
+                    return (pieces, axes + 1), [(high, period)]
         return None
 
     def _cut(self, low: int, high: int) -> tuple[_Cost, list[tuple[int, int]]]:
