@@ -81,6 +81,7 @@ def convert(
     part: str | None = None,
     commit: bool = False,
     abort: bool = False,
+    push: str | None = None,
     runner: Literal["ray"] | None = None,
     address: str = "auto",
     tell: Callable[[str], None] | None = None,
@@ -146,6 +147,8 @@ def convert(
             (JOB_COMPLETION_INDEX). Where it is not given, the scheduler says both (SLURM_ARRAY_TASK_ID and its like).
         commit: put the result of all parts in its place, once they are done.
         abort: end what is staged in ``stage``, and remove it; nothing is converted.
+        push: a repository of Hugging Face's hub to upload the result to, too, in one commit: with the model card, which
+            gets a section on the layout. huggingface_hub must be installed and know a token.
         runner: checkpoints only: ``"ray"`` hands out the parts to a running cluster of Ray's and commits; ``part``
             (``"/16"``) then says how many there are, and ``stage`` is beside ``dst`` where it is not given.
         address: where the cluster is; the one of this machine (``"auto"``) where it is not given, or the one that Ray
@@ -184,6 +187,7 @@ def convert(
         part=part,
         commit=commit,
         abort=abort,
+        push=push,
         runner=runner,
         address=address,
         verify=verify,
@@ -211,6 +215,8 @@ def convert_with(
     """What `convert` does, its options in one value."""
     if asked.abort:
         return _abort(src, dst, asked)
+    if asked.push is not None:
+        return _pushed(src, dst, asked, tell, progress)
     if asked.runner is not None:
         return _run_on(src, dst, asked, tell, progress)
     if asked.stage is None:
@@ -240,6 +246,35 @@ def convert_with(
         report.own_rules = own_rules()
         log_report(report)
         return report
+
+
+def _pushed(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    asked: ConvertOptions,
+    tell: Callable[[str], None] | None,
+    progress: Progress | None,
+) -> Report:
+    """Convert, and send the result to the hub."""
+    from regraft.pushing import push_result
+    from regraft.storage.hub_network import check_push
+
+    assert asked.push is not None
+    no_address(dst, "--push")
+    if asked.stage is not None and not asked.commit:
+        _check_unused(asked, ("push",), "it goes with the commit, and not with a part")
+    if not asked.dry_run:
+        check_push(asked.push, settings()[1])
+    report = convert_with(src, dst, replace(asked, push=None), tell=tell, progress=progress)
+    if report.written:
+        try:
+            report.pushed = push_result(asked.push, report)
+        except BadInputError as error:
+            error.add_note(
+                f"the result is whole, in {report.destination}: 'hf upload {asked.push} {report.destination}' sends it"
+            )
+            raise
+    return report
 
 
 def _run_on(

@@ -207,6 +207,10 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
         Option("When all parts are done: check them, and let DST appear.", only="checkpoints"),
     ] = False
     abort: Annotated[bool, Option("End what is staged in --stage, and remove it.")] = False
+    push: Annotated[
+        str | None,
+        Option("Upload the result to a repository of Hugging Face's hub, too.", "ORG/NAME"),
+    ] = None
     runner: Annotated[
         Literal["ray"] | None,
         Option(

@@ -4,7 +4,7 @@
 s3://bucket/mixtral          a folder of objects, or one of its weights files
 https://host/model.safetensors
 hf://org/name@revision       a repository of the hub
-org/name                     the same in the hub's local cache, where there is no such path
+org/name                     the same, in the hub's local cache or else at the hub, where there is no such path
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     if not os.path.lexists(path) and (cached := find_cached(address or os.fspath(path))):
         return _joined(cached)
     if address is None:
+        address = _hub_address(path)
+    if address is None:
         return _joined(Path(path))
     if _OFFLINE.get() or (address.startswith("hf://") and is_offline()):
         named = parse_id(address)
@@ -82,6 +84,19 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
             outline.fetch()
         known = outline
     return _joined(known.path)
+
+
+def _hub_address(path: str | os.PathLike[str]) -> str | None:
+    """The address at the hub that an id names, where it names nothing on this machine and the hub may be asked."""
+    text = os.fspath(path)
+    named = parse_id(text)
+    if named is None or os.path.lexists(path) or Path(text).parent.exists():
+        return None
+    if _OFFLINE.get() or is_offline():
+        return None
+    from regraft.storage.hub_network import is_installed
+
+    return f"hf://{text}" if is_installed() else None
 
 
 def _joined(path: Path) -> Path:

@@ -162,6 +162,8 @@ class Report(Shown):
     files: list[str] = field(default_factory=list)
     """Other files that were copied."""
     written: bool = True
+    pushed: str | None = None
+    """Where the result is at the hub, where it was sent there."""
     ended: str | None = None
     """The stage that was ended and removed, where that was asked for; empty where there was none."""
     own_rules: list[str] = field(default_factory=list)

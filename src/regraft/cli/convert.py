@@ -121,6 +121,8 @@ def _convert_one(
         from regraft.cli.words import show_report
 
         show_report(out, report)
+    if report.pushed is not None and not (out.json or out.quiet):
+        out.show(f"pushed: {report.pushed}")
     show_page(out, html, report, src)
     return 0
 

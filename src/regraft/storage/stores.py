@@ -1,6 +1,8 @@
-"""Stores by the libraries that speak to them: obstore for S3, GCS, Azure and HTTP, fsspec for everything else.
+"""Stores by the libraries that speak to them: obstore for S3, GCS, Azure and HTTP, fsspec for what else there is.
 
-Neither is imported before an address of its kind is opened. Credentials are found by the libraries themselves, in the
+Repositories of the hub are in `regraft.storage.hub_network`.
+
+None is imported before an address of its kind is opened. Credentials are found by the libraries themselves, in the
 ways of each store's own tools (environment, config files, roles of the machine).
 """
 
@@ -40,6 +42,10 @@ def open_store(url: str) -> Client:
     Raises ``BadInputError`` where the library that speaks to it is not installed, or the address is none.
     """
     scheme = urlsplit(url).scheme
+    if scheme == "hf":
+        from regraft.storage.hub_network import HubStore
+
+        return Client(HubStore(url))
     return Client(_Obstore(url) if scheme in _OBSTORE else _Fsspec(url))
 
 
