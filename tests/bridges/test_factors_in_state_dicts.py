@@ -89,3 +89,48 @@ def test_a_file_of_such_a_run_is_named(tmp_path):
         regraft.convert(tmp_path / "src", tmp_path / "out", to="transformers-v5")
     (finding,) = caught.value.findings
     assert finding.code == "adapter-inside"
+
+
+def deltas(state):
+    """What each module's factors add, but for the scale, by the module's name."""
+    found = {}
+    for key, a in state.items():
+        module, _, rest = key.removeprefix(PREFIX).partition(".lora_A.")
+        if rest:
+            b = state[key.replace(".lora_A.", ".lora_B.")]
+            found[module] = b.double() @ a.double()
+    return found
+
+
+@pytest.mark.parametrize("around", ["the model with the adapter", "the bare model"])
+def test_the_way_back_has_each_experts_own(around):
+    """A full state dict of a model of transformers 5 with LoRA on stacked experts, in the layout of before."""
+    model = regraft.load_adapter(base_model(CASE), case_folder(CASE))
+    asked = model if around == "the model with the adapter" else base_model(CASE)
+    made = regraft.convert_state_dict(dict(model.state_dict()), to="transformers-v4", model=asked)
+    old = full()
+    plain = {key.removeprefix(PREFIX).replace(".base_layer.", "."): t for key, t in old.items()}
+    assert {key.replace(".base_layer.", ".") for key in made} == plain.keys()
+    assert all(
+        torch.equal(t, plain[key])
+        for key, t in made.items()
+        if ".lora_" not in key and key in plain
+    )
+    found, wanted = deltas(made), deltas(old)
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_way_back_of_one_stack_alone():
+    """Which parameter of a module the factors are around is told by their sizes."""
+    model = regraft.load_adapter(base_model(CASE), case_folder(CASE))
+    state = {
+        key.replace("experts.base_layer.base_layer.", "experts.base_layer."): tensor
+        for key, tensor in model.state_dict().items()
+        if ".experts.base_layer.lora_" not in key
+    }
+    made = regraft.convert_state_dict(state, to="transformers-v4", model=base_model(CASE))
+    experts = {key.split(".lora_")[0] for key in made if ".experts." in key and ".lora_" in key}
+    assert experts and {name.rpartition(".")[2] for name in experts} == {"w2"}
+    wanted = deltas(full())
+    assert all(torch.allclose(d, wanted[n]) for n, d in deltas(made).items())
