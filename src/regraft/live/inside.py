@@ -57,6 +57,8 @@ def move_factors(
             if any(getattr(tensor, "is_meta", False) for tensor in tensors.values()):
                 continue
             moved = _convert(mapping, part, tensors, layout)
+            if layout is None:
+                moved = _with_one_a(mapping, part, moved)
             inserted = f".{name}.weight" if name else ".weight"
             for key, tensor in moved.items():
                 made[part.prefix + key.removesuffix(".weight") + inserted] = tensor
@@ -188,6 +190,42 @@ def _targets(
         if f"{m}.lora_A.weight" in factors and f"{m}.lora_B.weight" in factors
     }
     return [n for n, (_, a, b) in stacks.items() if (a, b) in sizes or (b, a) in sizes]
+
+
+def _with_one_a(mapping: LiveMapping, part: Part, factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Factors of stacks with one A where both projections had the same one, and the model's layers are made for one.
+
+    So they are after the way back: A (experts x 2 rank, in) has equal halves, those of B (out, 2 rank x experts)
+    have other rows.
+    """
+    from regraft.bridges.torch_tensors import state_of
+
+    made = dict(factors)
+    there = state_of(mapping.live.root)
+    for key, a in factors.items():
+        module = key.removesuffix(".lora_A.weight")
+        stacks = _stacks(mapping, part, _outside(module)) if module != key else {}
+        if not stacks:
+            continue
+        shapes = {tuple(t.shape) for name, t in there.items() if f"{module}.lora_A." in name}
+        if not shapes or tuple(a.shape) in shapes:
+            continue
+        experts = next(iter(stacks.values()))[0]
+        b = factors[f"{module}.lora_B.weight"]
+        rank = a.shape[0] // experts
+        one, two = (
+            a.reshape(experts, rank, -1)[:, : rank // 2],
+            a.reshape(experts, rank, -1)[:, rank // 2 :],
+        )
+        first, second = (
+            b.reshape(-1, rank, experts)[:, : rank // 2],
+            b.reshape(-1, rank, experts)[:, rank // 2 :],
+        )
+        if rank % 2 or not one.equal(two) or bool(((first != 0) & (second != 0)).any()):
+            continue
+        made[key] = one.reshape(-1, a.shape[1])
+        made[f"{module}.lora_B.weight"] = (first + second).reshape(b.shape[0], -1)
+    return made
 
 
 def _keys_of(modules: Iterable[str], factors: Mapping[str, Any]) -> list[str]:

@@ -306,10 +306,12 @@ def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> C
     result = ConvertedStateDict()
     findings: list[Finding] = []
     several = len(source.live.models) > 1
+    fronts: dict[str, str] = {}
     for number, part, new in _models(source, resolved, state_dict, layout, report, findings):
         live = source.live.models[number]
         below = several or any(_below(part, path) for path in live.paths)
         front = f"{live.path}." if live.path and below else ""
+        fronts[part.prefix] = front
         result.update((front + key, tensor) for key, tensor in new.items())
     for key, place in resolved.carried.items():
         if place in source.live.adapters:
@@ -321,7 +323,9 @@ def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> C
     for key in () if inside is None else inside.made:
         if key not in resolved.carried:
             name = next(
-                key.removeprefix(p.prefix) for p in resolved.parts if key.startswith(p.prefix)
+                fronts.get(p.prefix, "") + key.removeprefix(p.prefix)
+                for p in resolved.parts
+                if key.startswith(p.prefix)
             )
             result[name] = state_dict[key]
             report.carried.append(name)
