@@ -221,3 +221,37 @@ def test_a_factor_of_megatron_without_dims(sound, tmp_path):
 
     one = image(sound, "megatron-bridge")
     assert wrong(one, tmp_path, lambda source, files: rewritten(files[0], broken))
+
+
+PREFIX = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("vllm", PREFIX, ""),
+        ("tinker", ".experts.w1.", ".experts.gate_proj."),
+        ("tinker", "model.layers.0.mlp.experts.w1.", "model.layers.0.mlp.experts.0.gate_proj."),
+        ("tinker", "model.layers.0.mlp.experts.w1.", "model.unembed_tokens."),
+        ("tinker", "model.layers.0.mlp.experts.w1.", "layers.0.attn.q_proj."),
+    ],
+)
+def test_one_thing_under_two_names(sound, tmp_path, name, old, new):
+    """A tool has both names for it, and only one of the two would be left."""
+
+    def broken(tensors, metadata):
+        for key in [key for key in tensors if old in key and "layers.0" in key][:2]:
+            doubled = tensors[key][0] if ".0.gate" in new else tensors[key]
+            tensors[key.replace(old, new, 1)] = doubled * 3
+            if new == "model.unembed_tokens.":
+                tensors[PREFIX + "lm_head." + key.partition(old)[2]] = doubled
+            if new == "layers.0.attn.q_proj.":
+                tensors[key.replace(old, new.replace("attn", "self_attn"), 1)] = doubled
+
+    found = wrong(
+        image(sound, name),
+        tmp_path,
+        lambda source, _: rewritten(source / "adapter_model.safetensors", broken),
+    )
+    assert {finding.code for finding in found} == {"two-values"}
+    assert all(finding.key and finding.fix for finding in found)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.form import Array
 from regraft.dialects.base import Capabilities, Evidence, Found
 from regraft.dialects.peft.family_config import fresh_config
 from regraft.dialects.peft.source import Source, open_adapter
@@ -25,6 +24,7 @@ from regraft.dialects.tool_files import (
     find_weights,
     look_at,
     tool_source,
+    with_prefix,
 )
 from regraft.errors import BadInputError, Finding
 from regraft.storage.folder import load_json
@@ -93,10 +93,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _with_prefix(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    return {n if n.startswith(PREFIX) else PREFIX + n: x for n, x in tensors.items()}
-
-
 class MegatronBridge(ReadOnly):
     """NVIDIA's Megatron-Bridge."""
 
@@ -140,10 +136,10 @@ class MegatronBridge(ReadOnly):
             raise BadInputError(Finding("option", message, where=str(folder), fix="leave them out"))
         if (folder / CONFIG).is_file():
             source = open_adapter(folder, root, weights, foreign=True)
-            return tool_source(source, self.name, tensors=_with_prefix(source.tensors))
+            return tool_source(source, self.name, tensors=with_prefix(source.tensors, source.where))
         file = weights or folder / WEIGHTS
         header = read_header(file)
-        tensors = _with_prefix(open_tensors(file, header))
+        tensors = with_prefix(open_tensors(file, header), str(file))
         ranks = {x.shape[0] for n, x in tensors.items() if n.endswith(_FACTOR) and x.ndim}
         config = fresh_config(None, None) | read_run(folder, ranks, self.alpha, self.rank)
         modules = {n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors}

@@ -34,6 +34,7 @@ from regraft.dialects.served import Pieces, ServedWriter
 from regraft.dialects.tool_files import (
     PACKED,
     PREFIX,
+    Renamed,
     ToolSource,
     look_at,
     tool_source,
@@ -100,7 +101,7 @@ def _pack_native(
     tensors: Mapping[str, Array], where: str
 ) -> tuple[dict[str, Array], dict[str, int]]:
     """Grouped tensors, (E, in, rank) and (E, rank, out), as PEFT packs them, and the ranks by the parameters' names."""
-    rest: dict[str, Array] = {}
+    rest = Renamed(where)
     found: dict[tuple[str, str], dict[str, Array]] = {}
     for name, tensor in tensors.items():
         hit = NATIVE.fullmatch(name)
@@ -147,7 +148,7 @@ def _pack_native(
         )
     if findings:
         raise BadInputError(findings)
-    return rest, ranks
+    return rest.checked(), ranks
 
 
 def _scale_ranks(

@@ -19,7 +19,7 @@ import numpy as np
 from regraft.adapters.form import Array
 from regraft.dialects.peft.config import LoraConfig
 from regraft.dialects.peft.packing import fast_experts
-from regraft.dialects.tool_files import INNER, OUTER, PREFIX
+from regraft.dialects.tool_files import INNER, OUTER, PREFIX, Renamed
 from regraft.errors import BadInputError, Finding
 
 STACKED = re.compile(
@@ -48,7 +48,7 @@ def expand_stacks(
     Raises ``BadInputError`` where the sizes of a stack contradict each other.
     """
     stacks: dict[str, dict[str, dict[str, Array]]] = defaultdict(lambda: defaultdict(dict))
-    rest: dict[str, Array] = {}
+    rest = Renamed(where)
     for name, tensor in tensors.items():
         hit = STACKED.fullmatch(name) if ".experts." in name and tensor.ndim == 3 else None
         if hit is None:
@@ -57,7 +57,7 @@ def expand_stacks(
             stacks[hit["module"]][hit["leaf"]][hit["letter"]] = tensor
     made = dict(config)
     if not stacks:
-        return {"tensors": rest, "config": made}
+        return {"tensors": dict(rest), "config": made}
     findings: list[Finding] = []
     parameters: list[str] = []
     leaves: set[str] = set()
@@ -95,6 +95,9 @@ def expand_stacks(
             leaf: tuple(np.broadcast_to(x, (most, *x.shape[1:])) for x in pair)
             for leaf, pair in whole.items()
         }
+        plain = [_PLAIN.get(leaf, leaf) for leaf in whole]
+        for leaf in {leaf for leaf in plain if plain.count(leaf) > 1}:
+            rest.doubled[f"{module}.{leaf}"] = None
         if interleaved:
             parameters += _pack(rest, module, whole)
             continue
@@ -112,7 +115,7 @@ def expand_stacks(
         made["target_modules"] = [*entries, *sorted(leaves - set(entries))]
     if parameters:
         made["target_parameters"] = parameters
-    return {"tensors": rest, "config": made}
+    return {"tensors": rest.checked(), "config": made}
 
 
 _ONE = re.compile(

@@ -19,6 +19,7 @@ from regraft.dialects.stacked import expand_stacks, has_stacks
 from regraft.dialects.tool_files import (
     PREFIX,
     ReadOnly,
+    Renamed,
     ToolSource,
     look_at,
     tool_source,
@@ -48,7 +49,7 @@ def as_peft(source: Source) -> dict[str, Any]:
         )
     )
     tied = bool(base.get("tie_word_embeddings"))
-    tensors: dict[str, Array] = {}
+    tensors = Renamed(source.where)
     for name, tensor in source.tensors.items():
         if HEAD in name:
             if tied:
@@ -65,7 +66,7 @@ def as_peft(source: Source) -> dict[str, Any]:
             name = PREFIX + "lm_head." + name.partition(HEAD)[2]
         tensors[_ATTENTION.sub(r"\1.self_attn.", name)] = tensor
     config = dict(source.config)
-    made = expand_stacks(_join_parts(tensors, source.where), config, oss, source.where)
+    made = expand_stacks(_join_parts(tensors.checked(), source.where), config, oss, source.where)
     entries = made["config"].get("target_modules")
     if isinstance(entries, list) and "unembed_tokens" in entries:
         made["config"]["target_modules"] = [
@@ -83,7 +84,8 @@ def as_peft(source: Source) -> dict[str, Any]:
 
 def _join_parts(tensors: dict[str, Array], where: str) -> dict[str, Array]:
     """q, k and v of a linear attention as the one projection that transformers has."""
-    made = dict(tensors)
+    made = Renamed(where)
+    made.update(tensors)
     for name in tensors:
         if ".in_proj_q.lora_A.weight" not in name:
             continue
@@ -113,7 +115,7 @@ def _join_parts(tensors: dict[str, Array], where: str) -> dict[str, Array]:
             row, column = row + len(b), column + len(a)
         made[f"{stem}in_proj_qkv.lora_A.weight"] = np.concatenate([a for a, _ in pairs])
         made[f"{stem}in_proj_qkv.lora_B.weight"] = joined
-    return made
+    return made.checked()
 
 
 class Tinker(ReadOnly, PeftFiles):

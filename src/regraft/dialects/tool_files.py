@@ -17,11 +17,19 @@ from msgspec import Struct
 
 from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
+from regraft.adapters.form import Array
 from regraft.adapters.protocol import Opened, Reading, Writer
 from regraft.dialects.base import Found, dialects
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, WEIGHTS, WEIGHTS_BIN, Source, find_adapters
-from regraft.errors import AmbiguousError, Choice, Finding, RefusedError, RegraftError
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Choice,
+    Finding,
+    RefusedError,
+    RegraftError,
+)
 from regraft.layouts.names import Layout
 from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
@@ -175,6 +183,47 @@ def tool_source(source: Source, tool: str, told: Iterable[str] = (), **changed: 
     return ToolSource(**(fields | changed), tool=tool, told=tuple(told))
 
 
+class Renamed(dict[str, Array]):
+    """Tensors under PEFT's names, of a file that has other ones.
+
+    A tool has several names for one thing, and a file may have both; `checked` refuses it, because only one of the two
+    would be left.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.doubled: dict[str, None] = {}
+
+    def __setitem__(self, name: str, tensor: Array) -> None:
+        if name in self:
+            self.doubled[name] = None
+        super().__setitem__(name, tensor)
+
+    def checked(self) -> dict[str, Array]:
+        """The tensors. Raises ``BadInputError`` for every name that two of them would have."""
+        if not self.doubled:
+            return dict(self)
+        raise BadInputError(
+            Finding(
+                "two-values",
+                "two tensors of the file are this one, under two of the names that the tool has for it",
+                where=self.where,
+                key=name,
+                fix="take one of the two out",
+            )
+            for name in self.doubled
+        )
+
+
+def with_prefix(tensors: Mapping[str, Array], where: str) -> dict[str, Array]:
+    """Tensors whose names may lack PEFT's prefix, with it. Raises ``BadInputError`` where two would have one name."""
+    made = Renamed(where)
+    for name, tensor in tensors.items():
+        made[name if name.startswith(PREFIX) else PREFIX + name] = tensor
+    return made.checked()
+
+
 class ReadOnly:
     """What dialects have in common that are read and not written."""
 
@@ -231,9 +280,11 @@ __all__ = [
     "WRITTEN_BY",
     "Look",
     "ReadOnly",
+    "Renamed",
     "ToolSource",
     "find_weights",
     "look_at",
     "packed_parameters",
     "tool_source",
+    "with_prefix",
 ]

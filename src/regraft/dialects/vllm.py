@@ -32,6 +32,7 @@ from regraft.dialects.tool_files import (
     ToolSource,
     look_at,
     tool_source,
+    with_prefix,
 )
 from regraft.layouts.names import Layout
 
@@ -58,7 +59,7 @@ def as_peft(source: Source) -> dict[str, Any]:
 
     Returns the fields of a source to change.
     """
-    tensors = {n if n.startswith(PREFIX) else PREFIX + n: x for n, x in source.tensors.items()}
+    tensors = with_prefix(source.tensors, source.where)
     config = dict(source.config)
     hits = [hit for name in tensors if (hit := PACKED.fullmatch(name))]
     if hits:
