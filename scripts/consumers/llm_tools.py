@@ -54,18 +54,41 @@ def with_mlx(folder, model_type):
     return worst
 
 
+def torchtune_of(model_type):
+    """The builder of a model type's LoRA model, and what turns its weights into transformers' names.
+
+    As `FullModelHFCheckpointer` of torchtune 0.6.1 chooses it: Qwen2's rows are not permuted.
+    """
+    from torchtune.models import convert_weights, gemma, gemma2, llama3, mistral, phi3, qwen2
+    from torchtune.models.gemma2 import _convert_weights as of_gemma2
+    from torchtune.models.phi3 import _convert_weights as of_phi3
+    from torchtune.models.qwen2 import _convert_weights as of_qwen2
+
+    def phi3_to_hf(state, **_):
+        return of_phi3.phi3_tune_to_hf(state)
+
+    return {
+        "llama": (llama3.lora_llama3, convert_weights.tune_to_hf),
+        "mistral": (mistral.lora_mistral, convert_weights.tune_to_hf),
+        "gemma": (gemma.lora_gemma, convert_weights.tune_to_hf),
+        "gemma2": (gemma2.lora_gemma2, of_gemma2.gemma2_tune_to_hf),
+        "qwen2": (qwen2.lora_qwen2, of_qwen2.qwen2_tune_to_hf),
+        "phi3": (phi3.lora_phi3, phi3_to_hf),
+    }[model_type]
+
+
 def with_torchtune(folder, model_type):
     """torchtune loads the adapter into its LoRA model, and merges it."""
     import torch
-    from torchtune.models.convert_weights import tune_to_hf
-    from torchtune.models.llama3 import lora_llama3
     from torchtune.modules.peft import get_merged_lora_ckpt
 
-    base, lora, wanted = adapter(folder, model_type, only=r"q_proj|k_proj|up_proj")
+    build, to_hf = torchtune_of(model_type)
+    base, lora, wanted = adapter(folder, model_type, only=r"q_proj|k_proj|qkv_proj|up_proj")
     regraft.convert(lora, folder / "out", to="torchtune", model=base)
     said = json.loads((folder / "out/adapter_config.json").read_text())
-    model = lora_llama3(
-        ["q_proj", "k_proj"],
+    fused = model_type == "phi3"
+    model = build(
+        ["q_proj", "k_proj", *["v_proj"] * fused],
         apply_lora_to_mlp=True,
         vocab_size=WORDS,
         num_layers=LAYERS,
@@ -76,6 +99,7 @@ def with_torchtune(folder, model_type):
         intermediate_dim=INNER,
         lora_rank=said["r"],
         lora_alpha=said["lora_alpha"],
+        **({"head_dim": 8} if model_type.startswith("gemma") else {}),
     )
     state = torch.load(folder / "out/adapter_model.pt", weights_only=True)
     left = model.load_state_dict(state, strict=False)
@@ -84,7 +108,7 @@ def with_torchtune(folder, model_type):
     before = {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
     merged = get_merged_lora_ckpt(model.state_dict(), said["r"], said["lora_alpha"])
     sizes = {"num_heads": HEADS, "num_kv_heads": GROUPS, "dim": SIZE}
-    one, two = (tune_to_hf(s, **sizes) for s in (before, merged))
+    one, two = (to_hf(s, **sizes) for s in (before, merged))
     return max(
         off((two[f"{path}.weight"] - one[f"{path}.weight"]).numpy(), delta)
         for path, delta in wanted.items()
@@ -166,9 +190,10 @@ def with_llama_cpp(folder, model_type):
     return max(off(mine[name], other[name]) for name in mine)
 
 
+TORCHTUNE_TYPES = ("llama", "mistral", "gemma", "gemma2", "qwen2", "phi3")
 TOOLS = {
     "mlx-lm": ("mlx_lm", with_mlx, ("llama", "qwen3", "mixtral", "qwen3_moe")),
-    "torchtune": ("torchtune", with_torchtune, ("llama",)),
+    "torchtune": ("torchtune", with_torchtune, TORCHTUNE_TYPES),
     "litgpt": ("litgpt", with_litgpt, ("llama", "mixtral", "qwen3_moe")),
     "llama.cpp": (
         "gguf",

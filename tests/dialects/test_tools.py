@@ -275,6 +275,24 @@ def test_litgpt_says_what_litgpt_reads(tmp_path):
         assert np.allclose(got, wanted(0, f"self_attn.{part}_proj"))
 
 
+@pytest.mark.parametrize("through_litgpt", [False, True])
+def test_torchtune_turns_the_rows_of_llama_and_not_of_qwen2(tmp_path, through_litgpt):
+    # models/convert_weights.py permutes q and k, models/qwen2/_convert_weights.py renames only.
+    for model_type, order in (("llama", [0, 2, 1, 3]), ("qwen2", [0, 1, 2, 3])):
+        base = make_base(tmp_path / f"base-{model_type}", model_type)
+        folder = tmp_path / model_type
+        folder.mkdir()
+        adapter = make_adapter(folder / "lora", ATTENTION | MLP)
+        steps = ["litgpt"] * through_litgpt + ["torchtune"]
+        out = through(folder, adapter, base, *steps)
+        given = open_tensors(adapter / WEIGHTS)
+        got = open_torch(out / "adapter_model.pt")
+        for part, heads in (("q", HEADS), ("k", GROUPS)):
+            b = given[f"{PREFIX}.1.self_attn.{part}_proj.lora_B.weight"]
+            rows = np.array([head * 4 + row for head in range(heads) for row in order])
+            assert np.array_equal(got[f"layers.1.attn.{part}_proj.lora_b.weight"], b[rows])
+
+
 # What the tools have besides
 
 
@@ -309,6 +327,59 @@ def test_dora_goes_over_and_back(tmp_path, tool):
         (base / "model.safetensors").unlink()
         with pytest.raises(regraft.RefusedError, match="lengths of its rows"):
             regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+
+
+def test_a_magnitude_for_each_token_stays_in_mlx(tmp_path):
+    base = make_base(tmp_path / "base", "llama", num_hidden_layers=1)
+    random = np.random.default_rng(2)
+    modules = {"model.embed_tokens": WORDS, "model.layers.0.self_attn.q_proj": HIDDEN}
+    weights, tensors = {}, {}
+    for module, rows in modules.items():
+        weights[f"{module}.weight"] = random.normal(size=(rows, HIDDEN)).astype(np.float32)
+        tensors[f"{module}.lora_a"] = random.normal(size=(rows, 4)).astype(np.float32)
+        tensors[f"{module}.lora_b"] = random.normal(size=(4, HIDDEN)).astype(np.float32)
+        tensors[f"{module}.m"] = random.uniform(1, 2, rows).astype(np.float32)
+    write_tensors(base / "model.safetensors", weights, {"format": "pt"})
+    adapter = tmp_path / "mlx"
+    adapter.mkdir()
+    write_tensors(adapter / "adapters.safetensors", tensors, {})
+    about = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": [*modules, "self_attn.q_proj"]}
+    said = {"fine_tune_type": "dora", "num_layers": 1, "lora_parameters": about}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+
+    regraft.convert(adapter, tmp_path / "same", to="mlx", model=base)
+    same = open_tensors(tmp_path / "same/adapters.safetensors")
+    assert all(np.array_equal(same[name], tensor) for name, tensor in tensors.items())
+    older = said | {"lora_layers": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(older))
+    regraft.convert(adapter, tmp_path / "newer", to="mlx", model=base)
+    newer = open_tensors(tmp_path / "newer/adapters.safetensors")
+    assert all(np.array_equal(newer[name], tensor) for name, tensor in tensors.items())
+    for other in ("transformers-v5", "torchtune"):
+        with pytest.raises(regraft.RefusedError, match="magnitude for each token"):
+            regraft.convert(adapter, tmp_path / "no", to=other, model=base)
+
+    dense = tmp_path / "dense"
+    regraft.convert(adapter, dense, to="transformers-v5", model=base, via="dense")
+    found = open_tensors(dense / "adapter_model.safetensors")
+    for module in modules:
+        a, b = (tensors[f"{module}.lora_{x}"].astype(np.float64) for x in "ab")
+        if module.endswith("embed_tokens"):
+            got = (
+                found[f"base_model.model.{module}.lora_embedding_B"]
+                @ found[f"base_model.model.{module}.lora_embedding_A"]
+            ).T
+            added = a @ b
+        else:
+            got = (
+                found[f"base_model.model.{module}.lora_B.weight"]
+                @ found[f"base_model.model.{module}.lora_A.weight"]
+            )
+            added = (a @ b).T
+        weight = weights[f"{module}.weight"].astype(np.float64)
+        whole = weight + 2.0 * added
+        lengths = tensors[f"{module}.m"] / np.linalg.norm(whole, axis=1)
+        assert np.abs(got - (whole * lengths[:, None] - weight)).max() < 1e-5
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -89,6 +89,9 @@ def modules_of(model_type):
         each, inside = {k.removeprefix("mlp."): v for k, v in MLP.items()}, "mlp"
         experts = {f"mlp.experts.{e}.{n}": s for e in range(EXPERTS) for n, s in each.items()}
         return LATENT | experts
+    elif model_type == "phi3":
+        fused = {"self_attn.qkv_proj": ((HEADS + 2 * GROUPS) * 8, SIZE)}
+        return fused | {"mlp.gate_up_proj": (2 * INNER, SIZE), "mlp.down_proj": (SIZE, INNER)}
     else:
         return DENSE | MLP
     experts = {f"{inside}.experts.{e}.{n}": s for e in range(EXPERTS) for n, s in each.items()}

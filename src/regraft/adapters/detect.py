@@ -517,8 +517,9 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
         return Detected(None, [f"its parts are of several layouts: {shown}"], True, (), told.mixed)
     known = told.possible or tuple(known_layouts())
     if hints.layout in known:
-        written = f"regraft wrote it as {hints.layout}"
-        return Detected(hints.layout, [written], possible=known)
+        layout = hints.layout
+        shown = f"its names are {layout}'s" if hints.by_form else f"regraft wrote it as {layout}"
+        return Detected(layout, [shown], possible=known)
     # Names that a layout shares with another tool's are of the one in which adapters usually are.
     usual = tuple(name for name in known if any(book.adapters(name) for book in books))
     known = usual or known

@@ -59,7 +59,9 @@ class Hints(Struct, frozen=True):
     spelled: tuple[str, ...] = ()
     """Names of base tensors as the adapter once had them."""
     layout: str | None = None
-    """The layout that regraft wrote it in."""
+    """The layout that regraft wrote it in, or that its file's form tells."""
+    by_form: bool = False
+    """Whether the form of the file tells the layout, and no record of regraft's."""
     likely: tuple[str, str] | None = None
     """A layout that something else makes likely, and what."""
 

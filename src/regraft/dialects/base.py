@@ -233,6 +233,7 @@ class PlainFile(Struct):
         return replace(
             self.said,
             layout=self.said.layout or remembered.layout or None,
+            by_form=self.said.layout is not None,
             spelled=tuple(remembered.names),
         )
 

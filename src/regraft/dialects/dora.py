@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import field
 
 from regraft.adapters.families.base import Family, Part
-from regraft.adapters.families.lora.dora import Dora
+from regraft.adapters.families.lora.dora import Dora, TokenDora
 from regraft.adapters.form import Adapter, Array, Blob, Lora, Saved
 from regraft.adapters.ladder import Carried
 from regraft.adapters.protocol import Reading
@@ -26,7 +26,6 @@ from regraft.dialects.base import (
 )
 from regraft.dialects.everywhere import as_images
 from regraft.errors import Finding, RefusedError
-from regraft.names.keys import Group
 from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
 from regraft.values import replace
@@ -41,7 +40,9 @@ class DoraFile(PlainFile):
     @property
     def family(self) -> type[Family] | None:
         """DoRA where there are magnitudes."""
-        return Dora if self.magnitudes else None
+        if not self.magnitudes:
+            return None
+        return TokenDora if "embedding" in self.kinds.values() else Dora
 
     def read(
         self,
@@ -59,12 +60,12 @@ class DoraFile(PlainFile):
         kinds = []
         for group, kind in factors.kinds:
             kinds.append((group, "linear" if kind == "any" else kind))
-        self._refuse_embeddings(kinds)
         by_id = {i: kind for group, kind in kinds for i in group.ids.tolist()}
         parts = []
         for number, (key, lora) in enumerate(self.loras.items()):
             settings = {"r": lora.scale.rank, "lora_alpha": lora.scale.alpha}
-            tensors = {"A": lora.a, "B": lora.b, "m": self.magnitudes[key].reshape(-1)}
+            lengths = "t" if by_id[number] == "embedding" else "m"
+            tensors = {"A": lora.a, "B": lora.b, lengths: self.magnitudes[key].reshape(-1)}
             parts.append(Part(tensors, lora.b.shape[0], lora.a.shape[1], settings, by_id[number]))
         forms: list[object] = [
             (
@@ -74,12 +75,8 @@ class DoraFile(PlainFile):
             for part in parts
         ]
         modules = TunedModules(headers, parts, kinds, forms)
-        return Reading(Adapter(modules=modules, family=Dora(self.config, {})))
-
-    def _refuse_embeddings(self, kinds: Sequence[tuple[Group, str]]) -> None:
-        findings = [embedding_finding(g.name(0), self.where) for g, k in kinds if k == "embedding"]
-        if findings:
-            raise RefusedError(findings)
+        family = TokenDora if "embedding" in by_id.values() else Dora
+        return Reading(Adapter(modules=modules, family=family(self.config, {})))
 
     def as_lora(self) -> DoraFile:
         """The same without magnitudes."""
@@ -95,7 +92,9 @@ class DoraWriter(PlainWriter):
     """Writes plain LoRAs and DoRAs; a subclass says what a file has (`file`) and what its tool adapts besides."""
 
     def holds(self, family: Family) -> bool:
-        """DoRA."""
+        """DoRA, and where its tool adapts embeddings, with its tokens' magnitudes."""
+        if isinstance(family, TokenDora):
+            return self.capabilities.embeddings
         return bool(getattr(family, "switches", ()) == ("use_dora",))
 
     def file(self, deltas: Sequence[Delta], magnitudes: Mapping[str, Array]) -> Blob:
@@ -136,7 +135,7 @@ def arranged(
 ) -> tuple[list[Delta], dict[str, Array]]:
     """The modules of a DoRA as a writer gets them: factors of one rank and scale, and the magnitudes.
 
-    Raises ``RefusedError`` for what is not DoRA, and for embeddings, whose rows have another length in PEFT.
+    Raises ``RefusedError`` for what is not DoRA, and for PEFT's embeddings, whose magnitudes are the columns'.
     """
     if not isinstance(family, Dora):
         raise RefusedError(
@@ -148,13 +147,18 @@ def arranged(
             )
         )
     parts = carried.parts.items()
-    findings = [embedding_finding(key, where) for key, part in parts if part.kind == "embedding"]
+    findings = [
+        embedding_finding(key, where)
+        for key, part in parts
+        if part.kind == "embedding" and "t" not in part.tensors
+    ]
     if findings:
         raise RefusedError(findings)
     loras = {name: Lora(part["A"], part["B"], family.scale(part)) for name, part in parts}
     adjust(as_images(loras), can)
     deltas = [Delta(name, "linear", lora) for name, lora in loras.items()]
-    return deltas, {name: part["m"].reshape(-1) for name, part in carried.parts.items()}
+    lengths = {name: part["t" if "t" in part.tensors else "m"] for name, part in parts}
+    return deltas, {name: each.reshape(-1) for name, each in lengths.items()}
 
 
 def embedding_finding(key: str, where: str) -> Finding:

@@ -129,6 +129,8 @@ class Family:
     """What it makes of a base weight W."""
     rank: ClassVar[str] = ""
     """The rank of its delta, where it is a LoRA's."""
+    in_peft: ClassVar[bool] = True
+    """Whether PEFT has it."""
     adds: ClassVar[bool] = True
     """Whether it adds a delta that does not depend on the base's weights."""
     merges: ClassVar[bool] = True

@@ -65,8 +65,8 @@ class PeftWriter(Struct, frozen=True, dict=True):
         return self.source.provenance().source.layout == self.to.name
 
     def holds(self, family: Family) -> bool:
-        """PEFT has every family."""
-        return True
+        """What PEFT has."""
+        return family.in_peft
 
     @property
     def claimed(self) -> tuple[str, ...]:

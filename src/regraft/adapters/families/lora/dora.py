@@ -12,6 +12,7 @@ import numpy as np
 from regraft.adapters.families.base import (
     DENSE,
     FAMILY,
+    IN,
     Cell,
     Pair,
     Part,
@@ -69,3 +70,26 @@ class Dora(LoraVariant):
         ):  # rows of zeros, and NaN in the factors, give NaN in PEFT as well
             added = base + self.product(part)
             return np.asarray(added * (m / np.linalg.norm(added, axis=1))[:, None] - base)
+
+
+class TokenDora(Dora):
+    """DoRA whose embeddings have a magnitude for each token (``t``); PEFT's have one for each column.
+
+    An embedding's weight is stored as (tokens, hidden), and its delta here is (hidden, tokens).
+
+    Source: mlx-lm 0.32.2, ``tuner/dora.py``.
+    """
+
+    types = ()  # PEFT's configs ask for it in no way
+    title = "DoRA with a magnitude for each token of an embedding"
+    in_peft = False
+    roles = {**Dora.roles, "t": (IN,)}
+
+    def delta(self, part: Part, weight: Weight) -> Wide:
+        if "t" not in part.tensors:
+            return super().delta(part, weight)
+        base = need(weight)
+        (lengths,) = as_wide(part["t"])
+        with np.errstate(all="ignore"):  # as above
+            added = base + self.product(part)
+            return np.asarray(added * (lengths / np.linalg.norm(added, axis=0)) - base)
