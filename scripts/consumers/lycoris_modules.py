@@ -71,7 +71,8 @@ ALGORITHMS: tuple[tuple[str, Any, tuple[dict[str, Any], ...], tuple[str, ...]], 
         (*LOKR, *({**x, "use_tucker": True} for x in LOKR[:2]), *({**LOKR[1], **x} for x in DORA)),
         (LINEAR, WIDE, CONV, POINT),
     ),
-    ("GLoRA", GLoRAModule, ({}, {"rs_lora": True}), (LINEAR, WIDE)),
+    # Not with rs_lora: forward divides by the root of the rank then, and the file's alpha does not say it.
+    ("GLoRA", GLoRAModule, ({},), (LINEAR, WIDE)),
     (
         "diag-OFT",
         DiagOFTModule,

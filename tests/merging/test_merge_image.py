@@ -55,6 +55,28 @@ def test_a_folder_gets_the_same_numbers_as_a_file(flux, tmp_path):
     assert same(read(tmp_path / "back.safetensors"), read(tmp_path / "out.safetensors")) == []
 
 
+@pytest.mark.parametrize("algebra", ["OFT", "BOFT", "OFT v2"])
+def test_rotations_of_a_weight_that_the_base_has_under_another_name(flux, tmp_path, algebra):
+    """A rotation shows one axis of its weight; the other is the base's, whichever layout that is in."""
+    stem, h = "lora_unet_single_blocks_0_linear2", 8
+    random = np.random.default_rng(0)
+    shapes = {"OFT": (2, 4, 4), "BOFT": (2, 2, 4, 4), "OFT v2": (10, 6)}
+    leaf = "oft_R.weight" if algebra == "OFT v2" else "oft_blocks"
+    turn = {f"{stem}.{leaf}": 0.1 * random.standard_normal(shapes[algebra])}
+    if algebra != "OFT v2":
+        turn[f"{stem}.alpha"] = np.array(0)
+    lora = write(tmp_path / "lora.safetensors", turn, {"ss_base_model_version": "flux1"})
+    regraft.convert(flux, tmp_path / "pipe", to="diffusers")
+    regraft.merge(flux, [lora], tmp_path / "single.safetensors")
+    regraft.merge(tmp_path / "pipe", [lora], tmp_path / "folder")
+    regraft.convert(tmp_path / "single.safetensors", tmp_path / "want", to="diffusers")
+    key = "transformer/diffusion_pytorch_model.safetensors"
+    got, want, before = (read(tmp_path / x / key) for x in ("folder", "want", "pipe"))
+    name = "single_transformer_blocks.0.proj_out.weight"
+    assert got[name].shape == (h, 5 * h) and not np.allclose(got[name], before[name])
+    assert all(np.allclose(got[n], want[n], atol=1e-6) for n in want)
+
+
 def test_text_encoders_have_a_weight_of_their_own(flux, tmp_path):
     lora, added = kohya_flux(tmp_path / "one.safetensors")
     regraft.merge(flux, [lora], tmp_path / "out.safetensors", clip_weight=0.25)

@@ -7,6 +7,7 @@ to the base's names; so nothing is refused that has no equivalent as an adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -206,9 +207,10 @@ def _addend(
 ) -> Addend:
     assert base.family is not None
     targets: list[_Target] = []
+    weights = ImageBase(base.path, base.family)
     for home, delta in deltas.items():
         if delta.algebra != NOTHING:
-            shape = _shape(home, delta, part, base)
+            shape = _shape(home, delta, part, base, weights)
             targets.append(_Target(home.key, home.kind, shape, home, delta))
         if delta.bias is not None:
             key = f"{home.module}.bias"
@@ -216,7 +218,6 @@ def _addend(
     by_layout: dict[str, list[_Target]] = {}
     for target in targets:
         by_layout.setdefault(target.home.layout, []).append(target)
-    weights = ImageBase(base.path, base.family)
     ways = [_pieces(some, part, base, weights, image.where) for some in by_layout.values()]
 
     def pieces(ask: Ask) -> Iterator[Piece]:
@@ -251,12 +252,20 @@ def _pieces(
     return partial(carry_pieces, plan, made.part, made.shape, made.kind)
 
 
-def _shape(home: Home, delta: Delta, part: BasePart, base: Base) -> tuple[int, ...]:
-    """The shape of a weight: the base's own where it has it by this name, else as far as the LoRA shows it."""
+def _shape(
+    home: Home, delta: Delta, part: BasePart, base: Base, weights: ImageBase
+) -> tuple[int, ...]:
+    """The shape of a weight: the base's own where it has it by this name, else as far as the LoRA shows it.
+
+    What depends on the weight may not show it (an OFT knows one axis): then the base is asked in the LoRA's layout.
+    """
     row = part.rows.get(home.key)
+    unknown = 1 in (delta.out, delta.into)
+    if row is None and unknown and delta.needs_weight:
+        with suppress(NoImageError):
+            return weights.weight(home.component, home.layout, home.key, delta.shape).shape
     if row is not None:
         shape = base.tensors.shapes[row]
-        unknown = 1 in (delta.out, delta.into)
         if shape and (unknown or (shape[0], prod(shape[1:])) == (delta.out, delta.into)):
             return shape
     if home.kind == "vector":
