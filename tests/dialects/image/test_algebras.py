@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from dialects.image.samples import H, numbers, product, read_diffusers, read_pairs
+from dialects.image.samples import H, numbers, pair, product, read_diffusers, read_pairs
 from dialects.image.test_image import check, convert, same_bits
 
 import regraft
@@ -405,3 +405,42 @@ def test_onetrainers_oft_follows_rows_and_half_of_its_dora_is_an_error(convert):
     same_bits(made, fused)
     with pytest.raises(regraft.BadInputError, match="dora_scale and initial_norm"):
         convert(named(STEM, **oft_v2(4, 4), initial_norm=numbers(N, 1)), "kohya")
+
+
+def test_dora_of_part_of_a_fused_weight_takes_the_other_lengths_from_the_base(convert, tmp_path):
+    """q has DoRA, k a plain LoRA, v nothing: their magnitudes are the lengths that their rows have anyway."""
+    block = "transformer_blocks.0.attn"
+    weights = {f"{block}.to_{x}.weight": weight(shape=(H, H)) + n for n, x in enumerate("qkv")}
+    write_tensors(tmp_path / "base.safetensors", weights, {})
+    (down, up), (other, more) = (pair(H, H) for _ in range(2))
+    magnitude = 1 + numbers(H) ** 2
+    tensors = {
+        f"transformer.{block}.to_q.lora_A.weight": down,
+        f"transformer.{block}.to_q.lora_B.weight": up,
+        f"transformer.{block}.to_q.lora_magnitude_vector": magnitude,
+        f"transformer.{block}.to_k.lora_A.weight": other,
+        f"transformer.{block}.to_k.lora_B.weight": more,
+    }
+    with pytest.raises(regraft.RefusedError, match="give the base's weights as --model"):
+        convert(tensors, "kohya", source="flux")
+    base = tmp_path / "base.safetensors"
+    made, _ = convert(tensors, "kohya", source="flux", model=base, verify=True)
+    (stem,) = {key.split(".")[0] for key in made}
+    assert stem == "lora_unet_double_blocks_0_img_attn_qkv"
+    up, down = (made[f"{stem}.lora_{x}.weight"].astype(float) for x in ("up", "down"))
+    whole = np.concatenate(list(weights.values()))
+    moved = whole + up @ down * float(made[f"{stem}.alpha"]) / len(down)
+    m = made[f"{stem}.dora_scale"].astype(float).reshape(-1, 1)
+    got = moved * m / np.linalg.norm(moved, axis=1, keepdims=True)
+    q = weights[f"{block}.to_q.weight"] + product(*_ends(tensors, f"transformer.{block}.to_q"))
+    q = q * magnitude[:, None] / np.linalg.norm(q, axis=1, keepdims=True)
+    k = weights[f"{block}.to_k.weight"] + product(other, more)
+    np.testing.assert_allclose(
+        got, np.concatenate([q, k, weights[f"{block}.to_v.weight"]]), rtol=1e-5
+    )
+    back, _ = convert(made, "diffusers", source="flux", model=base, verify=True)
+    assert {key.rsplit(".lora", 1)[0][-4:] for key in back} == {"to_q", "to_k", "to_v"}
+
+
+def _ends(tensors, stem):
+    return (tensors[f"{stem}.lora_{x}.weight"] for x in "AB")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from regraft.adapters.components import Record
-from regraft.adapters.families.base import NoImageError
+from regraft.adapters.families.base import NoImageError, Wide
 from regraft.adapters.form import Array, Factors, Images, Lora
 from regraft.adapters.move import blocks_of, images
 from regraft.adapters.ranks import cut
@@ -27,6 +28,7 @@ from regraft.dialects.image.delta import (
     SET,
     Delta,
     dense_lora,
+    full_delta,
     join_rows,
     join_vectors,
     plain_lora,
@@ -148,6 +150,8 @@ class Ways:
         """Why a module has no exact equivalent."""
         if delta.algebra == SET or is_vector(delta):
             fix = MERGE
+        elif error.why.endswith(_LENGTHS):
+            fix = "give the base's weights as --model"
         elif error.needs_base or delta.needs_weight:
             fix = GIVE_BASE
         else:
@@ -465,11 +469,17 @@ def _join(
     if not moved.joins:
         return
     findings: list[Finding] = []
+    magnitudes: dict[str, Array | None] = {}
+    home = replace(homes[0], layout=route.edges[-1].target)
+
+    def lengths(name: str, pieces: Sequence[_Piece]) -> _Lengths | None:
+        return _Lengths(replace(home, key=name), pieces, parts, ways.base) if ways.base else None
+
     for _ in range(2):
         failed: dict[int, NoImageError] = {}
-        for pieces, _, _ in moved.joins:
+        for pieces, name, _ in moved.joins:
             try:
-                _magnitudes(pieces, parts)
+                magnitudes[name] = _magnitudes(pieces, parts, lengths(name, pieces))
             except NoImageError as error:
                 failed.update({p.source: error for p in pieces if p.source >= 0})
         for number, why in failed.items():
@@ -495,7 +505,7 @@ def _join(
         for image in images(entry, factors, Record()):
             made.update(_loras(image))
     for pieces, name, _ in moved.joins:
-        moved.deltas[name] = _with_vectors(made.get(name), pieces, parts)
+        moved.deltas[name] = _with_vectors(made.get(name), pieces, parts, magnitudes.get(name))
 
 
 def _loras(image: Images) -> Iterator[tuple[str, Lora]]:
@@ -504,8 +514,44 @@ def _loras(image: Images) -> Iterator[tuple[str, Lora]]:
             yield image.keys.name(row), lora
 
 
-def _magnitudes(pieces: Sequence[_Piece], parts: Sequence[Delta]) -> Array | None:
-    """DoRA's magnitudes of a fused weight, row by row."""
+_LENGTHS = "and the others would need the lengths of their rows"
+
+
+@dataclass(frozen=True, eq=False)
+class _Lengths:
+    """The lengths that rows of a fused weight have with what is added to them: a magnitude that changes nothing."""
+
+    home: Home
+    """Of the fused weight."""
+    pieces: Sequence[_Piece]
+    parts: Sequence[Delta]
+    base: ImageBase
+
+    @cached_property
+    def _weight(self) -> Wide:
+        home = self.home
+        into = max(self.parts[p.source].into for p in self.pieces if p.source >= 0)
+        shape = (sum(len(p.rows_to) for p in self.pieces), into)
+        return as_matrix(self.base.weight(home.component, home.layout, home.key, shape))
+
+    def of(self, piece: _Piece) -> Array:
+        """Those of a part without DoRA, or without an adapter.
+
+        Raises ``NoImageError`` where the base does not have the weight.
+        """
+        rows = self._weight[piece.rows_to]
+        if piece.source >= 0:
+            rows = rows + full_delta(take_rows(self.parts[piece.source], piece.rows_from), None)
+        return np.asarray(np.linalg.norm(rows, axis=1).astype(np.float32))
+
+
+def _magnitudes(
+    pieces: Sequence[_Piece], parts: Sequence[Delta], lengths: _Lengths | None
+) -> Array | None:
+    """DoRA's magnitudes of a fused weight, row by row; where some parts have none, the lengths of the base's rows.
+
+    Raises ``NoImageError`` where there is no base to tell those.
+    """
     there = [parts[p.source] if p.source >= 0 else None for p in pieces]
     if all(part is None or part.magnitude is None for part in there):
         return None
@@ -516,15 +562,19 @@ def _magnitudes(pieces: Sequence[_Piece], parts: Sequence[Delta]) -> Array | Non
             needs_base=True,
         )
     rows = [
-        None if part is None or part.magnitude is None else part.magnitude[piece.rows_from]
+        part.magnitude[piece.rows_from]
+        if part is not None and part.magnitude is not None
+        else None
+        if lengths is None
+        else lengths.of(piece)
         for part, piece in zip(there, pieces, strict=True)
     ]
-    return join_vectors(
-        rows, "DoRA's magnitudes, and the others would need the lengths of their rows"
-    )
+    return join_vectors(rows, f"DoRA's magnitudes, {_LENGTHS}")
 
 
-def _with_vectors(lora: Lora | None, pieces: Sequence[_Piece], parts: Sequence[Delta]) -> Delta:
+def _with_vectors(
+    lora: Lora | None, pieces: Sequence[_Piece], parts: Sequence[Delta], magnitude: Array | None
+) -> Delta:
     """A joined LoRA with the magnitudes and the deltas of biases of its parts."""
     there = [parts[p.source] for p in pieces if p.source >= 0]
     first = there[0]
@@ -550,7 +600,7 @@ def _with_vectors(lora: Lora | None, pieces: Sequence[_Piece], parts: Sequence[D
         alpha=lora.scale.alpha,
         rslora=lora.scale.rslora,
         alpha_dtype=first.alpha_dtype,
-        magnitude=_magnitudes(pieces, parts),
+        magnitude=magnitude,
         bias=bias,
         exact=lora.exact and all(part.exact for part in there),
     )
