@@ -52,7 +52,7 @@ demo: .venv-demo/.done ## install the core alone, without torch, and run the dem
 
 docs: .venv/.done ## make the documentation's site, in site/
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-	@echo "see site/index.html"
+	@echo "see site/index.html; for its search: python3 -m http.server -d site"
 
 pictures: .venv/.done .venv/.browser ## make the pictures and the generated pages of docs/ anew
 	@.venv/bin/python scripts/make_docs.py

@@ -238,3 +238,53 @@ def export(model: str, file: Path | None, quiet: bool) -> Job:
         return 0
 
     return job
+
+
+@rules.command(cls=options.WithArguments)
+@options.argument("file", "The TOML file to write.", metavar="FILE", type=options.FILE)
+@click.option(
+    "--left",
+    metavar="LAYOUT",
+    default="transformers-v4",
+    show_default=True,
+    help="The layout on the left.",
+)
+@click.option("--right", metavar="LAYOUT", required=True, help="The layout on the right.")
+@click.option(
+    "--model-type",
+    metavar="TYPE",
+    required=True,
+    help="What model_type is in the model's config.json.",
+)
+@options.quiet
+def new(file: Path, left: str, right: str, model_type: str, quiet: bool) -> Job:
+    """Start a rule book, with a test beside it that passes; then put the model's own names in.
+
+    Exit status: 0 done, 1 a file exists, 2 usage.
+    """
+    out = Output(quiet=quiet)
+
+    def job() -> int:
+        from regraft.errors import BadInputError, Finding
+        from regraft.rules.skeleton import book_text, test_text
+
+        test = file.with_name(f"test_{file.stem}.py")
+        taken = [path for path in (file, test) if path.exists()]
+        if taken:
+            raise BadInputError(
+                Finding(
+                    "destination-exists",
+                    "the file exists already",
+                    where=str(path),
+                    fix="choose another",
+                )
+                for path in taken
+            )
+        file.write_text(book_text(file.stem, left, right, model_type), encoding="utf-8")
+        test.write_text(test_text(file.stem, left, file.name), encoding="utf-8")
+        if not quiet:
+            out.text(f"{visible(str(file))}, {visible(str(test))}\n")
+            out.text(f"Next: regraft rules lint {file}; pytest {test}\n")
+        return 0
+
+    return job
