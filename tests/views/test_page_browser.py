@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+import regraft
+from regraft.cli import main
 from regraft.errors import Finding, RefusedError
 from regraft.views.data import page_of_failure, page_of_report
 from regraft.views.html import render_page
@@ -35,7 +37,7 @@ def line(tab, side, name):
 def test_both_sides_and_what_was_done(look, converted):
     tab = look(page_of_report(converted))
     assert tab.title() == "mixtral: regraft convert"
-    assert tab.locator("#verdict").inner_text().startswith("Can be converted: every number")
+    assert tab.locator("#verdict").inner_text().startswith("Can be converted: lossless")
     assert tab.locator("#left-title").inner_text() == "source: transformers-v4"
     assert "w1.weight" in lines(tab, "left")
     assert "gate_up_proj" in lines(tab, "right")
@@ -259,3 +261,46 @@ def test_findings_of_a_failure(look):
     tab.locator("[data-state=refused]").click()
     assert tab.locator("#shown").inner_text() == "8 tensors"
     assert tab.locator("#right").is_hidden()
+
+
+def test_findings_are_counted_and_grouped_as_on_the_terminal(look, capsys, tmp_path):
+    """The same numbers of problems and kinds, and the keys of a kind together."""
+    case = "tests/golden/cases/mixtral__dora"
+    page = tmp_path / "page.html"
+    status = main(
+        ["convert", case, str(tmp_path / "o"), *["--to", "transformers-v5", "--html"], str(page)]
+    )
+    told = capsys.readouterr().err
+    count = re.search(r"(\d+) problems of (\d+) kinds", told)
+    with pytest.raises(RefusedError) as caught:
+        regraft.convert(case, tmp_path / "o", to="transformers-v5")
+    tab = look(page_of_failure("convert", case, caught.value))
+    assert status == 3
+    assert tab.locator("#findings-title").inner_text() == count[0]
+    assert tab.locator("#findings li").count() == int(count[2])
+
+
+def test_layouts_and_verdict_come_first_and_a_search_is_marked(look, converted):
+    tab = look(page_of_report(converted))
+    assert tab.locator("#layouts").inner_text() == "transformers-v4 → transformers-v5"
+    assert tab.locator("#layouts").bounding_box()["y"] < 250
+    tab.locator("#search").fill("gate_up")
+    assert tab.locator("mark").first.inner_text() == "gate_up"
+
+
+def test_the_drawer_is_not_over_what_it_explains(look, converted):
+    tab = look(page_of_report(converted), width=1000, height=500)
+    tab.locator("#expand").click()
+    chosen = line(tab, "right", "gate_up_proj")
+    chosen.click()
+    assert chosen.bounding_box()["y"] < tab.locator("#detail").bounding_box()["y"]
+
+
+def test_commands_have_a_button_that_copies(look, tmp_path):
+    finding = Finding(
+        "unmatched", "no rule matches this key", key="a", fix="run `regraft diff A B -o fix.toml`"
+    )
+    tab = look(page_of_failure("convert", "nowhere", RefusedError([finding])))
+    assert tab.locator(".command pre").inner_text() == "regraft diff A B -o fix.toml"
+    tab.locator(".copy").click()
+    tab.locator(".copy", has_text=re.compile("Copied|Press")).wait_for(timeout=1500)

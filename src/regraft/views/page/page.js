@@ -179,7 +179,7 @@
         onfocus: () => mark(this, node),
       },
       make("span", { class: "twist", "aria-hidden": "true" }),
-      make("span", { class: "path" }, node.name),
+      make("span", { class: "path" }, ...marked(node.name)),
       make("span", { class: "count" }, many(count)));
       if (node.children.length) {
         item.setAttribute("aria-expanded", String(this.isOpen(node)));
@@ -270,6 +270,14 @@
   let passing = { left: new Set(), right: new Set() };
   let chosen = null;
   const query = () => $("search").value.trim();
+
+  // A name with the part that was searched for marked.
+  function marked(name) {
+    const words = query();
+    const at = words ? name.toLowerCase().indexOf(words.toLowerCase()) : -1;
+    if (at < 0) return [name];
+    return [name.slice(0, at), make("mark", {}, name.slice(at, at + words.length)), name.slice(at + words.length)];
+  }
 
   // Rows that fit the filters, and what they come from or become.
   function filter() {
@@ -389,7 +397,10 @@
     if (flows.length > 20) detail.append(make("p", { class: "code" }, `… and ${flows.length - 20} more rules; open it to see them`));
     detail.hidden = false;
     const item = tree.drawn.get(node);
-    if (item) item.focus({ preventScroll: true });
+    if (!item) return;
+    item.focus({ preventScroll: true });
+    const covered = item.getBoundingClientRect().bottom - detail.getBoundingClientRect().top + 8;
+    if (covered > 0) scrollBy(0, covered);
   }
 
   function fullName(node) {
@@ -479,32 +490,72 @@
     drawFlows();
   }
 
+  // What is said of many keys is said once, as on the terminal.
+  function grouped(findings) {
+    const found = new Map();
+    for (const finding of findings) {
+      const alike = JSON.stringify([finding.code, finding.message, finding.where, finding.rule, finding.fix]);
+      if (!found.has(alike)) found.set(alike, { finding, keys: [] });
+      if (finding.key) found.get(alike).keys.push(finding.key);
+    }
+    return [...found.values()];
+  }
+
   function drawFindings() {
-    const first = 50;
+    const first = 50, shown = 3;
+    const kinds = grouped(page.findings);
     const list = $("findings").querySelector("ol");
     $("findings").hidden = !page.findings.length;
-    $("findings-title").textContent = `Findings (${page.findings.length})`;
-    const item = (finding) => {
-      const parts = [make("p", {}, finding.message, " ", make("span", { class: "code" }, finding.code))];
-      if (finding.key) parts.unshift(make("p", {}, make("code", { class: "bad" }, finding.key)));
+    const several = kinds.length < page.findings.length ? ` of ${kinds.length} kind${kinds.length === 1 ? "" : "s"}` : "";
+    $("findings-title").textContent = `${page.findings.length} problem${page.findings.length === 1 ? "" : "s"}${several}`;
+    const item = ({ finding, keys }) => {
+      const parts = keys.slice(0, shown).map((key) => make("p", {}, make("code", { class: "bad" }, key)));
+      if (keys.length > shown) {
+        const rest = make("details", {}, make("summary", {}, `and ${keys.length - shown} more keys`));
+        rest.append(make("pre", {}, keys.slice(shown).join("\n")));
+        parts.push(rest);
+      }
+      parts.push(make("p", {}, finding.message, " ", make("span", { class: "code" }, finding.code)));
       if (finding.where) parts.push(make("p", { class: "code" }, finding.where));
       if (finding.rule) parts.push(make("p", { class: "code" }, `rule: ${finding.rule}`));
-      if (finding.fix) parts.push(make("p", {}, make("b", { class: "good" }, "Fix: "), finding.fix));
+      if (finding.fix) {
+        parts.push(make("p", {}, make("b", { class: "good" }, "Fix: "), finding.fix));
+        for (const [, command] of finding.fix.matchAll(/`(regraft [^`]+)`/g)) parts.push(copyable(command));
+      }
       return make("li", {}, ...parts);
     };
-    list.replaceChildren(...page.findings.slice(0, first).map(item));
-    if (page.findings.length > first) {
+    list.replaceChildren(...kinds.slice(0, first).map(item));
+    if (kinds.length > first) {
       const more = make("button", {
-        type: "button", onclick: () => { list.append(...page.findings.slice(first).map(item)); more.remove(); },
-      }, `Show all ${page.findings.length}`);
+        type: "button", onclick: () => { list.append(...kinds.slice(first).map(item)); more.remove(); },
+      }, `Show all ${kinds.length}`);
       $("findings").append(more);
     }
+  }
+
+  // A command with a button that copies it.
+  function copyable(command) {
+    const button = make("button", { type: "button", class: "copy", title: "Copy" }, "Copy");
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(command);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().selectAllChildren(code);
+        button.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+    const code = make("pre", {}, command);
+    return make("div", { class: "command" }, code, button);
   }
 
   function drawHead() {
     $("command").textContent = page.command;
     $("title").textContent = page.title;
     $("verdict").replaceChildren(make("b", { class: page.verdict.tone }, page.verdict.name), `: ${page.verdict.value}`);
+    $("layouts").textContent = [page.left, page.right].filter((side) => side && side.title.includes(": "))
+      .map((side) => side.title.replace(/^[^:]*: /, "")).join(" → ");
     $("facts").querySelector("dl").replaceChildren(...page.facts.flatMap((fact) => [
       make("dt", {}, fact.name), make("dd", { class: fact.tone === "plain" ? "" : fact.tone }, fact.value),
     ]));
@@ -512,7 +563,7 @@
     $("notes").hidden = !page.notes.length;
     $("notes").querySelector("ul").replaceChildren(...page.notes.map((note) => make("li", {}, note)));
     $("next").hidden = !page.next.length;
-    $("next").replaceChildren(...page.next.map((fact) => make("div", {}, make("span", { class: "code" }, fact.name), make("pre", {}, fact.value))));
+    $("next").replaceChildren(...page.next.map((fact) => make("div", {}, make("span", { class: "code" }, fact.name), copyable(fact.value))));
     $("made").textContent = `Made by regraft ${version}. This page needs no network and loads nothing.`;
   }
 
