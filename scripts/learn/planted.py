@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -72,12 +73,13 @@ class Planted:
         self.drops = dice.random() < 0.3
         self.cast = np.float16 if dice.random() < 0.2 else np.float32
 
-    def resize(self, size):
-        """Give all axes other sizes; returns the config that says them."""
+    def resize(self, size, but=None):
+        """Give all axes other sizes, some as they are in ``but``; returns the config that says them."""
         config = {"model_type": "planted"}
         table = cycle(TABLE)
         for number, made in enumerate(self.parts):
-            made.sizes = {n: next(table)[size] for n in made.sizes}
+            sizes = {n: next(table)[size] for n in made.sizes}
+            made.sizes = {n: (but or {}).get(f"part{number}_{n}", v) for n, v in sizes.items()}
             config |= {f"part{number}_{n}": v for n, v in made.sizes.items()}
         self.layers = 2 + size
         return config
@@ -127,20 +129,31 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
 
-def judge(planted):
-    """Whether a converter's rule is found: (``found`` | ``missed`` | ``wrong``, why)."""
-    configs = [planted.resize(size) for size in range(3)]
-    headers = []
-    for size in range(2):
-        planted.resize(size)
-        headers.append(planted.shapes())
+def watched(planted, probes):
+    """What is learned of a converter at some sizes."""
+    configs = [resize() for resize in probes]
+    headers = [resize() and planted.shapes() for resize in probes]
 
     def convert(state):
-        planted.resize(0 if state.keys() == headers[0].keys() and _fits(state, headers[0]) else 1)
-        return planted(state)
+        for resize, shapes in zip(probes, headers, strict=True):
+            if state.keys() == shapes.keys() and _fits(state, shapes):
+                resize()
+                return planted(state)
+        raise AssertionError("no probe")
 
+    return watch(convert, headers, configs=configs, torch=False)
+
+
+def judge(planted):
+    """Whether a converter's rule is found: (``found`` | ``missed`` | ``wrong``, why)."""
+    probes = [partial(planted.resize, size) for size in range(2)]
     try:
-        found = watch(convert, headers, configs=configs[:2], torch=False)
+        found = watched(planted, probes)
+        for field, value in found.differing(planted.resize(0)):
+            # As the command does: one more probe, in which readings that fit alike differ.
+            probes.append(partial(planted.resize, 0, {field: value}))
+        if len(probes) > 2:
+            found = watched(planted, probes)
     except RegraftError as error:
         return "missed", str(error.findings[0])
     if found.odd or not all(each.equal for each in found.verified):
