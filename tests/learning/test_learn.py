@@ -414,6 +414,28 @@ def test_a_converter_that_fails_or_is_not_steady():
         regraft.learn_from(lambda s: None, {"a": (3,)}, torch=False)
 
 
+def test_a_converter_that_stumbles_over_its_first_run():
+    runs = []
+
+    def convert(state):
+        runs.append(1)
+        if len(runs) > 1:
+            raise FileExistsError("out is there already")
+        return dict(state)
+
+    with pytest.raises(BadInputError, match="first run went well, but when it was run again"):
+        regraft.learn_from(convert, {"a": (3,)}, torch=False)
+
+
+def test_a_rename_that_another_size_denies():
+    """It has no axes, and so no clauses to try."""
+    one, other = labels({"x": (3, 4)}, 1), labels({"x": (5, 2)}, 2)
+    given = (one, {"y": one["x"]}), (other, {"y": other["x"] + 1})
+    with pytest.raises(BadInputError) as caught:
+        regraft.learn(*given[0], given[1])
+    assert {finding.code for finding in caught.value.findings} <= {"not-explained", "not-verified"}
+
+
 def test_values_that_are_not_numbers():
     with pytest.raises(BadInputError) as caught:
         regraft.learn({"a": np.array([1.0, np.nan])}, {"b": np.array([1.0, np.nan])})

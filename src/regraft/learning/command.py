@@ -103,7 +103,9 @@ def write_probe(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any
 
 def _tail(text: str, folder: Path) -> str:
     lines = [line for line in text.replace(str(folder), "…").splitlines() if line.strip()]
-    return "; its last lines:\n    " + "\n    ".join(lines[-_LINES:]) if lines else ""
+    if not lines:
+        return ", and printed nothing"
+    return "; its last lines:\n    " + "\n    ".join(lines[-_LINES:])
 
 
 def _read(dst: Path, command: str) -> Mapping[str, Any]:

@@ -40,8 +40,7 @@ def fits(
     ``fixed`` are clauses that belong to the equation, ``likely`` sizes that are tried first, by axis, and ``others``
     those that are tried then, for axes of which nothing else is likely.
     """
-    text = sides + (f"\nwhere {', '.join(fixed)}" if fixed else "")
-    equation = parse_equation(text)
+    equation = parse_equation(_with(sides, fixed))
     found = _Known.of(equation, pair)
     if found is None:
         return
@@ -55,8 +54,12 @@ def fits(
                 continue
             tried.append(sizes)
             clauses = [*fixed, *(f"{axis} = {size}" for axis, size in sizes.items())]
-            if _holds(f"{sides}\nwhere {', '.join(clauses)}", found, pair):
+            if _holds(_with(sides, clauses), found, pair):
                 yield sizes
+
+
+def _with(sides: str, clauses: Sequence[str]) -> str:
+    return sides + (f"\nwhere {', '.join(clauses)}" if clauses else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from regraft.learning.pairs import Pair, arrays_of
 from regraft.learning.probe import Arrays, digits, labels
 from regraft.learning.roles import KindOf
 from regraft.rules.book import Book
+from regraft.values import replace
 
 Convert = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -121,7 +122,7 @@ def pair_of(
     """
     before = labels(shapes)
     after = _call(convert, before, with_torch, where)
-    again = _call(convert, before, with_torch, where)
+    again = _again(convert, before, with_torch, where)
     unsteady = [k for k in after if k not in again or not _same(after[k], again[k])]
     if unsteady or after.keys() != again.keys():
         message = "the converter makes something else of the same tensors when it is called again"
@@ -134,7 +135,7 @@ def pair_of(
             after[name].shape
         )
     if any(array.dtype != np.float32 for array in after.values()):
-        made = [(part, _call(convert, part, with_torch, where)) for part in digits(shapes)]
+        made = [(part, _again(convert, part, with_torch, where)) for part in digits(shapes)]
         labelled = _pair(before, after, config, where)
         return with_digits(labelled, [_pair(*each, config, where) for each in made])
     return _pair(before, after, config, where, odd)
@@ -150,7 +151,7 @@ def _by_value(
 ) -> dict[str, str]:
     """Tensors whose elements come from elsewhere when the same tensors hold other values: sorted ones, for one."""
     others = labels(shapes, 77)
-    made = _call(convert, others, with_torch, where)
+    made = _again(convert, others, with_torch, where)
     plain = {k: v for k, v in after.items() if v.dtype == np.float32}
     one, two = _origins(before, plain), _origins(others, {k: made[k] for k in plain if k in made})
     why = "which element goes where depends on the values, so that is no layout change"
@@ -183,6 +184,23 @@ def _same(one: Any, other: Any) -> bool:
     return bool(
         one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
     )
+
+
+def _again(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arrays:
+    """The same as the first time, which went well: a converter may stumble over what it left behind."""
+    try:
+        return _call(convert, arrays, with_torch, where)
+    except BadInputError as error:
+        raise BadInputError(
+            [
+                replace(
+                    finding,
+                    message=f"the first run went well, but when it was run again {finding.message}",
+                    fix="let it run more than once: it must not need, or refuse, what an earlier run wrote",
+                )
+                for finding in error.findings
+            ]
+        ) from error
 
 
 def _call(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arrays:
