@@ -116,6 +116,22 @@ def test_headers_are_enough(base, server, capsys):
             json.loads(said.out)
 
 
+def test_parts_of_what_is_in_a_store(base, server, tmp_path):
+    """The stage is here, and what identifies the source is its ETags."""
+    options = {"to": V5, "stage": tmp_path / "stage"}
+    for part in ("1/2", "0/2"):
+        regraft.convert("s3://b/in", tmp_path / "out", part=part, **options)
+    key = "b/in/model-00001-of-00003.safetensors"
+    data = server.data[key]
+    server.data[key] = data[:-1] + b"?"
+    with pytest.raises(BadInputError, match="files of in changed") as caught:
+        regraft.convert("s3://b/in", tmp_path / "out", commit=True, **options)
+    assert caught.value.findings[0].code == "stage-other"
+    server.data[key] = data
+    regraft.convert("s3://b/in", tmp_path / "out", commit=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "local")
+
+
 def test_one_file(base, server, tmp_path):
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in mixtral().items()}
     write_tensors(tmp_path / "one.safetensors", tensors, {"format": "pt"})

@@ -113,6 +113,16 @@ def test_converts_like_the_whole(tmp_path, monkeypatch, capsys):
     assert str(DCP / "nested") in capsys.readouterr().out
 
 
+def test_in_parts(tmp_path):
+    regraft.convert(DCP / "nested", tmp_path / "whole", to="transformers-v5")
+    options = {"to": "transformers-v5", "stage": tmp_path / "stage", "key": "model"}
+    for part in ("0/2", "1/2"):
+        regraft.convert(DCP / "nested", tmp_path / "out", part=part, **options)
+    regraft.convert(DCP / "nested", tmp_path / "out", commit=True, **options)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_the_key(tmp_path):
     with pytest.raises(BadInputError) as error:
         regraft.convert(DCP / "nested", tmp_path / "out", to="transformers-v5", key="nothing")
