@@ -383,6 +383,26 @@ def test_a_magnitude_for_each_token_stays_in_mlx(tmp_path):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
+def test_a_model_that_sees_is_held_as_its_language_model(tmp_path, tool):
+    inner = {"model_type": "llama"} | SIZES
+    base = make_base(tmp_path / "base", "llava", text_config=inner, vision_config={})
+    adapter = make_adapter(tmp_path / "lora", {"self_attn.q_proj": (16, 16)})
+    file = adapter / WEIGHTS
+    tensors = {
+        name.replace(".model.layers", ".model.language_model.layers"): tensor
+        for name, tensor in open_tensors(file).items()
+    }
+    write_tensors(file, tensors, {"format": "pt"})
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(about | {"target_modules": ["q_proj"]}))
+    with pytest.raises(regraft.RefusedError, match="its language model alone, llama, has a place"):
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+    # What the message says to do.
+    text = make_base(tmp_path / "text", "llama")
+    regraft.convert(adapter, tmp_path / "out", to=tool, model=text, verify=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_what_a_tool_cannot_hold_is_refused_by_name(tmp_path, tool):
     base = make_base(tmp_path / "base", "llama")
     adapter = make_adapter(tmp_path / "lora", ATTENTION, modules_to_save=["lm_head"])

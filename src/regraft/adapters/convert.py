@@ -36,7 +36,14 @@ from regraft.adapters.roundtrip import (
 from regraft.adapters.saved import move_saved
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
-from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors import (
+    AmbiguousError,
+    BadInputError,
+    Finding,
+    RefusedError,
+    RegraftError,
+    UnmatchedKeysError,
+)
 from regraft.layouts.graph import Edge, Route, edges_to, route_between
 from regraft.layouts.names import Layout, joined_to, known_layouts
 from regraft.names.keys import Group, group_names
@@ -139,6 +146,8 @@ def convert_adapter(
         conversion = kind(opened, to, identity, asked, into)
         conversion.notes += [note] if note else []
         return conversion.run()
+    except UnmatchedKeysError as error:
+        raise _only_its_language_model(opened, known, to) or error from error
     except RefusedError as error:
         raise RefusedError(
             replace(finding, where=finding.where or opened.where) for finding in error.findings
@@ -217,6 +226,29 @@ def _not_there(known: Known, to: Layout) -> RefusedError:
             "no-image",
             f"no rule book says how {model} is stored in {to.name}, which may not have this model at all",
             fix="merge the adapter into its base and convert the base, or give a rule book with --rules",
+        )
+    )
+
+
+def _only_its_language_model(opened: Opened, known: Known, to: Layout) -> RefusedError | None:
+    """That a layout has a model's language model alone, where books say so; ``None`` where that is not why."""
+    model = known.model
+    inner = model.data.get("text_config") if model is not None else None
+    if model is None or not isinstance(inner, Mapping):
+        return None
+    books = [book for book in known.books if to.name in book.layouts and book.model_types]
+    if not books or any(model.model_type in book.model_types for book in books):
+        return None
+    name = inner.get("model_type")
+    if not any(name in book.model_types for book in books):
+        return None
+    return RefusedError(
+        Finding(
+            "no-image",
+            f"no rule book says how {model.model_type} is stored in {to.name}; its language model alone, {name}, has "
+            "a place there",
+            where=opened.where,
+            fix="save text_config of the base's config.json as a config.json of its own, and give that as --model",
         )
     )
 
