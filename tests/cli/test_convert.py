@@ -37,6 +37,23 @@ def names_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("to", "last"),
+    [
+        ("unsloth", "Load with Unsloth: FastModel.from_pretrained, with "),
+        ("transformers-v5:peft", "Load with transformers 5: PeftModel.from_pretrained("),
+        ("vllm", "Serve with vLLM: "),
+    ],
+)
+def test_the_last_line_names_the_tool(
+    lora: Path, tmp_path: Path, capsys: Capture, to: str, last: str
+) -> None:
+    assert main(["convert", str(lora), str(tmp_path / "out"), "--to", to]) == 0
+    line = capsys.readouterr()[0].splitlines()[-1]
+    assert line.startswith(last)
+    assert str(tmp_path / "out") in line
+
+
 def test_converts_and_says_how_to_load(lora: Path, tmp_path: Path, capsys: Capture) -> None:
     (lora / "README.md").write_text("mine")
     out = tmp_path / "out"

@@ -233,7 +233,8 @@ def how_to_load(report: Report) -> str:
         calls[_FILES:] = ["…"]
     if len(calls) == 1:
         calls = [calls[0].removeprefix("model = ")]
-    version = next(iter(layouts)).partition("/")[0].rpartition("-v")[2] if layouts else ""
+    layout = next(iter(layouts), "").partition("/")[0].partition(":")[0]  # LAYOUT:DIALECT/VERSION
+    version = layout.rpartition("-v")[2]
     return f"Load with transformers {version}: " + "; ".join(calls)
 
 

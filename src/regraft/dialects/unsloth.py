@@ -253,6 +253,7 @@ class Unsloth(PeftFiles):
     name = "unsloth"
     title = "Unsloth: PEFT's files, with a record of how the experts' factors are packed"
     layout = "transformers-v5"
+    usage = "Load with Unsloth: FastModel.from_pretrained, with {path} as model_name"
     capabilities = Capabilities()
     forced: Mapping[str, str] | None = None
     """The order of columns, where it was said."""
