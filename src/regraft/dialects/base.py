@@ -508,6 +508,8 @@ class PlainWriter:
             return
         wide = np.dtype(np.float64)
         for lora in (delta.lora for delta in deltas):
+            if lora.a.dtype != wide and lora.b.dtype != wide:
+                continue
             for half in "ab":
                 values = getattr(lora, half)
                 if values.dtype == wide:
@@ -528,8 +530,14 @@ class PlainWriter:
                 fix="merge the adapter into its base and convert the base",
             )
             for key, what in (
-                *((d.key, "a LoRA of an embedding") for d in deltas if d.kind == "embedding"),
-                *((d.key, "a LoRA of stacked experts") for d in deltas if d.lora.a.ndim == 3),
+                *(
+                    (
+                        d.key,
+                        f"a LoRA of {'an embedding' if d.kind == 'embedding' else 'stacked experts'}",
+                    )
+                    for d in deltas
+                    if d.kind == "embedding" or d.lora.a.ndim == 3
+                ),
                 *((i.new, "whole weights of the base") for i in saved if not i.rows),
                 *((i.new, "some rows of a weight of the base") for i in saved if i.rows),
                 *[("layer_replication", "a model of repeated layers")] * bool(self._repeats),

@@ -128,4 +128,5 @@ def as_images(loras: Mapping[str, Lora]) -> list[Images]:
 
 def most_common(loras: Sequence[Lora]) -> Lora:
     """The LoRA whose scale and dtype the added ones take: the largest."""
-    return max(loras, key=lambda lora: lora.a.size)
+    one_of_each_size = {lora.a.size: lora for lora in reversed(loras)}
+    return one_of_each_size[max(one_of_each_size)]

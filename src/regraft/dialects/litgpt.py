@@ -368,7 +368,7 @@ class LitgptWriter(PlainWriter):
                 qkv.setdefault(key, {})[part] = delta.lora
                 continue
             module, lora = key.removesuffix(".weight"), delta.lora
-            tensors[module + _A], tensors[module + _B] = narrow(lora.a), narrow(lora.b)
+            tensors[module + _A], tensors[module + _B] = lora.a, lora.b
         for key, parts in qkv.items():
             ordered = [parts[part] for part in "qkv" if part in parts]
             module = key.removesuffix(".weight")
@@ -407,8 +407,14 @@ class LitgptWriter(PlainWriter):
         blob = super().write_lora(made, saved, entries, returned, written)
         for lora, parts in self.cut:
             lora.exact = lora.exact and all(part.exact for part in parts)
-        fused = {_weight(w.key): w.scale for w in blob.written if "/" in w.key}
-        told = [w for w in blob.written if "/" not in w.key]
+        fused: dict[str, Scale] = {}
+        told = []
+        for each in blob.written:
+            weight, _, part = each.key.partition("/")
+            if part:
+                fused[weight] = each.scale
+            else:
+                told.append(each)
         told += [Written(k, k.removesuffix(".weight"), None, s) for k, s in fused.items()]
         return replace(blob, written=tuple(told))
 
