@@ -64,10 +64,10 @@ class _Moved(Struct, frozen=True, eq=False):
 
     opened: Opened
     result: Converted
-    by_itself: bool
-    """Whether it converted itself, as those of image models do."""
     stamps: tuple[Stamp, ...]
     """Its files as they were."""
+    by_itself: bool = False
+    """Whether it converted itself, as those of image models do."""
 
 
 def convert_adapters(request: Request) -> Report:
@@ -82,7 +82,7 @@ def convert_adapters(request: Request) -> Report:
     if asked.merge:
         return _merge(request, opening)
     target = Target.of(request.to, opening, request.dst)
-    check_destination(request.src, request.dst, asked.overwrite, file=target.file)
+    check_destination(request.src, request.dst, overwrite=asked.overwrite, file=target.file)
     moved = _Conversion(request, opening, target).run()
     report = _report(request, opening.found, target, moved)
     if not asked.dry_run:
@@ -141,7 +141,7 @@ class _Conversion(Struct, frozen=True, dict=True):
         if by_itself is not None:
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
-            return _Moved(opened, result, True, stamps)
+            return _Moved(opened, result, stamps, by_itself=True)
         opened, note = at_home(opened, self.base, request.foreign)
         result = convert_adapter(
             opened,
@@ -154,7 +154,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             into=self.target.into,
         )
         result.report.notes += [note] if note is not None else []
-        return _Moved(opened, result, False, stamps)
+        return _Moved(opened, result, stamps)
 
     def certify(self, moved: _Moved, budget: Budget) -> None:
         """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
@@ -283,8 +283,8 @@ def _merge(request: Request, opening: Opening) -> Report:
     from regraft.merging.converted import merge_adapter
 
     _check_folder(dst)
-    check_destination(src, dst, asked.overwrite)
-    check_destination(model, dst, asked.overwrite)
+    check_destination(src, dst, overwrite=asked.overwrite)
+    check_destination(model, dst, overwrite=asked.overwrite)
     files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
     opened, note = at_home(opening.one(), load_model(model), request.foreign)
     adapter, checkpoint = merge_adapter(
@@ -362,7 +362,7 @@ def _write(
         size += sum(tensor.nbytes for tensor in made)
     stamps = [stamp for one in moved for stamp in one.stamps]
     staged_place = staged_file if target.file else staged_folder
-    with staged_place(request.dst, request.asked.overwrite, size) as staged:
+    with staged_place(request.dst, overwrite=request.asked.overwrite, size=size) as staged:
         for one in moved:
             inner = staged / one.opened.name
             inner.mkdir(parents=True, exist_ok=True)

@@ -309,7 +309,7 @@ def _run_on(
             progress(Path(dst).name, done[0], total)
 
     jobs = asked.jobs or 1
-    work = partial(_do_part, src, dst, replace(asked, jobs=jobs), *settings())
+    work = partial(_do_part, src, dst, replace(asked, jobs=jobs), settings())
     cluster.run(work, count or cluster.count(total), jobs, advance)
     report = convert_with(src, dst, replace(asked, part=None, commit=True))
     _abort(src, dst, replace(asked, part=None))
@@ -317,10 +317,11 @@ def _run_on(
 
 
 def _do_part(
-    src: str, dst: str, asked: ConvertOptions, key: str | None, offline: bool, part: str
+    src: str, dst: str, asked: ConvertOptions, told: tuple[str | None, bool], part: str
 ) -> PartReport:
-    """One part, in a process of the cluster."""
-    stay_offline(offline)
+    """One part, in a process of the cluster; ``told`` is what `settings` says where it is handed out."""
+    key, offline = told
+    stay_offline(wanted=offline)
     with below(key):
         report = convert_with(src, dst, replace(asked, part=part))
     assert report.checkpoint is not None and report.checkpoint.part is not None
@@ -491,7 +492,7 @@ def _sent(address: str, asked: ConvertOptions, make: Callable[[Path], Report]) -
     from regraft.checkpoints.upload import check_free, chunks_of
 
     store, name = store_for(address), file_named(address)
-    check_free(store, asked.overwrite, name)
+    check_free(store, overwrite=asked.overwrite, name=name)
     with TemporaryDirectory(prefix="regraft-") as folder:
         made = Path(folder) / (name or "made")
         report = make(made)

@@ -78,7 +78,7 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     if known is None:
         from regraft.storage.outline import draw
 
-        outline = draw(address, store_for(address), whole)
+        outline = draw(address, store_for(address), whole=whole)
         _OPEN.append(outline)
         if _is_adapter(outline):
             outline.fetch()
@@ -136,7 +136,7 @@ def take_key(key: str | None) -> None:
     KEY.set(key)
 
 
-def stay_offline(wanted: bool) -> None:
+def stay_offline(*, wanted: bool) -> None:
     """Let nothing be asked over the network until it is said otherwise."""
     _OFFLINE.set(wanted)
 

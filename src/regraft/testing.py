@@ -197,7 +197,7 @@ def _adapter(
     return PlainFile("", "a random adapter", {}, tensors, loras)
 
 
-def _compare(name: str, want: dict[str, Array], got: dict[str, Array], scales: bool) -> None:
+def _compare(name: str, want: dict[str, Array], got: dict[str, Array], *, scales: bool) -> None:
     assert want.keys() == got.keys(), (
         f"{name}: other modules come back: {sorted(want.keys() ^ got.keys())}"
     )

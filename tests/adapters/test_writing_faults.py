@@ -87,7 +87,7 @@ def test_a_disk_that_is_really_full(lora, wanted, tmp_path):
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, check=False).returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip(newlines="mounting is not allowed here")
     try:
         filler = disk / "filler"
         filler.write_bytes(bytes((1 << 20) - 8192))

@@ -140,4 +140,4 @@ def test_lowering_says_where_each_block_begins_and_how_its_axes_step():
 def test_copies_come_in_the_order_of_the_side_that_is_written():
     equation = parse_equation("b i, a i == (a + b) i")
     assert [c.source for c in lower(equation, {"a": 1, "b": 2, "i": 1})] == [1, 0]
-    assert [c.target for c in lower(equation, {"a": 1, "b": 2, "i": 1}, True)] == [0, 1]
+    assert [c.target for c in lower(equation, {"a": 1, "b": 2, "i": 1}, reverse=True)] == [0, 1]

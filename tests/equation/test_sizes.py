@@ -8,7 +8,7 @@ from regraft.equation.notation import ConfigPath
 
 def solve(text, *shapes, reverse=False, config=None):
     equation = parse_equation(text)
-    read, _ = equation.sides(reverse)
+    read, _ = equation.sides(reverse=reverse)
 
     def look_up(value):
         assert isinstance(value, ConfigPath)
@@ -107,9 +107,9 @@ def test_lint_knows_for_each_direction_what_is_left_open(text, there, back):
 @given(equations(keyed=False))
 def test_what_lint_calls_determined_is_solved_and_to_the_right_sizes(made):
     for reverse in (False, True):
-        open_axes = undetermined(parse_equation(made.bare_text), reverse)
+        open_axes = undetermined(parse_equation(made.bare_text), reverse=reverse)
         clauses = ", ".join(f"{axis} = {made.sizes[axis]}" for axis in open_axes)
         text = made.bare_text + (f" where {clauses}" if clauses else "")
-        assert undetermined(parse_equation(text), reverse) == ()
+        assert undetermined(parse_equation(text), reverse=reverse) == ()
         shapes = [term.shape(made.sizes) for term in made.sides(reverse)[0]]
         assert solve(text, *shapes, reverse=reverse) == made.sizes

@@ -106,6 +106,6 @@ def test_what_stays_is_cut_along_its_first_dim():
 
 
 def test_random_vectors_need_a_dim_that_is_longer():
-    (take,) = cut((4, VECTORS), True)
+    (take,) = cut((4, VECTORS), sampled=True)
     assert take[1] is None
-    assert next(iter(cut((4, 99), True)))[1].shape == (VECTORS, 99)
+    assert next(iter(cut((4, 99), sampled=True)))[1].shape == (VECTORS, 99)

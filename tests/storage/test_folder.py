@@ -58,14 +58,17 @@ def test_obeys_the_umask(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(1)])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_error_inside_leaves_nothing(tmp_path: Path, error: BaseException, overwrite: bool) -> None:
-    with pytest.raises(type(error)), staged_folder(tmp_path / "a" / "b" / "out", overwrite) as new:
+    with (
+        pytest.raises(type(error)),
+        staged_folder(tmp_path / "a" / "b" / "out", overwrite=overwrite) as new,
+    ):
         (new / "file").write_text("x")
         raise error
     assert snapshot(tmp_path) == {}
 
 
 def test_error_inside_keeps_what_others_put_beside(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged_folder(tmp_path / "a" / "out", False):
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "a" / "out", overwrite=False):
         (tmp_path / "a" / "other").write_text("x")
         raise RuntimeError
     assert snapshot(tmp_path) == {"a": None, "a/other": b"x"}
@@ -276,7 +279,7 @@ def test_failing_mkdir_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def codes(src: Path, dst: Path, overwrite: bool = False) -> list[str]:
     try:
-        check_destination(src, dst, overwrite)
+        check_destination(src, dst, overwrite=overwrite)
     except BadInputError as error:
         return [finding.code for finding in error.findings]
     return []
@@ -315,7 +318,7 @@ def test_check_destination_of_a_file(tmp_path: Path) -> None:
 
     def found(dst: Path, overwrite: bool = False) -> list[str]:
         try:
-            check_destination(src, dst, overwrite, file=True)
+            check_destination(src, dst, overwrite=overwrite, file=True)
         except BadInputError as error:
             return [finding.code for finding in error.findings]
         return []

@@ -156,7 +156,7 @@ def test_private_stays_private(source, tmp_path, mode):
 
 
 def test_the_work_folder_is_private(tmp_path):
-    with staged_folder(tmp_path / "out", False):
+    with staged_folder(tmp_path / "out", overwrite=False):
         assert stat.S_IMODE((tmp_path / ".out.regraft").stat().st_mode) == 0o700
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_that_becomes_shorter_meanwhile(tmp_path, monkeypatch):
 
 def test_signals_wait_only_while_the_lock_is_taken(tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
-    with staged_folder(tmp_path / "out", False):
+    with staged_folder(tmp_path / "out", overwrite=False):
         assert signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -21,7 +21,9 @@ def chromium():
 
     program = find_browser()
     if program is None:
-        pytest.skip("there is no Chromium: run scripts/browser.py, or name one in REGRAFT_BROWSER")
+        pytest.skip(
+            newlines="there is no Chromium: run scripts/browser.py, or name one in REGRAFT_BROWSER"
+        )
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=program, args=launch_arguments())
         yield browser

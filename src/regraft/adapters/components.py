@@ -91,7 +91,7 @@ class Record(Struct):
         )
 
 
-def read_record(parts: Mapping[str, Iterable[Noted]], rslora: bool) -> Record:
+def read_record(parts: Mapping[str, Iterable[Noted]], *, rslora: bool) -> Record:
     """A record from what another one noted; sizes that no adapter has are passed over."""
     record = Record(rslora=rslora)
     for noted in parts.values():

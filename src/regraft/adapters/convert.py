@@ -292,7 +292,7 @@ def _unnamed_layout(
     if len(fitting) == 1:
         evidence.append(f"its shapes are those of {fitting[0]}")
         return fitting[0]
-    chosen, why = opened.choose_layout(to, other, _has_transposed(opened, known, to))
+    chosen, why = opened.choose_layout(to, other, transposed=_has_transposed(opened, known, to))
     evidence += [why] if why is not None else []
     return chosen
 
@@ -670,7 +670,7 @@ class _LoraConversion(_Conversion):
         source, returned = self.opened, Returned({})
         record = Record()
         if self.returns:
-            record = source.provenance().record(bool(source.config.get("use_rslora")))
+            record = source.provenance().record(rslora=bool(source.config.get("use_rslora")))
             self.opened, returned = take_back(
                 source, BaseWeights.of(self.known, self.identity.layout)
             )
@@ -912,7 +912,7 @@ def _family_targets(carried: Carried, plan: Plan | None) -> list[Target]:
             part.settings.get("alpha", part.settings.get("lora_alpha", 0)) or 0,
             1.0,
             rules.get(key, "carried over"),
-            True,
+            exact=True,
         )
         for key, part in carried.parts.items()
     ]

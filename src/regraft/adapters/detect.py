@@ -149,7 +149,7 @@ def _of_unknown_type(names: Names, model: ModelConfig, foreign: Foreign | None) 
         _candidates(names), model, foreign, adapted=adapted, there=lambda: _names_of_base(model)
     )
     if own.note is None:
-        raise _unknown_model(model.model_types(), model.path, True)
+        raise _unknown_model(model.model_types(), model.path, given=True)
     said = f"the base is {model.architectures()[0]} ({model.path})"
     return Known(own.books, own.scopes, model, model.model_type, said, notes=(own.note,))
 
@@ -197,7 +197,7 @@ def _find_books(
     if named is not None:
         books = tuple(books_for([named]))
         if not books:
-            raise _unknown_model([named], f"{where}/{hints.source}", False)
+            raise _unknown_model([named], f"{where}/{hints.source}", given=False)
         _check_explained(books, names, hints, where)
         told = f"base model: {named} ({hints.source})"
         return Known(books, {}, None, named, told, notes=unchecked_names(_candidates(names), books))
@@ -286,14 +286,14 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
     if model is not None:
         books = tuple(books_for(model.model_types()))
         if not books or not covers(books, model):
-            raise _unknown_model(model.model_types(), model.path, True)
+            raise _unknown_model(model.model_types(), model.path, given=True)
         return books
     named = hints.model_type
     if named is None:
         return None
     books = tuple(books_for([named]))
     if not books:
-        raise _unknown_model([named], f"{where}/{hints.source}", False)
+        raise _unknown_model([named], f"{where}/{hints.source}", given=False)
     return books
 
 
@@ -399,7 +399,7 @@ def _check_explained(books: Sequence[Book], names: Names, hints: Hints, where: s
         )
 
 
-def _unknown_model(model_types: Sequence[str], where: str, given: bool) -> UnmatchedKeysError:
+def _unknown_model(model_types: Sequence[str], where: str, *, given: bool) -> UnmatchedKeysError:
     return UnmatchedKeysError(
         Finding(
             "unknown-model",
@@ -514,7 +514,9 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
         return Detected(told.layout, [shown], by_names=True, possible=told.possible)
     if told.mixed:
         shown = "; ".join(f"{key} belongs to {name}" for name, key in told.evidence.items())
-        return Detected(None, [f"its parts are of several layouts: {shown}"], True, (), told.mixed)
+        return Detected(
+            None, [f"its parts are of several layouts: {shown}"], by_names=True, mixed=told.mixed
+        )
     known = told.possible or tuple(known_layouts())
     if hints.layout in known:
         layout = hints.layout

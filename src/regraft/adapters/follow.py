@@ -263,7 +263,7 @@ class Factored(Struct):
 
 
 def as_loras(
-    tuned: TunedModules, family: Family, weight_of: WeightOf | None, dense: bool = False
+    tuned: TunedModules, family: Family, weight_of: WeightOf | None, *, dense: bool = False
 ) -> Factored:
     """Every module's delta as a LoRA of scale 1; ``dense`` allows full rank.
 
@@ -281,7 +281,7 @@ def as_loras(
             )
         ids = [i for i in ids if i not in unknown] if unknown else ids
         if ids:
-            _convert(ids, tuned, family, weight_of, dense, result)
+            _convert(ids, tuned, family, weight_of, dense=dense, result=result)
     return result
 
 
@@ -301,6 +301,7 @@ def _convert(
     tuned: TunedModules,
     family: Family,
     weight_of: WeightOf | None,
+    *,
     dense: bool,
     result: Factored,
 ) -> None:
@@ -317,7 +318,7 @@ def _convert(
             pairs = [family.lora(first, _weight(tuned, ids[0], weight_of, result))]
     except NoImageError as error:
         for number in ids:
-            _densely(number, tuned, family, weight_of, dense, error, result)
+            _densely(number, tuned, family, weight_of, dense=dense, why=error, result=result)
         return
     rank, most = pairs[0][0].shape[0], min(first.out, first.into)
     if rank > most:
@@ -333,6 +334,7 @@ def _densely(
     tuned: TunedModules,
     family: Family,
     weight_of: WeightOf | None,
+    *,
     dense: bool,
     why: NoImageError,
     result: Factored,

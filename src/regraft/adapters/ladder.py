@@ -196,6 +196,7 @@ class Ladder:
         tuned: TunedModules,
         followed: Followed,
         failed: Mapping[int, NoImageError],
+        *,
         dense: bool = False,
     ) -> RefusedError:
         """Why modules cannot go on, those with one reason together, and what would help."""
@@ -226,12 +227,12 @@ class Ladder:
                     where=self.where,
                     key=keys[0],
                     rule=rule or None,
-                    fix=base or self._way_out(dense, shapes),
+                    fix=base or self._way_out(shapes, dense=dense),
                 )
             )
         return RefusedError(findings)
 
-    def _way_out(self, dense: bool, shapes: Sequence[tuple[int, ...]] = ()) -> str:
+    def _way_out(self, shapes: Sequence[tuple[int, ...]] = (), *, dense: bool) -> str:
         """What else there is, each with its size and its error; ``shapes`` are those of the adapted base tensors."""
         cells = [self.family.cell(operation) for operation in ("stack", "join in")]
         if dense or all({cell.rung, cell.better} <= {NONE, FAMILY, None} for cell in cells):

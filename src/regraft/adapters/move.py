@@ -64,7 +64,7 @@ def blocks_of(entry: Entry, target: int) -> list[Block]:
     return [_block(entry, copy) for copy in entry.copies if copy.target == target]
 
 
-def _role(axis: CopyAxis, source: bool, kinds: tuple[str, str]) -> str:
+def _role(axis: CopyAxis, *, source: bool, kinds: tuple[str, str]) -> str:
     place = axis.source if source else axis.target
     if not place.in_key and not place.step:
         source = not source  # one element for all of them: out or in as on the other side
@@ -77,7 +77,7 @@ def _block(entry: Entry, copy: Copy) -> Block:
     kinds = entry.read_kinds[copy.source], entry.written_kinds[copy.target]
     iterated, straight, crossed = [], [], []
     for axis in copy.axes:
-        roles = _role(axis, True, kinds), _role(axis, False, kinds)
+        roles = _role(axis, source=True, kinds=kinds), _role(axis, source=False, kinds=kinds)
         if axis.size == 1 and BATCH not in roles:
             continue
         if BATCH in roles:
@@ -97,23 +97,23 @@ def _block(entry: Entry, copy: Copy) -> Block:
     cross = bool(crossed)
     shapes = entry.flat_shape(read), entry.flat_shape(written)
     sides = [
-        _Walked.of(entry, copy, iterated, bool(target), kind, shape)
+        _Walked.of(entry, copy, iterated, target=bool(target), kind=kind, shape=shape)
         for target, (kind, shape) in enumerate(zip(kinds, shapes, strict=True))
     ]
     here, there = sides
     inner = straight or crossed
-    target_out = [a for a in inner if _role(a, False, kinds) == OUT]
-    target_in = [a for a in inner if _role(a, False, kinds) == IN]
+    target_out = [a for a in inner if _role(a, source=False, kinds=kinds) == OUT]
+    target_in = [a for a in inner if _role(a, source=False, kinds=kinds) == IN]
     steps = [
         {role: KINDS[kind].steps(shape, role) for role in (OUT, IN)}
         for kind, shape in zip(kinds, shapes, strict=True)
     ]
     out_role, in_role = (IN, OUT) if cross else (OUT, IN)
     rows_from = (here.in_at if cross else here.out_at)[:, None] + _offsets(
-        target_out, True, steps[0][out_role]
+        target_out, source=True, steps=steps[0][out_role]
     )
     columns_from = (here.out_at if cross else here.in_at)[:, None] + _offsets(
-        target_in, True, steps[0][in_role]
+        target_in, source=True, steps=steps[0][in_role]
     )
     per_target = Counter(zip(here.slot.tolist(), there.slot.tolist(), strict=True))
     given = min(per_target.values()) * rows_from.shape[1] * columns_from.shape[1]
@@ -125,9 +125,9 @@ def _block(entry: Entry, copy: Copy) -> Block:
         there.slot,
         there.batch,
         rows_from,
-        there.out_at[:, None] + _offsets(target_out, False, steps[1][OUT]),
+        there.out_at[:, None] + _offsets(target_out, source=False, steps=steps[1][OUT]),
         columns_from,
-        there.in_at[:, None] + _offsets(target_in, False, steps[1][IN]),
+        there.in_at[:, None] + _offsets(target_in, source=False, steps=steps[1][IN]),
         given < prod(shapes[0]),
     )
 
@@ -145,11 +145,14 @@ class _Walked(Struct, frozen=True, eq=False):
         entry: Entry,
         copy: Copy,
         axes: list[CopyAxis],
+        *,
         target: bool,
         kind: str,
         shape: tuple[int, ...],
     ) -> _Walked:
-        slot, moved = walk(entry, copy, axes, entry.written if target else entry.read, target)
+        slot, moved = walk(
+            entry, copy, axes, entry.written if target else entry.read, target=target
+        )
         start = np.array(copy.target_start if target else copy.source_start, dtype=np.int64)
         index = moved + start.reshape(-1, 1)
 
@@ -159,7 +162,7 @@ class _Walked(Struct, frozen=True, eq=False):
         return _Walked(slot, along(BATCH), along(OUT), along(IN))
 
 
-def _offsets(axes: Iterable[CopyAxis], source: bool, steps: Sequence[int]) -> Ints:
+def _offsets(axes: Iterable[CopyAxis], *, source: bool, steps: Sequence[int]) -> Ints:
     """Positions of a role at every point of some axes; ``steps`` are those of the dims."""
     offsets = np.zeros(1, dtype=np.int64)
     for axis in axes:
@@ -202,7 +205,9 @@ class _Stack(Struct):
     placed: list[tuple[_Contribution, list[int]]] = field(default_factory=list)
 
 
-def images(entry: Entry, factors: Factors, record: Record, fast: bool = True) -> Iterator[Images]:
+def images(
+    entry: Entry, factors: Factors, record: Record, *, fast: bool = True
+) -> Iterator[Images]:
     """The LoRA of every tensor that an entry writes.
 
     ``record`` says, on a way back, which components were whose, and is told, on a way there, for the next way
@@ -248,7 +253,8 @@ def _check_one_sided(entry: Entry, factors: Factors) -> None:
     for copy in entry.repeats:
         for loop in range(len(entry)):
             for one, other in zip(
-                *(_read_at(entry, factors, copy, loop, bool(end)) for end in range(2)), strict=True
+                *(_read_at(entry, factors, copy, loop, other=bool(end)) for end in range(2)),
+                strict=True,
             ):
                 same = (one is None) == (other is None)
                 if same and one is not None and other is not None:
@@ -285,14 +291,14 @@ def _positions(padding: Padding, steps: Sequence[int]) -> Ints:
 
 
 def _read_at(
-    entry: Entry, factors: Factors, copy: Copy, loop: int, other: bool
+    entry: Entry, factors: Factors, copy: Copy, loop: int, *, other: bool
 ) -> list[tuple[Array, Array, Fraction] | None]:
     """The factors at one end of a copy between tensors that are read, for each tensor on the way."""
     number = copy.target if other else copy.source
     kind = KINDS[entry.read_kinds[number]]
     shape = entry.flat_shape(entry.read[number])
     keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-    slots, moved = walk(entry, copy, keyed, entry.read, other)
+    slots, moved = walk(entry, copy, keyed, entry.read, target=other)
     start = np.array(copy.target_start if other else copy.source_start).reshape(-1, 1) + moved
     inner = [axis for axis in copy.axes if axis not in keyed]
     result: list[tuple[Array, Array, Fraction] | None] = []
@@ -307,9 +313,9 @@ def _read_at(
         places = {
             role: int(np.dot(kind.steps(shape, role), at))
             + _offsets(
-                [x for x in inner if _plays(x, other, kind, role)],
-                not other,
-                kind.steps(shape, role),
+                [x for x in inner if _plays(x, other=other, kind=kind, role=role)],
+                source=not other,
+                steps=kind.steps(shape, role),
             )
             for role in (OUT, IN)
         }
@@ -317,7 +323,7 @@ def _read_at(
     return result
 
 
-def _plays(axis: CopyAxis, other: bool, kind: Kind, role: str) -> bool:
+def _plays(axis: CopyAxis, *, other: bool, kind: Kind, role: str) -> bool:
     place = axis.target if other or not axis.source.step else axis.source
     return kind.role(place.index) == role
 

@@ -167,7 +167,7 @@ class Opened(Protocol):
         """Raise ``BadInputError`` where tensors do not fit the base, wherever no rule looks."""
         ...
 
-    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
         ``transposed`` says that a saved weight is stored differently under the same name.

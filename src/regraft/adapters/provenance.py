@@ -83,9 +83,9 @@ class Remembered(msgspec.Struct, kw_only=True):
     set_aside: list[str] = []
     """Names of tensors that stayed as they were, as the user asked."""
 
-    def record(self, rslora: bool) -> Record:
+    def record(self, *, rslora: bool) -> Record:
         """The parts by the key that they came from."""
-        return read_record(self.parts, rslora)
+        return read_record(self.parts, rslora=rslora)
 
     def config_before(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The config as it was before; ``None`` where a field was changed since."""

@@ -87,7 +87,8 @@ def _move_rows(
     for carried in plan.carried:
         place.update(zip(carried.group.ids.tolist(), carried.group.names(), strict=True))
     return [
-        Saved(plan.headers.name(i), name, tensors[i], True, style[i]) for i, name in place.items()
+        Saved(plan.headers.name(i), name, tensors[i], rows=True, style=style[i])
+        for i, name in place.items()
     ]
 
 
@@ -124,7 +125,7 @@ def _move_whole(
     for carried in plan.carried:
         origin.update(zip(carried.group.names(), carried.group.ids.tolist(), strict=True))
     return [
-        Saved(headers.name(origin[name]), name, tensor, False, styles[origin[name]])
+        Saved(headers.name(origin[name]), name, tensor, rows=False, style=styles[origin[name]])
         for name, tensor in apply_plan(plan, mine).items()
     ]
 

@@ -82,7 +82,7 @@ class Scale(Struct, frozen=True, gc=False):
                 alpha = self.alpha * sqrt(rank / self.rank)
                 if not isfinite(alpha):
                     raise out_of_range(f"{self} at rank {rank}")
-                return Scale(rank, alpha, True)
+                return Scale(rank, alpha, rslora=True)
             ratio = root
         exact = Fraction(self.alpha) * ratio
         alpha = _plain(exact)

@@ -39,7 +39,7 @@ def rearrange(
         has_where = " where " in str(equation)
         equation = parse_equation(f"{text}, {clauses}" if has_where else f"{text} where {clauses}")
     check_equation(equation)
-    read, written = equation.sides(reverse)
+    read, written = equation.sides(reverse=reverse)
     if len(arrays) != len(read):
         raise BadInputError(
             Finding(
@@ -48,12 +48,12 @@ def rearrange(
         )
     shapes: Sequence[tuple[int, ...]] = [array.shape for array in arrays]
     solved, rest = solve_sizes(equation, zip(read, shapes, strict=True))
-    _check_read(equation, read, arrays, solved, reverse)
+    _check_read(equation, read, arrays, solved, reverse=reverse)
     results = [np.empty(shape_of(term, solved, rest), arrays[0].dtype) for term in written]
-    for padding in paddings(equation, solved, True, reverse):
+    for padding in paddings(equation, solved, written=True, reverse=reverse):
         view = _block(results[padding.term], padding)
         view[...] = padding.value
-    for copy in lower(equation, solved, reverse):
+    for copy in lower(equation, solved, reverse=reverse):
         source, target = read[copy.source], written[copy.target]
         nest = nest_of(copy, flat_shape(source, solved), flat_shape(target, solved))
         move(nest, arrays[copy.source], results[copy.target])
@@ -65,10 +65,11 @@ def _check_read(
     read: Sequence[Term],
     arrays: Sequence[npt.NDArray[np.generic]],
     sizes: dict[str, int],
+    *,
     reverse: bool,
 ) -> None:
     """What lies along copies is equal, and padding holds its value."""
-    for copy in repeats(equation, sizes, reverse):
+    for copy in repeats(equation, sizes, reverse=reverse):
         shapes = [flat_shape(read[n], sizes) for n in (copy.source, copy.target)]
         nest = nest_of(copy, *shapes)
         one = view_of(arrays[copy.source], nest.sizes, nest.source_strides, nest.source_offset)
@@ -76,7 +77,7 @@ def _check_read(
         if not (one == other).all():
             message = f"what lies along {', '.join(equation.copies)} is not the same each time"
             raise BadInputError(Finding("copies-differ", message))
-    for padding in paddings(equation, sizes, False, reverse):
+    for padding in paddings(equation, sizes, written=False, reverse=reverse):
         if not (_block(arrays[padding.term], padding) == padding.value).all():
             message = f"what would be cut off is not padding: not all of it is {padding.value:g}"
             raise BadInputError(Finding("padding", message))

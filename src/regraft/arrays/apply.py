@@ -167,7 +167,7 @@ def _steps(entry: Entry, copy: Copy) -> tuple[list[int], list[int], list[int], l
     slots, offsets = [], []
     for target, shape in enumerate(_shapes(entry, copy)):
         terms = entry.written if target else entry.read
-        slot, dims = walk(entry, copy, axes, terms, bool(target))
+        slot, dims = walk(entry, copy, axes, terms, target=bool(target))
         slots.append(slot.tolist())
         offsets.append((np.array(strides_of(shape), dtype=np.int64) @ dims).tolist())
     return slots[0], slots[1], offsets[0], offsets[1]
@@ -191,7 +191,7 @@ def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
         shapes = [entry.flat_shape(entry.read[n]) for n in (copy.source, copy.target)]
         nest = nest_of(copy, *shapes)
         axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-        walked = [walk(entry, copy, axes, entry.read, bool(target)) for target in range(2)]
+        walked = [walk(entry, copy, axes, entry.read, target=bool(target)) for target in range(2)]
         at = [
             np.array(strides_of(s), dtype=np.int64) @ w[1]
             for s, w in zip(shapes, walked, strict=True)

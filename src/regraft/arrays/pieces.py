@@ -115,13 +115,13 @@ def same_pieces(
 
 
 def _while_wanted(
-    keys: Sequence[str], ask: Ask, slices: Callable[[bool], Iterator[Piece]]
+    keys: Sequence[str], ask: Ask, slices: Callable[..., Iterator[Piece]]
 ) -> Iterator[Piece]:
     """The slices of some tensors, until they are wanted in another way."""
     want = ask(keys)
     if want == "nothing":
         return
-    for piece in slices(want == "vectors"):
+    for piece in slices(sampled=want == "vectors"):
         yield piece
         if ask(keys) != want:
             return
@@ -135,15 +135,16 @@ def _slices_of(
     make: Make,
     number: int,
     held: int,
+    *,
     sampled: bool,
 ) -> Iterator[Piece]:
     """A tensor that stays as it is."""
-    for takes in cut(shape, sampled, held):
+    for takes in cut(shape, sampled=sampled, held=held):
         combined = any(take is not None and take.dtype.kind == "f" for take in takes)
         yield Piece(key, kind, rule, shape, takes, make(number, takes), combined)
 
 
-def cut(shape: Sequence[int], sampled: bool, held: int = HELD) -> Iterator[tuple[Take, ...]]:
+def cut(shape: Sequence[int], *, sampled: bool, held: int = HELD) -> Iterator[tuple[Take, ...]]:
     """The parts of a tensor along its first dim; ``sampled`` puts random vectors in the place of the second.
 
     >>> [take[0].tolist() for take in cut((3, 4), False, 8)]
@@ -239,6 +240,7 @@ def _carry_one(
     make: Make,
     held: int,
     lowered: _Lowered,
+    *,
     sampled: bool,
 ) -> Iterator[Piece]:
     """The slices of all tensors that one loop value of an entry writes; ``lowered`` keeps what slices share."""
@@ -290,7 +292,11 @@ def _part(entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered) -> 
     """One loop value of an entry whose axes have other sizes, and what carries it out."""
     key = tuple(sizes.values())
     found = lowered.get(key)
-    copies = found[0] if found else lower(entry.rule.equation, sizes, entry.way.direction.backward)
+    copies = (
+        found[0]
+        if found
+        else lower(entry.rule.equation, sizes, reverse=entry.way.direction.backward)
+    )
     part = replace(entry, loops=entry.loops[loop : loop + 1], sizes=sizes, copies=copies)
     if found is None:
         found = lowered[key] = copies, () if part.renames else work_of(part)

@@ -626,7 +626,7 @@ def _idle(source: Source, others: Mapping[str, Array]) -> set[str]:
 
 def _pieces_of(deltas: Mapping[str, Wide]) -> Iterator[Piece]:
     for key, delta in deltas.items():
-        for takes in cut(delta.shape, False):
+        for takes in cut(delta.shape, sampled=False):
             yield Piece(key, "linear", "", delta.shape, takes, take_part(delta, takes))
 
 

@@ -43,7 +43,7 @@ class Aside(Struct, frozen=True):
         if not self.kept:
             return headers
         kept = set(self.kept)
-        groups = [_take(group, kept, False) for group in headers.groups]
+        groups = [_take(group, kept, wanted=False) for group in headers.groups]
         return Headers([g for g in groups if len(g)], headers.shapes, headers.dtypes)
 
     def beside(self, plan: Plan, headers: Headers) -> Plan:
@@ -51,7 +51,9 @@ class Aside(Struct, frozen=True):
         if not self.kept:
             return plan
         kept = set(self.kept)
-        groups = [g for g in (_take(group, kept, True) for group in headers.groups) if len(g)]
+        groups = [
+            g for g in (_take(group, kept, wanted=True) for group in headers.groups) if len(g)
+        ]
         carried = [Carried(group, _carry()) for group in groups]
         return replace(plan, headers=headers, carried=(*plan.carried, *carried))
 
@@ -130,7 +132,7 @@ def check_kept(
     names = set(kept) - mtp_among(kept, parts).names()
     findings = []
     for group in headers.groups:
-        mine = _take(group, names, True)
+        mine = _take(group, names, wanted=True)
         hit = next((h for book in known.books for h in _claims(book, known, mine)), None)
         if hit is not None:
             findings.append(
@@ -182,7 +184,7 @@ def _claims(book: Book, known: Detected, group: Group) -> Iterable[str]:
             yield str(rule)
 
 
-def _take(group: Group, names: set[str], wanted: bool) -> Group:
+def _take(group: Group, names: set[str], *, wanted: bool) -> Group:
     return group.take(np.array([(name in names) == wanted for name in group.names()], dtype=bool))
 
 

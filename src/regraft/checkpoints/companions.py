@@ -153,7 +153,9 @@ class _Found:
             algorithm = str(told["quantization"]["quant_algo"])
         except (OSError, ValueError, RecursionError, KeyError, TypeError):
             pass
-        return read_quantization(self.config, self.of.keys(), algorithm, self.like_awq)
+        return read_quantization(
+            self.config, self.of.keys(), algorithm, packed_like_awq=self.like_awq
+        )
 
     def _packed_modules(self) -> dict[str, int]:
         """The modules that keep packed state only, and the ids of their weights."""
@@ -439,7 +441,7 @@ def _add(
         _add_single(moves, entry, keys, sources, source, refuse)
         return
     sizes = _grid(entry, sources, tensors, companions.block, refuse)
-    copies = lower(entry.rule.equation, sizes, entry.way.direction.backward)
+    copies = lower(entry.rule.equation, sizes, reverse=entry.way.direction.backward)
     add_entry(moves, entry, keys, copies, sizes, sources, tensors)
 
 

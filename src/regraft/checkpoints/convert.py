@@ -101,11 +101,11 @@ def convert_checkpoint(
     if folder is not None:
         check_beside(folder, dst)
     if not dry_run and store is None and not (folder is not None and is_placed(folder)):
-        check_destination(src, dst, overwrite, file=name is not None)
+        check_destination(src, dst, overwrite=overwrite, file=name is not None)
     elif store is not None and staged is None:
         from regraft.checkpoints.upload import check_free
 
-        check_free(store, overwrite, name)
+        check_free(store, overwrite=overwrite, name=name)
     ready = prepare(
         src,
         to,
@@ -124,7 +124,7 @@ def convert_checkpoint(
     streams = waits or staged is not None
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    report.memory = max(resident() + _buffers(jobs, streams) + _SLACK, peak())
+    report.memory = max(resident() + _buffers(jobs, streams=streams) + _SLACK, peak())
     if tell is not None:
         count = len(ready.layout.files)
         tell(
@@ -137,15 +137,24 @@ def convert_checkpoint(
         check_reads(ready.plan, ready.source)
     if staged is not None:
         advance = _advancing(dst.name, ready, progress)
-        _stage(ready, staged, dst, name, overwrite, jobs, advance, store)
+        _stage(
+            ready, staged, dst, name, overwrite=overwrite, jobs=jobs, advance=advance, store=store
+        )
         return report
     if store is not None:
         from regraft.checkpoints.upload import upload
 
-        upload(ready, store, jobs, overwrite, _advancing(dst.name, ready, progress), name)
+        upload(
+            ready,
+            store,
+            jobs,
+            overwrite=overwrite,
+            advance=_advancing(dst.name, ready, progress),
+            name=name,
+        )
         return report
-    with open_work(dst, name is not None) as work:
-        _carry_out(work, ready, cutter, jobs, resume, overwrite, progress)
+    with open_work(dst, file=name is not None) as work:
+        _carry_out(work, ready, cutter, jobs, resume=resume, overwrite=overwrite, progress=progress)
     return report
 
 
@@ -168,8 +177,17 @@ def write_prepared(
     dst = Path(os.path.realpath(dst))
     streams = ready.source.is_remote
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
-    with open_work(dst, name is not None) as work:
-        _carry_out(work, ready, cutter, _count_jobs(jobs), False, overwrite, progress, finish)
+    with open_work(dst, file=name is not None) as work:
+        _carry_out(
+            work,
+            ready,
+            cutter,
+            _count_jobs(jobs),
+            resume=False,
+            overwrite=overwrite,
+            progress=progress,
+            finish=finish,
+        )
 
 
 def _carry_out(
@@ -177,6 +195,7 @@ def _carry_out(
     ready: Prepared,
     cutter: Cutter | None,
     jobs: int,
+    *,
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
@@ -184,8 +203,8 @@ def _carry_out(
 ) -> None:
     advance = _advancing(work.dst.name, ready, progress)
     try:
-        work.check_place(overwrite)
-        work.begin(ready.job(), resume)
+        work.check_place(overwrite=overwrite)
+        work.begin(ready.job(), resume=resume)
         ready.report.resumed = work.resumed
         _check_space(work, ready)
         for made in ready.layout.files:
@@ -199,12 +218,12 @@ def _carry_out(
         if finish is not None:
             work.forget()
             finish(work.new)
-        _place(work, ready, overwrite)
+        _place(work, ready, overwrite=overwrite)
     except OSError as error:
         raise cannot_write(work.dst, error) from error
 
 
-def _place(work: Work, ready: Prepared, overwrite: bool) -> None:
+def _place(work: Work, ready: Prepared, *, overwrite: bool) -> None:
     """Write everything beside the weights and put the result in its place.
 
     Raises ``BadInputError`` where the source changed meanwhile, ``OSError``.
@@ -215,7 +234,7 @@ def _place(work: Work, ready: Prepared, overwrite: bool) -> None:
         _write_others(work, ready)
     kept = [*ready.source.others, Path(CONFIG), *map(Path, ready.copied)]
     narrow(work.new, [file.path for file in ready.source.files], kept=kept)
-    work.place(overwrite)
+    work.place(overwrite=overwrite)
 
 
 def _stage(
@@ -223,6 +242,7 @@ def _stage(
     staged: Staged,
     dst: Path,
     name: str | None,
+    *,
     overwrite: bool,
     jobs: int,
     advance: Advance,
@@ -234,10 +254,17 @@ def _stage(
         from regraft.checkpoints.staged_uploads import commit_uploads, send_part
 
         if share is None:
-            commit_uploads(ready, store, staged.folder, overwrite, name)
+            commit_uploads(ready, store, staged.folder, overwrite=overwrite, name=name)
         else:
             report.part = send_part(
-                ready, store, staged.folder, share, jobs, overwrite, advance, name
+                ready,
+                store,
+                staged.folder,
+                share,
+                jobs,
+                overwrite=overwrite,
+                advance=advance,
+                name=name,
             )
         return
     from regraft.checkpoints.staging import commit, do_part
@@ -249,7 +276,7 @@ def _stage(
 
     def place(work: Work, ready: Prepared) -> None:
         try:
-            _place(work, ready, overwrite)
+            _place(work, ready, overwrite=overwrite)
         except OSError as error:
             raise cannot_write(work.dst, error) from error
 
@@ -268,7 +295,7 @@ def _advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance
     return advance
 
 
-def _buffers(jobs: int, streams: bool) -> int:
+def _buffers(jobs: int, *, streams: bool) -> int:
     """Bytes that the workers' buffers take."""
     if not streams:
         return jobs * 2 * buffer_size(jobs)

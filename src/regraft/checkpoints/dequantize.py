@@ -89,12 +89,12 @@ def dequantize_checkpoint(
     if dst.suffix == ".safetensors" and not dst.is_dir():
         message = "dequantising writes a folder, and this is a file's name"
         raise BadInputError(Finding("option", message, where=str(dst), fix="name a folder"))
-    check_destination(src, dst, overwrite)
+    check_destination(src, dst, overwrite=overwrite)
     opened = open_checkpoint(src)
     config = model_of(opened, model)
     companions = find_companions(opened, config.data if config is not None else None)
     recipes = find_recipes(opened, companions)
-    with staged_folder(dst, overwrite) as staged:
+    with staged_folder(dst, overwrite=overwrite) as staged:
         plain, made = staged / "plain", staged / "made"
         _write(opened, companions, recipes, plain)
         report = convert_checkpoint(

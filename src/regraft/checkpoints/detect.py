@@ -120,7 +120,14 @@ def detect(
     )
     said = unchecked if own.note is None else (own.note, *unchecked)
     found = Detected(
-        books, scopes, layout, (told, evidence), False, said, None, unstacked, mixed, mtp
+        books,
+        scopes,
+        layout,
+        (told, evidence),
+        notes=said,
+        unstacked=unstacked,
+        mixed=mixed,
+        mtp=mtp,
     )
     if imported is None:
         return found

@@ -285,11 +285,11 @@ class _Scatter:
         for start, fill, at, size in zip(*(column.tolist() for column in columns), strict=True):
             places.append((start, self.views[fill][at : at + size]))
         follow = (columns[0][1:] == columns[0][:-1] + columns[3][:-1]).all()
-        return read_scattered(self.files, int(reads.files[rows.start]), places, bool(follow))
+        return read_scattered(self.files, int(reads.files[rows.start]), places, whole=bool(follow))
 
 
 def read_scattered(
-    files: Files, number: int, places: list[tuple[int, memoryview]], whole: bool
+    files: Files, number: int, places: list[tuple[int, memoryview]], *, whole: bool
 ) -> int:
     """Fill some buffers from one part of a file, each from its own place; returns how many bytes were read.
 
@@ -346,7 +346,7 @@ def gather_tiles(strips: Strips, item: int, file: Ranges, base: int, target: Byt
     words = target[: len(target) // item * item].view(word)
     count = 0
     for part, start in parts_of(sizes, tile_of(sizes, there, here, _TILE // item)):
-        side = measure_side(part, there, loose)
+        side = measure_side(part, there, gaps=loose)
         at = base + item * sum(i * step for i, step in zip(start, there, strict=True))
         data = np.empty(side.length * item, np.uint8)
         length = side.span * item

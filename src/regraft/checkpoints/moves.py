@@ -159,8 +159,8 @@ def add_entry(
             entry.flat_shape(entry.written[copy.target]),
         )
         axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-        from_slots, from_dims = walk(entry, copy, axes, entry.read, False)
-        to_slots, to_dims = walk(entry, copy, axes, entry.written, True)
+        from_slots, from_dims = walk(entry, copy, axes, entry.read, target=False)
+        to_slots, to_dims = walk(entry, copy, axes, entry.written, target=True)
         from_at = np.array(strides_of(shapes[0]), dtype=np.int64) @ from_dims
         to_at = np.array(strides_of(shapes[1]), dtype=np.int64) @ to_dims
         ids = sources[copy.source].reshape(len(entry), -1)[:, from_slots]

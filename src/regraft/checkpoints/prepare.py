@@ -231,7 +231,9 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     )
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
-    text = _convert_config(source, known, to, casts, report, untie) if to is not None else None
+    text = (
+        _convert_config(source, known, to, casts, report, untie=untie) if to is not None else None
+    )
     files = PartFiles()
     if part is not None and (text is None or model is not None):
         text = None
@@ -359,6 +361,7 @@ def _convert_config(
     to: str,
     casts: Sequence[Cast],
     report: CheckpointReport,
+    *,
     untie: bool,
 ) -> bytes | None:
     if source.config is None:

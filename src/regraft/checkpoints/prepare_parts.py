@@ -51,7 +51,7 @@ def prepare_parts(
     _check_target(source, found, to, name)
     moved = move_pieces(source, found)
     folder = to == DIFFUSERS and name is None
-    places = [_place(each, to, folder, len(moved) == 1) for each in moved]
+    places = [_place(each, to, folder=folder, alone=len(moved) == 1) for each in moved]
     moves = join_moves([(p, m.moves, m.piece.rows) for p, m in zip(places, moved, strict=True)])
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, frozenset())
     beside = PartFiles()
@@ -97,7 +97,7 @@ def _check_target(source: Source, found: Parted, to: str, name: str | None) -> N
         raise BadInputError(Finding("destination-is-file", message, where=name, fix=fix))
 
 
-def _place(each: MovedPiece, to: str, folder: bool, alone: bool) -> str:
+def _place(each: MovedPiece, to: str, *, folder: bool, alone: bool) -> str:
     """What stands before the names of a part in the result."""
     part = each.piece.part
     if folder:

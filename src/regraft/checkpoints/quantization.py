@@ -132,6 +132,7 @@ def read_quantization(
     config: Mapping[str, Any] | None,
     suffixes: Collection[str],
     algorithm: str | None = None,
+    *,
     packed_like_awq: bool = False,
 ) -> Quantization | None:
     """The method, from a model's config or, where that says nothing, from its tensors; ``None`` where there is none.
@@ -148,7 +149,7 @@ def read_quantization(
     if algorithm is not None and suffixes:
         told = f"hf_quant_config.json says {algorithm}"
         return _described("modelopt", told, {"quant_algo": algorithm}, suffixes)
-    for method, mark in _marks(suffixes, packed_like_awq):
+    for method, mark in _marks(suffixes, packed_like_awq=packed_like_awq):
         leaf = name_of("weight", mark).removeprefix("weight_") if mark[0] == MODULE else mark
         return _described(method, f"its tensors are named ...{leaf}", {}, suffixes)
     return None
@@ -191,7 +192,7 @@ def _groups(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-def _marks(suffixes: Collection[str], packed_like_awq: bool) -> Iterator[tuple[str, str]]:
+def _marks(suffixes: Collection[str], *, packed_like_awq: bool) -> Iterator[tuple[str, str]]:
     """What tensors tell of their method, the surest first: methods, and the suffix that tells."""
     table = (
         ("awq" if packed_like_awq else "gptq", "@qweight"),

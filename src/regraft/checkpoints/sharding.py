@@ -172,6 +172,7 @@ def make_head(
     rows: Iterator[tuple[str, str, tuple[int, ...], int, int]],
     metadata: dict[str, str],
     where: str,
+    *,
     pad: bool = True,
 ) -> bytes:
     """The bytes before the data: name, dtype, shape, start and end of every tensor.

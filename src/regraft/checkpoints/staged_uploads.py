@@ -92,7 +92,7 @@ class RemoteStage:
         found = self.client.first(name, _NOTE)
         return None if found is None else bytes(found[1])
 
-    def find(self, number: int, make: bool) -> tuple[str, dict[int, tuple[int, str]]] | None:
+    def find(self, number: int, *, make: bool) -> tuple[str, dict[int, tuple[int, str]]] | None:
         """The upload of a file and its parts; ``None`` where the file is complete, or nobody has begun and is to."""
         key = self.files[number].name
         if self._read(f"{self.job.name}/complete/{number}") is not None:
@@ -128,10 +128,12 @@ class RemoteStage:
         """Whether a piece is among the parts that have come."""
         return parts.get(piece.number + 1, (-1, ""))[0] == piece.size
 
-    def look(self, make: bool = False) -> list[tuple[str, dict[int, tuple[int, str]]] | None]:
+    def look(self, *, make: bool = False) -> list[tuple[str, dict[int, tuple[int, str]]] | None]:
         """The uploads of all files."""
         with ThreadPoolExecutor(_AT_ONCE, "regraft-look") as pool:
-            return list(pool.map(lambda number: self.find(number, make), range(len(self.files))))
+            return list(
+                pool.map(lambda number: self.find(number, make=make), range(len(self.files)))
+            )
 
     def forget(self) -> None:
         """End the uploads that are left, and remove every note but that of the commit."""
@@ -158,6 +160,7 @@ def send_part(
     stage: Client,
     share: Share,
     jobs: int,
+    *,
     overwrite: bool,
     advance: Advance,
     name: str | None,
@@ -173,7 +176,7 @@ def send_part(
         report.before = len(mine)
         return report
     if staged._read(f"{staged.job.name}/committing") is None:
-        check_free(target, overwrite, name)
+        check_free(target, overwrite=overwrite, name=name)
     with Stream(ready, jobs) as stream:
         for number in sorted({piece.file for piece in mine}):
             its = [piece for piece in mine if piece.file == number]
@@ -231,7 +234,7 @@ def _with_uploads(
 
 
 def commit_uploads(
-    ready: Prepared, target: Client, stage: Client, overwrite: bool, name: str | None
+    ready: Prepared, target: Client, stage: Client, *, overwrite: bool, name: str | None
 ) -> None:
     """Check that all parts are there and nothing changed, and let the result appear.
 
@@ -247,7 +250,7 @@ def commit_uploads(
         file.stamp.check()
     note = f"{staged.job.name}/committing"
     if staged._read(note) is None:
-        check_free(target, overwrite, name)
+        check_free(target, overwrite=overwrite, name=name)
         stage.create(note, b"")
     uploads = {piece.file: found for piece, found in rows if found is not None}
     numbers = {file.name: number for number, file in enumerate(staged.files)}

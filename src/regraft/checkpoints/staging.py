@@ -170,13 +170,13 @@ def commit(ready: Prepared, folder: Path, dst: Path, name: str | None, place: Pl
         check_complete(ready, missing, len(pieces), str(folder))
         claimed = stage.claim()
         if claimed is None:  # a commit was killed between the renaming and the note of it
-            with open_work(dst, name is not None) as work:
+            with open_work(dst, file=name is not None) as work:
                 work.clear()
             stage.finish()
             return
         try:
             _check_files(ready, claimed)
-            with open_work(dst, name is not None) as work:
+            with open_work(dst, file=name is not None) as work:
                 work.new = claimed
                 place(work, ready)
         except BaseException:

@@ -45,7 +45,7 @@ class Side(Struct, frozen=True):
         return self.span * len(self.segments)
 
 
-def measure_side(sizes: Sequence[int], strides: Sequence[int], gaps: bool = False) -> Side:
+def measure_side(sizes: Sequence[int], strides: Sequence[int], *, gaps: bool = False) -> Side:
     """How a tile of these sizes is read or written; with ``gaps``, segments may hold other elements, too.
 
     >>> measure_side((2, 3), (100, 1)).segments
@@ -160,13 +160,13 @@ class Mover:
             self._buffers = (np.empty(self.size, np.uint8), np.empty(self.size, np.uint8))
         return self._buffers
 
-    def side(self, sizes: tuple[int, ...], strides: tuple[int, ...], gaps: bool) -> Side:
+    def side(self, sizes: tuple[int, ...], strides: tuple[int, ...], *, gaps: bool) -> Side:
         """`measure_side`, remembered."""
         key = (sizes, strides, gaps)
         if key not in self.sides:
             if len(self.sides) > 64:
                 self.sides.clear()
-            self.sides[key] = measure_side(sizes, strides, gaps)
+            self.sides[key] = measure_side(sizes, strides, gaps=gaps)
         return self.sides[key]
 
     def move(self, block: Block, source: Ranges, target: int) -> None:
@@ -191,8 +191,8 @@ class Mover:
         gaps = block.has_gaps
         loose = has_gaps(block.sizes, block.source_strides, block.read.itemsize)
         for part, start in parts_of(block.sizes, tile):
-            here = self.side(part, block.source_strides, loose)
-            there = self.side(part, block.target_strides, gaps)
+            here = self.side(part, block.source_strides, gaps=loose)
+            there = self.side(part, block.target_strides, gaps=gaps)
             at = block.source_at + read * _dot(start, block.source_strides)
             to = block.target_at + written * _dot(start, block.target_strides)
             data = first[: here.length * read]

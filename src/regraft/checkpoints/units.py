@@ -86,7 +86,7 @@ class Cutter:
                 unit += [self._block(part, row, place) for row in rows]
             yield unit
 
-    def padding(self, file: OutFile, zeros: bool = False) -> Iterator[tuple[int, memoryview]]:
+    def padding(self, file: OutFile, *, zeros: bool = False) -> Iterator[tuple[int, memoryview]]:
         """The padding of one file, zeros only where asked for: places, and bytes to write before anything else."""
         made = [
             (base + number, entry)
@@ -102,7 +102,7 @@ class Cutter:
             if slicer is None or target not in padded:
                 continue
             read, written = self._types(target)
-            for strips in slicer.padding(self.moves.names[target], zeros):
+            for strips in slicer.padding(self.moves.names[target], zeros=zeros):
                 element = np.frombuffer(strips.bits, read).astype(written)
                 _, _, places, run = strips.runs()
                 for place in places.tolist():

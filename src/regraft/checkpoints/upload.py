@@ -29,7 +29,7 @@ _LARGEST = 1 << 27
 """Bytes of a file beside the weights that is sent as a whole."""
 
 
-def check_free(client: Client, overwrite: bool, name: str | None = None) -> list[str]:
+def check_free(client: Client, *, overwrite: bool, name: str | None = None) -> list[str]:
     """What is in the place of a result: of one file with a ``name``, or in the folder.
 
     Raises ``BadInputError`` where there is anything, and it may not be replaced.
@@ -52,6 +52,7 @@ def upload(
     ready: Prepared,
     client: Client,
     jobs: int,
+    *,
     overwrite: bool,
     advance: Advance,
     name: str | None = None,
@@ -60,7 +61,7 @@ def upload(
 
     Raises ``BadInputError``. What was sent before stays then, without the index.
     """
-    there = check_free(client, overwrite, name)
+    there = check_free(client, overwrite=overwrite, name=name)
     with Stream(ready, jobs, advance) as stream:
 
         def send(file: OutFile) -> None:

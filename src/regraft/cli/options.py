@@ -248,7 +248,7 @@ def _stay_offline(wanted: bool) -> None:
     if wanted:
         from regraft.places import stay_offline
 
-        stay_offline(True)
+        stay_offline(wanted=True)
 
 
 def _check_file(path: Path | None) -> Path | None:

@@ -53,7 +53,7 @@ def run(args: Sequence[str]) -> int:
         if "regraft.places" in sys.modules:
             sys.modules["regraft.places"].leave()
             sys.modules["regraft.places"].take_key(None)
-            sys.modules["regraft.places"].stay_offline(False)
+            sys.modules["regraft.places"].stay_offline(wanted=False)
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

@@ -293,7 +293,9 @@ def _check_numbers(equation: Equation, term: Term) -> None:
         known.update(axes_of(hole))
 
 
-def lower(equation: Equation, sizes: Mapping[str, int], reverse: bool = False) -> tuple[Copy, ...]:
+def lower(
+    equation: Equation, sizes: Mapping[str, int], *, reverse: bool = False
+) -> tuple[Copy, ...]:
     """The copies of one instance of an equation, in the order of the side that is written.
 
     >>> from regraft.equation.notation import parse_equation
@@ -301,7 +303,7 @@ def lower(equation: Equation, sizes: Mapping[str, int], reverse: bool = False) -
     [(0, 0), (2, 0)]
     """
     check_equation(equation)
-    read, written = equation.sides(reverse)
+    read, written = equation.sides(reverse=reverse)
     partners: dict[frozenset[str], _Box] = {}
     for box in _boxes(equation, read, sizes):
         partners.setdefault(box.name(equation), box)
@@ -332,7 +334,7 @@ _STAYS = Place(in_key=False, index=0, step=0)
 
 
 def repeats(
-    equation: Equation, sizes: Mapping[str, int], reverse: bool = False
+    equation: Equation, sizes: Mapping[str, int], *, reverse: bool = False
 ) -> tuple[Copy, ...]:
     """What must be equal on the side that is read: copies from its first terms to others of the same side.
 
@@ -343,7 +345,7 @@ def repeats(
     """
     if not equation.copies:
         return ()
-    read, _ = equation.sides(reverse)
+    read, _ = equation.sides(reverse=reverse)
     first: dict[frozenset[str], _Box] = {}
     result = []
     for box in _boxes(equation, read, sizes):
@@ -358,12 +360,12 @@ def repeats(
 
 
 def paddings(
-    equation: Equation, sizes: Mapping[str, int], written: bool, reverse: bool = False
+    equation: Equation, sizes: Mapping[str, int], *, written: bool, reverse: bool = False
 ) -> tuple[Padding, ...]:
     """The padding of the side that is written, or of the one that is read."""
     if not equation.fills:
         return ()
-    side = equation.sides(reverse)[written]
+    side = equation.sides(reverse=reverse)[written]
     result = []
     for box in _boxes(equation, side, sizes):
         value = box.padding(equation)

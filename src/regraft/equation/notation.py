@@ -239,7 +239,7 @@ class Equation(Struct, frozen=True, cache_hash=True, dict=True):
     """Axes along which one side has the same elements several times."""
     fills: tuple[Fill, ...] = ()
 
-    def sides(self, reverse: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    def sides(self, *, reverse: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The side that is read and the side that is written."""
         return (self.right, self.left) if reverse else (self.left, self.right)
 
@@ -401,7 +401,7 @@ class _Scanner:
     def error(self, message: str, at: int | None = None) -> BadInputError:
         return notation_error(self.text, self.at if at is None else at, message)
 
-    def skip(self, newlines: bool = True) -> None:
+    def skip(self, *, newlines: bool = True) -> None:
         blanks = (_BLANKS if newlines else _BLANKS_OF_A_LINE).match(self.text, self.at)
         assert blanks is not None
         self.at = blanks.end()

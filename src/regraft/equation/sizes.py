@@ -145,14 +145,14 @@ def known_dims(equation: Equation, term: Term, lookup: Lookup) -> list[int | Non
     ]
 
 
-def undetermined(equation: Equation, reverse: bool = False) -> tuple[str, ...]:
+def undetermined(equation: Equation, *, reverse: bool = False) -> tuple[str, ...]:
     """Axes whose size the side that is read and the ``where`` clauses leave open (for lint).
 
     >>> from regraft.equation.notation import parse_equation
     >>> undetermined(parse_equation("a i, b i == (a + b) i"), reverse=True)
     ('a', 'b')
     """
-    source, _ = equation.sides(reverse)
+    source, _ = equation.sides(reverse=reverse)
     solver = _Solver(equation, lambda value: 1)
     for name in _indices(equation):
         solver.sizes[name] = 1

@@ -111,7 +111,7 @@ def diff(
         left, right = open_content(one), open_content(other)
         known = locate(model) if model is not None else None
         subjects = _subject(one, known), _subject(other, known)
-        return _Comparison(left, right, subjects, known).run(propose_book)
+        return _Comparison(left, right, subjects, known).run(propose_book=propose_book)
 
 
 def _subject(path: Path, model: Path | None) -> Subject | None:
@@ -140,7 +140,7 @@ class _Comparison:
         one, other = self.subjects
         return (one.layout if one else None, other.layout if other else None)
 
-    def run(self, propose_book: bool) -> Diff:
+    def run(self, *, propose_book: bool) -> Diff:
         a, b = self.left.tensors, self.right.tensors
         same = [n for n, t in a.items() if n in b and t.look == b[n].look]
         proposal: Proposal | None = None

@@ -129,7 +129,7 @@ class _Search:
             made = replace(self.explanation, fate="there")
             return replace(made, why=f"the file is in {self.to} already: nothing is moved")
         if self.subject.same:
-            here = End((base,), 1, 0, self.shape(group), "any", base, True)
+            here = End((base,), 1, 0, self.shape(group), "any", base, mine=True)
             where, why = self.subject.where, self.subject.same
             same = replace(self.explanation, fate="carried", where=where, why=why)
             return replace(same, sources=(here,), targets=(here,))
@@ -199,8 +199,8 @@ class _Search:
             return replace(
                 made,
                 problems=problems,
-                sources=tuple(unsized(best, True)),
-                targets=tuple(unsized(best, False)),
+                sources=tuple(unsized(best, reading=True)),
+                targets=tuple(unsized(best, reading=False)),
             )
         entry, row = found
         return with_entry(made, plan, entry, row, self.explanation.base)
@@ -250,7 +250,7 @@ class _Search:
     ) -> Explanation:
         """A key that stays what it is, and the line that says so."""
         base = group.name(0)
-        here = End((base,), 1, 0, self.shape(group), carry.kind, str(carry.term), True)
+        here = End((base,), 1, 0, self.shape(group), carry.kind, str(carry.term), mine=True)
         return replace(
             self.explanation,
             fate="carried",
@@ -267,7 +267,7 @@ class _Search:
     def kept(self) -> Explanation:
         """A tensor that is about none of the base's: the result has it, or it goes into those that share it."""
         assert self.name is not None
-        here = End((self.name.name,), 1, 0, None, "any", self.name.name, True)
+        here = End((self.name.name,), 1, 0, None, "any", self.name.name, mine=True)
         stays = self.name.name in self.subject.made
         why = "it is about no tensor of the base, and the result has it as it is"
         if not stays:

@@ -234,7 +234,7 @@ class _Way:
             names = [key for end in self._targets(plan, home.key) for key in end]
             return self._written(made, home, names)
         shape = self.deltas[home].shape
-        here = End((home.key,), 1, 0, shape, home.kind, home.key, True)
+        here = End((home.key,), 1, 0, shape, home.kind, home.key, mine=True)
         made = replace(
             found,
             fate="carried",

@@ -84,7 +84,7 @@ def locate(plan: Plan, base: str | None) -> tuple[Entry, int] | None:
     return None
 
 
-def unsized(best: Claim, reading: bool) -> Iterator[End]:
+def unsized(best: Claim, *, reading: bool) -> Iterator[End]:
     """The terms of a rule where sizes are not known: holes stay holes, except those that are."""
     values = values_of(best.term, best.match)
     loops = best.rule.equation.loops
@@ -145,15 +145,19 @@ def with_entry(
 def _pieces(entry: Entry, copy: Copy, names: list[list[list[str]]]) -> Iterator[Piece]:
     """Every pair of tensors that a copy joins, and the block in each."""
     outer = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-    from_slots, from_dims = walk(entry, copy, outer, entry.read, False)
-    to_slots, to_dims = walk(entry, copy, outer, entry.written, True)
+    from_slots, from_dims = walk(entry, copy, outer, entry.read, target=False)
+    to_slots, to_dims = walk(entry, copy, outer, entry.written, target=True)
     read, written = entry.read[copy.source], entry.written[copy.target]
     for point in range(len(from_slots)):
         yield Piece(
             names[0][copy.source][int(from_slots[point])],
-            _place(entry, copy, read, copy.source_start, from_dims[:, point].tolist(), False),
+            _place(
+                entry, copy, read, copy.source_start, from_dims[:, point].tolist(), target=False
+            ),
             names[1][copy.target][int(to_slots[point])],
-            _place(entry, copy, written, copy.target_start, to_dims[:, point].tolist(), True),
+            _place(
+                entry, copy, written, copy.target_start, to_dims[:, point].tolist(), target=True
+            ),
         )
 
 
@@ -163,6 +167,7 @@ def _place(
     term: Term,
     starts: Sequence[int],
     moved: Sequence[int],
+    *,
     target: bool,
 ) -> tuple[str, ...]:
     """A block in one tensor, dim by dim, as a slice is written."""

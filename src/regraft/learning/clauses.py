@@ -143,7 +143,7 @@ def clauses_of(
         loose = [
             name
             for reverse in (False, True)
-            for name in undetermined(equation, reverse)
+            for name in undetermined(equation, reverse=reverse)
             if name not in done
         ]
         if not loose:

@@ -116,7 +116,7 @@ def merge_adapter(
     here, known, evidence = source_layout(source, to, config, layout, foreign)
     before = source.deltas(known, here)
     check_biases(before)
-    with staged_folder(dst, overwrite) as staged:
+    with staged_folder(dst, overwrite=overwrite) as staged:
         inner = staged / "base"
         done = convert_checkpoint(
             base, inner, to=to.name, model=model, progress=progress, foreign=foreign

@@ -111,7 +111,7 @@ def extract(
         )
         if not dry_run:
             for path in (base, tuned):
-                check_destination(Path(path), output.dst, overwrite, file=output.file)
+                check_destination(Path(path), output.dst, overwrite=overwrite, file=output.file)
         work = _Extracting(one, other, output, wanted, made, tuple(skip), full)
         work.run(pairs, progress)
         made.notes += output.write(made, overwrite, dry_run)

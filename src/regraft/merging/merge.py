@@ -105,7 +105,7 @@ def merge(
         if dry_run:
             return report
         for path in (base_path, *(path for path, _ in paths)):
-            check_destination(path, dst_path, overwrite, file=name is not None)
+            check_destination(path, dst_path, overwrite=overwrite, file=name is not None)
 
         def finish(folder: Path) -> None:
             add_all(model, addends, checked, ready, folder, progress)

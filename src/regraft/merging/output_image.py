@@ -143,7 +143,7 @@ class ImageOutput:
             return []
         size = sum(tensor.nbytes for tensor in written.tensors.values())
         stage = staged_file if self.file else staged_folder
-        with stage(self.dst, overwrite, size) as staged:
+        with stage(self.dst, overwrite=overwrite, size=size) as staged:
             write_tensors(staged / WEIGHTS, written.tensors, header)
         return []
 

@@ -163,7 +163,7 @@ class LanguageOutput:
     def _save(self, opened: PlainFile, result: Converted, overwrite: bool) -> None:
         size = sum(tensor.nbytes for tensor in result.tensors.values())
         stage = staged_file if self.file else staged_folder
-        with stage(self.dst, overwrite, size) as staged:
+        with stage(self.dst, overwrite=overwrite, size=size) as staged:
             self.dialect.save(staged, opened, result)
 
 

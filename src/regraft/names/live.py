@@ -228,7 +228,7 @@ class _Walk:
             model.submodels.append(_submodel(module, canonical[:-1]))
         if model is None:
             assert live is not None
-            self.rest.append(_Rest(module, live, canonical, False))
+            self.rest.append(_Rest(module, live, canonical, adapter=False))
         else:
             parameters = inside["_parameters"]
             if self.flat:

@@ -59,7 +59,15 @@ def build_plan(
     Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, ``RefusedError`` where all is well but for
     keys that the target has no place for, otherwise ``BadInputError``.
     """
-    builder = _Builder(headers, tuple(edges), scopes or {}, partial, guess, where, unmatched_fix)
+    builder = _Builder(
+        headers,
+        tuple(edges),
+        scopes or {},
+        partial=partial,
+        guess=guess,
+        where=where,
+        unmatched_fix=unmatched_fix,
+    )
     builder.mixed = mixed
     return builder.build()
 
@@ -70,6 +78,7 @@ class _Builder:
         headers: Headers,
         edges: tuple[Edge, ...],
         scopes: Mapping[str, Scope],
+        *,
         partial: bool,
         guess: Guess | None,
         where: str | None,
@@ -79,7 +88,7 @@ class _Builder:
         self.headers, self.edges = headers, edges
         self.books = tuple(edge.book for edge in edges)
         self.scopes, self.where = scopes, where
-        self.sources = Sources(headers, partial, guess, where)
+        self.sources = Sources(headers, partial=partial, guess=guess, where=where)
         self.unmatched: list[Finding] = []
         self.refused: list[Finding] = []
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)

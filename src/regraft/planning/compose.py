@@ -154,12 +154,14 @@ class _Block(Struct, frozen=True):
     """Size, dim and step, and dim and step at the other end."""
 
 
-def _blocks(entry: Entry, copy: Copy, loop: int, slot: int, from_source: bool) -> Iterator[_Block]:
+def _blocks(
+    entry: Entry, copy: Copy, loop: int, slot: int, *, from_source: bool
+) -> Iterator[_Block]:
     """What a copy does to one of its tensors, a source of it or a target."""
     copy = without_rest(copy, entry.rest)
     keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
     flat = replace(copy, axes=tuple(axis for axis in copy.axes if axis not in keyed))
-    ends = [_stand(entry, copy, keyed, target) for target in (False, True)]
+    ends = [_stand(entry, copy, keyed, target=target) for target in (False, True)]
     starts = [copy.source_start, copy.target_start]
     here, there = (ends[0], ends[1]) if from_source else (ends[1], ends[0])
     start, other_start = starts if from_source else starts[::-1]
@@ -179,8 +181,10 @@ def _blocks(entry: Entry, copy: Copy, loop: int, slot: int, from_source: bool) -
         )
 
 
-def _stand(entry: Entry, copy: Copy, keyed: Sequence[CopyAxis], target: bool) -> tuple[Ints, Ints]:
-    slots, dims = walk(entry, copy, keyed, entry.written if target else entry.read, target)
+def _stand(
+    entry: Entry, copy: Copy, keyed: Sequence[CopyAxis], *, target: bool
+) -> tuple[Ints, Ints]:
+    slots, dims = walk(entry, copy, keyed, entry.written if target else entry.read, target=target)
     starts = copy.target_start if target else copy.source_start
     full = np.zeros((len(starts), len(slots)), dtype=np.int64)
     full[: len(dims)] = dims
@@ -206,7 +210,7 @@ def _composed(entry: Entry, loop: int, middle: Middle, of: Sequence[tuple[int, .
     for copy in entry.copies:
         ids = entry.sources[copy.source][loop].reshape(-1)
         for slot, number in enumerate(ids.tolist()):
-            into = list(_blocks(entry, copy, loop, slot, True))
+            into = list(_blocks(entry, copy, loop, slot, from_source=True))
             into = [replace(block, other=block.other + first[copy.target]) for block in into]
             dims = len(middle.headers.shapes[number])
             for block in _out_of(origins[number], middle.headers.shapes[number]):
@@ -233,7 +237,7 @@ def _out_of(origin: _Origin, shape: Sequence[int]) -> Iterator[_Block]:
         return
     for copy in origin.entry.copies:
         if copy.target == origin.term:
-            yield from _blocks(origin.entry, copy, origin.loop, origin.slot, False)
+            yield from _blocks(origin.entry, copy, origin.loop, origin.slot, from_source=False)
 
 
 def _padding_of(origin: _Origin) -> Iterator[tuple[float, _Block]]:
@@ -244,7 +248,7 @@ def _padding_of(origin: _Origin) -> Iterator[tuple[float, _Block]]:
         if padding.term != origin.term:
             continue
         copy = as_copy(origin.entry, padding)
-        for block in _blocks(origin.entry, copy, origin.loop, origin.slot, False):
+        for block in _blocks(origin.entry, copy, origin.loop, origin.slot, from_source=False):
             yield padding.value, block
 
 
@@ -258,13 +262,16 @@ def _own_padding(entry: Entry, padding: Padding, first: int) -> Iterator[Padding
     """The padding of one entry as that of single tensors, whose terms begin at a number."""
     copy = as_copy(entry, padding)
     for slot in range(prod(entry.stack(entry.written[padding.term]))):
-        for block in _blocks(entry, copy, 0, slot, False):
-            axes = tuple((size, Place(False, dim, step)) for size, dim, step, _, _ in block.axes)
+        for block in _blocks(entry, copy, 0, slot, from_source=False):
+            axes = tuple(
+                (size, Place(in_key=False, index=dim, step=step))
+                for size, dim, step, _, _ in block.axes
+            )
             yield Padding(first + slot, axes, block.start, (), padding.value)
 
 
 def _check_undemanding(entry: Entry) -> None:
-    if entry.repeats or entry.paddings(False):
+    if entry.repeats or entry.paddings(written=False):
         raise RefusedError(
             Finding(
                 "no-image",
@@ -297,7 +304,14 @@ def _join(one: _Block, other: _Block, source: int, dims: int) -> Iterator[Copy]:
                 goal[d] += by
             for size, (a, step), (b, stride) in loops:
                 name = f"a{len(axes)}"
-                axes.append(CopyAxis(name, size, Place(False, a, step), Place(False, b, stride)))
+                axes.append(
+                    CopyAxis(
+                        name,
+                        size,
+                        Place(in_key=False, index=a, step=step),
+                        Place(in_key=False, index=b, step=stride),
+                    )
+                )
         yield Copy(source, other.other, tuple(axes), tuple(start), tuple(goal), (), ())
 
 

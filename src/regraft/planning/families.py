@@ -70,7 +70,7 @@ class Sources:
     """The tensors that a plan reads, their shapes as codes, and what is wrong with them."""
 
     def __init__(
-        self, headers: Headers, partial: bool, guess: Guess | None, where: str | None
+        self, headers: Headers, *, partial: bool, guess: Guess | None, where: str | None
     ) -> None:
         self.headers, self.partial, self.guess, self.where = headers, partial, guess, where
         self.findings: list[Finding] = []
@@ -232,7 +232,7 @@ class Family:
         sizes |= self.givens
         if not self._check_numbers(loops[members], sizes):
             return None
-        copies = lower(self.rule.equation, sizes, self.way.direction.backward)
+        copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
         return entry_of(
             self.way,
             self.rests,

@@ -66,7 +66,9 @@ def own_modules(
         return OwnModules()
     name = model.architectures()[0]
     ends = dict.fromkeys(book.layouts for book in books)
-    carries = tuple(_carry(group.template, group.template in adapted, name) for group in left)
+    carries = tuple(
+        _carry(group.template, is_adapted=group.template in adapted, name=name) for group in left
+    )
     made = tuple(_book(name, number, *end, carries) for number, end in enumerate(ends))
     names = [name for group in left for name in group.names()]
     shown = ", ".join(pattern for pattern, _ in patterns(names))
@@ -95,7 +97,9 @@ def whole_class(
     if any(name not in base for group in groups for name in group.names()):
         return OwnModules()
     name = model.architectures()[0]
-    carries = tuple(_carry(group.template, group.template in adapted, name) for group in groups)
+    carries = tuple(
+        _carry(group.template, is_adapted=group.template in adapted, name=name) for group in groups
+    )
     return OwnModules(
         (_book(name, 0, *_TRANSFORMERS, carries),),
         f"{name} is not a class of transformers, and its weights have these very names, so nothing moves",
@@ -123,7 +127,7 @@ def told_by_class(
     there = foreign.has_class(named) if foreign is not None and named else None
     told = ask() if there else None
     if told is None:
-        return None, _unchecked(strange, named, there)
+        return None, _unchecked(strange, named, there=there)
     whole = not told.book.gaps and not any(
         True for group in groups for _ in unexplained(group, (told.book,), {})
     )
@@ -132,11 +136,11 @@ def told_by_class(
 
 def unchecked_names(groups: Sequence[Group], books: Sequence[Book]) -> tuple[str, ...]:
     """A note on names that only look like a model's, where no config tells its class."""
-    return _unchecked(outside(groups, books, {}, None), (), None)
+    return _unchecked(outside(groups, books, {}, None), (), there=None)
 
 
 def _unchecked(
-    strange: Sequence[Group], named: Sequence[str], there: bool | None
+    strange: Sequence[Group], named: Sequence[str], *, there: bool | None
 ) -> tuple[str, ...]:
     if not strange:
         return ()
@@ -192,7 +196,7 @@ def _among(group: Group, there: Collection[str]) -> Group:
     return group.take(np.array([name in there for name in group.names()], dtype=bool))
 
 
-def _carry(template: str, is_adapted: bool, name: str) -> Carry:
+def _carry(template: str, *, is_adapted: bool, name: str) -> Carry:
     pieces = template.split(MARK)
     key = pieces[0] + "".join(f"{{n{i}}}{text}" for i, text in enumerate(pieces[1:]))
     dims, kind = ("o i", "linear") if is_adapted else ("...", "any")

@@ -100,14 +100,16 @@ class Entry(Struct, frozen=True, eq=False):
         equation = self.rule.equation
         if not equation.copies:
             return ()
-        return repeats(equation, self.sizes, self.way.direction.backward)
+        return repeats(equation, self.sizes, reverse=self.way.direction.backward)
 
-    def paddings(self, written: bool) -> tuple[Padding, ...]:
+    def paddings(self, *, written: bool) -> tuple[Padding, ...]:
         """The padding of the tensors that are written, or of those that are read."""
         own: tuple[Padding, ...] = ()
         equation = self.rule.equation
         if equation.fills:
-            own = paddings(equation, self.sizes, written, self.way.direction.backward)
+            own = paddings(
+                equation, self.sizes, written=written, reverse=self.way.direction.backward
+            )
         return (*own, *self.padded) if written else own
 
     @property
@@ -163,7 +165,7 @@ def index_grid(sizes: Sequence[int]) -> Ints:
 
 
 def walk(
-    entry: Entry, copy: Copy, axes: Sequence[CopyAxis], terms: Sequence[Term], target: bool
+    entry: Entry, copy: Copy, axes: Sequence[CopyAxis], terms: Sequence[Term], *, target: bool
 ) -> tuple[Ints, Ints]:
     """Where each point of some axes of a copy stands at one end, which is among ``terms``.
 

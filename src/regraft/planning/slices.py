@@ -190,7 +190,9 @@ class Slicer:
         key = (id(made.entry), made.term, made.slot, region)
         if key not in self._cut:
             found = list(cut_entry(made.entry, made.term, made.slot, region))
-            self._cut[key] = found + [(-1, strips) for strips in self.padding(name, False, region)]
+            self._cut[key] = found + [
+                (-1, strips) for strips in self.padding(name, zeros=False, region=region)
+            ]
         result = []
         for source, strips in self._cut[key]:
             if source < 0:
@@ -200,7 +202,7 @@ class Slicer:
             result.append(strips.with_sources(ids))
         return result
 
-    def padding(self, name: str, zeros: bool, region: Region | None = None) -> list[Strips]:
+    def padding(self, name: str, *, zeros: bool, region: Region | None = None) -> list[Strips]:
         """The padding in a region of a target, or in all of it; zeros only where asked for."""
         made = self._made[name]
         if isinstance(made, int):
@@ -260,13 +262,13 @@ def as_copy(entry: Entry, padding: Padding) -> Copy:
     """Padding as a copy that reads one element again and again."""
     written = entry.written[padding.term]
     last = len(padding.start) - 1
-    nowhere = Place(False, 0, 0)
+    nowhere = Place(in_key=False, index=0, step=0)
     axes: list[CopyAxis] = []
     start = padding.start
     for number, (size, place) in enumerate(padding.axes):
         if written.ends_open and not place.in_key and place.index == last:
             axes += [
-                CopyAxis(f"{REST}{n}", rest, nowhere, Place(False, last + n, 1))
+                CopyAxis(f"{REST}{n}", rest, nowhere, Place(in_key=False, index=last + n, step=1))
                 for n, rest in enumerate(entry.rest)
             ]
             start = (*start[:-1], *(0 for _ in entry.rest))
@@ -303,10 +305,10 @@ def _strips(
     grid = index_grid([high - low for low, high in spans])
     grid = grid + np.array([low for low, _ in spans], dtype=np.int64).reshape(-1, 1)
     from_slots, from_at = _stand(
-        keyed, grid, copy.source_key_start, entry.stack(read), out_of, there, False
+        keyed, grid, copy.source_key_start, entry.stack(read), out_of, there, target=False
     )
     to_slots, to_at = _stand(
-        keyed, grid, copy.target_key_start, entry.stack(written), into, here, True
+        keyed, grid, copy.target_key_start, entry.stack(written), into, here, target=True
     )
     rows = np.flatnonzero(to_slots == slot)
     return Strips(*merge_loops(loops), from_slots[rows], from_at[rows], to_at[rows])
@@ -319,6 +321,7 @@ def _stand(
     stack: Sequence[int],
     strides: Sequence[int],
     start: int,
+    *,
     target: bool,
 ) -> tuple[Ints, Ints]:
     """The slot of the key and the offset in the tensor, on one side, at every point of the axes that stand in keys."""
@@ -348,7 +351,8 @@ def without_rest(copy: Copy, rest: Sequence[int]) -> Copy:
             continue
         for number, size in enumerate(rest):
             source, target = (
-                Place(False, place.index + number, 1) for place in (axis.source, axis.target)
+                Place(in_key=False, index=place.index + number, step=1)
+                for place in (axis.source, axis.target)
             )
             axes.append(CopyAxis(f"{REST}{number}", size, source, target))
     more = (0,) * len(rest)

@@ -177,7 +177,7 @@ class Rule(Struct, frozen=True, cache_hash=True, dict=True):
 
     def sides(self, direction: Direction) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The terms of the side that is read and of the side that is written."""
-        return self.equation.sides(direction.backward)
+        return self.equation.sides(reverse=direction.backward)
 
     def side(self, side: Side) -> Iterator[tuple[Term, str]]:
         """The terms of a side, with their kinds."""
@@ -531,7 +531,7 @@ def load_book(
         included = read_book(part)
         parts.append((name, included, _convert(included, name, _PartTable)))
     for where, source, part_table in parts:
-        loader = _Loader(where, source, table.name, sound)
+        loader = _Loader(where, source, table.name, sound=sound)
         rules += filter(None, (loader.rule(i, raw) for i, raw in enumerate(part_table.equation)))
         carries += [c for i, raw in enumerate(part_table.carry) for c in loader.carry(i, raw)]
         drops += [d for i, raw in enumerate(part_table.drop) for d in loader.drop(i, raw)]
@@ -781,7 +781,7 @@ def _convert(text: str, shown: str, kind: type[_T]) -> _T:
 
 
 class _Loader:
-    def __init__(self, path: str, text: str, book: str, sound: bool) -> None:
+    def __init__(self, path: str, text: str, book: str, *, sound: bool) -> None:
         self.path, self.text, self.book, self.sound = path, text, book, sound
         self.findings: list[Finding] = []
         self.carried: set[str] = set()
@@ -836,7 +836,7 @@ class _Loader:
     def check_sizes(self, rule: str, equation: Equation, line: int) -> None:
         """Report a rule whose sizes cannot be known in both directions."""
         for direction in () if self.sound else Direction:
-            loose = undetermined(equation, direction.backward)
+            loose = undetermined(equation, reverse=direction.backward)
             if loose:
                 self.report(
                     "undetermined",

@@ -77,7 +77,7 @@ def meet(one: Key, other: Key) -> str | None:
     left, right = segments_of(one), segments_of(other)
     seen: set[tuple[int, int, bool, int]] = set()
 
-    def walk(i: int, j: int, common: bool, holder: int) -> list[str] | None:
+    def walk(i: int, j: int, *, common: bool, holder: int) -> list[str] | None:
         """``holder`` is 1 where the left one holds something of the right, -1 the other way round, 0 so far not."""
         if (i, j, common, holder) in seen:
             return None
@@ -88,22 +88,26 @@ def meet(one: Key, other: Key) -> str | None:
         b = right[j] if j < len(right) else ()
         if a is not None and b is not None:
             both = _unify(a, b)
-            rest = walk(i + 1, j + 1, True, holder) if both is not None and a and b else None
+            rest = (
+                walk(i + 1, j + 1, common=True, holder=holder)
+                if both is not None and a and b
+                else None
+            )
             return None if both is None or rest is None else [both, *rest]
         if a is None:
-            found = walk(i + 1, j, common, holder)
+            found = walk(i + 1, j, common=common, holder=holder)
             if found is None and b is not None and b != () and holder >= 0:
-                rest = walk(i, j + 1, common, 1)
+                rest = walk(i, j + 1, common=common, holder=1)
                 found = None if rest is None else [write_segment(b, "0"), *rest]
             if found is not None or b is not None:
                 return found
-        found = walk(i, j + 1, common, holder)
+        found = walk(i, j + 1, common=common, holder=holder)
         if found is None and a is not None and a != () and holder <= 0:
-            rest = walk(i + 1, j, common, -1)
+            rest = walk(i + 1, j, common=common, holder=-1)
             found = None if rest is None else [write_segment(a, "0"), *rest]
         return found
 
-    found = walk(0, 0, False, 0)
+    found = walk(0, 0, common=False, holder=0)
     return None if found is None else ".".join(found)
 
 

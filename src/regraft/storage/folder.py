@@ -28,7 +28,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
-def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> Iterator[Path]:
+def staged_folder(dst: str | os.PathLike[str], *, overwrite: bool, size: int = 0) -> Iterator[Path]:
     """Fill a folder that appears at ``dst`` whole or not at all.
 
     Yields an empty folder in a hidden one beside ``dst``, on the same file system. When the block
@@ -47,12 +47,12 @@ def staged_folder(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -
         BadInputError: ``dst`` is a file, or exists and ``overwrite`` is not set, or the folder it
             is in cannot be written to or has no room; or another run is at work on ``dst``.
     """
-    with _staged(dst, overwrite, size, file=False) as folder:
+    with _staged(dst, overwrite=overwrite, size=size, file=False) as folder:
         yield folder
 
 
 @contextmanager
-def staged_file(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> Iterator[Path]:
+def staged_file(dst: str | os.PathLike[str], *, overwrite: bool, size: int = 0) -> Iterator[Path]:
     """Fill a folder of which one file appears at ``dst``, whole or not at all.
 
     The folder must hold one file in the end, with the suffix of ``dst``, whatever its name. Everything else is as in
@@ -61,7 +61,7 @@ def staged_file(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> 
     Raises:
         BadInputError: as `staged_folder` does, and where there is more than the one file.
     """
-    with _staged(dst, overwrite, size, file=True) as folder:
+    with _staged(dst, overwrite=overwrite, size=size, file=True) as folder:
         inner = folder / "parts"
         inner.mkdir()
         yield inner
@@ -80,19 +80,19 @@ def staged_file(dst: str | os.PathLike[str], overwrite: bool, size: int = 0) -> 
 
 @contextmanager
 def _staged(
-    dst: str | os.PathLike[str], overwrite: bool, size: int, *, file: bool
+    dst: str | os.PathLike[str], *, overwrite: bool, size: int, file: bool
 ) -> Iterator[Path]:
     dst = Path(os.path.realpath(dst))
-    if findings := _check_place(dst, overwrite, file):
+    if findings := _check_place(dst, overwrite=overwrite, file=file):
         raise BadInputError(findings)
-    with open_work(dst, file) as work:
+    with open_work(dst, file=file) as work:
         try:
-            work.check_place(overwrite)
+            work.check_place(overwrite=overwrite)
             work.empty()
             work.check_space(size)
             yield work.new
             _sync_files(work.new)
-            work.place(overwrite)
+            work.place(overwrite=overwrite)
         except OSError as error:
             raise cannot_write(dst, error) from error
 
@@ -100,8 +100,8 @@ def _staged(
 def check_destination(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    overwrite: bool,
     *,
+    overwrite: bool,
     file: bool = False,
 ) -> None:
     """Check that a folder, or a ``file``, can be written to ``dst`` without touching ``src``.
@@ -121,7 +121,7 @@ def check_destination(
             folder or the current one, or the folder it is in cannot be written to.
     """
     src, dst = Path(os.path.realpath(src)), Path(os.path.realpath(dst))
-    kind = _kind(file)
+    kind = _kind(file=file)
     findings: list[Finding] = []
 
     def report(code: str, message: str) -> None:
@@ -135,7 +135,7 @@ def check_destination(
     elif _is_inside(src, dst) or any(_is_inside(path, dst) for path in _resolve_entries(src)):
         report("source-in-destination", f"{src}, which is read, lies inside the {kind} to write")
     if not findings or findings[0].code != "destination-is-source":
-        findings += _check_place(dst, overwrite, file)
+        findings += _check_place(dst, overwrite=overwrite, file=file)
     if findings:
         raise BadInputError(findings)
 
@@ -326,17 +326,19 @@ def _name_json(value: object) -> str:
     return "text" if isinstance(value, str) else "a number"
 
 
-def _kind(file: bool) -> str:
+def _kind(*, file: bool) -> str:
     return "file" if file else "folder"
 
 
-def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding]:
+def _check_place(dst: Path, *, overwrite: bool, file: bool = False) -> list[Finding]:
     """What keeps a folder or a file from being put at ``dst``, a resolved path."""
     where = str(dst)
-    elsewhere = f"choose another {_kind(file)} to write to"
+    elsewhere = f"choose another {_kind(file=file)} to write to"
     try:
         if dst.exists() and dst.is_dir() == file:
-            message = f"expected a {_kind(file)} to write, and this is a {_kind(not file)}"
+            message = (
+                f"expected a {_kind(file=file)} to write, and this is a {_kind(file=not file)}"
+            )
             return [Finding("destination-is-file", message, where=where, fix=elsewhere)]
         if dst.exists():
             for kept, name in ((Path.home(), "home"), (Path.cwd(), "current")):
@@ -344,7 +346,7 @@ def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding
                     message = f"the folder holds the {name} folder, and would be replaced whole"
                     return [Finding("destination-in-use", message, where=where, fix=elsewhere)]
             if not overwrite:
-                message = f"the {_kind(file)} to write exists already"
+                message = f"the {_kind(file=file)} to write exists already"
                 return [Finding("destination-exists", message, where=where, fix="pass --overwrite")]
         above = dst.parent
         while not above.exists():
@@ -352,7 +354,7 @@ def _check_place(dst: Path, overwrite: bool, file: bool = False) -> list[Finding
     except OSError as error:
         return list(cannot_write(dst, error).findings)
     if not above.is_dir():
-        message = f"the {_kind(file)} to write would be inside this, which is a file"
+        message = f"the {_kind(file=file)} to write would be inside this, which is a file"
         return [Finding("destination-is-file", message, where=str(above), fix=elsewhere)]
     if not os.access(above, os.W_OK | os.X_OK):
         message = "the folder may not be written to"

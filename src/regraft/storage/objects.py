@@ -62,7 +62,7 @@ class Store(Protocol):
     def listed(self) -> list[Found] | None:
         """Everything below the folder; ``None`` where the store cannot tell."""
 
-    def put(self, key: str, data: bytes, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, create: bool) -> None:
         """Write a small object as a whole; with ``create`` only where there is none."""
 
     def stream(self, key: str, parts: Iterator[Any], size: int) -> None:
@@ -146,10 +146,10 @@ class Client:
         except StoreError as error:
             raise self.failed("", error) from None
 
-    def put(self, key: str, data: bytes, create: bool = False) -> None:
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """Write a small object as a whole; with ``create`` only where there is none."""
         try:
-            self.ask(key, lambda: self.store.put(key, data, create))
+            self.ask(key, lambda: self.store.put(key, data, create=create))
         except StoreError as error:
             raise self.failed(key, error) from None
         self.traffic.add(written=len(data))
@@ -157,7 +157,7 @@ class Client:
     def create(self, key: str, data: bytes) -> bytes:
         """Write a small object where there is none; what is there then, which somebody else may have written."""
         try:
-            self.ask(key, lambda: self.store.put(key, data, True))
+            self.ask(key, lambda: self.store.put(key, data, create=True))
         except StoreError as error:
             if error.trouble != "exists":
                 raise self.failed(key, error) from None

@@ -128,7 +128,7 @@ class Outline:
         shutil.rmtree(self.root.parent, ignore_errors=True)
 
 
-def draw(url: str, client: Client, whole: bool) -> Outline:
+def draw(url: str, client: Client, *, whole: bool) -> Outline:
     """Make the outline of what is at an address; ``client`` is its store, or that of its folder where it is a file.
 
     At most one request for each file that is looked into, and one to list them.
@@ -150,7 +150,7 @@ def draw(url: str, client: Client, whole: bool) -> Outline:
         if name:
             _draw_file(outline, name)
         else:
-            _draw_folder(outline, whole)
+            _draw_folder(outline, whole=whole)
     except BaseException:
         outline.close()
         raise
@@ -170,10 +170,10 @@ def _draw_file(outline: Outline, name: str) -> None:
         raise _nothing(outline)
 
 
-def _draw_folder(outline: Outline, whole: bool) -> None:
+def _draw_folder(outline: Outline, *, whole: bool) -> None:
     rows = outline.client.listed()
     if rows is None:
-        _guess(outline, whole)
+        _guess(outline, whole=whole)
         return
     rows = [row for row in rows if row.key and not row.key.endswith("/")]
     if not rows:
@@ -190,7 +190,7 @@ def _draw_folder(outline: Outline, whole: bool) -> None:
             outline.stand_in(row)
 
 
-def _guess(outline: Outline, whole: bool) -> None:
+def _guess(outline: Outline, *, whole: bool) -> None:
     """Look for what a checkpoint usually has."""
     found = _look(outline, _USUAL, {})
     names = _tensors_of(found)

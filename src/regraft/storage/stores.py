@@ -114,7 +114,7 @@ class _Obstore(Store):
         except Exception as error:
             raise self._trouble(error) from None
 
-    def put(self, key: str, data: bytes, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, create: bool) -> None:
         """Write a small object as a whole."""
         mode = "create" if create else "overwrite"
         try:
@@ -227,7 +227,7 @@ class _Fsspec(Store):
         start = len(self._root.rstrip("/")) + 1
         return [_told(info, path[start:]) for path, info in rows.items()]
 
-    def put(self, key: str, data: bytes, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, create: bool) -> None:
         """Write a small object as a whole. Whether there is one is asked before, which is no lock."""
         try:
             if create and self._fs.exists(self._path(key)):

@@ -317,7 +317,7 @@ def _find_tensors(
         known = recognize_content(start, where)
         if known is not None and not is_zip:
             raise BadInputError(known)
-        loaded, places = _load(file, is_zip, stamp.size, where)
+        loaded, places = _load(file, is_zip=is_zip, size=stamp.size, where=where)
         if isinstance(loaded, dict):
             loaded = model_in(loaded)
         if not isinstance(loaded, dict):
@@ -328,7 +328,7 @@ def _find_tensors(
         return _locate(loaded, places, stamp.size, where), stamp
 
 
-def _load(file: BinaryIO, is_zip: bool, size: int, where: str) -> tuple[Any, _Places]:
+def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, _Places]:
     """What the file's pickle says, and where the storages are."""
     try:
         if is_zip:

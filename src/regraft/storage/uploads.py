@@ -86,7 +86,7 @@ class Uploads:
         """End an upload, whose parts are removed; it may be gone."""
         self._ask("abort_multipart_upload", key, gone=True, UploadId=upload)
 
-    def _ask(self, operation: str, key: str, gone: bool = False, **options: Any) -> Any:
+    def _ask(self, operation: str, key: str, *, gone: bool = False, **options: Any) -> Any:
         """Ask S3; ``None`` where an upload is ``gone`` that may be."""
         where = f"{self.prefix}/{key}" if self.prefix else key
 

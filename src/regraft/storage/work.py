@@ -44,7 +44,7 @@ _SPARE = 1 << 18
 class Work:
     """The folder of one result; see `open_work`."""
 
-    def __init__(self, dst: Path, file: bool = False) -> None:
+    def __init__(self, dst: Path, *, file: bool = False) -> None:
         self.dst, self.file = dst, file
         self.folder = work_folder(dst)
         self.new = self.folder / "new"
@@ -56,7 +56,7 @@ class Work:
         """Whether there is something that need not be done again."""
         return bool(self.done)
 
-    def begin(self, job: bytes, resume: bool) -> None:
+    def begin(self, job: bytes, *, resume: bool) -> None:
         """Continue the same work where ``resume`` says so, or start afresh."""
         file, journal = self.folder / "job", self.folder / "journal"
         same = False
@@ -91,7 +91,7 @@ class Work:
         """
         check_room(self.folder, size, self.dst)
 
-    def check_place(self, overwrite: bool) -> None:
+    def check_place(self, *, overwrite: bool) -> None:
         """Check that nothing is in the result's place, unless it may be replaced.
 
         Raises ``BadInputError``.
@@ -119,11 +119,11 @@ class Work:
             os.close(self._journal)
             self._journal = -1
 
-    def place(self, overwrite: bool) -> None:
+    def place(self, *, overwrite: bool) -> None:
         """Put the finished result in its place and remove everything else."""
         self.close()
         _sync_folders(self.new)
-        self.check_place(overwrite)
+        self.check_place(overwrite=overwrite)
         if self.file:
             (self.new / self.dst.name).replace(self.dst)
         elif self.dst.exists():
@@ -197,14 +197,14 @@ def work_folder(dst: Path) -> Path:
 
 
 @contextmanager
-def open_work(dst: Path, file: bool = False) -> Iterator[Work]:
+def open_work(dst: Path, *, file: bool = False) -> Iterator[Work]:
     """Make or open the work folder of a result, a folder or a ``file``, and hold its lock.
 
     A folder that a dead run put aside goes back to its place first.
 
     Raises ``BadInputError`` where another run is at work on the same result, or the folder cannot be made.
     """
-    work = Work(dst, file)
+    work = Work(dst, file=file)
     made: list[Path] = []
     lock = -1
     try:

@@ -101,7 +101,7 @@ class Part(Struct, frozen=True):
 class NoImageError(Exception):
     """A family has no exact equivalent; ``needs_base`` where the base's weights would give one."""
 
-    def __init__(self, why: str, needs_base: bool = False) -> None:
+    def __init__(self, why: str, *, needs_base: bool = False) -> None:
         super().__init__(why)
         self.why, self.needs_base = why, needs_base
 

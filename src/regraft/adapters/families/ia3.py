@@ -82,11 +82,13 @@ class Ia3(Family):
         out = part.out if rows is None else len(rows)
         into = part.into if columns is None else len(columns)
         factors = _factors_of(part)
-        return _scaled(part, factors if index is None else factors[index], out, into, forward)
+        return _scaled(
+            part, factors if index is None else factors[index], out, into, forward=forward
+        )
 
     def turn(self, part: Part) -> Part:
         forward = not part.settings["feedforward"]
-        return _scaled(part, _factors_of(part), part.into, part.out, forward)
+        return _scaled(part, _factors_of(part), part.into, part.out, forward=forward)
 
     def join_out(self, parts: Sequence[Part | None], outs: Sequence[int]) -> Part:
         return self._join(parts, outs, OUT)
@@ -109,7 +111,7 @@ class Ia3(Family):
             made = _factors_of(there[0])
         else:
             raise self.refusal("the parts are multiplied by different factors across the joint")
-        return _scaled(first, made, first.out, first.into, forward.pop())
+        return _scaled(first, made, first.out, first.into, forward=forward.pop())
 
     def delta(self, part: Part, weight: Weight) -> Wide:
         (factors,) = as_wide(_factors_of(part))
@@ -126,7 +128,7 @@ def _factors_of(part: Part) -> Array:
     return part["ia3_l"].reshape(-1)
 
 
-def _scaled(part: Part, factors: Array, out: int, into: int, forward: bool) -> Part:
+def _scaled(part: Part, factors: Array, out: int, into: int, *, forward: bool) -> Part:
     shaped = factors[None, :] if forward else factors[:, None]
     settings = {**part.settings, "feedforward": forward}
     return replace(part, tensors={"ia3_l": shaped}, out=out, into=into, settings=settings)

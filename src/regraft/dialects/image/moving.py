@@ -166,7 +166,7 @@ class Ways:
 
 
 def _both(why: NoImageError, last: NoImageError) -> NoImageError:
-    return NoImageError(f"{why.why}; {last.why}", last.needs_base)
+    return NoImageError(f"{why.why}; {last.why}", needs_base=last.needs_base)
 
 
 def _as_large_as(delta: Delta, weight: Array) -> Delta:
