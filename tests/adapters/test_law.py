@@ -95,7 +95,7 @@ def check_law(made, low, loras, reverse, exact):
 def reread(record):
     """A record as it comes back from a file's metadata."""
     text = write_remembered("new", Origin("old"), {}, {}, record, KeptTable())
-    return read_remembered({KEY: text}).record(False)
+    return read_remembered({KEY: text}).record(rslora=False)
 
 
 def equal_scales(factor):
