@@ -264,7 +264,7 @@ def _pushed(
     if asked.stage is not None and not asked.commit:
         _check_unused(asked, ("push",), "it goes with the commit, and not with a part")
     if not asked.dry_run:
-        check_push(asked.push, settings()[1])
+        check_push(asked.push, offline=settings()[1])
     report = convert_with(src, dst, replace(asked, push=None), tell=tell, progress=progress)
     if report.written:
         try:

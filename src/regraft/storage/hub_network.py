@@ -100,17 +100,17 @@ class HubStore(Store):
         files = [row for row in rows if isinstance(row, self._files.RepoFile)]
         return [Found(row.path, int(row.size), commit) for row in files]
 
-    def put(self, key: str, data: bytes, create: bool) -> None:
+    def put(self, key: str, data: bytes, *, create: bool) -> None:
         """Nothing is written file by file."""
         raise StoreError("unfit", "the hub takes whole results: convert into a folder with --push")
 
     def stream(self, key: str, parts: Iterator[Any], size: int) -> None:
         """Nothing is written file by file."""
-        self.put(key, b"", False)
+        self.put(key, b"", create=False)
 
     def delete(self, key: str) -> None:
         """Nothing is removed."""
-        self.put(key, b"", False)
+        self.put(key, b"", create=False)
 
     def _asked(self, ask: Any) -> Any:
         try:
@@ -141,7 +141,7 @@ def trouble_of(error: Exception) -> StoreError:
     raise error
 
 
-def check_push(repository: str, offline: bool) -> None:
+def check_push(repository: str, *, offline: bool) -> None:
     """Check what can be checked before a result is made: the name, the package, and who is asking.
 
     Raises ``BadInputError``.
