@@ -255,3 +255,17 @@ def test_one_thing_under_two_names(sound, tmp_path, name, old, new):
     )
     assert {finding.code for finding in found} == {"two-values"}
     assert all(finding.key and finding.fix for finding in found)
+
+
+@pytest.mark.parametrize(("count", "sound_count"), [(1, False), (2, True), (-1, True), (0, True)])
+def test_mlx_makes_adapters_in_the_last_layers_alone(one_of, tmp_path, count, sound_count):
+    one = one_of["mlx", "llama"]
+    source, _ = copied(one, tmp_path)
+    file = source / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": count}))
+    if sound_count:
+        converted(source, one, tmp_path)
+        return
+    with pytest.raises(regraft.BadInputError, match="the last 1 layers alone") as caught:
+        converted(source, one, tmp_path)
+    assert ".0." in caught.value.findings[0].key

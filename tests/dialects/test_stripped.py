@@ -116,3 +116,11 @@ def test_two_keys_that_become_one(tmp_path):
     write_tensors(src / "adapter_model.safetensors", tensors, {"format": "pt"})
     with pytest.raises(BadInputError, match="the same key"):
         converted(src, tmp_path / "new", GOLDEN / "bases/mixtral")
+
+
+def test_what_stands_behind_some_factors_is_no_adapter_s_name():
+    """A training run has it in every key, so this is a damaged key, and stays what it is."""
+    keys = ["base_model.model.l.0.k.ia3_l.x", "base_model.model.l.0.v.ia3_l"]
+    assert strip_names(keys, "ia3_").names == keys
+    named = [f"{key.removesuffix('.x')}.x" for key in keys]
+    assert strip_names(named, "ia3_").adapter == "x"

@@ -184,6 +184,7 @@ class Mlx:
                 findings.append(Finding("rank", message, where=where, key=f"{module}.lora_a"))
             loras[f"{module}.weight"] = lora
         findings += _not_made(list(loras), config, where)
+        findings += _below_the_last(list(loras), config, where)
         magnitudes = {
             f"{name.removesuffix('.m')}.weight": tensor
             for name, tensor in tensors.items()
@@ -316,6 +317,27 @@ def _not_made(keys: Sequence[str], config: Mapping[str, Any], where: str) -> lis
             fix="use the config that was saved with these weights",
         )
     ]
+
+
+def _below_the_last(keys: Sequence[str], config: Mapping[str, Any], where: str) -> list[Finding]:
+    """Layers that are not among the last ``num_layers``, whatever the model has: mlx-lm leaves their factors unread."""
+    count = config.get("num_layers", config.get("lora_layers"))
+    blocks = [match for key in keys if (match := BLOCK.fullmatch(key.removesuffix(".weight")))]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1 or not blocks:
+        return []
+    first = max(int(match[1]) for match in blocks) + 1 - count
+    return [
+        Finding(
+            "not-targeted",
+            f"num_layers of {CONFIG} is {count}, so mlx-lm makes adapters in the last {count} layers alone, and would "
+            "not load its factors",
+            where=where,
+            key=f"{match[0]}.lora_a",
+            fix="use the config that was saved with these weights; -1 stands for all layers",
+        )
+        for match in blocks
+        if int(match[1]) < first
+    ][:1]
 
 
 def _odd_magnitudes(

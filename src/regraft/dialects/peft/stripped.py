@@ -94,7 +94,9 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
     """
     split = [name.split(".") for name in names]
     gone: dict[str, None] = {}
-    named = {found for segments in split if (found := _adapter_in(segments, family)) is not None}
+    named = {_adapter_in(s, family) for s in split if _is_of(s, family)}
+    named |= {found for s in split if (found := _adapter_in(s, family)) is not None}
+    # A training run names its adapter in every key: what stands in some of them is no name.
     name = next(iter(named)) if len(named) == 1 else None
     weights = False
     made: list[str] = []
@@ -112,6 +114,11 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
     count = sum(old != new for old, new in zip(names, made, strict=True))
     wrappers = tuple(sorted(g for g in gone if g in _WRAPPERS or everywhere is not None))
     return Stripped(made, tuple(names), wrappers, name, weights, count)
+
+
+def _is_of(segments: Sequence[str], family: str) -> bool:
+    """Whether a key is of a tensor that a family adds below a module."""
+    return bool(family) and any(segment.startswith(family) for segment in segments[1:])
 
 
 def _where_module_is(split: Sequence[Sequence[str]]) -> int | None:
