@@ -120,3 +120,13 @@ def test_nothing_there(tmp_path: Path, capsys: Capture) -> None:
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == "bad-input"
     assert error["findings"][0]["code"] == "no-config"
+
+
+def test_folders_that_are_too_deep_are_named(tmp_path: Path, capsys: Capture) -> None:
+    source = Path(__file__).parents[1] / "golden/cases/mixtral__gud_attn"
+    shutil.copytree(source, tmp_path / "one")
+    shutil.copytree(source, tmp_path / "a/b/c/d/e/f/g")
+    assert main(["inspect", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "Not looked into, because they are over 5 folders deep: a/b/c/d/e/f/g" in told
+    assert told.count("layout    ") == 1

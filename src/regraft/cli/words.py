@@ -347,6 +347,18 @@ def show_inspection(out: Output, inspection: Inspection) -> None:
         names = [visible(name) for name in inspection.files[:_FILES]]
         more = len(inspection.files) - _FILES
         out.show(Text("Other files: " + ", ".join(names + [f"and {more} more"] * (more > 0))))
+    if inspection.deeper:
+        from regraft.dialects.peft.inspect import DEPTH
+
+        shown = ", ".join(map(visible, inspection.deeper[:_FILES]))
+        more = len(inspection.deeper) - _FILES
+        rest = f" and {more} more" * (more > 0)
+        out.show(
+            Text(
+                f"Not looked into, because they are over {DEPTH} folders deep: {shown}{rest}",
+                WARNING,
+            )
+        )
 
 
 def _show_inspected(out: Output, adapter: Inspected, source: str) -> None:

@@ -38,6 +38,9 @@ from regraft.planning.side import Side
 from regraft.rules.book import Book
 from regraft.shown import Shown
 
+DEPTH = 5
+"""How many folders deep adapters are looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class TargetPattern:
@@ -131,6 +134,8 @@ class Inspection(Shown):
     adapters: list[Inspected] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     """Other files beside them."""
+    deeper: list[str] = field(default_factory=list)
+    """Adapters that were not looked into, because they are too many folders deep inside."""
 
     @property
     def problems(self) -> list[Finding]:
@@ -178,6 +183,10 @@ def inspect(
     failed: list[RegraftError] = []
     inspection = Inspection(str(src), files=[str(path) for path in found.others])
     for folder in found.folders:
+        inside = folder.relative_to(found.root)
+        if len(inside.parts) > DEPTH:
+            inspection.deeper.append(str(inside))
+            continue
         try:
             opened = _open(opening, folder)
         except RegraftError as error:
