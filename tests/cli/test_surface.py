@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from regraft.layouts.names import known_layouts
 from regraft.layouts.spelled import LayoutName
 from regraft.options import CheckOptions, ConvertOptions, described
 from regraft.rules.book import library
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASE, BASE = GOLDEN / "cases/mixtral__gud_attn", GOLDEN / "bases/mixtral"
@@ -155,3 +157,32 @@ def test_the_environment_names_rule_books_and_the_report_says_so(tmp_path, monke
     monkeypatch.setenv("REGRAFT_RULES", "nowhere.toml")
     with pytest.raises(regraft.BadInputError, match=r"named by REGRAFT_RULES"):
         regraft.convert(BASE, tmp_path / "five", to="transformers-v5")
+
+
+def test_unknown_names_show_the_command_that_writes_a_book_from_a_good_twin(tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(BASE, bad)
+    kept = {n.replace("lm_head", "lmhead"): np.array(t) for n, t in _tensors(BASE).items()}
+    for file in [*bad.glob("*.safetensors"), *bad.glob("*.index.json")]:
+        file.unlink()
+    write_tensors(bad / "model.safetensors", kept, {"format": "pt"})
+    with pytest.raises(regraft.UnmatchedKeysError) as caught:
+        regraft.convert(bad, tmp_path / "out", to="transformers-v5", model=BASE)
+    assert f"regraft diff {bad} {BASE} -o fix.toml" in (caught.value.findings[0].fix or "")
+
+
+def test_a_refusal_names_the_size_and_the_error_of_each_option(tmp_path):
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.convert(
+            GOLDEN / "cases/mixtral__dora", tmp_path / "out", to="transformers-v5", model=BASE
+        )
+    fix = caught.value.findings[0].fix or ""
+    assert "--via dense: a LoRA of full rank, exact, " in fix
+    assert " numbers; --via svd:16: a LoRA of rank 16, approximate, " in fix
+
+
+def _tensors(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found.update(open_tensors(file))
+    return found
