@@ -338,7 +338,7 @@ def test_the_command(capsys):
     assert main(args) == 4
     words = capsys.readouterr().out
     assert "wrong scale: 1.414 times what it should be" in words
-    assert "2 with a wrong scale, 10 land" in words
+    assert "2 with a wrong scale, 10 loaded" in words
     assert "Fix (tried: its result loads rightly):" in words
     assert main([*args, "--quiet"]) == 4
     assert capsys.readouterr().out == ""
