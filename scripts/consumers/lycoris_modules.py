@@ -113,9 +113,10 @@ def random_module(cls: Any, form: dict[str, Any], module: torch.nn.Module, stem:
     return made
 
 
-def effective(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and the bias that a module's forward has."""
-    weight = module.weight
+def effective(
+    module: torch.nn.Module, weight: torch.Tensor, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and the bias that a module's forward has; ``weight`` is one of the same shape and type."""
     if weight.ndim == 1:
         x = torch.randn(2, len(weight), 4, 4)
         plain = torch.nn.functional.group_norm(x, module.num_groups, eps=module.eps)
@@ -131,7 +132,7 @@ def effective(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | Non
     units = torch.eye(weight[0].numel(), dtype=weight.dtype).reshape(-1, *weight.shape[1:])
     bias = module(torch.zeros_like(units[:1])).reshape(-1)
     columns = module(units).reshape(len(units), -1) - bias
-    return columns.T.reshape(weight.shape), bias if module.bias is not None else None
+    return columns.T.reshape(weight.shape), bias if has_bias else None
 
 
 def unet() -> torch.nn.Module:
@@ -160,17 +161,19 @@ def check(
         module.padding = (0, 0)  # so that an input as large as the kernel has one output
     stem = f"lora_unet_{key.replace('.', '_')}"
     lycoris = random_module(cls, form, module, stem)
+    lycoris.apply_to()
+    # Only now: a FullModule has its delta as the difference from the weight that it takes the place of.
     tensors = {
         f"{stem}.{name}": np.array(x.detach().numpy()) for name, x in lycoris.state_dict().items()
     }
-    lycoris.apply_to()
     narrow = cls in (DiagOFTModule, ButterflyOFTModule)  # which compute in float32
     with torch.no_grad():
         if narrow:
             lycoris.float()
             module.float()
             torch.set_default_dtype(torch.float32)
-        weight, bias = effective(module)
+        like = torch.from_numpy(state[f"{key}.weight"]).to(torch.get_default_dtype())
+        weight, bias = effective(module, like, f"{key}.bias" in state)
         torch.set_default_dtype(torch.float64)
     want = {f"{key}.weight": weight.double().numpy()}
     if bias is not None:
