@@ -339,7 +339,7 @@ def test_the_command(capsys):
     words = capsys.readouterr().out
     assert "wrong scale: 1.414 times what it should be" in words
     assert "2 with a wrong scale, 10 loaded" in words
-    assert "Fix (tried: its result loads rightly):" in words
+    assert "Fix (tried: the result loads correctly):" in words
     assert main([*args, "--quiet"]) == 4
     assert capsys.readouterr().out == ""
     assert main([*args, "--json"]) == 4
