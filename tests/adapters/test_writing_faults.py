@@ -87,7 +87,7 @@ def test_a_disk_that_is_really_full(lora, wanted, tmp_path):
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, check=False).returncode:
-        pytest.skip(newlines="mounting is not allowed here")
+        pytest.skip("mounting is not allowed here")
     try:
         filler = disk / "filler"
         filler.write_bytes(bytes((1 << 20) - 8192))
@@ -96,7 +96,7 @@ def test_a_disk_that_is_really_full(lora, wanted, tmp_path):
         assert caught.value.findings[0].code == "no-space"
         before, adapting.staged_folder = (
             adapting.staged_folder,
-            lambda dst, overwrite, size: before(dst, overwrite, -(1 << 20)),
+            lambda dst, *, overwrite, size: before(dst, overwrite=overwrite, size=-(1 << 20)),
         )
         try:
             with pytest.raises(BadInputError, match="No space left"):

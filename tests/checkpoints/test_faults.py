@@ -258,7 +258,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, check=False).returncode:
-        pytest.skip(newlines="mounting is not allowed here")
+        pytest.skip("mounting is not allowed here")
     try:
         config = {**MIXTRAL, "hidden_size": 64, "intermediate_size": 128}
         src = write_folder(tmp_path / "src", mixtral(64, 128), config)

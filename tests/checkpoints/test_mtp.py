@@ -150,7 +150,7 @@ def test_names_alone_tell(made, tmp_path):
     """Without a config, by what only MTP layers have."""
     _, _, folder, path = made
     if "exaone" in str(folder):
-        pytest.skip(newlines="the library has no book for it")
+        pytest.skip("the library has no book for it")
     file = folder / "model.safetensors"
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(file.read_bytes())
@@ -162,7 +162,7 @@ def test_beyond_the_number_of_the_config(made, tmp_path):
     _, old, folder, path = made
     config = json.loads((folder / "config.json").read_text())
     if "mtp_block" not in path and "layers.2" not in path:
-        pytest.skip(newlines="its config has no number")
+        pytest.skip("its config has no number")
     further = path.replace(".2.", ".3.").replace(".0.", ".1.")
     key = further + "input_layernorm.weight"
     src = write_folder(

@@ -21,7 +21,7 @@ from regraft.live import memory, pages
 from regraft.rules.book import only_books
 
 if not pages.can_map():
-    pytest.skip(newlines="files cannot be mapped here", allow_module_level=True)
+    pytest.skip("files cannot be mapped here", allow_module_level=True)
 
 BASES = Path(__file__).parents[1] / "golden/bases"
 MLX = Path(__file__).parents[2] / "scripts/learn/books/mlx_mixtral.toml"

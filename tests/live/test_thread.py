@@ -131,7 +131,7 @@ def test_an_old_adapter_adds_what_it_did(place, stock, tmp_path):
     holder = PLACES[place][0](model)
     if stock:
         if not isinstance(holder, nn.Module) or isinstance(holder, ValueHead):
-            pytest.skip(newlines="PEFT itself does not take this")
+            pytest.skip("PEFT itself does not take this")
         with regraft.installed():
             peft.PeftModel.from_pretrained(holder, str(tmp_path))
     else:
