@@ -17,7 +17,15 @@ from regraft.bridges.transformers.registry import (
 )
 from regraft.bridges.transformers.renaming import WILDCARD, Renamed, Renamer, Split
 from regraft.bridges.transformers.scopes import Scoped, Scopes, find_scopes
-from regraft.bridges.transformers.symbolic import Judged, Rows, outcomes, put, rows_of, stand_in
+from regraft.bridges.transformers.symbolic import (
+    Judged,
+    Rows,
+    outcomes,
+    put,
+    rows_of,
+    stand_in,
+    writer,
+)
 from regraft.errors import Finding, RefusedError, UnmatchedKeysError
 from regraft.names.skeleton import Skeleton, SubModel
 from regraft.planning.model import ModelConfig
@@ -150,8 +158,9 @@ class Imported:
         for rows, landed in self.landings(keys):
             made = () if landed is None else texts(rows, landed)
             if made:
+                writers = [writer(text, rows.numbers.shape[1]) for text in made]
                 for number, row in zip(rows.ids.tolist(), rows.numbers.tolist(), strict=True):
-                    result[number] = tuple(put(text, row) for text in made)
+                    result[number] = tuple(write(row) for write in writers)
         return result
 
     @cached_property
@@ -325,9 +334,10 @@ class Imported:
         module = module_name(self.classes, rows.text)
         if module != rows.text:
             ways += self.renamer.ways(module, self.renamer.forward(module))
+        writers = [writer(way.key, rows.numbers.shape[1]) for way in ways]
         places: dict[int, list[int]] = {}
         for row, numbers in enumerate(rows.numbers.tolist()):
-            found = (n for n, way in enumerate(ways) if put(way.key, numbers) in tensors)
+            found = (n for n, write in enumerate(writers) if write(numbers) in tensors)
             places.setdefault(next(found, -1), []).append(row)
         for number, kept in places.items():
             part = rows if len(places) == 1 else rows.take(kept)

@@ -24,6 +24,7 @@ from regraft.bridges.transformers.symbolic import (
     rewrite,
     rows_of,
     stand_in,
+    writer,
 )
 from regraft.equation.lower import check_equation
 from regraft.equation.notation import parse_equation, parse_key
@@ -284,7 +285,7 @@ class _Maker:
         columns: list[Sequence[object]] = []
         texts = [rows.text] if origin.converter is None else origin.new
         for text in texts:
-            keys = [put(text, numbers) for numbers in rows.numbers.tolist()]
+            keys = list(map(writer(text, rows.numbers.shape[1]), rows.numbers.tolist()))
             shapes = [skeleton.tensors.get(key) for key in keys]
             if origin.converter is None:
                 columns.append([len(shape or ()) for shape in shapes])

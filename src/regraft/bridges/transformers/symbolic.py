@@ -38,8 +38,7 @@ class Rows:
 
     def names(self) -> Iterator[str]:
         """All keys."""
-        for row in self.numbers.tolist():
-            yield put(self.text, row)
+        yield from map(writer(self.text, self.numbers.shape[1]), self.numbers.tolist())
 
     def name(self, row: int) -> str:
         """One key."""
@@ -64,8 +63,20 @@ def rewrite(text: str, write: Callable[[int], str]) -> str:
 
 def put(text: str, numbers: Sequence[int]) -> str:
     """Numbers in place of stand-ins; those for which there is none stay."""
-    last = len(numbers)
-    return rewrite(text, lambda c: str(numbers[c]) if c < last else stand_in(c))
+    return writer(text, len(numbers))(numbers)
+
+
+def writer(text: str, count: int) -> Callable[[Sequence[int]], str]:
+    """What puts rows of so many numbers in place of a text's stand-ins, which is looked through once for all rows."""
+    pieces = _STAND_IN.split(text)
+    literals, columns = pieces[::2], [int(column) for column in pieces[1::2]]
+    form = literals[0].replace("%", "%%")
+    for literal, column in zip(literals[1:], columns, strict=True):
+        form += ("%s" if column < count else stand_in(column)) + literal.replace("%", "%%")
+    used = [column for column in columns if column < count]
+    if used == list(range(count)):
+        return lambda numbers: form % tuple(numbers)
+    return lambda numbers: form % tuple([numbers[column] for column in used])
 
 
 def columns_of(text: str) -> list[int]:
