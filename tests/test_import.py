@@ -31,6 +31,13 @@ def test_import_leaves_heavy_libraries_out(capsys: pytest.CaptureFixture[str]) -
     assert heavy.isdisjoint(report["modules"])
 
 
+def test_heads_of_rule_books_need_no_numpy() -> None:
+    """What asks for names of layouts alone, as every command line does, is not to wait for numpy."""
+    code = "import sys; from regraft.rules.book import library; library(); print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_no_module_takes_the_place_of_a_public_function() -> None:
     """Importing ``regraft.x`` sets the attribute ``x`` of the package, whatever function had that name."""

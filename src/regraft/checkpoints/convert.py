@@ -23,7 +23,6 @@ from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.safetensors import sync_path
 from regraft.storage.scheduler import Share
-from regraft.storage.stage import check_beside, is_placed
 from regraft.storage.work import Work, cannot_write, open_work, write_file
 from regraft.values import Struct
 
@@ -98,9 +97,13 @@ def convert_checkpoint(
             "the stage is to be where the result goes: both in a store, or both on a file system"
         )
         raise BadInputError(Finding("stage-place", message, fix="give --stage beside DST"))
+    placed = False
     if folder is not None:
+        from regraft.storage.stage import check_beside, is_placed
+
         check_beside(folder, dst)
-    if not dry_run and store is None and not (folder is not None and is_placed(folder)):
+        placed = is_placed(folder)
+    if not dry_run and store is None and not placed:
         check_destination(src, dst, overwrite=overwrite, file=name is not None)
     elif store is not None and staged is None:
         from regraft.checkpoints.upload import check_free

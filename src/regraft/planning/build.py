@@ -27,13 +27,14 @@ from regraft.names.keys import Group, Ints
 from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
-from regraft.rules.book import Book, Carry, Rule, RuleTerm
+from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.indices import Givens, reading_of
 from regraft.rules.templates import (
     Match,
     Specificity,
     match_group,
 )
+from regraft.rules.terms import RuleTerm
 
 UNMATCHED_FIX = "check the prefix and the model, or add the key to a rule book"
 """What to do about keys that nothing explains."""

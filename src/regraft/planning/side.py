@@ -12,8 +12,9 @@ from regraft.equation.notation import Hole, Segments
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group
 from regraft.planning.model import Scope
-from regraft.rules.book import Book, RuleTerm
+from regraft.rules.book import Book
 from regraft.rules.templates import Match, match_group
+from regraft.rules.terms import RuleTerm
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 

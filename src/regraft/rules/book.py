@@ -57,11 +57,13 @@ from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
 from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
-from regraft.rules.indices import Reading, reading_of
 from regraft.rules.kinds import KINDS, OUT
-from regraft.rules.templates import KeyTable, Specificity, specificity
 from regraft.storage.probe import open_regular
 from regraft.values import replace
+
+if TYPE_CHECKING:
+    from regraft.rules.templates import KeyTable
+    from regraft.rules.terms import RuleTerm
 
 
 class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -221,29 +223,6 @@ class Way(Struct, frozen=True, eq=False, dict=True):
         return one.dims == other.dims and len(set(axes)) == 1
 
 
-class RuleTerm(Struct, frozen=True, eq=False):
-    """A term of a rule on the side that is read, with what follows from the rule alone."""
-
-    place: int
-    """Where it stands among the terms of its book."""
-    rule: Rule
-    number: int
-    """Which term of its side it is."""
-    term: Term
-    key: Key
-    kind: str
-    specificity: Specificity
-    reading: Reading
-    """How the numbers in its key are read."""
-
-    @staticmethod
-    def of(place: int, rule: Rule, number: int, term: Term, kind: str) -> RuleTerm:
-        """A term, and what follows from its rule."""
-        assert term.key is not None
-        closeness, reading = specificity(term, rule.equation), reading_of(rule.equation, term.key)
-        return RuleTerm(place, rule, number, term, term.key, kind, closeness, reading)
-
-
 class Carry(Struct, frozen=True):
     """Keys that are the same in both layouts. ``term`` has dims where the book knows their sizes."""
 
@@ -397,6 +376,10 @@ class Book:
 
     def terms(self, side: Side) -> KeyTable[RuleTerm]:
         """The terms of the rules' one side, by key."""
+        # Numbers of keys take numpy, and much that asks a book asks for its head alone.
+        from regraft.rules.templates import KeyTable
+        from regraft.rules.terms import RuleTerm
+
         if side not in self.tables:
             terms = (
                 (rule, number, term, kind)
@@ -410,6 +393,8 @@ class Book:
     @property
     def carried(self) -> KeyTable[Carry]:
         """The carry-overs by key."""
+        from regraft.rules.templates import KeyTable
+
         if "carried" not in self.tables:
             self.tables["carried"] = KeyTable(
                 (carry.term.key, carry) for carry in self.carries if carry.term.key is not None
@@ -419,6 +404,8 @@ class Book:
     @property
     def keys(self) -> KeyTable[Key]:
         """All keys that it has a word for, of rules in both layouts and of carry-overs."""
+        from regraft.rules.templates import KeyTable
+
         if "keys" not in self.tables:
             terms = [t for rule in self.rules for t in (*rule.equation.left, *rule.equation.right)]
             terms += [carry.term for carry in self.carries]

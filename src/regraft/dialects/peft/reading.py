@@ -21,8 +21,8 @@ from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.names.keys import Group
 from regraft.planning.plan import Headers
 from regraft.planning.side import Side
-from regraft.rules.book import RuleTerm
 from regraft.rules.kinds import KINDS
+from regraft.rules.terms import RuleTerm
 from regraft.values import replace
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
