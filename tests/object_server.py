@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
+
+from local_server import listening
 
 
 @dataclass(frozen=True)
@@ -292,15 +294,5 @@ class _Handler(BaseHTTPRequestHandler):
 def serving() -> Iterator[Objects]:
     """A server at work, until the block ends."""
     objects = Objects()
-    handler = type("Handler", (_Handler,), {"objects": objects})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    objects.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with listening(type("Handler", (_Handler,), {"objects": objects})) as objects.port:
         yield objects
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -170,10 +170,10 @@ class SaveInLayout(TrainerCallback):
             return
         known = {name: self.options[name] for name in ("via", "rules") if name in self.options}
         for adapter in [name for place in find_models(model) for name in _configs(place)]:
+            dst = Path(args.output_dir or ".") / self.folder
             save_adapter(
-                model, Path(args.output_dir or ".") / self.folder, to=self.to, adapter=adapter, dry_run=True,
-                overwrite=True, **known,
-            )  # fmt: skip
+                model, dst, to=self.to, adapter=adapter, dry_run=True, overwrite=True, **known
+            )
 
     def on_save(
         self,

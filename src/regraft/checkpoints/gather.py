@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _GATHERED = 512
 """Runs of fewer bytes are read together with what lies between them."""
-_READ = 1 << 24
+READ = 1 << 24
 """Bytes of one read, about: enough for the disk, and small enough to be shared among threads."""
 _PLACES = 512
 """Places of one read; the system allows 1024."""
@@ -147,7 +147,7 @@ class Reads:
             start = first
             while start < last:
                 done = int(ends[start - 1]) if start else 0
-                stop = int(np.searchsorted(ends, done + _READ, side="right"))
+                stop = int(np.searchsorted(ends, done + READ, side="right"))
                 stop = min(max(stop, start + 1), start + _PLACES, last)
                 yield range(start, stop)
                 start = stop
@@ -189,17 +189,17 @@ def reads_of(fills: Sequence[Fill], tensors: Tensors) -> tuple[Reads, list[tuple
 
 def _split(reads: Reads) -> Reads:
     """Long runs in parts, so that threads can share them."""
-    counts = np.maximum(1, -(-reads.sizes // _READ))
+    counts = np.maximum(1, -(-reads.sizes // READ))
     if not len(reads) or counts.max() == 1:
         return reads
     rows = np.repeat(np.arange(len(reads)), counts)
-    part = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * _READ
+    part = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * READ
     return Reads(
         reads.files[rows],
         reads.source_at[rows] + part,
         reads.fills[rows],
         reads.target_at[rows] + part,
-        np.minimum(_READ, reads.sizes[rows] - part),
+        np.minimum(READ, reads.sizes[rows] - part),
     )
 
 

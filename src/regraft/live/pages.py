@@ -22,15 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from regraft.checkpoints.gather import Files, read_scattered
+from regraft.checkpoints.gather import READ, Files, read_scattered
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 
 PAGE = mmap.PAGESIZE
 SMALLEST = 8 * PAGE
 """A piece of fewer bytes is copied sooner than mapped."""
-_READ_AT_ONCE = 1 << 24
-"""Bytes of one read, so that threads share the long ones."""
 _SHARED = 1 << 18
 """Reads of fewer bytes are done by one thread."""
 _SPARE = 8192
@@ -205,11 +203,11 @@ def read_rest(stitched: Sequence[Stitched], files: Files, jobs: int = 1) -> None
     Raises ``BadInputError`` where a file changed or ended early.
     """
     tasks = [
-        (file, source + part, view[at + part : at + min(size, part + _READ_AT_ONCE)])
+        (file, source + part, view[at + part : at + min(size, part + READ)])
         for one in stitched
         for view in [memoryview(one.memory)]
         for file, source, at, size in one.reads
-        for part in range(0, size, _READ_AT_ONCE)
+        for part in range(0, size, READ)
     ]
 
     def read(task: tuple[int, int, memoryview]) -> None:
