@@ -5,7 +5,7 @@ with experts first where the base stacks them; ``token_embd``'s A is stored (voc
 file, ``adapter.lora.alpha``, is divided by the rank of each tensor; 0, or none, stands for a scale of 1.
 
 Source: llama.cpp as in llama-cpp-python 0.3.36 (``convert_lora_to_gguf.py``, ``src/llama-adapter.{h,cpp}``). Files are
-read and written by the package gguf.
+written by the package gguf, which also dequantises.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.formats import GGUF as FORM
+from regraft.storage.gguf_file import GgufHead, read_gguf_head, read_gguf_tensor
 
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
@@ -61,7 +62,7 @@ _TOKENS = "adapter.alora.invocation_tokens"
 _NORM = "_norm.weight"
 _PROVENANCE = "regraft."
 _EMBEDDING = "token_embd.weight"
-_PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}
 
 
 def _package() -> Any:
@@ -72,7 +73,7 @@ def _package() -> Any:
         raise BadInputError(
             Finding(
                 "package-missing",
-                "GGUF files are read and written by the package gguf, which is not installed",
+                "LoRAs in GGUF files are read and written by the package gguf, which is not installed",
                 fix="pip install 'regraft[gguf]'",
             )
         ) from error
@@ -86,37 +87,34 @@ def architectures() -> Mapping[str, str]:
     return dict(tomllib.loads(text)["architectures"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array], dict[str, str]]:
-    """The metadata, the tensors, and the type of those that were quantised."""
+def _read(path: Path, head: GgufHead) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors, and the type of those that were quantised."""
     gguf = _package()
-    try:
-        reader = gguf.GGUFReader(str(path))
-        fields = {name: each.contents() for name, each in reader.fields.items()}
-        tensors, quantised = {}, {}
-        for each in reader.tensors:
-            kind = each.tensor_type.name
-            shape = tuple(int(size) for size in reversed(each.shape))
-            if kind in _PLAIN:
-                tensors[each.name] = np.array(each.data).reshape(shape)
-            elif kind == "BF16":
-                data = np.array(each.data).view(ml_dtypes.bfloat16)
-                tensors[each.name] = data.reshape(shape)
-            else:
-                made = gguf.quants.dequantize(each.data, each.tensor_type)
-                tensors[each.name] = made.reshape(shape)
-                quantised[each.name] = kind
-    except (BadInputError, MemoryError):
-        raise
-    except Exception as error:  # the package checks little, so a damaged file fails anywhere
-        raise BadInputError(
-            Finding(
-                "bad-gguf",
-                f"the package gguf cannot read it: {error or type(error).__name__}",
-                where=str(path),
-                fix="check that the file is complete",
-            )
-        ) from error
-    return fields, tensors, quantised
+    tensors, quantised, findings = {}, {}, []
+    with path.open("rb") as file:
+        for name, each in head.tensors.items():
+            try:
+                kind = gguf.GGMLQuantizationType(each.kind)
+                block, size = gguf.GGML_QUANT_SIZES[kind]
+                data = read_gguf_tensor(file, each, block, size)
+                if kind.name in _PLAIN:
+                    plain = np.dtype(_PLAIN[kind.name]).newbyteorder(head.order)
+                    made = np.frombuffer(data, plain).astype(plain.newbyteorder("="))
+                else:
+                    made = gguf.quants.dequantize(np.frombuffer(data, np.uint8), kind)
+                    quantised[name] = kind.name
+                tensors[name] = made.reshape(each.shape)
+            except (ValueError, KeyError, NotImplementedError) as error:
+                findings.append(_bad(path, str(error), name))
+    if findings:
+        raise BadInputError(findings)
+    return tensors, quantised
+
+
+def _bad(path: Path, why: str, key: str | None = None) -> Finding:
+    message = f"the GGUF file is not sound: {why}"
+    fix = "check that the file is complete, or convert it again"
+    return Finding("bad-gguf", message, where=str(path), key=key, fix=fix)
 
 
 class GgufFile(PlainFile):
@@ -276,8 +274,12 @@ class Gguf:
         """Its factors by base tensor."""
         path = weights if weights is not None else _file(folder)
         assert path is not None
-        fields, tensors, quantised = _read(path)
         where = str(path)
+        try:
+            head = read_gguf_head(path)
+        except ValueError as error:
+            raise BadInputError(_bad(path, str(error))) from None
+        fields = head.fields
         kinds = fields.get("general.type"), fields.get("adapter.type")
         if kinds != ("adapter", "lora"):
             raise BadInputError(
@@ -289,7 +291,10 @@ class Gguf:
                     fix=f"{FORM.fix}; of LoRAs those are read that convert_lora_to_gguf.py wrote",
                 )
             )
-        alpha = fields.get(_ALPHA)
+        tensors, quantised = _read(path, head)
+        alpha = fields.get(_ALPHA, 0)
+        if isinstance(alpha, str):
+            raise BadInputError(_bad(path, f"it has the text {alpha!r} for a number", _ALPHA))
         norms = [name for name in tensors if name.endswith(_NORM)]
         factors = {name: tensor for name, tensor in tensors.items() if name not in norms}
         loras: dict[str, Lora] = {}
@@ -322,7 +327,7 @@ class Gguf:
             said=Hints(where, model_type=types[0] if len(types) == 1 else None, layout=self.layout),
             spelling=self.spelling,
             quantised=quantised,
-            invoked=bool(fields.get(_TOKENS)),
+            invoked=bool(head.lists.get(_TOKENS)),
             norms=len(norms),
         )
 
