@@ -2,9 +2,12 @@
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 
 from regraft.dialects.registry import _BUILT_IN, _FILES, sniffed
+from regraft.storage import torch_file
+from regraft.storage.torch_write import write_torch
 
 
 @pytest.mark.parametrize("name", sorted(_FILES))
@@ -17,3 +20,18 @@ def test_a_dialect_is_asked_where_a_file_of_its_name_is(name):
 def test_a_folder_without_its_file_needs_no_dialect(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert set(sniffed(tmp_path)) == {"peft"}
+
+
+@pytest.mark.parametrize(
+    "name", ["w.pt", "w.pth", "w.bin", "w.lora", "w.ckpt", "adapter_model.pt", "lit_model.pth.lora"]
+)
+def test_what_a_file_of_torch_is_is_told_without_its_tensors(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    write_torch(path, {"transformer.h.0.attn.qkv.lora_A": np.ones((2, 4), "f4")})
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(torch_file, "_read", read)
+    sniffed(path)
+    sniffed(tmp_path)

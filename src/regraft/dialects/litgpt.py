@@ -480,14 +480,14 @@ class Litgpt:
             return Evidence(True, f"there is a {file.name}")
         if not (src.is_file() and src.suffix in (".pth", ".lora", ".pt")):
             return None
-        from regraft.storage.torch_file import open_torch
+        from regraft.storage.torch_file import torch_names
 
         try:
-            names = open_torch(src, _INSIDE)
+            names = torch_names(src, _INSIDE)
         except (RegraftError, OSError):
             return None
         if names and all(name.endswith((_A, _B)) for name in names):
-            return Evidence(True, f"{src.name} has LitGPT's names ({next(iter(names))})")
+            return Evidence(True, f"{src.name} has LitGPT's names ({names[0]})")
         return None
 
     def find(self, src: Path) -> Found:

@@ -166,6 +166,22 @@ def read_run(path: Path, key: str | None) -> tuple[dict[str, TensorInfo], list[s
     return infos, left
 
 
+def torch_names(path: Path, inside: str | None = None) -> list[str]:
+    """The names that `open_torch` would give, without reading a tensor.
+
+    Raises ``BadInputError``.
+    """
+    return list(_find_tensors(path, _below(inside))[0])
+
+
+def _below(inside: str | None) -> Callable[[dict[Any, Any]], dict[Any, Any]]:
+    def model_in(loaded: dict[Any, Any]) -> dict[Any, Any]:
+        nested = loaded.get(inside)
+        return nested if isinstance(nested, dict) else loaded
+
+    return model_in
+
+
 def open_torch(
     path: str | os.PathLike[str], inside: str | None = None
 ) -> dict[str, np.ndarray[Any, Any]]:
@@ -184,12 +200,7 @@ def open_torch(
             safetensors has no name for; or it changed meanwhile.
     """
     path = Path(path)
-
-    def model_in(loaded: dict[Any, Any]) -> dict[Any, Any]:
-        nested = loaded.get(inside)
-        return nested if isinstance(nested, dict) else loaded
-
-    tensors, stamp = _find_tensors(path, model_in)
+    tensors, stamp = _find_tensors(path, _below(inside))
     wanted = {tensor.storage for tensor in tensors.values() if tensor.size}
     total = sum(end - start for start, end in wanted)
     if total > stamp.size:
