@@ -52,7 +52,7 @@ def outcomes(check):
         ("mixtral__rslora", "sglang", "fails", "no buffers (NotImplementedError)"),
         ("mixtral__dora", "vllm", "fails", "DoRA"),
         ("mixtral__dora", "sglang", "fails", "DoRA"),
-        ("mixtral__router", "sglang", "none", "no module that it can adapt"),
+        ("mixtral__router", "sglang", "fails", "no buffers"),
         ("gpt_oss__params_attn", "vllm", "full", ""),
         ("qwen3_vl_moe__params", "vllm", "full", ""),
         ("mixtral__mts_head", "vllm", "fails", "modules_to_save"),

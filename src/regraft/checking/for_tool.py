@@ -13,13 +13,13 @@ from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.dialects.base import dialect_of
+from regraft.dialects.base import dialect_of, sniffed
 from regraft.dialects.judging import Files, Outcome, ToolReader, tool_readers
 from regraft.dialects.names import layout_named
 from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.tool_files import look_at
-from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.shown import Shown
 from regraft.storage.folder import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
@@ -97,7 +97,7 @@ def check_for(
                 fix="name one of these, or a layout",
             )
         )
-    files = _files(Path(src), model)
+    files = _files(Path(src), model, reader.to)
     version = _nearest(reader, asked)
     judged = reader.judge(files, version)
     result = ToolCheck(
@@ -121,14 +121,14 @@ def check_for(
     return result
 
 
-def _files(src: Path, model: str | os.PathLike[str] | None) -> Files:
+def _files(src: Path, model: str | os.PathLike[str] | None, own: str) -> Files:
     if not src.exists():
         raise BadInputError(
             Finding(
                 "not-found", "there is no such file or folder", where=str(src), fix="check the path"
             )
         )
-    dialect = dialect_of(src).name
+    dialect = _dialect(src, own)
     look = look_at(src)
     weights = src if src.is_file() else _weights_in(src)
     tensors: Any = {}
@@ -145,11 +145,20 @@ def _files(src: Path, model: str | os.PathLike[str] | None) -> Files:
             )
         )
     config = look.config if look is not None else None
-    if not tensors and look is not None and config is not None and src.is_dir():
+    if look is not None and config is not None and src.is_dir() and not weights.is_file():
         opened = find_source(src).one()
         tensors, metadata = opened.tensors, opened.metadata
     base = Path(model) if model is not None else _named_base(config)
     return Files(src, config, tensors, dialect, load_model(base) if base else None, metadata)
+
+
+def _dialect(src: Path, own: str) -> str:
+    """The dialect of a path; where it may be of several, the tool's own, or the first: a tool does not ask."""
+    try:
+        return dialect_of(src).name
+    except AmbiguousError:
+        certain = [name for name, told in sniffed(src).items() if told.certain]
+        return own if own in certain else certain[0]
 
 
 def _weights_in(folder: Path) -> Path:

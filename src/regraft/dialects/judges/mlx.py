@@ -35,6 +35,8 @@ class MlxLm:
             judged.failures.append(f"there is no {CONFIG}")
         elif files.config.get("fine_tune_type") == "full":
             judged.notes.append("it replaces whole weights, and is no adapter")
+            self._judge_weights(files, version, judged)
+            return judged
         elif not judged.failures:
             self._judge_config(files.config, judged)
         if judged.failures or files.config is None:
@@ -44,6 +46,15 @@ class MlxLm:
             return judged
         self._judge_tensors(files, files.config, version, judged)
         return judged
+
+    def _judge_weights(self, files: Files, version: str, judged: Judgement) -> None:
+        """Whole weights, which must be the base's."""
+        strict = version >= _STRICT
+        for name, tensor in files.tensors.items():
+            wrong = None
+            if files.model is not None and name.endswith(".weight") and tensor.ndim == 2:
+                wrong = Places(files.model, MLX.layout).problem(name, *tensor.shape)
+            judged.add(name, LOADED if wrong is None else FAILS if strict else IGNORED, wrong or "")
 
     def _judge_config(self, config: Mapping[str, Any], judged: Judgement) -> None:
         parameters = config.get("lora_parameters")
@@ -61,6 +72,11 @@ class MlxLm:
     ) -> None:
         places = Places(files.model, MLX.layout) if files.model is not None else None
         strict = version >= _STRICT
+        if config.get("fine_tune_type") == "dora" and any(
+            tensor.ndim == 3 for tensor in files.tensors.values()
+        ):
+            judged.failures.append("stacked experts have no DoRA")
+            return
         modules: dict[str, dict[str, Array]] = {}
         for name, tensor in files.tensors.items():
             module, _, leaf = name.rpartition(".")
@@ -84,8 +100,6 @@ def _not_made(
     odd = set(found) - {"lora_a", "lora_b", *(("m",) if dora else ())}
     if odd:
         return f"no layer has a parameter called {sorted(odd)[0]}"
-    if dora and any(tensor.ndim == 3 for tensor in found.values()):
-        return "stacked experts have no DoRA"
     keys = config["lora_parameters"].get("keys")
     match = BLOCK.fullmatch(module)
     if isinstance(keys, list) and module in keys:

@@ -98,9 +98,8 @@ class NemoReader:
     ) -> tuple[str, str]:
         if module.a is None or module.b is None:
             return FAILS, "it has no other half"
-        if module.path in source.bare or doubled(module.path):
-            return IGNORED, "no module of the model has this path"
-        if STACK.fullmatch(module.path) or beyond_layers(module, files.model):
+        beyond = beyond_layers(module, files.model)
+        if doubled(module.path) or STACK.fullmatch(module.path) or beyond:
             return IGNORED, "no module of the model has this path"
         if module.packed:
             wrong = _packed(module, source, files, own)

@@ -34,6 +34,8 @@ class Module:
     a: tuple[int, ...] | None = None
     b: tuple[int, ...] | None = None
     embedding: bool = False
+    bare: bool = False
+    """Whether its names have no prefix of PEFT's before them."""
 
     @property
     def leaf(self) -> str:
@@ -53,22 +55,19 @@ class PeftLike:
     config: Mapping[str, Any]
     modules: dict[str, Module] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
-    bare: list[str] = field(default_factory=list)
-    """Names without PEFT's prefix."""
 
     @staticmethod
     def of(files: Files) -> PeftLike:
         """Sort the tensors of some files."""
         made = PeftLike(files.config or {})
         for name, tensor in shapes_of(files.tensors).items():
-            if not name.startswith(PREFIX):
-                made.bare.append(name)
             hit = _PAIR.fullmatch(name.removeprefix(PREFIX))
             if hit is None:
                 made.others.append(name)
                 continue
             module = made.modules.setdefault(hit["module"], Module(hit["module"]))
             module.embedding = bool(hit["embedding"])
+            module.bare = not name.startswith(PREFIX)
             if (hit["letter"] or hit["embedding"]) == "A":
                 module.a = tensor
             else:

@@ -14,8 +14,10 @@ from regraft.dialects.judges.peft_like import (
     not_read,
 )
 from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, Files, Judgement
-from regraft.dialects.served import Demands, demands_table
+from regraft.dialects.served import Demands, demands_table, language_config
 from regraft.dialects.sglang import AS_TARGETS
+from regraft.errors import BadInputError
+from regraft.storage.folder import load_json
 
 _JOINED = {
     "q_proj": "qkv_proj",
@@ -26,6 +28,10 @@ _JOINED = {
     "q_a_proj": "fused_qkv_a_proj_with_mqa",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
     "unembed_tokens": "lm_head",
+    "output": "lm_head",
+    "vocab_emb": "embed_tokens",
+    "embeddings": "embed_tokens",
+    "word_embeddings": "embed_tokens",
 }
 _EVERYTHING = ("all", "all-linear")
 
@@ -53,7 +59,7 @@ class SglangReader:
             judged.failures.append(f"it has LoRA only, and this is {config.get('peft_type')}")
         if config.get("use_dora"):
             judged.failures.append("it does not have DoRA")
-        if (files.folder / "added_tokens.json").is_file():
+        if _adds_tokens(files):
             judged.failures.append("added_tokens.json: it takes no adapter that adds tokens")
         targets = config["target_modules"]
         if isinstance(targets, str) and targets not in _EVERYTHING:
@@ -67,11 +73,12 @@ class SglangReader:
         )
         types = files.model.model_types() if files.model is not None else []
         demands = demands_table("sglang").for_model(types)
-        odd = sorted((named or set()) & AS_TARGETS.keys())
+        known = {_joined(name) for name in demands.known if name not in AS_TARGETS}
+        odd = sorted((named or set()) - known if known else (named or set()) & AS_TARGETS.keys())
         if odd:
+            other = f": there it is called {AS_TARGETS[odd[0]]}" if odd[0] in AS_TARGETS else ""
             judged.failures.append(
-                f"target_modules names {odd[0]}, for which it has no buffers (NotImplementedError): there it is called "
-                f"{AS_TARGETS[odd[0]]}"
+                f"target_modules names {odd[0]}, for which it has no buffers (NotImplementedError){other}"
             )
         if source.others:
             judged.add(
@@ -130,6 +137,21 @@ class SglangReader:
             why = "use_rslora" if config.get("use_rslora") else "alpha_pattern"
             return WRONG_SCALE, f"it does not read {why}: {whole:g} instead of {meant.value:g}"
         return LOADED, ""
+
+
+def _adds_tokens(files: Files) -> bool:
+    """Whether ``added_tokens.json`` has tokens that the base does not have; those that it has are left out of it."""
+    file = files.folder / "added_tokens.json"
+    if not file.is_file():
+        return False
+    try:
+        added = load_json(file)
+    except BadInputError:
+        return False  # a broken file is passed over with a warning
+    words = language_config(files.model).get("vocab_size")
+    if not isinstance(words, int):
+        return bool(added)
+    return any(isinstance(number, int) and number >= words for number in added.values())
 
 
 def _joined(leaf: str) -> str:

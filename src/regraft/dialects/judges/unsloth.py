@@ -54,9 +54,7 @@ class UnslothReader:
             scale = source.scale(module)
             if module.a is None or module.b is None:
                 judged.add(module.path, FAILS, "it has no other half")
-            elif module.path in source.bare or any(
-                n.startswith(module.path) for n in source.bare[:1]
-            ):
+            elif module.bare:
                 judged.add(module.path, IGNORED, "its keys have no 'base_model.model.' before them")
             elif STACK.fullmatch(module.path) or module.leaf == "unembed_tokens":
                 judged.add(module.path, IGNORED, "no module of the model has this path")
