@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.bridges.transformers.files import InstalledTransformers
-from regraft.checkpoints.source import is_checkpoint
-from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError, Finding
-from regraft.layouts.graph import going_over
 from regraft.layouts.spelled import LayoutName
 from regraft.options import ConvertOptions, described
 from regraft.places import (
@@ -21,17 +17,15 @@ from regraft.places import (
     below,
     file_named,
     left_behind,
-    locate,
     no_address,
     settings,
     stay_offline,
     store_for,
     traffic,
-    visiting,
 )
-from regraft.planning.model import taken_for
 from regraft.report import PartReport, Report, log_report, logged
-from regraft.rules.book import Rules, only_books, only_family, own_rules
+from regraft.rules.book import Rules, own_rules
+from regraft.sources import Resolved, resolved
 from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
 from regraft.storage.training import left_words
@@ -39,9 +33,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.checkpoints.convert import Staged
-    from regraft.dialects.names import SourceName
     from regraft.dialects.peft.inspect import Inspection
-    from regraft.layouts.names import Layout
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -222,27 +214,22 @@ def convert_with(
     if asked.stage is None:
         names = ("part", "commit")
         _check_unused(asked, names, "they are for work in parts, and no stage is given")
-    with ExitStack() as stack:
-        stack.enter_context(only_books(asked.rules))
-        stack.enter_context(taken_for(asked.architecture))
-        stack.enter_context(visiting())
-        if asked.in_place:
-            no_address(src, "--in-place")
-        path = locate(src, whole=not asked.dry_run)
-        model = locate(asked.model) if asked.model is not None else None
-        adapter = not is_checkpoint(path)
-        asked.check_for("adapters" if adapter else "checkpoints")
-        layout = layout_named(asked.to, adapter=adapter)
-        given = source_named(asked.source, adapter=adapter)
-        given = replace(given, alpha=asked.alpha, rank=asked.rank)
-        stack.enter_context(only_family(given.family))
-        stack.enter_context(going_over(given.via))
-        if adapter:
-            report = _convert_adapters(path, dst, layout, given, model, asked, progress)
+    if asked.in_place:
+        no_address(src, "--in-place")
+    with resolved(
+        src,
+        to=asked.to,
+        source=asked.source,
+        model=asked.model,
+        architecture=asked.architecture,
+        rules=asked.rules,
+        whole=not asked.dry_run,
+    ) as found:
+        asked.check_for("adapters" if found.is_adapter else "checkpoints")
+        if found.is_adapter:
+            report = _convert_adapters(found, dst, asked, progress)
         else:
-            report = _convert_checkpoint(
-                path, dst, layout.name, given.name, model, asked, tell, progress
-            )
+            report = _convert_checkpoint(found, dst, asked, tell, progress)
         report.own_rules = own_rules()
         log_report(report)
         return report
@@ -379,11 +366,8 @@ def _abort(
 
 
 def _convert_adapters(
-    src: Path,
+    found: Resolved,
     dst: str | os.PathLike[str],
-    layout: Layout,
-    given: SourceName,
-    model: Path | None,
     asked: ConvertOptions,
     progress: Progress | None,
 ) -> Report:
@@ -392,14 +376,17 @@ def _convert_adapters(
     if asked.merge:
         no_address(dst, "--merge")
 
+    assert found.to is not None
+    to, given = found.to, replace(found.given, alpha=asked.alpha, rank=asked.rank)
+
     def make(place: Path) -> Report:
         return convert_adapters(
             Request(
-                src=src,
+                src=found.path,
                 dst=place,
-                to=layout,
+                to=to,
                 given=given,
-                model=model,
+                model=found.model,
                 asked=asked,
                 foreign=InstalledTransformers(),
                 progress=progress,
@@ -411,21 +398,20 @@ def _convert_adapters(
 
 
 def _convert_checkpoint(
-    src: Path,
+    found: Resolved,
     dst: str | os.PathLike[str],
-    to: LayoutName | str,
-    source: str | None,
-    model: Path | None,
     asked: ConvertOptions,
     tell: Callable[[str], None] | None,
     progress: Progress | None,
 ) -> Report:
     address = address_of(dst)
     store = None if address is None else store_for(address)
+    assert found.to is not None
+    src = found.path
     options: dict[str, Any] = {
-        "to": to,
-        "source": source,
-        "model": model,
+        "to": found.to.name,
+        "source": found.given.name,
+        "model": found.model,
         "untie": asked.untie,
         "foreign": InstalledTransformers(),
     }
@@ -531,13 +517,9 @@ def inspect(
     """
     from regraft.dialects.peft.inspect import inspect as inspect_adapters
 
-    with only_books(rules), taken_for(architecture), visiting():
-        said = source_named(source)
-        base = None if model is None else locate(model)
-        with only_family(said.family):
-            return inspect_adapters(
-                locate(src), model=base, foreign=InstalledTransformers(), said=said
-            )
+    with resolved(src, source=source, model=model, architecture=architecture, rules=rules) as found:
+        foreign = InstalledTransformers()
+        return inspect_adapters(found.path, model=found.model, foreign=foreign, said=found.given)
 
 
 def _check_unused(asked: ConvertOptions, names: Collection[str], why: str) -> None:

@@ -11,7 +11,8 @@ from regraft.checkpoints.slices import Boxes, Slices, cut
 from regraft.dialects.names import layout_named, source_named
 from regraft.layouts.spelled import LayoutName
 from regraft.places import keep_with, leave, locate, opened, renaming
-from regraft.rules.book import Rules, only_books, only_family
+from regraft.rules.book import Rules, only_books
+from regraft.rules.said import saying
 
 
 def slices(
@@ -70,7 +71,7 @@ def prepare_slices(
     """The conversion that slices are cut from."""
     with only_books(rules):
         given = source_named(source, adapter=False)
-        with only_family(given.family):
+        with saying(family=given.family):
             return prepare(
                 locate(src),
                 layout_named(to, adapter=False).name,

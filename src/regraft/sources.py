@@ -4,6 +4,8 @@ lora/                      one adapter
 model/                     one checkpoint
 loras/                     a folder with any number of both, and of single files that some tool wrote
 one.safetensors  two/  ...
+
+`find_sources` has all of them; `resolved` has one of them, together with the names that go with it.
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from msgspec import Struct
 
 from regraft.checkpoints.source import is_checkpoint
+from regraft.dialects.names import SourceName, layout_named, source_named
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding
+from regraft.layouts.names import Layout
+from regraft.places import locate, visiting
+from regraft.rules.book import Rules, only_books
+from regraft.rules.said import saying
 from regraft.storage.formats import is_run
 
 DEPTH = 4
@@ -31,6 +39,49 @@ class Item(Struct, frozen=True):
     path: Path
     name: str
     """Relative to the folder that was named, or the path's last part; no two items of a list have the same."""
+
+
+class Resolved(Struct, frozen=True):
+    """What somebody named, looked up once."""
+
+    path: Path
+    is_adapter: bool
+    """Whether it is one adapter or several; otherwise it is a checkpoint."""
+    given: SourceName
+    """What was said of the source."""
+    model: Path | None
+    to: Layout | None
+    """``None`` where nothing was named."""
+
+
+@contextmanager
+def resolved(
+    src: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    source: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
+    rules: Rules = (),
+    whole: bool = False,
+) -> Iterator[Resolved]:
+    """What is named, with everything that was said in force until the end: books, family, class, layouts on the way.
+
+    What is beyond this machine has an outline until then; ``whole`` is `locate`'s.
+
+    Raises ``BadInputError`` for what is not there, and for unknown names.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(only_books(rules))
+        stack.enter_context(visiting())
+        path = locate(src, whole=whole)
+        base = None if model is None else locate(model)
+        adapter = not is_checkpoint(path)
+        layout = None if to is None else layout_named(to, adapter=adapter)
+        given = source_named(source, adapter=adapter)
+        said = saying(architecture=architecture, family=given.family, via=given.via)
+        stack.enter_context(said)
+        yield Resolved(path, adapter, given, base, layout)
 
 
 def find_sources(paths: Iterable[Path], depth: int = DEPTH) -> tuple[list[Item], list[Path]]:

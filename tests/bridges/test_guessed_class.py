@@ -13,7 +13,7 @@ from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.cli import main
 from regraft.errors import AmbiguousError, BadInputError
-from regraft.planning.model import taken_for
+from regraft.rules.said import saying
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 SIZES = {
@@ -96,7 +96,7 @@ def test_a_tie_whose_results_differ_asks(tmp_path, named):
     assert HEAD in finding.message and BASE in finding.message
     assert "--architecture CLASS" in finding.fix
     for architecture in (HEAD, BASE):
-        with taken_for(architecture):
+        with saying(architecture=architecture):
             found = told(base, OLD_FILE)
         assert found.architecture == architecture and not found.notes
 
@@ -106,13 +106,13 @@ def test_an_unknown_class_around_a_known_one_is_not_taken_for_it(tmp_path):
     with pytest.raises(AmbiguousError) as caught:
         told(base, WRAPPED, "FEATURE_EXTRACTION")
     assert f"{BASE} at model, {HEAD} at model" in caught.value.findings[0].message
-    with taken_for(HEAD):
+    with saying(architecture=HEAD):
         assert told(base, WRAPPED).architecture == "ColThing"
 
 
 @pytest.mark.parametrize("architecture", ["Nope", "LlamaModel", "pipeline"])
 def test_a_class_that_is_not_there_is_refused_with_those_that_are(tmp_path, architecture):
-    with taken_for(architecture), pytest.raises(BadInputError) as caught:
+    with saying(architecture=architecture), pytest.raises(BadInputError) as caught:
         told(folder(tmp_path / "base"), OLD_FILE)
     (finding,) = caught.value.findings
     assert finding.code == "unknown-class"

@@ -18,7 +18,7 @@ from regraft.adapters.detect import load_model  # noqa: E402
 from regraft.bridges.peft import hook  # noqa: E402
 from regraft.bridges.peft.known import open_one  # noqa: E402
 from regraft.bridges.transformers import registry  # noqa: E402
-from regraft.planning.model import taken_for  # noqa: E402
+from regraft.rules.said import saying  # noqa: E402
 
 CASE = CASES / "mixtral__gud_attn"
 
@@ -74,7 +74,7 @@ def _(lab):
 def _(lab):
     from bridges import test_guessed_class as guessed
 
-    with taken_for("Nope"):
+    with saying(architecture="Nope"):
         guessed.told(guessed.folder(lab.path / "base"), guessed.OLD_FILE)
 
 

@@ -19,12 +19,12 @@ from regraft.planning.model import (
     ModelConfig,
     Scope,
     Told,
-    asked_architecture,
     check_sizes,
 )
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.direction import SIDES
+from regraft.rules.said import said
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import folder_with_config, load_json
@@ -59,7 +59,7 @@ def load_model(path: Path | str) -> ModelConfig:
             )
         )
     check_sizes(data, str(file))
-    return ModelConfig(data, str(file), architecture=asked_architecture())
+    return ModelConfig(data, str(file), architecture=said().architecture)
 
 
 def _how_to_get(path: Path) -> str:
@@ -150,8 +150,8 @@ def _of_unknown_type(names: Names, model: ModelConfig, foreign: Foreign | None) 
     )
     if own.note is None:
         raise _unknown_model(model.model_types(), model.path, given=True)
-    said = f"the base is {model.architectures()[0]} ({model.path})"
-    return Known(own.books, own.scopes, model, model.model_type, said, notes=(own.note,))
+    told = f"the base is {model.architectures()[0]} ({model.path})"
+    return Known(own.books, own.scopes, model, model.model_type, told, notes=(own.note,))
 
 
 def _names_of_base(model: ModelConfig) -> list[str]:

@@ -47,11 +47,11 @@ from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
 from regraft.options import CheckOptions
-from regraft.places import locate, visiting
-from regraft.planning.model import ModelConfig, taken_for
+from regraft.planning.model import ModelConfig
 from regraft.report import logged
-from regraft.rules.book import Rules, only_books
+from regraft.rules.book import Rules
 from regraft.rules.templates import match_group
+from regraft.sources import resolved
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 
@@ -113,9 +113,10 @@ def check_with(
     src: str | os.PathLike[str], asked: CheckOptions, peft: StockPeft | None = None
 ) -> Check | ToolCheck:
     """What `check` does, its options in one value; ``to`` may be a tool's name there."""
-    with only_books(asked.rules), taken_for(asked.architecture), visiting():
-        path, base = locate(src), None if asked.model is None else locate(asked.model)
-        checkpoint = is_checkpoint(path)
+    with resolved(
+        src, model=asked.model, architecture=asked.architecture, rules=asked.rules
+    ) as found:
+        path, base, checkpoint = found.path, found.model, not found.is_adapter
         if is_tool(asked.to) and not checkpoint:
             return check_for(path, asked.to, base)
         if checkpoint and is_image(path):

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.certificate import BUDGET, TOLERANCE, AdapterVerification, verify_adapters
-from regraft.checkpoints.source import is_checkpoint
 from regraft.checkpoints.verify import Verification
 from regraft.checkpoints.verify import verify as verify_checkpoints
-from regraft.dialects.names import source_named
-from regraft.layouts.graph import going_over
-from regraft.places import locate, visiting
-from regraft.planning.model import taken_for
+from regraft.places import locate
 from regraft.report import logged
-from regraft.rules.book import Rules, only_books, only_family
+from regraft.rules.book import Rules
+from regraft.sources import resolved
 
 
 @logged
@@ -57,16 +53,8 @@ def verify(
         AmbiguousError: more than one reading fits.
     """
     foreign = InstalledTransformers()
-    with ExitStack() as stack:
-        stack.enter_context(only_books(rules))
-        stack.enter_context(taken_for(architecture))
-        stack.enter_context(visiting())
-        one, other = locate(src), locate(dst)
-        base = locate(model) if model is not None else None
-        adapter = not is_checkpoint(one)
-        said = source_named(source, adapter=adapter)
-        stack.enter_context(only_family(said.family))
-        stack.enter_context(going_over(said.via))
-        if not adapter:
+    with resolved(src, source=source, model=model, architecture=architecture, rules=rules) as found:
+        one, other, base = found.path, locate(dst), found.model
+        if not found.is_adapter:
             return verify_checkpoints(one, other, model=base, progress=progress, foreign=foreign)
-        return verify_adapters(one, other, base, tolerance, progress, foreign, budget, said)
+        return verify_adapters(one, other, base, tolerance, progress, foreign, budget, found.given)

@@ -37,7 +37,8 @@ from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
-from regraft.rules.book import Book, asked_family, built_in, library
+from regraft.rules.book import Book, built_in, library
+from regraft.rules.said import said
 from regraft.rules.templates import match_group
 from regraft.values import replace
 
@@ -101,7 +102,7 @@ def is_parted(source: Source) -> bool:
 def find_parts(source: Source, layout: str | None = None) -> Parted:
     """Which pipeline a checkpoint is, and which tensors belong to which of its parts.
 
-    ``layout`` is what the user says that it is in; the family counts that `only_family` names.
+    ``layout`` is what the user says that it is in; the family counts that was named.
 
     Raises ``UnmatchedKeysError`` where no pipeline fits, ``AmbiguousError`` where several do.
     """
@@ -190,7 +191,7 @@ def _choose(
     """The pipeline whose denoiser's rule book explains every tensor of the one that is there."""
     fitting: list[tuple[Pipeline, Plan]] = []
     failed: list[RegraftError] = []
-    family = asked_family()
+    family = said().family
     given = [p for p in PIPELINES if family in (None, p.name)] or PIPELINES
     known = [p for p in given if layout in (None, p.native, DIFFUSERS)]
     for pipeline in known:

@@ -26,9 +26,10 @@ from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
 from regraft.names.keys import Ints
-from regraft.planning.model import Foreign, taken_for
+from regraft.planning.model import Foreign
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
+from regraft.rules.said import saying
 from regraft.shown import Shown
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
@@ -91,7 +92,7 @@ def verify(
 
     Raises ``BadInputError`` and its kin where one of the two cannot be read or planned.
     """
-    with only_books(rules), taken_for(architecture):
+    with only_books(rules), saying(architecture=architecture):
         return _verify(
             Path(src), Path(dst), Path(model) if model is not None else None, progress, foreign
         )

@@ -101,12 +101,11 @@ def _convert_one(
     from regraft.cli.pages import failure_page, show_page
 
     with (
-        options.own_books(asked.rules),
         failure_page(html, "convert", src),
         out.waiting("converting", src) as tell_progress,
     ):
         tell = None if out.quiet else lambda line: out.warn(line + "\n")
-        report = convert_with(src, dst, replace(asked, rules=()), tell=tell, progress=tell_progress)
+        report = convert_with(src, dst, asked, tell=tell, progress=tell_progress)
     if out.json:
         out.data(report.to_dict())
     elif report.ended is not None and not out.quiet:

@@ -269,9 +269,9 @@ def _check_file(path: Path | None) -> Path | None:
 @contextmanager
 def told(names: Rules, architecture: str | None) -> Iterator[None]:
     """Let --rules and --architecture apply."""
-    from regraft.planning.model import taken_for
+    from regraft.rules.said import saying
 
-    with own_books(names), taken_for(architecture):
+    with own_books(names), saying(architecture=architecture):
         yield
 
 

@@ -21,9 +21,9 @@ from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
 from regraft.places import locate, visiting
 from regraft.planning.compose import plan_along
-from regraft.planning.model import taken_for
 from regraft.report import logged
 from regraft.rules.book import Rules, only_books
+from regraft.rules.said import saying
 from regraft.shown import Shown
 
 
@@ -106,7 +106,7 @@ def diff(
 
     Raises ``BadInputError`` where one of them cannot be read.
     """
-    with only_books(rules), taken_for(architecture), visiting():
+    with only_books(rules), saying(architecture=architecture), visiting():
         one, other = locate(a), locate(b)
         left, right = open_content(one), open_content(other)
         known = locate(model) if model is not None else None

@@ -13,7 +13,6 @@ import numpy as np
 
 from regraft.checkpoints.parts import is_parted
 from regraft.checkpoints.source import is_checkpoint, open_checkpoint
-from regraft.dialects.names import layout_named, source_named
 from regraft.dialects.opening import find_source
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.registry import IMAGE
@@ -23,16 +22,15 @@ from regraft.explaining.explanation import End, Explanation, Near
 from regraft.explaining.near import closest, part_ways
 from regraft.explaining.subject import SHARED, Name, Subject, open_part, open_subject
 from regraft.explaining.way import Claim, family_of, locate, unsized, values_of, with_entry
-from regraft.layouts.graph import edges_to, going_over
+from regraft.layouts.graph import edges_to
 from regraft.names.keys import Group, group_names
-from regraft.places import locate as place_of
-from regraft.places import visiting
 from regraft.planning.build import build_plan
-from regraft.planning.model import Scope, taken_for
+from regraft.planning.model import Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.report import logged
-from regraft.rules.book import Book, Carry, Rules, only_books, only_family
+from regraft.rules.book import Book, Carry, Rules
 from regraft.rules.templates import Match, match_group, specificity
+from regraft.sources import resolved
 from regraft.values import replace
 
 _NEAR = 3
@@ -58,23 +56,21 @@ def explain(
 
     Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """
-    with only_books(rules), taken_for(architecture), visiting():
-        known = place_of(model) if model is not None else None
-        path = place_of(src)
-        adapter = not is_checkpoint(path)
-        layout, given = layout_named(to, adapter=adapter), source_named(source, adapter=adapter)
-        with only_family(given.family), going_over(given.via):
-            if adapter:
-                opening = find_source(path, given)
-                if opening.dialect.name in IMAGE:
-                    from regraft.explaining.image import explain_image
+    with resolved(
+        src, to=to, source=source, model=model, architecture=architecture, rules=rules
+    ) as found:
+        path, given, layout = found.path, found.given, found.to
+        assert layout is not None
+        if found.is_adapter:
+            opening = find_source(path, given)
+            if opening.dialect.name in IMAGE:
+                from regraft.explaining.image import explain_image
 
-                    return explain_image(opening.one(), key, layout, given.family, known)
-            elif is_parted(opened := open_checkpoint(path)):
-                said = None if given.layout is None else given.layout.name
-                return _Search(open_part(opened, key, said), key, layout.name).explain()
-            subject = open_subject(path, layout, known, given.layout, given)
-            return _Search(subject, key, layout.name).explain()
+                return explain_image(opening.one(), key, layout, given.family, found.model)
+        elif is_parted(opened := open_checkpoint(path)):
+            return _Search(open_part(opened, key, given.name), key, layout.name).explain()
+        subject = open_subject(path, layout, found.model, given.layout, given)
+        return _Search(subject, key, layout.name).explain()
 
 
 class _Search:

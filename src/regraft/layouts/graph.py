@@ -8,9 +8,7 @@ No layout is known in code: what there is, books say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -20,6 +18,7 @@ from regraft.equation.notation import Term
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
 from regraft.rules.book import Book, Rule
 from regraft.rules.direction import Direction, Side
+from regraft.rules.said import said
 
 
 class Edge(Struct, frozen=True, dict=True):
@@ -165,7 +164,7 @@ def route_between(books: Sequence[Book], source: str | None, target: str, where:
         own = [b for b in leading if b.tells == "both" or b.layout(b.tells) == target]
         return Route((edges_to(own or leading or books, target),))
     routes = find_routes(books, source, target)
-    wanted = _VIA.get()
+    wanted = said().via
     if wanted:
         routes = tuple(r for r in routes if set(wanted) <= set(r.layouts)) or routes
     if not routes:
@@ -188,19 +187,6 @@ def route_between(books: Sequence[Book], source: str | None, target: str, where:
             )
         )
     return routes[0]
-
-
-_VIA: ContextVar[tuple[str, ...]] = ContextVar("via", default=())
-
-
-@contextmanager
-def going_over(layouts: Sequence[str]) -> Iterator[None]:
-    """Of several ways that are as short, let those be taken that go over some layouts, as long as this lasts."""
-    token = _VIA.set(tuple(layouts) or _VIA.get())
-    try:
-        yield
-    finally:
-        _VIA.reset(token)
 
 
 def _no_way(books: Sequence[Book], source: str, target: str, where: str) -> list[Finding]:

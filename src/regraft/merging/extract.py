@@ -26,10 +26,10 @@ from regraft.merging.extraction import Extracted, Extraction
 from regraft.merging.low_rank import Spectrum, spectrum, spectrum_within
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
-from regraft.planning.model import taken_for
 from regraft.report import logged
-from regraft.rules.book import Rules, only_books, only_family
+from regraft.rules.book import Rules, only_books
 from regraft.rules.kinds import KINDS
+from regraft.rules.said import saying
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import check_destination
 
@@ -92,8 +92,8 @@ def extract(
     """
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
-        stack.enter_context(taken_for(architecture))
-        stack.enter_context(only_family(source))
+        stack.enter_context(saying(architecture=architecture))
+        stack.enter_context(saying(family=source))
         wanted = _Wanted(rank, error, *(DTYPES[c.dtype].numpy for c in parse_casts([dtype])))
         foreign = InstalledTransformers()
         one, other = (open_base(Path(path), None, foreign) for path in (base, tuned))

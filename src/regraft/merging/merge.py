@@ -21,9 +21,10 @@ from regraft.merging.addends import Addend
 from regraft.merging.base import Base, open_base, prepare_like, write_prepared
 from regraft.merging.image import image_addends
 from regraft.merging.language import language_addend
-from regraft.planning.model import Foreign, taken_for
+from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, Report, Target, logged
-from regraft.rules.book import Rules, only_books, only_family
+from regraft.rules.book import Rules, only_books
+from regraft.rules.said import saying
 from regraft.storage.folder import check_destination
 
 Progress = Callable[[str, int, int], None]
@@ -83,9 +84,9 @@ def merge(
     """
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
-        stack.enter_context(taken_for(architecture))
+        stack.enter_context(saying(architecture=architecture))
         given = source_named(source)
-        stack.enter_context(only_family(given.family))
+        stack.enter_context(saying(family=given.family))
         paths = [_weighted(adapter) for adapter in adapters]
         base_path, dst_path = Path(base), Path(os.path.realpath(dst))
         _check_given(base_path, paths, clip_weight)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,24 +27,6 @@ _MOST_THINGS = 100_000
 _LARGEST_SIZE = 2**31
 
 _HEADS = ("lm_head", "score", "classifier", "qa_outputs")
-
-
-_TAKEN_FOR: ContextVar[str | None] = ContextVar("taken for", default=None)
-
-
-@contextmanager
-def taken_for(architecture: str | None) -> Iterator[None]:
-    """Take every config that is read meanwhile, in this thread, for one of a class; of none for what it says."""
-    token = _TAKEN_FOR.set(architecture or _TAKEN_FOR.get())
-    try:
-        yield
-    finally:
-        _TAKEN_FOR.reset(token)
-
-
-def asked_architecture() -> str | None:
-    """The class that the user says the model is."""
-    return _TAKEN_FOR.get()
 
 
 class Weights(Protocol):

@@ -32,7 +32,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -58,6 +57,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
 from regraft.rules.kinds import KINDS, OUT
+from regraft.rules.said import said, saying
 from regraft.storage.probe import open_regular
 from regraft.values import replace
 
@@ -561,8 +561,6 @@ BUILT_IN = "built-in"
 Rules = Iterable["Book | str | os.PathLike[str]"]
 """Rule books, as `only_books` takes them."""
 
-_ONLY: ContextVar[tuple[Book, ...]] = ContextVar("only", default=())
-
 
 @contextmanager
 def only_books(books: Rules) -> Iterator[None]:
@@ -572,12 +570,8 @@ def only_books(books: Rules) -> Iterator[None]:
     before it come first, and take the place of one that leads between the same layouts for the same model types.
     Books that have no equations, and only say of some keys that they stay or go, stand beside regraft's.
     """
-    given = _standing_in(books)
-    token = _ONLY.set(given or _ONLY.get())
-    try:
+    with saying(books=_standing_in(books)):
         yield
-    finally:
-        _ONLY.reset(token)
 
 
 def _standing_in(books: Rules) -> tuple[Book, ...]:
@@ -594,7 +588,7 @@ ENVIRONMENT = "REGRAFT_RULES"
 def _given() -> tuple[Book, ...]:
     """The books that stand in for the library: those of `only_books`, else those of the environment; or none."""
     text = os.environ.get(ENVIRONMENT, "")
-    return _ONLY.get() or (_environment_books(text, _changed(text)) if text else ())
+    return said().books or (_environment_books(text, _changed(text)) if text else ())
 
 
 def _changed(text: str) -> tuple[int, ...]:
@@ -610,16 +604,14 @@ def _changed(text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _environment_books(text: str, changed: tuple[int, ...]) -> tuple[Book, ...]:
-    token = _ONLY.set(built_in())  # names are those of regraft's own
     try:
-        return _standing_in(name for name in text.split(os.pathsep) if name)
+        with saying(books=built_in()):  # names are those of regraft's own
+            return _standing_in(name for name in text.split(os.pathsep) if name)
     except BadInputError as error:
         raise BadInputError(
             replace(each, message=f"{each.message} (named by {ENVIRONMENT})")
             for each in error.findings
         ) from None
-    finally:
-        _ONLY.reset(token)
 
 
 def _named(books: Rules) -> Iterator[Book]:
@@ -640,7 +632,7 @@ def own_books() -> tuple[Book, ...]:
 
 def own_rules() -> list[str]:
     """Names of the user's own books that are in force, and whether the environment named them; for reports."""
-    origin = "" if _ONLY.get() else f" ({ENVIRONMENT})"
+    origin = "" if said().books else f" ({ENVIRONMENT})"
     return [f"{book.path}{origin}" for book in own_books()]
 
 
@@ -650,27 +642,9 @@ def is_complete() -> bool:
     return bool(given) and not {id(book) for book in built_in()} <= {id(book) for book in given}
 
 
-_FAMILY: ContextVar[str | None] = ContextVar("family", default=None)
-
-
-@contextmanager
-def only_family(model_type: str | None) -> Iterator[None]:
-    """Let only the books speak that know a model type, in this thread, as long as this lasts; ``None``: all."""
-    token = _FAMILY.set(model_type or _FAMILY.get())
-    try:
-        yield
-    finally:
-        _FAMILY.reset(token)
-
-
-def asked_family() -> str | None:
-    """The model type that alone may speak, where the user named one."""
-    return _FAMILY.get()
-
-
 def library() -> tuple[Book, ...]:
     """The rule books in force: those that come with regraft and with installed packages, or what stands in for them."""
-    books, family = _given() or built_in(), _FAMILY.get()
+    books, family = _given() or built_in(), said().family
     return books if family is None else tuple(books_for([family], books))
 
 
