@@ -7,19 +7,19 @@ and what is joined is joined; each family says how. Where one cannot, all of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 
 import numpy as np
 from msgspec import Struct, field
 
 from regraft.adapters.families.base import Family, NoImageError, Part, Wide, as_wide, narrowed
 from regraft.adapters.form import Array, Factors, is_finite, is_float
-from regraft.adapters.move import Block, blocks_of, not_finite
+from regraft.adapters.move import not_finite
 from regraft.adapters.scale import Scale
 from regraft.adapters.tuned import TunedModules
 from regraft.errors import RefusedError
-from regraft.names.keys import Group, Ints
-from regraft.planning.plan import Entry, Plan
+from regraft.names.keys import Ints
+from regraft.planning.blocks import Landing, landings
+from regraft.planning.plan import Plan
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.values import replace
 
@@ -50,12 +50,8 @@ def follow(plan: Plan, tuned: TunedModules, family: Family) -> Followed:
     """Carry all modules along in the family."""
     result = Followed()
     for entry in plan.entries:
-        for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
-            keys = entry.keys(term)
-            if entry.moves_nothing:
-                _rename(entry, keys, kind, tuned, family, result)
-            else:
-                _carry(entry, number, keys, kind, tuned, family, result)
+        for landing in landings(entry):
+            (_rename if landing.stays else _carry)(landing, tuned, family, result)
     for carried in plan.carried:
         names = carried.group.names()
         result.parts.update(
@@ -64,11 +60,10 @@ def follow(plan: Plan, tuned: TunedModules, family: Family) -> Followed:
     return result
 
 
-def _rename(
-    entry: Entry, keys: Group, kind: str, tuned: TunedModules, family: Family, result: Followed
-) -> None:
+def _rename(landing: Landing, tuned: TunedModules, family: Family, result: Followed) -> None:
+    entry, kind = landing.entry, landing.kind
     ids = entry.sources[0].reshape(-1).tolist()
-    for name, number in zip(keys.names(), ids, strict=True):
+    for name, number in zip(landing.keys.names(), ids, strict=True):
         if number < 0:
             continue
         part = tuned.parts[number]
@@ -93,18 +88,8 @@ def _rename(
 _PARAMETER = "PEFT supports only plain LoRA on stacked expert parameters"
 
 
-def _carry(
-    entry: Entry,
-    number: int,
-    keys: Group,
-    kind: str,
-    tuned: TunedModules,
-    family: Family,
-    result: Followed,
-) -> None:
-    term = entry.written[number]
-    slots = prod(entry.stack(term))
-    shape = entry.flat_shape(term)
+def _carry(landing: Landing, tuned: TunedModules, family: Family, result: Followed) -> None:
+    entry, kind, slots = landing.entry, landing.kind, landing.slots
     if all((ids < 0).all() for ids in entry.sources):
         return
     if not KINDS[kind].module or kind == "any":
@@ -112,11 +97,10 @@ def _carry(
         for ids in entry.sources:
             result.failed.update(dict.fromkeys(ids[ids >= 0].tolist(), failed))
         return
-    blocks = blocks_of(entry, number)
-    out, into = KINDS[kind].size(shape, OUT), KINDS[kind].size(shape, IN)
+    out, into = landing.laid.sizes[OUT], landing.laid.sizes[IN]
     for loop in range(len(entry)):
         for slot in range(slots):
-            pieces = _pieces(entry, blocks, loop, slot)
+            pieces = _pieces(landing, loop, slot)
             present = [p.source for p in pieces if p.source >= 0]
             if not present:
                 continue
@@ -125,14 +109,14 @@ def _carry(
             except NoImageError as error:
                 result.failed.update(dict.fromkeys(present, (error, str(entry.rule))))
                 continue
-            result.parts[keys.name(loop * slots + slot)] = replace(part, kind=kind)
+            result.parts[landing.keys.name(loop * slots + slot)] = replace(part, kind=kind)
 
 
-def _pieces(entry: Entry, blocks: Sequence[Block], loop: int, slot: int) -> list[_Piece]:
+def _pieces(landing: Landing, loop: int, slot: int) -> list[_Piece]:
     """The blocks of one target; those of one source that share columns or rows are one piece."""
     found: list[_Piece] = []
-    for block in blocks:
-        ids = entry.sources[block.term][loop].reshape(-1)
+    for block in landing.blocks:
+        ids = landing.entry.sources[block.term][loop].reshape(-1)
         for at in np.flatnonzero(block.target_slot == slot).tolist():
             piece = _Piece(
                 int(ids[block.source_slot[at]]),

@@ -1,7 +1,8 @@
 """The deltas reader: what becomes of LoRA factors when a plan moves their base weights.
 
-In each copy of a plan the batch axes are iterated; every other axis goes out to out and in to in, or crosswise. Then
-a low-rank block ``B A`` lands as ``(P B)(A Q)``, or as ``(P A^T)(B^T Q)``. One rule for every equation there is.
+In each copy of a plan the batch axes are iterated; every other axis goes out to out and in to in, or crosswise
+(`regraft.planning.blocks`). Then a low-rank block ``B A`` lands as ``(P B)(A Q)``, or as ``(P A^T)(B^T Q)``. One rule
+for every equation there is.
 Ranks add where blocks meet; components that share a factor bit for bit are one; components that a split leaves
 without effect are dropped.
 """
@@ -9,9 +10,9 @@ without effect are dropped.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from math import log2, prod
+from math import log2
 from operator import attrgetter
 from typing import Any
 
@@ -22,165 +23,16 @@ from regraft.adapters.components import Part, Record
 from regraft.adapters.form import Array, Factors, Images, Lora, common_dtype, is_finite, rescale
 from regraft.adapters.scale import Scale
 from regraft.equation.lower import Copy, CopyAxis, Padding
-from regraft.equation.notation import Term
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
+from regraft.planning.blocks import Block, Landing, landings, no_image, offsets
 from regraft.planning.plan import Entry, walk
-from regraft.rules.kinds import BATCH, IN, KINDS, NONE, OUT, Kind
+from regraft.rules.kinds import BATCH, IN, KINDS, OUT, Kind, lay_out
 from regraft.values import replace
 
 _DTYPE = attrgetter("dtype")
 _TILE = 32
 """Experts that are turned at a time, so that what is read stays in the cache."""
-
-
-class Block(Struct, frozen=True, eq=False):
-    """A copy seen as blocks of matrices: one for each value of the iterated axes.
-
-    Rows are the target's out index, columns its in index. Crosswise, rows come from the source's in index.
-    """
-
-    term: int
-    cross: bool
-    source_slot: Ints
-    source_batch: Ints
-    target_slot: Ints
-    target_batch: Ints
-    rows_from: Ints
-    """(iterations, rows): indices along the source's out (crosswise: in)."""
-    rows_to: Ints
-    columns_from: Ints
-    columns_to: Ints
-    splits: bool
-    """Whether a source tensor gives only a part of itself to one target."""
-
-
-def blocks_of(entry: Entry, target: int) -> list[Block]:
-    """The blocks that land in one term of the side that is written.
-
-    Raises ``RefusedError`` where an axis goes from out to a batch or from one matrix's in to both: such an
-    equation has no low-rank image.
-    """
-    return [_block(entry, copy) for copy in entry.copies if copy.target == target]
-
-
-def _role(axis: CopyAxis, *, source: bool, kinds: tuple[str, str]) -> str:
-    place = axis.source if source else axis.target
-    if not place.in_key and not place.step:
-        source = not source  # one element for all of them: out or in as on the other side
-        place = axis.target
-    return BATCH if place.in_key else KINDS[kinds[not source]].role(place.index)
-
-
-def _block(entry: Entry, copy: Copy) -> Block:
-    read, written = entry.read[copy.source], entry.written[copy.target]
-    kinds = entry.read_kinds[copy.source], entry.written_kinds[copy.target]
-    iterated, straight, crossed = [], [], []
-    for axis in copy.axes:
-        roles = _role(axis, source=True, kinds=kinds), _role(axis, source=False, kinds=kinds)
-        if axis.size == 1 and BATCH not in roles:
-            continue
-        if BATCH in roles:
-            iterated.append(axis)
-        elif NONE in roles:
-            raise _no_image(entry, f"{axis.name} is neither an out nor an in axis")
-        elif roles[0] == roles[1]:
-            straight.append(axis)
-        else:
-            crossed.append(axis)
-    if straight and crossed:
-        raise _no_image(
-            entry,
-            f"{straight[0].name} keeps its side and {crossed[0].name} changes it, "
-            "so a low-rank block does not stay one",
-        )
-    cross = bool(crossed)
-    shapes = entry.flat_shape(read), entry.flat_shape(written)
-    sides = [
-        _Walked.of(entry, copy, iterated, target=bool(target), kind=kind, shape=shape)
-        for target, (kind, shape) in enumerate(zip(kinds, shapes, strict=True))
-    ]
-    here, there = sides
-    inner = straight or crossed
-    target_out = [a for a in inner if _role(a, source=False, kinds=kinds) == OUT]
-    target_in = [a for a in inner if _role(a, source=False, kinds=kinds) == IN]
-    steps = [
-        {role: KINDS[kind].steps(shape, role) for role in (OUT, IN)}
-        for kind, shape in zip(kinds, shapes, strict=True)
-    ]
-    out_role, in_role = (IN, OUT) if cross else (OUT, IN)
-    rows_from = (here.in_at if cross else here.out_at)[:, None] + _offsets(
-        target_out, source=True, steps=steps[0][out_role]
-    )
-    columns_from = (here.out_at if cross else here.in_at)[:, None] + _offsets(
-        target_in, source=True, steps=steps[0][in_role]
-    )
-    per_target = Counter(zip(here.slot.tolist(), there.slot.tolist(), strict=True))
-    given = min(per_target.values()) * rows_from.shape[1] * columns_from.shape[1]
-    return Block(
-        copy.source,
-        cross,
-        here.slot,
-        here.batch,
-        there.slot,
-        there.batch,
-        rows_from,
-        there.out_at[:, None] + _offsets(target_out, source=False, steps=steps[1][OUT]),
-        columns_from,
-        there.in_at[:, None] + _offsets(target_in, source=False, steps=steps[1][IN]),
-        given < prod(shapes[0]),
-    )
-
-
-class _Walked(Struct, frozen=True, eq=False):
-    """One side of a copy at every value of the iterated axes: key slot, batch index, out and in index."""
-
-    slot: Ints
-    batch: Ints
-    out_at: Ints
-    in_at: Ints
-
-    @staticmethod
-    def of(
-        entry: Entry,
-        copy: Copy,
-        axes: list[CopyAxis],
-        *,
-        target: bool,
-        kind: str,
-        shape: tuple[int, ...],
-    ) -> _Walked:
-        slot, moved = walk(
-            entry, copy, axes, entry.written if target else entry.read, target=target
-        )
-        start = np.array(copy.target_start if target else copy.source_start, dtype=np.int64)
-        index = moved + start.reshape(-1, 1)
-
-        def along(role: str) -> Ints:
-            return np.array(KINDS[kind].steps(shape, role), dtype=np.int64) @ index
-
-        return _Walked(slot, along(BATCH), along(OUT), along(IN))
-
-
-def _offsets(axes: Iterable[CopyAxis], *, source: bool, steps: Sequence[int]) -> Ints:
-    """Positions of a role at every point of some axes; ``steps`` are those of the dims."""
-    offsets = np.zeros(1, dtype=np.int64)
-    for axis in axes:
-        place = axis.source if source else axis.target
-        step = place.step * steps[place.index] if place.step else 0
-        offsets = (offsets[:, None] + np.arange(axis.size) * step).reshape(-1)
-    return offsets
-
-
-def _no_image(entry: Entry, why: str) -> RefusedError:
-    return RefusedError(
-        Finding(
-            "no-image",
-            f"a LoRA has no exact equivalent under this equation: {why}",
-            rule=str(entry.rule),
-            fix="merge the adapter into its base and convert the base",
-        )
-    )
 
 
 class _Contribution(Struct):
@@ -215,33 +67,24 @@ def images(
 
     Raises ``RefusedError`` where the equation has no low-rank image.
     """
-    for number, (term, kind) in enumerate(zip(entry.written, entry.written_kinds, strict=True)):
-        keys = entry.keys(term)
-        slots = prod(entry.stack(term))
+    if all((ids < 0).all() for ids in entry.sources):
+        return
+    there = landings(entry)
+    _check_one_sided(entry, factors)
+    fast = fast and not record.recorded
+    for landing in there:
+        keys, kind = landing.keys, landing.kind
+        if landing.stays and (kind == "any" or (fast and kind == "linear")):
+            ids = entry.sources[0].reshape(-1).tolist()
+            yield Images(keys, "linear", [_as_it_is(number, factors) for number in ids])
+            continue
+        whole = _Whole.of(landing) if fast else None
         loras: list[Lora | None] = []
-        if all((ids < 0).all() for ids in entry.sources):
-            continue
-        _check_one_sided(entry, factors)
-        if kind == "any" and entry.moves_nothing:
-            yield Images(
-                keys, "linear", [_as_it_is(int(i), factors) for i in entry.sources[0].flat]
-            )
-            continue
-        if fast and not record.recorded and _only_renames(entry, kind):
-            yield Images(keys, kind, [_as_it_is(int(i), factors) for i in entry.sources[0].flat])
-            continue
-        blocks = blocks_of(entry, number)
-        shape = entry.flat_shape(term)
-        whole = _Whole.of(entry, blocks, shape, kind) if fast and not record.recorded else None
         for loop in range(len(entry)):
-            for slot in range(slots):
-                row = loop * slots + slot
-                lora = whole.image(loop, factors, record, keys.name(row)) if whole else None
-                if lora is None:
-                    lora = _image(
-                        entry, factors, blocks, loop, slot, term, kind, record, keys.name(row)
-                    )
-                loras.append(lora)
+            for slot in range(landing.slots):
+                name = keys.name(loop * landing.slots + slot)
+                lora = whole.image(loop, factors, record, name) if whole else None
+                loras.append(lora or _image(landing, factors, loop, slot, record, name))
         yield Images(keys, kind, loras)
 
 
@@ -260,22 +103,23 @@ def _check_one_sided(entry: Entry, factors: Factors) -> None:
                 if same and one is not None and other is not None:
                     same = one[2] == other[2] and all(map(np.array_equal, one[:2], other[:2]))
                 if not same:
-                    raise _no_image(
+                    raise no_image(
                         entry,
                         f"along {', '.join(entry.rule.equation.copies)} the base has one weight "
                         "several times, and the adapter does not add the same to each",
                     )
     for padding in entry.paddings(written=False):
-        term, kind = entry.read[padding.term], KINDS[entry.read_kinds[padding.term]]
+        term, kind = entry.read[padding.term], entry.read_kinds[padding.term]
         shape = entry.flat_shape(term)
-        cut = {role: _positions(padding, kind.steps(shape, role)) for role in (OUT, IN)}
+        steps = lay_out(kind, shape).steps
+        cut = {role: _positions(padding, steps[role]) for role in (OUT, IN)}
         for number in entry.sources[padding.term].reshape(-1).tolist():
             if number < 0:
                 continue
             a, b = factors.a[number], factors.b[number]
             rows, columns = b[..., cut[OUT], :], a[..., cut[IN]]
             if rows.any() and columns.any():
-                raise _no_image(entry, "it adds to padding, which the target does not have")
+                raise no_image(entry, "it adds to padding, which the target does not have")
 
 
 def _positions(padding: Padding, steps: Sequence[int]) -> Ints:
@@ -296,7 +140,7 @@ def _read_at(
     """The factors at one end of a copy between tensors that are read, for each tensor on the way."""
     number = copy.target if other else copy.source
     kind = KINDS[entry.read_kinds[number]]
-    shape = entry.flat_shape(entry.read[number])
+    laid = lay_out(entry.read_kinds[number], entry.flat_shape(entry.read[number]))
     keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
     slots, moved = walk(entry, copy, keyed, entry.read, target=other)
     start = np.array(copy.target_start if other else copy.source_start).reshape(-1, 1) + moved
@@ -311,11 +155,11 @@ def _read_at(
         if kind.kernel:
             a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         places = {
-            role: int(np.dot(kind.steps(shape, role), at))
-            + _offsets(
+            role: int(np.dot(laid.steps[role], at))
+            + offsets(
                 [x for x in inner if _plays(x, other=other, kind=kind, role=role)],
                 source=not other,
-                steps=kind.steps(shape, role),
+                steps=laid.steps[role],
             )
             for role in (OUT, IN)
         }
@@ -328,12 +172,6 @@ def _plays(axis: CopyAxis, *, other: bool, kind: Kind, role: str) -> bool:
     return kind.role(place.index) == role
 
 
-def _only_renames(entry: Entry, kind: str) -> bool:
-    """Whether matrices only get another name, so that their factors are what they were."""
-    alone = len(entry.read) == len(entry.written) == 1 and entry.moves_nothing
-    return alone and kind == entry.read_kinds[0] == "linear"
-
-
 def _as_it_is(source: int, factors: Factors) -> Lora | None:
     """The LoRA of a weight that only gets another name: a convolution's, say, whose factors have more dims."""
     if source < 0:
@@ -342,22 +180,12 @@ def _as_it_is(source: int, factors: Factors) -> Lora | None:
 
 
 def _image(
-    entry: Entry,
-    factors: Factors,
-    blocks: list[Block],
-    loop: int,
-    slot: int,
-    term: Term,
-    kind: str,
-    record: Record,
-    key: str,
+    landing: Landing, factors: Factors, loop: int, slot: int, record: Record, key: str
 ) -> Lora | None:
-    shape = entry.flat_shape(term)
-    roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
-    batch = shape[roles.index(BATCH)] if BATCH in roles else 1
-    out_size, in_size = (KINDS[kind].size(shape, role) for role in (OUT, IN))
+    entry, laid = landing.entry, landing.laid
+    batch, out_size, in_size = (laid.sizes[role] for role in (BATCH, OUT, IN))
     given: list[list[_Contribution]] = [[] for _ in range(batch)]
-    for block in blocks:
+    for block in landing.blocks:
         for at in np.flatnonzero(block.target_slot == slot).tolist():
             source = int(entry.sources[block.term][loop].reshape(-1)[block.source_slot[at]])
             if source < 0:
@@ -410,10 +238,10 @@ def _image(
                     ),
                 )
     b_out = packed.transpose(2, 0, 1)
-    if BATCH not in roles:
+    if BATCH not in laid.roles:
         a_out, b_out = a_out[0], b_out[0]
-    if KINDS[kind].kernel:
-        whole = entry.shape(term)
+    if KINDS[landing.kind].kernel:
+        whole = entry.shape(landing.term)
         a_out = a_out.reshape(rank, *whole[1:])
         b_out = b_out.reshape(out_size, rank, *(1 for _ in whole[2:]))
     changed = {
@@ -606,20 +434,15 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
 class _Whole(Struct, frozen=True, eq=False):
     """The fast path: experts that stand in keys on one side and are a whole stack on the other."""
 
-    entry: Entry
-    blocks: list[Block]
-    shape: tuple[int, ...]
-    roles: list[str]
+    landing: Landing
     scratch: dict[tuple[tuple[int, int], np.dtype[Any]], Array] = field(default_factory=dict)
 
     @staticmethod
-    def of(entry: Entry, blocks: list[Block], shape: tuple[int, ...], kind: str) -> _Whole | None:
-        roles = [KINDS[kind].role(dim) for dim in range(len(shape))]
-        if BATCH not in roles:
+    def of(landing: Landing) -> _Whole | None:
+        if BATCH not in landing.laid.roles:
             return None
-        batch = shape[roles.index(BATCH)]
-        order = np.arange(batch)
-        for block in blocks:
+        order = np.arange(landing.laid.sizes[BATCH])
+        for block in landing.blocks:
             if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
                 return None
             if not np.array_equal(block.target_batch, order):
@@ -627,17 +450,16 @@ class _Whole(Struct, frozen=True, eq=False):
             for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
                 if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
                     return None
-        return _Whole(entry, blocks, shape, roles)
+        return _Whole(landing)
 
     def image(self, loop: int, factors: Factors, record: Record, key: str) -> Lora | None:
         """The LoRA of one target; ``None`` where something is uneven and the general path is needed."""
-        batch = self.shape[self.roles.index(BATCH)]
-        out_size, in_size = self.shape[self.roles.index(OUT)], self.shape[self.roles.index(IN)]
+        batch, out_size, in_size = (self.landing.laid.sizes[role] for role in (BATCH, OUT, IN))
         parts: list[tuple[Block, list[int], list[Array], list[Array]]] = []
         scale: Scale | None = None
         dtypes: set[np.dtype[np.generic]] = set()
-        for block in self.blocks:
-            flat = self.entry.sources[block.term][loop].reshape(-1)[block.source_slot]
+        for block in self.landing.blocks:
+            flat = self.landing.entry.sources[block.term][loop].reshape(-1)[block.source_slot]
             if (flat < 0).any():
                 return None
             ids = flat.tolist()

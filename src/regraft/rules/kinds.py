@@ -6,8 +6,8 @@ Source: how torch's and transformers' modules store their weights, and how PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Mapping
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -48,22 +48,16 @@ class Kind(Struct, frozen=True):
             return NONE
         return self.roles[min(dim, len(self.roles) - 1)] if self.kernel else self.roles[dim]
 
-    def size(self, shape: Sequence[int], role: str) -> int:
-        """How many positions the dims of a role have together.
 
-        >>> KINDS["conv"].size((8, 4, 3, 3), IN)
-        36
-        """
-        return prod(size for dim, size in enumerate(shape) if self.role(dim) == role)
+class Laid(Struct, frozen=True, eq=False):
+    """The dims of a tensor of some shape, by their roles."""
 
-    def steps(self, shape: Sequence[int], role: str) -> tuple[int, ...]:
-        """How far one step in each dim moves among the positions of a role; 0 in dims of others."""
-        return tuple(
-            self.size([n if d > dim else 1 for d, n in enumerate(shape)], role)
-            if self.role(dim) == role
-            else 0
-            for dim in range(len(shape))
-        )
+    roles: tuple[str, ...]
+    """Of every dim."""
+    sizes: Mapping[str, int]
+    """How many positions the dims of a role have together."""
+    steps: Mapping[str, tuple[int, ...]]
+    """For a role, how far one step in each dim moves among its positions; 0 in dims of others."""
 
 
 KINDS = {
@@ -85,3 +79,24 @@ KINDS = {
 (vocabulary = in, hidden = out), a ``parameter`` of its own (out, in), ``experts`` (E, out, in),
 ``experts-transposed`` (E, in, out) on a module that says so (``is_transposed``), ``experts-unmarked`` the same on a
 module that does not, ``vector`` and ``any`` for what has no delta."""
+
+
+@lru_cache(maxsize=4096)
+def lay_out(kind: str, shape: tuple[int, ...]) -> Laid:
+    """The dims of a tensor of a kind.
+
+    >>> laid = lay_out("conv", (8, 4, 3, 3))
+    >>> laid.sizes[IN], laid.steps[IN]
+    (36, (0, 9, 3, 1))
+    """
+    roles = tuple(map(KINDS[kind].role, range(len(shape))))
+    sizes: dict[str, int] = {}
+    steps: dict[str, tuple[int, ...]] = {}
+    for role in (BATCH, OUT, IN):
+        step, found = 1, [0] * len(shape)
+        for dim in reversed(range(len(shape))):
+            if roles[dim] == role:
+                found[dim] = step
+                step *= shape[dim]
+        sizes[role], steps[role] = step, tuple(found)
+    return Laid(roles, sizes, steps)

@@ -46,6 +46,12 @@ class _Compiled(Struct, frozen=True, dict=True):
         """The expression, compiled when a name has head and tail, as few do."""
         return re.compile(self.expression, re.DOTALL)
 
+    def match(self, template: str) -> re.Match[str] | None:
+        """How the letters of a name fit; ``None`` where they don't."""
+        if template.startswith(self.head) and template.endswith(self.tail):
+            return self.pattern.fullmatch(template)
+        return None
+
 
 @lru_cache(maxsize=4096)
 def _compile(key: Key, lengths: tuple[int, ...] = ()) -> _Compiled:
@@ -140,30 +146,28 @@ def match_group(key: Key, group: Group) -> Match | None:
     >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
     (('model',), [0, 1], [0, 1])
     """
-    return _match_compiled(key, _compile(key), group)
+    compiled = _compile(key)
+    found = compiled.match(group.template)
+    return None if found is None else _match_found(key, compiled, found, group)
 
 
-def _match_compiled(key: Key, compiled: _Compiled, group: Group) -> Match | None:
-    template = group.template
-    if not (template.startswith(compiled.head) and template.endswith(compiled.tail)):
-        return None
-    found = compiled.pattern.fullmatch(template)
-    if found is None:
-        return None
+def _match_found(key: Key, compiled: _Compiled, found: re.Match[str], group: Group) -> Match | None:
     match = _match(compiled, found, group)
     if match is not None or compiled.kinds.count("rest") < 2:
         return match
-    for lengths in _lengths(key, template):
+    for lengths in _lengths(key, group.template):
         compiled = _compile(key, lengths)
-        found = compiled.pattern.fullmatch(template)
-        match = None if found is None else _match(compiled, found, group)
+        text = compiled.pattern.fullmatch(group.template)
+        match = None if text is None else _match(compiled, text, group)
         if match is not None:
             return match
     return None
 
 
 _Value = TypeVar("_Value")
+_Found = tuple[Key, _Compiled, re.Match[str], _Value]
 _MOST_ENDINGS = 4096
+"""Endings, and templates, that are remembered: many thousands of keys have a few dozen."""
 
 
 class KeyTable(Generic[_Value]):
@@ -179,25 +183,38 @@ class KeyTable(Generic[_Value]):
     def __init__(self, values: Iterable[tuple[Key, _Value]]) -> None:
         self._all = [(key, _compile(key), value) for key, value in values]
         self._ending: dict[str, list[tuple[Key, _Compiled, _Value]]] = {}
+        self._found: dict[str, list[_Found[_Value]]] = {}
 
     def matching(self, group: Group) -> Iterator[tuple[_Value, Match]]:
         """The values whose templates match a group, in their order, each with its match."""
-        template = group.template
+        found = self._found.get(group.template)
+        if found is None:
+            found = self._look_up(group.template)
+            if len(self._found) < _MOST_ENDINGS:
+                self._found[group.template] = found
+        for key, compiled, text, value in found:
+            match = _match_found(key, compiled, text, group)
+            if match is not None:
+                yield value, match
+
+    def _look_up(self, template: str) -> list[_Found[_Value]]:
+        """The values that a template's letters fit, whatever its numbers are."""
         last = template.rfind(".")
         ending = template[template.rfind(".", 0, max(last, 0)) + 1 :]
-        found = self._ending.get(ending)
-        if found is None:
-            found = [
+        near = self._ending.get(ending)
+        if near is None:
+            near = [
                 each
                 for each in self._all
                 if each[1].tail.endswith(ending) or ending.endswith(each[1].tail)
             ]
             if len(self._ending) < _MOST_ENDINGS:
-                self._ending[ending] = found
-        for key, compiled, value in found:
-            match = _match_compiled(key, compiled, group)
-            if match is not None:
-                yield value, match
+                self._ending[ending] = near
+        return [
+            (key, compiled, text, value)
+            for key, compiled, value in near
+            if (text := compiled.match(template)) is not None
+        ]
 
     def __iter__(self) -> Iterator[_Value]:
         return (value for _, _, value in self._all)

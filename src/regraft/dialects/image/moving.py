@@ -18,7 +18,7 @@ import numpy as np
 from regraft.adapters.components import Record
 from regraft.adapters.families.base import NoImageError, Wide
 from regraft.adapters.form import Array, Factors, Images, Lora
-from regraft.adapters.move import blocks_of, images
+from regraft.adapters.move import images
 from regraft.adapters.ranks import cut
 from regraft.adapters.scale import Scale
 from regraft.dialects.image.delta import (
@@ -43,6 +43,7 @@ from regraft.dialects.image.weights import ImageBase, as_matrix
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
+from regraft.planning.blocks import landings
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, Plan
@@ -384,7 +385,7 @@ def _pieces(entry: Entry, number: int, loop: int, slot: int) -> list[_Piece]:
     """Where the rows of a target come from, in their order there."""
     found: dict[int, list[tuple[Ints, Ints]]] = {}
     order: list[int] = []
-    for block in blocks_of(entry, number):
+    for block in landings(entry)[number].blocks:
         ids = entry.sources[block.term][loop].reshape(-1)
         for at in np.flatnonzero(block.target_slot == slot).tolist():
             columns = block.columns_from[at], block.columns_to[at]
