@@ -50,9 +50,9 @@ format: .venv/.done ## format the code and mend what ruff can mend
 demo: .venv-demo/.done ## install the core alone, without torch, and run the demo
 	@.venv-demo/bin/python -m regraft.demo
 
-docs: .venv/.done ## make the documentation's site, in site/
+docs: .venv/.done ## make the documentation's site, in build/docs/
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-	@echo "see site/index.html; for its search: python3 -m http.server -d site"
+	@echo "see build/docs/index.html; for its search: python3 -m http.server -d build/docs"
 
 pictures: .venv/.done .venv/.browser ## make the pictures and the generated pages of docs/ anew
 	@.venv/bin/python scripts/make_docs.py
@@ -88,7 +88,7 @@ mutants: .venv/.done ## change the code in small ways that the tests must notice
 	@.venv/bin/python scripts/mutants.py
 
 clean: ## remove the environments, caches and builds
-	@rm -rf .venv .venv-demo .venv-golden .venv-consumers .venv-cluster site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-demo .venv-golden .venv-consumers .venv-cluster .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environments. A .done file says that everything named in its prerequisites is installed.

@@ -11,6 +11,7 @@ from pathlib import Path
 from drawings import DRAWINGS
 from errors_page import PAGE, errors_page
 from json_page import json_page
+from make_site import TABLES, tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -20,6 +21,7 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     (DOCS / "json.md").write_text(json_page(), encoding="utf-8")
     PAGE.write_text(errors_page(), encoding="utf-8")
+    TABLES.write_text(tables(), encoding="utf-8")
     for name, draw in DRAWINGS.items():
         (images / name).write_text(draw(), encoding="utf-8")
     if "--no-pictures" not in sys.argv:

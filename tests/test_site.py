@@ -12,10 +12,15 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from drawings import DRAWINGS  # noqa: E402
 from json_page import json_page  # noqa: E402
+from make_site import TABLES, tables  # noqa: E402
 
 
 def test_page_of_json():
     assert (DOCS / "json.md").read_text(encoding="utf-8") == json_page(), "run `make pictures`"
+
+
+def test_tables_of_the_inspector():
+    assert TABLES.read_text(encoding="utf-8") == tables(), "run scripts/make_site.py"
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

@@ -33,6 +33,8 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
+    """A module's name with its indices left open."""
+
     parts: tuple[str | None, ...]
     """Text, and ``None`` for an index."""
     ending: str
@@ -76,6 +78,8 @@ class Names:
         alias: Callable[[str], str] | None = None,
     ) -> None:
         self.layout = layout
+        self.dotted: list[tuple[_Template, _Template]] = []
+        """Every dotted name, and the module that it stands for."""
         self._index: dict[tuple[bool, str], list[tuple[re.Pattern[str], _Template]]] = {}
         for template in templates:
             for flat in (False, True):
@@ -92,6 +96,7 @@ class Names:
         name = shown.replace(".", "_") if flat else shown
         found = self._index.setdefault((flat, _NUMBER.sub(_MARK, name)), [])
         if all(meant != other for _, other in found):
+            self.dotted += [] if flat else [(spelled, meant)]
             found.append((spelled.pattern(flat=flat), meant))
 
     def spellings(self, *, flat: bool) -> list[str]:
