@@ -12,6 +12,7 @@ import pytest
 from rebuilt import V5, lora, write_adapter, write_base
 
 import regraft
+from regraft.checkpoints.source import open_checkpoint
 
 HDF5 = b"\x89HDF\r\n\x1a\n" + b"\0" * 64
 NPZ = BytesIO()
@@ -34,6 +35,15 @@ def test_a_format_is_named(name, tmp_path):
     said = str(caught.value).lower()
     assert word in said and "adapter_config" not in said
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
+def test_what_lies_beside_weights_is_no_weights_file(name, tmp_path):
+    src = write_base(tmp_path / "src", "llama")
+    (src / name).write_text("{}")
+    with pytest.raises(regraft.RegraftError) as caught:
+        open_checkpoint(src / name)
+    assert "JSON" in str(caught.value) and "folder" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -553,6 +553,74 @@ def test_a_cast_is_done_and_said(big):
     assert same(model.eval(), causal(big, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float64])
+def test_a_model_without_memory_gets_its_own_dtype(big, tmp_path, saved):
+    """`from_config` makes float32, and most checkpoints hold something else."""
+    config = transformers.AutoConfig.from_pretrained(big)
+    tensors = {}
+    for file in big.glob("*.safetensors"):
+        tensors |= load_file(file)
+    folder = tmp_path / "cast"
+    write(folder, {name: tensor.to(saved) for name, tensor in tensors.items()}, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    done = regraft.load_checkpoint(model, folder)
+    assert "cast" in str(done)
+    assert same(model, causal(folder, dtype=torch.float32))
+
+
+def test_memory_that_others_look_at_is_filled_and_not_replaced(big):
+    """Of a model that processes share, and of one whose parameters are parts of a flat buffer."""
+    config = transformers.AutoConfig.from_pretrained(big)
+    stock = causal(big)
+    shared = AutoModelForCausalLM.from_config(config).share_memory()
+    flat = AutoModelForCausalLM.from_config(config)
+    buffer = torch.nn.utils.parameters_to_vector(flat.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(buffer, flat.parameters())
+    wanted = torch.nn.utils.parameters_to_vector(stock.parameters())
+    for model in (shared, flat):
+        places = [p.data_ptr() for p in model.parameters()]
+        done = regraft.load_checkpoint(model, big)
+        assert [p.data_ptr() for p in model.parameters()] == places
+        assert done.mapped == 0
+        assert same(model, stock)
+    assert torch.equal(buffer, wanted)
+    shared.half()
+    regraft.load_checkpoint(shared.share_memory(), big)
+    assert shared.lm_head.weight.is_shared()
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(big):
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(big))
+    with torch.inference_mode():
+        regraft.load_checkpoint(model, big)
+    ids = torch.arange(8)[None]
+    model(ids, labels=ids).loss.backward()
+
+
+def test_nobody_but_regraft_loads_a_checkpoint_into_a_model(big):
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(big))
+    with pytest.raises(BadInputError) as caught:
+        regraft.load_checkpoint(model, big, load="off")
+    assert "one of map, copy" in str(caught.value)
+
+
+def test_frequencies_that_older_releases_saved_change_nothing(big, tmp_path):
+    """What transformers leaves out of a file is no reason to leave the load to it."""
+    tensors = {}
+    for file in big.glob("*.safetensors"):
+        tensors |= load_file(file)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    folder = tmp_path / "older"
+    write(folder, tensors, transformers.AutoConfig.from_pretrained(big))
+    stock, told = causal(folder, output_loading_info=True)
+    model, found = regraft.from_pretrained(AutoModelForCausalLM, folder, output_loading_info=True)
+    assert model.regraft_load.way == "map"
+    assert found == told
+    assert same(model, stock)
+
+
 def test_an_adapter_on_top(tmp_path):
     case = BASES.parent / "cases/mixtral__gud_attn"
     base = BASES / "mixtral"

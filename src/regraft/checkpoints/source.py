@@ -157,6 +157,9 @@ def open_checkpoint(path: Path) -> Source:
     others: tuple[Path, ...] = ()
     left_out: tuple[str, ...] = ()
     if path.is_file():
+        other = find_form(path)
+        if other is not None:
+            raise BadInputError(other)
         found = [path]
         root = path.parent
         part = _SHARD.fullmatch(path.name)

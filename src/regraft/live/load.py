@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from regraft.names.patterns import patterns
 from regraft.planning.slices import Region, shape_of_region
 
 WAYS = ("map", "copy", "off")
+"""The last one is for ``from_pretrained`` alone: it leaves the load to transformers."""
 
 
 def load_checkpoint(
@@ -51,16 +53,27 @@ def load_checkpoint(
     Raises:
         BadInputError: the file and the model do not fit: every weight must be in the file, and every tensor of the
             file in the model, with its shape; or a file changed while it was read. All problems come together. Nothing
-            is loaded then; where bytes go straight into memory that the model had (a GPU's, a shard's), the error
-            says so.
+            is loaded then; where bytes go straight into memory that the model had (a GPU's, a shard's, one that
+            processes share), the error says so.
         UnmatchedKeysError, AmbiguousError: as ``convert_state_dict``.
     """
-    check_way(load)
-    load = possible(load)
-    lazy = LazyFiles(open_checkpoint(Path(path)))
+    check_way(load, WAYS[:2])
+    with torch.inference_mode(mode=False):
+        return _load_checkpoint(model, Path(path), possible(load), adapter, key_mapping)
+
+
+def _load_checkpoint(
+    model: Any,
+    path: Path,
+    load: Way,
+    adapter: str | os.PathLike[str] | None,
+    key_mapping: dict[str, str] | None,
+) -> Loaded:
+    """``load_checkpoint``, outside of inference mode: what is made in that can be trained no more."""
+    lazy = LazyFiles(open_checkpoint(path))
     state = _tensors_of(model)
     with lazy.files, collector_paused():
-        wanted = _wanted(lazy, Path(path), model, key_mapping)
+        wanted = _wanted(lazy, path, model, key_mapping)
     parts, casts, findings = _parts(wanted, state)
     findings = [*(_missing(key) for key in wanted.report.missing), *findings]
     if findings:
@@ -134,10 +147,10 @@ def from_pretrained(
     return result
 
 
-def check_way(load: str) -> None:
+def check_way(load: str, ways: Sequence[str] = WAYS) -> None:
     """Raises ``BadInputError`` for a way of loading that there is not."""
-    if load not in WAYS:
-        fix = f"give one of {', '.join(WAYS)}"
+    if load not in ways:
+        fix = f"give one of {', '.join(ways)}"
         raise BadInputError(Finding("option", f"load is {load!r}", key="load", fix=fix))
 
 
@@ -238,24 +251,37 @@ def _parts(
             continue
         if part.dtype != target.dtype:
             casts.add(key)
-        parts.append(part if part.dtype != target.dtype else _into(part, target))
+        parts.append(_settled(part, target))
     return parts, casts, findings
 
 
-def _into(part: Part, target: Any) -> Part:
-    """The part, filled into the memory that the model has, where that is not replaced.
+def _settled(part: Part, target: Any) -> Part:
+    """The part, to be made in the memory that the model has, or in new memory, which a cast needs at any rate.
 
-    Tensors on the CPU that are no shards get new memory, so that a failure leaves the model as it was.
+    Where new memory can take the place of the model's, it does, so that a failure leaves the model as it was.
     """
     local = target.to_local() if is_sharded(target) else target
-    if local.device.type == "meta":
+    device = local.device
+    if device.type == "meta":
         device = torch.device("cpu")
         if is_sharded(target) and target.device_mesh.device_type != "cpu":
             device = torch.device(target.device_mesh.device_type, torch.cuda.current_device())
-        return Part(part.name, part.strips, part.shape, part.dtype, device)
-    if (local.device.type != "cpu" or is_sharded(target)) and local.is_contiguous():
-        return Part(part.name, part.strips, part.shape, part.dtype, local.device, local.detach())
-    return part
+    elif part.dtype == target.dtype and local.is_contiguous() and not _is_replaceable(target):
+        return replace(part, device=device, into=local.detach())
+    return replace(part, device=device)
+
+
+def _is_replaceable(target: Any) -> bool:
+    """Whether a tensor can be given other memory: nobody else looks at what it has.
+
+    Others look at shards, at memory that processes share, and at a flat buffer of which it is a view.
+    """
+    return (
+        not is_sharded(target)
+        and target.device.type == "cpu"
+        and not target.is_shared()
+        and target.untyped_storage().nbytes() == target.numel() * target.element_size()
+    )
 
 
 def _with_half_loaded(error: RegraftError, filled: list[str]) -> RegraftError:
@@ -319,10 +345,10 @@ def _put(tensor: torch.Tensor, target: Any) -> None:
     local = target.to_local() if is_sharded(target) else target
     if local.data_ptr() == tensor.data_ptr() and local.shape == tensor.shape:
         return
-    if is_sharded(target) or local.device.type != "cpu":
-        local.copy_(tensor)
-    else:
+    if _is_replaceable(target):
         target.data = tensor
+    else:
+        local.copy_(tensor)
 
 
 def _assign(model: Any, fresh: Mapping[str, torch.Tensor], weights: Mapping[str, int]) -> None:

@@ -86,6 +86,7 @@ META = Form(
     "--input_dir FOLDER --output_dir OUT, or download the repository's -hf form",
 )
 ORBAX = Form("a checkpoint of orbax (JAX)", "export it with the library that wrote it")
+JSON = Form("a JSON file beside the weights", "give the folder that it is in")
 OPTIMIZER = Form(
     "an optimizer's state, without the model's weights",
     "give the folder that holds model.safetensors",
@@ -121,7 +122,7 @@ def find_form(path: Path) -> Finding | None:
         if path.is_dir():
             form, place = _of_folder(path)
         else:
-            form, place = _of_file(path, path.name), path
+            form, place = JSON if path.suffix == ".json" else _of_file(path, path.name), path
         return form.finding(str(place)) if form is not None else None
     return None
 

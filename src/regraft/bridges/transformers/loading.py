@@ -140,7 +140,7 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
         if others is not None:
             made, unmatched = _convert(model, others)
         else:
-            names.check(lazy.source.tensors.names, made, unmatched)
+            unmatched = [*unmatched, *names.check(lazy.source.tensors.names, made, unmatched)]
         parts, casts = _parts(made, state, config)
         way = "copy" if config.disable_mmap else way
         tensors, amounts = make_parts(parts, lazy.source.tensors, lazy.files, way)
@@ -222,27 +222,39 @@ class _Names:
 
     def check(
         self, names: Sequence[str], made: Mapping[str, Lazy], unmatched: Sequence[str]
-    ) -> None:
+    ) -> list[str]:
         """Compare what transformers would make of one name of each kind with what was made.
+
+        Returns the names of which neither makes anything, such as frequencies that older releases saved.
 
         Raises ``StepBackError`` where they differ: a ``key_mapping`` of the caller's, a change that is not known.
         """
         lost = set(unmatched)
-        firsts = list(
-            {_NUMBER.sub("#", n): row for row, n in reversed(list(enumerate(names)))}.values()
-        )
-        becomes = _targets_of(firsts, made)
-        for row in firsts:
-            name = names[row]
-            new, _ = self._rename(name)
+        kinds: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            kinds.setdefault(_NUMBER.sub("#", name), []).append(row)
+        becomes = _targets_of([rows[0] for rows in kinds.values()], made)
+        idle: list[int] = []
+        for first, *others in kinds.values():
+            name = names[first]
             if name in lost:
+                new, _ = self._rename(name)
                 if new in self.state:
                     raise StepBackError(f"{name} is {new} for transformers alone")
-            elif new not in becomes[row]:
-                told = ", ".join(sorted(becomes[row])) or "nothing"
-                raise StepBackError(
-                    f"{name} becomes {new} for transformers, and {told} for regraft"
-                )
+            elif self._is_idle(name, becomes[first]):
+                idle += [first, *others]
+        becomes = _targets_of(idle, made)
+        return [names[row] for row in idle if self._is_idle(names[row], becomes[row])]
+
+    def _is_idle(self, name: str, becomes: set[str]) -> bool:
+        """Whether a name comes to nothing, here and in transformers. Raises ``StepBackError`` where they differ."""
+        new, _ = self._rename(name)
+        if not becomes and new not in self.state:
+            return True
+        if new not in becomes:
+            told = ", ".join(sorted(becomes)) or "nothing"
+            raise StepBackError(f"{name} becomes {new} for transformers, and {told} for regraft")
+        return False
 
     def unexpected(self, unmatched: Sequence[str]) -> set[str]:
         """The keys that the model has no place for, as transformers would report them."""
