@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,9 +218,8 @@ def how_to_load(report: Report) -> str:
         return f"Load with PEFT: {call}, on a pipeline's transformer or unet"
     usage = _usage(next(iter(layouts), ""))
     if usage:
-        return usage.format(path=shlex.quote(report.destination))
-    if layouts & {"kohya", "comfyui", "ai-toolkit"}:
-        return f"Written for {', '.join(sorted(layouts))}: {report.destination}"
+        path = _file_of(report.destination)
+        return usage.format(path=shlex.quote(path), file=shlex.quote(Path(path).name))
     calls = []
     parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
     apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
@@ -244,6 +244,14 @@ def _usage(layout: str) -> str:
 
     name = layout.partition("/")[0].rpartition(":")[2]
     return str(getattr(dialects().get(name), "usage", ""))
+
+
+def _file_of(destination: str) -> str:
+    """The result where it is one file, in a folder or not; otherwise the folder."""
+    folder = Path(destination)
+    inside = list(islice(folder.iterdir(), 2)) if folder.is_dir() else []
+    alone = len(inside) == 1 and inside[0].suffix == ".safetensors"
+    return str(inside[0]) if alone else destination
 
 
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:

@@ -403,3 +403,25 @@ def test_names_that_two_families_share_ask_for_none(convert):
     tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
     made, _ = convert(tensors, "comfyui")
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in made
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        (
+            "kohya",
+            "cp {path} WEBUI/models/Lora/ for Automatic1111 or Forge, --network_weights {path} for",
+        ),
+        ("comfyui", "cp {path} ComfyUI/models/loras/, then choose {file} in the node Load LoRA"),
+        ("ai-toolkit", "pretrained_lora_path: {path} under network:"),
+    ],
+)
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_the_last_line_says_where_the_file_goes(name, to, words, tmp_path, capsys):
+    tensors, _ = kohya_flux()
+    write_tensors(tmp_path / "lora.safetensors", tensors, {})
+    out = tmp_path / name
+    assert main(["convert", str(tmp_path / "lora.safetensors"), str(out), "--to", to]) == 0
+    file = out if out.is_file() else out / "pytorch_lora_weights.safetensors"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Use it with: " + words.format(path=file, file=file.name))

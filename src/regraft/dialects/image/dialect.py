@@ -103,6 +103,8 @@ class ImageDialect(Struct, frozen=True):
     title: str
     layout: str = "diffusers"
     capabilities: Capabilities = _FILES
+    usage: str = ""
+    """How its tool is given a file, with places for its path and its name."""
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:
@@ -231,10 +233,23 @@ class PeftImageDialect(ImageDialect, frozen=True):
         save_adapter(folder, None, result)
 
 
-KOHYA = ImageDialect("kohya", "sd-scripts, LyCORIS and musubi-tuner: flat names and .alpha")
+KOHYA = ImageDialect(
+    "kohya",
+    "sd-scripts, LyCORIS and musubi-tuner: flat names and .alpha",
+    usage="Use it with: cp {path} WEBUI/models/Lora/ for Automatic1111 or Forge, --network_weights {path} for "
+    "sd-scripts and musubi-tuner",
+)
 DIFFUSERS = ImageDialect("diffusers", "diffusers: save_lora_weights, with alpha in the header")
-COMFYUI = ImageDialect("comfyui", "ComfyUI: diffusion_model. and the model's own names")
-AI_TOOLKIT = ImageDialect("ai-toolkit", "ai-toolkit: lora_A and lora_B, no alpha")
+COMFYUI = ImageDialect(
+    "comfyui",
+    "ComfyUI: diffusion_model. and the model's own names",
+    usage="Use it with: cp {path} ComfyUI/models/loras/, then choose {file} in the node Load LoRA",
+)
+AI_TOOLKIT = ImageDialect(
+    "ai-toolkit",
+    "ai-toolkit: lora_A and lora_B, no alpha",
+    usage="Use it with: pretrained_lora_path: {path} under network: in the job's config of ai-toolkit",
+)
 ONETRAINER = ImageDialect("onetrainer", "OneTrainer, in its five forms (read only)")
 XLABS = ImageDialect("xlabs", "x-flux: LoRAs of FLUX's attention processors (read only)")
 BFL = ImageDialect("bfl", "FLUX's own names, as in BFL's control adapters (read only)")
