@@ -38,6 +38,9 @@ from regraft.dialects.image.families import family_named
 from regraft.dialects.image.modules import names_of
 from regraft.storage.safetensors import write_tensors
 
+# torchtune needs an older torchao than PEFT accepts, and PEFT looks for one wherever it injects an adapter.
+sys.modules["torchao"] = None  # type: ignore[assignment]
+
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "layers_per_block": 2,
