@@ -250,7 +250,7 @@ class TestTorch:
 
         with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps({"a": Evil()}))
-        with pytest.raises(BadInputError, match="only plain tensors"):
+        with pytest.raises(BadInputError, match=f"made by .*{what.__name__}"):
             read_torch(tmp_path / "x.bin")
 
     def test_storages_that_lie(self, tmp_path):

@@ -1,10 +1,15 @@
 """Opening files that torch.save wrote."""
 
+import argparse
+import os
 import pickle
+import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
+from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +19,7 @@ import numpy as np
 import pytest
 
 from regraft.errors import BadInputError
-from regraft.storage.torch_file import open_torch
+from regraft.storage.torch_file import open_torch, read_run
 
 torch: Any = pytest.importorskip("torch")
 
@@ -240,3 +245,60 @@ def test_a_tensor_that_lacks_its_strides(tmp_path: Path) -> None:
         out.writestr("a/data/a", b"\0" * 16)
     with pytest.raises(BadInputError, match="lacks its storage, its shape or its strides"):
         open_torch(file)
+
+
+class Held:
+    """A class that no reader knows."""
+
+    def __init__(self, inside: Any = None) -> None:
+        self.inside = inside
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_beside_the_model_are_left_and_said(
+    tmp_path: Path, zipped: bool, protocol: int
+) -> None:
+    """A run's arguments and whatever else lies beside the tensors: never made, and named."""
+    state = {
+        "args": argparse.Namespace(lr=0.1, nested=Held({1, 2})),
+        "model": {"w": torch.arange(6.0).reshape(2, 3)},
+        "sets": {"a": {1}, "b": frozenset({2}), "c": Held(torch.ones(2)), 1.5: bytearray(b"x")},
+        "counts": Counter("aab"),
+        "when": datetime(2026, 1, 1, tzinfo=UTC),
+        "kind": Held,
+        "scalar": np.float64(3.0),
+        "tuple keys": {(1, 2): 3, None: 4},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+    }
+    path = tmp_path / "run.ckpt"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    tensors, left = read_run(path, None)
+    assert {name: info.shape for name, info in tensors.items()} == {"w": (2, 3)}
+    said = " ".join(left)
+    for text in (
+        "args (made by argparse.Namespace)",
+        "sets.a",
+        "sets.c (made by",
+        "counts",
+        "when",
+    ):
+        assert text in said
+    assert "optimizer.state.0.exp_avg" in left
+    state["model"]["odd"] = Held()
+    torch.save(state, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    with pytest.raises(BadInputError, match="odd: expected a tensor, and it is made by"):
+        read_run(path, None)
+
+
+@pytest.mark.parametrize("what", [eval, os.system, getattr, subprocess.Popen, __import__])
+def test_a_file_that_runs_code_is_refused_whole(tmp_path: Path, what: Any) -> None:
+    """Wherever in it that is; the tensors beside it are not read either."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return what, ("x",)
+
+    path = save(tmp_path, {"model": {"w": torch.ones(2)}, "args": {"deep": [Evil()]}})
+    with pytest.raises(BadInputError, match="by which a pickle runs code"):
+        read_run(path, "model")

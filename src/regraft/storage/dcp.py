@@ -2,8 +2,8 @@
 
 A folder has ``.metadata``, a pickle of torch's own classes, and ``.distcp`` files with one item after the other, each
 a file of ``torch.save`` with one tensor: a chunk of a tensor that several ranks held together. The pickle is walked
-by the machine that reads ``torch.save`` itself; what it speaks of becomes records, and any other name is refused, so
-nothing of the file is ever run.
+by the machine that reads ``torch.save`` itself; what it speaks of becomes records, and anything else is opaque (the
+plans of its ranks, which Megatron-Core keeps there), so nothing of the file is ever run.
 
 torch's writer of safetensors shards is read, too: each file holds chunks, and its metadata says where they belong.
 Source: ``torch/distributed/checkpoint`` of torch 2.13: ``metadata.py``, ``filesystem.py``, ``hf_storage.py``.
@@ -55,7 +55,7 @@ _MODULES = {
     "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath"},
 }
-"""The classes whose records there may be."""
+"""The classes whose records are looked at."""
 _SHARDING = "DCP_SHARDING_INFO"
 _MOST_BYTES = 1_000_000_000
 _MOST_CELLS = 1_000_000
@@ -102,12 +102,6 @@ class _Machine(Machine):
 
     def do(self, name: str, argument: Any) -> bool:
         """Carry out one opcode; whether it was the last."""
-        if name == "NEWOBJ":
-            called, arguments = self._pop(2)
-            if not isinstance(called, Name) or called.kind != "record":
-                raise RefusedError("an object of something that is no class")
-            self.stack.append(Record(called.text, arguments))
-            return False
         if name == "BUILD":
             (state,) = self._pop(1)
             if isinstance(self.stack[-1], Record):

@@ -3,9 +3,11 @@
 Such a file is a pickle that says what the tensors are, and the bytes of their storages: as members of a zip archive
 since torch 1.6, one after the other behind the pickle before. The pickle is walked opcode by opcode by a machine of
 its own that knows what a plain state dict needs: numbers, text, tuples, lists and dicts, and a handful of names of
-torch's. Any other name or opcode is refused, so nothing of the file is ever run. Work and memory are bounded by the
-size of the file: nothing is hashed but text and whole numbers, no place in the memo is made before it is filled, and
-nothing is decompressed.
+torch's. Any other name stands for itself: what is made with it is opaque, of which nothing is known but that name, so
+nothing of the file is ever run. Opaque things may lie beside the tensors (a run's arguments, its optimizer), and are
+never one of them. A file that names what runs code is refused whole. Work and memory are bounded by the size of the
+file: nothing is hashed but text, whole numbers and opaque things, these by what they are and not by what they hold; no
+place in the memo is made before it is filled, and nothing is decompressed.
 Source: ``torch/serialization.py`` and ``torch/_utils.py`` of torch 2.13, and Python's ``pickletools``.
 """
 
@@ -88,6 +90,58 @@ _SUMMARY = {
     "_rebuild_nested_tensor": "a nested tensor, and it must be dense",
     "_rebuild_qtensor": "a quantized tensor, and it must be dense",
     "_rebuild_meta_tensor_no_storage": "a tensor that has no data (its device is meta)",
+}
+_HARMFUL = {
+    "os",
+    "posix",
+    "nt",
+    "subprocess",
+    "sys",
+    "shutil",
+    "runpy",
+    "importlib",
+    "imp",
+    "socket",
+    "ctypes",
+    "pty",
+    "commands",
+    "webbrowser",
+    "code",
+    "codeop",
+    "timeit",
+    "pdb",
+    "bdb",
+    "asyncio",
+    "http",
+    "urllib",
+    "requests",
+    "pip",
+    "multiprocessing",
+    "threading",
+    "signal",
+    "pickle",
+    "marshal",
+    "tempfile",
+    "cProfile",
+    "profile",
+}
+"""Packages by which a pickle runs code. None of it would be run; but no checkpoint has them by accident."""
+_HARMFUL_BUILTINS = {
+    "eval",
+    "exec",
+    "compile",
+    "open",
+    "getattr",
+    "setattr",
+    "delattr",
+    "vars",
+    "globals",
+    "locals",
+    "apply",
+    "execfile",
+    "input",
+    "breakpoint",
+    "__import__",
 }
 
 
@@ -264,10 +318,11 @@ class Tensor(Struct, frozen=True):
     strides: tuple[int, ...]
 
 
-class _Refused(Struct, frozen=True):
+class Opaque:
     """Something that is no plain tensor: nothing is wrong with it unless it is one of the tensors."""
 
-    what: str
+    def __init__(self, what: str) -> None:
+        self.what = what
 
 
 _DEEPEST = 6
@@ -297,7 +352,23 @@ def _model_in(
         for each, value in group.items()
         if isinstance(value, Tensor)
     ]
-    return groups[fitting[0]], left
+    model = groups[fitting[0]]
+    return model, left + [f"{name} ({what})" for name, what in _opaque(loaded, model, "", 0, set())]
+
+
+def _opaque(
+    value: Any, model: dict[Any, Any], name: str, depth: int, seen: set[int]
+) -> Iterator[tuple[str, str]]:
+    """What is known by its name only and is outside the model, by the keys above it."""
+    if isinstance(value, Opaque):
+        yield name, value.what
+    if not isinstance(value, (dict, list, tuple)) or depth > _DEEPEST or id(value) in seen:
+        return
+    seen.add(id(value))
+    if value is not model:
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            at = key.what if isinstance(key, Opaque) else str(key)
+            yield from _opaque(below, model, f"{name}.{at}" if name else at, depth + 1, seen)
 
 
 def _groups(
@@ -374,8 +445,10 @@ def _shorten(error: Exception) -> str:
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, _Refused):
+    if isinstance(value, Opaque):
         return value.what
+    if isinstance(value, Name):
+        return f"the name {value.text}"
     if isinstance(value, (Tensor, _Storage)):
         return f"a {type(value).__name__[1:].lower()}"
     return f"of type {type(value).__name__}"
@@ -387,10 +460,10 @@ def _locate(
     findings: list[Finding] = []
     result: dict[str, TorchTensor] = {}
     for key, value in loaded.items():
-        shown = str(key)[:300]
+        shown = (key.what if isinstance(key, Opaque) else str(key))[:300]
         problem: Finding | None = None
         if not isinstance(key, str):
-            message = f"the key must be text, and it is of type {type(key).__name__}"
+            message = f"the key must be text, and it is {_describe(key)}"
             problem = Finding("not-tensors", message, where=where, key=shown, fix=_FIX)
         elif (reason := name_problem(key)) is not None:
             problem = Finding("bad-name", reason, where=where, key=ascii(key)[1:-1][:300], fix=_FIX)
@@ -545,7 +618,7 @@ def _open_stream(file: BinaryIO, size: int) -> tuple[Any, _Places]:
 
 _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 _TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-_BYTES = {"SHORT_BINBYTES", "BINBYTES", "SHORT_BINSTRING", "BINSTRING"}
+_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8", "SHORT_BINSTRING", "BINSTRING"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
@@ -602,19 +675,27 @@ class Machine(Struct):
             stack.append([])
         elif name == "EMPTY_DICT":
             stack.append({})
-        elif name in ("APPEND", "APPENDS"):
+        elif name in ("EMPTY_SET", "FROZENSET"):
+            if name == "FROZENSET":
+                self._pop_to_mark()
+            stack.append(Opaque("a set"))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = self._pop(1) if name == "APPEND" else self._pop_to_mark()
-            if not isinstance(stack[-1], list):
+            if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+            elif not isinstance(stack[-1], Opaque):
                 raise ValueError("items for something that is no list")
-            stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             self._set(self._pop(2) if name == "SETITEM" else self._pop_to_mark())
         elif name == "GLOBAL":
             stack.append(self.look_up(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             stack.append(self.look_up(*self._pop(2)))
-        elif name == "REDUCE":
+        elif name in ("REDUCE", "NEWOBJ"):
             called, arguments = self._pop(2)
+            stack.append(self.call(called, arguments))
+        elif name == "NEWOBJ_EX":
+            called, arguments, _ = self._pop(3)
             stack.append(self.call(called, arguments))
         elif name == "BUILD":
             self._pop(1)  # attributes of an OrderedDict, such as its _metadata
@@ -622,6 +703,10 @@ class Machine(Struct):
             stack.append(self._storage(self._pop(1)[0]))
         elif name == "POP":
             self._pop(1)
+        elif name == "POP_MARK":
+            self._pop_to_mark()
+        elif name == "DUP":
+            stack.append(stack[-1])
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(f"the pickle's opcode {name}")
         return name == "STOP"
@@ -642,7 +727,7 @@ class Machine(Struct):
     def is_key(self, key: object) -> bool:
         """Whether something may be the key of a dict."""
         # A tuple that holds itself twice, a few dozen levels deep, would never be hashed.
-        return isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**64)
+        return isinstance(key, (str, Opaque)) or (isinstance(key, int) and abs(key) < 2**64)
 
     def _pop(self, count: int) -> list[Any]:
         items = self.stack[-count:]
@@ -664,20 +749,22 @@ class Machine(Struct):
     def _set(self, items: list[Any]) -> None:
         table = self.stack[-1]
         if not isinstance(table, dict):
-            if isinstance(table, _Refused):
+            if isinstance(table, Opaque):
                 return
             raise ValueError("items for something that is no dict")
         if len(items) % 2:
             raise ValueError("a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not self.is_key(key):
-                raise RefusedError(f"a key of type {type(key).__name__}")
-            table[key] = value
+            table[key if self.is_key(key) else Opaque(f"a key of type {type(key).__name__}")] = (
+                value
+            )
 
     def _storage(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise RefusedError("a storage that is none")
         kind, key, count = pid[1], pid[2], pid[4]
+        if isinstance(kind, Name) and kind.kind == "opaque":
+            return Opaque(kind.text)
         if not (
             isinstance(kind, Name)
             and kind.kind == "dtype"
@@ -705,17 +792,23 @@ def _look_up(module: Any, name: Any) -> Any:
     if (module, name) == ("torch", "Size"):
         return Name("called", "tuple")
     if module == "torch._utils" and name in _SUMMARY:
-        return Name("refused", _SUMMARY[name])
-    if (module, name) in (("torch", "device"), ("torch.serialization", "_get_layout")):
-        return Name("refused", f"{module}.{name}")
-    raise RefusedError(f"{module[:100]}.{name[:100]}")
+        return Name("opaque", _SUMMARY[name])
+    shown = f"{module[:100]}.{name[:100]}"
+    package = module.partition(".")[0]
+    if package in _HARMFUL or (
+        package in ("builtins", "__builtin__") and name.partition(".")[0] in _HARMFUL_BUILTINS
+    ):
+        raise RefusedError(f"{shown}, by which a pickle runs code")
+    return Name("opaque", f"made by {shown}")
 
 
 def _call(called: Any, arguments: Any) -> Any:
+    if isinstance(called, Opaque):
+        return called
     if not isinstance(called, Name) or not isinstance(arguments, tuple) or called.kind == "dtype":
         raise ValueError("a call of something that cannot be called")
-    if called.kind == "refused":
-        return _Refused(called.text)
+    if called.kind == "opaque":
+        return Opaque(called.text)
     if called.text == "dict":
         if arguments:
             raise RefusedError("an OrderedDict with arguments")
@@ -730,7 +823,7 @@ def _call(called: Any, arguments: Any) -> Any:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
-    if isinstance(storage, _Refused):
+    if isinstance(storage, Opaque):
         return storage
     if not isinstance(storage, _Storage):
         raise RefusedError("a tensor without a storage")
@@ -743,7 +836,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
         storage.dtype,
     )
     if any(isinstance(item, dict) and (item.get("conj") or item.get("neg")) for item in rest):
-        return _Refused("a tensor that is to be conjugated or negated when it is read")
+        return Opaque("a tensor that is to be conjugated or negated when it is read")
     return Tensor(storage, dtype, offset, shape, strides)
 
 
