@@ -9,6 +9,7 @@ from checkpoints.models import MIXTRAL, mixtral, write_folder
 import regraft
 from regraft.errors import UnmatchedKeysError
 from regraft.names.keys import group_names
+from regraft.planning.lookup import Lookup
 from regraft.planning.model import ModelConfig, Told
 from regraft.planning.outside import outside
 from regraft.planning.own_class import told_by_class
@@ -57,13 +58,13 @@ def asked(names, foreign, config=None):
     model = ModelConfig(MODEL if config is None else config, "config.json")
     books = books_for(["mixtral"])
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
-    return told_by_class(group_names(names), books, scopes, model, foreign, foreign.book)
+    return told_by_class(Lookup.of(books, group_names(names), scopes), model, foreign, foreign.book)
 
 
 def test_what_a_book_names_is_asked_of_nobody():
     known = Known()
     assert asked(NAMES, known) == (None, ()) and not known.asked
-    assert not outside(group_names(NAMES), books_for(["mixtral"]), {}, None)
+    assert not outside(Lookup.of(books_for(["mixtral"]), group_names(NAMES)), None)
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

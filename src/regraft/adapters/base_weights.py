@@ -16,6 +16,7 @@ from regraft.layouts.graph import route_between
 from regraft.names.keys import group_names
 from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts
+from regraft.planning.lookup import Lookup
 from regraft.planning.model import Weights
 from regraft.planning.plan import Entry, Headers, Plan
 from regraft.rules.kinds import IN, KINDS, OUT
@@ -140,7 +141,7 @@ class BaseWeights:
         groups = group_names(names)
         where = self.known.model.path if self.known.model is not None else ""
         books = self.known.books
-        told = detect_layouts(books, groups, where)
+        told = detect_layouts(Lookup.of(books, groups), where)
         if self.layout == told.layout or self.layout in told.possible or not told.evidence:
             return
         arrays = _Lazy(weights, names)

@@ -14,6 +14,7 @@ from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, Unmat
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
 from regraft.planning.detect import detect_layouts, names_tell
+from regraft.planning.lookup import Lookup
 from regraft.planning.model import (
     Foreign,
     ModelConfig,
@@ -121,9 +122,7 @@ def _with_own(known: Known, names: Names, foreign: Foreign | None) -> Known:
     if model is None or not known.books:
         return known
     own = own_modules(
-        _candidates(names),
-        known.books,
-        known.scopes,
+        Lookup.of(known.books, names.candidates, known.scopes),
         model,
         foreign,
         adapted={f"{group.template}.weight" for group in names.modules},
@@ -146,7 +145,7 @@ def _of_unknown_type(names: Names, model: ModelConfig, foreign: Foreign | None) 
     """
     adapted = {f"{group.template}.weight" for group in names.modules}
     own = whole_class(
-        _candidates(names), model, foreign, adapted=adapted, there=lambda: _names_of_base(model)
+        names.candidates, model, foreign, adapted=adapted, there=lambda: _names_of_base(model)
     )
     if own.note is None:
         raise _unknown_model(model.model_types(), model.path, given=True)
@@ -198,9 +197,10 @@ def _find_books(
         books = tuple(books_for([named]))
         if not books:
             raise _unknown_model([named], f"{where}/{hints.source}", given=False)
-        _check_explained(books, names, hints, where)
+        lookup = Lookup.of(books, names.candidates, modules=names.modules)
+        _check_explained(lookup, hints, where)
         told = f"base model: {named} ({hints.source})"
-        return Known(books, {}, None, named, told, notes=unchecked_names(_candidates(names), books))
+        return Known(books, {}, None, named, told, notes=unchecked_names(lookup))
     fitting = books_by_keys(names)
     if not fitting:
         raise UnmatchedKeysError(
@@ -263,7 +263,7 @@ def _undecided(
 def _difference(books: Sequence[Book], names: Names) -> str:
     """A rule that moves one of the keys."""
     for book in books:
-        for group in _candidates(names):
+        for group in names.candidates:
             for side in SIDES:
                 for term, _ in book.terms(side).matching(group):
                     return f"{term.rule.name} moves {group.name(0)}"
@@ -333,9 +333,8 @@ def _asked(
     packed = [table.module for book in books for table in book.parameters]
     groups = _named(names, packed)
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
-    return told_by_class(
-        groups, books, scopes, model, foreign, lambda: _ask(foreign, names, hints, model)
-    )
+    lookup = Lookup.of(books, groups, scopes)
+    return told_by_class(lookup, model, foreign, lambda: _ask(foreign, names, hints, model))
 
 
 def _ask(foreign: Foreign | None, names: Names, hints: Hints, model: ModelConfig) -> Told | None:
@@ -381,12 +380,9 @@ def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
         )
 
 
-def _check_explained(books: Sequence[Book], names: Names, hints: Hints, where: str) -> None:
+def _check_explained(lookup: Lookup, hints: Hints, where: str) -> None:
     """Without a config the parts of a composite model are not known; then its keys are not explained."""
-    for module in names.modules:
-        group = Group(module.template + ".weight", module.ids, module.numbers)
-        if any(_says_of(book, group) or _has_own_parameters(book, module) for book in books):
-            continue
+    for group in lookup.unknown_modules:
         raise UnmatchedKeysError(
             Finding(
                 "model-needed",
@@ -414,15 +410,11 @@ def _unknown_model(model_types: Sequence[str], where: str, *, given: bool) -> Un
     )
 
 
-def _candidates(names: Names) -> list[Group]:
-    return _named(names, ())
-
-
 def _named(names: Names, packed: Sequence[Key]) -> list[Group]:
     """Names of tensors of the base; of packed parameters, which an adapter names by their module, none."""
-    modules = [m for m in names.modules if not any(match_group(key, m) for key in packed)]
-    groups = [Group(m.template + ".weight", m.ids, m.numbers) for m in modules]
-    return [*groups, *names.tensors]
+    weights = zip(names.modules, names.candidates, strict=False)
+    bare = [w for m, w in weights if not any(match_group(key, m) for key in packed)]
+    return [*bare, *names.tensors]
 
 
 def books_by_keys(names: Names) -> list[Book]:
@@ -432,15 +424,10 @@ def books_by_keys(names: Names) -> list[Book]:
 
 def _speaks_of(book: Book, names: Names) -> bool:
     if book.tells != "both":
-        return names_tell(book, _candidates(names))
+        return names_tell(book, names.candidates)
     return any(
-        book.terms(side).matches(group) for side in SIDES for group in _candidates(names)
+        book.terms(side).matches(group) for side in SIDES for group in names.candidates
     ) or any(_has_own_parameters(book, group) for group in names.modules)
-
-
-def _says_of(book: Book, group: Group) -> bool:
-    """Whether a book has a rule or a carry-over for tensors, in either layout."""
-    return book.carried.matches(group) or any(book.terms(side).matches(group) for side in SIDES)
 
 
 def _has_own_parameters(book: Book, modules: Group) -> bool:
@@ -451,7 +438,7 @@ def _has_own_parameters(book: Book, modules: Group) -> bool:
 def _outcome(book: Book, names: Names) -> object:
     """What a book makes of an adapter's keys, to compare books by."""
     result: list[object] = []
-    for group in _candidates(names):
+    for group in names.candidates:
         hits = [
             (
                 tuple(str(t) for t in rule.equation.left),
@@ -508,7 +495,7 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
 
     Raises ``BadInputError`` where the names of one rule are of two layouts.
     """
-    told = detect_layouts(books, _candidates(names), where, modules=names.modules)
+    told = detect_layouts(Lookup.of(books, names.candidates, modules=names.modules), where)
     if told.layout is not None:
         shown = f"layout: {told.layout} (found {told.evidence[told.layout]})"
         return Detected(told.layout, [shown], by_names=True, possible=told.possible)

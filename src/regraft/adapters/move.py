@@ -70,7 +70,8 @@ def images(
     if all((ids < 0).all() for ids in entry.sources):
         return
     there = landings(entry)
-    _check_one_sided(entry, factors)
+    if entry.rule.equation.copies or entry.rule.equation.fills:
+        _check_one_sided(entry, factors)
     fast = fast and not record.recorded
     for landing in there:
         keys, kind = landing.keys, landing.kind

@@ -6,6 +6,7 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from msgspec import Struct
@@ -30,7 +31,7 @@ from regraft.rules.book import Shared
 from regraft.values import replace
 
 
-class Names(Struct, frozen=True, eq=False):
+class Names(Struct, frozen=True, eq=False, dict=True):
     """What an adapter's keys say of its base, without any file's spelling."""
 
     modules: tuple[Group, ...]
@@ -41,6 +42,12 @@ class Names(Struct, frozen=True, eq=False):
     """Whether anything in it belongs to a module of the base."""
     notes: tuple[str, ...] = ()
     """What was done to the keys, for the report."""
+
+    @cached_property
+    def candidates(self) -> tuple[Group, ...]:
+        """Names that tensors of the base may have: first the weights of its modules, in order."""
+        weights = (Group(f"{m.template}.weight", m.ids, m.numbers) for m in self.modules)
+        return (*weights, *self.tensors)
 
 
 class Hints(Struct, frozen=True):

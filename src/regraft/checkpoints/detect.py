@@ -24,6 +24,7 @@ from regraft.names.keys import MARK, Group
 from regraft.planning.build import UNMATCHED_FIX, build_plan
 from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts, names_tell, telling
+from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names
 from regraft.planning.plan import Headers, Plan
@@ -108,9 +109,9 @@ def detect(
     counts = Counts.of(part for _, part in model.parts()) if model is not None else Counts()
     mtp = find_mtp(headers.groups, counts, where, keys)
     if model is None:
-        unchecked = unchecked_names(mtp.without(headers.groups), books)
+        unchecked = unchecked_names(Lookup.of(books, mtp.without(headers.groups)))
     books = tuple(with_mtp(book, mtp) for book in books)
-    own = own_modules(headers.groups, books, scopes, model, foreign)
+    own = own_modules(Lookup.of(books, headers.groups, scopes), model, foreign)
     books, scopes = (*books, *own.books), {**scopes, **own.scopes}
     unstacked = Unstacked()
     if companions is not None:
@@ -165,7 +166,7 @@ def _asked(
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
     counts = Counts.of(part for _, part in model.parts())
     own = find_mtp(headers.groups, counts, where).without(headers.groups)
-    return told_by_class(own, books, scopes, model, foreign, ask)
+    return told_by_class(Lookup.of(books, own, scopes), model, foreign, ask)
 
 
 def _own_keys(book: Book) -> Iterator[Key]:
@@ -204,7 +205,7 @@ def _layout_of(
             edges_to(books, given)
         return given, "its layout was given", ()
     books = telling(books, headers.groups)
-    told = detect_layouts(books, headers.groups, where, scopes=scopes)
+    told = detect_layouts(Lookup.of(books, headers.groups, scopes), where)
     if told.layout is not None:
         return told.layout, f"layout: {told.layout} (found {told.evidence[told.layout]})", ()
     if told.mixed:

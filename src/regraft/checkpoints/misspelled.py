@@ -15,7 +15,7 @@ from itertools import combinations
 from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.source import Source
 from regraft.names.keys import MARK
-from regraft.planning.own_class import unexplained
+from regraft.planning.lookup import Lookup
 from regraft.planning.plan import Headers
 from regraft.rules.book import Book
 from regraft.values import replace
@@ -27,7 +27,7 @@ _DEEPEST = 8
 
 def read_misspelled(source: Source, headers: Headers, known: Detected) -> Source | None:
     """The checkpoint under the names that its model has; ``None`` where that is no repair for all of them."""
-    left = [g for group in headers.groups for g in unexplained(group, known.books, known.scopes)]
+    left = Lookup.of(known.books, headers.groups, known.scopes).unexplained
     own = {template for book in known.books for template in _templates(book)}
     words = {segment for template in own for segment in template.split(".")}
     repaired: dict[str, str] = {}

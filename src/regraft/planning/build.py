@@ -160,7 +160,7 @@ class _Builder:
                 scope,
                 claim.group.take(claim.match.rows),
                 claim.indices.loops,
-                str(claim.rule),
+                claim.rule,
             )
             self.owner[ids] = len(taken)
             digits[ids] = ranks[spelled]
@@ -337,7 +337,7 @@ class _Builder:
         return group
 
     def check_bounds(
-        self, equation: Equation, scope: Scope, group: Group, loops: Ints, where: str
+        self, equation: Equation, scope: Scope, group: Group, loops: Ints, where: Rule | str
     ) -> None:
         for bound in equation.bounds:
             limit = limit_of(bound, scope.look_up)
@@ -350,7 +350,7 @@ class _Builder:
                     f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
                     f"{over.sum()} keys are beyond",
                     key=group.name(int(np.flatnonzero(over)[0])),
-                    rule=where,
+                    rule=str(where),
                     fix="give the base model that it was trained on",
                 )
 

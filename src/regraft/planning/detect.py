@@ -11,17 +11,15 @@ itself. The keys of one rule in two layouts are an error, because there a tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from regraft.equation.notation import Key
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group
-from regraft.planning.model import Scope
+from regraft.planning.lookup import Lookup
 from regraft.rules.book import Book
-from regraft.rules.direction import SIDES, Side
-from regraft.rules.templates import match_group
+from regraft.rules.direction import SIDES
 
 
 class Told(Struct, frozen=True):
@@ -44,44 +42,37 @@ class Told(Struct, frozen=True):
         return () if self.possible else tuple(self.evidence)
 
 
-def detect_layouts(
-    books: Sequence[Book],
-    tensors: Sequence[Group],
-    where: str,
-    *,
-    modules: Sequence[Group] = (),
-    scopes: Mapping[str, Scope] | None = None,
-) -> Told:
-    """The layouts that names may be of; ``modules`` are those that an adapter names, whose parameters books list.
+def detect_layouts(lookup: Lookup, where: str) -> Told:
+    """The layouts that names may be of.
 
     Raises ``BadInputError`` where keys of one rule are of two layouts.
     """
-    admits = _admission(scopes)
-    spoken = [_spoken(book, tensors, admits) for book in books]
+    layouts = lookup.layouts
     ruled_out: set[str] = set()
     evidence: dict[str, str] = {}
     by_rule: dict[tuple[str, str, str], dict[str, str]] = {}
-    for book, of_tensors in zip(books, spoken, strict=True):
-        for group, hits in (*of_tensors, *_spoken_modules(book, modules, admits)):
-            if len(hits) != 1:
+    everything = [*zip(lookup.groups, lookup.found, strict=True), *lookup.modules]
+    # By books: the first one's evidence counts.
+    for book in lookup.books:
+        for group, found in everything:
+            words = next((each for each in found if each.book is book), None)
+            if words is None or len(words.rules) != 1:
                 continue
-            ((side, rules),) = hits.items()
-            other = book.right if side == "left" else book.left
-            layout, key = book.layout(side), group.name(0).removesuffix(".weight")
-            ruled_out.add(other)
+            ((layout, rules),) = words.rules.items()
+            key = group.name(0).removesuffix(".weight")
+            ruled_out.add(book.right if layout == book.left else book.left)
             evidence.setdefault(layout, key)
             for rule in rules:
                 by_rule.setdefault((book.name, rule, _above(group)), {}).setdefault(layout, key)
-    layouts = tuple(dict.fromkeys(name for book in books for name in book.layouts))
     if len(layouts) > 2:
-        ruled_out |= _unexplained(books, spoken, layouts)
-        ruled_out |= _without_parameters(books, layouts, modules, admits)
+        ruled_out |= _unexplained(lookup)
+        ruled_out |= _without_parameters(lookup)
     possible = tuple(name for name in layouts if name not in ruled_out)
     told = {name: key for name, key in evidence.items() if not possible or name in possible}
     if not possible:
-        for found in by_rule.values():
-            if len(found) > 1:
-                raise mixed_layouts(found, where)
+        for keys in by_rule.values():
+            if len(keys) > 1:
+                raise mixed_layouts(keys, where)
     return Told(possible, told)
 
 
@@ -116,130 +107,30 @@ def mixed_layouts(found: Mapping[str, str], where: str) -> BadInputError:
     )
 
 
-_Admits = Callable[[Book, Group], bool]
-
-
-def _admission(scopes: Mapping[str, Scope] | None) -> _Admits:
-    if scopes is None:
-        return lambda book, group: True
-    return lambda book, group: scopes.get(book.name, Scope()).admits(group.template)
-
-
-_Spoken = list[tuple[Group, dict[Side, list[str]]]]
-"""Groups of keys with the sides of a book that have rules for them, and these rules' names."""
-
-
-def _spoken(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
-    """What a book's rules say of tensors."""
-    return [
-        (group, {side: rules for side in SIDES if (rules := _rules_of(book, side, group))})
-        for group in groups
-        if admits(book, group)
-    ]
-
-
-def _rules_of(book: Book, side: Side, group: Group) -> list[str]:
-    """The names of the rules that speak of a group on one side."""
-    return [term.rule.name for term, _ in book.terms(side).matching(group)]
-
-
-def _spoken_modules(book: Book, groups: Sequence[Group], admits: _Admits) -> _Spoken:
-    """What a book says of modules that have parameters of their own."""
-    if not groups or not book.parameters:
-        return []
-    tables: dict[Side, list[tuple[Key, str]]] = {
-        side: [
-            (p.module, _rule_within(_terms(book, side), p.module))
-            for p in book.parameters
-            if side in p.sides
-        ]
-        for side in SIDES
-    }
-    return _hits(tables, book, groups, admits)
-
-
-def _terms(book: Book, side: Side) -> Iterator[tuple[Key, str]]:
-    """The keys of one side's rules, with the rules' names."""
-    for rule in book.rules:
-        for term in rule.equation.left if side == "left" else rule.equation.right:
-            if term.key is not None:
-                yield term.key, rule.name
-
-
-def _hits(
-    known: Mapping[Side, Sequence[tuple[Key, str]]],
-    book: Book,
-    groups: Sequence[Group],
-    admits: _Admits,
-) -> _Spoken:
-    found: _Spoken = []
-    for group in groups:
-        if admits(book, group):
-            hits = {
-                side: [rule for key, rule in each if match_group(key, group) is not None]
-                for side, each in known.items()
-            }
-            found.append((group, {side: rules for side, rules in hits.items() if rules}))
-    return found
-
-
-def _rule_within(terms: Iterable[tuple[Key, str]], module: Key) -> str:
-    """The rule that moves a parameter of a module."""
-    inside = (rule for key, rule in terms if str(key).startswith(f"{module}."))
-    return next(inside, str(module))
-
-
 def _above(group: Group) -> str:
     """What tells one copy of a part from another: the first segment of its keys."""
     return group.template.partition(".")[0]
 
 
-def _unexplained(
-    books: Sequence[Book], spoken: Sequence[_Spoken], layouts: Sequence[str]
-) -> set[str]:
+def _unexplained(lookup: Lookup) -> set[str]:
     """Layouts in which no book explains a key that one explains in another."""
-    explained: dict[int, set[str]] = {}  # by the group's identity: two may have one template
-    ruled: set[int] = set()
-    for book, of_tensors in zip(books, spoken, strict=True):
-        for group, hits in of_tensors:
-            mine = explained.setdefault(id(group), set())
-            mine.update(book.layout(side) for side in hits)
-            ruled |= {id(group)} if hits else set()
-            if not mine.issuperset(book.layouts) and book.carried.matches(group):
-                mine.update(book.layouts)
-    return {name for each in ruled for name in layouts if name not in explained[each]}
+    missing: set[str] = set()
+    for found in lookup.found:
+        if any(words.rules for words in found):
+            missing.update(set(lookup.layouts).difference(*(words.layouts for words in found)))
+    return missing
 
 
-def _without_parameters(
-    books: Sequence[Book], layouts: Sequence[str], modules: Sequence[Group], admits: _Admits
-) -> set[str]:
+def _without_parameters(lookup: Lookup) -> set[str]:
     """Layouts in which a module that has parameters of its own in another is neither such a one nor has a weight."""
-    found: set[str] = set()
-    for group in modules:
-        weight = Group(f"{group.template}.weight", group.ids, group.numbers)
-        having = {
-            book.layout(side)
-            for book in books
-            if admits(book, group)
-            for table in book.parameters
-            if match_group(table.module, group) is not None
-            for side in table.sides
-        }
+    missing: set[str] = set()
+    for group, found in lookup.modules:
+        having = {name for words in found for name in words.layouts}
         if having:
-            found |= set(layouts) - having - _explaining(books, weight, admits)
-    return found
-
-
-def _explaining(books: Sequence[Book], group: Group, admits: _Admits) -> set[str]:
-    """The layouts in which a book has a rule or a carry-over for a key."""
-    explained: set[str] = set()
-    for book in books:
-        if not admits(book, group):
-            continue
-        if book.carried.matches(group):
-            explained.update(book.layouts)
-        explained.update(book.layout(side) for side in SIDES if book.terms(side).matches(group))
-    return explained
+            weight = Group(f"{group.template}.weight", group.ids, group.numbers)
+            (there,) = Lookup.of([words.book for words in found], [weight]).found
+            missing |= set(lookup.layouts).difference(having, *(words.layouts for words in there))
+    return missing
 
 
 __all__ = ["Told", "detect_layouts", "mixed_layouts", "names_tell", "telling"]

@@ -8,62 +8,53 @@ module below a layer for one, too: ``model.layers.0.extra.norm.weight`` is calle
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from regraft.equation.notation import Hole, Key, Segments
 from regraft.names.keys import MARK, Group
-from regraft.planning.model import ModelConfig, Scope
-from regraft.rules.book import Book, own_books
+from regraft.planning.lookup import Lookup, Words
+from regraft.planning.model import ModelConfig
+from regraft.rules.book import Book
 from regraft.rules.templates import Match, match_group
 
 
-def outside(
-    groups: Sequence[Group],
-    books: Sequence[Book],
-    scopes: Mapping[str, Scope],
-    model: ModelConfig | None,
-) -> list[Group]:
+def outside(lookup: Lookup, model: ModelConfig | None) -> list[Group]:
     """The names that books take for another model's than the one whose layers most names are of.
 
     In a composite model there may be several with layers; there, what is below a layer is outside. Of books of the
     user's own, what ``{*p}`` may hold is the user's to say.
     """
     found = [
-        (group.take(match.rows), key, match.rests[0])
-        for group in groups
-        for key, match in _first(group, books, scopes)
+        (group, key, match)
+        for group, said in zip(lookup.groups, lookup.found, strict=True)
+        for key, match in _first(group, said, lookup.own)
     ]
     layers: Counter[tuple[str, str]] = Counter()
-    for group, key, place in found:
+    for _, key, match in found:
         if _numbers_layers(key):
-            layers[place, str(key.parts[1])] += len(group)
+            layers[match.rests[0], str(key.parts[1])] += len(match.rows)
     if not layers:
         return []
     (((place, name), _),) = layers.most_common(1)
     below = f"{place}{name}{MARK}.".removeprefix(".")
     several = model is not None and model.is_composite()
     return [
-        group
-        for group, _, own in found
-        if own != place and (not several or f"{own}.".startswith(below))
+        group.take(match.rows)
+        for group, _, match in found
+        if match.rests[0] != place and (not several or f"{match.rests[0]}.".startswith(below))
     ]
 
 
-def _first(
-    group: Group, books: Sequence[Book], scopes: Mapping[str, Scope]
-) -> Iterator[tuple[Key, Match]]:
+def _first(group: Group, said: Sequence[Words], own: Sequence[Book]) -> Iterator[tuple[Key, Match]]:
     """The keys of books that take rows of a group, where they begin with ``{*p}``; each row once."""
-    left = np.arange(len(group))
-    own = own_books()
-    for book in books:
-        if book.tells != "both" or any(book is each for each in own):
+    left = np.arange(len(group.ids))
+    for words in said:
+        if words.book.tells != "both" or any(words.book is each for each in own):
             continue
-        if not scopes.get(book.name, Scope()).admits(group.template):
-            continue
-        for key, whole in book.keys.matching(group):
-            match = whole if len(left) == len(group) else match_group(key, group.take(left))
+        for key, whole in words.keys:
+            match = whole if len(left) == len(group.ids) else match_group(key, group.take(left))
             if match is None:
                 continue
             if isinstance(key.parts[0], Segments):

@@ -8,17 +8,17 @@ own weights are at hand, a module must be among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from regraft.equation.notation import parse_equation
 from regraft.names.keys import MARK, Group
 from regraft.names.patterns import patterns
+from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import outside
 from regraft.rules.book import Book, Carry
-from regraft.rules.templates import match_group
 from regraft.values import Struct
 
 _TRANSFORMERS = ("transformers-v4", "transformers-v5")
@@ -38,23 +38,20 @@ class OwnModules(Struct, frozen=True):
 
 
 def own_modules(
-    groups: Sequence[Group],
-    books: Sequence[Book],
-    scopes: Mapping[str, Scope],
+    lookup: Lookup,
     model: ModelConfig | None,
     foreign: Foreign | None,
     *,
     adapted: Collection[str] = (),
     there: Callable[[], Collection[str]] = tuple,
 ) -> OwnModules:
-    """What a model's class adds to the one that ``books`` explain; nothing for transformers' own classes.
+    """What a model's class adds to the one that books explain; nothing for transformers' own classes.
 
-    ``groups`` are names of tensors, ``adapted`` the templates of those that are weights of modules that an adapter
-    adapts; ``there`` gives the names of the base's own weights, where these are known.
+    ``adapted`` are the templates of names that are weights of modules that an adapter adapts; ``there`` gives the
+    names of the base's own weights, where these are known.
     """
-    left = [group for group in groups for group in unexplained(group, books, scopes)]
-    left = [group for group in left if not _holds_parameters(group, adapted, books)]
-    if not left or sum(map(len, left)) == sum(map(len, groups)) or model is None:
+    left = [g for g in lookup.unexplained if not _holds_parameters(g, adapted, lookup)]
+    if not left or sum(map(len, left)) == sum(map(len, lookup.groups)) or model is None:
         return OwnModules()
     if not is_own_class(model, foreign):
         return OwnModules()
@@ -65,7 +62,7 @@ def own_modules(
     if not left:
         return OwnModules()
     name = model.architectures()[0]
-    ends = dict.fromkeys(book.layouts for book in books)
+    ends = dict.fromkeys(book.layouts for book in lookup.books)
     carries = tuple(
         _carry(group.template, is_adapted=group.template in adapted, name=name) for group in left
     )
@@ -107,36 +104,32 @@ def whole_class(
 
 
 def told_by_class(
-    groups: Sequence[Group],
-    books: Sequence[Book],
-    scopes: Mapping[str, Scope],
+    lookup: Lookup,
     model: ModelConfig,
     foreign: Foreign | None,
     ask: Callable[[], Told | None],
 ) -> tuple[Told | None, tuple[str, ...]]:
     """What the model's class says where rule books do not tell whether the model has all of a file's tensors.
 
-    ``groups`` are names of tensors; ``ask`` asks for the class's own book. A release may have tensors that a book of
+    ``ask`` asks for the class's own book. A release may have tensors that a book of
     the library does not name yet, and some that no model has are left aside by its class. Beside it, a note on names
     that only look like a model's, where nobody could be asked about them.
     """
-    strange = outside(groups, books, scopes, model)
-    if not strange and not any(True for g in groups for _ in unexplained(g, books, scopes)):
+    strange = outside(lookup, model)
+    if not strange and not lookup.unexplained:
         return None, ()
     named = model.architectures()
     there = foreign.has_class(named) if foreign is not None and named else None
     told = ask() if there else None
     if told is None:
         return None, _unchecked(strange, named, there=there)
-    whole = not told.book.gaps and not any(
-        True for group in groups for _ in unexplained(group, (told.book,), {})
-    )
+    whole = not told.book.gaps and not Lookup.of((told.book,), lookup.groups).unexplained
     return told if strange or whole else None, ()
 
 
-def unchecked_names(groups: Sequence[Group], books: Sequence[Book]) -> tuple[str, ...]:
+def unchecked_names(lookup: Lookup) -> tuple[str, ...]:
     """A note on names that only look like a model's, where no config tells its class."""
-    return _unchecked(outside(groups, books, {}, None), (), there=None)
+    return _unchecked(outside(lookup, None), (), there=None)
 
 
 def _unchecked(
@@ -165,31 +158,12 @@ def is_own_class(model: ModelConfig, foreign: Foreign | None) -> bool:
     return foreign.has_class(named) is False
 
 
-def unexplained(
-    group: Group, books: Sequence[Book], scopes: Mapping[str, Scope]
-) -> Iterator[Group]:
-    """The part of a group that no book has a word for, bounds aside."""
-    free = np.ones(len(group), dtype=bool)
-    for book in books:
-        scope = scopes.get(book.name)
-        if scope is not None and not scope.admits(group.template):
-            continue
-        for _, match in book.keys.matching(group):
-            free[match.rows] = False
-            if not free.any():
-                return
-    if free.any():
-        yield group.take(free)
-
-
-def _holds_parameters(group: Group, adapted: Collection[str], books: Sequence[Book]) -> bool:
+def _holds_parameters(group: Group, adapted: Collection[str], lookup: Lookup) -> bool:
     """Whether an adapted module is one that a book knows by its parameters: stacked experts have no weight."""
     module = group.template.removesuffix(".weight")
     if group.template not in adapted or module == group.template:
         return False
-    named = Group(module, group.ids, group.numbers)
-    heads = (parameters.module for book in books for parameters in book.parameters)
-    return any(match_group(head, named) is not None for head in heads)
+    return lookup.knows_parameters(Group(module, group.ids, group.numbers))
 
 
 def _among(group: Group, there: Collection[str]) -> Group:

@@ -347,6 +347,10 @@ class Book:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What was asked for by key, see `terms`, `carried` and `keys`."""
+    owned: dict[str, list[tuple[Key, str]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was asked for by side, see `owners`."""
 
     if not TYPE_CHECKING:  # so that types are checked as if every slot were filled
 
@@ -413,6 +417,24 @@ class Book:
                 (term.key, term.key) for term in terms if term.key is not None
             )
         return self.tables["keys"]
+
+    def owners(self, side: Side) -> list[tuple[Key, str]]:
+        """The modules of a side that have parameters of their own, each with the rule that moves one of these."""
+        known = f"owners {side}"
+        if known not in self.owned:
+            terms = [(str(t.key), rule.name) for rule in self.rules for t, _ in rule.side(side)]
+            self.owned[known] = [
+                (
+                    table.module,
+                    next(
+                        (r for key, r in terms if key.startswith(f"{table.module}.")),
+                        str(table.module),
+                    ),
+                )
+                for table in self.parameters
+                if side in table.sides
+            ]
+        return self.owned[known]
 
     def adapters(self, layout: str) -> str | None:
         """The dialect and version that adapters of a layout usually are in, as far as the book says."""

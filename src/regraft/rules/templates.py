@@ -242,7 +242,7 @@ def _match(compiled: _Compiled, found: re.Match[str], group: Group) -> Match | N
         else:
             equal = group.numbers[:, column] == int(kind)
             mask = equal if mask is None else mask & equal
-    rows = np.arange(len(group)) if mask is None else np.flatnonzero(mask)
+    rows = np.arange(len(group.ids)) if mask is None else np.flatnonzero(mask)
     if not len(rows):
         return None
     numbers = group.numbers if mask is None else group.numbers[rows]

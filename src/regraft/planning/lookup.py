@@ -1,0 +1,130 @@
+"""What rule books say of some keys, looked up once for all that has to know it.
+
+Lookup.of(books, groups, scopes)      which keys, rules and carry-overs of which book match
+.unexplained                      what no book has a word for
+outside(lookup, model)                what only looks like a model's
+detect_layouts(lookup, where)         which layouts the keys may be of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from msgspec import Struct
+
+from regraft.equation.notation import Key
+from regraft.names.keys import Group
+from regraft.planning.model import Scope
+from regraft.rules.book import Book, own_books
+from regraft.rules.direction import SIDES
+from regraft.rules.templates import Match, match_group
+
+
+class Words(Struct, frozen=True, eq=False):
+    """What one book says of the keys of one group."""
+
+    book: Book
+    keys: tuple[tuple[Key, Match], ...]
+    """Its keys that match, of rules in both layouts and of carry-overs."""
+    rules: Mapping[str, tuple[str, ...]]
+    """The names of its rules that speak of them, for each layout that has any."""
+    layouts: tuple[str, ...]
+    """The layouts in which it has a word for them: those with rules, or both where a carry-over speaks of them."""
+
+
+class Lookup(Struct, frozen=True, eq=False, dict=True):
+    """Some keys in some books."""
+
+    books: tuple[Book, ...]
+    layouts: tuple[str, ...]
+    """Those of all books, in order."""
+    groups: tuple[Group, ...]
+    """Names of tensors."""
+    found: tuple[tuple[Words, ...], ...]
+    """For each group what each book says of it that speaks of its part of the model."""
+    modules: tuple[tuple[Group, tuple[Words, ...]], ...]
+    """Modules that an adapter names, where books list parameters of theirs: rules are those that move these."""
+    own: tuple[Book, ...]
+    """The user's own among the books."""
+
+    @staticmethod
+    def of(
+        books: Sequence[Book],
+        groups: Sequence[Group],
+        scopes: Mapping[str, Scope] | None = None,
+        modules: Sequence[Group] = (),
+    ) -> Lookup:
+        """Look keys up; where no scopes are given, every book speaks of the whole model."""
+        layouts = tuple(dict.fromkeys(name for book in books for name in (book.left, book.right)))
+        own = {id(book) for book in own_books()}
+        parts = [(book, (scopes or {}).get(book.name, Scope())) for book in books]
+        found = tuple(
+            tuple(_words(book, group) for book, scope in parts if scope.admits(group.template))
+            for group in groups
+        )
+        named = tuple(
+            (
+                group,
+                tuple(_owned(book, group) for book, scope in parts if scope.admits(group.template)),
+            )
+            for group in modules
+        )
+        mine = tuple(book for book in books if id(book) in own)
+        return Lookup(tuple(books), layouts, tuple(groups), found, named, mine)
+
+    @cached_property
+    def unexplained(self) -> tuple[Group, ...]:
+        """The parts of groups that no book has a word for, bounds aside."""
+        left = []
+        for group, found in zip(self.groups, self.found, strict=True):
+            free = np.ones(len(group), dtype=bool)
+            for words in found:
+                for _, match in words.keys:
+                    free[match.rows] = False
+            if free.any():
+                left.append(group if free.all() else group.take(free))
+        return tuple(left)
+
+    @property
+    def unknown_modules(self) -> list[Group]:
+        """The weights of modules of which no book has a word, neither for them nor for their parameters.
+
+        The first groups are the weights of the modules, in order.
+        """
+        weights = zip(self.groups, self.found, self.modules, strict=False)
+        return [
+            group
+            for group, found, (_, owned) in weights
+            if not any(words.layouts for words in (*found, *owned))
+        ]
+
+    def knows_parameters(self, module: Group) -> bool:
+        """Whether a book lists parameters of some modules: stacked experts have no weight."""
+        heads = (table.module for book in self.books for table in book.parameters)
+        return any(match_group(head, module) is not None for head in heads)
+
+
+def _words(book: Book, group: Group) -> Words:
+    keys = tuple(book.keys.matching(group))
+    if not keys:
+        return Words(book, (), {}, ())
+    rules = {
+        layout: names
+        for side, layout in zip(SIDES, (book.left, book.right), strict=True)
+        if (names := tuple(term.rule.name for term, _ in book.terms(side).matching(group)))
+    }
+    whole = len(rules) < len(SIDES) and book.carried.matches(group)
+    return Words(book, keys, rules, (book.left, book.right) if whole else tuple(rules))
+
+
+def _owned(book: Book, group: Group) -> Words:
+    """What a book says of modules that have parameters of their own."""
+    rules = {}
+    for side, layout in zip(SIDES, (book.left, book.right), strict=True):
+        known = book.owners(side) if book.parameters else ()
+        names = tuple(rule for key, rule in known if match_group(key, group) is not None)
+        if names:
+            rules[layout] = names
+    return Words(book, (), rules, tuple(rules))
