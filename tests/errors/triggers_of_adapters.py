@@ -190,7 +190,7 @@ def _(lab):
 
 
 _NAMES = {
-    "prefix": (START, START + "model."),
+    "prefix": (START, START + "model.model."),
     "odd-key": (".lora_A.weight", ".lora_A"),
 }
 

@@ -77,6 +77,71 @@ def test_a_lora_of_a_text_model_for_the_model_that_has_it_inside(tmp_path):
     assert same(read(tmp_path / "new"), wanted)
 
 
+@pytest.mark.parametrize("lead", ["model.language_model.", "language_model."])
+def test_a_part_that_stands_before_the_prefix(lead, tmp_path):
+    """A trainer put the name of the part that it trained before PEFT's prefix."""
+    shapes = q_projections("layers." if lead.startswith("model.") else "model.layers.")
+    src = write_adapter(
+        tmp_path / "src", {lead + k: v for k, v in shapes.items()}, target_modules=["q_proj"]
+    )
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=vlm(tmp_path / "base"))
+    assert same(read(tmp_path / "new"), numbered(q_projections("model.language_model.layers.")))
+    assert any("before PEFT's prefix" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("lead", ["thinker.", "policy.", "model.", "actor.module."])
+def test_what_held_the_model_stands_before_the_prefix(lead, tmp_path):
+    """Of a part that a text model comes from nothing is left, either."""
+    model = write_base(tmp_path / "base", "llama", architectures=["LlamaForCausalLM"])
+    shapes = {lead + k: v for k, v in q_projections().items()}
+    src = write_adapter(tmp_path / "src", shapes, target_modules=["q_proj"])
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=model)
+    assert same(read(tmp_path / "new"), numbered(q_projections()))
+    assert any(repr(lead) in note for note in report.notes)
+    assert regraft.verify(src, tmp_path / "new", model=model)
+    assert codes_without_base(src) == {"prefix"}
+
+
+def codes_without_base(src):
+    with pytest.raises(regraft.RegraftError) as caught:
+        regraft.convert(src, src.parent / "unknown", to=V5)
+    return codes(caught)
+
+
+def test_a_prefix_that_stands_twice(tmp_path):
+    model = write_base(tmp_path / "base", "llama")
+    shapes = q_projections("model.model.layers.")
+    src = write_adapter(tmp_path / "src", shapes, target_modules=["q_proj"])
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=model)
+    assert same(read(tmp_path / "new"), numbered(q_projections()))
+    assert any("twice" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("place", ["foo.model.", "model.decoder."])
+def test_layers_where_the_class_has_none(place, tmp_path):
+    """PEFT would load nothing of it, and a rule's open beginning took it for a model inside another."""
+    shapes = q_projections(f"{place}layers.")
+    src = write_adapter(tmp_path / "src", shapes, target_modules=["q_proj"])
+    model = write_base(tmp_path / "base", "llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(regraft.UnmatchedKeysError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5, model=model)
+    assert f"{place}layers.0" in str(caught.value)
+    report = regraft.convert(
+        src, tmp_path / "new", to=V5, model=write_base(tmp_path / "other", "llama")
+    )
+    assert any("could not be checked" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("task", "said"), [("SEQ_CLS", False), ("CAUSAL_LM", True)])
+def test_a_head_of_another_class(task, said, tmp_path):
+    shapes = q_projections() | {f"{PREFIX}score.weight": (3, 16)}
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": task}
+    src = write_adapter(tmp_path / "src", shapes, **settings)
+    model = write_base(tmp_path / "base", "llama", architectures=["LlamaForCausalLM"])
+    report = regraft.convert(src, tmp_path / "new", to=V5, model=model)
+    assert any("no score.weight" in note for note in report.notes) == said
+
+
 def test_nothing_moves_on_a_text_model(tmp_path):
     model = write_base(tmp_path / "base", "qwen3")
     src = write_adapter(tmp_path / "src", q_projections(), target_modules=["q_proj"])

@@ -107,6 +107,18 @@ def test_what_could_not_be_checked_is_said(name, tmp_path):
     assert [n for n in report.notes if "could not be checked" in n and name in n]
 
 
+@pytest.mark.parametrize("name", ["score.weight", "qa_outputs.weight"])
+def test_a_head_of_another_class_is_for_the_class_to_say(name, tmp_path):
+    tensors = {**mixtral(), name: np.ones((2, 8), np.float32)}
+    config = {**MIXTRAL, "architectures": ["MixtralForCausalLM"]}
+    src = write_folder(tmp_path / "src", tensors, config)
+    with pytest.raises(UnmatchedKeysError) as caught:
+        regraft.convert(src, tmp_path / "new", to="transformers-v5")
+    assert {finding.key for finding in caught.value.findings} == {name}
+    report = regraft.convert(src, tmp_path / "new", to="transformers-v5", drop=[name])
+    assert any(name in note for note in report.notes)
+
+
 def test_an_adapter_for_a_module_that_no_model_has_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
     size = MIXTRAL["hidden_size"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from regraft.planning.model import (
     Told,
     check_sizes,
 )
+from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.direction import SIDES
@@ -31,6 +32,14 @@ from regraft.storage.checkpoint import names_beside
 from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.hub import find_cached, parse_id
 from regraft.values import replace
+
+_TASKS = {
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+    "CAUSAL_LM": ("ForCausalLM",),
+}
+"""What the classes are called that adapters are trained in, by the task that PEFT's configs name."""
 
 
 def load_model(path: Path | str) -> ModelConfig:
@@ -334,7 +343,20 @@ def _asked(
     groups = _named(names, packed)
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
     lookup = Lookup.of(books, groups, scopes)
-    return told_by_class(lookup, model, foreign, lambda: _ask(foreign, names, hints, model))
+    told, notes = told_by_class(lookup, model, foreign, lambda: _ask(foreign, names, hints, model))
+    return told, (*notes, *_told_of_heads(lookup, hints, model))
+
+
+def _told_of_heads(lookup: Lookup, hints: Hints, model: ModelConfig) -> Iterator[str]:
+    """A note on heads that the base's class has not: an adapter's task may be another class's than the base's."""
+    classes = hints.classes or (*model.architectures(), *_TASKS.get(hints.task or "", ()))
+    strange = strange_heads(lookup, classes)
+    if strange:
+        heads = sorted({name for group in strange for name in group.names()})
+        yield (
+            f"{', '.join(classes)} {'has' if len(classes) == 1 else 'have'} no {', '.join(heads)}; it loads into a "
+            "model of a class that has it"
+        )
 
 
 def _ask(foreign: Foreign | None, names: Names, hints: Hints, model: ModelConfig) -> Told | None:

@@ -17,6 +17,8 @@ from regraft.adapters.detect import Known, find_books
 from regraft.adapters.protocol import Names, Opened
 from regraft.errors import Finding, RefusedError, RegraftError
 from regraft.names.keys import Group
+from regraft.planning.lookup import Lookup
+from regraft.planning.outside import outside
 from regraft.rules.templates import match_group
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def at_home(
     try:
         names = opened.names()
     except RegraftError:
-        return opened, None  # whoever converts it says what is wrong
+        # Whoever converts it says what is wrong, where the base does not tell what is meant.
+        return _read_otherwise(opened, model, foreign) or (opened, None)
     paths = [path for group in (*names.modules, *names.tensors) for path in group.names()]
     if not paths or not names.bound:
         return opened, None
@@ -59,6 +62,32 @@ def at_home(
         made = opened.renamed(lambda path: _REPEATED.sub(r"\1", path))
         return made, "language_model stood in its paths several times, and the model has it once"
     return opened, None
+
+
+def _read_otherwise(
+    opened: Opened, model: ModelConfig, foreign: Foreign | None
+) -> tuple[Opened, str] | None:
+    """The first reading of its keys whose modules the base has."""
+    for reading, said in opened.readings():
+        try:
+            reading.names()
+            there, moved = at_home(reading, model, foreign)
+        except RegraftError:
+            continue
+        known = _known(there, model, foreign)
+        names = there.names()
+        if known is None or not explains(known, names):
+            continue
+        if known.imported or not _are_elsewhere(known, names, model):
+            return there, said if moved is None else f"{said}; {moved}"
+    return None
+
+
+def _are_elsewhere(known: Known, names: Names, model: ModelConfig) -> bool:
+    """Whether books only seem to know the modules, because nobody could be asked where the base has them."""
+    groups = [Group(f"{m.template}.weight", m.ids, m.numbers) for m in names.modules]
+    lookup = Lookup.of(known.books, [*groups, *names.tensors], known.scopes)
+    return bool(outside(lookup, model))
 
 
 def has_parts(model: ModelConfig) -> bool:

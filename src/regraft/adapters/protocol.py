@@ -5,7 +5,7 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -227,6 +227,10 @@ class Opened(Protocol):
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same with other paths of the modules of its base."""
+        ...
+
+    def readings(self) -> Iterator[tuple[Self, str]]:
+        """Other ways to read names that are not as its format has them, and what is said of each; the base decides."""
         ...
 
     def without(self, names: Iterable[str]) -> Self:

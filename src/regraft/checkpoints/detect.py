@@ -26,6 +26,7 @@ from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts, names_tell, telling
 from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
+from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, Rule, books_for, library
@@ -166,7 +167,9 @@ def _asked(
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
     counts = Counts.of(part for _, part in model.parts())
     own = find_mtp(headers.groups, counts, where).without(headers.groups)
-    return told_by_class(Lookup.of(books, own, scopes), model, foreign, ask)
+    lookup = Lookup.of(books, own, scopes)
+    heads = strange_heads(lookup, model.architectures())
+    return told_by_class(lookup, model, foreign, ask, heads)
 
 
 def _own_keys(book: Book) -> Iterator[Key]:

@@ -340,6 +340,10 @@ class PlainFile(Struct):
             said=replace(self.said, model_type=None, classes=()),
         )
 
+    def readings(self) -> Iterator[tuple[Self, str]]:
+        """Nothing: its dialect reads all names that it has."""
+        return iter(())
+
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
         gone = set(names)

@@ -119,7 +119,7 @@ class MegatronBridge(ReadOnly):
         if look is None or not look.shapes:
             return None
         factors = [name for name in look.shapes if name.endswith(_FACTOR)]
-        if not factors or any(not name.startswith("model.") for name in factors):
+        if not factors or any(not n.startswith("model.") or PREFIX in n for n in factors):
             return None
         return Evidence(True, f"its keys have no {PREFIX!r} before them ({factors[0]})")
 

@@ -2,7 +2,8 @@
 
 ``{*p}`` stands for where a model is inside another: ``model``, ``model.language_model``, nothing. It would take any
 module below a layer for one, too: ``model.layers.0.extra.norm.weight`` is called like the norm of a model at
-``model.layers.0.extra``. Where most of a file's layers are tells where the model is, and what is elsewhere is outside.
+``model.layers.0.extra``. Where most of a file's layers are tells where the model is, and what is elsewhere is outside;
+where the layers themselves are in a place that is not usual, all is. So are heads that models of the named class lack.
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ from regraft.planning.lookup import Lookup, Words
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
 from regraft.rules.templates import Match, match_group
+
+_BY_ITSELF = ("model", "")
+"""Where text models of transformers have their layers, with a head and without."""
+_INSIDE = ("model.language_model", "language_model", *_BY_ITSELF)
+"""Where bigger models usually have those of their language model."""
+_HEADS = {
+    "ForCausalLM": ("lm_head",),
+    "LMHeadModel": ("lm_head",),
+    "ForConditionalGeneration": ("lm_head", "language_model.lm_head", "thinker.lm_head"),
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs", "score"),
+    "Model": (),
+}
+"""The heads that classes have, by how they are called."""
+HEADS = tuple(dict.fromkeys(head for heads in _HEADS.values() for head in heads))
 
 
 def outside(lookup: Lookup, model: ModelConfig | None) -> list[Group]:
@@ -38,12 +55,41 @@ def outside(lookup: Lookup, model: ModelConfig | None) -> list[Group]:
     if not layers:
         return []
     (((place, name), _),) = layers.most_common(1)
+    alone = model is not None and not model.is_composite()
+    if place not in (_BY_ITSELF if alone else _INSIDE):
+        return [group.take(match.rows) for group, _, match in found]
     below = f"{place}{name}{MARK}.".removeprefix(".")
     several = model is not None and model.is_composite()
     return [
         group.take(match.rows)
         for group, _, match in found
         if match.rests[0] != place and (not several or f"{match.rests[0]}.".startswith(below))
+    ]
+
+
+def strange_heads(lookup: Lookup, classes: Sequence[str]) -> list[Group]:
+    """The heads that classes of these names have not; none where a name is not called like any.
+
+    Heads that a book of the user's own names are the user's.
+
+    >>> from regraft.names.keys import group_names
+    >>> heads = Lookup.of((), group_names(["score.weight", "lm_head.weight"]))
+    >>> [group.template for group in strange_heads(heads, ["LlamaForCausalLM"])]
+    ['score.weight']
+    """
+    known = [
+        next((heads for end, heads in _HEADS.items() if name.endswith(end)), None)
+        for name in classes
+    ]
+    if not known or None in known:
+        return []
+    wanted = {head for heads in known for head in heads or ()}
+    gone = tuple(f"{head}." for head in HEADS if head not in wanted)
+    return [
+        group
+        for group, found in zip(lookup.groups, lookup.found, strict=True)
+        if group.template.startswith(gone)
+        and not any(words.book is own for words in found if words.keys for own in lookup.own)
     ]
 
 
@@ -69,4 +115,4 @@ def _numbers_layers(key: Key) -> bool:
     return len(key.parts) > 2 and isinstance(key.parts[2], Hole)
 
 
-__all__ = ["outside"]
+__all__ = ["outside", "strange_heads"]

@@ -108,14 +108,16 @@ def told_by_class(
     model: ModelConfig,
     foreign: Foreign | None,
     ask: Callable[[], Told | None],
+    heads: Sequence[Group] = (),
 ) -> tuple[Told | None, tuple[str, ...]]:
     """What the model's class says where rule books do not tell whether the model has all of a file's tensors.
 
     ``ask`` asks for the class's own book. A release may have tensors that a book of
     the library does not name yet, and some that no model has are left aside by its class. Beside it, a note on names
-    that only look like a model's, where nobody could be asked about them.
+    that only look like a model's, where nobody could be asked about them. ``heads`` are those of the names that its
+    class should not have.
     """
-    strange = outside(lookup, model)
+    strange = [*outside(lookup, model), *heads]
     if not strange and not lookup.unexplained:
         return None, ()
     named = model.architectures()
@@ -145,8 +147,8 @@ def _unchecked(
     else:
         why = "transformers is not installed, or does not have it as a whole"
     return (
-        f"whether the model has these could not be checked, because they are not where its layers are, and {why}; "
-        f"they are taken for what they are called: {shown}",
+        "whether the model has these could not be checked, because they are not where models of its kind have them, "
+        f"and {why}; they are taken for what they are called: {shown}",
     )
 
 

@@ -66,6 +66,7 @@ def make_book(
 ) -> Book:
     """The rule book of a model; see `Imported.book`."""
     maker = _Maker(imported, shapes)
+    maker.of_modules = adapter
     maker.partly_new = not adapter and _is_partly_new(imported, spelled or keys)
     maker.listen([*spelled, *keys] if not maker.partly_new else spelled or keys)
     shift = maker.shift if adapter else 0
@@ -113,6 +114,8 @@ class _Maker:
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
     partly_new: bool = False
     """Whether the file has old names, and for other parts of the model the model's own."""
+    of_modules: bool = False
+    """Whether the file's names are those of modules, as in an adapter."""
     gaps: list[Gap] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     carries_made: list[Carry] = field(default_factory=list)
@@ -132,6 +135,8 @@ class _Maker:
                 rows, new = self._first_of(rows, new)
             bare = new.key == rows.text
             shift = self._shift_of(new.key, rows.text, base)
+            if shift > 0 and self.of_modules and new.key.startswith(f"{base}."):
+                continue  # a loader of files reads a prefix that stands twice; PEFT looks for the module itself
             counts[shift] += len(rows.numbers)
             if bare and file_name(self.imported.classes, rows.text) == rows.text:
                 if self.partly_new and rows.name(0) in self.imported.only_renamed:

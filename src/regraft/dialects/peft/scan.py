@@ -111,12 +111,16 @@ HOLDERS = ("ln_tuning_layers",)
 
 
 def scan_names(
-    names: Sequence[str], where: str, lora: bool = True, prefix: str | None = None
+    names: Sequence[str],
+    where: str,
+    lora: bool = True,
+    prefix: str | None = None,
+    doubled: bool = False,
 ) -> tuple[Scan, list[Finding]]:
     """Sort an adapter's tensor names; problems come as findings.
 
     Without ``lora`` nothing is taken for a LoRA's factor; ``prefix`` is what the tensors of another family begin with
-    below their module.
+    below their module. ``doubled`` says that the base has a ``model`` in its ``model``.
 
     >>> scan, _ = scan_names(["base_model.model.l.0.q.lora_A.weight", "base_model.model.l.0.q.lora_B.weight"], "f")
     >>> scan.pairs[0].modules.name(0), scan.pairs[0].a.tolist(), scan.pairs[0].b.tolist()
@@ -127,7 +131,7 @@ def scan_names(
     others: list[Others] = []
     tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]] = {}
     for group in group_names(names):
-        if prefix is not None and _split_module(group, prefix, where, tuned, findings):
+        if prefix is not None and _split_module(group, prefix, where, tuned, findings, doubled):
             continue
         found = _FACTOR.fullmatch(group.template) if lora else None
         if found is None:
@@ -148,7 +152,7 @@ def scan_names(
                 )
             )
             continue
-        if not _check_prefix(group, path, where, findings):
+        if not _check_prefix(group, path, where, findings, doubled):
             continue
         path = path[len(PREFIX) :]
         depth = 0
@@ -193,6 +197,7 @@ def _split_module(
     where: str,
     tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]],
     findings: list[Finding],
+    doubled: bool,
 ) -> bool:
     """Take a key apart into its module and what a family calls its tensor; whether it is one."""
     start = group.name(0).find("." + prefix)
@@ -203,7 +208,7 @@ def _split_module(
     path, end = ".".join(segments[: dots + 1]), ".".join(segments[dots + 1 :])
     if not group.template.startswith(PREFIX):
         return False
-    if not _check_prefix(group, path, where, findings):
+    if not _check_prefix(group, path, where, findings, doubled):
         return True
     marks = path.count(MARK)
     inner = group.numbers[:, marks:]
@@ -246,7 +251,9 @@ def _finding(code: str, message: str, where: str, group: Group, fix: str | None 
     return Finding(code, message + more, where=where, key=group.name(0), fix=fix)
 
 
-def _check_prefix(group: Group, path: str, where: str, findings: list[Finding]) -> bool:
+def _check_prefix(
+    group: Group, path: str, where: str, findings: list[Finding], is_doubled: bool
+) -> bool:
     if not path.startswith(PREFIX):
         start = path.find(PREFIX)
         wrapper = path[:start] if start > 0 else path.split(".")[0] + "."
@@ -256,7 +263,7 @@ def _check_prefix(group: Group, path: str, where: str, findings: list[Finding]) 
                 f"keys of a PEFT adapter begin with {PREFIX!r}, this one begins with {wrapper!r}",
                 where,
                 group,
-                f"strip {wrapper!r} from every key (a wrapper put it there)"
+                f"give the base with --model, which may tell what it is, or strip {wrapper!r} from every key"
                 if start > 0
                 else f"put {PREFIX!r} before every key, or save the adapter with PEFT's save_pretrained",
             )
@@ -264,7 +271,8 @@ def _check_prefix(group: Group, path: str, where: str, findings: list[Finding]) 
         return False
     segments = path[len(PREFIX) :].split(".")
     for position, segment in enumerate(segments[:4]):
-        doubled = position + 1 < len(segments) and segment == segments[position + 1] == "model"
+        twice = position + 1 < len(segments) and segment == segments[position + 1] == "model"
+        doubled = twice and not is_doubled
         if segment in _WRAPPERS or doubled:
             shown = "model.model" if doubled else segment
             findings.append(
@@ -274,7 +282,8 @@ def _check_prefix(group: Group, path: str, where: str, findings: list[Finding]) 
                     "it is no part of the model",
                     where,
                     group,
-                    f"take {('model.' if doubled else segment + '.')!r} out of every key",
+                    f"take {('model.' if doubled else segment + '.')!r} out of every key, or give the base "
+                    "with --model",
                 )
             )
             return False

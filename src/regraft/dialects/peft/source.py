@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -98,6 +98,8 @@ class Source:
     """What was taken out of its keys."""
     unmerged: str | None = None
     """What was done to fused layers whose parts are adapted each by itself."""
+    doubled: bool = False
+    """Whether the base has a ``model`` in its ``model``."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -159,7 +161,9 @@ class Source:
         if self._scanned is None:
             family = self.family
             prefix = family.prefix if family is not None else None
-            found, findings = scan_names(list(self.tensors), self.where, self.plain, prefix)
+            found, findings = scan_names(
+                list(self.tensors), self.where, self.plain, prefix, self.doubled
+            )
             if findings:
                 raise BadInputError(findings)
             self._scanned = found
@@ -352,6 +356,12 @@ class Source:
         return replace(
             self, config=config, tensors=RenamedTensors(self.tensors, names), weights=None
         )
+
+    def readings(self) -> Iterator[tuple[Self, str]]:
+        """What it may be where its keys begin otherwise than PEFT's; which, the base can tell."""
+        from regraft.dialects.peft.lead import readings
+
+        return readings(self)
 
     def without(self, names: Iterable[str]) -> Self:
         """The same with fewer tensors."""
