@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from regraft.bridges.peft.load import load_adapter
     from regraft.checking.check import check
     from regraft.checking.verify import verify
+    from regraft.checkpoints.inspect import CheckpointInspection
+    from regraft.dialects.image.inspect import ImageFolder, ImageSummary
+    from regraft.dialects.peft.inspect import Inspection
     from regraft.explaining.diff import diff
     from regraft.explaining.explain import explain
     from regraft.layouts.spelled import LayoutName
@@ -43,7 +46,11 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AmbiguousError",
     "BadInputError",
+    "CheckpointInspection",
     "Finding",
+    "ImageFolder",
+    "ImageSummary",
+    "Inspection",
     "LayoutName",
     "NotEqualError",
     "Plan",
@@ -87,6 +94,10 @@ _LAZY = {
     "installed": "regraft.bridges.peft.hook",
     "load_adapter": "regraft.bridges.peft.load",
     "uninstall": "regraft.bridges.peft.hook",
+    "CheckpointInspection": "regraft.checkpoints.inspect",
+    "ImageFolder": "regraft.dialects.image.inspect",
+    "ImageSummary": "regraft.dialects.image.inspect",
+    "Inspection": "regraft.dialects.peft.inspect",
     "LayoutName": "regraft.layouts.spelled",
     "Plan": "regraft.planning.plan",
     "Report": "regraft.report",

@@ -33,6 +33,8 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.checkpoints.convert import Staged
+    from regraft.checkpoints.inspect import CheckpointInspection
+    from regraft.dialects.image.inspect import ImageFolder, ImageSummary
     from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
@@ -499,11 +501,16 @@ def inspect(
     source: LayoutName | str | None = None,
     architecture: str | None = None,
     rules: Rules = (),
-) -> Inspection:
-    """Tell what an adapter is, or each adapter of a folder.
+) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
+    """Tell what an adapter is, a checkpoint, a LoRA of an image model, or each of a folder.
 
-    What is wrong with an adapter that can be opened stands in its ``problems``; a base model that
-    is not known is no problem, only less is told.
+    The type of the result says which. What is wrong with an adapter that can be opened stands in its ``problems``; a
+    base model that is not known is no problem, only less is told.
+
+    >>> regraft.inspect("my-lora").adapters[0].layout  # doctest: +SKIP
+    'transformers-v4'
+    >>> regraft.inspect("kohya.safetensors").family  # doctest: +SKIP
+    'flux'
 
     Args:
         src: what `regraft.convert` takes.
@@ -512,14 +519,29 @@ def inspect(
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
         rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
+    Returns:
+        An ``Inspection`` of adapters, a ``CheckpointInspection``, an ``ImageSummary`` of one file, or an
+        ``ImageFolder`` of many.
+
     Raises:
-        BadInputError: there is no adapter, or it cannot be opened, or ``model`` is no config.
+        BadInputError: there is nothing of all this, or it cannot be opened, or ``model`` is no config.
     """
-    from regraft.dialects.peft.inspect import inspect as inspect_adapters
+    return inspected(src, model, source, architecture, rules)
+
+
+def inspected(
+    src: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
+    source: str | None,
+    architecture: str | None,
+    rules: Rules = (),
+    each: Callable[[ImageSummary], None] | None = None,
+) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
+    """`inspect`; ``each`` is told every file of many as soon as it is read."""
+    from regraft.inspecting import inspect_source
 
     with resolved(src, source=source, model=model, architecture=architecture, rules=rules) as found:
-        foreign = InstalledTransformers()
-        return inspect_adapters(found.path, model=found.model, foreign=foreign, said=found.given)
+        return inspect_source(found, InstalledTransformers(), each)
 
 
 def _check_unused(asked: ConvertOptions, names: Collection[str], why: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import regraft
 from regraft.checkpoints.convert import convert_checkpoint
 from regraft.checkpoints.inspect import inspect_checkpoint
 from regraft.cli import main
@@ -83,3 +84,10 @@ def test_an_adapter_inside_is_named(tmp_path):
     report = convert_checkpoint(tmp_path / "src", tmp_path / "out", to="transformers-v5")
     (note,) = [n for n in report.notes if "adapters beside" in n]
     assert note.endswith(": lora")
+
+
+def test_python_tells_what_the_command_does(capsys):
+    found = regraft.inspect(BASE)
+    assert isinstance(found, regraft.CheckpointInspection)
+    main(["inspect", str(BASE)])
+    assert capsys.readouterr().out.split() == str(found).split()

@@ -22,7 +22,10 @@ def convert_all(folder: Path) -> list[str]:
 
 def look(src: str) -> None:
     found = regraft.inspect(src)
-    print(found.adapters)
+    if isinstance(found, regraft.Inspection):
+        print(found.adapters[0].layout)
+    elif isinstance(found, regraft.ImageFolder):
+        print([each.family for each in found.files])
     checked = regraft.check(src, model="base", to="transformers-v4")
     print(checked.healthy, [verdict.causes for verdict in checked.verdicts])
     print(regraft.check(src, tool="vllm").fix)
@@ -47,6 +50,6 @@ def mistakes(src: str) -> None:
     regraft.convert(src, "out")  # type: ignore[call-arg]
     regraft.convert(src, "out", to="vllm", overwrit=True)  # type: ignore[call-arg]
     regraft.convert(src, "out", to=5)  # type: ignore[arg-type]
-    print(regraft.inspect(src).layout)  # type: ignore[attr-defined]
+    print(regraft.inspect(src).laiout)  # type: ignore[union-attr]
     layout: regraft.LayoutName = "transfomers-v5"  # type: ignore[assignment]
     print(layout)

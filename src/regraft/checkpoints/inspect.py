@@ -22,6 +22,7 @@ from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.rules.book import Book
+from regraft.shown import Shown
 from regraft.storage.dtypes import DTYPES
 
 
@@ -34,8 +35,8 @@ class WeightsFile:
     tensors: int
 
 
-@dataclass(slots=True)
-class CheckpointInspection:
+@dataclass(slots=True, repr=False)
+class CheckpointInspection(Shown):
     """What a checkpoint is; ``to_dict`` gives plain data."""
 
     source: str

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
+
+if TYPE_CHECKING:
+    from regraft.inspecting import Found
 
 
 @click.command(cls=options.WithArguments)
@@ -43,85 +47,51 @@ def inspect(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.api import inspect
-        from regraft.checkpoints.source import is_checkpoint
+        from regraft.api import inspected
         from regraft.cli.pages import failure_page, show_page
-        from regraft.cli.words import show_findings, show_inspection
+        from regraft.cli.words import show_findings
+        from regraft.dialects.image.inspect import ImageFolder, ImageSummary
+        from regraft.dialects.peft.inspect import Inspection
 
-        if html is None and _is_image(src):
-            with options.told(rules, architecture):
-                return _inspect_image(out, src)
-        if is_checkpoint(src):
-            with options.told(rules, architecture):
-                return _inspect_checkpoint(out, src, model, html)
+        def each(summary: ImageSummary) -> None:
+            out.line(summary.to_dict())
+
         with options.told(rules, architecture), failure_page(html, "inspect", src):
-            inspection = inspect(src, model=model, source=source)
+            found = inspected(src, model, source, architecture, each=each if json else None)
+        if html is not None and not isinstance(found, Inspection):
+            message = (
+                "there are pages of adapters; of a checkpoint 'convert --dry-run --html' makes one"
+            )
+            raise click.BadParameter(message, param_hint="--html")
         if json:
-            out.data(inspection.to_dict())
+            if not isinstance(found, ImageFolder):
+                out.data(found.to_dict())
         elif not quiet:
-            show_inspection(out, inspection)
-        show_page(out, html, inspection, src)
-        if inspection.problems:
-            show_findings(out, "bad input", inspection.problems)
+            _show(out, found)
+        if isinstance(found, Inspection):
+            show_page(out, html, found, src)
+        if isinstance(found, ImageSummary | ImageFolder):
+            return 1 if found.problem else 0
+        if found.problems:
+            show_findings(out, "bad input", found.problems)
             return 1
         return 0
 
     return job
 
 
-def _inspect_checkpoint(out: Output, src: Path, model: Path | None, html: Path | None) -> int:
-    from regraft.bridges.transformers.files import InstalledTransformers
-    from regraft.checkpoints.inspect import inspect_checkpoint
+def _show(out: Output, found: Found) -> None:
     from regraft.cli.checkpoint_words import show_inspected_checkpoint
-    from regraft.cli.words import show_findings
-
-    if html is not None:
-        message = "there is no page of a checkpoint alone; 'convert --dry-run --html' makes one"
-        raise click.BadParameter(message, param_hint="--html")
-    result = inspect_checkpoint(src, model, InstalledTransformers())
-    if out.json:
-        out.data(result.to_dict())
-    elif not out.quiet:
-        show_inspected_checkpoint(out, result)
-    if result.problems:
-        show_findings(out, "bad input", result.problems)
-        return 1
-    return 0
-
-
-def _is_image(src: Path) -> bool:
-    """Whether a path is a LoRA of an image model, or a folder with several files of which one is."""
-    from regraft.dialects.image.recognise import recognise, weights_in
-
-    if src.is_file() or not src.is_dir() or (src / "adapter_config.json").exists():
-        return recognise(src) is not None or weights_in(src) is not None
-    if (src / "config.json").exists() or any(src.glob("*.index.json")):
-        return False
-    found = sorted(src.rglob("*.safetensors"))[:20]
-    return any(recognise(path) is not None for path in found)
-
-
-def _inspect_image(out: Output, src: Path) -> int:
     from regraft.cli.image_words import show_image, show_images
-    from regraft.dialects.image.inspect import summaries, summarize
-    from regraft.dialects.image.recognise import weights_in
+    from regraft.cli.words import show_inspection
+    from regraft.dialects.image.inspect import ImageFolder, ImageSummary
+    from regraft.dialects.peft.inspect import Inspection
 
-    one = src if src.is_file() else weights_in(src)
-    if one is not None:
-        summary = summarize(one)
-        if out.json:
-            out.data(summary.to_dict())
-        elif not out.quiet:
-            show_image(out, summary)
-        return 1 if summary.problem else 0
-    wrong = False
-    rows = []
-    for summary in summaries(src):
-        wrong |= bool(summary.problem)
-        if out.json:
-            out.line(summary.to_dict())
-        else:
-            rows.append(summary)
-    if not out.json and not out.quiet:
-        show_images(out, rows)
-    return 1 if wrong else 0
+    if isinstance(found, ImageSummary):
+        show_image(out, found)
+    elif isinstance(found, ImageFolder):
+        show_images(out, found.files)
+    elif isinstance(found, Inspection):
+        show_inspection(out, found)
+    else:
+        show_inspected_checkpoint(out, found)

@@ -13,13 +13,20 @@ from rich.text import Text
 from regraft.checking.certificate import AdapterVerification
 from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
+from regraft.checkpoints.inspect import CheckpointInspection
 from regraft.checkpoints.verify import Verification
 from regraft.cli.check_words import show_check, show_tool
-from regraft.cli.checkpoint_words import show_checkpoint, show_verification
+from regraft.cli.checkpoint_words import (
+    show_checkpoint,
+    show_inspected_checkpoint,
+    show_verification,
+)
 from regraft.cli.diff import show_diff
 from regraft.cli.explain import show_explanation
+from regraft.cli.image_words import show_image, show_images
 from regraft.cli.output import Output
 from regraft.cli.words import show_adapter_verification, show_inspection, show_report
+from regraft.dialects.image.inspect import ImageFolder, ImageSummary
 from regraft.dialects.peft.inspect import Inspection
 from regraft.explaining.diff import Diff
 from regraft.explaining.explanation import Explanation
@@ -104,6 +111,9 @@ def _(result: Report, out: Output) -> None:
 
 
 _show.register(Inspection, lambda result, out: show_inspection(out, result))
+_show.register(CheckpointInspection, lambda result, out: show_inspected_checkpoint(out, result))
+_show.register(ImageSummary, lambda result, out: show_image(out, result))
+_show.register(ImageFolder, lambda result, out: show_images(out, result.files))
 _show.register(Check, lambda result, out: show_check(out, result))
 _show.register(ToolCheck, lambda result, out: show_tool(out, result))
 _show.register(Verification, lambda result, out: show_verification(out, result))

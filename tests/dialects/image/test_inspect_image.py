@@ -131,3 +131,16 @@ def test_a_weight_that_is_adapted_under_two_names_is_an_error(convert):
     for to in ("diffusers", "kohya"):
         with pytest.raises(regraft.BadInputError, match="twice"):
             convert(tensors, to)
+
+
+def test_python_tells_of_a_file_and_of_a_folder_what_the_command_does(folder, capsys):
+    found = regraft.inspect(folder)
+    assert isinstance(found, regraft.ImageFolder)
+    main(["inspect", str(folder), "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line | each.to_dict() for line, each in zip(lines, found.files, strict=True)] == lines
+    main(["inspect", str(folder)])
+    assert capsys.readouterr().out.split() == str(found).split()
+    one = regraft.inspect(folder / "a.safetensors")
+    assert one == found.files[0] and one.family == "flux"
+    assert str(one).startswith("a.safetensors: LoRA for flux")

@@ -37,6 +37,7 @@ from regraft.dialects.image.read import (
 from regraft.dialects.image.recognise import config_beside
 from regraft.errors import RegraftError
 from regraft.names.keys import group_names
+from regraft.shown import Shown
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import told_in_json
 from regraft.storage.safetensors import Header, TensorInfo, read_header
@@ -54,8 +55,8 @@ _SHOWN = 4
 """Names of one template that are looked up: more tell nothing new."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSummary:
+@dataclass(frozen=True, slots=True, repr=False)
+class ImageSummary(Shown):
     """A file of LoRAs for an image or video model; a folder of them has one in each line."""
 
     file: str
@@ -97,6 +98,23 @@ class ImageSummary:
             "size": self.size,
             "problem": self.problem,
         }
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ImageFolder(Shown):
+    """A folder of files of LoRAs for image and video models."""
+
+    source: str
+    files: list[ImageSummary]
+
+    @property
+    def problem(self) -> str:
+        """Why the first file that cannot be read cannot; empty where all can."""
+        return next((f"{each.file}: {each.problem}" for each in self.files if each.problem), "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summaries as plain data."""
+        return {"source": self.source, "files": [each.to_dict() for each in self.files]}
 
 
 @dataclass(frozen=True, slots=True)

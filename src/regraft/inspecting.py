@@ -1,0 +1,66 @@
+"""Telling what a path is: an adapter, a checkpoint, a LoRA of an image model, or a folder of such files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from regraft.checkpoints.inspect import CheckpointInspection, inspect_checkpoint
+from regraft.dialects.image.inspect import ImageFolder, ImageSummary, summaries, summarize
+from regraft.dialects.image.recognise import recognise, weights_in
+from regraft.dialects.peft.inspect import Inspection, inspect
+from regraft.planning.model import Foreign
+from regraft.sources import Resolved
+
+_SOME = 20
+"""Files of a folder, of which one of an image model makes it a folder of such files."""
+
+Found = Inspection | CheckpointInspection | ImageSummary | ImageFolder
+"""What there is to tell, by what a path is."""
+
+
+def inspect_source(
+    source: Resolved, foreign: Foreign | None, each: Callable[[ImageSummary], None] | None = None
+) -> Found:
+    """What a source is; the type of the result says which.
+
+    ``each`` is told every file of a folder of LoRAs of image models as soon as it is read.
+
+    Raises ``BadInputError`` where it cannot be opened.
+    """
+    path = source.path
+    image = _image_in(path)
+    if image is not None:
+        return summarize(image)
+    if _is_folder_of_images(path):
+        files = []
+        for summary in summaries(path):
+            files.append(summary)
+            if each is not None:
+                each(summary)
+        return ImageFolder(str(path), files)
+    if source.is_adapter:
+        return inspect(path, model=source.model, foreign=foreign, said=source.given)
+    return inspect_checkpoint(path, source.model, foreign)
+
+
+def _image_in(path: Path) -> Path | None:
+    """The one file of an image model that a path is, or that is in it beside its config."""
+    if _is_folder(path):
+        return None
+    weights = weights_in(path)
+    if weights is None and recognise(path) is not None:
+        weights = path
+    return weights
+
+
+def _is_folder_of_images(path: Path) -> bool:
+    if not _is_folder(path) or (path / "config.json").exists() or any(path.glob("*.index.json")):
+        return False
+    found = sorted(path.rglob("*.safetensors"))[:_SOME]
+    return any(recognise(each) is not None for each in found)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is more than one file, or one adapter with its config."""
+    return path.is_dir() and not (path / "adapter_config.json").exists()
