@@ -135,7 +135,8 @@ class _Conversion(Struct, frozen=True, dict=True):
         request = self.request
         asked, given = request.asked, request.given
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
-        stamps = tuple(_stamp(folder, self.opening.found))
+        # What its files are now, to be compared when the result is written.
+        stamps = tuple(map(Stamp.of, self.opening.files(folder)))
         opened = self.opening.open(folder)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:
@@ -268,10 +269,10 @@ def _merge(request: Request, opening: Opening) -> Report:
                 fix="give the base's folder as --model, and one adapter's folder as SRC",
             )
         )
-    if asked.dry_run or isinstance(opening.dialect, ImageDialect):
-        from regraft.merging.merge import merge as merge_into
+    if isinstance(opening.dialect, ImageDialect):
+        from regraft.merging.merge import merge
 
-        return merge_into(
+        return merge(
             model,
             [src],
             dst,
@@ -280,28 +281,19 @@ def _merge(request: Request, opening: Opening) -> Report:
             dry_run=asked.dry_run,
             progress=request.progress,
         )
-    from regraft.merging.converted import merge_adapter
+    from regraft.merging.merge import merge_into
 
-    _check_folder(dst)
-    check_destination(src, dst, overwrite=asked.overwrite)
-    check_destination(model, dst, overwrite=asked.overwrite)
-    files = [stamp.path for stamp in _stamp(opening.found.folders[0], opening.found)]
-    opened, note = at_home(opening.one(), load_model(model), request.foreign)
-    adapter, checkpoint = merge_adapter(
-        opened,
-        dst,
-        request.to,
+    return merge_into(
         model,
-        request.given.layout,
-        asked.overwrite,
-        request.progress,
-        request.foreign,
-        files,
+        opening,
+        dst,
+        request.to.name,
+        given=request.given,
+        foreign=request.foreign,
+        overwrite=asked.overwrite,
+        dry_run=asked.dry_run,
+        progress=request.progress,
     )
-    adapter.notes += [note] if note is not None else []
-    report = Report(str(src), str(dst), [adapter], checkpoint=checkpoint)
-    report.files = list(checkpoint.others)
-    return report
 
 
 def _budget(seconds: float) -> Budget:
@@ -334,22 +326,6 @@ def _note_values(moved: _Moved) -> None:
         moved.result.report.notes.append(
             f"{name} holds {count} values that are NaN or infinite; they were kept"
         )
-
-
-def _check_folder(dst: Path) -> None:
-    if dst.suffix == ".safetensors" and not dst.is_dir():
-        message = "a merged model is a folder, and this is a file's name"
-        fix = "name a folder to write"
-        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
-
-
-def _stamp(folder: Path, found: Found) -> list[Stamp]:
-    """What an adapter's files are now, to be compared when the result is written."""
-    if found.weights is not None:
-        return [Stamp.of(path) for path in (found.weights, *found.beside)]
-    others = {found.root / path for path in found.others}
-    files = (path for path in folder.iterdir() if path.is_file() and path not in others)
-    return [Stamp.of(path) for path in files]
 
 
 def _write(

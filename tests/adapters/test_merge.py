@@ -24,6 +24,7 @@ V5 = "transformers-v5"
         "mixtral__ia3_attn",
         "mixtral__bias_all",
         "mixtral__mts_head",
+        "mixtral__trainable_tokens",
         "gpt_oss__params_attn",
         "jamba__all_linear_bias",
         "qwen2_moe__shared_only",
@@ -54,13 +55,46 @@ def test_merging_takes_a_base_with_weights(tmp_path, capsys):
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path):
-    adapter = adapter_of("mixtral__trainable_tokens", tmp_path)
-    with pytest.raises(regraft.RefusedError) as caught:
-        regraft.convert(
-            adapter, tmp_path / "out", to=V5, model=base_of("mixtral__dora"), merge=True
-        )
-    assert "token_adapter" in caught.value.findings[0].key
+    prompt = tmp_path / "prompt"
+    prompt.mkdir()
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    config |= {"token_dim": 16, "num_transformer_submodules": 1}
+    (prompt / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"prompt_embeddings": np.ones((2, 16), np.float32)}
+    write_tensors(prompt / "adapter_model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(regraft.RegraftError) as caught:
+        regraft.convert(prompt, tmp_path / "out", to=V5, model=base_of("mixtral__dora"), merge=True)
+    assert caught.value.findings
     assert not (tmp_path / "out").exists()
+
+
+def test_tied_weights_that_would_come_apart_are_refused(tmp_path):
+    """An adapter of the input embeddings alone does not change the output, whose tensor would be the same one."""
+    adapter, base = adapter_of("mixtral__embedding", tmp_path), tmp_path / "base"
+    tensors = dict(open_tensors(base_of("mixtral__embedding") / "model.safetensors"))
+    del tensors["lm_head.weight"]
+    base.mkdir()
+    write_tensors(base / "model.safetensors", tensors, {"format": "pt"})
+    config = json.loads((base_of("mixtral__embedding") / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(regraft.RefusedError, match="is tied to") as caught:
+        regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True)
+    assert caught.value.findings[0].key == "model.embed_tokens.weight"
+    assert not (tmp_path / "out").exists()
+    regraft.merge(base, [adapter], tmp_path / "merged")
+    regraft.convert(tmp_path / "merged", tmp_path / "out", to=V5)
+    assert "lm_head.weight" in open_tensors(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_dry_run_merges_into_the_layout_as_well(tmp_path):
+    adapter, base = adapter_of("mixtral__gud_attn", tmp_path), base_of("mixtral__gud_attn")
+    found = [
+        regraft.convert(adapter, tmp_path / "out", to=V5, model=base, merge=True, dry_run=dry)
+        for dry in (True, False)
+    ]
+    targets = [[target.key for target in report.adapters[0].targets] for report in found]
+    assert targets[0] == targets[1] and any("gate_up_proj" in key for key in targets[0])
+    assert [report.checkpoint.target_layout for report in found] == [V5, V5]
 
 
 def test_a_bias_for_modules_that_have_none_is_refused(tmp_path):

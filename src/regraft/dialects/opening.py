@@ -57,6 +57,14 @@ class Opening(Struct, frozen=True):
         """One of them. Raises ``BadInputError``, ``RefusedError``, or ``AmbiguousError``."""
         return self.dialect.open(folder, self.found.root, self.found.weights)
 
+    def files(self, folder: Path) -> list[Path]:
+        """The files of one of them."""
+        found = self.found
+        if found.weights is not None:
+            return [found.weights, *found.beside]
+        others = {found.root / path for path in found.others}
+        return [path for path in folder.iterdir() if path.is_file() and path not in others]
+
     def __iter__(self) -> Iterator[Opened]:
         return map(self.open, self.found.folders)
 

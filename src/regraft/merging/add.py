@@ -126,13 +126,7 @@ def _misfit(
 ) -> Finding | None:
     """Why something has no place in the base."""
     if row is None:
-        return Finding(
-            "wrong-base",
-            "the base has no weight of this name",
-            where=addend.where,
-            key=key,
-            fix="give the base that it was trained on",
-        )
+        return base.fault(row, key, addend.where)
     there = base.tensors.shapes[row]
     if not _same_rows(shape, there):
         return Finding(
@@ -142,7 +136,7 @@ def _misfit(
             key=base.tensors.names[row],
             fix="give the base that it was trained on",
         )
-    return base.fault(row, addend.where)
+    return base.fault(row, key, addend.where)
 
 
 def _same_rows(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from regraft.adapters.form import Array
 from regraft.arrays.pieces import Ask, Piece
@@ -41,5 +42,7 @@ class Addend:
     notes: list[str] = field(default_factory=list)
     ties: bool = False
     """Whether what it does to input embeddings is meant for the output that is tied to them, too."""
+    files: Sequence[Path] = ()
+    """Those that it was read from."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """By name, where they are known."""

@@ -16,7 +16,7 @@ import numpy as np
 from regraft.adapters.base_weights import spellings
 from regraft.adapters.form import Array
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
-from regraft.checkpoints.companions import find_companions
+from regraft.checkpoints.companions import Companions, find_companions
 from regraft.checkpoints.convert import file_name, write_prepared
 from regraft.checkpoints.detect import Detected, detect
 from regraft.checkpoints.engine import open_source
@@ -102,17 +102,31 @@ class Base:
         """The type of a tensor's numbers; ``None`` where nothing can be added to them."""
         return float_type(self.tensors.dtypes[row])
 
-    def fault(self, row: int, where: str) -> Finding | None:
-        """Why nothing can be added to a tensor; ``None`` where it can."""
+    def fault(self, row: int | None, key: str, where: str) -> Finding | None:
+        """Why nothing can be added to a tensor that is called ``key``; ``None`` where it can."""
+        if row is None and self.method is None:
+            return Finding(
+                "wrong-base",
+                "the base has no weight of this name",
+                where=where,
+                key=key,
+                fix="give the base that it was trained on",
+            )
+        if row is None:  # its numbers stand under other names
+            return self._packed(f"quantised with {self.method}", key, where)
         name = self.tensors.names[row]
         if self.dtype(row) is not None and not self.quantised.intersection(spellings(name)):
             return None
         how = f"quantised with {self.method}" if self.method else f"of {self.tensors.dtypes[row]}"
+        return self._packed(how, name, where)
+
+    @staticmethod
+    def _packed(how: str, key: str, where: str) -> Finding:
         return Finding(
             "no-image",
             f"the base's tensor is {how}, and nothing can be added to packed or scaled numbers",
             where=where,
-            key=name,
+            key=key,
             fix="give the base as it was before it was quantised",
         )
 
@@ -215,14 +229,10 @@ def open_base(path: Path, source: str | None, foreign: Foreign | None) -> Base:
         if alone is None:
             raise
         known = alone
-    told = companions.quantization
     usual = known.layout or _usual_layout(known)
     base = Base(path, opened, config, known.layout, known.evidence, usual)
     base.rows = {name: row for row, name in enumerate(opened.tensors.names)}
-    if told is not None:
-        ids = companions.weights().tolist()
-        base.quantised = frozenset(companions.headers.name(i) for i in ids)
-        base.method = told.title
+    _note_quantised(base, companions)
     part = part_by_book(known.books) if config is None else None
     if part is not None:
         pipeline = next(p for p in PIPELINES if part in p.parts)
@@ -231,6 +241,33 @@ def open_base(path: Path, source: str | None, foreign: Foreign | None) -> Base:
         layout = known.layout or DIFFUSERS
         base.parts = {name: BasePart(name, layout, known.books[0], base.rows)}
     return base
+
+
+def open_result(ready: Prepared, layout: str) -> Base:
+    """The base that a conversion is about to make, by its headers: what is added to it is added where it stands then.
+
+    There is nothing to read of it before it is made.
+    """
+    moves = ready.moves
+    files = np.zeros(len(moves.names), dtype=np.int64)
+    starts = files.copy()
+    for number, file in enumerate(ready.layout.files):
+        files[file.targets], starts[file.targets] = number, file.starts
+    tensors = Tensors(moves.names, ready.dtypes, moves.shapes, files, starts, moves.sizes)
+    source = replace(ready.source, tensors=tensors, files=())
+    model = model_of(ready.source, None)
+    base = Base(ready.source.root, source, model, layout, ready.known.evidence, layout)
+    base.rows = {name: row for row, name in enumerate(moves.names)}
+    _note_quantised(base, find_companions(source, json.loads(ready.config or b"{}")))
+    return base
+
+
+def _note_quantised(base: Base, companions: Companions) -> None:
+    told = companions.quantization
+    if told is not None:
+        ids = companions.weights().tolist()
+        base.quantised = frozenset(companions.headers.name(i) for i in ids)
+        base.method = told.title
 
 
 def _same_in_both(headers: Headers) -> Detected | None:

@@ -178,7 +178,9 @@ def _paired(one: Base, other: Base) -> list[tuple[str, int, int]]:
             findings.append(Finding("shape", message, where=where, key=name, fix=fix))
     for base, some in ((one, rows), (other, others)):
         faults = (
-            base.fault(row, str(base.path)) for name, row in some.items() if _packed(base, name)
+            base.fault(row, name, str(base.path))
+            for name, row in some.items()
+            if _packed(base, name)
         )
         findings += [fault for fault in faults if fault is not None]
     if findings:

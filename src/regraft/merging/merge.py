@@ -10,6 +10,8 @@ from pathlib import Path
 
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.casting import parse_casts
+from regraft.checkpoints.prepare import Prepared, prepare
+from regraft.checkpoints.reads import check_reads
 from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.source import is_checkpoint
 from regraft.checkpoints.ties import is_input, is_output
@@ -18,14 +20,16 @@ from regraft.dialects.opening import Opening, find_source
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.merging.add import Checked, add_all, check
 from regraft.merging.addends import Addend
-from regraft.merging.base import Base, open_base, prepare_like, write_prepared
+from regraft.merging.base import Base, open_base, open_result, prepare_like, write_prepared
 from regraft.merging.image import image_addends
 from regraft.merging.language import language_addend
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, Report, Target, logged
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
+from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination
+from regraft.values import Struct
 
 Progress = Callable[[str, int, int], None]
 Path_ = str | os.PathLike[str]
@@ -107,20 +111,82 @@ def merge(
             return report
         for path in (base_path, *(path for path, _ in paths)):
             check_destination(path, dst_path, overwrite=overwrite, file=name is not None)
+        write = _Write(dst_path, name, overwrite, jobs, progress)
+        write.run(model, addends, checked, ready)
+        return report
+
+
+def merge_into(
+    base: Path,
+    opening: Opening,
+    dst: Path,
+    to: str,
+    *,
+    given: SourceName,
+    foreign: Foreign,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Add one adapter to a language model's base, and write that in a layout.
+
+    The base is converted file to file, and each sum is made where its tensor stands then.
+
+    Raises what `merge` and `regraft.convert` raise; ``RefusedError`` where tied weights would come apart.
+    """
+    dst = Path(os.path.realpath(dst))
+    if dst.suffix == ".safetensors" and not dst.is_dir():
+        message = "a merged model is a folder, and this is a file's name"
+        fix = "name a folder to write"
+        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+    for path in (opening.src, base):
+        check_destination(path, dst, overwrite=overwrite)
+    folder = base if base.is_dir() else base.parent
+    ready = prepare(folder, to, model=base, foreign=foreign)
+    model = open_result(ready, to)
+    addend = language_addend(opening, model, 1.0, given, foreign)
+    _untie(model, [addend])
+    checked = check(model, [addend])
+    report = Report(str(opening.src), str(dst), checkpoint=ready.report, written=not dry_run)
+    report.adapters = _reports([addend], checked, model)
+    report.files = list(ready.report.others)
+    if dry_run:
+        return report
+    if ready.plan is not None:
+        check_reads(ready.plan, ready.source)
+    write = _Write(dst, None, overwrite, None, progress)
+    write.run(model, [addend], checked, ready)
+    return report
+
+
+class _Write(Struct, frozen=True):
+    """Where a result goes, and how."""
+
+    dst: Path
+    name: str | None
+    """The file's, where it is one."""
+    overwrite: bool
+    jobs: int | None
+    progress: Progress | None
+
+    def run(
+        self, model: Base, addends: Sequence[Addend], checked: Checked, ready: Prepared
+    ) -> None:
+        """Write the base, and add to it before it appears; it gets no more permissions than the adapters have."""
 
         def finish(folder: Path) -> None:
-            add_all(model, addends, checked, ready, folder, progress)
+            add_all(model, addends, checked, ready, folder, self.progress)
+            narrow(folder, [path for addend in addends for path in addend.files])
 
         write_prepared(
             ready,
-            dst_path,
-            name,
-            overwrite=overwrite,
-            jobs=jobs,
-            progress=progress,
+            self.dst,
+            self.name,
+            overwrite=self.overwrite,
+            jobs=self.jobs,
+            progress=self.progress,
             finish=finish,
         )
-        return report
 
 
 def _weighted(adapter: Path_ | tuple[Path_, float]) -> tuple[Path, float]:
@@ -223,6 +289,8 @@ def _untie(base: Base, addends: Sequence[Addend]) -> list[str]:
                 fix="merge them one after the other",
             )
         )
+    if not base.source.files:
+        raise RefusedError(_comes_apart(heads[0], owner, base))
     base.untie(heads[0], base.rows[owner])
     for addend in addends:
         for name, replacement in list(addend.replaced.items()):
@@ -231,6 +299,17 @@ def _untie(base: Base, addends: Sequence[Addend]) -> list[str]:
     return [
         f"{heads[0]} was tied to {owner}, and is a tensor of its own now: an adapter changes one of the two alone"
     ]
+
+
+def _comes_apart(head: str, owner: str, base: Base) -> Finding:
+    """That a layout is asked for together with a tensor that the base does not have."""
+    return Finding(
+        "no-image",
+        f"{head} is tied to {owner}, and the adapter changes one of the two alone",
+        where=str(base.path),
+        key=owner,
+        fix="merge first ('regraft merge', which gives it a tensor of its own), and convert the result",
+    )
 
 
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
