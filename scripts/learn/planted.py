@@ -30,6 +30,7 @@ from making import plan_of
 
 from regraft.arrays.apply import apply_plan
 from regraft.errors import RegraftError
+from regraft.learning.learn import learn_telling
 from regraft.learning.watch import watch
 
 LARGEST = 40_000
@@ -147,19 +148,21 @@ def watched(planted, probes):
 def judge(planted):
     """Whether a converter's rule is found: (``found`` | ``missed`` | ``wrong``, why)."""
     probes = [partial(planted.resize, size) for size in range(2)]
+
+    def more(changed):
+        # As the command does: one more probe, in which readings that fit alike differ.
+        probes.append(partial(planted.resize, 0, changed))
+        return True
+
     try:
-        found = watched(planted, probes)
-        for field, value in found.differing(planted.resize(0)):
-            # As the command does: one more probe, in which readings that fit alike differ.
-            probes.append(partial(planted.resize, 0, {field: value}))
-        if len(probes) > 2:
-            found = watched(planted, probes)
+        found = learn_telling(lambda: watched(planted, probes), planted.resize(0), more)
     except RegraftError as error:
         return "missed", str(error.findings[0])
     if found.odd or not all(each.equal for each in found.verified):
         return "missed", next(iter(found.odd.values()), "not verified")
     if found.questions:
-        return "asked", found.questions[0].message
+        choices = [c.source for c in found.questions[0].choices]
+        return "asked", f"{found.questions[0].message} {choices}"
     config = planted.resize(2)
     state = random_state(planted.shapes())
     wanted = planted(state)
@@ -251,7 +254,7 @@ def main():
         counts[verdict] += 1
         if verdict != "found":
             misses[why.split(": ")[-1][:90]] += 1
-        if given_.loud and verdict == "wrong":
+        if given_.loud and verdict != "found":
             print(verdict, why, *(part.text for part in parts), sep="\n")
     print(
         f"planted: {counts['found']} of {counts.total()} found, {counts['missed']} said to be missed, "

@@ -254,8 +254,8 @@ def test_a_field_of_the_part_that_names_speak_of_comes_first():
         pairs.append(Pair.of(before, convert(before), config))
     found = learn_pairs(pairs, layouts=("old", "new"))
     assert found.sound
-    assert "config.vision_config.hidden_size" in found.text
-    assert "config.audio_config" not in found.text
+    assert "where a = config.vision_config.hidden_size" in found.text
+    assert "in every pair config.audio_config.hidden_size is that, too" in found.text
 
 
 def test_the_config_says_how_many_are_stacked():
@@ -672,6 +672,49 @@ def test_two_composed_sizes_are_asked_or_told_apart_by_one_more_pair():
     assert "config.dim * config.heads" in texts(chosen)[0]
     told = regraft.learn(*pairs[0], *pairs[1:], configs=configs)
     assert "config.dim * config.heads" in texts(told)[0]
+
+
+def in_nine(state):
+    """Nine rows before the others, in the other order."""
+    return {"t": np.concatenate([state["x"][9:], state["x"][:9]])}
+
+
+def test_a_number_that_fields_make_by_chance_is_asked_or_told_apart():
+    configs = [{"one": 4, "two": 5, "rows": 30}, {"one": 7, "two": 2, "rows": 41}]
+
+    def pair(config, number):
+        before = labels({"x": (config["rows"], 3)}, number)
+        return before, in_nine(before)
+
+    pairs = [pair(config, number) for number, config in enumerate(configs)]
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.learn(*pairs[0], pairs[1], configs=configs)
+    (finding,) = caught.value.findings
+    assert [c.source for c in finding.choices] == ["9", "config.one + config.two"]
+    for answer in ("9", "config.one + config.two"):
+        book = regraft.learn(*pairs[0], pairs[1], configs=configs, choose=[answer])
+        assert texts(book)[0].endswith(f"where a = {answer}")
+    found = learn_pairs(
+        [Pair.of(*each, config) for each, config in zip(pairs, configs, strict=True)],
+        layouts=("old", "new"),
+    )
+    (changed, *_) = found.doubts.telling(configs[0])
+    configs.append({**configs[0], **changed})
+    told = regraft.learn(*pairs[0], pairs[1], pair(configs[2], 2), configs=configs)
+    assert texts(told)[0].endswith("where a = 9")
+
+
+def test_pieces_that_are_alike_say_which_fields_are_so_too():
+    """One of the sizes would do at every size that was seen; what was not taken is said."""
+    configs = [{"nope": 6, "values": 6, "width": 5}, {"nope": 10, "values": 10, "width": 7}]
+    pairs = []
+    for number, config in enumerate(configs):
+        one, two = config["nope"], config["values"]
+        before = labels({"k": (one, config["width"]), "v": (two, config["width"])}, number)
+        after = {"kv": np.concatenate([before["k"], before["v"]])}
+        pairs.append(Pair.of(before, after, config))
+    found = learn_pairs(pairs, layouts=("old", "new"))
+    assert any("config.nope, config.values are that, too" in note for note in found.notes)
 
 
 def casting(dtype, spoil=lambda x: x):

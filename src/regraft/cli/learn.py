@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +153,7 @@ def _watched(
     from regraft.bridges.transformers.outlines import outlines
     from regraft.errors import BadInputError
     from regraft.learning.command import CommandConverter
-    from regraft.learning.learn import learn_pairs
+    from regraft.learning.learn import learn_pairs, learn_telling
     from regraft.learning.pairs import Pair
     from regraft.learning.watch import pair_of
 
@@ -179,14 +178,17 @@ def _watched(
     kinds = known[0].kinds
     tell = (kinds.get, lambda _: None) if kinds else None
     pairs = [watched(each, f"size {n}") for n, each in enumerate(known, 1)]
-    learned = found()
-    for field, value in learned.differing(known[0].config):
-        # Two fields that say the same sizes are told apart by a model in which they differ, if there can be one.
-        with suppress(BadInputError):
-            (more,) = outlines(config, 1, layout, {**fields, field: value})
-            pairs.insert(1, watched(more, f"size 1 with {field} = {value}"))
-            learned = found()
-    return learned
+
+    def more(changed: dict[str, int]) -> bool:
+        told = ", ".join(f"{field} = {value}" for field, value in changed.items())
+        try:
+            (outline,) = outlines(config, 1, layout, {**fields, **changed})
+            pairs.insert(1, watched(outline, f"size 1 with {told}"))
+        except BadInputError:
+            return False  # there is no such model
+        return True
+
+    return learn_telling(found, known[0].config, more)
 
 
 def _data(found: Learned, book: Path) -> dict[str, object]:

@@ -473,7 +473,7 @@ class Code(Enum):
         Part.LEARN,
         "two readings of what a converter did fit alike",
         "say which with `--choose`, or give one more pair in which they differ",
-        "tensors are equal to others and no name tells them apart, or two fields of the config have the same sizes",
+        "tensors are equal to others and no name tells them apart, or fields or a number say the same sizes",
     )
     NOT_VERIFIED = (
         "not-verified",

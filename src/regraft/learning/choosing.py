@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add, floordiv, mul
 from typing import Any
 
 from regraft.errors import BadInputError, Choice, Finding
@@ -20,11 +21,11 @@ class Chosen:
     tensors: frozenset[tuple[str, str]] = frozenset()
     """Names before and after of tensors that are the same one; others whose names differ in numbers follow."""
     fields: frozenset[str] = frozenset()
-    """What says sizes before all else: ``config.num_heads``, ``2 * config.num_heads``."""
+    """What says sizes before all else: ``config.num_heads``, ``2 * config.num_heads``, ``2``."""
 
     @staticmethod
     def of(answers: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> Chosen:
-        """Answers as `--choose` takes them: ``AFTER=BEFORE``, two tensors, or a size (``config.FIELD``).
+        """Answers as `--choose` takes them: ``AFTER=BEFORE``, two tensors, or a size (``config.FIELD``, a number).
 
         Raises ``BadInputError`` for one that speaks of no tensor.
         """
@@ -35,7 +36,9 @@ class Chosen:
                 continue
             target, equals, source = (part.strip() for part in answer.partition("="))
             if not equals:
-                message = "it is neither config.FIELD nor AFTER=BEFORE, the names of two tensors"
+                message = (
+                    "it is no size (config.FIELD, 2) and not AFTER=BEFORE, the names of two tensors"
+                )
             elif target not in after:
                 message = f"no tensor after is called {target}"
             elif source not in before:
@@ -54,12 +57,23 @@ NOTHING_CHOSEN = Chosen()
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Fields of the config, or what is computed of two, that say a size alike in every pair."""
+    """Readings that say a size alike in every pair: fields of the config, what is computed of two, a number."""
 
     axis: str
     sides: str
     fields: tuple[str, ...]
     """The one that was taken first."""
+    sure: bool = False
+    """Whether names speak for the one that was taken: then it is said and not asked."""
+
+    @property
+    def note(self) -> str:
+        """What is said of it."""
+        first, *others = self.fields
+        return (
+            f"{self.axis} = {as_clause(first)} in {' '.join(self.sides.split())}: in every pair "
+            f"{', '.join(others[:_MOST])} {'is' if len(others) == 1 else 'are'} that, too"
+        )
 
 
 @dataclass(slots=True)
@@ -67,6 +81,11 @@ class Doubts:
     """What was taken although something else fits as well."""
 
     sizes: list[Doubt] = field(default_factory=list)
+
+    @property
+    def readings(self) -> int:
+        """How many there are beside those that were taken."""
+        return sum(len(doubt.fields) - 1 for doubt in self.sizes)
 
     def findings(
         self, tied: Sequence[tuple[str, tuple[str, ...]]], where: str
@@ -96,25 +115,72 @@ class Doubts:
                 fix="choose one, or learn from a probe (regraft probe), in which no two are equal",
             )
         for doubt in self.sizes:
-            if doubt.fields in asked:
+            if doubt.sure or doubt.fields in asked:
                 continue
             asked.add(doubt.fields)
             yield Finding(
                 "which-reading",
-                f"{len(doubt.fields)} readings of the config say the size {doubt.axis} in every pair, in "
+                f"{len(doubt.fields)} readings say the size {doubt.axis} in every pair, in "
                 f"{' '.join(doubt.sides.split())}",
                 where=where,
                 choices=tuple(
-                    Choice(name, "the same size in every pair", f"{doubt.axis} = {name}", OPTION)
+                    Choice(
+                        name,
+                        "the same size in every pair",
+                        f"{doubt.axis} = {as_clause(name)}",
+                        OPTION,
+                    )
                     for name in doubt.fields[:_MOST]
                 ),
                 fix="choose one, or give one more pair in which they differ",
             )
 
+    def telling(self, config: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+        """Fields of the config with other values: readings differ in a model that has them.
 
+        The most telling ones come first; not every one of them needs to be possible.
+        """
+        doubts = {doubt.fields: doubt for doubt in self.sizes}.values()
+        open_ = [doubt.fields for doubt in doubts if not doubt.sure] or [d.fields for d in doubts]
+        names = dict.fromkeys(f for readings in open_ for each in readings for f in fields_in(each))
+        values = {name: value for name in names if (value := value_of(config, name))}
+        if not values:
+            return
+        chosen: dict[str, int] = {}
+        while len(chosen) < _TOGETHER:
+            ways = [
+                chosen | {name: 2 * value} for name, value in values.items() if name not in chosen
+            ]
+            best = max(ways, key=lambda way: _apart(open_, config, way), default=chosen)
+            if _apart(open_, config, best) <= _apart(open_, config, chosen):
+                break
+            chosen = best
+        single = [{name: times * value} for times in (2, 3) for name, value in values.items()]
+        single.sort(key=lambda way: -_apart(open_, config, way))
+        yield from ([chosen] if len(chosen) > 1 else [])
+        yield from (way for way in single if _apart(open_, config, way))
+
+
+def _apart(
+    doubts: Sequence[Sequence[str]], config: Mapping[str, Any], changed: Mapping[str, int]
+) -> int:
+    """How many readings differ from others where fields of the config have other values."""
+    sizes = [{size_of(each, config, changed) for each in readings} for readings in doubts]
+    return sum(len(found) - 1 for found in sizes)
+
+
+AXIS = "axis."
+"""Before the name of an axis, in a reading that is another one's size: ``2 * axis.a``."""
 _NUMBER = re.compile(r"\d+")
-_SIZE = re.compile(r"(\d+ *\* *)?config\.[\w.]+( *[*/+] *config\.[\w.]+)?")
+_SIZE = re.compile(r"\d+|(\d+ *\* *)?(config|axis)\.[\w.]+( *[*/+] *config\.[\w.]+)?")
 _FIELD = re.compile(r"config\.([\w.]+)")
+_WORD = re.compile(r"config\.[\w.]+|\d+|[*/+]")
+_SIGNS: Mapping[str, Callable[[int, int], int]] = {"*": mul, "+": add, "/": floordiv}
+
+
+def as_clause(reading: str) -> str:
+    """A reading as it stands after ``where a =``."""
+    return reading.replace(f" * {AXIS}", " ").replace(AXIS, "")
 
 
 def fields_in(size: str) -> list[str]:
@@ -122,8 +188,55 @@ def fields_in(size: str) -> list[str]:
     return _FIELD.findall(size)
 
 
+def value_of(config: Mapping[str, Any] | None, path: str) -> int | None:
+    """A whole number of a config, by its path: ``text_config.hidden_size``."""
+    node: Any = config
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node if isinstance(node, int) and not isinstance(node, bool) else None
+
+
+def size_of(
+    reading: str, config: Mapping[str, Any], changed: Mapping[str, int] | None = None
+) -> int | None:
+    """What a reading says in a model with a config; ``None`` where it speaks of something else.
+
+    >>> size_of("config.a + config.b", {"a": 4, "b": 5}), size_of("2 * config.a", {"a": 4}, {"a": 7})
+    (9, 14)
+    """
+    if AXIS in reading:
+        return None
+    values: list[int] = []
+    sign = None
+    for word in _WORD.findall(reading):
+        if word in _SIGNS:
+            sign = _SIGNS[word]
+            continue
+        field = word.removeprefix("config.")
+        value = int(word) if word.isdigit() else (changed or {}).get(field, value_of(config, field))
+        if value is None:
+            return None
+        values.append(value)
+    if sign is None or len(values) != 2:
+        return values[0]
+    return sign(*values) if values[1] else None
+
+
+_TOGETHER = 4
+"""Fields that one probe changes at most."""
 _MOST = 6
 """Choices that one question lists."""
 
 
-__all__ = ["NOTHING_CHOSEN", "OPTION", "Chosen", "Doubt", "Doubts", "fields_in"]
+__all__ = [
+    "AXIS",
+    "NOTHING_CHOSEN",
+    "OPTION",
+    "Chosen",
+    "Doubt",
+    "Doubts",
+    "as_clause",
+    "fields_in",
+    "size_of",
+    "value_of",
+]

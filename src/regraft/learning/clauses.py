@@ -20,7 +20,7 @@ from regraft.equation.notation import (
     parse_equation,
 )
 from regraft.equation.sizes import undetermined
-from regraft.learning.choosing import Doubt, fields_in
+from regraft.learning.choosing import AXIS, Doubt, as_clause, fields_in, value_of
 from regraft.learning.loops import Looped
 
 Config = Mapping[str, Any]
@@ -33,7 +33,11 @@ _HINTS = (
     "intermediate_size",
 )
 """Fields that are preferred where several have a size."""
-_SKIPPED = ("token", "_id", "version", "seed", "max_position", "window", "layers", "per_tok")
+_FIELD = re.compile(r"config\.[\w.]+")
+_SKIPPED = (
+    *("token", "_id", "version", "seed", "max_position", "window", "layers", "per_tok"),
+    *("label2id", "chunk_size"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ class Clauses:
     @property
     def cost(self) -> tuple[int, int, int]:
         """Less is better."""
-        return max(self.ranks, default=0), len(self.doubts), sum(self.ranks)
+        unsure = sum(not doubt.sure for doubt in self.doubts)
+        return max(self.ranks, default=0), unsure, sum(self.ranks)
 
 
 _WEAK = 4
@@ -77,7 +82,9 @@ class _Option:
     clause: str
     note: str = ""
     alike: tuple[str, ...] = ()
-    """Fields that say the size as well, the clause's first."""
+    """Readings that say the size as well, the clause's first."""
+    sure: bool = False
+    """Whether names speak for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +116,6 @@ class _Favour:
     def order(self, field: str) -> tuple[int, int, int, str]:
         """Less for what is better."""
         return self.distance(field), self.rank(field), field.count("."), field
-
-    def alike(self, fields: Sequence[str]) -> tuple[str, ...]:
-        """Those of sorted fields that only the alphabet tells from the first."""
-        first = self.order(fields[0])[:3]
-        found = tuple(field for field in fields if self.order(field)[:3] == first)
-        return found if len(found) > 1 and fields[0] not in self.chosen else ()
-
-    def alike_composed(self, readings: Sequence[str]) -> tuple[str, ...]:
-        """Readings that say a size in every pair, where nothing was chosen."""
-        return tuple(readings) if len(readings) > 1 and readings[0] not in self.chosen else ()
 
 
 def clauses_of(
@@ -156,14 +153,14 @@ def clauses_of(
         ]
         if not options:
             return None
-        axis, best = min(options, key=lambda o: (o[1].rank, len(o[1].alike) > 1))
+        axis, best = min(options, key=lambda o: (o[1].rank, len(o[1].alike) > 1 and not o[1].sure))
         ranks.append(best.rank)
         where.append(best.clause)
         done.add(axis)
         if best.note:
             notes.append(best.note)
         if best.alike:
-            doubts.append(Doubt(axis, looped.sides, best.alike))
+            doubts.append(Doubt(axis, looped.sides, best.alike, best.sure))
 
 
 def _counts(
@@ -214,25 +211,27 @@ def _clause(
 ) -> _Option | None:
     """The best clause for an axis, and what is not sure."""
     tables = [table for each in seen for table in each.sizes]
+    fields = sorted(_fields(axis, seen), key=favour.order)
     for other in beside if axis not in lonely else ():
         # Pieces of one sum that are alike wherever they were seen are so by themselves.
         if other in loose and all(t.get(axis) == t.get(other) for t in tables):
-            return _Option(-1, f"{axis} = {other}")
-    fields = sorted(_fields(axis, seen), key=favour.order)
+            several = fields if len(fields) > 1 and len(seen) > 1 else ()
+            return _told(-1, axis, [AXIS + other, *several], favour, sure=True)
     wanted = _wanted(axis, seen)
-    fixed = len(seen) > 1 and wanted is not None and len(set(wanted)) == 1
-    if fixed and wanted is not None and (not fields or favour.rank(fields[0]) == len(_HINTS)):
+    composed = _composed(axis, seen, favour)
+    number = wanted is not None and len(seen) > 1 and len(set(wanted)) == 1
+    numbers = [str(wanted[0])] if number and wanted is not None else []
+    if numbers and (not fields or favour.rank(fields[0]) == len(_HINTS)):
         # The same at every size: a number, unless it is what a well-known field says.
-        return _Option(2, f"{axis} = {wanted[0]}")
+        return _told(2, axis, [*numbers, *fields, *composed], favour)
     own = [field for field in fields if favour.distance(field) < 2]
     if own:
         rank = 0 if favour.rank(own[0]) < len(_HINTS) else 1
         note = ""
-        if fixed and wanted is not None:
-            note = f"{axis} = {own[0]} was {wanted[0]} at every size: it may be that number"
-        elif len(seen) == 1 and wanted is not None:
+        if len(seen) == 1 and wanted is not None:
             note = f"{axis} = {own[0]} was seen at one size only: it may be the number {wanted[0]}"
-        return _Option(rank, f"{axis} = {own[0]}", note, favour.alike(own))
+        alike = [each for each in own if favour.order(each)[:3] == favour.order(own[0])[:3]]
+        return _told(rank, axis, [*fields, *numbers, *composed], favour, note, sure=len(alike) == 1)
     names = [n for n in tables[0] if n != axis and all(n in t for t in tables)]
     if axis in lonely:
         names = []  # copies and padding are as many as they are, not as many as something else
@@ -242,19 +241,21 @@ def _clause(
             continue
         (ratio,) = ratios
         if ratio == 1 and (other in loose):
-            return _Option(2, f"{axis} = {other}")
+            return _told(2, axis, [AXIS + other, *fields, *composed], favour, sure=True)
     if fields:
-        return _Option(3, f"{axis} = {fields[0]}", "", favour.alike(fields))
-    composed = _composed(axis, seen, favour)
+        alike = [each for each in fields if favour.order(each)[:3] == favour.order(fields[0])[:3]]
+        return _told(3, axis, [*fields, *composed], favour, sure=len(alike) == 1)
     if composed:
-        return _Option(4, f"{axis} = {composed[0]}", "", favour.alike_composed(composed))
-    for other in names:
+        return _told(4, axis, composed, favour, sure=_is_named(composed, seen, favour))
+    times = []
+    for other in names if len(seen) > 1 else ():
         ratios = {Fraction(t[axis], t[other]) if t[other] else Fraction(0) for t in tables}
-        if len(ratios) == 1 and len(seen) > 1:
-            (ratio,) = ratios
-            if ratio.denominator == 1 and 1 <= ratio.numerator <= 64:
-                times = other if ratio == 1 else f"{ratio.numerator} {other}"
-                return _Option(5, f"{axis} = {times}")
+        (ratio, *more) = ratios
+        if not more and ratio.denominator == 1 and 1 <= ratio.numerator <= 64:
+            factor = "" if ratio == 1 else f"{ratio.numerator} * "
+            times.append(f"{factor}{AXIS}{other}")
+    if times:
+        return _told(5, axis, times, favour)
     sizes = {table[axis] for table in tables}
     if len(sizes) == 1:
         (size,) = sizes
@@ -263,11 +264,23 @@ def _clause(
     return None
 
 
-def _value(config: Config | None, path: str) -> int | None:
-    node: Any = config
-    for name in path.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node if isinstance(node, int) and not isinstance(node, bool) else None
+def _told(
+    rank: int,
+    axis: str,
+    readings: Sequence[str],
+    favour: _Favour,
+    note: str = "",
+    *,
+    sure: bool = False,
+) -> _Option:
+    """The clause of the first reading, or of one that was chosen; the others are in doubt where none was.
+
+    ``sure`` is for a first one for which names speak, too.
+    """
+    chosen = next((each for each in readings if each in favour.chosen), None)
+    first = chosen or readings[0]
+    alike = tuple(readings) if chosen is None and len(readings) > 1 else ()
+    return _Option(rank, f"{axis} = {as_clause(first)}", note, alike, sure)
 
 
 def _paths(config: Config, prefix: str = "", depth: int = 0) -> Iterator[str]:
@@ -290,7 +303,7 @@ def _numbers(seen: Sequence[Seen]) -> dict[str, list[int]]:
     table: dict[str, list[int]] = {}
     assert configs[0] is not None
     for path in _paths(configs[0]):
-        values = [_value(config, path) for config in configs]
+        values = [value_of(config, path) for config in configs]
         if None not in values:
             table[path] = [v for v in values if v is not None]
     if "head_dim" not in table:
@@ -330,37 +343,48 @@ def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
         return []
     order = sorted(table, key=lambda path: favour.order(f"config.{path}"))
     found: list[str] = []
-    for path in order:
+    large = [path for path in order if set(table[path]) != {1}]
+    for path in large:
         found += [
             f"{times} * config.{path}"
             for times in _TIMES
             if [times * v for v in table[path]] == wanted
         ]
     for sign, combine in (("*", mul), ("+", add)):
-        for one, other in combinations(order, 2):
+        for one, other in combinations(large if sign == "*" else order, 2):
+            if one not in large and other not in large:
+                continue
             if list(map(combine, table[one], table[other])) == wanted:
                 found.append(f"config.{one} {sign} config.{other}")
-    for one, other in permutations(order, 2):
+    for one, other in permutations(large, 2):
         pairs = list(zip(table[one], table[other], strict=True))
         if all(b and not a % b for a, b in pairs) and [a // b for a, b in pairs] == wanted:
             found.append(f"config.{one} / config.{other}")
-    return _told_apart(found, table, favour)
+    if _is_derived(seen):
+        found = [each for each in found if not _HEADS.issuperset(fields_in(each))]
+    found.sort(key=lambda text: text not in favour.chosen)
+    return found
 
 
-def _told_apart(found: Sequence[str], table: Mapping[str, list[int]], favour: _Favour) -> list[str]:
-    """Without readings of fields that are alike: the config says a size under several names."""
-    seen: set[object] = set()
-    result = []
-    for each in sorted(found, key=lambda text: text not in favour.chosen):
-        values = tuple(tuple(table[path]) for path in fields_in(each))
-        look = (
-            re.sub(r"config\.[\w.]+", "", each),
-            tuple(sorted(values)) if "/" not in each else values,
-        )
-        if look not in seen:
-            seen.add(look)
-            result.append(each)
-    return result
+def _is_derived(seen: Sequence[Seen]) -> bool:
+    """Whether the size of a head is only known from two other fields."""
+    return not any(each.config is not None and "head_dim" in each.config for each in seen)
+
+
+_HEADS = frozenset({"head_dim", "hidden_size", "num_attention_heads"})
+
+
+def _is_named(readings: Sequence[str], seen: Sequence[Seen], favour: _Favour) -> bool:
+    """Whether names speak for the first of composed readings: the others compute the same of fields less likely."""
+    table = _numbers(seen)
+
+    def look(reading: str) -> tuple[object, object]:
+        fields = [(tuple(table[f]), favour.order(f"config.{f}")[:3]) for f in fields_in(reading)]
+        fields = fields if "/" in reading else sorted(fields)
+        return (_FIELD.sub("", reading), [v for v, _ in fields]), [order for _, order in fields]
+
+    (values, order), *others = map(look, readings)
+    return all(v == values and o != order for v, o in others)
 
 
 _TIMES = (2, 3, 4)
@@ -385,7 +409,7 @@ def likely(seen: Seen, config: Config | None) -> dict[str, list[int]]:
 
 def numbers_of(config: Config | None) -> list[int]:
     """The whole numbers of a config."""
-    found = (_value(config, path) for path in (_paths(config) if config is not None else ()))
+    found = (value_of(config, path) for path in (_paths(config) if config is not None else ()))
     return [number for number in found if number is not None]
 
 

@@ -7,7 +7,7 @@ loaded as any other, and carried out on every pair, in both directions; what it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from itertools import islice, product
@@ -17,7 +17,7 @@ from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.learning.casts import joined
-from regraft.learning.choosing import Chosen, Doubts, fields_in
+from regraft.learning.choosing import Chosen, Doubts
 from regraft.learning.clauses import Clauses, Config, Seen, clauses_of, likely, numbers_of
 from regraft.learning.content import Tensor
 from regraft.learning.fitting import fits, is_there
@@ -65,22 +65,33 @@ class Learned:
     notes: tuple[str, ...] = ()
     questions: tuple[Finding, ...] = ()
     """Readings that fit alike, of which one was taken."""
-
-    def differing(self, config: Config) -> Iterator[tuple[str, int]]:
-        """Fields that are in question, each with another value, for a probe that answers."""
-        seen: set[str] = set()
-        for question in self.questions:
-            for choice in question.choices[1:]:
-                for name in fields_in(choice.source):
-                    value = config.get(name)
-                    if isinstance(value, int) and name not in seen:
-                        seen.add(name)
-                        yield name, 2 * value
+    doubts: Doubts = field(default_factory=Doubts)
+    """All of them, with those that names decided."""
 
     @property
     def sound(self) -> bool:
         """Whether everything is explained, and all pairs confirm it."""
         return not self.odd and all(each.equal for each in self.verified)
+
+
+def learn_telling(
+    learned: Callable[[], Learned], config: Config, probe: Callable[[dict[str, int]], bool]
+) -> Learned:
+    """Learn, and again with one more probe as long as readings fit alike that one can tell apart.
+
+    ``probe`` adds one with other values of some fields of ``config``, and says whether there can be such a model.
+    """
+    found = learned()
+    for _ in range(_MOST_PROBES):
+        if not any(map(probe, found.doubts.telling(config))):
+            break
+        count, found = found.doubts.readings, learned()
+        if found.doubts.readings >= count:
+            break
+    return found
+
+
+_MOST_PROBES = 5
 
 
 @logged
@@ -253,6 +264,7 @@ def learn_pairs(
             naming=len(pairs),
             choose=choose,
         )
+    notes += [doubt.note for doubt in doubts.sizes if doubt.sure]
     seen = [(each.learned_from, each.equal) for each in verified]
     text = write_book(book, comment(seen, counts, first, notes, kind_of is not None))
     return Learned(
@@ -264,6 +276,7 @@ def learn_pairs(
         tuple(verified),
         tuple(dict.fromkeys(notes)),
         tuple(doubts.findings([(t.target, t.sources) for t in first.tied], pairs[0].where)),
+        doubts,
     )
 
 
@@ -532,5 +545,6 @@ __all__ = [
     "dropped_names",
     "learn",
     "learn_pairs",
+    "learn_telling",
     "require_sound",
 ]
