@@ -127,8 +127,11 @@ def buffers(model_type, rank):
     return a, b, modules
 
 
-def loaded(sglang, folder, model_type):
-    """What the server adds, by layer and by the part's name, (experts first where there are experts)."""
+def loaded(sglang, folder, model_type, *, strict=True, targets=None):
+    """What the server adds, by layer and by the part's name, (experts first where there are experts).
+
+    `strict` is its flag; `targets` are the modules that it has buffers for, those of the file if nothing is said.
+    """
     config = sglang.LoRAConfig(path=str(folder), base_vocab_size=WORDS)
     made = SimpleNamespace(num_hidden_layers=LAYERS, vocab_size=WORDS, architectures=[])
     shape = SimpleNamespace(**SHAPE)
@@ -138,9 +141,13 @@ def loaded(sglang, folder, model_type):
     lora.initialize_weights_from_tensors(load_file(folder / "adapter_model.safetensors"))
     pool = object.__new__(sglang.LoRAMemoryPool)
     pool.A_buffer, pool.B_buffer, modules = buffers(model_type, config.r)
+    if targets is not None:
+        for each in (pool.A_buffer, pool.B_buffer):
+            for name in [n for n in each if n.removesuffix("_moe") not in targets]:
+                del each[name]
     pool.num_layer, pool.max_lora_rank, pool.tp_rank, pool.tp_size = LAYERS, config.r, 0, 1
     pool.target_modules = {name.removesuffix("_moe") for name in pool.A_buffer}
-    pool.base_hf_config, pool.base_model, pool.strict_loading = made, None, True
+    pool.base_hf_config, pool.base_model, pool.strict_loading = made, None, strict
     pool.experts_shared_outer_loras = pool.moe_use_local_expert_ids = False
     pool.pin_memory_available = pool.enable_lora_overlap_loading = False
     pool.embedding_A_buffer = pool.embedding_B_buffer = {}

@@ -93,7 +93,7 @@ def test_sglang_where_target_modules_has_its_names(case, verdict, reason, tmp_pa
     ("tool", "verdict", "reason"),
     [
         ("vllm", "fails", "--enable-mixed-moe-lora-format"),
-        ("sglang", "none", "passed over"),
+        ("sglang", "fails", "match no target"),
         ("unsloth", "full", ""),
     ],
 )
@@ -253,8 +253,8 @@ NAMED = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
         ("sglang", as_they_are, {"target_modules": ".*proj"}, "fails", "an expression"),
         ("sglang", as_they_are, {"peft_type": "LOHA"}, "fails", "it has LoRA only"),
         ("sglang", without("o_proj.lora_A"), {}, "fails", "no other half"),
-        ("sglang", without("q_proj"), {}, "partial", "q_proj is missing"),
-        ("sglang", without("gate_proj"), {}, "partial", "gate_proj is missing"),
+        ("sglang", without("q_proj"), {}, "fails", "q_proj is missing"),
+        ("sglang", without("gate_proj"), {}, "fails", "gate_proj is missing"),
         ("sglang", renamed("layers.1.", "layers.9."), {}, "fails", "no such layer"),
     ],
 )

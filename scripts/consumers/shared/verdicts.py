@@ -119,11 +119,15 @@ def factors(shapes, rank=RANK, layers=range(LAYERS), seed=0) -> Tensors:
 
 
 def packed(
-    rank=RANK, parameters=("gate_up_proj", "down_proj"), swap=False, module="mlp.experts"
+    rank=RANK,
+    parameters=("gate_up_proj", "down_proj"),
+    swap=False,
+    module="mlp.experts",
+    inner=INNER,
 ) -> Tensors:
     """Factors of stacked experts as PEFT packs them, since 0.19 or (`swap`) before."""
     random, made = np.random.default_rng(0), {}
-    sizes = {"gate_up_proj": (2 * INNER, SIZE), "down_proj": (SIZE, INNER)}
+    sizes = {"gate_up_proj": (2 * inner, SIZE), "down_proj": (SIZE, inner)}
     for layer in range(LAYERS):
         for leaf in parameters:
             inside = leaf == "gate_up_proj" and len(parameters) == 2
@@ -511,7 +515,7 @@ CASES = [
     ),
     case("vllm", "rslora", "full", "", "llama", peft(use_rslora=True)),
     # SGLang
-    *_served("sglang", packed_reason=("none", "packed experts match no target")),
+    *_served("sglang", packed_reason=("fails", "packed experts match no target")),
     case("sglang", "one by one", "full", "", "qwen3_moe", peft()),
     case("sglang", "loha", "fails", "it has LoRA only", "llama", peft(peft_type="LOHA")),
     case(
@@ -542,15 +546,23 @@ CASES = [
     case(
         "sglang",
         "norm",
-        "partial",
-        "LoRA factors only",
+        "fails",
+        "it matches no target",
         "llama",
         peft(more(model__layers__0__input_layernorm__weight=(SIZE,))),
     ),
     case(
         "sglang",
-        "odd factor",
+        "last norm",
         "partial",
+        "LoRA factors only",
+        "llama",
+        peft(more(model__norm__weight=(SIZE,))),
+    ),
+    case(
+        "sglang",
+        "odd factor",
+        "fails",
         "no factor that it knows",
         "llama",
         peft(more(model__layers__0__self_attn__q_proj__lora_magnitude_vector=(SIZE,))),
@@ -558,7 +570,7 @@ CASES = [
     case(
         "sglang",
         "router",
-        "partial",
+        "fails",
         "no module that it can adapt",
         "qwen3_moe",
         peft(
@@ -577,16 +589,14 @@ CASES = [
     case(
         "sglang",
         "unnamed",
-        "partial",
+        "fails",
         "target_modules does not name it",
         "llama",
         peft(target_modules=["q_proj", "k_proj", "v_proj"]),
     ),
     case("sglang", "q alone", "fails", "(KeyError)", "llama", peft(without("v_proj"))),
-    case("sglang", "no q", "partial", "q_proj is missing", "llama", peft(without("q_proj"))),
-    case(
-        "sglang", "no gate", "partial", "gate_proj is missing", "llama", peft(without("gate_proj"))
-    ),
+    case("sglang", "no q", "fails", "q_proj is missing", "llama", peft(without("q_proj"))),
+    case("sglang", "no gate", "fails", "gate_proj is missing", "llama", peft(without("gate_proj"))),
     case("sglang", "no up", "full", "", "llama", peft(without("up_proj"))),
     case("sglang", "no k", "full", "", "llama", peft(without("k_proj"))),
     case(
@@ -653,7 +663,8 @@ CASES = [
         peft(lambda _: {}),
     ),
     case("unsloth", "no config", "fails", "it has no adapter_config.json", "llama", gguf()),
-    case("unsloth", "half", "fails", "no other half", "llama", peft(without(r"v_proj\.lora_B"))),
+    case("unsloth", "no B", "partial", "no lora_B", "llama", peft(without(r"v_proj\.lora_B"))),
+    case("unsloth", "no A", "wrong-scale", "no lora_A", "llama", peft(without(r"v_proj\.lora_A"))),
     case(
         "unsloth", "bare", "none", "have no 'base_model.model.'", "llama", peft(rename((STEM, "")))
     ),
@@ -676,7 +687,7 @@ CASES = [
     case(
         "unsloth",
         "apart",
-        "none",
+        "fails",
         "no module for a single expert",
         "granitemoe",
         peft(
@@ -702,6 +713,15 @@ CASES = [
         "no module of the model has this path",
         "llama",
         peft(rename((r"layers\.1\.", "layers.9."))),
+    ),
+    case(
+        "unsloth",
+        "partly apart",
+        "partial",
+        "no module for a single expert",
+        "granitemoe",
+        peft(rename(("mlp", "block_sparse_moe")), tensors=lambda: factors(MODULES["qwen3_moe"])),
+        num_local_experts=EXPERTS,
     ),
     case("unsloth", "rank", "fails", "its rank is", "llama", peft(r=3)),
     # NeMo Automodel
@@ -764,11 +784,27 @@ CASES = [
     ),
     case(
         "nemo",
-        "half",
-        "fails",
-        "no other half",
+        "no B",
+        "partial",
+        "it has no lora_B",
         "llama",
         peft(without(r"v_proj\.lora_B"), other=PLAIN),
+    ),
+    case(
+        "nemo",
+        "no A",
+        "wrong-scale",
+        "it has no lora_A",
+        "llama",
+        peft(without(r"v_proj\.lora_A"), other=PLAIN),
+    ),
+    case(
+        "nemo",
+        "no down",
+        "full",
+        "",
+        "qwen3_moe",
+        peft(both(gate_for_up, without("down_proj")), other=PLAIN),
     ),
     case(
         "nemo",
@@ -829,8 +865,16 @@ CASES = [
         "fails",
         "do not tell how experts are packed",
         "qwen3_moe",
+        peft(tensors=lambda: packed(inner=SIZE // 2), other=PLAIN),
+        moe_intermediate_size=SIZE // 2,
+    ),
+    case(
+        "nemo",
+        "no stamp, told by sizes",
+        "full",
+        "",
+        "qwen3_moe",
         peft(tensors=packed, other=PLAIN),
-        based=False,
     ),
     case(
         "nemo",
@@ -873,7 +917,7 @@ CASES = [
     case("mlx", "plain", "full", "", "llama", mlx()),
     case("mlx", "peft", "fails", "there is no adapters.safetensors", "llama", peft()),
     case("mlx", "no config", "fails", "no adapter_config.json", "llama", mlx(bare=True)),
-    case("mlx", "empty", "fails", "cannot be read, or is empty", "llama", mlx(lambda _: {})),
+    case("mlx", "empty", "none", "adapters.safetensors is empty", "llama", mlx(lambda _: {})),
     case(
         "mlx",
         "whole weights",
@@ -952,6 +996,8 @@ CASES = [
         "llama",
         mlx(config={"num_layers": 1}),
     ),
+    case("mlx", "no B", "partial", "no lora_b", "llama", mlx(without(r"v_proj\.lora_b"))),
+    case("mlx", "no A", "wrong-scale", "no lora_a", "llama", mlx(without(r"v_proj\.lora_a"))),
     case("mlx", "rank", "fails", "its rank is", "llama", mlx(rank=2)),
     case(
         "mlx",

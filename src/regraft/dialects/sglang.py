@@ -1,7 +1,7 @@
 """SGLang: PEFT's two files, one adapter per module, with one rank and one scale for all.
 
 SGLang reads ``r``, ``lora_alpha`` and ``target_modules`` and nothing else: no rsLoRA, no patterns. It joins q, k and v,
-and gate and up, as it loads them, and looks for parts that are not there; packed experts are passed over.
+and gate and up, as it loads them, and looks for parts that are not there; packed experts are an error.
 
 Source: sglang 0.5.23, ``srt/lora/lora.py``, ``lora_config.py``, ``utils.py``, ``mem_pool.py``.
 """

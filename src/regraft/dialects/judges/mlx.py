@@ -11,7 +11,15 @@ from typing import Any
 from regraft.adapters.form import Array
 from regraft.dialects.halves import config_of_model
 from regraft.dialects.judges.places import Places
-from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, Files, Judgement
+from regraft.dialects.judging import (
+    FAILS,
+    IGNORED,
+    LOADED,
+    WRONG_SCALE,
+    WRONG_VALUES,
+    Files,
+    Judgement,
+)
 from regraft.dialects.mlx import BLOCK, CONFIG, MLX, WEIGHTS
 
 _STRICT = "0.32.0"
@@ -42,7 +50,7 @@ class MlxLm:
         if judged.failures or files.config is None:
             return judged
         if not files.tensors:
-            judged.failures.append(f"{WEIGHTS} cannot be read, or is empty")
+            judged.notes.append(f"{WEIGHTS} is empty")
             return judged
         self._judge_tensors(files, files.config, version, judged)
         return judged
@@ -86,6 +94,12 @@ class MlxLm:
             shapes = None if problem else _shape(module, found, config, places)
             if problem:
                 judged.add(module, FAILS if strict else IGNORED, problem)
+            elif "lora_b" not in found:
+                judged.add(module, IGNORED, "it has no lora_b, which stays zero")
+            elif "lora_a" not in found:
+                judged.add(
+                    module, WRONG_VALUES, "it has no lora_a, which stays as it is initialised"
+                )
             elif shapes:
                 judged.add(module, FAILS if strict else WRONG_SCALE, shapes)
             else:
@@ -126,7 +140,7 @@ def _shape(
     """What does not fit of a module's factors."""
     a, b = found.get("lora_a"), found.get("lora_b")
     if a is None or b is None:
-        return None  # the other half keeps its first values: A at random, B zero
+        return None
     rank = config["lora_parameters"]["rank"]
     stacked = b.ndim == 3
     if stacked and a.ndim == 2:

@@ -96,8 +96,10 @@ class NemoReader:
         files: Files,
         own: dict[str, Any],
     ) -> tuple[str, str]:
-        if module.a is None or module.b is None:
-            return FAILS, "it has no other half"
+        if module.b is None:
+            return IGNORED, "it has no lora_B, which stays zero"
+        if module.a is None:
+            return WRONG_VALUES, "it has no lora_A, which stays as it is initialised"
         beyond = beyond_layers(module, files.model)
         if doubled(module.path) or STACK.fullmatch(module.path) or beyond:
             return IGNORED, "no module of the model has this path"
@@ -107,7 +109,7 @@ class NemoReader:
                 return wrong
         hit = EXPERT.fullmatch(module.path)
         if hit is not None:
-            if hit["stem"] in lost:
+            if _apart(hit["leaf"], lost.get(hit["stem"], [])):
                 return IGNORED, "not every expert is there, so that they are not put together"
             if hit["leaf"] == "up_proj" and _own_factor(files, module.path):
                 return (
@@ -127,12 +129,20 @@ def _packed(
     if says_grouped(source.config):
         return WRONG_VALUES, "Unsloth packed it by expert, and NeMo reads the columns as PEFT does"
     stamp = own.get(STAMP)
+    if files.model is None:
+        return None
     old = swapped(source, module, files.model)
     if stamp is not None and (STAMPS[stamp] == BEFORE) != old and _told(files):
         return FAILS, f"{OWN} says {stamp!r}, and the shapes say otherwise"
     if stamp is None and not _told(files):
         return FAILS, f"{OWN} has no {STAMP}, and the shapes do not tell how experts are packed"
     return None
+
+
+def _apart(leaf: str, missing: list[str]) -> bool:
+    """Whether one of the experts' projections that this one is put together with is missing."""
+    inner = ("gate_proj", "up_proj")
+    return any((key.endswith(inner)) == (leaf in inner) for key in missing)
 
 
 def _told(files: Files) -> bool:

@@ -22,7 +22,7 @@ _PAIR = re.compile(
 )
 EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 STACK = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<leaf>w[123]|gate_proj|up_proj|down_proj)")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ def not_read(files: Files, tool: str, judged: Judgement) -> bool:
 def beyond_layers(module: Module, model: ModelConfig | None) -> bool:
     """Whether a module is of a layer that the base does not have."""
     layers = language_config(model).get("num_hidden_layers")
-    found = _LAYER.search(module.path)
+    found = LAYER.search(module.path)
     return isinstance(layers, int) and found is not None and int(found[1]) >= layers
 
 
@@ -176,6 +176,7 @@ def swapped(source: PeftLike, module: Module, model: ModelConfig | None) -> bool
 
 __all__ = [
     "EXPERT",
+    "LAYER",
     "PACKED",
     "STACK",
     "Module",

@@ -1,12 +1,14 @@
 """What SGLang does with an adapter.
 
 Source: sglang 0.5.23, ``srt/lora/lora.py``, ``lora_config.py``, ``utils.py``, ``mem_pool.py``
-(``load_lora_weight_to_buffer``).
+(``load_lora_weight_to_buffer``, which warns of names that match no target and goes on to look each one's target up, so
+that it raises, whatever ``--lora-strict-loading`` says).
 """
 
 from __future__ import annotations
 
 from regraft.dialects.judges.peft_like import (
+    LAYER,
     STACK,
     Module,
     PeftLike,
@@ -34,6 +36,7 @@ _JOINED = {
     "word_embeddings": "embed_tokens",
 }
 _EVERYTHING = ("all", "all-linear")
+_RAISES = "(a warning, and a ValueError as soon as a request asks for the adapter)"
 
 
 class SglangReader:
@@ -80,15 +83,13 @@ class SglangReader:
             judged.failures.append(
                 f"target_modules names {odd[0]}, for which it has no buffers (NotImplementedError){other}"
             )
-        if source.others:
-            judged.add(
-                [name for name in source.others if "lora_" not in name],
-                IGNORED,
-                "it reads LoRA factors only",
-            )
-            judged.add(
-                [n for n in source.others if "lora_" in n], IGNORED, "no factor that it knows"
-            )
+        for name in source.others:
+            if not LAYER.search(name):
+                judged.add(name, IGNORED, "it reads LoRA factors only")
+            elif "lora_" in name:
+                judged.add(name, FAILS, "no factor that it knows")
+            else:
+                judged.add(name, FAILS, f"it matches no target {_RAISES}")
         for module in source.modules.values():
             judged.add(module.path, *self._module(module, source, named, demands, files))
         return judged
@@ -104,21 +105,22 @@ class SglangReader:
         if module.a is None or module.b is None:
             return FAILS, "it has no other half"
         if module.packed:
-            return IGNORED, "packed experts match no target: they are passed over with one warning"
+            return FAILS, f"packed experts match no target {_RAISES}"
+        unmatched = FAILS if LAYER.search(module.path) else IGNORED
         leaf = (
             AS_TARGETS.get(module.leaf, module.leaf) if ".experts." in module.path else module.leaf
         )
         if leaf in demands.unknown or (demands.known and leaf not in demands.known):
-            return IGNORED, f"{leaf} is no module that it can adapt"
+            return unmatched, f"{leaf} is no module that it can adapt"
         if named is not None and _joined(leaf) not in named:
-            return IGNORED, "target_modules does not name it"
+            return unmatched, "target_modules does not name it"
         head = module.path.rpartition(".")[0]
         if module.leaf == "q_proj" and f"{head}.v_proj" not in source.modules:
             return FAILS, "it joins q with v, and v_proj is missing (KeyError)"
         if module.leaf in ("k_proj", "v_proj") and f"{head}.q_proj" not in source.modules:
-            return IGNORED, "it joins k and v with q, and q_proj is missing"
+            return FAILS, "it joins k and v with q, and q_proj is missing"
         if module.leaf == "up_proj" and f"{head}.gate_proj" not in source.modules:
-            return IGNORED, "it joins up with gate, and gate_proj is missing"
+            return FAILS, "it joins up with gate, and gate_proj is missing"
         if beyond_layers(module, files.model):
             return FAILS, "the base has no such layer (IndexError)"
         return self._scale(module, source)

@@ -36,6 +36,7 @@ class UnslothReader:
         config = source.config
         if files.dialect == "nemo" and any(m.packed for m in source.modules.values()):
             judged.notes.append("NeMo's stamp is not read: in and out are taken as PEFT has them")
+        alone = all(EXPERT.fullmatch(path) for path in source.modules)
         replicated = bool(config.get("layer_replication"))
         for name in source.others:
             known = "magnitude" in name or "lora_" not in name or ".lora_B.bias" in name
@@ -52,8 +53,11 @@ class UnslothReader:
             except RegraftError:
                 named = False
             scale = source.scale(module)
-            if module.a is None or module.b is None:
-                judged.add(module.path, FAILS, "it has no other half")
+            if module.b is None:
+                judged.add(module.path, IGNORED, "it has no lora_B, which stays zero")
+            elif module.a is None:
+                why = "it has no lora_A, which stays as it is initialised"
+                judged.add(module.path, WRONG_VALUES, why)
             elif module.bare:
                 judged.add(module.path, IGNORED, "its keys have no 'base_model.model.' before them")
             elif STACK.fullmatch(module.path) or module.leaf == "unembed_tokens":
@@ -63,7 +67,9 @@ class UnslothReader:
                     module.path, FAILS, "PEFT before 0.19 packed it with in and out exchanged"
                 )
             elif EXPERT.fullmatch(module.path) and not _converts(files):
-                judged.add(module.path, IGNORED, "transformers 5 has no module for a single expert")
+                # PEFT raises where no module at all has a name of target_modules.
+                why = "transformers 5 has no module for a single expert"
+                judged.add(module.path, FAILS if alone else IGNORED, why)
             elif not named:
                 judged.add(
                     module.path, IGNORED, "neither target_modules nor target_parameters name it"
