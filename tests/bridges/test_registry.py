@@ -256,6 +256,15 @@ def test_parts_of_unequal_size_are_refused_where_the_chunk_is_equal(register):
         converted(model, {"qk.weight": np.zeros((6, 4))}, NEW)
 
 
+def test_an_entry_that_is_registered_again_is_read_again(register):
+    """Its list may stand where the one before stood, and have as many transforms."""
+    for name in map(str, range(40)):
+        register("small_of_mine", [WeightRenaming(f"old{name}", "part")])
+        (read,) = registry.look_up("small_of_mine")
+        assert f"old{name}" in str(read.forward.sources)
+        del mapping._checkpoint_conversion_mapping_cache["small_of_mine"]
+
+
 class Secret(MergeModulelist):
     """Of somebody else."""
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import transformers
@@ -151,7 +152,7 @@ def look_up(entry: str) -> tuple[Transform, ...] | None:
     check_version()
     table = _table()
     found = table.get(entry)
-    return None if found is None else _read(entry, id(found), len(found))
+    return None if found is None else _read(entry, _Same(found))
 
 
 def entries() -> list[str]:
@@ -192,9 +193,26 @@ def _table() -> dict[str, list[Any]]:
     return table
 
 
+class _Same:
+    """Transforms as a key of a cache: these very ones. The key holds them, or another list could have their ids."""
+
+    def __init__(self, transforms: list[Any]) -> None:
+        self.held = tuple(transforms)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.held)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Same)
+            and len(self.held) == len(other.held)
+            and all(map(is_, self.held, other.held))
+        )
+
+
 @lru_cache(maxsize=1024)
-def _read(entry: str, _identity: int, _count: int) -> tuple[Transform, ...]:
-    return tuple(_transform(entry, n, t) for n, t in enumerate(_table()[entry]))
+def _read(entry: str, registered: _Same) -> tuple[Transform, ...]:
+    return tuple(_transform(entry, n, t) for n, t in enumerate(registered.held))
 
 
 def _transform(entry: str, number: int, raw: Any) -> Transform:
