@@ -5,6 +5,7 @@ import pytest
 from making import HEAD, book_of, equation_of
 
 from regraft.equation import check_equation, undetermined
+from regraft.equation.notation import Segments
 from regraft.errors import BadInputError
 from regraft.rules import book as book_module
 from regraft.rules.book import books_for, library, load_book
@@ -250,3 +251,13 @@ def test_only_the_heads_of_shipped_books_are_read_until_a_rule_is_asked_for(monk
             read.clear()
     finally:
         book_module._shipped.cache_clear()
+
+
+def test_no_rule_of_the_library_takes_modules_that_it_does_not_name():
+    """A key with an open end would move whatever stands there; what is left out as a whole may have one."""
+    for book in library():
+        terms = [t for rule in book.rules for t in (*rule.equation.left, *rule.equation.right)]
+        for term in (*terms, *(carry.term for carry in book.carries)):
+            assert term.key is None or not isinstance(term.key.parts[-1], Segments), (
+                f"{book.name}: {term}"
+            )
