@@ -21,6 +21,7 @@ from regraft.adapters.families import lora_variants
 from regraft.adapters.provenance import KEY as PROVENANCE
 from regraft.dialects import (
     gguf,
+    litgpt,
     megatron_bridge,
     mlx,
     nemo,
@@ -29,6 +30,7 @@ from regraft.dialects import (
     stacked,
     tinker,
     tool_files,
+    torchtune,
     unread,
     unsloth,
 )
@@ -46,7 +48,15 @@ from regraft.dialects.image.families import BODIES, CLIP_V4, DENOISER, FAMILIES,
 from regraft.dialects.image.header import ADAPTER_METADATA
 from regraft.dialects.image.modules import Names, body_names, names_of
 from regraft.dialects.image.origin import KEY as ORIGIN
-from regraft.dialects.peft import config, config_check, packing, scan
+from regraft.dialects.peft import (
+    config,
+    config_check,
+    packing,
+    scan,
+    source,
+    targeting,
+    writing,
+)
 from regraft.equation.notation import Hole, Key, Segments
 from regraft.layouts.names import known_layouts, layout_of_packing
 from regraft.rules.book import Book, Parameters, Rule, library
@@ -193,6 +203,12 @@ def dialects() -> dict[str, Any]:
             "mlx": mlx.WEIGHTS,
             "nemo": nemo.OWN,
             "run": megatron_bridge.RUN,
+            "torchtune": torchtune.WEIGHTS,
+            "litgpt": litgpt.CONFIG,
+        },
+        "ends": {
+            "torchtune": [torchtune._A, torchtune._B, torchtune._M],
+            "litgpt": [litgpt._A, litgpt._B],
         },
         "unsloth": {
             "flat": unsloth.FLAT,
@@ -224,6 +240,14 @@ def dialects() -> dict[str, Any]:
             "prefix": scan.PREFIX,
             "types": sorted(config_check.PEFT_TYPES),
             "needed": dict(config_check._NEEDED),
+            "fields": {name: kind.expected for name, kind in config_check._FIELDS.items()},
+            "most_digits": source._MOST_DIGITS,
+            "leave_out": {
+                "heads": sorted(targeting._HEADS),
+                "classifiers": sorted(targeting._CLASSIFIERS),
+                "first_number_since": targeting._FIRST_NUMBER_SINCE,
+            },
+            "version": writing.PEFT_VERSION,
             "variants": config.VARIANTS,
             "inits": list(lora_variants.BASE_CHANGING_INITS),
             "wrappers": scan._WRAPPERS,

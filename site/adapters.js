@@ -32,6 +32,8 @@ const FACTOR = ".lora_A.weight";
 
 /** The dialects of language models' adapters, in the order in which they are asked. */
 const MARKS = /** @type {Record<string, (files: Files) => boolean>} */ ({
+  litgpt: ({ tensors, weights }) => weights.endsWith(".pth.lora") ||
+    (/\.(?:pth|lora|pt)$/.test(weights) && every(tensors, D.ends.litgpt)),
   "megatron-bridge": ({ tensors }) => {
     const factors = [...tensors.keys()].filter((name) => name.endsWith(FACTOR));
     return factors.length > 0 && factors.every((name) => name.startsWith("model."));
@@ -45,6 +47,7 @@ const MARKS = /** @type {Record<string, (files: Files) => boolean>} */ ({
   skyrl: ({ tensors }) => some(tensors, (name) => SKYRL.test(name)),
   tinker: ({ config, tensors }) => config !== null &&
     some(tensors, (name, { shape }) => name.includes(D.tinker.head) || (shape.length === 3 && STACKED.test(name))),
+  torchtune: ({ tensors, weights }) => /\.(?:pt|bin|pth)$/.test(weights) && every(tensors, D.ends.torchtune),
   unsloth: (files) => files.config !== null && (writtenBy(files) === "unsloth" || hasUnslothMarks(files.config)),
   vllm: (files) => writtenBy(files) === "vllm",
 });
@@ -53,6 +56,9 @@ const writtenBy = ({ metadata }) => metadata[D.written_by];
 
 /** @param {Map<string, Tensor>} tensors @param {(name: string, tensor: Tensor) => boolean} test */
 const some = (tensors, test) => [...tensors].some(([name, tensor]) => test(name, tensor));
+
+/** @param {Map<string, Tensor>} tensors @param {string[]} ends */
+const every = (tensors, ends) => tensors.size > 0 && !some(tensors, (name) => !ends.some((end) => name.endsWith(end)));
 
 /** The dialect that files are written in; `null` where they are no adapter. @param {Files} files @returns {string | null} */
 export function dialectOf(files) {
@@ -211,7 +217,7 @@ function tinker({ config, tensors }) {
 function served({ config, tensors }) {
   const made = new Map([...tensors].map(([name, tensor]) => [prefixed(name), tensor]));
   const fields = { ...config };
-  if (some(made, (name) => PACKED.test(name))) fields.peft_version = D.nemo.version[P.since];
+  if (some(made, (name) => PACKED.test(name))) fields.peft_version = P.version[P.since];
   return expandStacks({ config: fields, tensors: made, told: [] }, false);
 }
 
@@ -226,9 +232,13 @@ function expandStacks({ config, tensors, told }, packed) {
       stacks.get(hit.module).push({ ...hit, tensor });
     }
   }
+  const parameters = [];
   for (const [module, parts] of stacks) {
     const experts = Math.max(...parts.map(({ tensor }) => tensor.shape[0]));
-    if (packed) continue;
+    if (packed) {
+      parameters.push(...packStack(rest, module, parts, experts));
+      continue;
+    }
     const numbered = module.split(".").at(-2) === "block_sparse_moe";
     for (const { leaf, letter, tensor } of parts) {
       const plain = D.stacked.plain[leaf] ?? leaf;
@@ -238,7 +248,29 @@ function expandStacks({ config, tensors, told }, packed) {
       }
     }
   }
-  return { config, tensors: rest, told };
+  const made = parameters.length
+    ? { ...config, target_parameters: parameters, peft_version: P.version[P.since] } : config;
+  return { config: made, tensors: rest, told };
+}
+
+/** Pack one module's experts as PEFT does, gate and up as one; the parameters' names. */
+function packStack(rest, module, parts, experts) {
+  const pairs = (...leaves) => leaves.map((leaf) => Object.fromEntries(parts
+    .filter((part) => (D.stacked.plain[part.leaf] ?? part.leaf) === leaf).map(({ letter, tensor }) => [letter, tensor])))
+    .filter(({ A, B }) => A && B);
+  const names = [];
+  const put = (name, depth, some, times) => {
+    if (!some.length) return;
+    const rank = some.reduce((sum, { A }) => sum + A.shape[1], 0), [{ A, B }] = some;
+    const at = module + (depth ? ".base_layer" : "");
+    rest.set(`${at}.lora_A.weight`, sized(A, [experts * rank, A.shape[2]]));
+    rest.set(`${at}.lora_B.weight`, sized(B, [times * B.shape[1], rank * experts]));
+    names.push(`${unprefixed(module)}.${name}`);
+  };
+  const outer = pairs("down_proj");
+  put(D.inner, outer.length > 0, pairs("gate_proj", "up_proj"), 2);
+  put(D.outer, false, outer, 1);
+  return names;
 }
 
 // -- names
@@ -384,14 +416,9 @@ function hintsOf(config, metadata) {
 
 /** `rank_pattern` or `alpha_pattern`: the first entry whose expression fits the end of a module's path. */
 function patterns(entries) {
-  const known = Object.entries(isObject(entries) ? entries : {}).flatMap(([key, value]) => {
-    try {
-      return [{ expression: new RegExp(`^(?:(?:.*\\.)?(?:${key.replaceAll("(?P<", "(?<")})$)`), value }];
-    } catch {
-      return []; // an expression that only Python knows
-    }
-  });
-  return (path) => known.find(({ expression }) => expression.test(path))?.value;
+  const known = Object.entries(isObject(entries) ? entries : {}).map(([key, value]) => (
+    { fits: expression(`(?:.*\\.)?(?:${key})`), value }));
+  return (path) => known.find(({ fits }) => fits?.test(path))?.value;
 }
 
 /** Rank and alpha of a module. */
@@ -403,24 +430,89 @@ function scaleOf(config) {
 
 const scale = (rank, alpha, rslora = false) => ({ rank, alpha, scale: alpha / (rslora ? Math.sqrt(rank) : rank) });
 
-/** Fields of a config that make it no config of an adapter. */
+// Python's numbers are of any size and JavaScript's are not, which makes no difference to what is too large.
+const LARGEST = 2 ** 31 - 1;
+const isSize = (value) => Number.isInteger(value) && value >= 0 && value <= LARGEST;
+const isCount = (value) => isSize(value) && value !== 0;
+const isNames = (value) => Array.isArray(value) && value.every((x) => typeof x === "string");
+const isTokens = (value) => Array.isArray(value) && value.every(isSize) && new Set(value).size === value.length;
+const isPattern = (test) => (value) => isObject(value) && Object.values(value).every(test);
+const isText = (value) => typeof value === "string";
+
+/** What a field's value must be, by what regraft says was expected. */
+const EXPECTED = /** @type {[RegExp, (value: any) => boolean][]} */ ([
+  [/^a whole number from 1 /, isCount],
+  [/^a whole number from 0 /, isSize],
+  [/^a finite number$/, Number.isFinite],
+  [/^true or false$/, (value) => typeof value === "boolean"],
+  [/^a string$/, isText],
+  [/^an object$/, isObject],
+  [/^a list of names$/, isNames],
+  [/^a list of names,/, (value) => isNames(value) || isText(value)],
+  [/^a word, true or false$/, (value) => isText(value) || typeof value === "boolean"],
+  [/^a layer's number/, (value) => isSize(value) || (Array.isArray(value) && value.every(isSize))],
+  [/^a table of regular expressions and whole/, isPattern(isCount)],
+  [/^a table of regular expressions and finite/, isPattern(Number.isFinite)],
+  [/^a list of token numbers/, (value) => isTokens(value) || isPattern(isTokens)(value)],
+  [/^road_1, /, (value) => ["road_1", "road_2", "road_4"].includes(value)],
+]);
+
+/** Complain of fields that make a config no config of an adapter. @param {Config} config */
 function checkConfig(config) {
-  if (!P.types.includes(config.peft_type)) {
-    throw new Unreadable("peft-type", `Unknown peft_type ${JSON.stringify(config.peft_type ?? null)} in ${D.files.config}.`,
+  const type = config.peft_type;
+  if (!P.types.includes(type)) {
+    throw new Unreadable("peft-type", `Unknown peft_type ${JSON.stringify(type ?? null)} in ${D.files.config}.`,
       "Check the spelling; a config without peft_type is not PEFT's.");
   }
-  for (const field of P.needed[config.peft_type] ?? []) {
-    if (config[field] === undefined || config[field] === null) {
-      throw new Unreadable("config", `${D.files.config} has no ${field}.`, "Use the one that was saved with the weights.");
+  const needed = P.needed[type] ?? [];
+  for (const [field, expected] of Object.entries(P.fields)) {
+    const value = config[field] ?? null;
+    const test = type === "OFT" && field === "r" ? isSize : EXPECTED.find(([words]) => words.test(expected))?.[1];
+    if ((value !== null || needed.includes(field)) && test && !test(value)) {
+      throw new Unreadable("config", `${D.files.config}: ${field} is ${JSON.stringify(value)?.slice(0, 80)}, and ` +
+        `${expected} was expected.`, "Use the adapter_config.json that was saved with the weights.");
     }
   }
-  const whole = ["r", "init_r"], numbers = ["lora_alpha", "alpha"];
-  const isRank = (x) => Number.isInteger(x) && (x > 0 || (x === 0 && config.peft_type === "OFT"));
-  const odd = [...whole.filter((field) => config[field] != null && !isRank(config[field])),
-    ...numbers.filter((field) => config[field] != null && typeof config[field] !== "number")];
-  if (odd.length) {
-    throw new Unreadable("config", `${D.files.config}: ${odd[0]} is ${JSON.stringify(config[odd[0]])}, which is no ` +
-      `${whole.includes(odd[0]) ? "whole number from 1 on" : "number"}.`, "Use the one that was saved with the weights.");
+}
+
+/** Which modules PEFT would leave without their factors, by the config; the reason, or an empty text. @param {Config} config */
+function leavingOut(config) {
+  const { target_modules: targets = null, target_parameters: parameters, exclude_modules: excluded } = config;
+  const { heads, classifiers, first_number_since: since } = P.leave_out;
+  const ends = (path, names) => names.some((name) => path === name || path.endsWith(`.${name}`));
+  const everything = isText(targets) && targets.toLowerCase() === "all-linear";
+  const named = (path) => targets === null ? !parameters?.length : everything ||
+    (isText(targets) ? expression(targets)?.test(path) ?? true : ends(path, targets));
+  const version = /^(\d+)\.(\d+)/.exec(config.peft_version ?? "")?.slice(1).map(Number) ?? [0, 0];
+  const first = version[0] > since[0] || (version[0] === since[0] && version[1] >= since[1]);
+  const layers = [config.layers_to_transform ?? []].flat();
+  const patterns = [config.layers_pattern ?? []].flat();
+  const layer = (patterns.length
+    ? patterns.map((pattern) => `${first ? "(?:^|.*?\\.)" : ".*\\."}${pattern}\\.(\\d+)\\.`)
+    : [`${first ? ".*?" : ".*"}\\.[^.]*\\.(\\d+)\\.`]).map((pattern) => new RegExp(`^${pattern}`));
+  const saved = (config.modules_to_save ?? []).map((name) => expression(`(?:.*\\.)?${name}(?:\\..*)?`));
+  return (path) => {
+    if (excluded?.length && (isText(excluded) ? expression(excluded)?.test(path) : ends(path, excluded))) {
+      return "exclude_modules";
+    }
+    if (saved.some((each) => each?.test(path))) return "modules_to_save";
+    if (everything && (heads.includes(path) || (config.task_type === "SEQ_CLS" && classifiers.includes(path)))) {
+      return "target_modules";
+    }
+    if (!isText(targets) && layers.length && !(targets ?? []).includes(path)) {
+      const number = layer.map((each) => each.exec(path)?.[1]).find(Boolean);
+      if (number === undefined || !layers.includes(Number(number))) return "layers_to_transform";
+    }
+    return named(path) ? "" : "untargeted";
+  };
+}
+
+/** A whole path's regular expression; `null` where only Python knows it. @param {string} pattern */
+function expression(pattern) {
+  try {
+    return whole(pattern.replaceAll("(?P<", "(?<"));
+  } catch {
+    return null;
   }
 }
 
@@ -429,14 +521,20 @@ function checkConfig(config) {
 const text = (value) => (typeof value === "string" && value ? value : null);
 const sorted = (values) => [...new Set(values)].sort((x, y) => x - y);
 
+/** Dialects whose configs say of modules what PEFT's do. */
+const OWN = ["peft", "unsloth"];
+
 /** What one adapter is. @param {Files} files @param {string} dialect */
 export function inspectAdapter(files, dialect) {
   if (dialect === "mlx") return inspectMlx(files);
+  if (dialect === "torchtune") return inspectTorchtune(files);
+  if (dialect === "litgpt") return inspectLitgpt(files);
   if (dialect === "skyrl") {
     throw new Unreadable("dialect", "This is SkyRL-tx's form of experts, which cannot be what it trained.",
       "Export it with the tool that wrote it.");
   }
   if (files.config !== null || dialect !== "megatron-bridge") checkConfig(files.config ?? {});
+  checkNames(files.tensors);
   const { config, tensors, told } = AS_PEFT[dialect](files);
   const lora = config.peft_type === "LORA";
   const found = scan(tensors, lora);
@@ -457,12 +555,24 @@ export function inspectAdapter(files, dialect) {
   };
   const layouts = layoutsOf(names, hints, model, result);
   const targets = lora ? targetsOf(found, config, tensors, model, layouts) : [];
+  if (lora && OWN.includes(dialect) && !result.problems.length) result.problems.push(...checkTargets(targets, config, tensors));
   const origin = provenance(files.metadata);
   if (origin.layout) result.notes.push(`regraft wrote it, from ${origin.source?.layout ?? ""}`);
   return finished(result, layouts, targets, found.others.map(otherKey));
 }
 
 const written = (dialect) => `it is written as by ${dialect}: ${D.titles[dialect]}`;
+
+/** Complain of names with numbers that no layer has. @param {Map<string, Tensor>} tensors */
+function checkNames(tensors) {
+  if (!tensors.size) throw new Unreadable("empty", "The adapter is empty: its weights file has no tensors.", "Save it again.");
+  const long = new RegExp(`(?:^|\\.)[0-9]{${P.most_digits + 1},}(?=\\.|$)`);
+  const odd = [...tensors.keys()].find((name) => long.test(name));
+  if (odd !== undefined) {
+    throw new Unreadable("odd-key", `${odd.slice(0, 300)} is no name of a tensor: it holds a number of more than ` +
+      `${P.most_digits} digits.`, "Save the adapter again.");
+  }
+}
 
 /** @param {Map<string, Tensor>} tensors */
 function described(tensors) {
@@ -528,17 +638,51 @@ function targetsOf({ pairs }, config, tensors, model, layouts) {
   const of = scaleOf(config), entries = config.target_parameters ?? [];
   const layout = layouts.length === 1 ? layouts[0] : model.books[0]?.layouts[0];
   const targeted = (name) => entries.some((entry) => name === entry || name.endsWith(`.${entry}`));
-  return pairs.map(({ module, depth, attention }) => {
-    if (attention) {
-      const owner = attention === "out" ? module.slice(0, -OUT_PROJ.length) : module;
-      return { name: module, ...of(owner, attention === "out" ? 2 : 1) };
-    }
+  const nested = new Set(pairs.filter(({ depth }) => depth).map(({ module }) => module));
+  return pairs.map(({ module, depth, attention, a, b }) => {
+    const plain = { module, a, b, owner: attention === "out" ? module.slice(0, -OUT_PROJ.length) : module };
+    if (attention) return { name: module, ...plain, ...of(plain.owner, attention === "out" ? 2 : 1) };
     const parameters = model.known && entries.length ? parametersOf(model.books, layout, groupNames([module])[0]) : null;
     const wanted = parameters?.filter((name) => targeted(`${module}.${name}`)) ?? [];
     const parameter = wanted[wanted.length - 1 - depth];
     if (parameter) return { name: `${module}.${parameter}`, ...of(`${module}.${parameter}`) };
-    return { name: module, ...of(targeted(`${module}.weight`) ? `${module}.weight` : module) };
+    const as = targeted(`${module}.weight`);
+    const stacked = nested.has(module) || (entries.length > 0 && !as && entries.some((entry) => (`${module}.`).endsWith(
+      `.${entry.slice(0, entry.lastIndexOf("."))}.`)));
+    return { name: module, ...(stacked || as ? {} : plain), ...of(as ? `${module}.weight` : module) };
   });
+}
+
+/** What is wrong with the factors of modules: sizes that are not the config's, and modules that it does not name. */
+function checkTargets(targets, config, tensors) {
+  const plain = targets.filter((target) => target.a !== undefined);
+  const left = leavingOut(config);
+  const problems = plain.flatMap(({ a, b, rank }) => {
+    const why = misfit(tensors.get(a).shape, tensors.get(b).shape, rank);
+    return why ? [finding("shape", why, a)] : [];
+  });
+  const why = new Map(plain.map((target) => [target, left(target.owner)]));
+  for (const target of plain.filter((each) => why.get(each))) {
+    const field = why.get(target);
+    problems.push(finding("not-targeted", field === "untargeted"
+      ? "neither target_modules nor target_parameters of adapter_config.json names this module, so PEFT would ignore " +
+        "its factors"
+      : `${field} = ${JSON.stringify(config[field])} of adapter_config.json leaves this module out, so PEFT would ` +
+        "ignore its tensors", target.a));
+  }
+  const some = plain.length && plain.every((target) => why.get(target) === "untargeted") && plain.length === targets.length;
+  return some ? [finding("targets-nothing", "target_modules and target_parameters name nothing that is in the weights " +
+    "file", D.files.config)] : alike(problems);
+}
+
+/** Why factors do not fit together, or not the rank; an empty text where they do. */
+function misfit(a, b, rank) {
+  const shown = `lora_A [${a.join(", ")}] and lora_B [${b.join(", ")}]`;
+  if (a.length < 2 || b.length < 2) return `LoRA factors have two dims or more: ${shown}`;
+  if (a.includes(0) || b.includes(0)) return `${shown} have no elements`;
+  if (a.length !== b.length || b.slice(2).some((size) => size !== 1)) return `${shown} do not fit together: their dims differ`;
+  if (a[0] !== b[1] && a.length === 2) return `${shown} do not fit together: their ranks differ`;
+  return a[0] === rank ? "" : `adapter_config.json gives the rank ${rank}, the factors have ${a[0]}`;
 }
 
 /** Keys that only another tool writes, in a file that says it is PEFT's. */
@@ -553,7 +697,7 @@ function foreignForm(tensors) {
   return null;
 }
 
-// -- MLX and GGUF
+// -- MLX, torchtune, LitGPT and GGUF
 
 /** A file whose LoRAs are known by base tensor. */
 function inspectPlain(dialect, tensors, loras, hints, plain) {
@@ -597,8 +741,38 @@ function inspectMlx({ config, tensors }) {
   return inspectPlain("mlx", tensors, loras, hints, !dora);
 }
 
-/** What a LoRA in a GGUF file is. @param {Record<string, any>} fields @param {Map<string, Tensor>} tensors */
-export function inspectGguf(fields, tensors) {
+/** @param {Files} files */
+function inspectTorchtune({ config, tensors }) {
+  const [a, , magnitude] = D.ends.torchtune;
+  if (typeof config?.r !== "number" || typeof config.lora_alpha !== "number") {
+    throw new Unreadable("no-config", `There is no ${D.files.config} with r and lora_alpha beside the weights.`,
+      "Drop the whole folder.");
+  }
+  const loras = [...tensors].filter(([name]) => name.endsWith(a)).map(([name, { shape }]) => (
+    { key: `${name.slice(0, -a.length)}.weight`, rank: shape[0], alpha: config.lora_alpha }));
+  const hints = { source: D.files.config, modelType: null, base: text(config.base_model_name_or_path),
+    layout: D.usual.torchtune, byForm: true, likely: null };
+  return inspectPlain("torchtune", tensors, loras, hints, !some(tensors, (name) => name.endsWith(magnitude)));
+}
+
+/** @param {Files} files */
+function inspectLitgpt({ tensors, beside }) {
+  const settings = beside[D.files.litgpt] ?? {}, [a] = D.ends.litgpt;
+  const { lora_r: rank, lora_alpha: alpha } = settings;
+  if (!Number.isInteger(rank) || rank < 1 || typeof alpha !== "number") {
+    throw new Unreadable("no-config", `There is no ${D.files.litgpt} with lora_r and lora_alpha beside the weights.`,
+      "Drop the whole folder.");
+  }
+  // Where q, k and v are one tensor, each adapted part has the rank, and A has them one below the other.
+  const loras = [...tensors].filter(([name]) => name.endsWith(a)).map(([name, { shape }]) => (
+    { key: `${name.slice(0, -a.length)}.weight`, rank: shape[0], alpha: (alpha * shape[0]) / rank }));
+  const hints = { source: D.files.litgpt, modelType: null, base: text(settings.checkpoint_dir),
+    layout: D.usual.litgpt, byForm: true, likely: null };
+  return inspectPlain("litgpt", tensors, loras, hints, true);
+}
+
+/** What a LoRA in a GGUF file is. @param {Record<string, any>} fields @param {Map<string, Tensor>} tensors @param {string} name */
+export function inspectGguf(fields, tensors, name) {
   const { alpha: ALPHA, architecture: ARCHITECTURE, embedding, norm, architectures } = D.gguf;
   if (fields["general.type"] !== "adapter" || fields["adapter.type"] !== "lora") {
     const title = fields["general.name"] ? ` ("${fields["general.name"]}")` : "";
@@ -614,7 +788,7 @@ export function inspectGguf(fields, tensors) {
     loras.push({ key, rank, alpha: alpha || rank });
   }
   const types = Object.keys(architectures).filter((type) => architectures[type] === fields[ARCHITECTURE]);
-  const hints = { source: "the file", modelType: types.length === 1 ? types[0] : null, base: null,
+  const hints = { source: name, modelType: types.length === 1 ? types[0] : null, base: null,
     layout: D.usual.gguf, byForm: true, likely: null };
   return inspectPlain("gguf", tensors, loras, hints, true);
 }

@@ -1,6 +1,5 @@
 // The page: takes what is dropped or chosen, and shows what it is. Nothing is sent anywhere.
 
-import { inspect } from "./inspect.js";
 import { facts, verdict } from "./words.js";
 
 const byId = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -40,18 +39,40 @@ function folded(title, text, className = "") {
   return element("details", [element("summary", title), element("pre", text, className)]);
 }
 
+const MOST_SECONDS = 20;
+/** @type {Worker | null} */
+let worker = null;
+
+/** What files are. Regular expressions in a config may take forever, so it has an end. @param {import("./inspect.js").Dropped[]} dropped */
+function inspected(dropped) {
+  worker?.terminate();
+  const mine = worker = new Worker("worker.js", { type: "module" });
+  return new Promise((resolve) => {
+    const late = `It takes more than ${MOST_SECONDS} seconds: a pattern in adapter_config.json may be too slow.`;
+    const timer = setTimeout(() => end({ failed: late }), MOST_SECONDS * 1000);
+    const end = (/** @type {any} */ answer) => {
+      clearTimeout(timer);
+      mine.terminate();
+      resolve(answer);
+    };
+    mine.addEventListener("message", ({ data }) => end(data));
+    mine.addEventListener("error", (event) => end({ bug: event.message }));
+    mine.postMessage(dropped);
+  });
+}
+
 /** Show what files are. @param {import("./inspect.js").Dropped[]} dropped */
 async function show(dropped) {
   if (!dropped.length) return;
   status.textContent = "Reading…";
   answers.replaceChildren();
-  try {
-    const found = await inspect(dropped);
+  const { answers: found, failed, bug } = await inspected(dropped);
+  if (found) {
     answers.replaceChildren(...found.map(card));
     status.textContent = found.length === 1 ? "Done: one file read." : `Done: ${found.length} files read.`;
-  } catch (error) {
-    status.textContent = "Something went wrong on this page, which is a bug. regraft inspect may say more.";
-    throw error;
+  } else {
+    status.textContent = failed ?? "Something went wrong on this page, which is a bug. regraft inspect may say more.";
+    if (bug) console.error(bug);
   }
 }
 

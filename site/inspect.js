@@ -5,6 +5,7 @@ import { dialectOf, inspectAdapter, inspectGguf } from "./adapters.js";
 import { isPeftImage, recognised, summarize } from "./image.js";
 import { counted, groupNames, shown } from "./names.js";
 import { Unreadable, isGguf, readGguf, readJson, readSafetensors } from "./reading.js";
+import { isZip, readTorch } from "./torch.js";
 
 const FILES = tables.dialects.files;
 
@@ -47,8 +48,10 @@ export async function inspect(dropped) {
 /** The weights files of a folder that are to be told; beside PEFT's own file others count as other files. */
 function weightsIn(files) {
   const found = [...files.keys()].filter((name) => WEIGHTS.test(name)).sort();
+  const whole = found.filter((name) => /\.(?:pth\.lora|gguf)$/i.test(name));
+  if (whole.length === 1) return whole; // one file that is all of an adapter
   if (!files.has(FILES.config)) return found;
-  const main = [FILES.weights, FILES.mlx, FILES.bin].find((name) => files.has(name));
+  const main = [FILES.weights, FILES.mlx, FILES.torchtune, FILES.bin].find((name) => files.has(name));
   return main ? [main] : found;
 }
 
@@ -72,17 +75,20 @@ async function told(name, files) {
   const file = /** @type {File} */ (files.get(name));
   if (await isGguf(file)) {
     const { fields, tensors } = await readGguf(file);
-    return { kind: "adapter", facts: inspectGguf(fields, tensors), metadata: plain(fields) };
+    return { kind: "adapter", facts: inspectGguf(fields, tensors, name), metadata: plain(fields) };
   }
-  const head = await readSafetensors(file);
+  const head = await isZip(file) ? await readTorch(file) : await readSafetensors(file);
   const { metadata } = head;
   const beside = files.get(FILES.config);
   const config = beside ? await readJson(beside) : null;
-  const asPeft = config !== null && name !== FILES.mlx && isPeftImage(config, head);
+  const asPeft = config !== null && /\.safetensors$/.test(name) && name !== FILES.mlx && isPeftImage(config, head);
   if (asPeft || (config === null && recognised(head) !== null)) {
     return { kind: "image", facts: await summarize(file, head, asPeft ? config : null), metadata };
   }
+  /** @type {Record<string, any>} */
   const more = {};
+  const settings = files.get(FILES.litgpt);
+  if (settings) more[FILES.litgpt] = flatYaml(await settings.text());
   for (const other of [FILES.nemo, FILES.run]) {
     const found = files.get(other);
     if (found) more[other] = await readJson(found);
@@ -91,6 +97,16 @@ async function told(name, files) {
   const dialect = dialectOf(all);
   if (dialect !== null) return { kind: "adapter", facts: inspectAdapter(all, dialect), metadata };
   return { kind: "weights", facts: weightsFacts(head), metadata };
+}
+
+/** The fields of a YAML file that are one line each. @param {string} text */
+function flatYaml(text) {
+  const found = {};
+  for (const [, name, value] of text.matchAll(/^(\w+):[ \t]+(\S[^\n]*)$/gm)) {
+    const plain = value.trim().replace(/^(['"])(.*)\1$/, "$2");
+    found[name] = /^(?:true|false|null|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)$/.test(plain) ? JSON.parse(plain) : plain;
+  }
+  return found;
 }
 
 /** What a file is that is no adapter. @param {import("./reading.js").Head} head */

@@ -1,6 +1,9 @@
 """The page that inspects files in a browser: what `regraft inspect --json` says, without any network."""
 
+import io
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from dialects.image.test_image import sdxl
 import regraft
 from regraft.cli import main
 from regraft.storage.safetensors import write_tensors
+from regraft.storage.torch_write import write_torch
 
 pytestmark = pytest.mark.slow
 
@@ -103,10 +107,10 @@ def test_adapters_of_peft(inspector, capsys):
         assert [x["code"] for x in got["problems"]] == [x["code"] for x in wanted["problems"]]
 
 
-@pytest.mark.parametrize("to", ["vllm", "sglang", "unsloth", "nemo", "mlx", "gguf"])
+@pytest.mark.parametrize("to", ["vllm", "unsloth", "nemo", "mlx", "gguf", "litgpt"])
 def test_adapters_of_other_tools(inspector, capsys, tmp_path, to):
-    if to == "gguf":
-        pytest.importorskip("gguf")
+    if to in ("gguf", "litgpt"):
+        pytest.importorskip({"gguf": "gguf", "litgpt": "yaml"}[to])
     case = ROOT / "tests/golden/cases/mixtral__gud_attn"
     base = ROOT / "tests/golden/bases/mixtral"
     made = tmp_path / ("made.gguf" if to == "gguf" else "made")
@@ -115,6 +119,47 @@ def test_adapters_of_other_tools(inspector, capsys, tmp_path, to):
     got = inspector.facts(made)
     assert want["dialect"] == to
     assert {name: got[name] for name in ADAPTER} == {name: want[name] for name in ADAPTER}
+
+
+def test_torchtune(inspector, capsys, tmp_path):
+    """Its file is torch's, of whose pickle nothing is run."""
+    pairs = {
+        f"layers.{n}.attn.q_proj.lora_{x}.weight": numbers(*shape)
+        for n in (0, 1)
+        for x, shape in (("a", (2, 8)), ("b", (4, 2)))
+    }
+    write_torch(tmp_path / "adapter_model.pt", pairs)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (want,) = said(capsys, tmp_path)["adapters"]
+    got = inspector.facts(tmp_path)
+    assert want["dialect"] == "torchtune"
+    assert {name: got[name] for name in ADAPTER} == {name: want[name] for name in ADAPTER}
+
+
+@pytest.mark.parametrize(
+    "field, value, code",
+    [
+        ("r", 3, "shape"),
+        ("exclude_modules", ["w1"], "not-targeted"),
+        ("layers_to_transform", [1], "not-targeted"),
+        ("target_modules", ["w1", "w2", "w3"], "not-targeted"),
+        ("target_modules", r".*\.(w[123]|[qk]_proj)", "not-targeted"),
+        ("target_modules", ["nothing"], "targets-nothing"),
+        ("lora_alpha", "8", "config"),
+        ("peft_type", "LORAX", "peft-type"),
+    ],
+)
+def test_configs_that_do_not_fit(inspector, capsys, tmp_path, field, value, code):
+    case = GOLDEN / "mixtral__gud_attn"
+    config = json.loads((case / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    shutil.copy(case / "adapter_model.safetensors", tmp_path)
+    told = said(capsys, tmp_path)
+    wanted = told["error"]["findings"] if "error" in told else told["adapters"][0]["problems"]
+    got = inspector.facts(tmp_path)
+    codes = [got["code"]] if "code" in got else [each["code"] for each in got["problems"]]
+    assert set(codes) == {each["code"] for each in wanted} == {code}
 
 
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -199,7 +244,14 @@ def test_image_models(inspector, capsys, tmp_path, name):
     assert inspector.facts(file) == want
 
 
-def damaged(tmp_path):
+def zipped(name, content):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr(name, content)
+    return made.getvalue()
+
+
+def damaged():
     """Files that are none, and what is said of each."""
     whole = (GOLDEN / "mixtral__gud_attn/adapter_model.safetensors").read_bytes()
     length = (1 << 40).to_bytes(8, "little")
@@ -210,13 +262,15 @@ def damaged(tmp_path):
     yield "text.safetensors", (20).to_bytes(8, "little") + b"hello, this is text.", "no JSON text"
     yield "page.safetensors", b"<!DOCTYPE html><html>" + b" " * 600, "a web page"
     yield "pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"
-    yield "torch.bin", b"PK\x03\x04" + b"\0" * 600, "zip archive"
+    yield "torch.bin", b"PK\x03\x04" + b"\0" * 600, "its directory is missing"
+    yield "archive.bin", zipped("a/data.pkl", b"cos\nsystem\n(S'true'\ntR."), "no plain data needs"
+    yield "other.bin", zipped("a/data.pkl", b"\x80\x02}X\x01\0\0\0aK\x01s."), "no dict of tensors"
     yield "model.gguf", b"GGUF\x03\0\0\0" + b"\0" * 16, "no LoRA"
     yield "notes.txt", b"hello", "no weights among these files"
 
 
 def test_files_that_are_none(inspector, tmp_path):
-    for name, content, why in damaged(tmp_path):
+    for name, content, why in damaged():
         file = tmp_path / name
         file.write_bytes(content)
         assert why in inspector.show(str(file)).inner_text(), name
