@@ -40,24 +40,31 @@ function folded(title, text, className = "") {
 }
 
 const MOST_SECONDS = 20;
-/** @type {Worker | null} */
-let worker = null;
+/** What inspects; ended where it takes too long, because regular expressions in a config may take forever. */
+let worker = newWorker();
+/** How often something was asked. */
+let asked = 0;
 
-/** What files are. Regular expressions in a config may take forever, so it has an end. @param {import("./inspect.js").Dropped[]} dropped */
+function newWorker() {
+  return new Worker("worker.js", { type: "module" });
+}
+
+/** What files are. @param {import("./inspect.js").Dropped[]} dropped */
 function inspected(dropped) {
-  worker?.terminate();
-  const mine = worker = new Worker("worker.js", { type: "module" });
   return new Promise((resolve) => {
-    const late = `It takes more than ${MOST_SECONDS} seconds: a pattern in adapter_config.json may be too slow.`;
-    const timer = setTimeout(() => end({ failed: late }), MOST_SECONDS * 1000);
+    const timer = setTimeout(() => {
+      worker.terminate();
+      worker = newWorker();
+      resolve({ failed: `It takes more than ${MOST_SECONDS} seconds: a pattern in adapter_config.json may be too slow.` });
+    }, MOST_SECONDS * 1000);
+    const number = ++asked;
     const end = (/** @type {any} */ answer) => {
       clearTimeout(timer);
-      mine.terminate();
       resolve(answer);
     };
-    mine.addEventListener("message", ({ data }) => end(data));
-    mine.addEventListener("error", (event) => end({ bug: event.message }));
-    mine.postMessage(dropped);
+    worker.addEventListener("message", ({ data }) => data.number === number && end(data));
+    worker.addEventListener("error", (event) => end({ bug: event.message || "the worker did not start" }));
+    worker.postMessage({ number, dropped });
   });
 }
 
@@ -66,7 +73,8 @@ async function show(dropped) {
   if (!dropped.length) return;
   status.textContent = "Reading…";
   answers.replaceChildren();
-  const { answers: found, failed, bug } = await inspected(dropped);
+  const { answers: found, failed, bug, number = asked } = await inspected(dropped);
+  if (number !== asked) return; // something else was dropped in the meantime
   if (found) {
     answers.replaceChildren(...found.map(card));
     status.textContent = found.length === 1 ? "Done: one file read." : `Done: ${found.length} files read.`;

@@ -2,10 +2,10 @@
 
 import { inspect } from "./inspect.js";
 
-addEventListener("message", async ({ data }) => {
+addEventListener("message", async ({ data: { number, dropped } }) => {
   try {
-    postMessage({ answers: await inspect(data) });
+    postMessage({ number, answers: await inspect(dropped) });
   } catch (error) {
-    postMessage({ bug: String(error?.stack ?? error) });
+    postMessage({ number, bug: String(error?.stack ?? error) });
   }
 });
