@@ -432,9 +432,7 @@ def test_load_checkpoint_into_a_model(big, way, where):
     assert head.regraft_load is done
     assert (done.mapped > 0) == (way == "map")
     model.eval()
-    if where == "meta":
-        # What no file has, and a model on the meta device has not either.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    assert not any(tensor.is_meta for tensor in model.buffers())
     stock = causal(big)
     assert same(model, stock)
     assert torch.equal(model(torch.arange(5)[None]).logits, stock(torch.arange(5)[None]).logits)
@@ -619,6 +617,70 @@ def test_frequencies_that_older_releases_saved_change_nothing(big, tmp_path):
     assert model.regraft_load.way == "map"
     assert found == told
     assert same(model, stock)
+
+
+def test_a_model_whose_state_dict_is_a_copy_is_refused(big):
+    """As FullyShardedDataParallel's is: what is put there does not reach the model."""
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(big))
+
+    def copied(module, state, prefix, metadata):
+        state |= {key: tensor.clone() for key, tensor in state.items()}
+
+    model.register_state_dict_post_hook(copied)
+    with pytest.raises(regraft.RefusedError) as caught:
+        regraft.load_checkpoint(model, big)
+    assert [f.code for f in caught.value.findings] == ["flattened"]
+
+
+def test_what_is_computed_draws_no_weight_anew(tmp_path):
+    """The initialisation of CLIP's embeddings, which have a buffer, reaches into the modules below them."""
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    saved = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
+    saved.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.CLIPVisionModel(saved.config)
+    regraft.load_checkpoint(model, tmp_path)
+    assert same(model, saved)
+    assert all(
+        torch.equal(mine, its) for mine, its in zip(model.buffers(), saved.buffers(), strict=True)
+    )
+    assert not any(hasattr(p, "_is_hf_initialized") for p in model.parameters())
+
+
+def test_buffers_that_nobody_computes_are_told(big):
+    config = transformers.AutoConfig.from_pretrained(big)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        model.model.norm.register_buffer("mine", torch.ones(3), persistent=False)
+    done = regraft.load_checkpoint(model, big)
+    assert "model.norm.mine" in str(done)
+    assert same(model, causal(big))
+    assert model.model.norm.mine.is_meta and not model.model.rotary_emb.inv_freq.is_meta
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_adapter_goes_into_the_model_or_all_is_as_it_was(tmp_path, device):
+    case = BASES.parent / "cases/mixtral__gud_attn"
+    base = BASES / "mixtral"
+    config = transformers.AutoConfig.from_pretrained(base)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    before = dict(model.named_parameters())
+    values = {key: p.detach().clone() for key, p in before.items()}
+    with pytest.raises(RegraftError):
+        regraft.load_checkpoint(model, base, adapter=tmp_path)
+    assert all(before[key] is p for key, p in model.named_parameters())
+    if device == "cpu":
+        assert all(torch.equal(values[key], p) for key, p in model.named_parameters())
+    assert all(p.device.type == device for p in model.parameters())
+    assert not hasattr(model, "regraft_load")
+    regraft.load_checkpoint(model, base, adapter=case)
+    ids = torch.arange(6)[None]
+    assert torch.equal(model(ids).logits, regraft.load_adapter(causal(base), case)(ids).logits)
+    assert model.active_adapters() == ["default"]
 
 
 def test_an_adapter_on_top(tmp_path):

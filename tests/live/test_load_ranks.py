@@ -93,8 +93,6 @@ def fsdp(folder, device):
     done = regraft.load_checkpoint(model, folder)
     assert 0.49 < compare(model, folder, done) < 0.51
     assert done.copied == done.bytes
-    if device == "meta":
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     ids = torch.arange(6)[None]
     want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.allclose(model(ids).logits, want, atol=1e-5)

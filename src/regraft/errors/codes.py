@@ -655,9 +655,9 @@ class Code(Enum):
     FLATTENED = (
         "flattened",
         Part.LIVE,
-        "FSDP1 has flattened the experts",
+        "FSDP1 has flattened the parameters",
         "load it before the model is wrapped, or use `fully_shard`",
-        "so an adapter of stacked experts has no parameters to stand on",
+        "so an adapter of stacked experts has no parameters to stand on, and a checkpoint would reach copies alone",
         Status.REFUSED,
     )
     UNKNOWN_PEFT = (

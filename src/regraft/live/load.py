@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.torch_tensors import parameters_of
 from regraft.checkpoints.source import open_checkpoint
-from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
+from regraft.live.computed import compute_buffers
 from regraft.live.lazily import LazyFiles, by_books
 from regraft.live.loaded import Loaded
 from regraft.live.memory import TORCH, Part, Way, collector_paused, make_parts, possible
@@ -44,7 +46,8 @@ def load_checkpoint(
         path: the checkpoint's folder, or its one file.
         load: ``"map"`` lets tensors on the CPU be pages of the files, privately: what is written to them stays in this
             process. ``"copy"`` reads everything, for files that may be rewritten in place while the model lives.
-        adapter: an adapter to load on top.
+        adapter: an adapter to load on top. It is put into the model itself, as ``load_adapter`` of transformers' models
+            does, where there is no ``PeftModel`` around it.
         key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
 
     Returns:
@@ -56,6 +59,7 @@ def load_checkpoint(
             is loaded then; where bytes go straight into memory that the model had (a GPU's, a shard's, one that
             processes share), the error says so.
         UnmatchedKeysError, AmbiguousError: as ``convert_state_dict``.
+        RefusedError: FullyShardedDataParallel (FSDP1) has flattened the model.
     """
     check_way(load, WAYS[:2])
     with torch.inference_mode(mode=False):
@@ -74,6 +78,7 @@ def _load_checkpoint(
     state = _tensors_of(model)
     with lazy.files, collector_paused():
         wanted = _wanted(lazy, path, model, key_mapping)
+    _check_own(model, wanted, state, path)
     parts, casts, findings = _parts(wanted, state)
     findings = [*(_missing(key) for key in wanted.report.missing), *findings]
     if findings:
@@ -85,17 +90,24 @@ def _load_checkpoint(
             made, amounts = make_parts(parts, lazy.source.tensors, lazy.files, load)
         except RegraftError as error:
             raise _with_half_loaded(error, filled) from None
-    _place(model, wanted, state, made, casts)
+    with _undone_on_failure(model, state if adapter is not None else {}):
+        _place(model, wanted, state, made, casts)
+        left = compute_buffers(model)
+        if adapter is not None:
+            from regraft.bridges.peft.load import load_inside
+
+            load_inside(model, adapter)
     done.add(amounts)
     done.tensors, done.bytes = len(parts), sum(part.bytes for part in parts)
     if casts:
         done.notes.append(f"{len(casts)} tensors were cast to the model's dtypes")
+    if left:
+        shown = ", ".join(pattern for pattern, _ in patterns(left))
+        done.notes.append(
+            f"no file has these buffers, and they are on the meta device still: {shown}"
+        )
     for root in _roots(model):
         root.regraft_load = done
-    if adapter is not None:
-        from regraft.bridges.peft.load import load_adapter
-
-        load_adapter(model, adapter)
     return done
 
 
@@ -282,6 +294,48 @@ def _is_replaceable(target: Any) -> bool:
         and not target.is_shared()
         and target.untyped_storage().nbytes() == target.numel() * target.element_size()
     )
+
+
+def _check_own(model: Any, wanted: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
+    """Raises ``RefusedError`` where a state dict has copies, and what is put there would not reach the model."""
+    own = {
+        id(tensor)
+        for _, module in walk_modules(model)
+        for tensor in (
+            *module.parameters(),
+            *module.buffers(),
+            *(p for _, p in module.named_parameters(remove_duplicate=False)),
+        )
+    }
+    key = next((key for key in wanted if key in state and id(state[key]) not in own), None)
+    if key is not None:
+        message = "the model's state dict has a copy of it, as FullyShardedDataParallel's has: it is kept flattened"
+        fix = "load the model before it is wrapped, or shard it with fully_shard"
+        raise RefusedError(Finding("flattened", message, where=str(path), key=key, fix=fix))
+
+
+@contextmanager
+def _undone_on_failure(model: Any, state: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model the tensors back that it had, where it had memory of its own for them.
+
+    What ``state`` has is kept until the block ends.
+    """
+    roots = [module for _, module in walk_modules(model)] if state else []
+    modules = [
+        (module, dict(module._parameters), dict(module._buffers))
+        for root in roots
+        for module in root.modules()
+    ]
+    before = [(t, t.data) for t in state.values() if _is_replaceable(t)]
+    try:
+        yield
+    except BaseException:
+        for module, weights, buffers in modules:
+            module._parameters.update(weights)
+            module._buffers.update(buffers)
+        for tensor, data in before:
+            tensor.data = data
+        raise
 
 
 def _with_half_loaded(error: RegraftError, filled: list[str]) -> RegraftError:

@@ -68,6 +68,20 @@ def load_adapter(
             return _load(model, place, adapter, source, adapter_name, hotswap, is_trainable)
 
 
+def load_inside(model: Any, path: str | os.PathLike[str]) -> None:
+    """``load_adapter`` that puts no ``PeftModel`` around a model: the adapter goes into the model that was given."""
+    source = open_any(_found(path, ""))
+    with alone_with(model):
+        place, adapter = choose(model, source)
+        with alone_with(place.base):
+            if place.peft_model is not None:
+                _load(model, place, adapter, source, "default", False, False)
+                return
+            check_free(place, "default", source)
+            check_sharding(model, place, adapter)
+            inject(place.base, adapter, "default", is_trainable=False)
+
+
 def _found(path: str | os.PathLike[str], subfolder: str) -> Path:
     """Where the adapter is; what exists here always wins over a repository in the Hub's cache."""
     local = Path(path)
