@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from killing import run_killed
 
 import regraft
-from regraft.checkpoints import engine, shares, staging, stream, windows
+from regraft.checkpoints import engine, noted, shares, staging, stream, windows
 from regraft.checkpoints.shares import Piece, pieces_of
 from regraft.cli.run import run
 from regraft.errors import BadInputError
@@ -34,7 +34,7 @@ def small(monkeypatch):
     """Pieces so small that a little checkpoint has many of them, each marked by itself."""
     monkeypatch.setattr(shares, "SMALLEST", 1024)
     monkeypatch.setattr(stream, "WINDOW", 600)
-    monkeypatch.setattr(staging, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(noted, "_SYNC_BYTES", 1)
 
 
 @pytest.fixture(scope="module")

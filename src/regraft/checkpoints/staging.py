@@ -6,8 +6,6 @@ Each part is done by a process of its own, which plans the whole and makes its p
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import groupby
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from regraft.checkpoints.engine import Workers
 from regraft.checkpoints.flush import begin_writing
+from regraft.checkpoints.noted import NotedFile
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.shares import Piece, cut, piece_size, pieces_of
@@ -27,8 +26,6 @@ from regraft.storage.scheduler import Share
 from regraft.storage.stage import Job, Stage
 from regraft.storage.work import Work, cannot_write, check_room, open_work
 
-_SYNC_BYTES, _SYNC_SECONDS = 1 << 28, 5.0
-"""How much work may be lost when a process dies."""
 _SHOWN = 8
 
 
@@ -85,7 +82,7 @@ def _make(
 ) -> None:
     """Make pieces, each by a thread, and mark them when they are on disk."""
     files = {
-        number: _Shared(stage, ready.layout.files[number], list(its))
+        number: _file(stage, ready.layout.files[number], list(its))
         for number, its in groupby(pieces, lambda piece: piece.file)
     }
     with Stream(ready, jobs) as stream, Workers(ready.source.files, jobs) as workers:
@@ -110,45 +107,20 @@ def _make(
             tasks = (piece for shared in files.values() for piece in shared.open())
             with closing(stream.every(make, tasks)) as made:
                 for piece in made:
-                    files[piece.file].note(piece)
+                    files[piece.file].noted(piece)
         finally:
             for shared in files.values():
                 shared.close()
 
 
-class _Shared:
+def _file(stage: Stage, file: OutFile, pieces: list[Piece]) -> NotedFile:
     """A file of the result, as a part writes it."""
 
-    def __init__(self, stage: Stage, file: OutFile, pieces: list[Piece]) -> None:
-        self.stage, self.file, self.pieces = stage, file, pieces
-        self.left, self.out = len(pieces), -1
-        self._finished: list[tuple[int, int]] = []
-        self._size, self._since = 0, time.monotonic()
+    def reach() -> int:
+        stage.make(file.name, file.size)
+        return stage.open(file.name)
 
-    def open(self) -> list[Piece]:
-        """Open it; the pieces that are to be made."""
-        self.stage.make(self.file.name, self.file.size)
-        self.out = self.stage.open(self.file.name)
-        return self.pieces
-
-    def note(self, piece: Piece) -> None:
-        """Mark a piece, when it is on disk; many at a time."""
-        self.left -= 1
-        self._finished.append(piece[:2])
-        self._size += piece.size
-        late = time.monotonic() - self._since > _SYNC_SECONDS
-        if not self.left or late or self._size >= _SYNC_BYTES:
-            os.fdatasync(self.out)
-            self.stage.mark(self._finished)
-            self._finished, self._size, self._since = [], 0, time.monotonic()
-        if not self.left:
-            self.close()
-
-    def close(self) -> None:
-        """Close it."""
-        if self.out >= 0:
-            os.close(self.out)
-            self.out = -1
+    return NotedFile(file, pieces, reach, stage.mark)
 
 
 Place = Callable[[Work, Prepared], None]

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from itertools import groupby
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.gather import Bytes, Files
+from regraft.checkpoints.noted import NotedFile
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
+from regraft.checkpoints.shares import Piece, cut
 from regraft.checkpoints.tiles import write_all
 from regraft.checkpoints.windows import Windows
 from regraft.storage.work import Work
@@ -30,9 +33,6 @@ _PER_THREAD = 3
 _AT_ONCE = 4
 """Reads of one window that go on at a time: what it is made of may lie in several files."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-
-_SYNC_BYTES = 1 << 28
-"""How much work may be lost when a run dies."""
 
 _Read = TypeVar("_Read")
 _Task = TypeVar("_Task")
@@ -149,67 +149,39 @@ def stream_into(work: Work, ready: Prepared, jobs: int, advance: Advance) -> Non
 
     Raises ``BadInputError``, ``OSError``.
     """
-    files = [_Output(work, number, file) for number, file in enumerate(ready.layout.files)]
+    done = work.done
+    missing = [piece for piece in cut(ready.layout.files, WINDOW) if piece[:2] not in done]
+    files = {
+        number: _file(work, ready.layout.files[number], list(its))
+        for number, its in groupby(missing, lambda piece: piece.file)
+    }
     with Stream(ready, jobs) as stream:
 
-        def make(task: tuple[_Output, int]) -> None:
-            output, window = task
-            start = window * WINDOW
-            for at, data in stream.make(output.file, start, min(start + WINDOW, output.file.size)):
+        def make(piece: Piece) -> None:
+            output = files[piece.file]
+            for at, data in stream.make(output.file, piece.start, piece.stop):
                 write_all(output.out, data.data, at)
                 begin_writing(output.out, at, len(data))
                 advance(len(data))
 
         try:
-            for output in files:
-                advance(output.done)
-            tasks = ((output, window) for output in files for window in output.open())
+            advance(ready.layout.size - sum(piece.size for piece in missing))
+            tasks = (piece for output in files.values() for piece in output.open())
             with closing(stream.every(make, tasks)) as made:
-                for output, window in made:
-                    output.note(window)
+                for piece in made:
+                    files[piece.file].noted(piece)
         finally:
-            for output in files:
+            for output in files.values():
                 output.close()
 
 
-class _Output:
+def _file(work: Work, file: OutFile, missing: Sequence[Piece]) -> NotedFile:
     """A file of the result, in the work folder."""
 
-    def __init__(self, work: Work, number: int, file: OutFile) -> None:
-        self.work, self.number, self.file = work, number, file
-        here = {window for at, window in work.done if at == number}
-        count = -(-file.size // WINDOW)
-        self.missing = [window for window in range(count) if window not in here]
-        self.left = len(self.missing)
-        self.done = file.size - sum(
-            min(WINDOW, file.size - window * WINDOW) for window in self.missing
-        )
-        self.out = -1
-        self._finished: list[tuple[int, int]] = []
+    def reach() -> int:
+        out = os.open(work.new / file.name, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+        if os.fstat(out).st_size != file.size:
+            os.ftruncate(out, file.size)
+        return out
 
-    def open(self) -> list[int]:
-        """Open it, if anything is missing; the windows that are."""
-        if self.missing:
-            self.out = os.open(
-                self.work.new / self.file.name, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666
-            )
-            if os.fstat(self.out).st_size != self.file.size:
-                os.ftruncate(self.out, self.file.size)
-        return self.missing
-
-    def note(self, window: int) -> None:
-        """Note a window as done, when it is on disk; many at a time."""
-        self.left -= 1
-        self._finished.append((self.number, window))
-        if not self.left or len(self._finished) * WINDOW >= _SYNC_BYTES:
-            os.fdatasync(self.out) if self.left else os.fsync(self.out)
-            self.work.note(self._finished)
-            self._finished = []
-        if not self.left:
-            self.close()
-
-    def close(self) -> None:
-        """Close it."""
-        if self.out >= 0:
-            os.close(self.out)
-            self.out = -1
+    return NotedFile(file, missing, reach, work.note)
