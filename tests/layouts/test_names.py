@@ -1,6 +1,8 @@
 """Names of layouts and dialects: the grammar, the list, and a user's own books."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +149,19 @@ def test_rules_in_python(book):
         rules=[book],
     )
     assert found.fate == "carried"
+
+
+def test_no_code_says_which_layout_a_release_of_transformers_has():
+    """Rule books, and the table of releases beside them, do; what a tool's adapters are in, its dialect does."""
+    package = Path(regraft.__file__).parent
+    of_tools = {"dialects", "demo"}
+    defaults = {"api.py", "options.py", "checking/check.py", "cli/rules.py", "layouts/spelled.py"}
+    known = {*defaults, "testing.py", "merging/output_image.py"}
+    found = set()
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        tree = ast.parse(path.read_text())
+        literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        if {"transformers-v4", "transformers-v5"} & {x for x in literals if isinstance(x, str)}:
+            found.add(name if name.partition("/")[0] not in of_tools else "")
+    assert found - {""} <= known

@@ -50,6 +50,7 @@ from regraft.options import CheckOptions
 from regraft.planning.model import ModelConfig
 from regraft.report import logged
 from regraft.rules.book import Rules
+from regraft.rules.releases import layouts_of
 from regraft.rules.templates import match_group
 from regraft.sources import resolved
 from regraft.storage.stand_ins import named
@@ -161,7 +162,7 @@ def _check_image(src: Path, model: Path | None, to: str) -> Check:
     return Check(named(str(src)), _DIFFUSERS, [verdict])
 
 
-_USUAL, _DIFFUSERS = "transformers-v5", "diffusers"
+_USUAL, _DIFFUSERS = layouts_of("transformers")[-1], "diffusers"
 _IMAGE_TOOLS = ("diffusers", "comfyui", "kohya")
 _FATES = {
     LOADED: "lands",
@@ -439,7 +440,7 @@ class _Checker:
             verdict.no_remedy = "its files are wrong in themselves"
         else:
             # Where transformers 5 loads, PEFT converts in between, and no layout proves what comes of it.
-            verdict.healthy = True if self.to.name == "transformers-v4" else None
+            verdict.healthy = True if self.to.name == layouts_of("transformers")[0] else None
 
 
 def _facts(landing: Landing) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 
 from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.bridges.transformers.release import installed_layout
 from regraft.bridges.transformers.trial import (
     Loading,
     as_a_folder,
@@ -44,9 +44,7 @@ def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
     except RegraftError as error:
         verdict.findings = list(error.findings)
     place = told if told is not None else path if path.is_dir() else path.parent
-    new = is_there() and int(version("transformers").split(".")[0]) >= 5
-    here = "transformers-v5" if new else "transformers-v4"
-    if is_there() and here == to.name:
+    if is_there() and installed_layout() == to.name:
         with as_a_folder(path) as folder:
             _try(Loading(load_model(place), folder), verdict)
     else:

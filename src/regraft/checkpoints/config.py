@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-V4, V5 = "transformers-v4", "transformers-v5"
+from regraft.rules.releases import layout_of
+
+V4, V5 = layout_of("transformers", "4"), layout_of("transformers", "5")
+"""The layouts of the releases that these facts are of."""
 
 _RENAMED = {
     "qwen3_moe": (("num_experts", "num_local_experts"),),

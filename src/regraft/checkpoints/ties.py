@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,7 +230,7 @@ def _ties_by_default(model: ModelConfig) -> bool:
 @lru_cache(maxsize=1)
 def tied_types() -> frozenset[str]:
     """The model types whose embeddings transformers 4 ties where the config does not say it."""
-    text = (resources.files("regraft.checkpoints") / "tables" / "tied_types.txt").read_text("utf-8")
+    text = Path(__file__).with_name("tables").joinpath("tied_types.txt").read_text("utf-8")
     return frozenset(line for line in text.splitlines() if not line.startswith("#"))
 
 

@@ -105,7 +105,7 @@ def model_types_of(known: Known) -> list[str]:
     return [name for book in known.books[:1] for name in book.model_types]
 
 
-def stacks_experts(known: Known, layout: str = "transformers-v4") -> bool:
+def stacks_experts(known: Known, layout: str) -> bool:
     """Whether the base has its experts in stacked parameters in a layout."""
     side = Side(known.books, layout, known.scopes)
     return any(BATCH in (KINDS[item.kind].roles or ()) for item in side.terms)

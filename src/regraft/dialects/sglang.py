@@ -146,7 +146,7 @@ class Sglang(Server):
 
     def layout_for(self, known: Known) -> str | None:
         """Where experts are stacked in every layout, names are those of transformers 5."""
-        return "transformers-v5" if stacks_experts(known) else None
+        return "transformers-v5" if stacks_experts(known, self.layout) else None
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:

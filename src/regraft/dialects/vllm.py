@@ -115,7 +115,7 @@ class Vllm(Server):
     def layout_for(self, known: Known) -> str | None:
         """Models whose experts stay packed are named as in transformers 5."""
         packed = demands_table("vllm").for_model(model_types_of(known)).packed
-        return "transformers-v5" if packed or stacks_experts(known) else None
+        return "transformers-v5" if packed or stacks_experts(known, self.layout) else None
 
     @property
     def readers(self) -> tuple[ToolReader, ...]:

@@ -19,10 +19,8 @@ from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import outside
 from regraft.rules.book import Book, Carry
+from regraft.rules.releases import layouts_of
 from regraft.values import Struct
-
-_TRANSFORMERS = ("transformers-v4", "transformers-v5")
-"""The layouts of which it is known that they leave a class of somebody's own as it is."""
 
 
 class OwnModules(Struct, frozen=True):
@@ -97,8 +95,10 @@ def whole_class(
     carries = tuple(
         _carry(group.template, is_adapted=group.template in adapted, name=name) for group in groups
     )
+    # Of transformers' releases it is known that they leave a class of somebody's own as it is.
+    oldest, *_, newest = layouts_of("transformers")
     return OwnModules(
-        (_book(name, 0, *_TRANSFORMERS, carries),),
+        (_book(name, 0, oldest, newest, carries),),
         f"{name} is not a class of transformers, and its weights have these very names, so nothing moves",
     )
 

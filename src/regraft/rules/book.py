@@ -34,8 +34,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -62,6 +60,8 @@ from regraft.storage.probe import open_regular
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     from regraft.rules.templates import KeyTable
     from regraft.rules.terms import RuleTerm
 
@@ -148,7 +148,7 @@ class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
 
 
 _T = TypeVar("_T", bound=_PartTable)
-_PACKAGE, _FOLDER = "regraft.rules", "library"
+_LIBRARY = Path(__file__).with_name("library")
 GROUP = "regraft.books"
 """The entry points of packages that bring rule books."""
 
@@ -358,7 +358,7 @@ class Book:
             slots = [each.name for each in fields(Book)]
             if name not in slots:
                 raise AttributeError(f"a book has no {name!r}", name=name, obj=self)
-            file = resources.files(_PACKAGE) / _FOLDER / self.path
+            file = _LIBRARY / self.path
             whole = load_book(file, self.path, sound=True)
             for slot in slots:
                 object.__setattr__(self, slot, getattr(whole, slot))
@@ -529,7 +529,7 @@ def load_book(
     of_modules: list[Rule] = []
     parts: list[tuple[str, str, _PartTable]] = [(shown, text, table)]
     if folder is None:
-        folder = path.parent if isinstance(path, Path) else resources.files(_PACKAGE) / _FOLDER
+        folder = path.parent if isinstance(path, Path) else _LIBRARY
     for name in table.include:
         part = folder / name
         if not _is_file(part):
@@ -711,7 +711,7 @@ def _head(table: _BookTable, shown: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _shipped() -> tuple[Book, ...]:
-    folder = resources.files(_PACKAGE) / _FOLDER
+    folder = _LIBRARY
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return tuple(_shipped_book(file) for file in files if not file.name.startswith("_"))
 
@@ -723,7 +723,12 @@ def installed_books() -> tuple[Book, ...]:
     Raises ``BadInputError`` where one of them cannot be loaded.
     """
     found: list[Book] = []
-    for entry in entry_points_of(GROUP):
+    entries = entry_points_of(GROUP)
+    if not entries:
+        return ()
+    from importlib import resources
+
+    for entry in entries:
         package = entry.dist.name if entry.dist is not None else entry.value
         try:
             folder = resources.files(entry.value)

@@ -33,6 +33,7 @@ from regraft.layouts.names import DEFAULT, Layout
 from regraft.names.live import skeleton_of
 from regraft.planning.model import ModelConfig, TiedNames, Told
 from regraft.report import AdapterReport
+from regraft.rules.releases import layout_of
 from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
 
@@ -173,8 +174,7 @@ class LiveTransformers:
 
 def live_layout() -> Layout:
     """The layout of models in the transformers that is installed, with experts packed as its PEFT packs them."""
-    new = int(transformers.__version__.split(".")[0]) >= 5
-    layout = Layout("transformers-v5" if new else "transformers-v4")
+    layout = Layout(layout_of("transformers", transformers.__version__))
     packing = packing_of_version(peft.__version__)
     return layout if packing == layout.usual_packing else replace(layout, packing=packing)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.bridges.helper import Helper, HelperEndedError
+from regraft.bridges.transformers.release import installed_layout
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
 
@@ -105,10 +106,7 @@ class StockPeft:
 
     def layout(self) -> str:
         """The layout of models in the installed transformers."""
-        from importlib.metadata import version
-
-        new = int(version("transformers").split(".")[0]) >= 5
-        return "transformers-v5" if new else "transformers-v4"
+        return installed_layout()
 
     def attempt(self, trial: Trial) -> Tried:
         """Try an adapter.

@@ -33,9 +33,11 @@ from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Shared,
 from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.mtp import is_mtp_module
+from regraft.rules.releases import layout_of
 from regraft.values import replace
 
-LEFT, RIGHT = "transformers-v4", "transformers-v5"
+LEFT, RIGHT = layout_of("transformers", "4"), layout_of("transformers", "5")
+"""The registry of a release of 5 converts what releases of 4 saved."""
 _LOOPS = "lmnqw"
 _DIMS = {
     "linear": "o i",

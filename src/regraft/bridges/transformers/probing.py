@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft.bridges.transformers.building import build, known_classes, make_config, model_class
 from regraft.bridges.transformers.imported import import_model
+from regraft.bridges.transformers.release import installed_layout
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.graph import Edge
 from regraft.names.keys import group_names
@@ -79,7 +80,7 @@ def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outli
         raise BadInputError(Finding("probe", message, where=where, fix=fix)) from error
     config = {**data, "architectures": [names[0]]}
     shapes, kinds = dict(skeleton.tensors), dict(skeleton.kinds)
-    if layout == "transformers-v5":
+    if layout == installed_layout():
         return Outline(shapes, kinds, config)
     book = import_model(skeleton).book()
     headers = Headers(group_names(list(shapes)), list(shapes.values()), ["F32"] * len(shapes))
