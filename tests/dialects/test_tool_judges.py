@@ -83,3 +83,16 @@ def test_mlx_has_no_parameter_of_another_name(tmp_path, lora, base):
     more = {"model.layers.0.self_attn.q_proj.m": np.ones(16, np.float32)}
     write_tensors(file, {**open_tensors(file), **more}, {})
     assert regraft.check(made, tool="mlx", model=base).verdict == "fails"
+
+
+def test_the_base_that_a_file_names_is_read(tmp_path, lora, base):
+    made = through(tmp_path, lora, base, "mlx")
+    file = made / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"model": str(base), "num_layers": 1}
+    file.write_text(json.dumps(config))
+    found = regraft.check(made, tool="mlx")
+    assert not any("base is not known" in note for note in found.notes)
+    assert found.verdict == "fails"
+    assert any("only the last 1 blocks" in target.reason for target in found.targets)
+    (lora / "config.json").write_text((base / "config.json").read_text())
+    assert not regraft.check(lora, tool="vllm").notes

@@ -176,7 +176,7 @@ def _find_books(
     if not names.bound:
         return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
     if model is None:
-        model = _model_beside(hints)
+        model = model_beside(hints)
     if model is not None:
         _check_family(hints, model, where)
         books = tuple(books_for(model.model_types()))
@@ -291,7 +291,7 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
 
     Raises ``UnmatchedKeysError`` where the library does not know all of the model.
     """
-    model = model or _model_beside(hints)
+    model = model or model_beside(hints)
     if model is not None:
         books = tuple(books_for(model.model_types()))
         if not books or not covers(books, model):
@@ -376,7 +376,8 @@ def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
     return replace(model, data={**model.data, "num_hidden_layers": layers})
 
 
-def _model_beside(hints: Hints) -> ModelConfig | None:
+def model_beside(hints: Hints) -> ModelConfig | None:
+    """The config of the base that an adapter names, where it is on this machine."""
     folder = folder_with_config(hints.base)
     if folder is not None:
         return load_model(folder)

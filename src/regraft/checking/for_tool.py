@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.convert import convert_adapter
-from regraft.adapters.detect import load_model
+from regraft.adapters.detect import load_model, model_beside
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.base import dialect_of, sniffed
@@ -20,6 +21,7 @@ from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
+from regraft.planning.model import ModelConfig
 from regraft.shown import Shown
 from regraft.storage.folder import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
@@ -148,8 +150,8 @@ def _files(src: Path, model: str | os.PathLike[str] | None, own: str) -> Files:
     if look is not None and config is not None and src.is_dir() and not weights.is_file():
         opened = find_source(src).one()
         tensors, metadata = opened.tensors, opened.metadata
-    base = Path(model) if model is not None else _named_base(config)
-    return Files(src, config, tensors, dialect, load_model(base) if base else None, metadata)
+    base = load_model(Path(model)) if model is not None else _named_base(src, config)
+    return Files(src, config, tensors, dialect, base, metadata)
 
 
 def _dialect(src: Path, own: str) -> str:
@@ -167,8 +169,14 @@ def _weights_in(folder: Path) -> Path:
     return found[0] if len(found) == 1 else folder / WEIGHTS
 
 
-def _named_base(config: Any) -> Path | None:
-    return folder_with_config(config.get("base_model_name_or_path")) if config else None
+def _named_base(src: Path, config: Mapping[str, Any] | None) -> ModelConfig | None:
+    """The base that the files name, each tool's in its own way; of files that cannot be read their config's."""
+    try:
+        hints = getattr(find_source(src).one(), "hints", None)
+        return model_beside(hints()) if hints is not None else None
+    except RegraftError:
+        named = [(config or {}).get(name) for name in ("base_model_name_or_path", "model")]
+        return next((load_model(f) for f in map(folder_with_config, named) if f is not None), None)
 
 
 def _nearest(reader: ToolReader, asked: str) -> str:

@@ -306,7 +306,10 @@ class Nemo(PeftFiles):
     name = "nemo"
     title = "NeMo Automodel: PEFT's files and automodel_peft_config.json"
     layout = "transformers-v5"
-    usage = "Written for NeMo Automodel: {path}"
+    usage = (
+        "Use it with: cp {path}/* RUN/CHECKPOINT/model/ and checkpoint.restore_from: CHECKPOINT in a recipe of "
+        "NeMo Automodel, or Checkpointer.load_model(model, {path})"
+    )
     versions = (BEFORE, SINCE)
     capabilities = NemoWriter.capabilities
 
