@@ -246,14 +246,13 @@ def _undecided(
     outcomes: Sequence[Sequence[tuple[Book, ...]]], names: Names, where: str
 ) -> AmbiguousError:
     """Which model it is for, with one family of each kind to choose."""
-    fits = "; ".join(
-        " or ".join(dict.fromkeys(same[0].name for same in alike)) for alike in outcomes
-    )
     firsts = [alike[0] for alike in outcomes]
+    types = [name for books in firsts for name in books[0].model_types[:1]]
+    fits = ", ".join(dict.fromkeys(types)) or ", ".join(books[0].name for books in firsts)
     return AmbiguousError(
         Finding(
             "which-model",
-            f"the keys fit models whose layouts differ: {fits}",
+            f"the keys fit models whose layouts differ (such as {fits})",
             where=where,
             fix="give the base model with --model (its folder or its config.json), or one of these with --from",
             choices=tuple(

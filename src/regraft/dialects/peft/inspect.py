@@ -28,6 +28,7 @@ from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.peft.reading import FactorReader
 from regraft.dialects.peft.scan import Scan, scan_names
 from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
+from regraft.dialects.tool_files import parameter_of
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
 from regraft.layouts.names import DEFAULT
@@ -245,6 +246,9 @@ def _inspect_other(
     )
     if books:
         result.layouts = _find_layouts(names, opened, books, result)
+    elif hints.layout is not None:
+        result.layouts = [hints.layout]
+        result.evidence.append(f"layout: {hints.layout} (the form of the file)")
     here = known.books if known is not None else ()
     scopes = known.scopes if known is not None else {}
     side = Side(here, result.layout or next((book.left for book in here), ""), scopes)
@@ -400,12 +404,17 @@ def _targets_by_name(scan: Scan, source: Source) -> list[TargetPattern]:
     config = LoraConfig(source.config)
     tensors = list(source.tensors.values())
     entries = source.config.get("target_parameters")
+    nested = {name for pairs in scan.pairs if pairs.depth for name in pairs.modules.names()}
     alike: dict[tuple[Any, ...], list[str]] = {}
     for pairs in scan.pairs:
         for path, i in zip(pairs.modules.names(), pairs.a.tolist(), strict=True):
+            if entries and path.endswith(".experts"):
+                depth = ".base_layer" * pairs.depth
+                path = f"{path}.{parameter_of(path, depth, path in nested, entries)}"
             scale = config.scale(path)
             looks = (None, scale.rank, scale.alpha, scale.value, tensors[i].dtype.name)
-            alike.setdefault((*looks, bool(pairs.depth and entries)), []).append(path)
+            parameter = bool(entries) and targets_parameter(entries, path)
+            alike.setdefault((*looks, parameter), []).append(path)
     return [
         TargetPattern(str(pattern), len(pattern), pattern, *looks)
         for looks, keys in alike.items()
