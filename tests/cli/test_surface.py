@@ -82,6 +82,17 @@ def test_a_report_prints_what_the_command_prints(tmp_path, capsys):
     assert html.startswith("<pre") and "-&gt; transformers-v5" in html and "color: " in html
 
 
+def test_in_jupyter_results_are_shown_once(capsys, monkeypatch):
+    """There rich shows in the cell what it is told to write into a file, unless it is kept from that."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    inspection = regraft.inspect(CASE)
+    assert repr(inspection) == "<Inspection: mixtral__gud_attn: LORA>"
+    assert "transformers-v4" in inspection._repr_html_()
+    assert capsys.readouterr().out == ""
+    assert main(["inspect", str(CASE)]) == 0
+    assert "transformers-v4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -158,6 +158,7 @@ def _console(stream: TextIO) -> Console:
         file=stream,
         color_system="auto" if colors else None,
         force_terminal=True if colors else None,
+        force_jupyter=False,  # what is asked for is the stream, not a notebook's cell
         width=None if stream.isatty() else _UNBOUNDED,
         markup=False,
         emoji=False,

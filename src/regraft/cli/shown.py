@@ -76,7 +76,14 @@ def text_of(result: object) -> str:
     """What the command prints of a result, without colours; as wide as the terminal if there is one."""
     file = io.StringIO()
     width = None if sys.stdout is not None and sys.stdout.isatty() else _WIDE
-    console = Console(file=file, color_system=None, width=width, markup=False, highlight=False)
+    console = Console(
+        file=file,
+        color_system=None,
+        width=width,
+        force_jupyter=False,
+        markup=False,
+        highlight=False,
+    )
     _show(result, _Kept(console))
     return "\n".join(line.rstrip() for line in named(file.getvalue()).rstrip("\n").split("\n"))
 
