@@ -12,6 +12,7 @@ from drawings import DRAWINGS
 from errors_page import PAGE, errors_page
 from json_page import json_page
 from make_site import TABLES, tables
+from notebook import NOTEBOOKS, made_anew
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -22,6 +23,8 @@ def main() -> None:
     (DOCS / "json.md").write_text(json_page(), encoding="utf-8")
     PAGE.write_text(errors_page(), encoding="utf-8")
     TABLES.write_text(tables(), encoding="utf-8")
+    for notebook in NOTEBOOKS.glob("*.ipynb"):
+        notebook.write_text(made_anew(notebook), encoding="utf-8")
     for name, draw in DRAWINGS.items():
         (images / name).write_text(draw(), encoding="utf-8")
     if "--no-pictures" not in sys.argv:

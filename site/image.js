@@ -41,11 +41,13 @@ export function splitKey(key) {
 
 const sideOf = (found) => (found.side === "down" ? "down" : "up");
 
+/** @param {Record<string, string>} found */
 function xlabsModule({ block, which, stream }) {
   if (block.startsWith("single")) return `${block}.${which === "qkv" ? "linear1" : "linear2"}`;
   return `${block}.${stream === "2" ? "txt" : "img"}_attn.${which}`;
 }
 
+/** @param {Record<string, string>} found */
 function processorModule({ stem, which }) {
   if (stem.includes(".self_attn.")) return which === "out" ? "out_proj" : `${which}_proj`;
   if (which.endsWith("_proj")) return `add_${which}`;

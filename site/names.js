@@ -140,9 +140,9 @@ export function shown(group) {
 function range(values) {
   const sorted = [...values].sort((x, y) => x - y);
   if (sorted.length === 1) return `${sorted[0]}`;
-  const run = sorted.at(-1) - sorted[0] === sorted.length - 1;
-  if (run) return `{${sorted[0]}..${sorted.at(-1)}}`;
-  return sorted.length > 8 ? `{${sorted.length} of ${sorted[0]}..${sorted.at(-1)}}` : `{${sorted.join(",")}}`;
+  const first = sorted[0], last = sorted[sorted.length - 1];
+  if (last - first === sorted.length - 1) return `{${first}..${last}}`;
+  return sorted.length > 8 ? `{${sorted.length} of ${first}..${last}}` : `{${sorted.join(",")}}`;
 }
 
 /** How often each value occurs, most often first. @template T @param {Iterable<T>} values @returns {[T, number][]} */

@@ -31,8 +31,8 @@ const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${text.endsW
 
 /** The facts, each with its name. @param {Answer} answer @returns {[string, string][]} */
 export function facts({ kind, facts }) {
-  const rows = { problem: [], image: imageRows, adapter: adapterRows, weights: weightsRows }[kind];
-  return (typeof rows === "function" ? rows(facts) : rows).filter(([, value]) => value !== "");
+  const rows = { problem: () => [], image: imageRows, adapter: adapterRows, weights: weightsRows }[kind];
+  return /** @type {[string, string][]} */ (rows(facts).filter(([, value]) => value !== ""));
 }
 
 const imageRows = (facts) => [

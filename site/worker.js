@@ -6,6 +6,6 @@ addEventListener("message", async ({ data: { number, dropped } }) => {
   try {
     postMessage({ number, answers: await inspect(dropped) });
   } catch (error) {
-    postMessage({ number, bug: String(error?.stack ?? error) });
+    postMessage({ number, bug: error instanceof Error ? `${error}\n${error.stack}` : String(error) });
   }
 });
