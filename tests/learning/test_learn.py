@@ -641,6 +641,8 @@ def between(text, config):
         ("x : (n r + t m) == y : (r n + m t)", [(3, 4, 5, 6), (2, 2, 2, 2)]),
         ("x : (n r + t m) == y : (r n + m t)", [(4, 3, 4, 5), (3, 2, 5, 4)]),
         ("x : a (n + r t) b == y : (t r + n) (b a)", [(3, 5, 4, 2, 6), (2, 2, 3, 3, 2)]),
+        # n and three of m look like one piece that is there twice.
+        ("x : (n + r t + m) v == y : (t r + n + m) v", [(3, 6, 2, 4, 2), (4, 3, 6, 2, 3)]),
     ],
 )
 def test_pieces_end_where_both_sizes_say_it(text, sizes):
@@ -672,6 +674,39 @@ def test_two_composed_sizes_are_asked_or_told_apart_by_one_more_pair():
     assert "config.dim * config.heads" in texts(chosen)[0]
     told = regraft.learn(*pairs[0], *pairs[1:], configs=configs)
     assert "config.dim * config.heads" in texts(told)[0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "which",
+    [
+        lambda first, at: at < first,
+        lambda first, at: at % 2 == 0,
+    ],
+    ids=["one after the other", "in turn"],
+)
+def test_tensors_numbered_on_where_others_end(which, turned):
+    """The first of them go to one tensor and the others to another one: where they begin is no number."""
+
+    def convert(state, first, count):
+        into = {"one": [], "other": []}
+        for at in range(count):
+            name = "one" if which(first, at) else "other"
+            into[name].append(state[f"x.{at}.w"].T if name == "one" else state[f"x.{at}.w"])
+        return {name: np.stack(each) for name, each in into.items()}
+
+    pairs = []
+    for number, (first, count) in enumerate([(3, 8), (4, 10), (2, 12)]):
+        state = labels({f"x.{at}.w": (4 + number, 7) for at in range(count)}, number)
+        both = state, convert(state, first, count)
+        config = {"first": first, "rest": count - first}
+        pairs.append(Pair.of(*(both[::-1] if turned else both), config))
+    found = learn_pairs(pairs[:2], layouts=("old", "new"))
+    assert found.sound
+    (again,) = pairs[2:]
+    for one, other, to in ((again.before, again.after, "new"), (again.after, again.before, "old")):
+        made = applied(found.book, {n: t.typed for n, t in one.items()}, again.config, to=to)
+        assert same(made, {n: t.typed for n, t in other.items()})
 
 
 def in_nine(state):

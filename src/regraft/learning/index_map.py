@@ -171,7 +171,11 @@ def _cleared(origin: Ints, bits: npt.NDArray[Any], flat: npt.NDArray[Any]) -> In
     return result
 
 
-def families(origins: Origins) -> Iterator[tuple[list[str], list[str]]]:
+Family = tuple[list[str], list[str]]
+"""Names before and after that share elements."""
+
+
+def families(origins: Origins) -> Iterator[Family]:
     """The names before and after that share elements."""
     parent: dict[str, str] = {}
 
@@ -217,6 +221,61 @@ def stacks_of(
         else:
             result += [_alone(template, shape, numbers, name) for numbers, name in table]
     return sorted(result, key=lambda s: s.names[0])
+
+
+def together(
+    known: Sequence[Family],
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]],
+    names: Names,
+) -> Iterator[list[Family]]:
+    """Families whose tensors are numbered on: those of one begin where another one ends, or lie in its gaps.
+
+    Where one begins is no number of the rule then: it is as many as the other has.
+    """
+    parent = list(range(len(known)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            number = parent[number]
+        return number
+
+    for side in (0, 1):
+        owners = {name: number for number, family in enumerate(known) for name in family[side]}
+        by_look: dict[object, list[str]] = defaultdict(list)
+        for name in owners:
+            by_look[names[name][0], shapes[side][name]].append(name)
+        looked_at: set[object] = set()
+        for number, family in enumerate(known):
+            for stack in stacks_of(family[side], shapes[side], names):
+                late = {
+                    column
+                    for column, start, step in zip(
+                        stack.columns, stack.starts, stack.steps, strict=True
+                    )
+                    if start or step > 1
+                }
+                if not late:
+                    continue
+                fixed = [c for c in range(len(stack.numbers)) if c not in stack.columns]
+                shape = stack.shape[stack.keyed :]
+                look = stack.template, shape, *((c, stack.numbers[c]) for c in fixed)
+                if look in looked_at:
+                    continue
+                looked_at.add(look)
+                same = [
+                    name
+                    for name in by_look[stack.template, shape]
+                    if all(names[name][1][c] == stack.numbers[c] for c in fixed)
+                ]
+                (whole, *more) = stacks_of(same, shapes[side], names)
+                if more or any(whole.starts) or any(step > 1 for step in whole.steps):
+                    continue
+                for name in same:
+                    parent[root(owners[name])] = root(number)
+    groups: dict[int, list[Family]] = defaultdict(list)
+    for number, family in enumerate(known):
+        groups[root(number)].append(family)
+    yield from groups.values()
 
 
 def _counts(values: Sequence[int]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +18,14 @@ from regraft.learning.choosing import NOTHING_CHOSEN, Chosen
 from regraft.learning.content import Tensor
 from regraft.learning.index_map import (
     UNCLEAR,
+    Family,
     NotABoxError,
     Origins,
     decompose,
     families,
     find_origins,
     stacks_of,
+    together,
 )
 from regraft.learning.loops import with_loops
 from regraft.learning.propose import Tied, pair_equal
@@ -235,22 +238,26 @@ def _solve(before: Tensors, after: Tensors, names: Names, odd: dict[str, str]) -
     """Equations by index maps; what is none is noted."""
     origins = find_origins(before, after)
     shapes = {n: t.shape for n, t in before.items()}, {n: t.shape for n, t in after.items()}
+
+    def solved(family: Family) -> Drafted:
+        left, right = (stacks_of(*each, names) for each in zip(family, shapes, strict=True))
+        drafted = draft(decompose(left, right, origins, after))
+        _check(drafted)
+        return drafted
+
     found = []
-    for sources, targets in families(_certain(origins, after)):
-        if not targets or not sources:
-            continue
-        try:
-            component = decompose(
-                stacks_of(sources, shapes[0], names),
-                stacks_of(targets, shapes[1], names),
-                origins,
-                after,
-            )
-            drafted = draft(component)
-            _check(drafted)
-            found.append(drafted)
-        except NotABoxError as error:
-            odd.update(dict.fromkeys(targets, str(error)))
+    known = [each for each in families(_certain(origins, after)) if all(each)]
+    for group in together(known, shapes, names):
+        if len(group) > 1:
+            whole = [n for each in group for n in each[0]], [n for each in group for n in each[1]]
+            with suppress(NotABoxError):
+                found.append(solved(whole))
+                continue
+        for family in group:
+            try:
+                found.append(solved(family))
+            except NotABoxError as error:
+                odd.update(dict.fromkeys(family[1], str(error)))
     return found
 
 

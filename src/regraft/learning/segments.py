@@ -63,8 +63,8 @@ _STEPS = 500_000
 _SLACK = 3
 """By how many times less one the longest repetition may be shortened for the sake of what is beside it."""
 
-_Cost = tuple[int, int]
-"""Pieces and axes: fewer are better."""
+_Cost = tuple[int, int, int]
+"""Pieces, axes, and pieces that are a single position: fewer are better."""
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class _Cuts:
     def best(self, low: int, high: int) -> _Cost:
         """How few pieces an interval is."""
         if high - low == 1:
-            return 1, 0
+            return 1, 0, 1
         if (low, high) not in self.known:
             self.known[low, high] = self._whole(low, high) or self._cut(low, high)
         return self.known[low, high][0]
@@ -99,27 +99,27 @@ class _Cuts:
         """One repetition of few pieces: nothing is better, or little."""
         for first, period in self.ending[high]:
             if first <= low and (high - low) % period == 0 and high - low > period:
-                pieces, axes = self.best(low, low + period)
+                pieces, axes, _ = self.best(low, low + period)
                 if pieces <= _FEW_REPEATED:
-                    return (pieces, axes + 1), [(high, period)]
+                    return (pieces, axes + 1, 0), [(high, period)]
         return None
 
     def _cut(self, low: int, high: int) -> tuple[_Cost, list[tuple[int, int]]]:
-        costs: list[_Cost] = [(0, 0)]
+        costs: list[_Cost] = [(0, 0, 0)]
         parts: list[tuple[int, int]] = []
         for end in range(low + 1, high + 1):
-            pieces, axes = costs[-1]
-            cost, part = (pieces + 1, axes), (end - 1, 0)
+            pieces, axes, single = costs[-1]
+            cost, part = (pieces + 1, axes, single + 1), (end - 1, 0)
             for first, period in self.ending[end]:
                 longest = (end - max(first, low)) // period
                 for times in range(longest, max(1, longest - _SLACK), -1):
                     self._count()
                     begin = end - times * period
                     before = costs[begin - low]
-                    if (before[0] + 1, before[1] + 1) >= cost:
+                    if (before[0] + 1, before[1] + 1, before[2]) >= cost:
                         continue
                     inner = self.best(begin, begin + period)
-                    found = before[0] + inner[0], before[1] + inner[1] + 1
+                    found = before[0] + inner[0], before[1] + inner[1] + 1, before[2]
                     if found < cost:
                         cost, part = found, (begin, period)
             costs.append(cost)
