@@ -7,7 +7,7 @@ PIP = -m pip install -qq --disable-pip-version-check
 .DEFAULT_GOAL := help
 SECONDS = 60
 
-.PHONY: cluster consumers fuzz mutants help setup test test-fast lint format demo docs pictures golden bench parity clean python
+.PHONY: cluster consumers coverage fuzz mutants help setup test test-fast track types lint format demo docs pictures golden bench parity clean python
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ setup: .venv/.done ## install regraft and its tools into .venv
 STAGES = failed=; \
 	stage() { echo; echo "==> $$*"; .venv/bin/"$$@" || failed="$$failed [$$*]"; }; \
 	verdict() { test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }; }
+
+# Percent of lines and branches; what the whole suite reaches, less a point.
+FLOOR = 90
 
 # One worker for each core, each with one thread of torch. A worker takes about a gigabyte: WORKERS=1 where that is much.
 WORKERS ?= auto
@@ -43,6 +46,13 @@ lint: .venv/.done ## lint and types alone
 	stage lint-imports; \
 	verdict
 
+types: .venv/.done ## what editors say to users of the public names, by pyright
+	@.venv/bin/python $(PIP) 'pyright[nodejs]==1.1.414'
+	@.venv/bin/pyright --pythonpath .venv/bin/python
+
+coverage: .venv/.done ## how much of the code the tests run, and fail below the floor
+	@.venv/bin/$(PYTEST) --cov --cov-report=term --cov-fail-under=$(FLOOR)
+
 format: .venv/.done ## format the code and mend what ruff can mend
 	@.venv/bin/ruff check --fix-only .
 	@.venv/bin/ruff format .
@@ -65,6 +75,9 @@ bench: .venv/.done ## run every benchmark
 		test -e "$$file" || { echo "there are no benchmarks" >&2; exit 1; }; \
 		echo; echo "==> $$file"; .venv/bin/python "$$file"; \
 	done
+
+track: .venv/.done ## has something become slower than benchmarks/ratios.json says?
+	@.venv/bin/python benchmarks/track.py
 
 RELEASES = 5.4.0,5.12.0,5.16.0,5.20.0,5.23.0,5.24.0
 

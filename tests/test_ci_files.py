@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from regraft.cli import main
 
 ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
 CASES = ROOT / "tests/golden/cases"
 FILES = {
     "vendor.github-actions": ["action.yml"],
@@ -112,3 +114,13 @@ def test_steps_hand_inputs_on_by_the_environment():
     """An input inside a script would be run as a part of it."""
     steps = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"]
     assert all("inputs." not in step["run"] for step in steps)
+
+
+def test_what_changed_is_of_a_known_kind():
+    """towncrier leaves out a file with another name without a word."""
+    kinds = {each["directory"] for each in tomllib.loads(PROJECT)["tool"]["towncrier"]["type"]}
+    for path in (ROOT / "changes").iterdir():
+        named = re.fullmatch(r"(\d+|\+[a-z0-9-]+)\.([a-z]+)\.md", path.name)
+        assert path.name == "README.md" or (named and named[2] in kinds), path.name
+    start = tomllib.loads(PROJECT)["tool"]["towncrier"]["start_string"]
+    assert start in (ROOT / "CHANGELOG.md").read_text("utf-8")
