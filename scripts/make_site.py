@@ -305,6 +305,7 @@ def image() -> dict[str, Any]:
         "metadata": ADAPTER_METADATA,
         "origin": ORIGIN,
         "suffixes": [[expression(p), role, spelling] for p, role, spelling in leaves._SUFFIXES],
+        "usual": leaves._USUAL,
         "processors": expression(leaves._PROCESSORS),
         "xlabs": expression(leaves._XLABS),
         "no_weights": expression(leaves._NO_WEIGHTS),

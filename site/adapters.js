@@ -585,7 +585,11 @@ function described(tensors) {
 }
 
 function layoutsOf(names, hints, model, result) {
-  if (!model.books.length) return [];
+  if (!model.books.length) {
+    if (hints.layout === null || !hints.byForm) return [];
+    result.evidence.push(`layout: ${hints.layout} (the form of the file)`);
+    return [hints.layout];
+  }
   try {
     const found = findLayouts(names, hints, model.books);
     result.evidence.push(...found.evidence);
@@ -646,11 +650,21 @@ function targetsOf({ pairs }, config, tensors, model, layouts) {
     const wanted = parameters?.filter((name) => targeted(`${module}.${name}`)) ?? [];
     const parameter = wanted[wanted.length - 1 - depth];
     if (parameter) return { name: `${module}.${parameter}`, ...of(`${module}.${parameter}`) };
+    if (entries.length && module.endsWith(".experts")) {
+      const name = `${module}.${packedParameter(module, depth, nested.has(module), targeted)}`;
+      return { name, ...of(name) };
+    }
     const as = targeted(`${module}.weight`);
     const stacked = nested.has(module) || (entries.length > 0 && !as && entries.some((entry) => (`${module}.`).endsWith(
       `.${entry.slice(0, entry.lastIndexOf("."))}.`)));
     return { name: module, ...(stacked || as ? {} : plain), ...of(as ? `${module}.weight` : module) };
   });
+}
+
+/** The parameter that packed factors belong to: where a module has two, the inner one is of gate and up. */
+function packedParameter(module, depth, both, targeted) {
+  if (both) return depth ? D.inner : D.outer;
+  return targeted(`${module}.${D.outer}`) ? D.outer : D.inner;
 }
 
 /** What is wrong with the factors of modules: sizes that are not the config's, and modules that it does not name. */
@@ -685,12 +699,14 @@ function misfit(a, b, rank) {
   return a[0] === rank ? "" : `adapter_config.json gives the rank ${rank}, the factors have ${a[0]}`;
 }
 
+const FOREIGN = D.foreign.map(([pattern, dims, tool]) => ({ key: new RegExp(pattern), dims, tool }));
+
 /** Keys that only another tool writes, in a file that says it is PEFT's. */
 function foreignForm(tensors) {
   for (const [name, { shape }] of tensors) {
-    const found = D.foreign.find(([pattern, dims]) => new RegExp(pattern).test(name) && (dims === null || shape.length === dims));
+    const found = FOREIGN.find(({ key, dims }) => (dims === null || shape.length === dims) && key.test(name));
     if (found) {
-      return [finding("dialect", `this adapter is in the form of ${found[2]}, which PEFT does not read: only it names ` +
+      return [finding("dialect", `this adapter is in the form of ${found.tool}, which PEFT does not read: only it names ` +
         "tensors so", name)];
     }
   }

@@ -116,8 +116,13 @@ for (const name of ["dragenter", "dragover"]) {
 for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => drop.classList.remove("over"));
 document.addEventListener("drop", async (event) => {
   event.preventDefault();
-  const items = [...event.dataTransfer?.items ?? []].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  // What was dropped is there only until the event is over, so all of it is taken at once.
+  const items = [...event.dataTransfer?.items ?? []].filter((item) => item.kind === "file")
+    .map((item) => ({ entry: item.webkitGetAsEntry(), file: item.getAsFile() }));
   const found = [];
-  for (const entry of items) found.push(...await filesBelow(/** @type {FileSystemEntry} */ (entry)));
+  for (const { entry, file } of items) {
+    if (entry) found.push(...await filesBelow(entry));
+    else if (file) found.push({ path: file.name, file });
+  }
   show(found);
 });

@@ -123,8 +123,10 @@ export function findBooks(names, hints) {
     outcomes.get(name).push(books);
   }
   if (outcomes.size > 1) {
-    const fits = [...outcomes.values()].map((alike) => [...new Set(alike.map((same) => same[0].name))].join(" or "));
-    const why = `the keys fit models whose layouts differ: ${fits.join("; ")}`;
+    const firsts = [...outcomes.values()].map(([[book]]) => book);
+    const types = firsts.flatMap((book) => book.types.slice(0, 1));
+    const fits = [...new Set(types.length ? types : firsts.map((book) => book.name))].join(", ");
+    const why = `the keys fit models whose layouts differ (such as ${fits})`;
     return {
       books: [], known: false, modelType: null,
       evidence: `the base model is not known: ${why} (${GIVE}, or one of these with --from)`,

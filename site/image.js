@@ -18,10 +18,15 @@ const { denoiser: DENOISER } = T;
 // -- keys
 
 const suffixes = T.suffixes.map(([pattern, role, spelling]) => ({ end: new RegExp(`${pattern}$`), role, spelling }));
+/** What most keys of most files end in; the expressions say the same, and take longer. */
+const USUAL = /** @type {Record<string, [string, string]>} */ (T.usual);
 const XLABS = whole(T.xlabs), PROCESSORS = whole(T.processors), NO_WEIGHTS = whole(T.no_weights);
 
 /** The module and the role of a key; `null` where no tool is known to write it. @param {string} key @returns {Leaf | null} */
 export function splitKey(key) {
+  const last = key.lastIndexOf("."), first = key.lastIndexOf(".", last - 1);
+  const usual = first > 0 ? USUAL[key.slice(first + 1)] : undefined;
+  if (usual) return { stem: key.slice(0, first), role: usual[0], spelling: usual[1] };
   const xlabs = XLABS.exec(key)?.groups;
   if (xlabs) return { stem: xlabs.stem + xlabsModule(xlabs), role: sideOf(xlabs), spelling: "xlabs" };
   const processor = PROCESSORS.exec(key)?.groups;

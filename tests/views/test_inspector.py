@@ -34,7 +34,6 @@ ADAPTER = (
     "dtypes",
     "layouts",
     "layout",
-    "evidence",
     "ranks",
     "alphas",
     "scales",
@@ -286,6 +285,38 @@ def test_words_and_names_are_shown_as_text(inspector, tmp_path):
     assert odd in card.locator("dl").inner_text()
     assert "LoRA for FLUX.1, written as by kohya." in card.locator(".verdict").inner_text()
     assert inspector.tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_files_may_be_dropped(inspector):
+    inspector.tab.evaluate(
+        """names => {
+            const dropped = new DataTransfer();
+            for (const name of names) dropped.items.add(new File(["version https://git-lfs"], name));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, cancelable: true }));
+        }""",
+        ["one.safetensors", "two.safetensors"],
+    )
+    inspector.tab.get_by_text("Done: 2 files read.").wait_for()
+    assert inspector.tab.locator("article h2").all_text_contents() == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
+
+
+def test_a_slow_pattern_stops_neither_the_page_nor_the_next_file(chromium, tmp_path):
+    case = GOLDEN / "mixtral__gud_attn"
+    config = json.loads((case / "adapter_config.json").read_text())
+    slow = config | {"rank_pattern": {"(([a-z0-9._]+)*)*X": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(slow))
+    files = [str(tmp_path / "adapter_config.json"), str(case / "adapter_model.safetensors")]
+    inspector = Inspector(chromium)
+    inspector.tab.clock.install()
+    inspector.tab.set_input_files("#files", files)
+    inspector.tab.get_by_text("Reading").wait_for()
+    inspector.tab.clock.fast_forward(21_000)
+    inspector.tab.get_by_text("It takes more than 20 seconds").wait_for()
+    assert inspector.facts(case)["layout"] == "transformers-v4"
+    inspector.context.close()
 
 
 def test_nothing_can_be_sent(inspector):
