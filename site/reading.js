@@ -4,7 +4,7 @@
 
 import tables from "./tables.js";
 
-const { most, dtypes, formats } = tables.header;
+const { most, dtypes, formats, name: [LONGEST, PARTS] } = tables.header;
 
 /**
  * @typedef {object} Tensor
@@ -110,6 +110,7 @@ function checkedHead(raw, dataStart, size) {
     throw new Unreadable("bad-header", "The header's metadata are not all text.", AGAIN);
   }
   for (const [name, entry] of Object.entries(entries)) {
+    checkName(name);
     const shape = entry?.shape, offsets = entry?.data_offsets;
     const known = dtypes[entry?.dtype];
     const sound = known && isSizes(shape) && isSizes(offsets) && offsets.length === 2;
@@ -128,8 +129,16 @@ function checkedHead(raw, dataStart, size) {
   return { tensors, metadata, dataStart, size };
 }
 
-/** @param {unknown} value */
-const isSizes = (value) => Array.isArray(value) && value.every((x) => Number.isSafeInteger(x) && x >= 0);
+/** Complain of a tensor's name that no model has. @param {string} name */
+export function checkName(name) {
+  const why = name.length > LONGEST || name.split(".").length > PARTS
+    ? `is longer than any model's: more than ${LONGEST} characters, or ${PARTS} parts`
+    : /\0/.test(name) || !name.isWellFormed() ? "is not text" : "";
+  if (why) throw new Unreadable("bad-name", `The tensor's name ${JSON.stringify(name.slice(0, 80))} ${why}.`, AGAIN);
+}
+
+/** Whether a value is a shape. @param {unknown} value */
+export const isSizes = (value) => Array.isArray(value) && value.every((x) => Number.isSafeInteger(x) && x >= 0);
 
 /** The first number of each of some tensors. @param {File} file @param {Head} head @param {Tensor[]} some */
 export async function firstNumbers(file, head, some) {

@@ -4,7 +4,7 @@
 // Format: CPython's Lib/pickletools.py, and torch 2.13 (torch/serialization.py, torch/_utils.py).
 
 import tables from "./tables.js";
-import { Unreadable } from "./reading.js";
+import { Unreadable, checkName, isSizes } from "./reading.js";
 
 /** @typedef {import("./reading.js").Head} Head @typedef {import("./reading.js").Tensor} Tensor */
 
@@ -41,6 +41,7 @@ export async function readTorch(file) {
 function tensorsIn(value) {
   if (!(value instanceof Map)) return null;
   const found = [...value].filter(([name, each]) => typeof name === "string" && each?.shape);
+  for (const [name] of found) checkName(name);
   return found.length || !value.size ? new Map(found) : null;
 }
 
@@ -165,7 +166,7 @@ class Reader {
       case "c": stack.push({ global: `${this.line()}.${this.line()}` }); break;
       case "\x93": { const [module, name] = this.pop(2); stack.push({ global: `${module}.${name}` }); break; }
       case "Q": { const [id] = this.pop(1); stack.push({ storage: id }); break; }
-      case "R": case "\x81": { const [called, given] = this.pop(2); stack.push(called_(called, given)); break; }
+      case "R": case "\x81": { const [called, given] = this.pop(2); stack.push(outlineOf(called, given)); break; }
       case "b": { const [state] = this.pop(1); void state; break; }
       case "s": this.put(this.pop(2)); break;
       case "u": { const found = this.items(); this.put(found); break; }
@@ -184,12 +185,15 @@ class Reader {
 }
 
 /** What a call gives: a tensor's outline, an empty dict, or something opaque. */
-function called_(called, given) {
+function outlineOf(called, given) {
   switch (called?.global) {
     case "torch._utils._rebuild_tensor_v2": {
       const [{ storage }, , shape] = given;
       const dtype = STORAGES[storage?.[1]?.global?.split(".").at(-1)];
-      if (!dtype || !Array.isArray(shape)) return { opaque: true };
+      if (!dtype) return { opaque: true };
+      if (!isSizes(shape)) {
+        throw new Unreadable("not-tensors", "It holds a tensor whose shape is none.", "Save the file again.");
+      }
       const count = shape.reduce((x, y) => x * y, 1);
       return { dtype, shape, bytes: (count * tables.header.dtypes[dtype][0]) / 8 };
     }
