@@ -683,6 +683,73 @@ def test_an_adapter_goes_into_the_model_or_all_is_as_it_was(tmp_path, device):
     assert model.active_adapters() == ["default"]
 
 
+def unlike(folder, case, change):
+    """The adapter, with one of its tensors changed."""
+    folder.mkdir()
+    for path in case.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def shared_mixtral():
+    """A model in memory that others look at, which a load fills where it is."""
+    config = transformers.AutoConfig.from_pretrained(BASES / "mixtral")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).share_memory()
+
+
+def wider(tensors):
+    key = next(key for key in tensors if "q_proj.lora_B" in key)
+    tensors[key] = torch.zeros(tensors[key].shape[0] + 2, tensors[key].shape[1])
+
+
+def strange(tensors):
+    for key in [key for key in tensors if "q_proj" in key]:
+        tensors[key.replace("q_proj", "x_proj")] = tensors.pop(key)
+
+
+@pytest.mark.parametrize("change", [wider, strange, dict.clear])
+def test_an_adapter_that_does_not_fit_is_known_before_the_base_is_written(tmp_path, change):
+    model = shared_mixtral()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapter = unlike(tmp_path / "odd", BASES.parent / "cases/mixtral__gud_attn", change)
+    with pytest.raises(RegraftError) as caught:
+        regraft.load_checkpoint(model, BASES / "mixtral", adapter=adapter)
+    assert "half-loaded" not in {f.code for f in caught.value.findings}
+    assert dict.fromkeys(before, True) == {
+        key: torch.equal(before[key], tensor) for key, tensor in model.state_dict().items()
+    }
+    assert not hasattr(model, "regraft_load") and not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), BadInputError([])])
+def test_an_adapter_that_fails_at_last_names_what_is_not_as_it_was(monkeypatch, error):
+    from regraft.bridges.peft.load import Inside
+
+    def fails(inside):
+        raise error
+
+    monkeypatch.setattr(Inside, "rehearse", lambda inside: None)
+    monkeypatch.setattr(Inside, "put", fails)
+    adapter = BASES.parent / "cases/mixtral__gud_attn"
+    with pytest.raises(type(error)) as caught:
+        regraft.load_checkpoint(shared_mixtral(), BASES / "mixtral", adapter=adapter)
+    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert "half-loaded" in told or "not as they were" in told
+    assert "q_proj" in told
+
+
+def test_an_adapter_goes_on_top_of_memory_that_others_look_at():
+    case = BASES.parent / "cases/mixtral__gud_attn"
+    model = shared_mixtral()
+    regraft.load_checkpoint(model, BASES / "mixtral", adapter=case)
+    ids = torch.arange(6)[None]
+    want = regraft.load_adapter(causal(BASES / "mixtral"), case)
+    assert torch.equal(model(ids).logits, want(ids).logits)
+
+
 def test_an_adapter_on_top(tmp_path):
     case = BASES.parent / "cases/mixtral__gud_attn"
     base = BASES / "mixtral"

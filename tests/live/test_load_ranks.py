@@ -52,7 +52,7 @@ def empty(folder, device="meta"):
 
 
 def compare(model, folder, done):
-    """The spread model against the whole one; each rank has read its part."""
+    """The spread model against the whole one; each rank has read its part, which is returned as one of the whole."""
     whole = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     local = 0
     for key, tensor in model.state_dict().items():
@@ -96,6 +96,31 @@ def fsdp(folder, device):
     ids = torch.arange(6)[None]
     want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.allclose(model(ids).logits, want, atol=1e-5)
+
+
+def hsdp(folder):
+    """Two copies of the model, each spread over two processes, and a step of training on top."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for device in ("meta", "cpu"):
+        model = empty(folder, device)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        done = regraft.load_checkpoint(model, folder)
+        assert 0.49 < compare(model, folder, done) < 0.51
+        assert done.copied == done.bytes
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(6)[None]
+    for one in (model, whole):
+        loss = one(ids, labels=ids).loss
+        loss.backward()
+        torch.optim.SGD(one.parameters(), lr=0.1).step()
+    wanted = whole.state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.full_tensor(), wanted[key], atol=1e-4), key
 
 
 def spread(model, mesh, placements):
@@ -143,6 +168,7 @@ def meshes(rank, store, folder):
             for key, p in model.named_parameters():
                 assert p.placements == before[key], (name, key)
             compare(model, folder, done)
+    hsdp(folder)
     partial(folder)
     torch.distributed.destroy_process_group()
 

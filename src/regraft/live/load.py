@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from regraft.live.state_dict import ConvertedStateDict, convert_state_dict
 from regraft.names.live import walk_modules
 from regraft.names.patterns import patterns
 from regraft.planning.slices import Region, shape_of_region
+
+if TYPE_CHECKING:
+    from regraft.bridges.peft.load import Inside
 
 WAYS = ("map", "copy", "off")
 """The last one is for ``from_pretrained`` alone: it leaves the load to transformers."""
@@ -55,9 +58,9 @@ def load_checkpoint(
 
     Raises:
         BadInputError: the file and the model do not fit: every weight must be in the file, and every tensor of the
-            file in the model, with its shape; or a file changed while it was read. All problems come together. Nothing
-            is loaded then; where bytes go straight into memory that the model had (a GPU's, a shard's, one that
-            processes share), the error says so.
+            file in the model, with its shape; or a file changed while it was read; or the adapter. All problems come
+            together, and the model is as it was. Only where reading itself fails, and bytes go straight into memory
+            that the model had (a GPU's, a shard's, one that processes share), the error names what is not.
         UnmatchedKeysError, AmbiguousError: as ``convert_state_dict``.
         RefusedError: FullyShardedDataParallel (FSDP1) has flattened the model.
     """
@@ -84,19 +87,21 @@ def _load_checkpoint(
     if findings:
         raise BadInputError(findings)
     done = Loaded(load)
-    filled = [part.name for part in parts if part.into is not None]
+    # What is written where it is, and cannot be given back.
+    kept = [part.name for part in parts if not _is_given_back(state[part.name])]
     with lazy.files:
-        try:
+        inside = None if adapter is None else _prepared(model, adapter, wanted, state)
+        if inside is not None and kept:
+            inside.rehearse()
+        with _told_on_failure([part.name for part in parts if part.into is not None]):
             made, amounts = make_parts(parts, lazy.source.tensors, lazy.files, load)
-        except RegraftError as error:
-            raise _with_half_loaded(error, filled) from None
-    with _undone_on_failure(model, state if adapter is not None else {}):
-        _place(model, wanted, state, made, casts)
+            for key in casts:
+                made[key] = made[key].to(state[key].dtype)
+    with _told_on_failure(kept), _undone_on_failure(model, state):
+        _place(model, wanted, state, made)
         left = compute_buffers(model)
-        if adapter is not None:
-            from regraft.bridges.peft.load import load_inside
-
-            load_inside(model, adapter)
+        if inside is not None:
+            inside.put()
     done.add(amounts)
     done.tensors, done.bytes = len(parts), sum(part.bytes for part in parts)
     if casts:
@@ -109,6 +114,26 @@ def _load_checkpoint(
     for root in _roots(model):
         root.regraft_load = done
     return done
+
+
+def _prepared(
+    model: Any,
+    adapter: str | os.PathLike[str],
+    wanted: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Inside:
+    """The adapter that goes on top, converted with the weights that the model is about to be given.
+
+    Raises as ``load_adapter`` does; nothing is loaded yet.
+    """
+    from regraft.bridges.peft.load import Inside
+
+    arriving = {
+        id(state[key]): made
+        for key, made in wanted.items()
+        if isinstance(made, Lazy) and key in state
+    }
+    return Inside.prepare(model, adapter, arriving)
 
 
 def from_pretrained(
@@ -296,6 +321,11 @@ def _is_replaceable(target: Any) -> bool:
     )
 
 
+def _is_given_back(target: Any) -> bool:
+    """Whether a failure leaves a tensor of the model as it was."""
+    return target.device.type == "meta" or _is_replaceable(target)
+
+
 def _check_own(model: Any, wanted: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
     """Raises ``RefusedError`` where a state dict has copies, and what is put there would not reach the model."""
     own = {
@@ -320,7 +350,7 @@ def _undone_on_failure(model: Any, state: Mapping[str, Any]) -> Iterator[None]:
 
     What ``state`` has is kept until the block ends.
     """
-    roots = [module for _, module in walk_modules(model)] if state else []
+    roots = [module for _, module in walk_modules(model)]
     modules = [
         (module, dict(module._parameters), dict(module._buffers))
         for root in roots
@@ -338,15 +368,28 @@ def _undone_on_failure(model: Any, state: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
-def _with_half_loaded(error: RegraftError, filled: list[str]) -> RegraftError:
+@contextmanager
+def _told_on_failure(written: Sequence[str]) -> Iterator[None]:
+    """Whatever is raised inside says which tensors of the model are not as they were."""
+    try:
+        yield
+    except RegraftError as error:
+        raise _with_half_loaded(error, written) from error.__cause__
+    except Exception as error:
+        if written:
+            error.add_note(str(_half_loaded(written)))
+        raise
+
+
+def _with_half_loaded(error: RegraftError, written: Sequence[str]) -> RegraftError:
     """The error, and what may hold parts of two checkpoints now."""
-    if not filled:
-        return error
-    message = "these tensors were being written, and hold the old values in part: " + ", ".join(
-        f"{pattern} ({count})" for pattern, count in patterns(filled)
-    )
-    fix = "load the model again before it is used"
-    return type(error)([*error.findings, Finding("half-loaded", message, fix=fix)])
+    return type(error)([*error.findings, _half_loaded(written)]) if written else error
+
+
+def _half_loaded(written: Sequence[str]) -> Finding:
+    shown = ", ".join(f"{pattern} ({count})" for pattern, count in patterns(written))
+    message = f"these tensors were being written, and are not as they were: {shown}"
+    return Finding("half-loaded", message, fix="load the model again before it is used")
 
 
 def _place(
@@ -354,7 +397,6 @@ def _place(
     wanted: Mapping[str, Any],
     state: Mapping[str, Any],
     made: dict[str, torch.Tensor],
-    casts: set[str],
 ) -> None:
     """Give the model its tensors; parameters stay the objects that they are, unless they had no memory."""
     of_lazy = {id(wanted[key]): key for key in made}
@@ -367,8 +409,6 @@ def _place(
         if first is None or target is None:
             continue
         tensor = made[first]
-        if first in casts:
-            tensor = tensor.to(target.dtype)
         if target.device.type == "meta":
             fresh[key] = _like(tensor, target)
         elif weights.get(key) not in given or key not in weights:

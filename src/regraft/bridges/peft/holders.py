@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from regraft.adapters.protocol import Opened
-from regraft.bridges.peft.known import Adapter, below, convert_for
+from regraft.bridges.peft.known import Adapter, Arriving, below, convert_for
 from regraft.bridges.peft.slots import base_slots, inner_name
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
@@ -63,11 +63,11 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def choose(root: Any, source: Opened) -> tuple[Place, Adapter]:
+def choose(root: Any, source: Opened, arriving: Arriving | None = None) -> tuple[Place, Adapter]:
     """The model in ``root`` that an adapter is for, and the adapter in its layout.
 
     An adapter fits where its names are there, as they are or without the model's path in the holder before them; it
-    must fit one model only.
+    must fit one model only. ``arriving`` are values that the models are about to be given.
 
     Raises ``BadInputError`` where there is no model or it fits none of several, ``AmbiguousError`` where it fits
     several; and what the conversion raises where there is one model only.
@@ -86,7 +86,7 @@ def choose(root: Any, source: Opened) -> tuple[Place, Adapter]:
     failed: list[RegraftError] = []
     for place in places:
         try:
-            fitting.append((place, _fitted(place, source)))
+            fitting.append((place, _fitted(place, source, arriving)))
         except RegraftError as error:
             failed.append(error)
     if len(fitting) == 1:
@@ -108,22 +108,22 @@ def choose(root: Any, source: Opened) -> tuple[Place, Adapter]:
     )
 
 
-def _fitted(place: Place, source: Opened) -> Adapter:
+def _fitted(place: Place, source: Opened, arriving: Arriving | None) -> Adapter:
     """The adapter for one model.
 
     Raises what the conversion raises, and ``BadInputError`` where names are not there.
     """
     try:
-        return _landing(place, source)
+        return _landing(place, source, arriving)
     except RegraftError:
         bare = below(source, place.path)
         if bare is None:
             raise
-    return _landing(place, bare)
+    return _landing(place, bare, arriving)
 
 
-def _landing(place: Place, source: Opened) -> Adapter:
-    adapter = convert_for(place.base, source)
+def _landing(place: Place, source: Opened, arriving: Arriving | None) -> Adapter:
+    adapter = convert_for(place.base, source, arriving)
     odd = strangers(place.base, adapter)
     if odd:
         raise BadInputError(

@@ -19,6 +19,7 @@ from torch import nn
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.form import Array
 from regraft.adapters.protocol import Into, Opened
+from regraft.arrays.lazy import Lazy
 from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
@@ -46,6 +47,9 @@ _CARRIED = {
     )
 }
 """Types that numpy itself knows nothing of: what carries their bits to torch."""
+
+Arriving = Mapping[int, Lazy]
+"""By the ``id`` of a model's tensor the values that it is about to be given."""
 
 _CARRIERS = {dtype: (carrier, name) for name, (carrier, dtype) in _CARRIED.items()}
 
@@ -114,12 +118,15 @@ def open_one(path: Path) -> Source:
 class LiveWeights:
     """The tensors of a live model by the names of its layout, PEFT's layers left out; read when asked for."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arriving: Arriving | None = None) -> None:
         self._slots = base_slots(model)
+        self._arriving = arriving or {}
 
     def __contains__(self, name: str) -> bool:
         slot = self._slots.get(name)
-        return slot is not None and not slot.tensor.is_meta and slot.tensor.is_floating_point()
+        if slot is None or not slot.tensor.is_floating_point():
+            return False
+        return not slot.tensor.is_meta or id(slot.tensor) in self._arriving
 
     def names(self) -> list[str]:
         """The names of all tensors that can be read."""
@@ -127,13 +134,22 @@ class LiveWeights:
 
     def read(self, name: str) -> Array:
         """One tensor, copied to the CPU."""
-        return to_numpy(self._slots[name].tensor)
+        tensor = self._slots[name].tensor
+        arriving = self._arriving.get(id(tensor))
+        if arriving is None:
+            return to_numpy(tensor)
+        return to_numpy(to_torch(arriving.array()).to(tensor.dtype))
 
 
-def known_model(model: Any) -> ModelConfig:
-    """What conversions need to know of a live model: its config, and its weights when they are asked for."""
+def known_model(model: Any, arriving: Arriving | None = None) -> ModelConfig:
+    """What conversions need to know of a live model: its config, and its weights when they are asked for.
+
+    ``arriving`` are values that the model is about to be given.
+    """
     return ModelConfig(
-        model.config.to_dict(), f"the {type(model).__name__} in memory", LiveWeights(model)
+        model.config.to_dict(),
+        f"the {type(model).__name__} in memory",
+        LiveWeights(model, arriving),
     )
 
 
@@ -179,14 +195,15 @@ def live_layout() -> Layout:
     return layout if packing == layout.usual_packing else replace(layout, packing=packing)
 
 
-def convert_for(model: Any, source: Opened) -> Adapter:
+def convert_for(model: Any, source: Opened, arriving: Arriving | None = None) -> Adapter:
     """An adapter's files as PEFT has them in the layout of ``model``, a transformers model.
 
     Raises as ``convert_adapter`` does.
     """
     foreign = LiveTransformers(model)
     into = None if isinstance(source, Source) else Into(dialects()[DEFAULT], own=False)
-    done = convert_adapter(source, live_layout(), known_model(model), foreign=foreign, into=into)
+    known = known_model(model, arriving)
+    done = convert_adapter(source, live_layout(), known, foreign=foreign, into=into)
     tensors = {name: to_torch(tensor) for name, tensor in done.tensors.items()}
     return Adapter(done.config, tensors, source.where, done.report)
 

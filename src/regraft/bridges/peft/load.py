@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from regraft.adapters.protocol import Opened
 from regraft.bridges.peft.handing import handing
 from regraft.bridges.peft.holders import Place, choose
 from regraft.bridges.peft.hotswap import swap
-from regraft.bridges.peft.known import Adapter, open_any
+from regraft.bridges.peft.known import Adapter, Arriving, open_any
 from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
@@ -68,17 +70,57 @@ def load_adapter(
             return _load(model, place, adapter, source, adapter_name, hotswap, is_trainable)
 
 
-def load_inside(model: Any, path: str | os.PathLike[str]) -> None:
-    """``load_adapter`` that puts no ``PeftModel`` around a model: the adapter goes into the model that was given."""
-    source = open_any(_found(path, ""))
-    with alone_with(model):
-        place, adapter = choose(model, source)
-        with alone_with(place.base):
-            if place.peft_model is not None:
-                _load(model, place, adapter, source, "default", False, False)
-                return
+class _RehearsedError(Exception):
+    """An adapter went in; it is taken out again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """An adapter that goes into a model itself, with no ``PeftModel`` around it, when its base is loaded."""
+
+    model: Any
+    """What was given: a model, or what holds it."""
+    place: Place
+    adapter: Adapter
+    source: Opened
+
+    @staticmethod
+    def prepare(model: Any, path: str | os.PathLike[str], arriving: Arriving) -> Inside:
+        """Read and convert an adapter for a model whose weights, ``arriving``, are yet to be loaded.
+
+        Raises as ``load_adapter``.
+        """
+        source = open_any(_found(path, ""))
+        with alone_with(model):
+            place, adapter = choose(model, source, arriving)
             check_free(place, "default", source)
             check_sharding(model, place, adapter)
+        return Inside(model, place, adapter, source)
+
+    def rehearse(self) -> None:
+        """Put the adapter into the model and take it out again, for what only PEFT's layers tell, such as shapes.
+
+        What takes something off the base's weights (PiSSA, OLoRA, ...) is not rehearsed: they are not there yet.
+
+        Raises as ``put``.
+        """
+        if changes_weights(self.adapter):
+            return
+        with suppress(_RehearsedError), undone_on_failure(self.place.peft_model or self.place.base):
+            self.put()
+            raise _RehearsedError
+
+    def put(self) -> None:
+        """Put the adapter into the model.
+
+        Raises as ``load_adapter``; the model is as it was then.
+        """
+        place, adapter, source = self.place, self.adapter, self.source
+        with alone_with(self.model), alone_with(place.base):
+            if place.peft_model is not None:
+                _load(self.model, place, adapter, source, "default", False, False)
+                return
+            check_free(place, "default", source)
             inject(place.base, adapter, "default", is_trainable=False)
 
 
