@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 
 from sizes import learn_config
 
-REAL = ("megatron.bridge.models.conversion.param_mapping", "_bridge")
+REAL = ("megatron.bridge.models.conversion.param_mapping", ("_bridge", "deepseek.common"))
 """Modules that are run; the rest of the package is stood in for."""
 CONFIGS = {
     "llama": {
@@ -53,7 +53,12 @@ CONFIGS = {
 }
 MODULES = {
     "llama": "megatron.bridge.models.llama.llama_bridge",
+    "qwen2": "megatron.bridge.models.qwen.qwen2_bridge",
+    "qwen3": "megatron.bridge.models.qwen.qwen3_bridge",
     "qwen3_moe": "megatron.bridge.models.qwen.qwen3_moe_bridge",
+    "mistral": "megatron.bridge.models.mistral.mistral_bridge",
+    "deepseek_v2": "megatron.bridge.models.deepseek.deepseek_v2_bridge",
+    "deepseek_v3": "megatron.bridge.models.deepseek.deepseek_v3_bridge",
 }
 
 

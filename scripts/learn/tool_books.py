@@ -1,4 +1,4 @@
-"""Compare the rule books for mlx-lm, torchtune and LitGPT with what these tools make of labelled weights.
+"""Compare the rule books for mlx-lm, torchtune, LitGPT and Megatron with what these tools make of labelled weights.
 
 Every model type that a book names is built small by transformers, its tensors are filled with labels, the tool's own
 function converts them, and so does the book; then back. Run it where the tool is installed:
@@ -6,10 +6,13 @@ function converts them, and so does the book; then back. Run it where the tool i
     pip install mlx-lm==0.32.2 mlx==0.32.4 mlx-cpu==0.32.4    python scripts/learn/tool_books.py mlx
     pip install torchtune==0.6.1 torchao==0.9.0               python scripts/learn/tool_books.py torchtune
     pip install litgpt==0.5.13                                python scripts/learn/tool_books.py litgpt
+    pip install --no-deps --target WHERE megatron-bridge==0.3.1
+                                         PYTHONPATH=WHERE python scripts/learn/tool_books.py megatron
 """
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 
@@ -138,7 +141,31 @@ def through_litgpt(state, config):
     return {key: tensor.numpy() for key, tensor in made.items()}
 
 
-TOOLS = {"mlx": through_mlx, "torchtune": through_torchtune, "litgpt": through_litgpt}
+def through_megatron(state, config):
+    """Megatron-Bridge's mappings on one rank, with stand-ins for what wants a GPU; see megatron_books."""
+    import megatron_books
+    import torch
+
+    kind = config["model_type"]
+    where = next(Path(p) for p in sys.path if (Path(p) / "megatron" / "bridge").is_dir())
+    if not any(isinstance(each, megatron_books.StandIns) for each in sys.meta_path):
+        sys.meta_path.insert(0, megatron_books.StandIns(where))
+    weights = {key: torch.from_numpy(array) for key, array in state.items()}
+    made = megatron_books.converter(kind, config)(weights)
+    # Two of its names for the norm before an MLP; which one a layer has is for the layer to say, and a dense one fuses.
+    dense = range(config["first_k_dense_replace"]) if kind == "deepseek_v3" else ()
+    for layer in dense:
+        at = f"decoder.layers.{layer}."
+        made[f"{at}mlp.linear_fc1.layer_norm_weight"] = made.pop(f"{at}pre_mlp_layernorm.weight")
+    return {key: tensor.numpy() for key, tensor in made.items()}
+
+
+TOOLS = {
+    "mlx": through_mlx,
+    "torchtune": through_torchtune,
+    "litgpt": through_litgpt,
+    "megatron": through_megatron,
+}
 
 
 def along(book, layout, state, config):

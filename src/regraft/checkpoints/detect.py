@@ -94,9 +94,11 @@ def detect(
                 )
             )
         if imported is not None:
-            books, scopes = (imported.book,), {imported.book.name: Scope()}
-        else:
-            scopes = {book.name: model.scope_of(book.model_types) for book in books}
+            # transformers speaks of its own layouts; how other tools name the same model, it does not know.
+            books = (imported.book, *(book for book in books if book.tells != "both"))
+        scopes = {book.name: model.scope_of(book.model_types) for book in books}
+        if imported is not None:
+            scopes[imported.book.name] = Scope()
         books = (*books, *additions)
         scopes |= {book.name: model.scope_of(book.model_types) for book in additions}
         told = f"the model is {', '.join(model.model_types())} ({model.path})"
@@ -160,6 +162,8 @@ def _asked(
         classes = model.architectures()
         return foreign.book(model, names, shapes, classes, adapter=False, spelled=spelled)
 
+    if any(_is_of(book, headers.groups) for book in books):
+        return None, ()  # transformers knows nothing of another tool's names
     if not covers(books, model):
         return ask(), ()
     if any(not book.model_types for book in books):
@@ -170,6 +174,14 @@ def _asked(
     lookup = Lookup.of(books, own, scopes)
     heads = strange_heads(lookup, model.architectures())
     return told_by_class(lookup, model, foreign, ask, heads)
+
+
+def _is_of(book: Book, groups: Sequence[Group]) -> bool:
+    """Whether names are those of the tool that a book is for, all of them."""
+    if book.tells == "both":
+        return False
+    own, other = book.terms(book.tells), book.terms("left" if book.tells == "right" else "right")
+    return all(own.matches(group) for group in groups) and not all(map(other.matches, groups))
 
 
 def _own_keys(book: Book) -> Iterator[Key]:

@@ -333,7 +333,11 @@ def _words(plan: Plan) -> list[str]:
         dropped.setdefault(item.drop.why, []).extend(item.group.names())
     for drop in plan.lacking():
         lacking.setdefault(drop.why, []).append(str(drop.key))
-    notes = []
+    notes = [
+        f"the last {count} of {name} are padding that no value depends on, and are left"
+        for entry in dict.fromkeys((*plan.entries, *plan.demands))
+        for name, count in entry.cut.items()
+    ]
     for why, names in dropped.items():
         shown = ", ".join(pattern for pattern, _ in patterns(names))
         notes.append(f"dropped {len(names)} tensors: {shown}: {why}")

@@ -26,7 +26,7 @@ from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
 from regraft.names.keys import Ints
-from regraft.planning.model import Foreign
+from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
@@ -116,12 +116,28 @@ def _verify(
     target = detect(
         companions.headers, config, other.where, foreign=foreign, companions=companions
     ).layout
+    if target is None:
+        target = _layout_beside(open_checkpoint(src), config, foreign)
     untie, drop = _settled(src, other, told, foreign)
     asked = [read_remembered(file.metadata) for file in other.files]
     drop += [name for entry in asked for name in entry.dropped if name not in drop]
     keep = [name for entry in asked for name in entry.set_aside]
     first = prepare(src, target, model=told, foreign=foreign, untie=untie, drop=drop, keep=keep)
     return _compare(first, other, Verification(named(str(src)), named(str(dst)), "", ""), progress)
+
+
+def _layout_beside(
+    source: Source, config: ModelConfig | None, foreign: Foreign | None
+) -> str | None:
+    """The layout whose names are the same in others, too, where the source is in the names of a tool."""
+    headers = find_companions(source, config.data if config is not None else None).headers
+    found = detect(headers, config, source.where, foreign=foreign)
+    ends = (
+        book.layout("left" if book.tells == "right" else "right")
+        for book in found.books
+        if book.tells != "both" and found.layout == book.layout(book.tells)
+    )
+    return next(ends, None)
 
 
 def _one_file(path: Path) -> str | None:

@@ -21,6 +21,7 @@ from msgspec import Struct
 from regraft.equation.notation import (
     Affine,
     Axis,
+    Begin,
     Bound,
     Equation,
     Expr,
@@ -131,6 +132,10 @@ class _Box(Struct, frozen=True):
         values = [fill.value for fill in equation.fills if fill.axis in self.places]
         return values[0] if values else None
 
+    def is_any(self, equation: Equation) -> bool:
+        """Whether a box of padding may hold anything."""
+        return any(fill.any for fill in equation.fills if fill.axis in self.places)
+
 
 def is_stacked(equation: Equation, hole: Expr) -> bool:
     """Whether a hole counts the tensors of a stack; else it is a loop, or one number."""
@@ -235,14 +240,15 @@ def check_equation(equation: Equation) -> None:
     known = {name for term in terms for d in term.dims for name in axes_of(d)} | {
         name for term in terms if term.key for h in term.key.holes for name in axes_of(h)
     }
-    for bound in equation.bounds:
+    limits: tuple[Bound | Begin, ...] = (*equation.bounds, *equation.begins)
+    for bound in limits:
         if bound.axis not in loops:
             raise notation_error(
                 equation.text,
                 bound.start,
                 f"{bound.axis} is no loop, so it has a size and no bound",
             )
-    clauses: tuple[Where | Bound, ...] = (*equation.where, *equation.bounds)
+    clauses: tuple[Where | Bound | Begin, ...] = (*equation.where, *limits)
     for each in clauses:
         names_used = [v.name for _, v in each.values if isinstance(v, Axis)]
         for axis in (each.axis, *names_used):
@@ -362,14 +368,14 @@ def repeats(
 def paddings(
     equation: Equation, sizes: Mapping[str, int], *, written: bool, reverse: bool = False
 ) -> tuple[Padding, ...]:
-    """The padding of the side that is written, or of the one that is read."""
+    """The padding of the side that is written, or of the one that is read as far as it must be padding."""
     if not equation.fills:
         return ()
     side = equation.sides(reverse=reverse)[written]
     result = []
     for box in _boxes(equation, side, sizes):
         value = box.padding(equation)
-        if value is not None:
+        if value is not None and (written or not box.is_any(equation)):
             axes = tuple((sizes[name], place) for name, place in box.places.items())
             result.append(Padding(box.term, axes, box.start, box.key_start, value))
     return tuple(result)

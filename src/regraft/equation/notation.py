@@ -210,6 +210,17 @@ class Bound(Struct, frozen=True):
         return f"{self.axis} < " + "".join(f" {op} {value}" for op, value in self.values)[3:]
 
 
+class Begin(Struct, frozen=True):
+    """``loop from value``: the rule speaks of no index below."""
+
+    axis: str
+    values: tuple[tuple[str, Value], ...]
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.axis} from " + "".join(f" {op} {value}" for op, value in self.values)[3:]
+
+
 class Copies(Struct, frozen=True):
     """``copies t``: along an axis that only one side has, the elements are the same each time."""
 
@@ -222,9 +233,11 @@ class Fill(Struct, frozen=True):
     axis: str
     value: float
     start: int
+    any: bool = False
+    """``fill p = any``: it is written as zeros, and whatever is read there has no meaning."""
 
     def __str__(self) -> str:
-        return f"fill {self.axis} = {self.value:g}"
+        return f"fill {self.axis} = {'any' if self.any else format(self.value, 'g')}"
 
 
 class Equation(Struct, frozen=True, cache_hash=True, dict=True):
@@ -238,6 +251,7 @@ class Equation(Struct, frozen=True, cache_hash=True, dict=True):
     copies: tuple[str, ...] = ()
     """Axes along which one side has the same elements several times."""
     fills: tuple[Fill, ...] = ()
+    begins: tuple[Begin, ...] = ()
 
     def sides(self, *, reverse: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
         """The side that is read and the side that is written."""
@@ -279,7 +293,11 @@ class Equation(Struct, frozen=True, cache_hash=True, dict=True):
         sides = " == ".join(", ".join(map(str, side)) for side in (self.left, self.right))
         copied = [f"copies {axis}" for axis in self.copies]
         clauses = ", ".join(
-            [*map(str, (*self.where, *self.bounds)), *copied, *map(str, self.fills)]
+            [
+                *map(str, (*self.where, *self.bounds, *self.begins)),
+                *copied,
+                *map(str, self.fills),
+            ]
         )
         return sides + (f" where {clauses}" if clauses else "")
 
@@ -344,7 +362,7 @@ def parse_equation(text: str) -> Equation:
     left = scanner.side(("==",))
     scanner.expect("==", "an equation has two sides with == between them")
     right = scanner.side(("where", ""))
-    clauses: list[Where | Bound | Fill | Copies] = []
+    clauses: list[Where | Bound | Begin | Fill | Copies] = []
     if scanner.take_word("where"):
         clauses.append(scanner.clause())
         while scanner.take(","):
@@ -363,7 +381,8 @@ def parse_equation(text: str) -> Equation:
     bounds = tuple(c for c in clauses if isinstance(c, Bound))
     copies = tuple(c.axis for c in clauses if isinstance(c, Copies))
     fills = tuple(c for c in clauses if isinstance(c, Fill))
-    return Equation(text, left, right, where, bounds, copies, fills)
+    begins = tuple(c for c in clauses if isinstance(c, Begin))
+    return Equation(text, left, right, where, bounds, copies, fills, begins)
 
 
 @lru_cache(maxsize=4096)
@@ -617,7 +636,7 @@ class _Scanner:
             raise self.error("an axis was expected here")
         return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
-    def clause(self) -> Where | Bound | Fill | Copies:
+    def clause(self) -> Where | Bound | Begin | Fill | Copies:
         self.skip()
         start = self.at
         axis = self.name()
@@ -628,12 +647,15 @@ class _Scanner:
             self.skip()
             axis = self.name()
             self.expect("=", "padding reads: fill axis = number")
+            if self.take_word("any"):
+                return Fill(axis, 0.0, start, any=True)
             return Fill(axis, self.number(), start)
         bound = self.take("<")
-        one = not bound and self.take_word("is")
+        begin = not bound and self.take_word("from")
+        one = not bound and not begin and self.take_word("is")
         if one and self._last():
             return Where(axis, (), start, one, or_last=True)
-        if not bound and not one:
+        if not bound and not begin and not one:
             self.expect("=", "a where clause reads: axis = value, index is value, or: loop < value")
         values: list[tuple[str, Value]] = [("*", self.value())]
         while True:
@@ -643,8 +665,8 @@ class _Scanner:
             op = next((op for op in "*/+-" if self.take(op)), None)
             if op is not None:
                 values.append((op, self.value()))
-            elif bound:
-                return Bound(axis, tuple(values), start)
+            elif bound or begin:
+                return (Bound if bound else Begin)(axis, tuple(values), start)
             else:
                 last = one and self.take("|") and self._last()
                 return Where(axis, tuple(values), start, one, or_last=last)

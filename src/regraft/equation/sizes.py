@@ -10,6 +10,7 @@ from regraft.equation.notation import (
     REST,
     Affine,
     Axis,
+    Begin,
     Bound,
     ConfigPath,
     Equation,
@@ -166,8 +167,8 @@ def undetermined(equation: Equation, *, reverse: bool = False) -> tuple[str, ...
     return solver.settle_symbolically(dims)
 
 
-def limit_of(bound: Bound, lookup: Lookup) -> int | None:
-    """What a loop's index must stay below; ``None`` where nothing says it."""
+def limit_of(bound: Bound | Begin, lookup: Lookup) -> int | None:
+    """What a loop's index must stay below, or where a rule begins; ``None`` where nothing says it."""
     return _evaluate(bound.values, {}, lookup)
 
 
@@ -313,6 +314,10 @@ class _Solver:
                 self.solve(dim, size, at)
             if len(self.sizes) == before:
                 break
+        read = {name for dim, _, _ in known for name in axes_of(dim)}
+        for fill in self.equation.fills:
+            if fill.any and fill.axis not in read:  # padding that nobody asks for is none
+                self.sizes.setdefault(fill.axis, 0)
         open_axes = [name for name in self.axes if name not in self.sizes and name not in loops]
         if open_axes:
             raise UnknownSizeError(open_axes)
@@ -356,6 +361,10 @@ class _Solver:
         self.put(name, found * step, at)
 
     def settle_symbolically(self, dims: list[Expr]) -> tuple[str, ...]:
+        read = {name for dim in dims for name in axes_of(dim)}
+        for fill in self.equation.fills:
+            if fill.any and fill.axis not in read:
+                self._mark(fill.axis)
         while True:
             before = len(self.sizes)
             for clause in self.equation.where:

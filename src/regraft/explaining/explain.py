@@ -168,7 +168,7 @@ class _Search:
         for edge in self.edges:
             scope = self.subject.scopes.get(edge.book.name, Scope())
             for rule in edge.book.rules:
-                for term in edge.sides(rule)[0]:
+                for term in edge.sides(rule)[0] if rule.reads in (None, edge.reads) else ():
                     match = match_group(term.key, group) if term.key is not None else None
                     if match is None or not scope.admits(group.template):
                         continue
@@ -389,6 +389,7 @@ class _Search:
             term.key is not None and match_group(term.key, group) is not None
             for edge in self.edges
             for rule in edge.book.rules
+            if rule.reads in (None, edge.reads)
             for term in edge.sides(rule)[0]
         )
 

@@ -180,6 +180,13 @@ class _Builder:
             if not fits.any():
                 return None
             claim = claim.keep(fits)
+        for begin in rule.equation.begins:
+            first = limit_of(begin, scope.look_up)
+            if first is not None:
+                fits = claim.indices.loops[:, rule.equation.loops.index(begin.axis)] >= first
+                if not fits.any():
+                    return None
+                claim = claim if fits.all() else claim.keep(fits)
         fixed = len(term.dims) - term.ends_open
         dims = self.sources.dims[self.sources.shape_code[claim.ids()]]
         fits = dims >= fixed if term.ends_open else dims == fixed

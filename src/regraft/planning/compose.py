@@ -128,7 +128,10 @@ def compose(first: Plan, middle: Middle, second: Plan) -> Plan:
         tuple(entries),
         tuple(carried),
         (*first.dropped, *dropped),
-        (*first.demands, *(e for e in first.entries if e.repeats or e.paddings(written=False))),
+        (
+            *first.demands,
+            *(e for e in first.entries if e.repeats or e.paddings(written=False) or e.cut),
+        ),
     )
 
 

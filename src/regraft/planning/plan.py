@@ -18,7 +18,7 @@ from regraft.equation.lower import (
     paddings,
     repeats,
 )
-from regraft.equation.notation import Term
+from regraft.equation.notation import Term, axes_of
 from regraft.equation.sizes import extent, shape_of
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
@@ -111,6 +111,18 @@ class Entry(Struct, frozen=True, eq=False):
                 equation, self.sizes, written=written, reverse=self.way.direction.backward
             )
         return (*own, *self.padded) if written else own
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """Padding that is read as whatever it holds and left: how much of it by the names of its tensors."""
+        return {
+            name: self.sizes[fill.axis]
+            for fill in self.rule.equation.fills
+            if fill.any and self.sizes[fill.axis]
+            for term in self.read
+            if any(fill.axis in axes_of(dim) for dim in term.dims)
+            for name in self.keys(term).names()
+        }
 
     @property
     def renames(self) -> bool:

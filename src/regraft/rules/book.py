@@ -71,6 +71,7 @@ class _EquationTable(msgspec.Struct, forbid_unknown_fields=True):
     text: str
     left_kind: str | list[str] = "linear"
     right_kind: str | list[str] = "linear"
+    reads: Side | None = None
 
 
 class _CarryTable(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -165,6 +166,8 @@ class Rule(Struct, frozen=True, cache_hash=True, dict=True):
     """``file:line``."""
     module: str = ""
     """The name of the module rule that it is a part of."""
+    reads: Side | None = None
+    """The one side that it reads, where that is another form of what other rules write; ``None`` for either."""
 
     @cached_property
     def ways(self) -> dict[Direction, Way]:
@@ -388,6 +391,7 @@ class Book:
             terms = (
                 (rule, number, term, kind)
                 for rule in self.rules
+                if rule.reads in (None, side)
                 for number, (term, kind) in enumerate(rule.side(side))
             )
             found = [RuleTerm.of(place, *each) for place, each in enumerate(terms)]
@@ -817,13 +821,18 @@ class _Loader:
         if equation.left[0].key is None:
             self.report("rule-book", f"{table.name}: a rule's terms need keys", line)
             return None
-        self.check_sizes(table.name, equation, line)
+        self.check_sizes(table.name, equation, line, table.reads)
         kinds = self.kinds(table.name, equation, table.left_kind, table.right_kind, line)
-        return Rule(table.name, equation, *kinds, self.book, f"{self.path}:{line}")
+        where = f"{self.path}:{line}"
+        return Rule(table.name, equation, *kinds, self.book, where, reads=table.reads)
 
-    def check_sizes(self, rule: str, equation: Equation, line: int) -> None:
-        """Report a rule whose sizes cannot be known in both directions."""
+    def check_sizes(
+        self, rule: str, equation: Equation, line: int, reads: Side | None = None
+    ) -> None:
+        """Report a rule whose sizes cannot be known in every direction in which it is read."""
         for direction in () if self.sound else Direction:
+            if reads not in (None, direction.read):
+                continue
             loose = undetermined(equation, reverse=direction.backward)
             if loose:
                 self.report(
@@ -1007,6 +1016,7 @@ def expand_module(module: ModuleRule, book: str) -> list[Rule]:
         right=right,
         where=where,
         bounds=tuple(b for b in module.equation.bounds if b.axis in named),
+        begins=tuple(b for b in module.equation.begins if b.axis in named),
         copies=tuple(axis for axis in module.equation.copies if axis in named),
         fills=tuple(fill for fill in module.equation.fills if fill.axis in named),
     )

@@ -207,7 +207,9 @@ def _twin(
     right = tuple(replace(t, key=k) for t, k in zip(equation.right, new[count:], strict=True))
     still = {name for k in new for hole in k.holes for name in axes_of(hole)}
     bounds = tuple(b for b in equation.bounds if b.axis != layer or layer in still)
-    made = parse_equation(str(replace(equation, left=left, right=right, bounds=bounds)))
+    begins = tuple(b for b in equation.begins if b.axis != layer or layer in still)
+    kept = replace(equation, left=left, right=right, bounds=bounds, begins=begins)
+    made = parse_equation(str(kept))
     return replace(rule, name=f"{rule.name} of {prefix}", equation=made)
 
 

@@ -76,6 +76,8 @@ def _equation(rule: Rule) -> Table:
     table["text"] = _lines(text) if "\n" in text else text
     table["left_kind"] = _kinds(rule.left_kinds)
     table["right_kind"] = _kinds(rule.right_kinds)
+    if rule.reads:
+        table["reads"] = rule.reads
     return table
 
 

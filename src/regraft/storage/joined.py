@@ -16,6 +16,8 @@ from regraft.storage.folder import copy_file
 from regraft.storage.stand_ins import NAMES, STAND_INS
 
 _WEIGHTS = (".distcp", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_OWN = (METADATA, "metadata.json")
+"""What says how it was saved, the second where Megatron-Core did."""
 _MOST = 1 << 27
 """Bytes of a file beside the weights that is taken along."""
 
@@ -60,7 +62,7 @@ def join(folder: Path, inside: Path, key: str | None) -> Joined:
     made = Joined(str(folder), ChunkedFile(inside, model, str(inside)), [*left, *other])
     try:
         for path in sorted(folder.iterdir()):
-            beside = path.is_file() and not path.is_symlink() and path.name != METADATA
+            beside = path.is_file() and not path.is_symlink() and path.name not in _OWN
             if beside and path.suffix not in _WEIGHTS and path.stat().st_size <= _MOST:
                 copy_file(path, made.path / path.name)
     except BaseException:

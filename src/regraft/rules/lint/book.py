@@ -114,6 +114,7 @@ def _ends(book: Book, side: Side) -> list[_End]:
     return [
         _End(rule, term, term.key)
         for rule in book.rules
+        if rule.reads in (None, side)
         for term in (rule.equation.left if side == "left" else rule.equation.right)
         if term.key is not None
     ]
@@ -151,8 +152,8 @@ def _overlaps(book: Book) -> Iterator[Fault]:
                 yield Fault("error", finding, str(one.rule), key)
                 continue
             close, wide = (one, other) if first > second else (other, one)
-            if given_names(close.rule.equation, close.key):
-                continue  # it speaks of one index, such as that of the last layer
+            if given_names(close.rule.equation, close.key) or close.rule.equation.begins:
+                continue  # it speaks of one index, such as that of the last layer, or of those from one on
             if covers(close.key, wide.key) and not wide.term.ends_open:
                 message = f"read {claimed} it never fires: {_named_end(close)} claims all its keys"
                 fix = "remove it, or spell out what it alone speaks of"
