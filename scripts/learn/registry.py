@@ -229,6 +229,7 @@ def judge(cls):
     found = learn_pairs(learned, layouts=("old", "new"))
     row["seconds"] = round(time.perf_counter() - began, 2)
     row["rules"] = len(found.book.rules) + len(found.book.module_rules)
+    row["asked"] = [[c.source for c in each.choices] for each in found.questions]
     if found.odd:
         name, why = next(iter(found.odd.items()))
         return {**row, "verdict": "not explained", "why": f"{len(found.odd)}: {name}: {why}"}
@@ -303,7 +304,8 @@ def table(path):
         print(
             f"{kind or '?'}: {len(mine)} classes, {len(good)} verified ({len(good) / len(mine):.1%}), "
             f"{else_['verified']} at another size ({else_['verified'] / len(mine):.1%}), "
-            f"{else_['wrong']} wrong there, {else_['refused']} refused there"
+            f"{else_['wrong']} wrong there, {else_['refused']} refused there, "
+            f"{sum(bool(row.get('asked')) for row in good)} of the verified with a question"
         )
     for row in rows:
         if row["verdict"] != "verified" or row["elsewhere"] != "verified":

@@ -231,6 +231,29 @@ def test_what_is_called_an_embedding_and_has_a_bias_is_none():
     assert [rule.left_kinds for rule in book.module_rules] == [("linear",)]
 
 
+def test_weights_that_become_parameters_without_a_module_keep_their_kinds():
+    """An adapter of ``o_proj`` follows, although nothing is called ``.weight`` afterwards."""
+    names = {"o_proj.weight": "out", "embed.weight": "table", "norm.weight": "scale"}
+    shapes = {f"l.{n}.{k}": (6, 4)[: 1 + (k[0] != "n")] for n in range(2) for k in names}
+
+    def convert(state):
+        return {
+            f"net.{n}.{new}": state[f"l.{n}.{old}"] for n in range(2) for old, new in names.items()
+        }
+
+    found = watch(convert, shapes, torch=False)
+    assert found.sound
+    kinds = {
+        str(rule.equation.right[0].key): rule.left_kinds + rule.right_kinds
+        for rule in found.book.rules
+    }
+    assert kinds == {
+        "net.{l}.out": ("linear", "linear"),
+        "net.{l}.table": ("embedding", "embedding"),
+        "net.{l}.scale": ("any", "any"),
+    }
+
+
 def test_a_bias_that_does_not_follow_its_weight():
     names = {"gate.weight": "router.weight", "gate.bias": "router.correction"}
 

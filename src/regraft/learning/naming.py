@@ -114,8 +114,8 @@ def _single(
     pair = kinds.of_rename(each.before, each.after)
     stems = [key.removesuffix(".weight") for key in (each.left, each.right)]
     weights = each.left != stems[0] and each.right != stems[1]
-    if weights and all(kind in PLAIN and kind not in ("any", "vector") for kind in pair):
-        if _bias_follows(each, all_of_them, kinds):
+    if all(kind in PLAIN and kind not in ("any", "vector") for kind in pair):
+        if weights and _bias_follows(each, all_of_them, kinds):
             return _module(titles, stems[0], stems[1], pair)
         text = f"{each.left} : {PLAIN[pair[0]]}\n    == {each.right} : {PLAIN[pair[1]]}\n"
         return _rule(titles.of(each.right), text, pair, book)

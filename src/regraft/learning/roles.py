@@ -29,7 +29,9 @@ class Kinds:
         """
         kinds = [self.told[0](before), self.told[1](after)]
         if kinds[0] is None and kinds[1] is None:
-            kinds[1] = self.guess(after, 1)
+            # The name after may be of another tool, whose parameters are no modules' weights.
+            guessed = self.guess(after, 1), self.guess(before, 0)
+            kinds[1] = guessed[0] if guessed[0] != "any" else guessed[1]
         one, other = kinds[0] or kinds[1] or "any", kinds[1] or kinds[0] or "any"
         return one, other
 
