@@ -60,7 +60,7 @@ def causes_of_error(error: str) -> list[str]:
 
 
 def causes_of_rows(
-    rows: Iterable[Row], config: Mapping[str, Any], reclaimed: Sequence[str], moved: bool
+    rows: Iterable[Row], config: Mapping[str, Any], reclaimed: Sequence[str], *, moved: bool
 ) -> list[str]:
     """Why tensors do not land, by what became of them.
 
@@ -69,14 +69,14 @@ def causes_of_rows(
     """
     found: dict[str, None] = {}
     for row in rows:
-        words = _cause(row, config, reclaimed, moved)
+        words = _cause(row, config, reclaimed, moved=moved)
         if words:
             found[words] = None
     return list(found)
 
 
 def _cause(
-    row: Row, config: Mapping[str, Any], reclaimed: Sequence[str], moved: bool
+    row: Row, config: Mapping[str, Any], reclaimed: Sequence[str], *, moved: bool
 ) -> str | None:
     if "NaN" in row.detail:
         return "the file holds values that are no finite numbers"

@@ -390,7 +390,7 @@ class _Checker:
                 reclaimed_names(source.config, known, self.to.name) if known is not None else ()
             )
             moved = converted is not None and converted.report.source_layout != self.to.name
-            verdict.causes = causes_of_rows(verdict.rows, source.config, reclaimed, moved)
+            verdict.causes = causes_of_rows(verdict.rows, source.config, reclaimed, moved=moved)
         if tried.unwanted is not None:
             verdict.notes.append(f"what should land cannot be told: {tried.unwanted}")
         right = tried.error is None and tried.unwanted is None and bool(landings)

@@ -67,9 +67,9 @@ def keys_of(src: Path, model: Path | None, book: Book) -> Keys:
             for group in subject.headers.groups
             for number in group.ids.tolist()
         }
-        return Keys(subject.headers.groups, dims, subject.where, True)
+        return Keys(subject.headers.groups, dims, subject.where, whole=True)
     bases = list(dict.fromkeys(name.base for name in subject.names.values()))
-    return Keys(tuple(group_names(bases)), {}, subject.where, False)
+    return Keys(tuple(group_names(bases)), {}, subject.where, whole=False)
 
 
 def export(model: str) -> str:

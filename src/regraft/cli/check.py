@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @options.progress
 def check(
     sources: tuple[Path, ...],
+    *,
     fail_fast: bool,
     jobs: int,
     html: Path | None,
@@ -90,7 +91,7 @@ def check(
             from regraft.cli.many import warn_of_rest
 
             warn_of_rest(out, (), deeper)
-            return _check_many(out, items, bare, jobs, fail_fast)
+            return _check_many(out, items, bare, jobs, fail_fast=fail_fast)
 
     return job
 
@@ -117,7 +118,7 @@ def _check_one(out: Output, src: Path, asked: CheckOptions, html: Path | None) -
 
 
 def _check_many(
-    out: Output, items: Sequence[Item], asked: CheckOptions, jobs: int, fail_fast: bool
+    out: Output, items: Sequence[Item], asked: CheckOptions, jobs: int, *, fail_fast: bool
 ) -> int:
     from regraft.checking.check import check_with
     from regraft.cli.many import run_many

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 def convert(
     paths: tuple[Path, ...],
     html: Path | None,
+    *,
     json: bool,
     quiet: bool,
     progress: Mode,
@@ -85,7 +86,7 @@ def convert(
         from regraft.cli.many import warn_of_rest
 
         warn_of_rest(out, there, deeper)
-        return _convert_many(out, items, dst, fail_fast, asked)
+        return _convert_many(out, items, dst, fail_fast=fail_fast, asked=asked)
 
     return job
 
@@ -130,6 +131,7 @@ def _convert_many(
     out: Output,
     items: Sequence[Item],
     dst: Path,
+    *,
     fail_fast: bool,
     asked: ConvertOptions,
 ) -> int:
@@ -192,7 +194,7 @@ def _place_of(item: Item, dst: Path, to: str) -> Path:
     return place.with_suffix("") if item.path.is_file() else place
 
 
-def _check_staging(asked: ConvertOptions, several: bool) -> None:
+def _check_staging(asked: ConvertOptions, *, several: bool) -> None:
     """Whether the options for work in parts go together."""
     named = [f"--{name}" for name in ("part", "commit", "abort") if getattr(asked, name)]
     if len(named) > 1:

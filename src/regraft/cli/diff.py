@@ -43,6 +43,7 @@ def diff(
     architecture: str | None,
     rules: tuple[str, ...],
     html: Path | None,
+    *,
     json: bool,
     quiet: bool,
 ) -> Job:

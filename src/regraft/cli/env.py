@@ -11,7 +11,7 @@ from regraft.cli.output import Output
 
 @click.command()
 @options.json
-def env(json: bool) -> Job:
+def env(*, json: bool) -> Job:
     """Print the versions of regraft, Python and the libraries it works with, for bug reports.
 
     Nothing is imported and nothing is sent anywhere; no paths, names or environment variables' values are shown.

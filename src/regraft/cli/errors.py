@@ -30,7 +30,7 @@ def _codes(ctx: click.Context, param: click.Parameter, begun: str) -> list[Compl
     shell_complete=_codes,
 )
 @options.json
-def errors(code: str | None, json: bool) -> Job:
+def errors(code: str | None, *, json: bool) -> Job:
     """Explain the code of a finding: what it means, what to do, and the exit status.
 
     Without CODE, list all of them.

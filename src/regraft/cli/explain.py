@@ -46,6 +46,7 @@ def explain(
     architecture: str | None,
     rules: tuple[str, ...],
     html: Path | None,
+    *,
     json: bool,
     quiet: bool,
 ) -> Job:

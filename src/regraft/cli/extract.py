@@ -84,6 +84,7 @@ def extract(
     rank: int | None,
     error: float | None,
     to: str | None,
+    *,
     full: bool,
     skip: tuple[str, ...],
     dtype: str,

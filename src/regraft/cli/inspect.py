@@ -32,6 +32,7 @@ def inspect(
     architecture: str | None,
     rules: tuple[str, ...],
     html: Path | None,
+    *,
     json: bool,
     quiet: bool,
 ) -> Job:

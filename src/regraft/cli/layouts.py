@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @options.rules
 @options.json
 @options.quiet
-def layouts(rules: tuple[str, ...], json: bool, quiet: bool) -> Job:
+def layouts(rules: tuple[str, ...], *, json: bool, quiet: bool) -> Job:
     """List the names that --to and --from take.
 
     NAME[/VERSION] is a layout, or a dialect in its usual layout; LAYOUT:DIALECT[/VERSION] says both. For a checkpoint

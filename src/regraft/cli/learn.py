@@ -86,6 +86,7 @@ def learn(
     timeout: float,
     settings: tuple[str, ...],
     choose: tuple[str, ...],
+    *,
     partial: bool,
     json: bool,
     quiet: bool,

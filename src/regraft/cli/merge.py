@@ -77,6 +77,7 @@ def merge(
     architecture: str | None,
     rules: tuple[str, ...],
     shard_size: str | None,
+    *,
     dry_run: bool,
     overwrite: bool,
     json: bool,

@@ -149,7 +149,7 @@ offline = click.option(
     is_flag=True,
     expose_value=False,
     is_eager=True,
-    callback=lambda ctx, param, value: _stay_offline(value),
+    callback=lambda ctx, param, value: _stay_offline(wanted=value),
     help="Ask nothing over the network, whatever is named.",
 )
 
@@ -173,7 +173,7 @@ _verbose = click.option(
     "-v",
     is_flag=True,
     expose_value=False,
-    callback=lambda ctx, param, value: _log(ctx, value),
+    callback=lambda ctx, param, value: _log(ctx, verbose=value),
     help="Say on stderr what is decided, and why.",
 )
 
@@ -183,7 +183,7 @@ def quiet(command: Command) -> Command:
     return _quiet(_verbose(command))
 
 
-def _log(ctx: click.Context, verbose: bool) -> None:
+def _log(ctx: click.Context, *, verbose: bool) -> None:
     """Let what the library logs go to stderr."""
     from regraft.cli.output import log_to_stderr
 
@@ -244,7 +244,7 @@ def _below(key: str | None) -> None:
         take_key(key)
 
 
-def _stay_offline(wanted: bool) -> None:
+def _stay_offline(*, wanted: bool) -> None:
     if wanted:
         from regraft.places import stay_offline
 

@@ -68,6 +68,7 @@ def probe(
     out: Path,
     layout: str | None,
     sizes: int,
+    *,
     digits: bool,
     settings: tuple[str, ...],
     json: bool,

@@ -32,7 +32,7 @@ _STYLE = {"error": _BAD, "warning": _WARNING, "note": _FAINT}
 @rules.command("list")
 @options.json
 @options.quiet
-def list_books(json: bool, quiet: bool) -> Job:
+def list_books(*, json: bool, quiet: bool) -> Job:
     """List the rule books that come with regraft."""
     out = Output(json=json, quiet=quiet)
 
@@ -76,7 +76,7 @@ def _show_list(out: Output, books: tuple[Book, ...]) -> None:
 @rules.command(cls=options.WithArguments)
 @_book
 @options.json
-def show(book: str, json: bool) -> Job:
+def show(book: str, *, json: bool) -> Job:
     """Show a rule book as one TOML file, with what it includes.
 
     Exit status: 0 done, 1 there is no such book or it cannot be loaded.
@@ -134,6 +134,7 @@ def lint(
     model: Path | None,
     architecture: str | None,
     html: Path | None,
+    *,
     json: bool,
     quiet: bool,
 ) -> Job:
@@ -210,7 +211,7 @@ def _show_fault(out: Output, fault: Fault) -> None:
 @options.argument("model", "A model type, or a model's folder or config.json.", metavar="MODEL")
 @click.option("--out", "-o", "file", metavar="FILE", type=options.FILE, help="Write it here.")
 @options.quiet
-def export(model: str, file: Path | None, quiet: bool) -> Job:
+def export(model: str, file: Path | None, *, quiet: bool) -> Job:
     """Write the rule books that apply to a model as TOML, as a start for one of your own.
 
     Exit status: 0 done, 1 no rule book knows the model, or the file exists.
@@ -257,7 +258,7 @@ def export(model: str, file: Path | None, quiet: bool) -> Job:
     help="What model_type is in the model's config.json.",
 )
 @options.quiet
-def new(file: Path, left: str, right: str, model_type: str, quiet: bool) -> Job:
+def new(file: Path, left: str, right: str, model_type: str, *, quiet: bool) -> Job:
     """Start a rule book, with a test beside it that passes; then put the model's own names in.
 
     Exit status: 0 done, 1 a file exists, 2 usage.

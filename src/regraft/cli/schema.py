@@ -25,7 +25,7 @@ def _documents(ctx: click.Context, param: click.Parameter, begun: str) -> list[C
     shell_complete=_documents,
 )
 @options.json
-def schema(command: str | None, json: bool) -> Job:
+def schema(command: str | None, *, json: bool) -> Job:
     """Print the JSON Schema of what a command prints with --json.
 
     Without COMMAND, print the schemas of all of them in one document.

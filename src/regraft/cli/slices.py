@@ -62,6 +62,7 @@ def slices(
     model: Path | None,
     source: str | None,
     rules: tuple[str, ...],
+    *,
     json: bool,
     quiet: bool,
 ) -> Job:

@@ -48,6 +48,7 @@ def verify(
     rules: tuple[str, ...],
     tolerance: float | None,
     verify_budget: float,
+    *,
     json: bool,
     quiet: bool,
     progress: Mode,

@@ -45,7 +45,7 @@ class _Row:
     """The largest one."""
 
 
-def show_report(out: Output, report: Report, load: bool = True) -> None:
+def show_report(out: Output, report: Report, *, load: bool = True) -> None:
     """What a conversion did; the last line says how to load the result, unless ``load`` is off."""
     for adapter in report.adapters:
         _show_adapter(out, adapter, report)

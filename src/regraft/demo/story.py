@@ -41,7 +41,7 @@ class _Demo:
         self.out = Output()
         self.failed = 0
 
-    def run(self, kept: bool) -> int:
+    def run(self, *, kept: bool) -> int:
         start = time.perf_counter()
         config, tensors = proof.read_adapter(self.adapter)
         self.tell(
@@ -72,7 +72,7 @@ class _Demo:
         self.check(
             f"{len(before)} deltas ({packed} of experts) are the same: the largest element is "
             f"{size:.3g}, the largest difference {difference:.3g}",
-            size > 0 and difference <= _TOLERANCE * size,
+            holds=size > 0 and difference <= _TOLERANCE * size,
         )
 
         swapped = proof.deltas_v5(new_config, proof.swap_experts(new_tensors, experts), experts)
@@ -80,23 +80,25 @@ class _Demo:
         self.tell("\n   Is that check worth anything? Exchange experts 0 and 1 in the result:")
         self.check(
             f"a check of norms does not notice: {norms[0]:.6f} before, {norms[1]:.6f} after",
-            abs(norms[0] - norms[1]) <= _TOLERANCE * norms[0],
+            holds=abs(norms[0] - norms[1]) <= _TOLERANCE * norms[0],
         )
         wrong = proof.largest_difference(before, swapped)
-        self.check(f"the deltas do: the largest difference is {wrong:.3g}", wrong > 1e-3 * size)
+        self.check(
+            f"the deltas do: the largest difference is {wrong:.3g}", holds=wrong > 1e-3 * size
+        )
 
         self.tell("\n3. Convert the result back:  regraft convert out back --to transformers-v4")
         convert(self.v5, self.v4, to="transformers-v4", model=self.base)
         old_config, old_tensors = proof.read_adapter(self.v4)
         self.check(
             f"all {len(tensors)} tensors are the original's, bit for bit",
-            _bits(tensors) == _bits(old_tensors),
+            holds=_bits(tensors) == _bits(old_tensors),
         )
-        self.check("so is adapter_config.json, field for field", config == old_config)
-        self.finish(kept, time.perf_counter() - start)
+        self.check("so is adapter_config.json, field for field", holds=config == old_config)
+        self.finish(kept=kept, seconds=time.perf_counter() - start)
         return 1 if self.failed else 0
 
-    def finish(self, kept: bool, seconds: float) -> None:
+    def finish(self, *, kept: bool, seconds: float) -> None:
         folder = str(self.v5) if kept else "out"
         if self.failed:
             self.tell(f"\n{self.failed} of the checks FAILED: please report it.")
@@ -112,7 +114,7 @@ class _Demo:
         for line in lines:
             self.out.text(line + "\n")
 
-    def check(self, claim: str, holds: bool) -> None:
+    def check(self, claim: str, *, holds: bool) -> None:
         self.failed += not holds
         self.tell(f"   {'ok    ' if holds else 'FAILED'} {claim}")
 

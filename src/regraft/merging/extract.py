@@ -114,7 +114,7 @@ def extract(
                 check_destination(Path(path), output.dst, overwrite=overwrite, file=output.file)
         work = _Extracting(one, other, output, wanted, made, tuple(skip), full)
         work.run(pairs, progress)
-        made.notes += output.write(made, overwrite, dry_run)
+        made.notes += output.write(made, overwrite=overwrite, dry_run=dry_run)
         return made
 
 

@@ -345,7 +345,9 @@ def _reports(addends: Sequence[Addend], checked: Checked, base: Base) -> list[Ad
                 tensors_in=addend.tensors,
             )
         report.targets += [
-            Target(key, addend.ranks.get(key, 0), 0, addend.weight, rule, False, rung="merged")
+            Target(
+                key, addend.ranks.get(key, 0), 0, addend.weight, rule, exact=False, rung="merged"
+            )
             for key, rule in checked.keys.get(number, {}).items()
         ]
         report.carried += len(addend.replaced)

@@ -130,7 +130,7 @@ class ImageOutput:
         into = prod(values.shape[1:])
         self.deltas[home] = Delta(FULL, {"diff": values}, len(values), into, bias=bias)
 
-    def write(self, made: Extraction, overwrite: bool, dry_run: bool) -> list[str]:
+    def write(self, made: Extraction, *, overwrite: bool, dry_run: bool) -> list[str]:
         """Write the file, and say what is to be said."""
         how = writing(self.to, self.family)
         ways = Ways(str(self.base.path))

@@ -92,11 +92,11 @@ class LanguageOutput:
         """Take a tensor as a whole."""
         self.replaced[name] = after
 
-    def write(self, made: Extraction, overwrite: bool, dry_run: bool) -> list[str]:
+    def write(self, made: Extraction, *, overwrite: bool, dry_run: bool) -> list[str]:
         """Write the adapter, and say what is to be said."""
         notes = self._whole_modules(made)
         opened = self._opened(self.loras)
-        into = Into(self.dialect, False)
+        into = Into(self.dialect, own=False)
         result = convert_adapter(
             opened,
             self.target,
@@ -109,7 +109,7 @@ class LanguageOutput:
         notes += [note for note in result.report.notes if note not in notes]
         if dry_run:
             return notes
-        self._save(opened, result, overwrite)
+        self._save(opened, result, overwrite=overwrite)
         return notes
 
     def _whole_modules(self, made: Extraction) -> list[str]:
@@ -160,7 +160,7 @@ class LanguageOutput:
             said=said,
         )
 
-    def _save(self, opened: PlainFile, result: Converted, overwrite: bool) -> None:
+    def _save(self, opened: PlainFile, result: Converted, *, overwrite: bool) -> None:
         size = sum(tensor.nbytes for tensor in result.tensors.values())
         stage = staged_file if self.file else staged_folder
         with stage(self.dst, overwrite=overwrite, size=size) as staged:

@@ -165,7 +165,7 @@ def _from_pretrained(original: classmethod[Any, Any, Any]) -> Any:
         model: Any,
         model_id: Any,
         adapter_name: str = "default",
-        is_trainable: bool = False,
+        is_trainable: bool = False,  # noqa: FBT001, FBT002 (the signature is PEFT's)
         config: PeftConfig | None = None,
         *args: Any,
         **options: Any,

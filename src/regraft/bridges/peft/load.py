@@ -67,7 +67,15 @@ def load_adapter(
     with alone_with(model):
         place, adapter = choose(model, source)
         with alone_with(place.base):
-            return _load(model, place, adapter, source, adapter_name, hotswap, is_trainable)
+            return _load(
+                model,
+                place,
+                adapter,
+                source,
+                adapter_name,
+                hotswap=hotswap,
+                is_trainable=is_trainable,
+            )
 
 
 class _RehearsedError(Exception):
@@ -118,7 +126,9 @@ class Inside:
         place, adapter, source = self.place, self.adapter, self.source
         with alone_with(self.model), alone_with(place.base):
             if place.peft_model is not None:
-                _load(self.model, place, adapter, source, "default", False, False)
+                _load(
+                    self.model, place, adapter, source, "default", hotswap=False, is_trainable=False
+                )
                 return
             check_free(place, "default", source)
             inject(place.base, adapter, "default", is_trainable=False)
@@ -137,6 +147,7 @@ def _load(
     adapter: Adapter,
     source: Opened,
     adapter_name: str,
+    *,
     hotswap: bool,
     is_trainable: bool,
 ) -> Any:
@@ -180,7 +191,7 @@ def load_by_peft(
     if root is not place.base:
         adapter = adapter.anywhere()
     with (
-        undone_on_failure(outer, changes_weights(adapter)),
+        undone_on_failure(outer, weights=changes_weights(adapter)),
         wrappers_aside(place.base),
         handing(adapter, place.base),
         adapter.config_folder() as folder,
@@ -221,7 +232,7 @@ def inject(
     config.inference_mode = not is_trainable
     before = active_adapters(base) if keeps_active else None
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    with undone_on_failure(base, changes_weights(adapter)):
+    with undone_on_failure(base, weights=changes_weights(adapter)):
         with wrappers_aside(base), handing(adapter, base):
             inject_adapter_in_model(config, base, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
             if autocast:
@@ -233,7 +244,7 @@ def inject(
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
         if not is_trainable:
-            base.train(False)
+            base.train(mode=False)
 
 
 def active_adapters(base: nn.Module) -> list[str] | None:

@@ -167,7 +167,7 @@ def base_slots(root: nn.Module) -> dict[str, Slot]:
     plain: dict[str, Slot] = {}
     for live, path, module in _walk_base(unwrapped(root), "", ""):
         for name in _own_tensors(module):
-            slot = Slot(module, name, False)
+            slot = Slot(module, name, needed=False)
             exact[f"{live}{name}"] = slot
             plain[f"{path}{name}"] = slot
     return plain | exact

@@ -13,7 +13,7 @@ _CONTAINERS = (dict, list, set)
 
 
 @contextmanager
-def undone_on_failure(root: nn.Module, weights: bool = False) -> Iterator[None]:
+def undone_on_failure(root: nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Whatever is raised inside leaves the modules below ``root`` as they were before.
 
     What is kept is the tree: each module's attributes, and what stands in those that are dicts, lists or sets

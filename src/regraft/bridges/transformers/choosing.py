@@ -140,7 +140,7 @@ def guess(
 
     Raises ``AmbiguousError`` where the classes that fit best lead to different results.
     """
-    candidates = _candidates(classes_of_type(model.model_type or ""), keys, make, adapter)
+    candidates = _candidates(classes_of_type(model.model_type or ""), keys, make, adapter=adapter)
     if not candidates:
         return None
     held = find_held(model, [c.imported for c in candidates], keys, adapter=adapter)
@@ -169,13 +169,13 @@ def guess(
 
 
 def _candidates(
-    classes: Sequence[str], keys: Sequence[str], make: Callable[[str], Imported], adapter: bool
+    classes: Sequence[str], keys: Sequence[str], make: Callable[[str], Imported], *, adapter: bool
 ) -> list[_Candidate]:
     candidates: list[_Candidate] = []
     failed: RegraftError | None = None
     for name in classes:
         try:
-            candidates.append(_candidate(make(name), keys, adapter))
+            candidates.append(_candidate(make(name), keys, adapter=adapter))
         except RegraftError as error:
             failed = failed or error
     if failed is not None and not candidates:
@@ -183,7 +183,7 @@ def _candidates(
     return candidates
 
 
-def _candidate(imported: Imported, keys: Sequence[str], adapter: bool) -> _Candidate:
+def _candidate(imported: Imported, keys: Sequence[str], *, adapter: bool) -> _Candidate:
     outcome: list[object] = [None] * len(keys)
     landed = known = exact = 0
     had = _spelled(imported)
@@ -225,7 +225,7 @@ def find_held(
         if sum(below.values()) > most:
             fitting = [imported for imported, known in spelled if below.keys() <= known]
             held = (import_model(imported.skeleton.held(path, named)) for imported in fitting)
-            found += (_candidate(imported, keys, adapter) for imported in held)
+            found += (_candidate(imported, keys, adapter=adapter) for imported in held)
     if not found:
         return None
     best = max(candidate.known for candidate in found)

@@ -57,7 +57,7 @@ class InstalledTransformers:
     def has_class(self, names: Sequence[str]) -> bool | None:
         """Whether transformers has a class of one of the names; ``None`` without transformers."""
         found: bool | None = _ask(
-            _Question(ModelConfig({}, ""), [], {}, list(names), False, about="class")
+            _Question(ModelConfig({}, ""), [], {}, list(names), adapter=False, about="class")
         )
         return found
 
@@ -69,7 +69,7 @@ class InstalledTransformers:
         Raises ``BadInputError`` where the model cannot be built from its config.
         """
         found: list[TiedNames] | None = _ask(
-            _Question(model, list(keys), {}, list(classes), False, about="ties")
+            _Question(model, list(keys), {}, list(classes), adapter=False, about="ties")
         )
         return found
 

@@ -258,7 +258,7 @@ class Imported:
         """
         from regraft.bridges.transformers.making import make_book
 
-        return make_book(self, list(keys), shapes or {}, adapter, list(spelled))
+        return make_book(self, list(keys), shapes or {}, adapter=adapter, spelled=list(spelled))
 
     @cached_property
     def origins(self) -> list[tuple[Rows, Origin]]:
@@ -286,7 +286,7 @@ class Imported:
     ) -> Iterator[tuple[Rows, Judged]]:
         spelled, each = self._digits
         for rows in table:
-            yield from outcomes(rows, judge, place, spelled, each)
+            yield from outcomes(rows, judge, place, spelled, each=each)
 
     @cached_property
     def _digits(self) -> tuple[frozenset[int], bool]:

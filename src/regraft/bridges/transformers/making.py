@@ -63,6 +63,7 @@ def make_book(
     imported: Imported,
     keys: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
+    *,
     adapter: bool,
     spelled: Sequence[str] = (),
 ) -> Book:
@@ -336,7 +337,7 @@ class _Maker:
                 [*origin.converter.transform.forward.targets],
                 shapes,
                 skeleton.submodels[0].config,
-                turned,
+                turned=turned,
             )
         except UnknownOperationError as error:
             if knows(operations):
@@ -357,7 +358,7 @@ class _Maker:
         )
         clauses = [*chain.clauses(), *bounds]
         left_kinds = tuple(
-            _source_kind(kinds[0], len(axes), len(shapes[0]), name, chain.is_turned)
+            _source_kind(kinds[0], len(axes), len(shapes[0]), name, turned=chain.is_turned)
             for name, axes in zip(old, chain.sources, strict=True)
         )
         self._rule(new[0], f"{left}\n    == {right}", clauses, left_kinds, tuple(kinds), where)
@@ -552,7 +553,7 @@ def _old_kind(kind: str, old: str) -> str:
     return "experts-unmarked" if kind == "experts-transposed" else kind
 
 
-def _source_kind(kind: str, dims: int, target_dims: int, old: str, turned: bool) -> str:
+def _source_kind(kind: str, dims: int, target_dims: int, old: str, *, turned: bool) -> str:
     if kind.startswith("experts"):
         if dims == 2:
             return "linear"

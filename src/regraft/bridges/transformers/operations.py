@@ -116,6 +116,7 @@ def run(
     targets: Sequence[str],
     shapes: Sequence[Sequence[int]],
     config: Any,
+    *,
     turned: bool,
 ) -> Chain:
     """The equation's dims for a chain.

@@ -229,8 +229,8 @@ def _transform(entry: str, number: int, raw: Any) -> Transform:
     return Transform(
         entry,
         number,
-        _step(raw, grouped),
-        _step(back, grouped),
+        _step(raw, paired=grouped),
+        _step(back, paired=grouped),
         tuple(getattr(raw, "operations", ())),
         grouped,
         kind == "PrefixChange",
@@ -286,7 +286,7 @@ def _is_of_transformers(kind: type) -> bool:
     return getattr(loading, kind.__name__, None) is kind
 
 
-def _step(raw: Any, paired: bool) -> Step:
+def _step(raw: Any, *, paired: bool) -> Step:
     return Step(
         raw.compiled_sources,
         tuple(raw.source_patterns),

@@ -119,6 +119,7 @@ def outcomes(
     judge: Callable[[str], Judged],
     place: Callable[[Judged, Sequence[int]], Judged],
     spelled: frozenset[int],
+    *,
     each: bool,
 ) -> Iterator[tuple[Rows, Judged]]:
     """What a function makes of keys: few groups of keys, each with one outcome in terms of stand-ins.
