@@ -66,7 +66,7 @@ class {title}(Struct, frozen=True):
             return None
         names = read_header(path).tensors
         fits = bool(names) and all(name.startswith(NAMES.prefix) for name in names)
-        return Evidence(True, f"its keys begin with {{NAMES.prefix}}") if fits else None
+        return Evidence(certain=True, why=f"its keys begin with {{NAMES.prefix}}") if fits else None
 
     def find(self, src: Path) -> Found:
         """The file."""

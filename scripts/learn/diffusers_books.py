@@ -75,8 +75,8 @@ def flux(out):
             lambda state: files.convert_flux_transformer_checkpoint_to_diffusers(dict(state)),
             flux_shapes(*blocks),
             None,
-            True,
-            f"{blocks[0]} and {blocks[1]} blocks",
+            with_torch=True,
+            where=f"{blocks[0]} and {blocks[1]} blocks",
         )
         for blocks in ((2, 3), (3, 2))
     ]
@@ -129,8 +129,8 @@ def sdxl(out):
                 ),
                 old,
                 None,
-                True,
-                f"width {width}",
+                with_torch=True,
+                where=f"width {width}",
             )
         )
     found = learn_pairs(

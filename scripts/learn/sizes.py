@@ -27,7 +27,9 @@ def learn_config(
         kinds = kinds or known.kinds
         convert = converter_of(known.config)
         where = f"size {size + 1}"
-        pairs.append(pair_of(convert, known.shapes, known.config, with_torch, where))
+        pairs.append(
+            pair_of(convert, known.shapes, known.config, with_torch=with_torch, where=where)
+        )
     return learn_pairs(
         pairs,
         layouts=("transformers-v4", tool),

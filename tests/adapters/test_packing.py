@@ -21,19 +21,19 @@ def test_unpack_is_the_inverse_of_pack(packing, kind, sizes):
     swapped = swaps(packing, kind, experts)
     a = np.arange(experts * rank * into).reshape(experts, rank, into)
     b = np.arange(experts * out * rank).reshape(experts, out, rank)
-    packed = pack(a, b, swapped)
+    packed = pack(a, b, swapped=swapped)
     x, y = (out, into) if swapped else (into, out)
     assert [p.shape for p in packed] == [(experts * rank, x), (y, rank * experts)]
-    back = unpack(*packed, experts, swapped)
+    back = unpack(*packed, experts, swapped=swapped)
     assert same_bits(back[0], a)
     assert same_bits(back[1], b)
-    again = pack(*back, swapped)
+    again = pack(*back, swapped=swapped)
     assert all(same_bits(p, q) for p, q in zip(packed, again, strict=True))
 
 
 def test_a_is_expert_major_and_b_rank_major():
     a, b = np.arange(6).reshape(3, 2, 1), np.arange(6).reshape(3, 1, 2)
-    first, second = pack(a, b, False)
+    first, second = pack(a, b, swapped=False)
     assert first[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert second[0].tolist() == [0, 2, 4, 1, 3, 5]
 
@@ -92,7 +92,7 @@ def test_peft_merges_what_we_unpack(kind, experts):
     a, b = (state[f"base_model.model.experts.lora_{n}.weight"].numpy() for n in "AB")
     merged = wrapped.merge_and_unload().experts.weight.detach().numpy()
     swapped = swaps("peft-0.19", kind, experts)
-    first, second = unpack(a, b, experts, swapped)
+    first, second = unpack(a, b, experts, swapped=swapped)
     assert first.shape == (experts, 3, into)
     assert second.shape == (experts, out, 3)
     delta = 2 * second @ first

@@ -20,7 +20,7 @@ sys.exit(status)
 
 def test_runs_without_torch() -> None:
     done = subprocess.run(
-        kept=[sys.executable, "-c", PROBE], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

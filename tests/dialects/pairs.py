@@ -45,12 +45,14 @@ class Pairs:
 
     def sniff(self, src):
         if src.is_dir():
-            return Evidence(True, f"there is a {FILE}") if (src / FILE).is_file() else None
+            return (
+                Evidence(certain=True, why=f"there is a {FILE}") if (src / FILE).is_file() else None
+            )
         if src.suffix not in self.capabilities.suffixes or not src.is_file():
             return None
         header = read_header(src)
         fits = "alpha" in header.metadata and all(n.startswith("net.") for n in header.tensors)
-        return Evidence(True, "its keys begin with net.") if fits else None
+        return Evidence(certain=True, why="its keys begin with net.") if fits else None
 
     def find(self, src):
         if src.is_dir():

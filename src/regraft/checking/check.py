@@ -291,7 +291,7 @@ class _Checker:
 
     def scan(self, source: Source) -> tuple[Scan, list[Finding]]:
         """What the adapter's names are."""
-        return scan_names(list(source.tensors), source.where, source.peft_type == "LORA")
+        return scan_names(list(source.tensors), source.where, lora=source.peft_type == "LORA")
 
     def known(self, source: Source) -> Known | None:
         """What is known of the base, if it is."""

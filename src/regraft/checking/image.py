@@ -322,7 +322,7 @@ def _parts(fit: Fit, file: OpenedImage, weights: _Weights) -> dict[str, list[_Mo
     for stem, module in modules.items():
         home = fit.homes[stem]
         component = fit.family.component if home.component == DENOISER else home.component
-        said = said_alpha(file.metadata, component, home.module, spellings, keyed)
+        said = said_alpha(file.metadata, component, home.module, spellings, keyed=keyed)
         scale = scale_of(module.tensors, said)
         made = _Module(home, module.tensors, scale, adapter.deltas[home], weights)
         found.setdefault(home.component, []).append(made)

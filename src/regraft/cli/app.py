@@ -100,7 +100,7 @@ def _nearest(name: str) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-def _show_version(ctx: click.Context, _: click.Parameter, *, wanted: bool) -> None:
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 (click's)
     if wanted and not ctx.resilient_parsing:
         Output().text(f"regraft {regraft.__version__}\n")
         ctx.exit()

@@ -164,7 +164,14 @@ def _watched(
     def watched(outline: Outline, where: str) -> Pair:
         converter = CommandConverter(command, outline.config, timeout)
         first = outline is known[0]
-        return pair_of(converter, outline.shapes, outline.config, False, where, first)
+        return pair_of(
+            converter,
+            outline.shapes,
+            outline.config,
+            with_torch=False,
+            where=where,
+            other_values=first,
+        )
 
     def found() -> Learned:
         return learn_pairs(

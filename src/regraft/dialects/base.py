@@ -247,7 +247,7 @@ class PlainFile(Struct):
     def check_fit(self, known: Known, base: BaseWeights) -> None:
         """Sizes are compared by the rules."""
 
-    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """Where all names are the same, it is in the layout that is asked for."""
         return to, None
 

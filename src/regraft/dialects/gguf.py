@@ -255,7 +255,9 @@ class Gguf:
     def sniff(self, src: Path) -> Evidence | None:
         """A file that begins as GGUF does, or a folder with one."""
         file = _file(src)
-        return Evidence(True, f"{file.name} is a GGUF file") if file is not None else None
+        return (
+            Evidence(certain=True, why=f"{file.name} is a GGUF file") if file is not None else None
+        )
 
     def find(self, src: Path) -> Found:
         """The one file."""

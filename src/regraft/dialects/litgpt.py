@@ -477,7 +477,7 @@ class Litgpt:
         """The file's name, or names of its tensors."""
         file = one_file(src, (WEIGHTS,), (".pth.lora",))
         if file is not None:
-            return Evidence(True, f"there is a {file.name}")
+            return Evidence(certain=True, why=f"there is a {file.name}")
         if not (src.is_file() and src.suffix in (".pth", ".lora", ".pt")):
             return None
         from regraft.storage.torch_file import torch_names
@@ -487,7 +487,7 @@ class Litgpt:
         except (RegraftError, OSError):
             return None
         if names and all(name.endswith((_A, _B)) for name in names):
-            return Evidence(True, f"{src.name} has LitGPT's names ({names[0]})")
+            return Evidence(certain=True, why=f"{src.name} has LitGPT's names ({names[0]})")
         return None
 
     def find(self, src: Path) -> Found:

@@ -121,7 +121,7 @@ class MegatronBridge(ReadOnly):
         factors = [name for name in look.shapes if name.endswith(_FACTOR)]
         if not factors or any(not n.startswith("model.") or PREFIX in n for n in factors):
             return None
-        return Evidence(True, f"its keys have no {PREFIX!r} before them ({factors[0]})")
+        return Evidence(certain=True, why=f"its keys have no {PREFIX!r} before them ({factors[0]})")
 
     def find(self, src: Path) -> Found:
         """A folder with the weights, or the weights file."""

@@ -142,7 +142,7 @@ class Mlx:
         except (RegraftError, OSError):
             return None
         if any(name.endswith(".lora_a") for name in names):
-            return Evidence(True, f"{file.name} has tensors that end in .lora_a")
+            return Evidence(certain=True, why=f"{file.name} has tensors that end in .lora_a")
         return None
 
     def find(self, src: Path) -> Found:
@@ -191,7 +191,7 @@ class Mlx:
             if name.endswith(".m")
         }
         dora = config.get("fine_tune_type") == "dora"
-        findings += _odd_magnitudes(loras, magnitudes, dora, where)
+        findings += _odd_magnitudes(loras, magnitudes, dora=dora, where=where)
         if findings:
             raise BadInputError(findings)
         base = config.get("model")
@@ -341,7 +341,7 @@ def _below_the_last(keys: Sequence[str], config: Mapping[str, Any], where: str) 
 
 
 def _odd_magnitudes(
-    loras: Mapping[str, Lora], magnitudes: Mapping[str, Array], dora: bool, where: str
+    loras: Mapping[str, Lora], magnitudes: Mapping[str, Array], *, dora: bool, where: str
 ) -> list[Finding]:
     findings = []
     for key in sorted(magnitudes.keys() - loras.keys()):

@@ -326,12 +326,12 @@ class Nemo(PeftFiles):
         if look is None or look.config is None:
             return None
         if (look.folder / OWN).is_file():
-            return Evidence(True, f"there is a {OWN}")
+            return Evidence(certain=True, why=f"there is a {OWN}")
         key = next(filter(NATIVE.fullmatch, look.shapes), None)
         if key is not None:
-            return Evidence(True, f"it has {key}")
+            return Evidence(certain=True, why=f"it has {key}")
         if STAMP in look.config:
-            return Evidence(True, f"adapter_config.json has {STAMP}")
+            return Evidence(certain=True, why=f"adapter_config.json has {STAMP}")
         return None
 
     def find(self, src: Path) -> Found:

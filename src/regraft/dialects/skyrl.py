@@ -32,12 +32,16 @@ class Skyrl(ReadOnly):
     def sniff(self, src: Path) -> Evidence | None:
         """Experts' keys without an end, or its archive."""
         if src.is_file() and src.name.endswith(_ARCHIVES):
-            return Evidence(True, "it is an archive of an adapter") if _holds_adapter(src) else None
+            return (
+                Evidence(certain=True, why="it is an archive of an adapter")
+                if _holds_adapter(src)
+                else None
+            )
         look = look_at(src)
         if look is None:
             return None
         key = next(filter(_EXPERT.fullmatch, look.shapes), None)
-        return None if key is None else Evidence(True, f"it has {key}")
+        return None if key is None else Evidence(certain=True, why=f"it has {key}")
 
     def find(self, src: Path) -> Found:
         """What there is to refuse."""

@@ -37,6 +37,7 @@ def has_stacks(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def expand_stacks(
     tensors: Mapping[str, Array],
     config: Mapping[str, Any],
+    *,
     interleaved: bool = False,
     where: str = "",
 ) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def as_peft(source: Source) -> dict[str, Any]:
             name = PREFIX + "lm_head." + name.partition(HEAD)[2]
         tensors[_ATTENTION.sub(r"\1.self_attn.", name)] = tensor
     config = dict(source.config)
-    made = expand_stacks(_join_parts(tensors.checked(), source.where), config, oss, source.where)
+    made = expand_stacks(
+        _join_parts(tensors.checked(), source.where), config, interleaved=oss, where=source.where
+    )
     entries = made["config"].get("target_modules")
     if isinstance(entries, list) and "unembed_tokens" in entries:
         made["config"]["target_modules"] = [
@@ -135,7 +137,7 @@ class Tinker(ReadOnly, PeftFiles):
         key = has_stacks(look.shapes) or next((n for n in look.shapes if HEAD in n), None)
         if key is None:
             return None
-        return Evidence(True, f"it has {key}")
+        return Evidence(certain=True, why=f"it has {key}")
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""

@@ -241,13 +241,13 @@ class ReadOnly:
         raise AssertionError("it has no writer")
 
 
-def parameter_of(module: str, depth: str, both: bool, entries: Iterable[str] | None) -> str:
+def parameter_of(module: str, depth: str, *, both: bool, entries: Iterable[str] | None) -> str:
     """The parameter that packed factors belong to.
 
     Where a module has two, the inner one is ``gate_up_proj``; of a single one, ``target_parameters`` tell.
 
-    >>> parameter_of("l.0.experts", ".base_layer", True, None), parameter_of("l.0.experts", "", False, ["down_proj"])
-    ('gate_up_proj', 'down_proj')
+    >>> parameter_of("l.0.experts", ".base_layer", both=True, entries=None)
+    'gate_up_proj'
     """
     if both:
         return INNER if depth else OUTER
@@ -267,7 +267,7 @@ def packed_parameters(
     told = {}
     for name, hit in found:
         module = hit["module"].removeprefix(PREFIX)
-        leaf = parameter_of(module, hit["depth"], hit["module"] in nested, entries)
+        leaf = parameter_of(module, hit["depth"], both=hit["module"] in nested, entries=entries)
         told[name] = module, leaf
     return told
 

@@ -183,7 +183,9 @@ class Torchtune:
         except (RegraftError, OSError):
             return None
         if names and all(name.endswith((_A, _B, _M)) for name in names):
-            return Evidence(True, f"{file.name} has torchtune's names ({next(iter(names))})")
+            return Evidence(
+                certain=True, why=f"{file.name} has torchtune's names ({next(iter(names))})"
+            )
         return None
 
     def find(self, src: Path) -> Found:

@@ -271,10 +271,10 @@ class Unsloth(PeftFiles):
         if look is None or look.config is None:
             return None
         if look.written_by == "unsloth":
-            return Evidence(True, "regraft wrote it for Unsloth")
+            return Evidence(certain=True, why="regraft wrote it for Unsloth")
         if not is_marked(look.config):
             return None
-        return Evidence(True, "adapter_config.json has Unsloth's marks")
+        return Evidence(certain=True, why="adapter_config.json has Unsloth's marks")
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""

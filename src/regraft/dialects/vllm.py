@@ -86,7 +86,7 @@ class Server(PeftFiles):
         look = look_at(src)
         if look is None or look.written_by != self.name:
             return None
-        return Evidence(True, f"regraft wrote it for {self.writes.title}")
+        return Evidence(certain=True, why=f"regraft wrote it for {self.writes.title}")
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> ToolSource:
         """One adapter."""

@@ -206,7 +206,7 @@ def _open_adapter(
     if isinstance(opened, Adapter):
         plain = opened.peft_type == "LORA" and family is None
         prefix = family.prefix if family is not None else None
-        scan, scanned = scan_names(list(opened.tensors), opened.where, plain, prefix)
+        scan, scanned = scan_names(list(opened.tensors), opened.where, lora=plain, prefix=prefix)
         problems += scanned
     try:
         keys = opened.names() if scan is None else names_of_scan(scan)

@@ -92,12 +92,12 @@ class Finder:
         if dims in (1, 2):
             yield self._vectors(whole)
         if dims in (2, 3):
-            yield self._matrices(whole, False)
-            yield self._matrices(whole, True)
+            yield self._matrices(whole, columns=False)
+            yield self._matrices(whole, columns=True)
         if dims >= 3:
             yield self._slabs(whole)
 
-    def _matrices(self, whole: Tensor, columns: bool) -> Made | None:
+    def _matrices(self, whole: Tensor, *, columns: bool) -> Made | None:
         """Parts with two dims, joined along rows or columns, stacked where the whole has three dims."""
         bits = whole.bits.swapaxes(-1, -2) if columns else whole.bits
         height = bits.shape[-2]
@@ -171,7 +171,7 @@ class Finder:
                 rows = part.bits.reshape(size, -1)
                 if stack in (None, is_stack) and np.array_equal(flat[at : at + size], rows):
                     stack = is_stack
-                    blocks.append(Block(name, at if is_stack else None, size, False))
+                    blocks.append(Block(name, at if is_stack else None, size, turned=False))
                     taken.add(name)
                     at += size
                     break
@@ -198,7 +198,9 @@ class Finder:
                 for name in by_first.get(int(row[at]), ()):
                     part = self.parts[name].bits
                     if name not in taken and np.array_equal(row[at : at + len(part)], part):
-                        blocks.append(Block(name, lead if stacked else None, len(part), False))
+                        blocks.append(
+                            Block(name, lead if stacked else None, len(part), turned=False)
+                        )
                         taken.add(name)
                         at += len(part)
                         break

@@ -112,16 +112,23 @@ def _by_rows(
     for turned in (False, True):
         widths = {t.shape[-1] for t in mine.values() if t.whole and len(t.shape) > 1}
         for width in sorted(widths):
-            some = _of_width(mine, width, False)
-            others = _of_width(yours, width, turned)
+            some = _of_width(mine, width, turned=False)
+            others = _of_width(yours, width, turned=turned)
             if not some or not others:
                 continue
-            left = {n: _rows(t, False) for n, t in some.items()}
-            right = {n: _rows(t, turned) for n, t in others.items()}
-            _take(_solve(left, right, names, {}), width, turned, mine, yours, result)
+            left = {n: _rows(t, turned=False) for n, t in some.items()}
+            right = {n: _rows(t, turned=turned) for n, t in others.items()}
+            _take(
+                _solve(left, right, names, {}),
+                width,
+                turned=turned,
+                mine=mine,
+                yours=yours,
+                result=result,
+            )
 
 
-def _of_width(tensors: dict[str, Tensor], width: int, turned: bool) -> dict[str, Tensor]:
+def _of_width(tensors: dict[str, Tensor], width: int, *, turned: bool) -> dict[str, Tensor]:
     """Tensors whose rows have so many elements, or whose columns."""
     dim = -2 if turned else -1
     return {
@@ -132,20 +139,21 @@ def _of_width(tensors: dict[str, Tensor], width: int, turned: bool) -> dict[str,
 def _take(
     drafts: list[Drafted],
     width: int,
+    *,
     turned: bool,
     mine: dict[str, Tensor],
     yours: dict[str, Tensor],
     result: Inferred,
 ) -> None:
     for each in drafts:
-        result.drafts.append(_wider(each, width, turned))
+        result.drafts.append(_wider(each, width, turned=turned))
         for name in each.names[0]:
             mine.pop(name, None)
         for name in each.names[1]:
             yours.pop(name, None)
 
 
-def _rows(tensor: Tensor, turned: bool) -> Tensor:
+def _rows(tensor: Tensor, *, turned: bool) -> Tensor:
     """A tensor of one number for each row, or for each column."""
     bits = tensor.bits.swapaxes(-1, -2) if turned else tensor.bits
     shape = bits.shape[:-1]
@@ -156,17 +164,19 @@ def _rows(tensor: Tensor, turned: bool) -> Tensor:
     return Tensor(tensor.name, "uint64", shape, marks.reshape(shape))
 
 
-def _wider(each: Drafted, width: int, turned: bool) -> Drafted:
+def _wider(each: Drafted, width: int, *, turned: bool) -> Drafted:
     """The same with the dim in which rows lie: the last one, of turned tensors after the one before it."""
 
-    def wide(terms: tuple[Written, ...], turned: bool) -> tuple[Written, ...]:
-        return tuple(replace(t, dims=_with_last(t.dims, turned)) for t in terms)
+    def wide(terms: tuple[Written, ...], *, turned: bool) -> tuple[Written, ...]:
+        return tuple(replace(t, dims=_with_last(t.dims, turned=turned)) for t in terms)
 
     sizes = (*each.sizes, ("z9", width))
-    return replace(each, left=wide(each.left, False), right=wide(each.right, turned), sizes=sizes)
+    return replace(
+        each, left=wide(each.left, turned=False), right=wide(each.right, turned=turned), sizes=sizes
+    )
 
 
-def _with_last(dims: str, turned: bool) -> str:
+def _with_last(dims: str, *, turned: bool) -> str:
     if not turned:
         return f"{dims} z9".strip()
     depth, at = 0, len(dims)

@@ -266,7 +266,7 @@ def learn_pairs(
         )
     notes += [doubt.note for doubt in doubts.sizes if doubt.sure]
     seen = [(each.learned_from, each.equal) for each in verified]
-    text = write_book(book, comment(seen, counts, first, notes, kind_of is not None))
+    text = write_book(book, comment(seen, counts, first, notes, live=kind_of is not None))
     return Learned(
         load_book(cast(Traversable, _Text(text)), f"{name}.toml"),
         text,

@@ -91,6 +91,7 @@ def comment(
     counts: tuple[int, int],
     first: Inferred,
     notes: Sequence[str],
+    *,
     live: bool,
 ) -> str:
     """What stands above a learned book: its evidence, and what to check.

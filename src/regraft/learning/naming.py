@@ -87,7 +87,9 @@ def rename_rules(
             leaves, rest = _leaves(sides, same, kinds)
             for path, pair in leaves:
                 modules.append(_module(titles, *path, pair))
-        more = [_single(each, same, kinds, titles, book, prefixes is not None) for each in rest]
+        more = [
+            _single(each, same, kinds, titles, book, covered=prefixes is not None) for each in rest
+        ]
         rules += [each for each in more if isinstance(each, Rule)]
         modules += [each for each in more if isinstance(each, ModuleRule)]
     return rules, modules
@@ -108,6 +110,7 @@ def _single(
     kinds: Kinds,
     titles: Titles,
     book: str,
+    *,
     covered: bool,
 ) -> Rule | ModuleRule | None:
     """The rule of one rename; ``None`` where another one says it already."""

@@ -103,7 +103,7 @@ def propose(
     best: Proposal | None = None
     for literal in (False, True):
         text = _write(
-            relations, kept, explained, (left, right), name, layouts, model_types, literal
+            relations, kept, explained, (left, right), name, layouts, model_types, literal=literal
         )
         book = load_book(cast(Traversable, _Text(text)), f"{name}.toml")
         whole = explained | frozenset(kept), makes | frozenset(kept)
@@ -139,7 +139,7 @@ class _Text:
         return self.text
 
 
-def _of(relation: Relation, left: bool) -> tuple[str, ...]:
+def _of(relation: Relation, *, left: bool) -> tuple[str, ...]:
     whole, *parts = relation.names
     return (whole,) if relation.whole_left == left else tuple(parts)
 
@@ -163,7 +163,9 @@ def relate(left: Tensors, right: Tensors) -> tuple[list[Relation], int]:
             if name in gone:
                 continue
             made = finder.find(wholes[name])
-            relation = relation_of(made, wholes[name], names, whole_left) if made else None
+            relation = (
+                relation_of(made, wholes[name], names, whole_left=whole_left) if made else None
+            )
             if relation is not None:
                 relations.append(relation)
     return relations, ambiguous
@@ -318,9 +320,10 @@ def _write(
     name: str,
     layouts: tuple[str, str],
     model_types: Sequence[str],
+    *,
     literal: bool,
 ) -> str:
-    texts = list(equations(relations, literal))
+    texts = list(equations(relations, literal=literal))
     if not literal:
         texts = _join_prefixes(texts, files)
     rules = []
@@ -336,7 +339,8 @@ def _write(
         rules.append(Rule(title, equation, *kinds, name, ""))
     split = Names([*files[0], *files[1]])
     carries = [
-        _carry(key) for key in carried([n for n in kept if n not in explained], split, literal)
+        _carry(key)
+        for key in carried([n for n in kept if n not in explained], split, literal=literal)
     ]
     book = Book(
         name,

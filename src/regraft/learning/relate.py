@@ -87,7 +87,9 @@ def pair(left: Tensor, right: Tensor, names: Names) -> Relation | None:
     template, numbers = names[left.name]
     piece = Piece(template, numbers, (None,) * len(numbers), dims[0])
     template, numbers = names[right.name]
-    return Relation(template, numbers, dims[1], (piece,), where, False, (right.name, left.name))
+    return Relation(
+        template, numbers, dims[1], (piece,), where, whole_left=False, names=(right.name, left.name)
+    )
 
 
 def _transposed(left: Tensor, right: Tensor) -> tuple[str, str] | None:
@@ -116,7 +118,7 @@ def _reshaped(left: Tensor, right: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def relation_of(made: Made, whole: Tensor, names: Names, whole_left: bool) -> Relation | None:
+def relation_of(made: Made, whole: Tensor, names: Names, *, whole_left: bool) -> Relation | None:
     """The relation of a whole and its blocks; ``None`` where its stack has no order that an index says."""
     stacks: dict[int | None, list[Block]] = defaultdict(list)
     for block in made.blocks:
@@ -130,7 +132,7 @@ def relation_of(made: Made, whole: Tensor, names: Names, whole_left: bool) -> Re
     columns = [[row[q] for row in rows] for q in range(len(first))]
     pieces: list[Piece] = []
     for number, column in enumerate(columns):
-        piece = _piece([block.part for block in column], names, stacked)
+        piece = _piece([block.part for block in column], names, stacked=stacked)
         if piece is None:
             return None
         dims = _piece_dims(made, whole, first[number], _PIECES[number % 8] + "1" * (number // 8))
@@ -149,7 +151,7 @@ def relation_of(made: Made, whole: Tensor, names: Names, whole_left: bool) -> Re
         where += _sizes(inner, [block.size for block in first])
     explained = (whole.name, *(block.part for block in made.blocks))
     template, numbers = names[whole.name]
-    dims = _whole_dims(made, whole, joined, stacked)
+    dims = _whole_dims(made, whole, joined, stacked=stacked)
     if made.along == "none":
         where = []
     return Relation(template, numbers, dims, tuple(pieces), tuple(where), whole_left, explained)
@@ -171,7 +173,7 @@ def _piece_dims(made: Made, whole: Tensor, block: Block, axis: str) -> str:
     return "..."
 
 
-def _whole_dims(made: Made, whole: Tensor, joined: str, stacked: bool) -> str:
+def _whole_dims(made: Made, whole: Tensor, joined: str, *, stacked: bool) -> str:
     lead = "e " if stacked else ""
     match made.along:
         case "rows":
@@ -185,7 +187,7 @@ def _whole_dims(made: Made, whole: Tensor, joined: str, stacked: bool) -> str:
     return {2: "e i", 3: "e a i"}.get(len(whole.shape), "e ...")
 
 
-def _piece(parts: Sequence[str], names: Names, stacked: bool) -> Piece | None:
+def _piece(parts: Sequence[str], names: Names, *, stacked: bool) -> Piece | None:
     """The parts that are stacked at one place; one number of their names must count them."""
     split = [names[part] for part in parts]
     template, numbers = split[0]
@@ -246,7 +248,7 @@ def isolated(template: str) -> list[bool]:
     return [segment == MARK for segment in template.split(".") for _ in range(segment.count(MARK))]
 
 
-def equations(relations: Iterable[Relation], literal: bool = False) -> Iterator[tuple[str, int]]:
+def equations(relations: Iterable[Relation], *, literal: bool = False) -> Iterator[tuple[str, int]]:
     """Few equations that say the relations, each with how many it says; ``literal`` makes no holes for loops."""
     groups: dict[object, list[Relation]] = defaultdict(list)
     for relation in relations:
@@ -254,10 +256,10 @@ def equations(relations: Iterable[Relation], literal: bool = False) -> Iterator[
         look = (relation.template, relation.whole_left, relation.dims, relation.where, pieces)
         groups[look].append(relation)
     for same in groups.values():
-        yield from _generalise(same, literal)
+        yield from _generalise(same, literal=literal)
 
 
-def _generalise(same: list[Relation], literal: bool) -> Iterator[tuple[str, int]]:
+def _generalise(same: list[Relation], *, literal: bool) -> Iterator[tuple[str, int]]:
     first = same[0]
     holes: list[dict[int, str]] = [{} for _ in range(len(first.pieces) + 1)]
     for at, piece in enumerate(first.pieces, 1):
@@ -293,7 +295,7 @@ def _generalise(same: list[Relation], literal: bool) -> Iterator[tuple[str, int]
                 for row, relation in zip(table, same, strict=True):
                     parts[row[i]].append(relation)
                 for part in parts.values():
-                    yield from _generalise(part, literal)
+                    yield from _generalise(part, literal=literal)
                 return
     whole = _term(first.template, first.numbers, holes[0], first.dims)
     pieces = [
@@ -320,7 +322,7 @@ def fill_holes(template: str, numbers: Sequence[int], holes: Mapping[int, str]) 
     return text
 
 
-def carried(names: Iterable[str], split: Names, literal: bool = False) -> list[str]:
+def carried(names: Iterable[str], split: Names, *, literal: bool = False) -> list[str]:
     """Templates of keys that stay what they are; numbers that are segments become holes."""
     keys: dict[str, None] = {}
     for name in names:

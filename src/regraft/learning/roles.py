@@ -38,10 +38,10 @@ class Kinds:
     def guess(self, name: str, side: int) -> str:
         """The kind of a tensor by its name and its number of dims."""
         has_bias = f"{name.removesuffix('.weight')}.bias" in self.shapes[side]
-        return guess(name, len(self.shapes[side][name]), has_bias)
+        return guess(name, len(self.shapes[side][name]), has_bias=has_bias)
 
 
-def guess(name: str, dims: int, has_bias: bool = False) -> str:
+def guess(name: str, dims: int, *, has_bias: bool = False) -> str:
     """The kind of a tensor by its name and how many dims it has.
 
     >>> guess("layers.0.mlp.up.weight", 2), guess("wte.weight", 2), guess("layers.0.experts.up", 3)

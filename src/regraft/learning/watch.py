@@ -88,7 +88,14 @@ def watch(
     known = [*configs, *[None] * (len(many) - len(configs))]
     with_torch = importlib.util.find_spec("torch") is not None if torch is None else torch
     pairs = [
-        pair_of(convert, _shapes(each), config, with_torch, f"size {number}", number == 1)
+        pair_of(
+            convert,
+            _shapes(each),
+            config,
+            with_torch=with_torch,
+            where=f"size {number}",
+            other_values=number == 1,
+        )
         for number, (each, config) in enumerate(zip(many, known, strict=True), 1)
     ]
     return learn_pairs(
@@ -110,6 +117,7 @@ def pair_of(
     convert: Convert,
     shapes: Mapping[str, tuple[int, ...]],
     config: Config | None,
+    *,
     with_torch: bool,
     where: str,
     other_values: bool = True,
@@ -121,21 +129,28 @@ def pair_of(
     Raises ``BadInputError`` where it fails, or two runs differ.
     """
     before = labels(shapes)
-    after = _call(convert, before, with_torch, where)
-    again = _again(convert, before, with_torch, where)
+    after = _call(convert, before, with_torch=with_torch, where=where)
+    again = _again(convert, before, with_torch=with_torch, where=where)
     unsteady = [k for k in after if k not in again or not _same(after[k], again[k])]
     if unsteady or after.keys() != again.keys():
         message = "the converter makes something else of the same tensors when it is called again"
         raise BadInputError(
             Finding("unsteady", message, where=where, key=next(iter(unsteady), None))
         )
-    odd = _by_value(convert, shapes, before, after, with_torch, where) if other_values else {}
+    odd = (
+        _by_value(convert, shapes, before, after, with_torch=with_torch, where=where)
+        if other_values
+        else {}
+    )
     for name in odd:
         after[name] = (-1.5 - np.arange(after[name].size, dtype=np.float32)).reshape(
             after[name].shape
         )
     if any(array.dtype != np.float32 for array in after.values()):
-        made = [(part, _again(convert, part, with_torch, where)) for part in digits(shapes)]
+        made = [
+            (part, _again(convert, part, with_torch=with_torch, where=where))
+            for part in digits(shapes)
+        ]
         labelled = _pair(before, after, config, where)
         return with_digits(labelled, [_pair(*each, config, where) for each in made])
     return _pair(before, after, config, where, odd)
@@ -146,12 +161,13 @@ def _by_value(
     shapes: Mapping[str, tuple[int, ...]],
     before: Arrays,
     after: Arrays,
+    *,
     with_torch: bool,
     where: str,
 ) -> dict[str, str]:
     """Tensors whose elements come from elsewhere when the same tensors hold other values: sorted ones, for one."""
     others = labels(shapes, 77)
-    made = _again(convert, others, with_torch, where)
+    made = _again(convert, others, with_torch=with_torch, where=where)
     plain = {k: v for k, v in after.items() if v.dtype == np.float32}
     one, two = _origins(before, plain), _origins(others, {k: made[k] for k in plain if k in made})
     why = "which element goes where depends on the values, so that is no layout change"
@@ -186,10 +202,10 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _again(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arrays:
+def _again(convert: Convert, arrays: Arrays, *, with_torch: bool, where: str) -> Arrays:
     """The same as the first time, which went well: a converter may stumble over what it left behind."""
     try:
-        return _call(convert, arrays, with_torch, where)
+        return _call(convert, arrays, with_torch=with_torch, where=where)
     except BadInputError as error:
         raise BadInputError(
             [
@@ -203,7 +219,7 @@ def _again(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Ar
         ) from error
 
 
-def _call(convert: Convert, arrays: Arrays, with_torch: bool, where: str) -> Arrays:
+def _call(convert: Convert, arrays: Arrays, *, with_torch: bool, where: str) -> Arrays:
     state: dict[str, Any] = {key: array.copy() for key, array in arrays.items()}
     if with_torch:
         import torch

@@ -373,9 +373,8 @@ def _report(
             delta.scale.value,
             delta.name,
             delta.exact and home not in written.rounded,
-            False,
-            ways.rungs.get(home, "family"),
-            ways.errors.get(home, 0.0),
+            rung=ways.rungs.get(home, "family"),
+            error=ways.errors.get(home, 0.0),
         )
         for home, delta in fitted.items()
     ]

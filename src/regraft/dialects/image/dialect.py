@@ -117,7 +117,7 @@ class ImageDialect(Struct, frozen=True):
         """A file, or a folder with one, whose names are those of this tool."""
         if recognise(src) != self.name:
             return None
-        return Evidence(True, f"its tensors are named as by {self.title}")
+        return Evidence(certain=True, why=f"its tensors are named as by {self.title}")
 
     def find(self, src: Path) -> Found:
         """The file."""
@@ -192,7 +192,7 @@ class PeftImageDialect(ImageDialect, frozen=True):
         """A folder with a config of PEFT, and names of an image model."""
         if weights_in(src) is None:
             return None
-        return Evidence(True, "PEFT saved it of a denoiser of diffusers")
+        return Evidence(certain=True, why="PEFT saved it of a denoiser of diffusers")
 
     def find(self, src: Path) -> Found:
         """The weights; the config is read with them."""

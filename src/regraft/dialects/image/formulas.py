@@ -58,7 +58,7 @@ def _rank(t: Tensors) -> int:
 
 
 def said_alpha(
-    metadata: Mapping[str, str], component: str, module: str, spellings: set[str], keyed: bool
+    metadata: Mapping[str, str], component: str, module: str, spellings: set[str], *, keyed: bool
 ) -> tuple[float | None, bool]:
     """The alpha of a LoRA without a key of its own, as the header says it, and whether it is an rsLoRA's.
 

@@ -165,6 +165,7 @@ def delta_of(
     kind: str,
     kernel: tuple[int, ...] | None,
     alpha: Number | None,
+    *,
     rslora: bool,
 ) -> Delta:
     """What the tensors of a module are.
@@ -193,7 +194,7 @@ def delta_of(
         raise MalformedError(f"its {empty} has no numbers: {t[empty].shape}")
     conv = kind == "conv"
     if algebra == LORA:
-        t = _lora_tensors(t, conv, kernel)
+        t = _lora_tensors(t, conv=conv, kernel=kernel)
     if bias is not None and up_bias is not None:
         raise MalformedError("it has two deltas of the bias")
     out, into, found = _sizes(algebra, t, bias if bias is not None else up_bias)
@@ -274,7 +275,7 @@ _OFT_V2 = frozenset({"oft_R", "scaled_oft", "dora_scale", "initial_norm"})
 
 
 def _lora_tensors(
-    t: dict[str, Array], conv: bool, kernel: tuple[int, ...] | None
+    t: dict[str, Array], *, conv: bool, kernel: tuple[int, ...] | None
 ) -> dict[str, Array]:
     """Factors of a linear as matrices, of a convolution with a kernel."""
     down, up = t["down"], t["up"]

@@ -83,15 +83,15 @@ class Names:
         self._index: dict[tuple[bool, str], list[tuple[re.Pattern[str], _Template]]] = {}
         for template in templates:
             for flat in (False, True):
-                self._add(template, template, flat)
+                self._add(template, template, flat=flat)
         if alias is None:
             return
         for template in (each for general in templates for each in _with_numbers(general)):
             parts = tuple(_cut(alias(template.shown)))
             if parts != template.parts:
-                self._add(_Template(parts, template.ending, template.kind), template, False)
+                self._add(_Template(parts, template.ending, template.kind), template, flat=False)
 
-    def _add(self, spelled: _Template, meant: _Template, flat: bool) -> None:
+    def _add(self, spelled: _Template, meant: _Template, *, flat: bool) -> None:
         shown = spelled.shown.replace("{}", "0")
         name = shown.replace(".", "_") if flat else shown
         found = self._index.setdefault((flat, _NUMBER.sub(_MARK, name)), [])

@@ -52,18 +52,20 @@ def place_of(stem: str) -> Place:
     if found is not None:
         prefix = found[0]
         component = f"te:{prefix}" if "_te" in prefix else DENOISER
-        return Place(prefix, component, stem[len(prefix) :], True)
+        return Place(prefix, component, stem[len(prefix) :], flat=True)
     wrapped = "base_model.model."
     if stem.startswith(wrapped):
         inner = place_of(stem.removeprefix(wrapped))
         return Place(wrapped + inner.prefix, inner.component, inner.module, inner.flat)
     comfy = _COMFY.fullmatch(stem)
     if comfy is not None:
-        return Place(f"text_encoders.{comfy[1]}.transformer.", f"te:{comfy[1]}", comfy[2], False)
+        return Place(
+            f"text_encoders.{comfy[1]}.transformer.", f"te:{comfy[1]}", comfy[2], flat=False
+        )
     toolkit = _TOOLKIT.fullmatch(stem)
     if toolkit is not None:
-        return Place(f"{toolkit[1]}.", f"te:{toolkit[1]}_", toolkit[2], False)
+        return Place(f"{toolkit[1]}.", f"te:{toolkit[1]}_", toolkit[2], flat=False)
     for prefix, component in _DOTTED:
         if stem.startswith(prefix):
-            return Place(prefix, component, stem[len(prefix) :], False)
-    return Place("", DENOISER, stem, False)
+            return Place(prefix, component, stem[len(prefix) :], flat=False)
+    return Place("", DENOISER, stem, flat=False)

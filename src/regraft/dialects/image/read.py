@@ -106,7 +106,13 @@ def families_with(grouped: Grouped) -> list[Family]:
 def _has_all(family: Family, places: Sequence[tuple[Place, ModuleTensors]]) -> bool:
     known = _layouts_of(family)
     return all(
-        _modules(known, place.module, place.flat, module.scale_key, family.excludes)
+        _modules(
+            known,
+            place.module,
+            flat=place.flat,
+            scale_key=module.scale_key,
+            excludes=family.excludes,
+        )
         if place.component in (DENOISER, "transformer_2")
         else _text_home(family, place) is not None
         for place, module in places
@@ -127,7 +133,13 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
     for stem, place in places.items():
         if place.component in (DENOISER, "transformer_2"):
             module = grouped.modules[stem]
-            modules = _modules(known, place.module, place.flat, module.scale_key, family.excludes)
+            modules = _modules(
+                known,
+                place.module,
+                flat=place.flat,
+                scale_key=module.scale_key,
+                excludes=family.excludes,
+            )
             if modules:
                 found[stem] = modules
                 continue
@@ -149,7 +161,7 @@ def _fit(family: Family, places: Mapping[str, Place], grouped: Grouped) -> Fit:
 
 @lru_cache(maxsize=1 << 15)
 def _modules(
-    known: tuple[Names, ...], name: str, flat: bool, scale_key: bool, excludes: str
+    known: tuple[Names, ...], name: str, *, flat: bool, scale_key: bool, excludes: str
 ) -> tuple[Module, ...]:
     """The module in every layout that has it, with the right kind of parameter.
 
@@ -241,7 +253,7 @@ def candidates(
     fits = fit_families(grouped, named)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
-        raise _no_family(fits[0], where, bool(named))
+        raise _no_family(fits[0], where, named=bool(named))
     if given is not None:
         return whole, f"it was said to be {whole[0].family.title}"
     if named:
@@ -301,7 +313,7 @@ def _titles(fits: Sequence[Fit]) -> str:
     return " or ".join(fit.family.title for fit in fits)
 
 
-def _no_family(best: Fit, where: str, named: bool) -> UnmatchedKeysError:
+def _no_family(best: Fit, where: str, *, named: bool) -> UnmatchedKeysError:
     known = len(best.homes)
     title = best.family.title
     if not known:
@@ -348,7 +360,7 @@ def read_adapter(
         kernel = _kernel(fit.family, home)
         alpha, rslora = alphas.of(home, module, fit.family)
         try:
-            delta = delta_of(module, home.kind, kernel, alpha, rslora)
+            delta = delta_of(module, home.kind, kernel, alpha, rslora=rslora)
         except MalformedError as error:
             findings.append(Finding(error.code, str(error), where=where, key=stem, fix=_AGAIN))
             continue

@@ -141,12 +141,12 @@ def weights_in(src: Path) -> Path | None:
             return None
         # Most folders are no such adapter, and their first names tell; a header may be long.
         first = first_names(path) if library is None else []
-        if first and (_is_elsewhere(first[0]) or not _is_of_a_denoiser(first, False)):
+        if first and (_is_elsewhere(first[0]) or not _is_of_a_denoiser(first, said=False)):
             return None
         header = read_header(path)
     except (BadInputError, OSError):
         return None
-    return path if _is_of_a_denoiser(header.tensors, library is not None) else None
+    return path if _is_of_a_denoiser(header.tensors, said=library is not None) else None
 
 
 def config_beside(path: Path) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ def _is_elsewhere(name: str) -> bool:
     return name.removeprefix("base_model.model.").partition(".")[0] in NO_DENOISER
 
 
-def _is_of_a_denoiser(names: Iterable[str], said: bool) -> bool:
+def _is_of_a_denoiser(names: Iterable[str], *, said: bool) -> bool:
     """Whether a family has all modules that names are about; one is enough where the config names diffusers."""
     from regraft.dialects.image.grouping import Grouped, ModuleTensors
     from regraft.dialects.image.leaves import split_key

@@ -514,8 +514,8 @@ def _settings(modules: Sequence[tuple[Home, Delta]], *, start: bool) -> dict[str
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_exactly(m, start): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(m, start): a for m, a in alphas.items() if a != alpha},
+        "rank_pattern": {_exactly(m, start=start): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(m, start=start): a for m, a in alphas.items() if a != alpha},
         "target_modules": sorted(ranks),
         "use_dora": any(delta.magnitude is not None for _, delta in modules),
         "lora_bias": any(delta.bias is not None for _, delta in modules),
@@ -551,7 +551,7 @@ def _peft_alpha(scale: Scale) -> Number:
     return int(value) if float(value).is_integer() else value
 
 
-def _exactly(module: str, start: bool) -> str:
+def _exactly(module: str, *, start: bool) -> str:
     """A pattern that fits one path only: PEFT looks at ends of paths, and ``proj_out`` is the end of many."""
     return ("^" if start else "") + module.replace(".", r"\.")
 

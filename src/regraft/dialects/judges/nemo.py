@@ -116,7 +116,7 @@ class NemoReader:
                     WRONG_VALUES,
                     "it takes gate's lora_A for up as well, and this is another one",
                 )
-        return _scale(module, source, files, bool(own.get("moe_rank_scaling")))
+        return _scale(module, source, files, scaled=bool(own.get("moe_rank_scaling")))
 
 
 def _packed(
@@ -167,7 +167,7 @@ def _same(one: Array, other: Array) -> bool:
     return one.shape == other.shape and np.array_equal(one, other)
 
 
-def _scale(module: Module, source: PeftLike, files: Files, scaled: bool) -> tuple[str, str]:
+def _scale(module: Module, source: PeftLike, files: Files, *, scaled: bool) -> tuple[str, str]:
     """The one rank and scale that it has against what the config says of this module."""
     config = source.config
     assert module.a is not None

@@ -83,7 +83,7 @@ class PeftLike:
         stem = module.path.removesuffix(".base_layer")
         both = f"{stem}.base_layer" in self.modules
         depth = ".base_layer" if module.path.endswith(".base_layer") else ""
-        return f"{stem}.{parameter_of(stem, depth, both, self.config.get('target_parameters'))}"
+        return f"{stem}.{parameter_of(stem, depth, both=both, entries=self.config.get('target_parameters'))}"
 
     def scale(self, module: Module) -> Scale | None:
         """Rank and scale as PEFT resolves them; ``None`` where the config does not have them."""

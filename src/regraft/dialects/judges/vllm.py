@@ -71,7 +71,7 @@ class VllmReader:
         )
         for module in source.modules.values():
             if module.path not in done:
-                outcome, reason = self._module(module, source, demands, files, composite)
+                outcome, reason = self._module(module, source, demands, files, composite=composite)
                 judged.add(module.path, outcome, reason)
         return judged
 
@@ -101,7 +101,7 @@ class VllmReader:
         return told
 
     def _module(
-        self, module: Module, source: PeftLike, demands: Demands, files: Files, composite: bool
+        self, module: Module, source: PeftLike, demands: Demands, files: Files, *, composite: bool
     ) -> tuple[str, str]:
         """What becomes of one module beside the experts."""
         if module.a is None or module.b is None:

@@ -51,7 +51,7 @@ class Peft(PeftFiles):
         """A folder or a weights file with an ``adapter_config.json``."""
         folder = src if src.is_dir() else src.parent
         if (folder / CONFIG).is_file():
-            return Evidence(False, f"there is a {CONFIG}")
+            return Evidence(certain=False, why=f"there is a {CONFIG}")
         return None
 
     def open(self, folder: Path, root: Path, weights: Path | None) -> Source:

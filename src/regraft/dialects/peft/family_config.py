@@ -48,7 +48,9 @@ def write_family_config(
         if pattern is None:
             continue
         values = {path: part.settings[name] for path, part in modules.items()}
-        made[name], patterns = one_for_most(values, config.get(name), writer, family.anchored)
+        made[name], patterns = one_for_most(
+            values, config.get(name), writer, anchored=family.anchored
+        )
         if patterns or config.get(pattern):
             made[pattern] = family.spell(patterns)
     if "feedforward_modules" in config:
@@ -59,13 +61,13 @@ def write_family_config(
 
 
 def one_for_most(
-    values: Mapping[str, Any], old: Any, writer: ConfigWriter, anchored: bool
+    values: Mapping[str, Any], old: Any, writer: ConfigWriter, *, anchored: bool
 ) -> tuple[Any, dict[str, Any]]:
     """One value for most modules, and patterns that exclude each other for the rest."""
     counts = Counter(values.values())
     best = max(counts.values())
     common = old if counts.get(old) == best else next(v for v in counts if counts[v] == best)
-    return common, writer.exceptions(values, common, anchored)
+    return common, writer.exceptions(values, common, anchored=anchored)
 
 
 def _write_feedforward(

@@ -272,7 +272,7 @@ def inspect_adapter(
     config = source.config
     lora = source.peft_type == "LORA"
     names, tensors = list(source.tensors), list(source.tensors.values())
-    scan, problems = scan_names(names, source.where, lora)
+    scan, problems = scan_names(names, source.where, lora=lora)
     own = source.opened_by == DEFAULT
     dialect = (
         find_dialect(config, one_of_each(source.tensors), source.tensors, Path(source.where))
@@ -410,7 +410,7 @@ def _targets_by_name(scan: Scan, source: Source) -> list[TargetPattern]:
         for path, i in zip(pairs.modules.names(), pairs.a.tolist(), strict=True):
             if entries and path.endswith(".experts"):
                 depth = ".base_layer" * pairs.depth
-                path = f"{path}.{parameter_of(path, depth, path in nested, entries)}"
+                path = f"{path}.{parameter_of(path, depth, both=path in nested, entries=entries)}"
             scale = config.scale(path)
             looks = (None, scale.rank, scale.alpha, scale.value, tensors[i].dtype.name)
             parameter = bool(entries) and targets_parameter(entries, path)

@@ -83,7 +83,7 @@ def _spread(a: Array | None, b: Array, enabled: object) -> Array | None:
     return whole
 
 
-def _rank(config: dict[str, Any], ranks: Mapping[str, int], everything: bool) -> None:
+def _rank(config: dict[str, Any], ranks: Mapping[str, int], *, everything: bool) -> None:
     """Give the config ranks of all parts together, at the scale that there was."""
     scale = Scale(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
     if everything and len(set(ranks.values())) == 1:

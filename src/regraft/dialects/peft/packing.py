@@ -49,10 +49,10 @@ def swaps(packing: str, kind: str, experts: int) -> bool:
     return kind == "experts-unmarked" and packing == SINCE
 
 
-def unpack(a: Array, b: Array, experts: int, swapped: bool) -> tuple[Array, Array]:
+def unpack(a: Array, b: Array, experts: int, *, swapped: bool) -> tuple[Array, Array]:
     """Packed A (E * rank, x) and B (y, rank * E) as (E, rank, in) and (E, out, rank); views, no copies.
 
-    >>> a, b = unpack(np.zeros((6, 5)), np.zeros((7, 6)), 3, False)
+    >>> a, b = unpack(np.zeros((6, 5)), np.zeros((7, 6)), 3, swapped=False)
     >>> a.shape, b.shape
     ((3, 2, 5), (3, 7, 2))
     """
@@ -63,7 +63,7 @@ def unpack(a: Array, b: Array, experts: int, swapped: bool) -> tuple[Array, Arra
     return first, second.transpose(2, 0, 1)
 
 
-def pack(a: Array, b: Array, swapped: bool) -> tuple[Array, Array]:
+def pack(a: Array, b: Array, *, swapped: bool) -> tuple[Array, Array]:
     """(E, rank, in) and (E, out, rank) as PEFT's two matrices; the inverse of ``unpack``."""
     if swapped:
         a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)

@@ -77,7 +77,14 @@ class FactorReader:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
                 continue
             for part, as_parameter in self._split(pairs):
-                self._add_modules(part, as_parameter, factors, groups, shapes, dtypes)
+                self._add_modules(
+                    part,
+                    as_parameter=as_parameter,
+                    factors=factors,
+                    groups=groups,
+                    shapes=shapes,
+                    dtypes=dtypes,
+                )
         for same in wrapped.values():
             self._add_parameters(same, factors, groups, shapes, dtypes)
         if not self.targeted and self.untargeted:
@@ -137,6 +144,7 @@ class FactorReader:
     def _add_modules(
         self,
         pairs: Pairs,
+        *,
         as_parameter: bool,
         factors: Factors,
         groups: list[Group],
@@ -375,7 +383,7 @@ class FactorReader:
                 packing = self._choose_packing(a, b, experts, found, self.names[i])
                 if packing is None:
                     continue
-                a, b = unpack(a, b, experts, swaps(packing, kind, experts))
+                a, b = unpack(a, b, experts, swapped=swaps(packing, kind, experts))
                 shape = _stored(kind, experts, b.shape[1], a.shape[2])
             kept.append(row)
             factors.a.append(a)
@@ -410,7 +418,7 @@ class FactorReader:
             if expected is not None:
                 fits = []
                 for packing in PACKINGS:
-                    x, y = unpack(a, b, experts, swaps(packing, kind, experts))
+                    x, y = unpack(a, b, experts, swapped=swaps(packing, kind, experts))
                     if _stored(kind, experts, y.shape[1], x.shape[2]) == expected:
                         fits.append(packing)
         if self.forced is not None:

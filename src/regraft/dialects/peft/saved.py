@@ -66,7 +66,7 @@ def write_saved(items: Iterable[Saved], wrappers: Mapping[str, int]) -> dict[str
     for item in items:
         old, name = names_of(item)
         if item.bound:
-            style = item.style if isinstance(item.style, Style) else Style(False)
+            style = item.style if isinstance(item.style, Style) else Style(wrapped=False)
             # A base tensor inside an adapted module stands below its wrappers; an adapter's own does not.
             own = not style.wrapped and old == name
             name = name if own else _inside_wrappers(name, wrappers)

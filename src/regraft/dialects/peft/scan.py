@@ -113,6 +113,7 @@ HOLDERS = ("ln_tuning_layers",)
 def scan_names(
     names: Sequence[str],
     where: str,
+    *,
     lora: bool = True,
     prefix: str | None = None,
     doubled: bool = False,
@@ -131,7 +132,9 @@ def scan_names(
     others: list[Others] = []
     tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]] = {}
     for group in group_names(names):
-        if prefix is not None and _split_module(group, prefix, where, tuned, findings, doubled):
+        if prefix is not None and _split_module(
+            group, prefix, where, tuned, findings, doubled=doubled
+        ):
             continue
         found = _FACTOR.fullmatch(group.template) if lora else None
         if found is None:
@@ -152,7 +155,7 @@ def scan_names(
                 )
             )
             continue
-        if not _check_prefix(group, path, where, findings, doubled):
+        if not _check_prefix(group, path, where, findings, is_doubled=doubled):
             continue
         path = path[len(PREFIX) :]
         depth = 0
@@ -161,7 +164,9 @@ def scan_names(
         factors.setdefault((path, "", depth, bool(embedding)), {})[letter] = group
     pairs = []
     for (path, _, depth, embedding), letters in factors.items():
-        pair = _pair(path, depth, embedding, letters, where, findings)
+        pair = _pair(
+            path, depth, embedding=embedding, letters=letters, where=where, findings=findings
+        )
         if pair is not None:
             pairs.append(pair)
     return Scan(
@@ -197,6 +202,7 @@ def _split_module(
     where: str,
     tuned: dict[str, dict[str, list[tuple[Ints, Ints]]]],
     findings: list[Finding],
+    *,
     doubled: bool,
 ) -> bool:
     """Take a key apart into its module and what a family calls its tensor; whether it is one."""
@@ -208,7 +214,7 @@ def _split_module(
     path, end = ".".join(segments[: dots + 1]), ".".join(segments[dots + 1 :])
     if not group.template.startswith(PREFIX):
         return False
-    if not _check_prefix(group, path, where, findings, doubled):
+    if not _check_prefix(group, path, where, findings, is_doubled=doubled):
         return True
     marks = path.count(MARK)
     inner = group.numbers[:, marks:]
@@ -252,7 +258,7 @@ def _finding(code: str, message: str, where: str, group: Group, fix: str | None 
 
 
 def _check_prefix(
-    group: Group, path: str, where: str, findings: list[Finding], is_doubled: bool
+    group: Group, path: str, where: str, findings: list[Finding], *, is_doubled: bool
 ) -> bool:
     if not path.startswith(PREFIX):
         start = path.find(PREFIX)
@@ -317,6 +323,7 @@ def _other(group: Group) -> Others:
 def _pair(
     path: str,
     depth: int,
+    *,
     embedding: bool,
     letters: dict[str, Group],
     where: str,

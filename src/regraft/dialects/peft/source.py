@@ -162,7 +162,7 @@ class Source:
             family = self.family
             prefix = family.prefix if family is not None else None
             found, findings = scan_names(
-                list(self.tensors), self.where, self.plain, prefix, self.doubled
+                list(self.tensors), self.where, lora=self.plain, prefix=prefix, doubled=self.doubled
             )
             if findings:
                 raise BadInputError(findings)
@@ -201,7 +201,7 @@ class Source:
 
         check_fit(self.scan(), self, known, base)
 
-    def choose_layout(self, to: str, other: str, transposed: bool) -> tuple[str, str | None]:
+    def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
         It makes no difference to the tensors, unless a saved weight is transposed; but PEFT treats some configs

@@ -68,7 +68,7 @@ def write_factors(
             if lora is None:
                 continue
             if is_module and path.rpartition(".")[2] not in reclaimed:
-                _put_module(path, key, lora, False, result)
+                _put_module(path, key, lora, embedding=False, result=result)
                 continue
             nested[path][key.rpartition(".")[2]] = (key, image.kind, lora)
             templates[path] = templates.get(template) or side.parameters(modules)
@@ -81,7 +81,7 @@ def write_factors(
             a, b = lora.a, lora.b
             if kind_name.startswith("experts"):
                 _check_single(key, kind_name, a, b, packing)
-                a, b = pack(a, b, swaps(packing, kind_name, a.shape[0]))
+                a, b = pack(a, b, swapped=swaps(packing, kind_name, a.shape[0]))
             place = PREFIX + path + ".base_layer" * depth
             result.tensors[f"{place}.lora_A.weight"] = a
             result.tensors[f"{place}.lora_B.weight"] = b
@@ -119,7 +119,7 @@ def _write_modules(image: Images, modules: Group, result: Result) -> None:
             result.wrappers[path] = 1
 
 
-def _put_module(path: str, key: str, lora: Lora, embedding: bool, result: Result) -> None:
+def _put_module(path: str, key: str, lora: Lora, *, embedding: bool, result: Result) -> None:
     ends = (
         ("lora_embedding_A", "lora_embedding_B")
         if embedding
@@ -228,7 +228,9 @@ class ConfigWriter:
             result.extend([tail] if every else sorted(same, key=in_order))
         return result
 
-    def exceptions(self, values: Mapping[str, Any], common: Any, anchored: bool) -> dict[str, Any]:
+    def exceptions(
+        self, values: Mapping[str, Any], common: Any, *, anchored: bool
+    ) -> dict[str, Any]:
         """Patterns for paths whose value is not the common one; ``anchored`` for those that PEFT reads with a dot."""
         tails: dict[str, set[Any]] = defaultdict(set)
         for path, value in values.items():
