@@ -22,6 +22,7 @@ LayoutName = Literal[
     "litgpt",
     "ltx",
     "lumina",
+    "megatron",
     "megatron-bridge",
     "mlx",
     "nemo",
