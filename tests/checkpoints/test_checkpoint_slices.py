@@ -244,7 +244,9 @@ def test_how_much_each_rank_reads(src, tmp_path, capsys):
     plan = ("--plan", tmp_path / "plan.json")
     status, printed, _ = run(capsys, "slices", src, "--to", V5, "--tp", 2, *plan)
     assert status == 0
-    assert [line.partition(":")[0] for line in printed.splitlines()] == ["rank 0", "rank 1"]
+    ranks = ["rank 0", "rank 1", "whole in each rank"]
+    assert [line.partition(":")[0] for line in printed.splitlines() if line[0] != " "] == ranks
+    assert "the tp plan has no entry for them\n  model.embed_tokens.weight" in printed
     status, printed, _ = run(capsys, "slices", src, "--to", V5, "--tp", 2, "--rank", 1, *plan)
     assert status == 0
     assert "model.safetensors" in printed
@@ -273,6 +275,36 @@ def test_what_does_not_divide_and_what_a_plan_has_not(
     findings = json.loads(printed)["error"]["findings"]
     assert {f["code"] for f in findings} == {code}
     assert word in str(findings)
+
+
+@pytest.mark.parametrize(
+    ("options", "plan", "said"),
+    [
+        (["--ep", "2"], {"tp": PLAN["tp"]}, "--ep 2 cuts nothing"),
+        (["--tp", "2"], {"ep": PLAN["ep"]}, "--tp 2 cuts nothing"),
+        (["--tp", "2", "--ep", "2"], {"tp": PLAN["tp"]}, "--ep 2 cuts nothing"),
+        (["--tp", "2"], {"tp": {"model.norm": "sequence_parallel"}}, "--tp 2 cuts nothing"),
+    ],
+)
+def test_ranks_that_would_share_nothing_are_an_error(src, tmp_path, capsys, options, plan, said):
+    """As experts of a model without any: each rank would read all of it."""
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    status, _, told = run(
+        capsys, "slices", src, "--to", V5, *options, "--plan", tmp_path / "plan.json"
+    )
+    assert status == 1
+    assert said in told
+
+
+def test_what_transformers_does_not_cut_is_named(capsys):
+    """It has a plan of experts for GPT-OSS, and one of layers for its head alone."""
+    pytest.importorskip("transformers", minversion="5.0")
+    base = next(path for path in BASES if path.name == "gpt_oss")
+    status, printed, _ = run(capsys, "slices", base, "--to", V5, "--tp", 2)
+    assert status == 0
+    assert "the tp plan has no entry for them\n  model.layers.{0,1}.mlp.experts" in printed
+    assert "lm_head" not in printed
+    assert "those of the installed transformers" in printed
 
 
 def test_the_installed_transformers_knows_how_a_model_is_cut(src, capsys):

@@ -230,7 +230,7 @@ def _(lab):
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    lab.patch.setattr("regraft.api.inspect", fail)
+    lab.patch.setattr("regraft.api.inspected", fail)
     return lab.run("inspect", src)
 
 

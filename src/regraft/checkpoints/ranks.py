@@ -232,6 +232,61 @@ def boxes_of(
     return boxes
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Tensors that each rank holds whole, for one reason."""
+
+    why: str
+    names: tuple[str, ...]
+
+
+def left_whole(
+    ranks: Ranks, plan: ParallelPlan, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Whole]:
+    """Which tensors no rank holds a part of, and why.
+
+    >>> plan = ParallelPlan({"mlp": "colwise", "norm": "sequence_parallel"})
+    >>> for whole in left_whole(Ranks(tp=2), plan, {"mlp.weight": (4, 4), "norm.weight": (4,), "sink": (4,)}):
+    ...     print(whole.names, whole.why)
+    ('norm.weight',) the tp plan says sequence_parallel, which does not cut them
+    ('sink',) the tp plan has no entry for them
+
+    Raises ``BadInputError`` where a plan cuts nothing at all: more ranks of that kind would be of no use.
+    """
+    used = [
+        (label, table)
+        for label, table, world in (("tp", plan.tp, ranks.tp), ("ep", plan.ep, ranks.ep))
+        if world > 1
+    ]
+    idle = {label for label, _ in used}
+    found: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        why = []
+        for label, table in used:
+            style = _style(table, name)
+            if style is None:
+                why.append(f"the {label} plan has no entry for them")
+            elif _dim(style, name, shape) is None:
+                why.append(f"the {label} plan says {style}, which does not cut them")
+            else:
+                idle.discard(label)
+        if used and len(why) == len(used):
+            found.setdefault(" and ".join(why), []).append(name)
+    if idle:
+        raise BadInputError(
+            Finding(
+                "parallel-plan",
+                f"--{label} {getattr(ranks, label)} cuts nothing: the {label} plan has no entry for a tensor of this "
+                "model, and each rank would read all of it",
+                fix=f"leave out --{label}"
+                + (", which is for models with experts" if label == "ep" else "")
+                + ", or give a plan that cuts something with --plan",
+            )
+            for label in sorted(idle)
+        )
+    return [Whole(why, tuple(names)) for why, names in found.items()]
+
+
 def _is_around(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern is of a module above some tensors."""
     text = r"\d+".join(re.escape(part) for part in pattern.split("*"))

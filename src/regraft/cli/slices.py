@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from regraft.checkpoints.prepare import Prepared
-    from regraft.checkpoints.ranks import ParallelPlan, Ranks
+    from regraft.checkpoints.ranks import ParallelPlan, Ranks, Whole
     from regraft.checkpoints.slices import Slices
+
+_SHOWN = 8
+"""Patterns of one reason that are shown."""
 
 
 @click.command(cls=options.WithArguments)
@@ -68,7 +71,8 @@ def slices(
 ) -> Job:
     """Show which bytes of a checkpoint each rank of tensor and expert parallelism reads.
 
-    Only headers are read, so this tells how much each machine will read before any is rented.
+    Only headers are read, so this tells how much each machine will read before any is rented. What every rank holds
+    whole is named, with the reason.
 
     Exit status: 0 done, 1 bad input, or sizes that do not divide, 2 usage, 3 not supported.
     """
@@ -79,19 +83,22 @@ def slices(
 
     def job() -> int:
         from regraft.checkpoints.prepare import model_of
-        from regraft.checkpoints.ranks import Ranks
+        from regraft.checkpoints.ranks import Ranks, left_whole
         from regraft.slicing import prepare_slices
 
         first = Ranks(tp, ep, rank or 0)
         ready = prepare_slices(src, to, model, source, rules)
         config = model_of(ready.source, model)
         table = _plan_of(first, plan, ready, None if config is None else config.data)
+        shapes = dict(zip(ready.moves.names, ready.moves.shapes, strict=True))
+        whole = left_whole(first, table, shapes)
         ranks = range(first.world) if rank is None else [rank]
         parts = [_cut(ready, Ranks(tp, ep, number), table) for number in ranks]
         if json:
             out.data(parts[0].to_dict())
         elif not quiet:
             _show(out, ready, list(ranks), parts)
+            _show_whole(out, ready, whole, given=plan is not None)
         return 0
 
     return job
@@ -141,3 +148,23 @@ def _show(out: Output, ready: Prepared, ranks: list[int], parts: list[Slices]) -
         files[run.file] = count + 1, size + run.size
     for name, (count, size) in files.items():
         out.show(Text(f"  {visible(name)}: {show_size(size)} in {count} run{'s' * (count != 1)}"))
+
+
+def _show_whole(out: Output, ready: Prepared, found: list[Whole], *, given: bool) -> None:
+    """What every rank holds whole, and why, the largest first; ``given`` says that the plan is the user's."""
+    from rich.text import Text
+
+    from regraft.names.patterns import patterns
+    from regraft.report import show_size
+
+    sizes = dict(zip(ready.moves.names, ready.moves.sizes.tolist(), strict=True))
+    for whole in sorted(found, key=lambda one: -sum(sizes[name] for name in one.names)):
+        size = sum(sizes[name] for name in whole.names)
+        out.show(Text(f"whole in each rank: {show_size(size)}: {whole.why}"))
+        for pattern, count in patterns(sorted(whole.names, key=lambda name: -sizes[name]))[:_SHOWN]:
+            out.show(Text(f"  {visible(pattern)}" + (f" ({count})" if count > 1 else "")))
+        left = len(patterns(whole.names)) - _SHOWN
+        if left > 0:
+            out.show(Text(f"  and {left} more pattern{'s' * (left != 1)}"))
+    if found and not given:
+        out.show(Text("the plans are those of the installed transformers; --plan gives others"))
