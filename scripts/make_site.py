@@ -63,7 +63,7 @@ from regraft.rules.book import Book, Parameters, Rule, library
 from regraft.storage import formats
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.header import MAX_HEADER_BYTES
-from regraft.storage.header_check import MAX_NAME_LENGTH, MAX_NAME_PARTS
+from regraft.storage.header_check import MAX_DIMS, MAX_NAME_LENGTH, MAX_NAME_PARTS
 
 SITE = Path(__file__).parents[1] / "site"
 TABLES = SITE / "tables.js"
@@ -350,6 +350,7 @@ def tables() -> str:
         "header": {
             "most": MAX_HEADER_BYTES,
             "name": [MAX_NAME_LENGTH, MAX_NAME_PARTS],
+            "dims": MAX_DIMS,
             "dtypes": {name: [d.bits, d.numpy.name] for name, d in DTYPES.items()},
             "formats": formats_known(),
         },

@@ -4,7 +4,7 @@
 
 import tables from "./tables.js";
 
-const { most, dtypes, formats, name: [LONGEST, PARTS] } = tables.header;
+const { most, dims, dtypes, formats, name: [LONGEST, PARTS] } = tables.header;
 
 /**
  * @typedef {object} Tensor
@@ -138,7 +138,7 @@ export function checkName(name) {
 }
 
 /** Whether a value is a shape. @param {unknown} value */
-export const isSizes = (value) => Array.isArray(value) && value.every((x) => Number.isSafeInteger(x) && x >= 0);
+export const isSizes = (value) => Array.isArray(value) && value.length <= dims && value.every((x) => Number.isSafeInteger(x) && x >= 0);
 
 /** The first number of each of some tensors. @param {File} file @param {Head} head @param {Tensor[]} some */
 export async function firstNumbers(file, head, some) {

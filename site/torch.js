@@ -13,6 +13,7 @@ const STORAGES = /** @type {Record<string, string>} */ ({
   IntStorage: "I32", ShortStorage: "I16", CharStorage: "I8", ByteStorage: "U8", BoolStorage: "BOOL",
 });
 const MOST_BYTES = 64 << 20;
+const TEXT = new TextDecoder("utf-8", { fatal: true });
 const damaged = (why) => new Unreadable("bad-torch-file", `This file of torch.save cannot be read: ${why}.`,
   "Use regraft inspect, or save it as safetensors.");
 
@@ -100,7 +101,7 @@ class Reader {
 
   text(length) {
     this.at += length;
-    return new TextDecoder().decode(new Uint8Array(this.view.buffer, this.view.byteOffset + this.at - length, length));
+    return TEXT.decode(new Uint8Array(this.view.buffer, this.view.byteOffset + this.at - length, length));
   }
 
   line() {
