@@ -1,4 +1,5 @@
-"""Writes tests/storage/dcp: what torch's distributed checkpoints look like, of four ranks and of a tiny model.
+"""Writes tests/storage/dcp: what runs of four ranks leave of a tiny model, as torch's distributed checkpoints and as
+one file of DTensors for each rank.
 
     .venv/bin/python scripts/make_dcp.py tests/storage/dcp
 
@@ -71,7 +72,20 @@ def save(rank: int, out: str) -> None:
     dcp.save(dict(model), checkpoint_id=f"{out}/flat")
     writer = HuggingFaceStorageWriter(f"{out}/shards", save_distributed=True)
     dcp.save(dict(model), storage_writer=writer)
+    (Path(out) / "ranks").mkdir(exist_ok=True)
+    for kind, value in (("model", flat_ranks(model)), ("optim", state["optim"])):
+        torch.save(value, f"{out}/ranks/{kind}_world_size_4_rank_{rank}.pt")
     dist.destroy_process_group()
+
+
+def flat_ranks(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What verl saves of a rank: DTensors of one mesh of ranks, or of two; and what is no DTensor."""
+    one = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+    made: dict[str, torch.Tensor] = {}
+    for number, (name, tensor) in enumerate(tensors().items()):
+        made[name] = distribute_tensor(tensor, one, (Shard(0),)) if number % 5 else model[name]
+    made["model.norm.weight"] = tensors()["model.norm.weight"]
+    return made
 
 
 def main() -> None:
@@ -81,7 +95,8 @@ def main() -> None:
     out.mkdir(parents=True)
     mp.spawn(save, (str(out),), nprocs=4)
     (out / ".ranks").unlink(missing_ok=True)
-    for name in ("nested", "flat", "shards"):
+    (out / "ranks" / "huggingface").mkdir()
+    for name in ("nested", "flat", "shards", "ranks/huggingface"):
         (out / name / "config.json").write_text(json.dumps(CONFIG))
 
 

@@ -47,6 +47,8 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
     return f"{match[1].lower()}://{match[2].rstrip('/')}"
 
 
+_PARTS = ("shard-*-model-*.safetensors", "model_world_size_*_rank_*.pt")
+"""Files of single ranks: torch's, and those of a run with FSDP as verl saves it."""
 _FSDP = ("pytorch_model_fsdp_0", "model")
 """The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
 _OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
@@ -100,18 +102,17 @@ def _hub_address(path: str | os.PathLike[str]) -> str | None:
 
 
 def _joined(path: Path) -> Path:
-    """A path; of a distributed checkpoint of torch one in which its tensors are whole."""
+    """A path; of a training run's checkpoint in parts one in which its tensors are whole."""
     inside = next(
         (f for f in (path, *(path / n for n in _FSDP)) if (f / ".metadata").is_file()), None
     )
-    shards = inside is None and path.is_dir() and any(path.glob("shard-*-model-*.safetensors"))
-    if inside is None and not shards:
+    looked = _PARTS if inside is None and path.is_dir() else ()
+    if inside is None and not any(next(path.glob(name), None) for name in looked):
         return path
-    from regraft.storage.dcp import is_dcp
-    from regraft.storage.joined import join
+    from regraft.storage.joined import is_joined, join
 
     inside = inside or path
-    if not is_dcp(inside):
+    if not is_joined(inside):
         return path
     known = next((each for each in _OPEN if each.url == str(path)), None)
     if known is None:

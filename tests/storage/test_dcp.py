@@ -76,7 +76,9 @@ def test_random_grids(tmp_path):
             box = [(each[i], each[i + 1]) for i, each in zip(cell, cuts, strict=True)]
             part = array[tuple(slice(a, b) for a, b in box)].tobytes()
             offsets, sizes = tuple(a for a, _ in box), tuple(b - a for a, b in box)
-            chunks.append(Chunk(offsets, sizes, "x.safetensors", len(data), len(part)))
+            chunks.append(
+                Chunk(offsets, sizes, "x.safetensors", len(data), len(part), is_item=False)
+            )
             data += part
         assert covers(shape, chunks)
         (tmp_path / "x.safetensors").write_bytes(data)

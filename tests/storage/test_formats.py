@@ -47,7 +47,7 @@ FILES = {
 }
 FOLDERS = {
     "zero": (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed"),
-    "verl": (["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"], "each rank"),
+    "verl": (["extra_state_world_size_2_rank_0.pt"], "each rank"),
     "megatron": (
         ["latest_checkpointed_iteration.txt", "iter_9/mp_rank_00/model_optim_rng.pt"],
         "Megatron",

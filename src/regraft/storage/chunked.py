@@ -181,7 +181,7 @@ def _runs_of(folder: Path, tensors: list[tuple[str, Chunked]]) -> list[list[_Run
             for number, chunk in sorted(chunks, key=lambda each: each[1].at):
                 key, tensor = tensors[number]
                 at = chunk.at
-                if not name.endswith(".safetensors"):
+                if chunk.is_item:
                     at = place_of(file, size, chunk, tensor.dtype, str(path), key)
                 runs[number].append(_Runs(chunk, tensor.shape, BITS[tensor.dtype] // 8, at))
     return runs

@@ -72,6 +72,8 @@ class Chunk(Struct, frozen=True):
     """Where its bytes begin in the file, or the item that holds them."""
     length: int
     """In bytes, of the item."""
+    is_item: bool = True
+    """Whether there is an item, a file of ``torch.save`` in the file; otherwise the bytes themselves begin there."""
 
 
 class Chunked(Struct, frozen=True):
@@ -284,7 +286,8 @@ def _of_shards(folder: Path) -> tuple[dict[str, Chunked], list[str]]:
         for name, info in header.tensors.items():
             offsets = told.get(name, {}).get("saved_offsets", [0] * len(info.shape))
             at = header.data_start + info.start
-            chunk = Chunk(_numbers(offsets), info.shape, path.name, at, info.end - info.start)
+            size = info.end - info.start
+            chunk = Chunk(_numbers(offsets), info.shape, path.name, at, size, is_item=False)
             dtype, chunks = found.setdefault(name, (info.dtype, []))
             if dtype != info.dtype:
                 raise _bad(str(path), f"it is {info.dtype} here, and {dtype} in another file", name)

@@ -11,13 +11,16 @@ import tempfile
 from pathlib import Path
 
 from regraft.storage.chunked import ChunkedFile
-from regraft.storage.dcp import METADATA, model_of, read_dcp
+from regraft.storage.dcp import METADATA, is_dcp, model_of, read_dcp
 from regraft.storage.folder import copy_file
+from regraft.storage.rank_files import rank_files, read_rank_files
 from regraft.storage.stand_ins import NAMES, STAND_INS
 
 _WEIGHTS = (".distcp", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _OWN = (METADATA, "metadata.json")
 """What says how it was saved, the second where Megatron-Core did."""
+_BELOW = "huggingface"
+"""Where verl puts the config and the tokenizer."""
 _MOST = 1 << 27
 """Bytes of a file beside the weights that is taken along."""
 
@@ -47,8 +50,13 @@ class Joined:
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
+def is_joined(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in parts that can be joined."""
+    return bool(rank_files(folder)) or is_dcp(folder)
+
+
 def join(folder: Path, inside: Path, key: str | None) -> Joined:
-    """Make the folder that stands for a distributed checkpoint of torch.
+    """Make the folder that stands for a distributed checkpoint of torch, or for the files of a run's ranks.
 
     Args:
         folder: the folder that was named, with a config beside the weights if there is one.
@@ -57,11 +65,18 @@ def join(folder: Path, inside: Path, key: str | None) -> Joined:
 
     Raises ``BadInputError`` where it cannot be read.
     """
-    tensors, other = read_dcp(inside)
+    files = rank_files(inside)
+    tensors, other = read_rank_files(files) if files else read_dcp(inside)
     model, left = model_of(tensors, str(inside), key)
+    other += sorted(
+        path.name for path in inside.glob("*_world_size_*.pt") if path.name[:6] != "model_"
+    )
     made = Joined(str(folder), ChunkedFile(inside, model, str(inside)), [*left, *other])
     try:
-        for path in sorted(folder.iterdir()):
+        below = folder / _BELOW
+        for path in sorted(
+            [*folder.iterdir(), *(below.iterdir() if files and below.is_dir() else ())]
+        ):
             beside = path.is_file() and not path.is_symlink() and path.name not in _OWN
             if beside and path.suffix not in _WEIGHTS and path.stat().st_size <= _MOST:
                 copy_file(path, made.path / path.name)

@@ -356,6 +356,11 @@ def _model_in(
     return model, left + [f"{name} ({what})" for name, what in _opaque(loaded, model, "", 0, set())]
 
 
+def opaque_beside(loaded: dict[Any, Any]) -> list[str]:
+    """What is known by its name only, each by the keys above it."""
+    return [f"{name} ({what})" for name, what in _opaque(loaded, {}, "", 0, set())]
+
+
 def _opaque(
     value: Any, model: dict[Any, Any], name: str, depth: int, seen: set[int]
 ) -> Iterator[tuple[str, str]]:
@@ -410,7 +415,7 @@ def _find_tensors(
         return _locate(loaded, places, stamp.size, where), stamp
 
 
-def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, _Places]:
+def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, Places]:
     """What the file's pickle says, and where the storages are."""
     try:
         if is_zip:
@@ -455,7 +460,7 @@ def _describe(value: object) -> str:
 
 
 def _locate(
-    loaded: dict[Any, Any], places: _Places, size: int, where: str
+    loaded: dict[Any, Any], places: Places, size: int, where: str
 ) -> dict[str, TorchTensor]:
     findings: list[Finding] = []
     result: dict[str, TorchTensor] = {}
@@ -486,7 +491,7 @@ def _locate(
     return result
 
 
-def _place(value: Tensor, places: _Places, size: int) -> TorchTensor | tuple[str, str]:
+def _place(value: Tensor, places: Places, size: int) -> TorchTensor | tuple[str, str]:
     """Where a tensor is, or a finding's code and message."""
     place = places.find(value.storage)
     if place is None:
@@ -514,7 +519,7 @@ def _bits(dtype: str) -> int:
     return BITS[DTYPE_NAMES[dtype]] if dtype in DTYPE_NAMES else _UNKNOWN_BITS[dtype]
 
 
-class _Places:
+class Places:
     """Where storages are in a zip archive."""
 
     def __init__(self, file: BinaryIO, root: str, members: dict[str, zipfile.ZipInfo]) -> None:
@@ -540,7 +545,7 @@ class _Places:
         return begin, begin + info.file_size
 
 
-class _Listed(_Places):
+class _Listed(Places):
     """Where storages are in a file of the older form."""
 
     def __init__(self, places: dict[str, tuple[int, int]]) -> None:
@@ -555,8 +560,8 @@ def _is_stored(info: zipfile.ZipInfo) -> bool:
     return info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
 
 
-def open_zip(file: BinaryIO) -> tuple[Any, _Places]:
-    """What a file of ``torch.save`` holds, and where its storages are.
+def open_zip(file: BinaryIO, machine: Machine | None = None) -> tuple[Any, Places]:
+    """What a file of ``torch.save`` holds, and where its storages are; ``machine`` is the one that walks the pickle.
 
     Raises ``RefusedError`` for what is not plain, and what `zipfile` raises.
     """
@@ -581,10 +586,10 @@ def open_zip(file: BinaryIO) -> tuple[Any, _Places]:
     )
     if compressed is not None:
         raise RefusedError(f"the compressed member {compressed[:100]!r}")
-    return _unpickle(io.BytesIO(data)), _Places(file, root, members)
+    return _unpickle(io.BytesIO(data), machine), Places(file, root, members)
 
 
-def _open_stream(file: BinaryIO, size: int) -> tuple[Any, _Places]:
+def _open_stream(file: BinaryIO, size: int) -> tuple[Any, Places]:
     """The form of before torch 1.6: pickles one after the other, then each storage with its number of elements."""
     file.seek(0)
     data = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
@@ -594,7 +599,7 @@ def _open_stream(file: BinaryIO, size: int) -> tuple[Any, _Places]:
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise RefusedError("numbers in big-endian order")
     found: dict[str, _Storage] = {}
-    loaded = _unpickle(data, found)
+    loaded = _unpickle(data, Machine(found))
     keys = _unpickle(data)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("it has no list of its storages")
@@ -624,9 +629,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 
 
-def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage] | None = None) -> Any:
-    """The value of one pickle; the stream stands behind it afterwards. ``storages`` collects those it speaks of."""
-    machine = Machine({} if storages is None else storages)
+def _unpickle(stream: io.BytesIO, machine: Machine | None = None) -> Any:
+    """The value of one pickle; the stream stands behind it afterwards."""
+    machine = Machine({}) if machine is None else machine
     for opcode, argument, _ in opcodes(stream):
         if machine.do(opcode.name, argument):
             return machine.result()
