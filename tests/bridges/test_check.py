@@ -332,6 +332,33 @@ def test_a_checkpoint_with_one_tensor_too_many(tmp_path):
     assert verdict.counts["unexpected"] == 1
 
 
+def test_stacked_experts_alone_tell_the_class(tmp_path):
+    """They are named by their module, which has no weight; the class was taken for one without a head."""
+    config = json.loads((base_folder("qwen3_moe__gud") / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    regraft.convert(
+        case_folder("qwen3_moe__gud"), tmp_path / "new", to="transformers-v5", model=tmp_path
+    )
+    (verdict,) = check(tmp_path / "new", model=tmp_path).verdicts
+    assert verdict.healthy, verdict
+
+
+def test_a_classifier_on_a_base_of_a_language_model(tmp_path):
+    """The task says the class, and the saved head how many labels the base is loaded with."""
+    base = base_folder("mixtral__gud_attn")
+    size = json.loads((base / "config.json").read_text())["hidden_size"]
+    at = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    shapes = {f"{at}A.weight": (2, size), f"{at}B.weight": (size, 2)}
+    shapes["base_model.model.score.weight"] = (5, size)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "task_type": "SEQ_CLS"}
+    config |= {"target_modules": r".*layers\.0\.self_attn\.q_proj", "modules_to_save": ["score"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    write_tensors(tmp_path / WEIGHTS, {k: np.ones(s, np.float32) for k, s in shapes.items()}, {})
+    (verdict,) = check(tmp_path, model=base).verdicts
+    assert verdict.healthy and any("5 labels" in note for note in verdict.notes), verdict
+
+
 def test_the_command(capsys):
     name = "mixtral__rslora"
     args = ["check", str(case_folder(name)), "--model", str(base_folder(name))]

@@ -38,7 +38,7 @@ from regraft.dialects.opening import Opening, Target, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.saving import save_adapter
-from regraft.dialects.peft.scan import Scan, scan_names
+from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
@@ -55,6 +55,11 @@ from regraft.rules.templates import match_group
 from regraft.sources import resolved
 from regraft.storage.stand_ins import named
 from regraft.values import replace
+
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+"""The tasks, as PEFT calls them, whose models are made with a number of labels."""
+_CLASSIFIERS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""The last layers of their heads, with a row for each label."""
 
 
 @overload
@@ -332,7 +337,9 @@ class _Checker:
             try:
                 scan, _ = self.scan(source)
                 names, task = tuple(base_names(names_of_scan(scan))), source.config.get("task_type")
-                trial = Trial(model, named, folder, wanted, remedies, names, task)
+                labelled, said = _with_labels(model, source)
+                verdict.notes += said
+                trial = Trial(labelled, named, folder, wanted, remedies, names, task)
                 tried = self.peft.attempt(trial)
             except RegraftError as error:
                 self.judge(source, converted, verdict)
@@ -489,6 +496,25 @@ def _means_the_same(config: Mapping[str, Any], converted: Converted) -> bool:
         if not named or not isclose(scales.scale(path).value, target.scale):
             return False
     return True
+
+
+def _with_labels(model: ModelConfig, source: Source) -> tuple[ModelConfig, list[str]]:
+    """The base with as many labels as a classifier's saved head has, and what is said of it.
+
+    Whoever trains one gives their number when the base is loaded; the base's own config has another one.
+    """
+    if source.config.get("task_type") not in _LABELLED:
+        return model, []
+    heads = [source.tensors.get(PREFIX + name) for name in _CLASSIFIERS]
+    rows = {head.shape[0] for head in heads if head is not None}
+    own = model.data.get("id2label")
+    have = len(own) if isinstance(own, Mapping) else model.data.get("num_labels", 2)
+    if len(rows) != 1 or rows == {have}:
+        return model, []
+    (count,) = rows
+    data = {k: v for k, v in model.data.items() if k not in ("id2label", "label2id")}
+    said = f"the base is taken with {count} labels (num_labels={count}), as the saved head has"
+    return replace(model, data={**data, "num_labels": count}), [said]
 
 
 def _first(findings: Sequence[Finding]) -> str:

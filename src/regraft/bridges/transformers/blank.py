@@ -19,7 +19,7 @@ from regraft.bridges.transformers.building import (
     make_config,
     model_class,
 )
-from regraft.bridges.transformers.choosing import check_architecture
+from regraft.bridges.transformers.choosing import check_architecture, classes_of_task
 from regraft.bridges.transformers.files import class_by_names
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import ModelConfig
@@ -48,7 +48,8 @@ def classes_of(
     check_architecture(model)
     if model.architecture is not None:
         return [model.architecture], None
-    known = known_classes(model, [named, *model.architectures()])
+    asked = [named] if named else classes_of_task(model, task)
+    known = known_classes(model, [*asked, *model.architectures()])
     if not known:
         guessed = class_by_names(model, keys(), adapter=adapter, task=task)
         return ([guessed[0]], guessed[1]) if guessed is not None else ([], None)

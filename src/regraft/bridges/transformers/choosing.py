@@ -33,6 +33,8 @@ _TABLES = {
     "FEATURE_EXTRACTION": ("MODEL",),
 }
 """The tasks of PEFT, and the tables of transformers' auto classes that go with them."""
+_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""The tasks whose classes have a head of their own, which the base's class has not."""
 _PURPOSE = re.compile(r"(For[A-Z]\w*|Model|WithLMHead\w*|LMHeadModel)$")
 _SHOWN = 8
 _DEEPEST = 5
@@ -184,6 +186,7 @@ def _candidates(
 
 
 def _candidate(imported: Imported, keys: Sequence[str], *, adapter: bool) -> _Candidate:
+    keys = _with_parameters(imported, keys) if adapter else keys
     outcome: list[object] = [None] * len(keys)
     landed = known = exact = 0
     had = _spelled(imported)
@@ -201,6 +204,21 @@ def _candidate(imported: Imported, keys: Sequence[str], *, adapter: bool) -> _Ca
         for number, row in zip(rows.ids.tolist(), rows.numbers.tolist(), strict=True):
             outcome[number] = (put(text, row), rule)
     return _Candidate(imported, tuple(outcome), landed, known, exact)
+
+
+def _with_parameters(imported: Imported, keys: Sequence[str]) -> list[str]:
+    """Keys with a parameter's name in place of ``weight`` where modules have no weight: stacked experts."""
+    names = imported.skeleton.tensors
+    leaves: dict[str, str] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        if f"{module}.weight" not in names:
+            leaves.setdefault(module.rpartition(".")[2], leaf)
+    split = [key.rpartition(".") for key in keys]
+    return [
+        f"{module}.{leaves.get(module.rpartition('.')[2], leaf)}" if leaf == "weight" else key
+        for key, (module, _, leaf) in zip(keys, split, strict=True)
+    ]
 
 
 def find_held(
@@ -294,6 +312,14 @@ def _hints_of_weights(
         sizes = {c.name: len(c.imported.skeleton.tensors) for c in left}
         least = min((sizes[c.name] for c in left if landed[c.name] == best), default=0)
         yield "has the fewest weights besides", lambda c: sizes[c.name] == least
+
+
+def classes_of_task(model: ModelConfig, task: str | None) -> list[str]:
+    """The classes that an adapter's task wants in place of the base's own, which its config names; often none."""
+    if task not in _HEADED:
+        return []
+    wanted = _of_task(task, model.model_type or "")
+    return [] if wanted & set(model.architectures()) else sorted(wanted)
 
 
 def _of_task(task: str, model_type: str) -> set[str]:

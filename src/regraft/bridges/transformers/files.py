@@ -154,11 +154,18 @@ class _InProcess(Struct):
     def choose(self, question: _Question, config: Any) -> tuple[Any, Guessed | None] | None:
         """The class of a model, and how it was guessed where none of transformers' is named."""
         from regraft.bridges.transformers.building import known_classes
-        from regraft.bridges.transformers.choosing import check_architecture, find_held, guess
+        from regraft.bridges.transformers.choosing import (
+            check_architecture,
+            classes_of_task,
+            find_held,
+            guess,
+        )
 
         model = question.model
         check_architecture(model)
-        asked = [model.architecture] if model.architecture is not None else question.classes
+        asked = [model.architecture]
+        if model.architecture is None:
+            asked = [*question.classes, *classes_of_task(model, question.task)]
         imported, most = None, -1
         for name in known_classes(model, asked):
             candidate = self._imported(model, config, name)
