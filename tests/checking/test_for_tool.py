@@ -225,6 +225,18 @@ def test_nemo_reads_one_rank_one_scale_and_gate_s_factor_for_up(case, verdict, r
     assert reason in " ".join(t.reason for t in check.targets)
 
 
+def test_nemo_s_alpha_is_whole_where_it_is_zero(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    regraft.convert(
+        make_adapter(tmp_path / "lora", ATTENTION, alpha=0.0),
+        tmp_path / "made",
+        to="nemo",
+        model=base,
+    )
+    alpha = json.loads((tmp_path / "made/adapter_config.json").read_text())["lora_alpha"]
+    assert alpha == 0 and isinstance(alpha, int)
+
+
 def renamed(old, new):
     return lambda tensors: {name.replace(old, new): x for name, x in tensors.items()}
 

@@ -385,7 +385,8 @@ def test_a_magnitude_for_each_token_stays_in_mlx(tmp_path):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_model_that_sees_is_held_as_its_language_model(tmp_path, tool):
     inner = {"model_type": "llama"} | SIZES
-    base = make_base(tmp_path / "base", "llava", text_config=inner, vision_config={})
+    classes = ["LlavaForConditionalGeneration"]
+    base = make_base(tmp_path / "base", "llava", text_config=inner, architectures=classes)
     adapter = make_adapter(tmp_path / "lora", {"self_attn.q_proj": (16, 16)})
     file = adapter / WEIGHTS
     tensors = {
@@ -645,3 +646,26 @@ def test_an_alpha_that_gguf_cannot_hold(tmp_path, alpha):
     source = make_adapter(tmp_path / "src", ATTENTION, alpha=alpha)
     with pytest.raises(regraft.RefusedError, match="out of its range"):
         regraft.convert(source, tmp_path / "out", to="gguf", model=base)
+
+
+@pytest.mark.slow
+def test_the_language_model_of_another_vlm_by_its_own_config(tmp_path):
+    """What the refusal says to do is what works."""
+    inner = {"model_type": "llama", **SIZES}
+    classes = ["LlavaForConditionalGeneration"]
+    base = make_base(tmp_path / "base", "llava", text_config=inner, architectures=classes)
+    text = make_base(tmp_path / "text", "llama")
+    plain = make_adapter(tmp_path / "lora", ATTENTION | MLP)
+    tensors = {
+        name.replace("model.model.", "model.model.language_model.", 1): x.copy()
+        for name, x in open_tensors(plain / WEIGHTS).items()
+    }
+    write_tensors(plain / WEIGHTS, tensors, {"format": "pt"})
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config["target_modules"] = sorted({x.rpartition(".")[2] for x in config["target_modules"]})
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    for tool in TOOLS:
+        with pytest.raises(regraft.RefusedError, match="save text_config"):
+            regraft.convert(plain, tmp_path / f"refused-{tool}", to=tool, model=base)
+        made = through(tmp_path, plain, text, tool)
+        assert regraft.verify(plain, made, model=text).equal

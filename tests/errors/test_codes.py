@@ -6,7 +6,7 @@ import pytest
 
 from regraft.cli import main
 from regraft.cli.run import headline
-from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.errors.codes import CODES, Code, Status
 
 
@@ -60,3 +60,9 @@ def test_the_command_says_so(option, tmp_path, capsys):
     told = capsys.readouterr()
     assert json.loads(told.out)["error"]["kind"] == "refused"
     assert told.err.startswith("regraft: refused: no exact equivalent in transformers-v5")
+
+
+def test_keys_that_no_rule_matches_are_bad_input():
+    """Who catches bad input, questions and refusals has caught all that is wrong with an adapter."""
+    error = UnmatchedKeysError(Finding("unmatched", "x"))
+    assert isinstance(error, BadInputError) and error.kind == "unmatched-keys"

@@ -263,6 +263,7 @@ class NemoWriter(ServedWriter):
             "base_model_name_or_path",
         )
         config = {name: made[name] for name in fields}
+        config["lora_alpha"] = int(config["lora_alpha"])  # whole by now, and 0.0 is no int
         if config["task_type"] is None:
             config["task_type"] = "CAUSAL_LM"
         modules = [w.module for w in written if w.parameter is None]

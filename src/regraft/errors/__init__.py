@@ -103,7 +103,7 @@ class BadInputError(RegraftError):
     status = Status.BAD_INPUT
 
 
-class UnmatchedKeysError(RegraftError):
+class UnmatchedKeysError(BadInputError):
     """Keys that no rule matches."""
 
     kind = "unmatched-keys"
