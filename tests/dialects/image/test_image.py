@@ -425,3 +425,23 @@ def test_the_last_line_says_where_the_file_goes(name, to, words, tmp_path, capsy
     file = out if out.is_file() else out / "pytorch_lora_weights.safetensors"
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Use it with: " + words.format(path=file, file=file.name))
+
+
+def test_names_of_two_unets_stay_where_the_file_is_the_tool_s_already(convert):
+    """SD 1.5 has these modules, too, and sd-scripts would name them in another way."""
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    down, up = pair(H, H)
+    tensors = {
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.alpha": np.float32(1),
+        f"{stem}.dora_scale": np.ones((1, H), "f4"),
+    }
+    made, _ = convert(tensors, "kohya")
+    same_bits(made, tensors)
+    for family, name in (
+        ("sdxl", stem),
+        ("sd15", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
+    ):
+        made, _ = convert(tensors, "kohya", source=family)
+        assert f"{name}.dora_scale" in made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,12 @@ def convert_image(
     if errors and (not made or len(errors) == len(fits)):
         raise errors[0]
     if len(made) > 1 and not all(_same(made[0][1], other) for _, other in made[1:]):
+        if opened.form == to:
+            staying = [
+                result for _, result in made if result.tensors.keys() == opened.tensors.keys()
+            ]
+            if len(staying) == 1:
+                return _unsettled(staying[0], [fit.family for fit, _ in made])
         raise AmbiguousError(
             Finding(
                 "which-model",
@@ -177,6 +183,14 @@ def convert_image(
             )
         )
     return made[0][1]
+
+
+def _unsettled(made: Made, families: Sequence[Family]) -> Made:
+    """A file that keeps its names, whichever of some families it is for."""
+    titles = " or ".join(family.title for family in families)
+    made.report.notes[:] = [n for n in made.report.notes if not n.startswith("base: ")]
+    made.report.notes.append(f"base: {titles}; its names stay what they are for either")
+    return made
 
 
 def _choice(fit: Fit, made: Made) -> Choice:
