@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 from errors.lab import EXPERT, QUERY, START, V4, V5, kept, provokes, renamed, without
 
+import regraft
 from regraft.adapters.detect import load_model
 from regraft.dialects import registry
 from regraft.dialects.peft.source import find_adapters
 from regraft.storage import expressions
+from regraft.storage.safetensors import write_tensors
 
 # Refused
 
@@ -21,6 +23,17 @@ def _(lab):
 @provokes("max-error")
 def _(lab):
     lab.convert(lab.adapter(), via="svd:1", max_error=1e-3)
+
+
+@provokes("memory")
+def _(lab):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for folder in ("base", "tuned"):
+        (lab.path / folder).mkdir()
+        weight = np.ones((4, 4), "f4") * (folder == "tuned")
+        write_tensors(lab.path / folder / "model.safetensors", {name: weight}, {})
+        (lab.path / folder / "config.json").write_text('{"model_type": "llama"}')
+    regraft.extract(lab.path / "base", lab.path / "tuned", lab.out, rank=1, memory="1MB")
 
 
 @provokes("single-expert")

@@ -15,7 +15,10 @@ from test_merge_language import read as weights
 
 import regraft
 from regraft.cli import main
+from regraft.merging import low_rank
 from regraft.merging.low_rank import spectrum, spectrum_within
+from regraft.merging.matrix import Matrix
+from regraft.storage.waiting import Waiting, forget
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "adapters"))
 from test_golden import adapter_of, base_of
@@ -150,6 +153,75 @@ def test_few_factors_of_a_large_matrix_are_as_good_as_the_best(shape, power):
         assert np.linalg.norm(matrix - b @ a) <= error * found.norm * (1 + 1e-9)
         least = int((best > error * found.norm).sum())
         assert least <= rank <= least * 1.02 + 1
+
+
+@pytest.mark.parametrize("shape", [(500, 220), (220, 500), (300, 300)])
+@pytest.mark.parametrize(
+    ("rank", "held", "squares", "close"),
+    [(20, False, 0, 1e-4), (100, True, 8, 1e-9), (100, False, 8, 1e-9), (100, False, 4, 1e-4)],
+)
+def test_with_less_room_it_is_read_again_and_as_good(
+    shape, rank, held, squares, close, monkeypatch
+):
+    """Blocks of vectors or all products, of a matrix in memory or read for each product, in float64 or float32."""
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    reads = []
+
+    def read(first, last):
+        reads.append((first, last))
+        return matrix[first:last].astype(float)
+
+    given = Matrix(shape, matrix.dtype, read)
+    ways = [w for w in low_rank.WAYS if w.held == held and w.few == (squares == 0)]
+    way = next(w for w in ways if not squares or w.dtype.itemsize == squares)
+    room = low_rank.needed(given, rank, way)
+    monkeypatch.setattr(low_rank, "WAYS", (way,))
+    found = spectrum(given, rank, room)
+    b, a = found.factors(rank, np.dtype(np.float32))
+    values = np.linalg.svd(matrix.astype(float), compute_uv=False)
+    best = (values[rank:] ** 2).sum()
+    assert np.linalg.norm(matrix - b.astype(float) @ a) ** 2 <= best * (1 + max(close, 1e-6))
+    assert np.isclose(found.lost(b, a), best, rtol=2e-4)
+    assert (reads.count((0, shape[0])) == 1) == held
+    with pytest.raises(low_rank.NoRoomError) as caught:
+        spectrum(given, rank, room - 1)
+    assert caught.value.needed == room
+
+
+def test_what_takes_too_much_memory_is_refused_by_name(tmp_path, capsys):
+    base = llama(tmp_path / "base")
+    _, delta = factors(Q, 8, 8)
+    weight = (weights(base)[f"{Q}.weight"] + delta).astype(np.float32)
+    tuned = tune(base, tmp_path / "tuned", **{f"{Q}.weight": weight})
+    asked = ["extract", str(base), str(tuned), "-o", str(tmp_path / "out"), "--rank", "2"]
+    assert main([*asked, "--memory", "10MB"]) == 3
+    told = capsys.readouterr().err
+    assert f"{Q}.weight" in told
+    assert "--memory 17MB" in " ".join(told.split())
+    assert not (tmp_path / "out").exists()
+    assert main([*asked, "--memory", "17MB"]) == 0
+
+
+def test_arrays_that_wait_in_a_file_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("regraft.storage.waiting._SEGMENT", 1 << 16)
+    arrays = [np.arange(n, dtype=d) for n in (1, 9, 5000, 40000) for d in ("f4", "f8", "f2")]
+    waiting = Waiting(tmp_path / "not" / "there")
+    kept = [waiting.put(array.reshape(1, -1)) for array in arrays]
+    forget(kept[-1])
+    assert all((x[0] == y).all() and x.dtype == y.dtype for x, y in zip(kept, arrays, strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_waited_is_written_as_it_was(tmp_path):
+    base = llama(tmp_path / "base")
+    _, delta = factors(Q, 8, 8)
+    weight = (weights(base)[f"{Q}.weight"] + delta).astype(np.float32)
+    tuned = tune(base, tmp_path / "tuned", **{f"{Q}.weight": weight})
+    regraft.extract(base, tuned, tmp_path / "out", rank=2)
+    regraft.merge(base, [tmp_path / "out"], tmp_path / "again")
+    again = weights(tmp_path / "again")[f"{Q}.weight"]
+    assert np.allclose(again, weights(tuned)[f"{Q}.weight"], atol=1e-4)
+    assert {x.name for x in tmp_path.iterdir()} == {"base", "tuned", "out", "again"}
 
 
 def test_a_norm_that_changed_is_refused_kept_or_left_out_by_name(tmp_path):

@@ -66,6 +66,11 @@ _SHOWN = 50
     "--dtype", metavar="DTYPE", default="float32", help="The type of the factors (float32)."
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="How much may be held at a time, such as 4GB; three times the largest tensor if omitted.",
+)
+@click.option(
     "--from",
     "source",
     metavar="FAMILY",
@@ -88,6 +93,7 @@ def extract(
     full: bool,
     skip: tuple[str, ...],
     dtype: str,
+    memory: str | None,
     source: str | None,
     architecture: str | None,
     rules: tuple[str, ...],
@@ -101,7 +107,8 @@ def extract(
     Each matrix's change is replaced by the best factors of low rank; its error and its share of the singular values
     are told. What changed and is no matrix is refused by name, unless --full keeps it or --skip leaves it out.
 
-    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because something changed that is no matrix.
+    Exit status: 0 done, 1 bad input, 2 usage, 3 refused because something changed that is no matrix,
+    or takes more memory than may be held.
     """
     options.check_layouts(rules, to=to)
     if (rank is None) == (error is None):
@@ -122,6 +129,7 @@ def extract(
                 full=full,
                 skip=skip,
                 dtype=dtype,
+                memory=memory,
                 source=source,
                 architecture=architecture,
                 overwrite=overwrite,

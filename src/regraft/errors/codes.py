@@ -160,6 +160,13 @@ class Code(Enum):
         "take the damaged module out, or restore it from another checkpoint",
         "a factor that holds some is joined with others, or has no singular value decomposition",
     )
+    MEMORY = (
+        "memory",
+        Part.REFUSED,
+        "more memory than may be held",
+        "allow more with `--memory`, or ask for a lower rank",
+        "the factors of a matrix that `extract` was asked for take more than three times the largest tensor",
+    )
     NOTHING_LEFT = (
         "nothing-left",
         Part.REFUSED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,22 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from regraft.adapters.base_weights import oriented
-from regraft.adapters.form import Array, cast_down
-from regraft.arrays.pieces import HELD
+from regraft.adapters.form import Array, is_finite
+from regraft.arrays.pieces import HELD, Wide
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.casting import parse_casts
+from regraft.checkpoints.sharding import parse_size
 from regraft.checkpoints.ties import is_input, is_output
 from regraft.dialects.names import layout_named
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.merging.base import Base, Reader, float_type, open_base
 from regraft.merging.extraction import Extracted, Extraction
-from regraft.merging.low_rank import Spectrum, spectrum, spectrum_within
+from regraft.merging.low_rank import NoRoomError, Spectrum, spectrum, spectrum_within
+from regraft.merging.matrix import Matrix
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
-from regraft.report import logged
+from regraft.report import logged, show_size
 from regraft.rules.book import Rules, only_books
-from regraft.rules.kinds import KINDS
+from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.said import saying
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import check_destination
@@ -37,6 +38,8 @@ Progress = Callable[[str, int, int], None]
 Path_ = str | os.PathLike[str]
 
 _SHOWN = 20
+_LEAST_ROOM = 64 << 20
+"""Bytes that may be held for one matrix in any case."""
 
 
 @logged
@@ -51,6 +54,7 @@ def extract(
     full: bool = False,
     skip: Sequence[str] = (),
     dtype: str = "float32",
+    memory: str | None = None,
     source: str | None = None,
     architecture: str | None = None,
     rules: Rules = (),
@@ -62,7 +66,8 @@ def extract(
 
     The change of each matrix (a convolution's too, and each expert's) is computed in float64 and replaced by factors
     of low rank: to 1e-4 as good as the best ones. How far they are off is measured on them as they are written.
-    Tensors that did not change are left out, and counted.
+    Tensors that did not change are left out, and counted. No more is held at a time than three times the models'
+    largest tensor; factors that are done wait in a file.
 
     Args:
         base: the model that was tuned: a language, image or video model, as `regraft.merge` takes it.
@@ -76,6 +81,7 @@ def extract(
         full: keep as a whole what is no matrix of a module (norms, biases) where it changed. Refused otherwise.
         skip: patterns of names that may be left out although they changed. They are reported.
         dtype: the type of the factors.
+        memory: how much may be held at a time (``4GB``), in place of three times the largest tensor.
         source: the family of the models, where names do not tell it.
         architecture: the class of the model, where its ``config.json`` names none that transformers has.
         rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
@@ -88,7 +94,8 @@ def extract(
 
     Raises:
         BadInputError: the two models have other layouts, tensors or shapes, or nothing changed.
-        RefusedError: something changed that is no matrix, and nothing says what is to become of it.
+        RefusedError: something changed that is no matrix, and nothing says what is to become of it; or the factors
+            of a matrix take more memory than may be held.
     """
     with ExitStack() as stack:
         stack.enter_context(only_books(rules))
@@ -112,7 +119,9 @@ def extract(
         if not dry_run:
             for path in (base, tuned):
                 check_destination(Path(path), output.dst, overwrite=overwrite, file=output.file)
-        work = _Extracting(one, other, output, wanted, made, tuple(skip), full)
+        largest = int(one.tensors.sizes.max(initial=0))
+        room = parse_size(memory) if memory is not None else max(3 * largest, _LEAST_ROOM)
+        work = _Extracting(one, other, output, wanted, made, tuple(skip), full, room)
         work.run(pairs, progress)
         made.notes += output.write(made, overwrite=overwrite, dry_run=dry_run)
         return made
@@ -216,6 +225,8 @@ class _Extracting:
     made: Extraction
     skip: tuple[str, ...]
     full: bool
+    room: int
+    """Bytes that may be held at a time."""
     lost: float = 0.0
     norm: float = 0.0
 
@@ -258,24 +269,24 @@ class _Extracting:
         types = [float_type(b.tensors.dtypes[r]) for b, r in ((self.one, row), (self.other, there))]
         if None in types:
             return [self._refusal(name, "it holds no floating-point numbers, and they changed")]
-        delta = _difference(readers, row, there, self.one.tensors.shapes[row])
-        if not delta.any():
+        change = _Change(readers, (row, there), self.one.tensors.shapes[row])
+        differs, finite = change.look()
+        if not differs:
             self.made.unchanged += 1
             return []
         if any(fnmatchcase(name, pattern) for pattern in self.skip):
             self.made.skipped.append(name)
             return []
-        if not np.isfinite([delta.min(), delta.max()]).all():
+        if not finite:
             return [self._refusal(name, "its change has NaN or infinite values", "not-finite")]
         kind = self.output.kind_of(name)
         if kind is not None:
-            self._factor(name, delta, kind)
-            return []
+            return self._factor(name, change, kind)
         why = self.output.why_not_whole(name)
         if not self.full or why is not None:
             reason = why or "it is no matrix of a module, so its change is not a LoRA"
             return [self._refusal(name, reason)]
-        self.output.add_whole(name, delta, readers[1].whole(there))
+        self.output.add_whole(name, change.whole(), readers[1].whole(there))
         self.made.whole.append(name)
         return []
 
@@ -285,39 +296,67 @@ class _Extracting:
             fix = f"keep such changes as a whole with --full, or {fix}"
         return Finding(code, why, where=str(self.other.path), key=name, fix=fix)
 
-    def _factor(self, name: str, delta: Array, kind: str) -> None:
+    def _factor(self, name: str, change: _Change, kind: str) -> list[Finding]:
         """The best factors of a change; experts share one rank."""
-        kernel = KINDS[kind].kernel
-        matrices = delta.reshape(len(delta), -1) if kernel else oriented(delta, kind)
-        batched = matrices.ndim == 3
-        each = list(matrices) if batched else [matrices]
-        spectra, rank = self._spectra(each)
-        made: list[tuple[Array, Array]] = []
+        roles = KINDS[kind].roles or (OUT, IN)
+        turned = not KINDS[kind].kernel and roles.index(OUT) > roles.index(IN)
+        batched = not KINDS[kind].kernel and len(change.shape) == 3
+        matrices = change.matrices() if batched else [change.matrix()]
         off = norm = kept = 0.0
-        for found in spectra:
-            b, a = (cast_down(side, self.wanted.dtype) for side in found.factors(rank))
-            off, norm = off + found.lost(b, a), norm + found.norm**2
-            kept += float((found.values[:rank] ** 2).sum())
-            made.append((a, b))
+        sides: tuple[Array, Array] | None = None
+        try:
+            spectra, rank = self._spectra(matrices)
+            for number, found in enumerate(spectra):
+                b, a = found.factors(rank, self.wanted.dtype)
+                off, norm = off + found.lost(b, a), norm + found.norm**2
+                found.matrix.let_go()
+                kept += float((found.values[:rank] ** 2).sum())
+                if turned:
+                    a, b = b.T, a.T
+                if not batched:
+                    sides = a, b
+                    continue
+                if sides is None:
+                    sides = _many(len(matrices), a), _many(len(matrices), b)
+                sides[0][number], sides[1][number] = a, b
+        except NoRoomError as full:
+            return [self._no_room(name, full.needed)]
+        assert sides is not None
         self.lost, self.norm = self.lost + off, self.norm + norm
         error = float(np.sqrt(off / norm))
-        target = Extracted(name, tuple(delta.shape), rank, error, min(1.0, kept / norm))
-        self.made.targets.append(target)
-        a, b = (np.stack(side) for side in zip(*made, strict=True)) if batched else made[0]
-        self.output.add(name, kind, (a, b), tuple(delta.shape))
+        self.made.targets.append(Extracted(name, change.shape, rank, error, min(1.0, kept / norm)))
+        self.output.add(name, kind, sides, change.shape)
+        return []
 
-    def _spectra(self, matrices: Sequence[Array]) -> tuple[Iterable[Spectrum], int]:
+    def _no_room(self, name: str, needed: int) -> Finding:
+        return Finding(
+            "memory",
+            f"its factors take {show_size(needed)} of memory, and {show_size(self.room)} may be held",
+            where=str(self.other.path),
+            key=name,
+            fix=f"allow it with --memory {-(-needed // 10**6)}MB, or ask for a lower rank",
+        )
+
+    def _spectra(self, matrices: Sequence[Matrix]) -> tuple[Iterable[Spectrum], int]:
         """What is kept of matrices, and at which rank: the one that was asked for, or that all of them need."""
-        side = min(matrices[0].shape)
+        room = self.room
         if self.wanted.rank is not None:
-            rank = min(self.wanted.rank, side)
-            return (spectrum(matrix, rank) for matrix in matrices), rank
-        assert self.wanted.error is not None
+            rank = min(self.wanted.rank, *matrices[0].shape)
+            return (spectrum(matrix, rank, room) for matrix in matrices), rank
+        error = self.wanted.error
+        assert error is not None
         if len(matrices) == 1:
-            found, rank = spectrum_within(matrices[0], self.wanted.error)
+            found, rank = spectrum_within(matrices[0], error, room)
             return [found], rank
-        rank = max(spectrum_within(matrix, self.wanted.error)[1] for matrix in matrices)
-        return (spectrum(matrix, rank) for matrix in matrices), rank
+        rank = 1
+        for matrix in matrices:
+            rank = max(rank, spectrum_within(matrix, error, room)[1])
+            matrix.let_go()
+        return (spectrum(matrix, rank, room) for matrix in matrices), rank
+
+
+def _many(count: int, one: Array) -> Array:
+    return np.empty((count, *one.shape), one.dtype)
 
 
 def _same_bytes(readers: tuple[Reader, Reader], row: int, there: int) -> bool:
@@ -329,21 +368,70 @@ def _same_bytes(readers: tuple[Reader, Reader], row: int, there: int) -> bool:
     return all(before == after for before, after in parts)
 
 
-def _difference(
-    readers: tuple[Reader, Reader], row: int, there: int, shape: tuple[int, ...]
-) -> Array:
-    """What tuning added to a tensor, computed in float64; of half types it is kept as float32."""
-    narrow = all(
-        DTYPES[reader.source.tensors.dtypes[r]].bits <= 16
-        for reader, r in zip(readers, (row, there), strict=True)
-    )
-    made = np.zeros(shape or (1,), np.float32 if narrow else np.float64)
-    step = max(1, HELD // max(1, prod(made.shape[1:])))
-    for first in range(0, len(made), step):
-        last = min(first + step, len(made))
-        before, after = (
-            reader.rows(r, first, last).astype(np.float64)
-            for reader, r in zip(readers, (row, there), strict=True)
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What tuning added to a tensor, in float64, read when it is asked for."""
+
+    readers: tuple[Reader, Reader]
+    numbers: tuple[int, int]
+    """Its row in each model."""
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What it is held in: of half types float32."""
+        types = (
+            reader.source.tensors.dtypes[row]
+            for reader, row in zip(self.readers, self.numbers, strict=True)
         )
-        made[first:last] = after - before
-    return made.reshape(shape)
+        return np.dtype(np.float32 if all(DTYPES[x].bits <= 16 for x in types) else np.float64)
+
+    def entries(self, first: int, last: int) -> Wide:
+        """Some entries along the first dim."""
+        before, after = (
+            reader.rows(row, first, last)
+            for reader, row in zip(self.readers, self.numbers, strict=True)
+        )
+        change: Wide = after.astype(np.float64)
+        change -= before.astype(np.float64)
+        return change
+
+    def blocks(self) -> Iterator[Wide]:
+        """All entries, some at a time."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, HELD // max(1, prod(self.shape[1:])))
+        for first in range(0, count, step):
+            yield self.entries(first, min(first + step, count))
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether anything differs, and whether all of it is finite."""
+        differs, finite = False, True
+        for block in self.blocks():
+            differs |= bool(block.any())
+            finite &= is_finite(block)
+        return differs, finite
+
+    def whole(self) -> Array:
+        """All of it."""
+        return np.concatenate([x.astype(self.dtype) for x in self.blocks()]).reshape(self.shape)
+
+    def matrix(self) -> Matrix:
+        """One matrix; the dims after the first one are joined."""
+        columns = prod(self.shape[1:])
+
+        def read(first: int, last: int) -> Wide:
+            return self.entries(first, last).reshape(last - first, columns)
+
+        return Matrix((self.shape[0], columns), self.dtype, read)
+
+    def matrices(self) -> list[Matrix]:
+        """A matrix for each entry along the first dim."""
+
+        def reading(number: int) -> Matrix:
+            def read(first: int, last: int) -> Wide:
+                return self.entries(number, number + 1)[0, first:last]
+
+            rows, columns = self.shape[1:]
+            return Matrix((rows, columns), self.dtype, read)
+
+        return [reading(number) for number in range(self.shape[0])]

@@ -2,22 +2,24 @@
 
 The few largest singular values of a large matrix come from blocks of vectors that are multiplied with it and its
 transpose (block Lanczos with full orthogonalisation, from random vectors: Halko, Martinsson and Tropp 2011), at the
-cost of those products. Small matrices, and ranks near the full one, go through LAPACK's decompositions. How far
-factors are off is never concluded from either: it is measured, on the factors as they are stored.
+cost of those products. Of small matrices, and for ranks near the full one, all of them come from the products of the
+shorter side's vectors with one another. How far factors are off is never concluded from either: it is measured, on the
+factors as they are stored.
 
-The factors and their error are computed in float64, over parts of the matrix, which may be of a narrower type: no wide
-copy of it is made.
+What either holds is known before. Of the ways that stay within a bound the most exact one is taken: the matrix held or
+read again for each product, its products in float64 or, if there is no room for these, in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from regraft.adapters.form import Array
+from regraft.adapters.form import Array, cast_down
 from regraft.arrays.pieces import HELD, Wide
+from regraft.merging.matrix import Matrix, add_product
 
 _SMALL = 192
 """Matrices with a side no longer than this have all their singular values computed."""
@@ -32,18 +34,27 @@ _SETTLED = 1e-4
 """The blocks end when another one lowers the square of what is lost by no more than this part of it."""
 _ROUNDING = 1e-15
 """What is lost of a matrix is known to this part of it, in squares."""
+_DOUBLE, _SINGLE = np.dtype(np.float64), np.dtype(np.float32)
+
+
+class NoRoomError(Exception):
+    """No way to the factors of a matrix stays within the bound; ``needed`` bytes would do."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """The largest singular values of a matrix (out, in), and the vectors of its shorter side."""
 
-    matrix: Array
+    matrix: Matrix
     norm: float
     """The Frobenius norm of the matrix."""
     values: Wide
     """Largest first."""
-    vectors: Wide
+    vectors: Array
     """(shorter side, components)"""
 
     def rank_within(self, error: float) -> int | None:
@@ -56,77 +67,165 @@ class Spectrum:
         enough = np.flatnonzero(lost <= most)
         return int(enough[0]) + 1 if len(enough) else None
 
-    def factors(self, rank: int) -> tuple[Wide, Wide]:
-        """B (out, rank) and A (rank, in) of the best approximation, of like size."""
+    def factors(self, rank: int, dtype: np.dtype[np.generic] = _DOUBLE) -> tuple[Array, Array]:
+        """B (out, rank) and A (rank, in) of the best approximation, of like size.
+
+        Raises ``RefusedError`` where a number leaves the range of the type.
+        """
         short = self.vectors[:, :rank]
-        flat = _flat(self.matrix)
-        long = np.empty((flat.shape[1], short.shape[1]))
-        for place, part in _parts(flat):
-            np.matmul(part.T, short, out=long[place])
-        roots = np.sqrt(np.linalg.norm(long, axis=0))
-        long /= np.where(roots > 0, roots, 1.0)
-        short = short * roots
-        return (short, long.T) if _is_flat(self.matrix) else (long, short.T)
+        roots = np.sqrt(self.values[:rank])
+        roots = np.where(roots > 0, roots, 1.0)
+        own = cast_down(short * roots, dtype)
+        if self.matrix.is_tall:
+            over = (short / roots).astype(_DOUBLE, copy=False)
+            long = np.empty((self.matrix.shape[0], over.shape[1]), dtype)
+            for place, rows in self.matrix.blocks():
+                long[place] = cast_down(rows @ over, dtype)
+            return long, own.T
+        wide = np.zeros((self.matrix.shape[1], short.shape[1]), np.result_type(dtype, _SINGLE))
+        for place, rows in self.matrix.blocks():
+            add_product(wide, rows, short[place] / roots)
+        return own, cast_down(wide, dtype).T
 
     def lost(self, b: Array, a: Array) -> float:
         """The square of how far factors are off, as they are stored."""
-        short, long = (b, a.T) if _is_flat(self.matrix) else (a.T, b)
-        short, long = short.astype(np.float64), long.astype(np.float64)
-        parts = _parts(_flat(self.matrix))
-        return sum(float(((part - short @ long[place].T) ** 2).sum()) for place, part in parts)
+        right = a.astype(self.matrix.dtype, copy=False)
+        step = max(1, HELD // max(1, a.shape[1]))
+        found = 0.0
+        for place, rows in self.matrix.blocks():
+            for first in range(0, len(rows), step):
+                some = slice(place.start + first, min(place.start + first + step, place.stop))
+                made = b[some].astype(right.dtype, copy=False) @ right
+                found += float(((rows[first : first + step] - made) ** 2).sum())
+        return found
 
 
-def spectrum(matrix: Array, rank: int) -> Spectrum:
+def spectrum(matrix: Array | Matrix, rank: int, room: int | None = None) -> Spectrum:
     """The largest singular values of a matrix, at least ``rank`` of them where it has so many.
+
+    ``room`` is how many bytes may be held, factors included; ``None`` for as many as it takes.
+
+    Raises ``NoRoomError`` where that is not enough.
 
     >>> spectrum(np.diag([3.0, 4.0]), 1).values.tolist()
     [4.0, 3.0]
     """
-    flat = _flat(matrix)
-    side = len(flat)
-    total = sum(float((part**2).sum()) for _, part in _parts(flat))
-    every = side <= max(_SMALL, _FEW * rank)
-    values, vectors = _all(flat) if every else _largest(flat, rank, total)
+    matrix = matrix if isinstance(matrix, Matrix) else Matrix.of(matrix)
+    way = _way(matrix, rank, room)
+    if way.held:
+        matrix.hold()
+    total = matrix.squares()
+    values, vectors = _largest(matrix, rank, total) if way.few else _all(matrix, way.dtype)
     return Spectrum(matrix, float(np.sqrt(total)), values, vectors)
 
 
-def spectrum_within(matrix: Array, error: float) -> tuple[Spectrum, int]:
-    """As many singular values as factors need that are off by no more than ``error``, and their rank."""
+def spectrum_within(
+    matrix: Array | Matrix, error: float, room: int | None = None
+) -> tuple[Spectrum, int]:
+    """As many singular values as factors need that are off by no more than ``error``, and their rank.
+
+    Raises ``NoRoomError`` as `spectrum` does.
+    """
     guess = 16
     while True:
-        found = spectrum(matrix, guess)
+        found = spectrum(matrix, guess, room)
         rank = found.rank_within(error)
         if rank is not None:
             return found, rank
         guess *= 2
 
 
-def _all(flat: Array) -> tuple[Wide, Wide]:
-    """All singular values of a matrix, and the vectors of its rows.
-
-    They are those of the triangle R of its transpose's decomposition Q R, which is made a part at a time.
-    """
-    triangle = _triangle(part.T for _, part in _parts(flat))
-    _, values, vectors = np.linalg.svd(triangle, full_matrices=False)
-    return values, vectors.T
+# -- what it takes
 
 
-def _largest(flat: Array, rank: int, total: float) -> tuple[Wide, Wide]:
-    """The largest singular values of a matrix whose squares sum to ``total``, and the vectors of its rows.
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How singular values are computed."""
 
-    Orthonormal vectors of the rows are found block by block, each from what the matrix and its transpose make of the
+    few: bool
+    """The largest ones only."""
+    held: bool
+    dtype: np.dtype[np.floating]
+    """Of the products of vectors, where all are computed."""
+
+
+WAYS = (
+    _Way(True, True, _DOUBLE),
+    _Way(True, False, _DOUBLE),
+    _Way(False, True, _DOUBLE),
+    _Way(False, False, _DOUBLE),
+    _Way(False, False, _SINGLE),
+)
+"""The first one that stays within the room is taken; a few values are taken of matrices that have many more."""
+
+
+def _way(matrix: Matrix, rank: int, room: int | None) -> _Way:
+    """The first way that stays within the room."""
+    few = min(matrix.shape) > max(_SMALL, _FEW * rank)
+    ways = [way for way in WAYS if few or not way.few]
+    if room is None:
+        return ways[0]
+    sizes = [needed(matrix, rank, way) for way in ways]
+    found = next((way for way, size in zip(ways, sizes, strict=True) if size <= room), None)
+    if found is None:
+        raise NoRoomError(min(sizes))
+    return found
+
+
+def needed(matrix: Matrix, rank: int, way: _Way) -> int:
+    """The most bytes that a way holds at a time, counted on what the functions below make."""
+    short, long = sorted(matrix.shape)
+    own = matrix.dtype.itemsize
+    rank = min(rank, short)
+    held = (matrix.size if way.held else 0) + 4 * 8 * HELD
+    factors = held + 8 * short * rank + 4 * (short + long) * rank + own * rank * max(matrix.shape)
+    if not way.few:
+        # The products, a copy of them and what LAPACK works with (1 + 2 squares), or the vectors in its place.
+        return max(held + 5 * way.dtype.itemsize * short**2, factors)
+    count, limit = _sizes(short, rank)
+    basis, images = 8 * short * limit, own * long * limit
+    block = 8 * count * (3 * long + 2 * short)
+    return max(held + 2 * basis + images + max(block, 9 * 8 * limit**2), factors)
+
+
+def _sizes(side: int, rank: int) -> tuple[int, int]:
+    """How many vectors a block has, and how many all blocks together have at most."""
+    count = rank + max(_MORE, rank // 4)
+    return count, min(side, max(3 * count, side // 4, _WIDE))
+
+
+# -- singular values
+
+
+def _all(matrix: Matrix, dtype: np.dtype[np.floating]) -> tuple[Wide, Array]:
+    """All singular values of a matrix, and the vectors of its shorter side; of large ones to 1e-8 of the largest."""
+    size = matrix.shape[0] * matrix.shape[1]
+    if min(matrix.shape) <= _SMALL and dtype == _DOUBLE and (matrix.is_tall or size <= HELD):
+        rows = matrix.blocks()
+        triangle = _triangle(part if matrix.is_tall else part.T for _, part in rows)
+        _, found, right = np.linalg.svd(triangle, full_matrices=False)
+        return found, right.T
+    squares, vectors = np.linalg.eigh(matrix.gram(dtype))
+    values = np.sqrt(np.maximum(squares[::-1].astype(float), 0.0))
+    return values, vectors[:, ::-1]
+
+
+def _largest(matrix: Matrix, rank: int, total: float) -> tuple[Wide, Wide]:
+    """The largest singular values of a matrix whose squares sum to ``total``, and the vectors of its shorter side.
+
+    Orthonormal vectors of that side are found block by block, each from what the matrix and its transpose make of the
     one before. What the matrix makes of them all, their images, has nearly its largest singular values.
     """
-    side, long = flat.shape
-    count = rank + max(_MORE, rank // 4)
-    limit = min(side, max(3 * count, side // 4, _WIDE))
+    short, long = sorted(matrix.shape)
+    over, back = (matrix.back, matrix.times) if matrix.is_tall else (matrix.times, matrix.back)
+    count, limit = _sizes(short, rank)
     block = np.random.default_rng(0).standard_normal((long, count))
-    basis, images, squares = np.empty((side, 0)), list[Array](), np.empty((0, 0))
+    basis, images, squares = np.empty((short, 0)), list[Array](), np.empty((0, 0))
     kept = 0.0
     for _ in range(_BLOCKS):
         directions = np.linalg.qr(block)[0][:, : limit - basis.shape[1]]
-        more = _orthonormal((flat @ directions.astype(flat.dtype)).astype(np.float64), basis)
-        image = flat.T @ more.astype(flat.dtype)
+        more = _orthonormal(over(directions).astype(np.float64), basis)
+        image = back(more)
         block = image.astype(np.float64)
         cross = np.vstack([np.empty((0, block.shape[1])), *(before.T @ block for before in images)])
         squares = np.block([[squares, cross], [cross.T, block.T @ block]])
@@ -142,7 +241,7 @@ def _largest(flat: Array, rank: int, total: float) -> tuple[Wide, Wide]:
     return values[:rank], basis @ vectors[:rank].T
 
 
-def _triangle(parts: Iterable[Array]) -> Wide:
+def _triangle(parts: Iterator[Array]) -> Wide:
     """The R of the decomposition Q R of a matrix that comes some rows at a time."""
     made: Wide | None = None
     for part in parts:
@@ -157,20 +256,3 @@ def _orthonormal(vectors: Wide, before: Wide) -> Wide:
     for _ in range(2):
         vectors = np.linalg.qr(vectors - before @ (before.T @ vectors))[0]
     return vectors
-
-
-def _is_flat(matrix: Array) -> bool:
-    """Whether it has no more rows than columns."""
-    return bool(matrix.shape[0] <= matrix.shape[1])
-
-
-def _flat(matrix: Array) -> Array:
-    return matrix if _is_flat(matrix) else matrix.T
-
-
-def _parts(flat: Array) -> Iterator[tuple[slice, Wide]]:
-    """Some columns at a time, in float64."""
-    step = max(1, 2 * HELD // len(flat))
-    for first in range(0, flat.shape[1], step):
-        place = slice(first, min(first + step, flat.shape[1]))
-        yield place, flat[:, place].astype(np.float64)

@@ -22,6 +22,7 @@ from regraft.merging.extraction import Extraction
 from regraft.planning.model import Foreign
 from regraft.storage.folder import staged_file, staged_folder
 from regraft.storage.safetensors import write_tensors
+from regraft.storage.waiting import Waiting
 from regraft.values import replace
 
 
@@ -31,6 +32,7 @@ class ImageOutput:
     def __init__(self, base: Base, dst: Path, to: Layout | None, foreign: Foreign) -> None:
         assert base.family is not None
         self.base, self.dst, self.family = base, dst, base.family
+        self._waiting = Waiting(dst.parent)
         self.to = (to.dialect if to is not None else None) or DIFFUSERS
         if self.to not in DIALECTS:
             message = f"{to} holds no LoRAs of image and video models"
@@ -101,7 +103,7 @@ class ImageOutput:
         """Take the A and B of a weight."""
         home = self._home(name)
         assert isinstance(home, Home)
-        a, b = factors
+        a, b = map(self._waiting.put, factors)
         rank, kernel = len(a), tuple(shape[2:])
         tensors = {"down": a, "up": b}
         conv = len(shape) > 2

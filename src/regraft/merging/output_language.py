@@ -19,6 +19,7 @@ from regraft.names.keys import group_names
 from regraft.planning.model import Foreign
 from regraft.rules.kinds import KINDS
 from regraft.storage.folder import staged_file, staged_folder
+from regraft.storage.waiting import Waiting
 
 
 class LanguageOutput:
@@ -26,6 +27,7 @@ class LanguageOutput:
 
     def __init__(self, base: Base, dst: Path, to: Layout | None, foreign: Foreign) -> None:
         self.base, self.dst, self.foreign = base, dst, foreign
+        self._waiting = Waiting(dst.parent)
         self.layout = Layout(base.layout or base.any_layout)
         self.target = to or self.layout
         self.dialect = dialects()[self.target.dialect or DEFAULT]
@@ -80,7 +82,7 @@ class LanguageOutput:
         self, name: str, kind: str, factors: tuple[Array, Array], shape: tuple[int, ...]
     ) -> None:
         """Take the A and B of a weight."""
-        a, b = factors
+        a, b = map(self._waiting.put, factors)
         rank = a.shape[-2]
         if KINDS[kind].kernel:
             a = a.reshape(rank, *shape[1:])

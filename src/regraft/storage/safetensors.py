@@ -22,6 +22,7 @@ from regraft.storage.dtypes import DTYPES, DType, count_cells, count_elements, m
 from regraft.storage.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp, changed
+from regraft.storage.waiting import forget
 
 __all__ = ["Header", "TensorFile", "TensorInfo", "open_tensors", "read_header", "write_tensors"]
 
@@ -290,6 +291,7 @@ def _write_all(file: FileIO, head: bytes, arrays: Iterable[np.ndarray[Any, Any]]
             batch, size = [], 0
         if not small:
             _write(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            forget(array)
     _write(file, memoryview(b"".join(batch)))
 
 
