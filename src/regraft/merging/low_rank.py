@@ -150,11 +150,11 @@ class _Way:
 
 
 WAYS = (
-    _Way(True, True, _DOUBLE),
-    _Way(True, False, _DOUBLE),
-    _Way(False, True, _DOUBLE),
-    _Way(False, False, _DOUBLE),
-    _Way(False, False, _SINGLE),
+    _Way(few=True, held=True, dtype=_DOUBLE),
+    _Way(few=True, held=False, dtype=_DOUBLE),
+    _Way(few=False, held=True, dtype=_DOUBLE),
+    _Way(few=False, held=False, dtype=_DOUBLE),
+    _Way(few=False, held=False, dtype=_SINGLE),
 )
 """The first one that stays within the room is taken; a few values are taken of matrices that have many more."""
 

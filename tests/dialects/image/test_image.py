@@ -445,3 +445,12 @@ def test_names_of_two_unets_stay_where_the_file_is_the_tool_s_already(convert):
     ):
         made, _ = convert(tensors, "kohya", source=family)
         assert f"{name}.dora_scale" in made
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_an_alpha_without_factors_is_said(to, convert):
+    tensors, _ = kohya_flux()
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    with pytest.raises(regraft.BadInputError, match="an alpha, and no factors") as caught:
+        convert({**tensors, f"{stem}.alpha": np.float32(1)}, to)
+    assert [finding.key for finding in caught.value.findings] == [stem]

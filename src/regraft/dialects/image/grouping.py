@@ -204,6 +204,9 @@ def delta_of(
         found = found or _kernel_within(algebra, t, kernel, into)
     if own is not None:
         alpha, rslora = number_of(own), False
+    if algebra == NOTHING and bias is None and up_bias is None:
+        have = "an alpha" if own is not None else "nothing to add"
+        raise MalformedError(f"it has {have}, and no factors")
     delta = Delta(
         algebra,
         t,
