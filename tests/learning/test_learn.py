@@ -664,6 +664,8 @@ def between(text, config):
         ("x : (n r + t m) == y : (r n + m t)", [(3, 4, 5, 6), (2, 2, 2, 2)]),
         ("x : (n r + t m) == y : (r n + m t)", [(4, 3, 4, 5), (3, 2, 5, 4)]),
         ("x : a (n + r t) b == y : (t r + n) (b a)", [(3, 5, 4, 2, 6), (2, 2, 3, 3, 2)]),
+        # Runs of n and of m in turn there, each in one piece here.
+        ("x : (s n + s m) == y : (s (m + n))", [(7, 4, 18), (30, 6, 20)]),
         # n and three of m look like one piece that is there twice.
         ("x : (n + r t + m) v == y : (t r + n + m) v", [(3, 6, 2, 4, 2), (4, 3, 6, 2, 3)]),
     ],
@@ -730,6 +732,32 @@ def test_tensors_numbered_on_where_others_end(which, turned):
     for one, other, to in ((again.before, again.after, "new"), (again.after, again.before, "old")):
         made = applied(found.book, {n: t.typed for n, t in one.items()}, again.config, to=to)
         assert same(made, {n: t.typed for n, t in other.items()})
+
+
+def test_parts_that_are_alike_at_one_size_only():
+    """What looks like a loop at one size is two rules, whose sizes have fields of their own."""
+
+    def convert(state, config):
+        made = {}
+        for part in range(2):
+            x = state[f"part{part}.w"]
+            for at in range(config[f"heads{part}"]):
+                made[f"new{part}.{at}.w"] = x[at :: config[f"heads{part}"]].copy()
+        return made
+
+    pairs = []
+    sizes = [((3, 4), (3, 4)), ((5, 2), (2, 6)), ((2, 3), (4, 5))]
+    for number, each in enumerate(sizes):
+        config = {f"heads{part}": heads for part, (heads, _) in enumerate(each)}
+        config |= {f"dim{part}": dim for part, (_, dim) in enumerate(each)}
+        shapes = {f"part{part}.w": (heads * dim, 3) for part, (heads, dim) in enumerate(each)}
+        before = labels(shapes, number)
+        pairs.append(Pair.of(before, convert(before, config), config))
+    found = learn_pairs(pairs[:2], layouts=("old", "new"))
+    assert found.sound
+    last = pairs[2]
+    made = applied(found.book, {n: t.typed for n, t in last.before.items()}, last.config, to="new")
+    assert same(made, {n: t.typed for n, t in last.after.items()})
 
 
 def in_nine(state):

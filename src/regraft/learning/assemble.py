@@ -43,6 +43,16 @@ class Drafted:
     """The tensors on either side."""
 
     @property
+    def numbered(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers in its names that count nothing that is stacked: the same at every size."""
+        terms = (*self.left, *self.right)
+        stacked = [{column for column, _ in term.holes} for term in terms]
+        return tuple(
+            tuple(n for column, n in enumerate(term.numbers) if column not in columns)
+            for term, columns in zip(terms, stacked, strict=True)
+        )
+
+    @property
     def fixed(self) -> list[str]:
         """Clauses that belong to the equation, whatever the sizes."""
         clauses = [f"{tag} = 1" for tag in self.tags]

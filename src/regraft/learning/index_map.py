@@ -472,7 +472,37 @@ def _nests(
 
 
 def _pieces(positions: Ints, moved: Ints) -> list[Piece]:
+    """A function of the positions in one dim as few pieces, read from here or from there.
+
+    Pieces of several that lie in turn here, each with a step of its own there, follow each other there.
+    """
+    here = _cut(positions, moved)
+    if here is not None and len(here) <= 2:
+        return here
+    there: list[Piece] | None = None
+    dims = np.flatnonzero(moved.any(axis=0)).tolist()
+    dim = dims[0] if len(dims) == 1 else -1
+    if dim >= 0:
+        order = np.argsort(moved[:, dim], kind="stable")
+        line = moved[order, dim]
+        there = _cut(line, positions[order, None]) if (np.diff(line) > 0).all() else None
+    if there is None or (here is not None and len(there) >= len(here)):
+        if here is None:
+            raise NotABoxError("its index map has no order that an equation could say")
+        return here
+    place = np.eye(moved.shape[1], dtype=np.int64)[dim]
+    return [
+        Piece(
+            int(piece.moved[0]),
+            piece.start * place,
+            tuple((size, by, dim, step) for size, step, _, by in piece.axes),
+        )
+        for piece in there
+    ]
+
+
+def _cut(positions: Ints, moved: Ints) -> list[Piece] | None:
     try:
         return pieces_of(positions, moved)
     except NoOrderError:
-        raise NotABoxError("its index map has no order that an equation could say") from None
+        return None

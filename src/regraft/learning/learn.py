@@ -398,24 +398,24 @@ class _Sight:
     def parts(self) -> list[_Sight]:
         """Its members apart where their sizes differ in any pair; none where they are alike."""
         tables = [
-            {m.names[1]: m.sizes for m in each.members} for each in self.found if each is not None
+            {m.numbered: m.sizes for m in each.members} for each in self.found if each is not None
         ]
         groups: dict[object, list[Drafted]] = defaultdict(list)
         for member in self.one.members:
-            groups[tuple(table.get(member.names[1]) for table in tables)].append(member)
+            groups[tuple(table.get(member.numbered) for table in tables)].append(member)
         if len(groups) < 2:
             return []
         return [self._only(again) for part in groups.values() for again in with_loops(part)]
 
     def _only(self, one: Looped) -> _Sight:
         """The same of some of its members."""
-        names = {member.names[1] for member in one.members}
+        numbers = {member.numbered for member in one.members}
         kept: list[tuple[Seen, Pair, Looped | None]] = []
         for seen, pair, found in zip(self.seen, self.pairs, self.found, strict=True):
             if found is None:
                 kept.append((seen, pair, None))
                 continue
-            members = tuple(member for member in found.members if member.names[1] in names)
+            members = tuple(member for member in found.members if member.numbered in numbers)
             if members:
                 mine = Looped(one.sides, members)
                 kept.append((_seen(mine, pair), pair, mine))
