@@ -160,40 +160,8 @@ def convert(
         RefusedError: what was asked for has no exact equivalent.
         NotEqualError: ``verify`` found that the result is not what it should be.
     """
-    asked = ConvertOptions(
-        to=to,
-        source=source,
-        model=model,
-        architecture=architecture,
-        rules=rules,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        shard_size=shard_size,
-        dtype=dtype,
-        jobs=jobs,
-        resume=resume,
-        in_place=in_place,
-        untie=untie,
-        drop=drop,
-        keep=keep,
-        dequantize=dequantize,
-        stage=stage,
-        part=part,
-        commit=commit,
-        abort=abort,
-        push=push,
-        runner=runner,
-        address=address,
-        verify=verify,
-        verify_budget=verify_budget,
-        compact=compact,
-        uniform_rank=uniform_rank,
-        max_error=max_error,
-        merge=merge,
-        via=via,
-        alpha=alpha,
-        rank=rank,
-    )
+    given = locals()  # by the names of the class, which a test compares with these
+    asked = ConvertOptions(**{field.name: given[field.name] for field in described(ConvertOptions)})
     with below(key):
         return convert_with(src, dst, asked, tell=tell, progress=progress)
 
@@ -493,7 +461,6 @@ def _sent(address: str, asked: ConvertOptions, make: Callable[[Path], Report]) -
         return report
 
 
-@logged
 def inspect(
     src: str | os.PathLike[str],
     *,
@@ -529,6 +496,7 @@ def inspect(
     return inspected(src, model, source, architecture, rules)
 
 
+@logged
 def inspected(
     src: str | os.PathLike[str],
     model: str | os.PathLike[str] | None,

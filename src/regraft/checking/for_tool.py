@@ -53,6 +53,17 @@ class ToolCheck(Shown):
         """Whether it loads with its full effect."""
         return self.verdict == "full"
 
+    @property
+    def why(self) -> str:
+        """Why not, in one line; empty where nothing is wrong."""
+        reasons = (*self.failures, *(each.reason for each in self.targets if each.reason))
+        return "" if self.healthy else next(iter(reasons), "")
+
+    @property
+    def remedy(self) -> list[str]:
+        """The command that mends it, where there is one."""
+        return [self.fix] if self.fix else []
+
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""
         return {

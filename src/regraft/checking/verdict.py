@@ -122,6 +122,21 @@ class Check(Shown):
         """Whether all of them do, for certain."""
         return bool(self.verdicts) and all(v.healthy is True for v in self.verdicts)
 
+    @property
+    def why(self) -> str:
+        """Why not, in one line; empty where nothing is wrong."""
+        for verdict in () if self.healthy else self.verdicts:
+            lines = (*verdict.causes, *(each.message for each in verdict.findings), verdict.error)
+            said = next(filter(None, lines), None)
+            if said is not None:
+                return said
+        return ""
+
+    @property
+    def remedy(self) -> list[str]:
+        """The commands that mend it."""
+        return [line for verdict in self.verdicts for line in verdict.remedy]
+
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""
         data = asdict(self)

@@ -15,8 +15,6 @@ from regraft.options import CheckOptions
 from regraft.values import replace
 
 if TYPE_CHECKING:
-    from regraft.checking.for_tool import ToolCheck
-    from regraft.checking.verdict import Check
     from regraft.cli.progress import Mode
     from regraft.sources import Item
     from regraft.views.outcome import Verdict
@@ -127,32 +125,8 @@ def _check_many(
     def work(item: Item) -> SourceOutcome:
         result = check_with(item.path, asked)
         verdict: Verdict = "healthy" if result.healthy else "not healthy"
-        why = "" if result.healthy else _why(result)
-        fix = _fix(result)
-        return SourceOutcome(item.name, str(item.path), None, verdict, why, result, fix=fix)
+        return SourceOutcome(
+            item.name, str(item.path), None, verdict, result.why, result, fix=result.remedy
+        )
 
     return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast)
-
-
-def _fix(result: Check | ToolCheck) -> list[str]:
-    """The commands that mend it."""
-    from regraft.checking.for_tool import ToolCheck
-
-    if isinstance(result, ToolCheck):
-        return [result.fix] if result.fix else []
-    return [line for verdict in result.verdicts for line in verdict.remedy]
-
-
-def _why(result: Check | ToolCheck) -> str:
-    """Why something does not load as it is, in one line."""
-    from regraft.checking.for_tool import ToolCheck
-
-    if isinstance(result, ToolCheck):
-        reasons = [*result.failures, *(each.reason for each in result.targets if each.reason)]
-        return next(iter(reasons), "")
-    for verdict in result.verdicts:
-        for line in (*verdict.causes, *(each.message for each in verdict.findings)):
-            return line
-        if verdict.error is not None:
-            return verdict.error
-    return ""
