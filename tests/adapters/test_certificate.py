@@ -14,8 +14,7 @@ from test_verify import converted, spoilt
 
 import regraft
 from regraft.adapters import convert as conversion
-from regraft.adapters import follow
-from regraft.adapters import move as image
+from regraft.adapters import follow, move
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import Known
 from regraft.arrays import pieces
@@ -25,6 +24,7 @@ from regraft.cli import main
 from regraft.dialects.names import layout_named
 from regraft.dialects.peft import writer, writing
 from regraft.dialects.peft.source import Source
+from regraft.planning import blocks
 from regraft.planning.model import ModelConfig
 from regraft.storage import safetensors
 from regraft.storage.safetensors import write_tensors
@@ -45,16 +45,14 @@ def few_vectors(patch):
 
 def changed(name, **fields):
     """A converter that takes other blocks than it should."""
-    real = image.blocks_of
+    real = blocks._block
 
-    def wrong(entry, number):
-        return [
-            replace(block, **{f: change(getattr(block, f)) for f, change in fields.items()})
-            for block in real(entry, number)
-        ]
+    def wrong(entry, copy, written):
+        block = real(entry, copy, written)
+        return replace(block, **{f: change(getattr(block, f)) for f, change in fields.items()})
 
     wrong.__name__ = name
-    return lambda patch: patch.setattr(image, "blocks_of", wrong)
+    return lambda patch: patch.setattr(blocks, "_block", wrong)
 
 
 def reversed_along(axis):
@@ -66,12 +64,12 @@ def rolled(index):
 
 
 def unscaled(patch):
-    patch.setattr(image, "rescale", lambda b, ratio: (b, True))
+    patch.setattr(move, "rescale", lambda b, ratio: (b, True))
 
 
 def packed_in_another_order(patch):
     real = writing.pack
-    patch.setattr(writing, "pack", lambda a, b, swapped: real(a[::-1], b, swapped))
+    patch.setattr(writing, "pack", lambda a, b, *, swapped: real(a[::-1], b, swapped=swapped))
 
 
 def another_scale(patch):
