@@ -19,6 +19,7 @@ from regraft.errors import Finding, RefusedError, RegraftError
 from regraft.names.keys import Group
 from regraft.planning.lookup import Lookup
 from regraft.planning.outside import outside
+from regraft.rules.book import books_for, own_books
 from regraft.rules.templates import match_group
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def at_home(
     homes = [home for home in HOMES if any(path.startswith(home) for path in paths)]
     if inside and not homes and all(path.startswith((TEXT, _HEAD)) for path in paths):
         return _move_in(opened, names, model, foreign)
-    if not inside and homes:
+    if not inside and homes and not _is_in_own_book(model, names):
         return _move_out(opened, paths, homes, model)
     if inside and any(map(_REPEATED.search, paths)):
         made = opened.renamed(lambda path: _REPEATED.sub(r"\1", path))
@@ -88,6 +89,14 @@ def _are_elsewhere(known: Known, names: Names, model: ModelConfig) -> bool:
     groups = [Group(f"{m.template}.weight", m.ids, m.numbers) for m in names.modules]
     lookup = Lookup.of(known.books, [*groups, *names.tensors], known.scopes)
     return bool(outside(lookup, model))
+
+
+def _is_in_own_book(model: ModelConfig, names: Names) -> bool:
+    """Whether a book of the user's own for this model knows the modules where they are."""
+    mine = {id(book) for book in own_books()}
+    own = tuple(book for book in books_for(model.model_types()) if id(book) in mine)
+    told = Known(own, {}, model, model.model_type, "")
+    return bool(own) and explains(told, names)
 
 
 def has_parts(model: ModelConfig) -> bool:

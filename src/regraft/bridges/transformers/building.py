@@ -104,6 +104,8 @@ def harmless(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> harmless({"use_pretrained_backbone": True, "vision": {"attn_implementation": "org/kernel", "d": 4}})
     {'use_pretrained_backbone': False, 'vision': {'d': 4}}
+    >>> harmless({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    {'time_step_limit': [0.0, inf]}
     """
     kept: dict[str, Any] = {}
     for name, value in fields.items():
@@ -115,9 +117,14 @@ def harmless(fields: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+_NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
 def _harmless(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return harmless(value)
+        # transformers 5 writes floats that JSON has not as {"__float__": "Infinity"} (Mamba's time_step_limit).
+        tag = value.get("__float__") if len(value) == 1 else None
+        return _NO_JSON[tag] if tag in _NO_JSON else harmless(value)
     return [_harmless(item) for item in value] if isinstance(value, list) else value
 
 
