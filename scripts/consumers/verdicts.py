@@ -2,7 +2,7 @@
 
     python scripts/consumers/verdicts.py [TOOL ...] [--strict]
 
-The files are those of `shared/verdicts.py`. mlx-lm and PEFT (for Unsloth) load them themselves; of vLLM,
+The files are those of `shared/verdicts.py`. mlx-lm, llama.cpp and PEFT (for Unsloth) load them themselves; of vLLM,
 SGLang and NeMo Automodel the functions that read files do, unchanged, into stand-ins for layers. What is added then is
 compared with what the file says by PEFT's rules, computed here, and gives the verdict anew: an error is `fails`, no
 effect is `none`, other values are `wrong-scale`, missing ones `partial`. No judge of regraft's takes part.
@@ -290,12 +290,57 @@ def meaning_of_mlx(folder):
     return made
 
 
+# llama.cpp
+
+
+def in_llama_cpp(case, src, base):
+    """Its library computes the same as with the deltas in the model's weights, or not."""
+    import llama_cpp_library as here
+
+    given, merged = here.weights(case.model_type), here.weights(case.model_type)
+    model = here.write_model(base / "base.gguf", case.model_type, given)
+    got = here.logits(model, src)
+    hf = {name: path for path, name in here.NAMES.items()}
+    means = meaning_of_gguf(src)
+    for name, delta in means.items():
+        hit = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if hit is None or hit[2] not in hf:
+            continue
+        if hit[2] in ("attn_q", "attn_k"):
+            delta = delta.reshape(-1, 4, 2, SIZE).swapaxes(1, 2).reshape(delta.shape)
+        merged[f"model.layers.{hit[1]}.{hf[hit[2]]}"] += delta
+    wanted = here.logits(here.write_model(base / "merged.gguf", case.model_type, merged))
+    same = np.abs(got - wanted).max() < 2e-2 * np.abs(wanted).max()
+    return lambda key: None if "_norm" in key else means[key] * (1 if same else 2)
+
+
+def meaning_of_gguf(path):
+    """What a GGUF file says."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader, tensors = GGUFReader(str(path)), {}
+    for each in reader.tensors:
+        shape = tuple(int(size) for size in reversed(each.shape))
+        plain = dequantize(np.array(each.data), each.tensor_type)
+        tensors[each.name] = plain.reshape(shape).astype(np.float64)
+    alpha, made = reader.fields["adapter.lora.alpha"].contents(), {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_a"):
+            b = tensors[name[:-1] + "b"]
+            made[name.removesuffix(".lora_a")] = alpha / len(tensor) * b @ tensor
+        elif not name.endswith(".lora_b"):
+            made[name] = tensor
+    return made
+
+
 TOOLS = {
     "vllm": (in_vllm, meaning),
     "sglang": (in_sglang, meaning),
     "nemo": (in_nemo, meaning),
     "unsloth": (in_unsloth, meaning),
     "mlx": (in_mlx, meaning_of_mlx),
+    "llama.cpp": (in_llama_cpp, meaning_of_gguf),
 }
 
 

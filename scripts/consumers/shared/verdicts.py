@@ -270,7 +270,7 @@ def gguf(change: Change = as_it_is, *, architecture="llama", alpha=ALPHA, dtype=
     }
 
     def make(folder: Path, model_type: str) -> None:
-        from gguf import GGMLQuantizationType, GGUFWriter
+        from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
         from gguf.quants import quantize
 
         made = {}
@@ -282,7 +282,8 @@ def gguf(change: Change = as_it_is, *, architecture="llama", alpha=ALPHA, dtype=
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         if tokens:
-            writer.add_array("adapter.alora.invocation_tokens", tokens)
+            kinds = GGUFValueType.ARRAY, GGUFValueType.UINT32
+            writer.add_key_value("adapter.alora.invocation_tokens", tokens, kinds[0], kinds[1])
         for name, tensor in change(made).items():
             if dtype is not None and tensor.shape[-1] % 32 == 0:
                 kind = GGMLQuantizationType[dtype]
