@@ -10,8 +10,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from math import prod
+from operator import not_
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,10 @@ Bytes = npt.NDArray[np.uint8]
 
 _GATHERED = 512
 """Runs of fewer bytes are read together with what lies between them."""
-READ = 1 << 24
+_READ = 1 << 24
 """Bytes of one read, about: enough for the disk, and small enough to be shared among threads."""
+_SHORT = 1 << 18
+"""Reads of fewer bytes are done by the thread that shares them out."""
 _PLACES = 512
 """Places of one read; the system allows 1024."""
 _TILE = 1 << 20
@@ -144,10 +148,13 @@ class Reads:
             self.sizes + np.concatenate([[0], np.maximum(np.where(follows, apart, 0), 0)])
         )
         for first, last in pairwise(breaks):
+            if last - first == 1:
+                yield range(first, last)
+                continue
             start = first
             while start < last:
                 done = int(ends[start - 1]) if start else 0
-                stop = int(np.searchsorted(ends, done + READ, side="right"))
+                stop = int(np.searchsorted(ends, done + _READ, side="right"))
                 stop = min(max(stop, start + 1), start + _PLACES, last)
                 yield range(start, stop)
                 start = stop
@@ -189,17 +196,17 @@ def reads_of(fills: Sequence[Fill], tensors: Tensors) -> tuple[Reads, list[tuple
 
 def _split(reads: Reads) -> Reads:
     """Long runs in parts, so that threads can share them."""
-    counts = np.maximum(1, -(-reads.sizes // READ))
+    counts = np.maximum(1, -(-reads.sizes // _READ))
     if not len(reads) or counts.max() == 1:
         return reads
     rows = np.repeat(np.arange(len(reads)), counts)
-    part = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * READ
+    part = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * _READ
     return Reads(
         reads.files[rows],
         reads.source_at[rows] + part,
         reads.fills[rows],
         reads.target_at[rows] + part,
-        np.minimum(READ, reads.sizes[rows] - part),
+        np.minimum(_READ, reads.sizes[rows] - part),
     )
 
 
@@ -234,13 +241,36 @@ def fill_slices(
                 _put_constant(strips, fill.view)
     reads, tiled = reads_of(fills, tensors)
     views = [fill.view.data for fill in fills]
-    tasks: list[Callable[[], int]] = [
-        _Scatter(reads, rows, views, files) for rows in reads.groups(files.near)
-    ]
-    tasks += [_Tiles(fills[number], strips, tensors, files) for number, strips in tiled]
+    tiles = [_Tiles(fills[number], strips, tensors, files) for number, strips in tiled]
+    return _run([*_scatters(reads, views, files), *tiles], jobs, stop)
+
+
+def read_runs(reads: Reads, views: Sequence[memoryview], files: Files, jobs: int = 1) -> int:
+    """Read runs, in any order, into some buffers; returns how many bytes were read.
+
+    Raises ``BadInputError`` where a file changed, or ended early.
+    """
+    return _run(list(_scatters(_ordered(_split(reads)), views, files)), jobs)
+
+
+def _scatters(reads: Reads, views: Sequence[memoryview], files: Files) -> Iterator[_Scatter]:
+    columns = (reads.files, reads.source_at, reads.fills, reads.target_at, reads.sizes)
+    numbers, starts, fills, places, sizes = (column.tolist() for column in columns)
+    for rows in reads.groups(files.near):
+        number, size = numbers[rows.start], sum(sizes[rows.start : rows.stop])
+        parts = [
+            (starts[row], views[fills[row]][places[row] : places[row] + sizes[row]]) for row in rows
+        ]
+        # Of what is far away no read is short.
+        short = size < _SHORT and files[number].descriptor is not None
+        yield _Scatter(files, number, parts, short)
+
+
+def _run(tasks: Sequence[_Task], jobs: int, stop: threading.Event | None = None) -> int:
+    """Do all of them with so many threads; when one fails, none is begun any more."""
     stop = stop or threading.Event()
 
-    def run(task: Callable[[], int]) -> int:
+    def run(task: _Task) -> int:
         if stop.is_set():
             return 0
         try:
@@ -252,7 +282,10 @@ def fill_slices(
     if jobs == 1 or len(tasks) < 2:
         return sum(run(task) for task in tasks)
     with ThreadPoolExecutor(jobs, "regraft-read") as pool:
-        return sum(pool.map(run, tasks))
+        # Short ones are more of Python than of reading: threads would only wait for one another.
+        short = [task.is_short for task in tasks]
+        shared = pool.map(run, compress(tasks, map(not_, short)))
+        return sum(map(run, compress(tasks, short))) + sum(shared)
 
 
 def _put_constant(strips: Strips, view: Bytes) -> None:
@@ -264,32 +297,36 @@ def _put_constant(strips: Strips, view: Bytes) -> None:
         as_strided(flat[at:], strips.sizes, steps)[...] = value
 
 
+class _Task(Protocol):
+    """Something to read."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is sooner done than handed to another thread."""
+
+    def __call__(self) -> int:
+        """Read it; returns how many bytes were read."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Scatter:
     """One part of a file that goes to one place or several."""
 
-    reads: Reads
-    rows: range
-    views: Sequence[memoryview]
     files: Files
+    number: int
+    """Of the file."""
+    places: Sequence[tuple[int, memoryview]]
+    """From where in the file, and to where."""
+    is_short: bool
 
     def __call__(self) -> int:
-        reads, rows = self.reads, slice(self.rows.start, self.rows.stop)
-        places = []
-        columns = (
-            reads.source_at[rows],
-            reads.fills[rows],
-            reads.target_at[rows],
-            reads.sizes[rows],
-        )
-        for start, fill, at, size in zip(*(column.tolist() for column in columns), strict=True):
-            places.append((start, self.views[fill][at : at + size]))
-        follow = (columns[0][1:] == columns[0][:-1] + columns[3][:-1]).all()
-        return read_scattered(self.files, int(reads.files[rows.start]), places, whole=bool(follow))
+        places = self.places
+        follow = all(at + len(view) == after for (at, view), (after, _) in pairwise(places))
+        return _read_scattered(self.files, self.number, places, whole=follow)
 
 
-def read_scattered(
-    files: Files, number: int, places: list[tuple[int, memoryview]], *, whole: bool
+def _read_scattered(
+    files: Files, number: int, places: Sequence[tuple[int, memoryview]], *, whole: bool
 ) -> int:
     """Fill some buffers from one part of a file, each from its own place; returns how many bytes were read.
 
@@ -320,6 +357,11 @@ class _Tiles:
     strips: Strips
     tensors: Tensors
     files: Files
+
+    @property
+    def is_short(self) -> bool:
+        """Never: it has many short reads."""
+        return False
 
     def __call__(self) -> int:
         strips, item = self.strips, self.fill.item

@@ -12,9 +12,7 @@ import errno
 import mmap
 import os
 import sys
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,15 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from regraft.checkpoints.gather import READ, Files, read_scattered
+from regraft.checkpoints.gather import Files, Reads, read_runs
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 
 PAGE = mmap.PAGESIZE
 SMALLEST = 8 * PAGE
 """A piece of fewer bytes is copied sooner than mapped."""
-_SHARED = 1 << 18
-"""Reads of fewer bytes are done by one thread."""
 _SPARE = 8192
 """Mappings that are left to the rest of the process: allocators and libraries need some, too."""
 _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x02, 0x10, 0x20, 0x4000
@@ -147,7 +143,7 @@ class Stitched:
     copied: int = 0
     """Bytes that are to be read."""
     reads: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """What is to be read into it: file, from where, to where in the memory, how many."""
+    """What is to be read into it: file, from where, to where in the memory, how many bytes."""
 
 
 def stitch(pieces: Pieces, item: int, files: Files, budget: Budget) -> Stitched | None:
@@ -202,27 +198,13 @@ def read_rest(stitched: Sequence[Stitched], files: Files, jobs: int = 1) -> None
 
     Raises ``BadInputError`` where a file changed or ended early.
     """
-    tasks = [
-        (file, source + part, view[at + part : at + min(size, part + READ)])
-        for one in stitched
-        for view in [memoryview(one.memory)]
+    rows = [
+        (file, source, number, at, size)
+        for number, one in enumerate(stitched)
         for file, source, at, size in one.reads
-        for part in range(0, size, READ)
     ]
-
-    def read(task: tuple[int, int, memoryview]) -> None:
-        file, at, place = task
-        read_scattered(files, file, [(at, place)], whole=True)
-
-    with ThreadPoolExecutor(jobs, "regraft-read") as pool:
-        # The longest first, so that no thread is left with one of them at the end. Short ones are more of Python than
-        # of reading, and threads would only wait for one another.
-        tasks.sort(key=lambda task: -len(task[2]))
-        long = sum(len(place) >= _SHARED for _, _, place in tasks)
-        shared = pool.map(read, tasks[:long])
-        for task in tasks[long:]:
-            read(task)
-        deque(shared, maxlen=0)
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+    read_runs(Reads(*columns), [memoryview(one.memory) for one in stitched], files, jobs)
 
 
 def _map(address: int, size: int, file: int, at: int) -> bool:
