@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "writing: the factors of experts in another order",
         WRITE,
-        "a, b = pack(a, b, swaps(packing, kind_name, a.shape[0]))",
-        "a, b = pack(a[::-1], b, swaps(packing, kind_name, a.shape[0]))",
+        "a, b = pack(a, b, swapped=swaps(packing, kind_name, a.shape[0]))",
+        "a, b = pack(a[::-1], b, swapped=swaps(packing, kind_name, a.shape[0]))",
         WRITING,
         GUD,
     ),
