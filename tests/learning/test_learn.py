@@ -892,3 +892,15 @@ def test_a_small_config_has_heads_that_agree_and_several_experts():
     }
     one = several_experts({"num_experts": 1, "text": {"num_local_experts": 1}})
     assert shrink(one, 1) == {"num_experts": 7, "text": {"num_local_experts": 7}}
+
+
+def test_the_table_of_converters_says_what_the_books_say():
+    """The figures of the docs are those in the heads of the books that were learned."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs/how-to/learn-a-rule-book.md").read_text()
+    rows = dict(re.findall(r"`(\w+\.toml)` \| (\d+ of \d+ \| \d+) \|", page))
+    found = {}
+    for file in sorted((root / "scripts/learn/books").glob("*.toml")):
+        sizes, count = re.findall(r"Seen at (\d) sizes?; (\d+ of \d+) tensors", file.read_text())[0]
+        found[file.name] = f"{count} | {sizes}"
+    assert rows == found
