@@ -24,7 +24,9 @@ from regraft.live.ranks import is_sharded, local_region
 from regraft.live.state_dict import ConvertedStateDict, convert_state_dict
 from regraft.names.live import walk_modules
 from regraft.names.patterns import patterns
+from regraft.places import address_of, below, locate, visiting
 from regraft.planning.slices import Region, shape_of_region
+from regraft.storage.stand_ins import named, remote_at
 
 if TYPE_CHECKING:
     from regraft.bridges.peft.load import Inside
@@ -40,18 +42,21 @@ def load_checkpoint(
     load: Way = "map",
     adapter: str | os.PathLike[str] | None = None,
     key_mapping: dict[str, str] | None = None,
+    key: str | None = None,
 ) -> Loaded:
     """Load a checkpoint of any layout that is known into a live model, each process its own part of it.
 
     Args:
         model: a transformers model, or anything that holds one: on the CPU, on GPUs, on the meta device, spread with
             FSDP2 or tensor parallelism (DTensors). Made on the meta device it takes no memory before it is loaded.
-        path: the checkpoint's folder, or its one file.
+        path: the checkpoint's folder, or its one file; here, in a store (``s3://bucket/model``), or a model of the hub.
+            What a training run left is read as it lies there: DCP folders, Megatron-Core's, files of single ranks.
         load: ``"map"`` lets tensors on the CPU be pages of the files, privately: what is written to them stays in this
             process. ``"copy"`` reads everything, for files that may be rewritten in place while the model lives.
         adapter: an adapter to load on top. It is put into the model itself, as ``load_adapter`` of transformers' models
             does, where there is no ``PeftModel`` around it.
         key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
+        key: below which key the model is in what a training run left, where several fit.
 
     Returns:
         What was done; ``model.regraft_load`` has it, too.
@@ -65,8 +70,8 @@ def load_checkpoint(
         RefusedError: FullyShardedDataParallel (FSDP1) has flattened the model.
     """
     check_way(load, WAYS[:2])
-    with torch.inference_mode(mode=False):
-        return _load_checkpoint(model, Path(path), possible(load), adapter, key_mapping)
+    with torch.inference_mode(mode=False), below(key), visiting():
+        return _load_checkpoint(model, locate(path), possible(load), adapter, key_mapping)
 
 
 def _load_checkpoint(
@@ -78,6 +83,8 @@ def _load_checkpoint(
 ) -> Loaded:
     """``load_checkpoint``, outside of inference mode: what is made in that can be trained no more."""
     lazy = LazyFiles(open_checkpoint(path))
+    if lazy.source.is_remote:
+        load = "copy"  # there are no pages of files to map
     state = _tensors_of(model)
     with lazy.files, collector_paused():
         wanted = _wanted(lazy, path, model, key_mapping)
@@ -142,6 +149,7 @@ def from_pretrained(
     *args: Any,
     load: Way = "map",
     adapter: str | os.PathLike[str] | None = None,
+    key: str | None = None,
     **options: Any,
 ) -> Any:
     """``cls.from_pretrained(path, ...)`` with the bytes moved by regraft: a checkpoint of transformers 4 in seconds.
@@ -151,10 +159,12 @@ def from_pretrained(
 
     Args:
         cls: a class of transformers with ``from_pretrained``: ``AutoModelForCausalLM``, a model's own class.
-        path: as ``from_pretrained`` takes it.
+        path: as ``from_pretrained`` takes it; or a folder in a store (``s3://bucket/model``), or what a training run
+            left with a config beside it, as ``load_checkpoint`` reads it.
         *args: for ``from_pretrained``.
         load: ``"map"``, ``"copy"`` or ``"off"``; see ``load_checkpoint``.
         adapter: an adapter of either layout to load on top; the result is a ``PeftModel`` then.
+        key: below which key the model is in what a training run left, where several fit.
         **options: for ``from_pretrained``.
 
     Returns:
@@ -167,9 +177,14 @@ def from_pretrained(
     from regraft.bridges.peft.load import load_adapter
 
     check_way(load)
-    with installed(load=load):
-        result = cls.from_pretrained(path, *args, **options)
+    with installed(load=load), below(key), visiting():
+        there = _elsewhere(path)
+        if there is not None and load == "off":
+            raise BadInputError(only_by_regraft(named(str(there)), "load is 'off'"))
+        result = cls.from_pretrained(path if there is None else str(there), *args, **options)
     model = result[0] if isinstance(result, tuple) else result
+    if path is not None and there is not None:
+        model.name_or_path = model.config._name_or_path = os.fspath(path)
     done = getattr(model, "regraft_load", None)
     if load != "off" and (done is None or done.way == "off"):
         why = (
@@ -182,6 +197,20 @@ def from_pretrained(
         adapted = load_adapter(model, adapter)
         return (adapted, *result[1:]) if isinstance(result, tuple) else adapted
     return result
+
+
+def _elsewhere(path: str | os.PathLike[str] | None) -> Path | None:
+    """Where what is in a store, or in parts, can be read by regraft; ``None`` for what transformers reads by itself."""
+    if path is None or (address_of(path) is None and not Path(path).is_dir()):
+        return None
+    there = locate(path)
+    if there == Path(path):
+        return None
+    for file in there.iterdir():
+        # transformers looks into headers for dtypes, and wants the bytes behind them to be there, if only as a hole.
+        if (remote := remote_at(file)) is not None:
+            os.truncate(file, remote.found.size)
+    return there
 
 
 def check_way(load: str, ways: Sequence[str] = WAYS) -> None:
@@ -233,6 +262,16 @@ def _with_all_else(
     except RegraftError as other:
         more = list(other.findings)
     return UnmatchedKeysError([*error.findings, *more])
+
+
+def only_by_regraft(where: str, why: str) -> Finding:
+    """What is wrong where transformers would have to read what is in a store or in parts by itself."""
+    return Finding(
+        "option",
+        f"transformers cannot read it by itself, and would have to: {why}",
+        where=where,
+        fix="make a checkpoint of it on this machine with regraft convert, and load that",
+    )
 
 
 def _missing(key: str) -> Finding:

@@ -20,14 +20,15 @@ import torch
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.peft.patches import Patch
 from regraft.checkpoints.source import CONFIG, open_weights
-from regraft.errors import RegraftError
+from regraft.errors import BadInputError, RegraftError
 from regraft.live.lazily import LazyFiles, by_books
-from regraft.live.load import part_of
+from regraft.live.load import only_by_regraft, part_of
 from regraft.live.loaded import Loaded
 from regraft.live.mapping import mapping
 from regraft.live.memory import Part, Way, collector_paused, make_parts, possible
 from regraft.live.ranks import is_sharded
 from regraft.live.state_dict import StateDictReport, convert_model
+from regraft.storage.stand_ins import named, remote_at
 
 _TAKEN = ("model", "state_dict", "checkpoint_files", "load_config")
 _DEVICES = ("cpu", "cuda")
@@ -77,6 +78,11 @@ def _load_model(original: Any, way: Callable[[], Way]) -> Any:
                 paths = [Path(path) for path in checkpoint_files]
                 info, done = load_files(model, paths, load_config, how)
         except StepBackError as reason:
+            beyond = next(
+                (p for p in checkpoint_files or () if remote_at(Path(p)) is not None), None
+            )
+            if beyond is not None:
+                raise BadInputError(only_by_regraft(named(str(beyond)), str(reason))) from reason
             result = function(*usual, **options)
             model.regraft_load = Loaded("off", str(reason))
             return result
@@ -141,8 +147,8 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
             made, unmatched = _convert(model, others)
         else:
             unmatched = [*unmatched, *names.check(lazy.source.tensors.names, made, unmatched)]
-        parts, casts = _parts(made, state, config)
-        way = "copy" if config.disable_mmap else way
+        parts, casts = _parts(made, state, config, may_cast=lazy.source.is_remote)
+        way = "copy" if config.disable_mmap or lazy.source.is_remote else way
         tensors, amounts = make_parts(parts, lazy.source.tensors, lazy.files, way)
     info = LoadStateDictInfo(
         missing_keys=set(state),
@@ -285,7 +291,7 @@ def _targets_of(rows: Sequence[int], made: Mapping[str, Lazy]) -> dict[int, set[
 
 
 def _parts(
-    made: Mapping[str, Lazy], state: Mapping[str, Any], config: Any
+    made: Mapping[str, Lazy], state: Mapping[str, Any], config: Any, *, may_cast: bool
 ) -> tuple[list[Part], dict[str, torch.dtype]]:
     """The tensors to make, and the types that some of them are cast to.
 
@@ -309,7 +315,7 @@ def _parts(
         if part.dtype != wanted[name]:
             casts[name] = wanted[name]
             cast_bytes += part.bytes
-    if cast_bytes * 2 > sum(part.bytes for part in parts):
+    if not may_cast and cast_bytes * 2 > sum(part.bytes for part in parts):
         one = next(iter(casts))
         before = next(part.dtype for part in parts if part.name == one)
         raise StepBackError(f"most of it is cast, such as {one} from {before} to {casts[one]}")
