@@ -197,6 +197,7 @@ def test_other_stages(src, tmp_path, place):
             regraft.convert(src, out, **{"part": "1/2", **options, **changed})
         assert codes(caught) == {code}
         assert not out.exists()
+        return caught.value
 
     fails("stage-options", dtype="bfloat16")
     fails("stage-options", to=V4)
@@ -209,8 +210,10 @@ def test_other_stages(src, tmp_path, place):
     with pytest.raises(BadInputError) as caught:
         regraft.convert(src, out, to=V5, stage=tmp_path / "mine", abort=True)
     assert codes(caught) == {"stage-place"} and (tmp_path / "mine/notes.txt").exists()
-    changed = shutil.copytree(src, tmp_path / "changed", copy_function=shutil.copy)
-    fails("stage-other", src=changed)
+    changed = shutil.copytree(src, tmp_path / "changed" / src.name, copy_function=shutil.copy)
+    assert "files of src changed" in str(fails("stage-other", src=changed))
+    other = shutil.copytree(src, tmp_path / "another", copy_function=shutil.copy)
+    assert "that of another conversion" in str(fails("stage-other", src=other))
 
 
 def test_a_commit_lists_what_is_missing(src, place):

@@ -24,6 +24,7 @@ from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.planning.model import ModelConfig
 from regraft.shown import Shown
 from regraft.storage.folder import folder_with_config
+from regraft.storage.hub import how_to_find
 from regraft.storage.safetensors import TensorFile, read_header
 
 
@@ -138,7 +139,10 @@ def _files(src: Path, model: str | os.PathLike[str] | None, own: str) -> Files:
     if not src.exists():
         raise BadInputError(
             Finding(
-                "not-found", "there is no such file or folder", where=str(src), fix="check the path"
+                "not-found",
+                "there is no such file or folder",
+                where=str(src),
+                fix=how_to_find(str(src)),
             )
         )
     dialect = _dialect(src, own)

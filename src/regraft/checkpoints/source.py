@@ -26,7 +26,7 @@ from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import load_json
 from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, read_header
-from regraft.storage.hub import parse_id
+from regraft.storage.hub import how_to_find
 from regraft.storage.probe import open_regular
 from regraft.storage.stamp import Stamp
 from regraft.storage.stand_ins import remote_at
@@ -171,11 +171,8 @@ def open_checkpoint(path: Path) -> Source:
     else:
         root = path
         if not path.is_dir():
-            named = parse_id(str(path))
-            hint = f"of a model of the hub: 'hf download {named[0]}' first" if named else None
-            raise BadInputError(
-                Finding("not-found", "there is no such file or folder", where=str(path), fix=hint)
-            )
+            message, fix = "there is no such file or folder", how_to_find(str(path))
+            raise BadInputError(Finding("not-found", message, where=str(path), fix=fix))
         index = _find_index(root, notes)
         weights = _list_shards(root, index, notes)
         found = [root / name for name in weights]

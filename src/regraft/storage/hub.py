@@ -28,6 +28,18 @@ def parse_id(text: str) -> tuple[str, str] | None:
     return match[1], match[2] or "main"
 
 
+def how_to_find(path: str) -> str:
+    """What to do about a path that leads nowhere: it may be the id of a model of the hub that is not here.
+
+    >>> how_to_find("a/b/c"), how_to_find("org/name")
+    ('check the path', "check the path; of a model of the hub: 'hf download org/name' first")
+    """
+    named = parse_id(path)
+    return "check the path" + (
+        f"; of a model of the hub: 'hf download {named[0]}' first" if named else ""
+    )
+
+
 def cache_folder() -> Path:
     """Where the hub's files are kept, as huggingface_hub finds it."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):

@@ -68,7 +68,7 @@ class Job(Struct, frozen=True):
             what = "it was begun with other options, rules or another release of regraft, and would have other bytes"
             fix = "give every part the same options; to change them, start over after --abort"
             return BadInputError(Finding("stage-options", what, where=stage, fix=fix))
-        if here == [row[0] for row in other.files]:
+        if self.source == other.source and here == [row[0] for row in other.files]:
             what = f"since it was begun, files of {self.source} changed: their sizes, or when they were written"
             fix = "see what wrote to it; then start over after --abort"
         else:

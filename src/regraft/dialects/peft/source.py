@@ -49,6 +49,7 @@ from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.formats import find_form
+from regraft.storage.hub import how_to_find
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
 from regraft.values import replace
@@ -462,7 +463,10 @@ def find_adapters(src: Path) -> Found:
     if not src.is_dir():
         raise BadInputError(
             Finding(
-                "not-found", "there is no such file or folder", where=str(src), fix="check the path"
+                "not-found",
+                "there is no such file or folder",
+                where=str(src),
+                fix=how_to_find(str(src)),
             )
         )
     folders = sorted({path.parent for path in src.rglob(CONFIG)})
