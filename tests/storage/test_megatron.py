@@ -266,3 +266,25 @@ def test_a_lora_follows(tmp_path):
     changed = {name for name in one if one[name].tobytes() != before[name].tobytes()}
     assert "decoder.layers.1.self_attention.linear_qkv.weight" in changed
     assert config["num_hidden_layers"] * 4 == len(changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"hidden_size": 16}),
+        ("llama", {"num_hidden_layers": 3}),
+        ("llama", {"vocab_size": 20}),
+        ("qwen3_moe", {"num_experts": 2}),
+        ("deepseek_v3", {"num_hidden_layers": 1}),
+    ],
+)
+def test_another_model_s_config_is_noticed(tmp_path, kind, wrong):
+    """Heads in the same proportion fit the sizes, and not what the config says of a head."""
+    shutil.copytree(HERE / kind, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config_of(kind), **wrong}))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(tmp_path / "run", tmp_path / "v5", to="transformers-v5")
+    assert {finding.code for finding in caught.value.findings} == {"wrong-base"}
+    assert not (tmp_path / "v5").exists()
