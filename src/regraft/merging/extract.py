@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 Path_ = str | os.PathLike[str]
 
 _SHOWN = 20
-_LEAST_ROOM = 64 << 20
+_LEAST_ROOM = 128 << 20
 """Bytes that may be held for one matrix in any case."""
 
 

@@ -6,8 +6,8 @@ cost of those products. Of small matrices, and for ranks near the full one, all 
 shorter side's vectors with one another. How far factors are off is never concluded from either: it is measured, on the
 factors as they are stored.
 
-What either holds is known before. Of the ways that stay within a bound the most exact one is taken: the matrix held or
-read again for each product, its products in float64 or, if there is no room for these, in float32.
+What either holds is known before, and the first way is taken that stays within a bound: the matrix held, or read again
+for each product.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def spectrum(matrix: Array | Matrix, rank: int, room: int | None = None) -> Spec
     if way.held:
         matrix.hold()
     total = matrix.squares()
-    values, vectors = _largest(matrix, rank, total) if way.few else _all(matrix, way.dtype)
+    values, vectors = _largest(matrix, rank, total) if way.few else _all(matrix)
     return Spectrum(matrix, float(np.sqrt(total)), values, vectors)
 
 
@@ -145,16 +145,14 @@ class _Way:
     few: bool
     """The largest ones only."""
     held: bool
-    dtype: np.dtype[np.floating]
-    """Of the products of vectors, where all are computed."""
+    """Whether the matrix is in memory, and not read again for each product."""
 
 
 WAYS = (
-    _Way(few=True, held=True, dtype=_DOUBLE),
-    _Way(few=True, held=False, dtype=_DOUBLE),
-    _Way(few=False, held=True, dtype=_DOUBLE),
-    _Way(few=False, held=False, dtype=_DOUBLE),
-    _Way(few=False, held=False, dtype=_SINGLE),
+    _Way(few=True, held=True),
+    _Way(few=True, held=False),
+    _Way(few=False, held=True),
+    _Way(few=False, held=False),
 )
 """The first one that stays within the room is taken; a few values are taken of matrices that have many more."""
 
@@ -178,10 +176,11 @@ def needed(matrix: Matrix, rank: int, way: _Way) -> int:
     own = matrix.dtype.itemsize
     rank = min(rank, short)
     held = (matrix.size if way.held else 0) + 4 * 8 * HELD
-    factors = held + 8 * short * rank + 4 * (short + long) * rank + own * rank * max(matrix.shape)
+    factors = held + 3 * 8 * short * rank + 4 * (short + long) * rank
+    factors += 4 * long * rank * (not matrix.is_tall)
     if not way.few:
         # The products, a copy of them and what LAPACK works with (1 + 2 squares), or the vectors in its place.
-        return max(held + 5 * way.dtype.itemsize * short**2, factors)
+        return max(held + 5 * 8 * short**2, factors + 8 * short**2)
     count, limit = _sizes(short, rank)
     basis, images = 8 * short * limit, own * long * limit
     block = 8 * count * (3 * long + 2 * short)
@@ -197,16 +196,16 @@ def _sizes(side: int, rank: int) -> tuple[int, int]:
 # -- singular values
 
 
-def _all(matrix: Matrix, dtype: np.dtype[np.floating]) -> tuple[Wide, Array]:
+def _all(matrix: Matrix) -> tuple[Wide, Wide]:
     """All singular values of a matrix, and the vectors of its shorter side; of large ones to 1e-8 of the largest."""
     size = matrix.shape[0] * matrix.shape[1]
-    if min(matrix.shape) <= _SMALL and dtype == _DOUBLE and (matrix.is_tall or size <= HELD):
+    if min(matrix.shape) <= _SMALL and (matrix.is_tall or size <= HELD):
         rows = matrix.blocks()
         triangle = _triangle(part if matrix.is_tall else part.T for _, part in rows)
         _, found, right = np.linalg.svd(triangle, full_matrices=False)
         return found, right.T
-    squares, vectors = np.linalg.eigh(matrix.gram(dtype))
-    values = np.sqrt(np.maximum(squares[::-1].astype(float), 0.0))
+    squares, vectors = np.linalg.eigh(matrix.gram())
+    values = np.sqrt(np.maximum(squares[::-1], 0.0))
     return values, vectors[:, ::-1]
 
 

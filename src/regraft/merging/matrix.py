@@ -95,23 +95,20 @@ class Matrix:
         """The sum of the squares of its elements."""
         return sum(float((rows**2).sum()) for _, rows in self.blocks())
 
-    def gram(self, dtype: np.dtype[np.floating]) -> Array:
+    def gram(self) -> Wide:
         """The products of its shorter side's vectors with one another (side, side)."""
         side = min(self.shape)
-        made = np.zeros((side, side), dtype)
+        made = np.zeros((side, side))
         if self.is_tall:
             for _, rows in self.blocks():
-                part = rows.astype(dtype, copy=False)
-                add_product(made, part, part)
+                add_product(made, rows, rows)
             return made
         # Rows far apart meet, too: some are kept, and the others are read again.
         some = max(HELD, self.shape[0] * self.shape[1] // 8)
-        for place, rows in self.blocks(some):
-            kept = rows.astype(dtype, copy=False)
-            del rows
+        for place, kept in self.blocks(some):
             for other, more in self.blocks():
                 if other.start < place.stop:
-                    made[other, place] = more.astype(dtype, copy=False) @ kept.T
+                    made[other, place] = more @ kept.T
                     made[place, other] = made[other, place].T
         return made
 
