@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import regraft
@@ -757,3 +758,121 @@ def test_an_adapter_on_top(tmp_path):
     model = regraft.from_pretrained(AutoModelForCausalLM, base, adapter=case)
     ids = torch.arange(6)[None]
     assert torch.equal(model(ids).logits, want(ids).logits)
+
+
+# Who loads models beside people
+
+
+class Sums(Dataset):
+    """Each item is computed with the model, in a worker, which changes its weights afterwards."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 4
+
+    @torch.no_grad()
+    def __getitem__(self, at):
+        head = self.model.lm_head.weight
+        found = float(head.double().sum())
+        head.zero_()
+        return found, float(head.double().sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_workers_of_a_data_loader_have_their_own(big):
+    model = regraft.from_pretrained(AutoModelForCausalLM, big)
+    want = float(model.lm_head.weight.detach().double().sum())
+    loader = DataLoader(Sums(model), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    firsts = [batch[0].tolist()[0] for batch in loader]
+    assert firsts == [want, want]
+    assert same(model, causal(big))
+
+
+def test_a_trainer_trains_what_is_loaded_while_it_is_installed(big, tmp_path):
+    before = files_of(big)
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    trained = []
+    for way in ("map", "off"):
+        with regraft.installed(load=way):
+            torch.manual_seed(0)
+            model = causal(big)
+            options = transformers.TrainingArguments(
+                output_dir=tmp_path / way, max_steps=2, per_device_train_batch_size=2, report_to=[],
+                save_strategy="steps", save_steps=2, use_cpu=True, seed=0, disable_tqdm=True,
+            )  # fmt: skip
+            transformers.Trainer(model, options, train_dataset=data).train()
+            trained.append((model, causal(tmp_path / way / "checkpoint-2")))
+    (model, saved), (stock, _) = trained
+    assert saved.regraft_load.way == "map"
+    assert same(model, saved.train())
+    for key, tensor in stock.state_dict().items():
+        assert torch.allclose(model.state_dict()[key], tensor, rtol=1e-4, atol=1e-6), key
+    assert files_of(big) == before
+
+
+def test_a_pipeline_loads_through_it(big):
+    stock = causal(big)
+    with regraft.installed():
+        made = transformers.pipeline(
+            "text-generation", model=str(big), tokenizer=Letters(), device="cpu"
+        )
+    assert made.model.regraft_load.way == "map"
+    assert same(made.model, stock)
+
+
+class Letters(transformers.PreTrainedTokenizer):
+    """A tokenizer that needs no files."""
+
+    vocab_size = 64
+
+    def get_vocab(self):
+        return {chr(32 + i): i for i in range(64)}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return chr(32 + index)
+
+
+def test_a_revision_in_the_hubs_cache(big, tmp_path):
+    """Two revisions of a repository, and the files are links, as the Hub's client makes them."""
+    repo = tmp_path / "models--org--name"
+    for commit, ref, factor in (("a" * 40, "main", 1), ("b" * 40, "old", 2)):
+        folder = repo / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "blobs").mkdir(exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+        for path in big.iterdir():
+            blob = repo / "blobs" / f"{path.name}-{factor}"
+            if path.suffix == ".safetensors":
+                tensors = {key: t * factor for key, t in load_file(path).items()}
+                save_file(tensors, blob, {"format": "pt"})
+            else:
+                blob.write_bytes(path.read_bytes())
+            (folder / path.name).symlink_to(Path("../../blobs") / blob.name)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    for revision, factor in (("main", 1), ("old", 2), ("b" * 40, 2)):
+        model = regraft.from_pretrained(
+            AutoModelForCausalLM, "org/name", revision=revision, **options
+        )
+        assert model.regraft_load.way == "map"
+        stock = AutoModelForCausalLM.from_pretrained("org/name", revision=revision, **options)
+        assert same(model, stock)
+        assert torch.equal(model.lm_head.weight, causal(big).lm_head.weight * factor)
+
+
+@pytest.mark.parametrize("way", ["map", "copy"])
+def test_from_pretrained_in_inference_mode(big, way):
+    with torch.inference_mode():
+        model = regraft.from_pretrained(AutoModelForCausalLM, big, load=way)
+        logits = model(torch.arange(5)[None]).logits
+    assert model.regraft_load.way == way
+    assert not any(p.is_inference() for p in model.parameters())
+    assert torch.equal(logits, causal(big)(torch.arange(5)[None]).logits)

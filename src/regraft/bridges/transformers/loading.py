@@ -74,7 +74,8 @@ def _load_model(original: Any, way: Callable[[], Way]) -> Any:
             return function(*usual, **options)
         try:
             _check_can(model, state_dict, checkpoint_files, load_config)
-            with collector_paused():
+            # What is made in inference mode can be trained no more; transformers' threads are outside of it.
+            with collector_paused(), torch.inference_mode(mode=False):
                 paths = [Path(path) for path in checkpoint_files]
                 info, done = load_files(model, paths, load_config, how)
         except StepBackError as reason:
