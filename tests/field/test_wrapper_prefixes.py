@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints.models import write_folder
+from checkpoints.models import MIXTRAL, mixtral, write_folder
+from rebuilt import V5, read, same
 
 import regraft
 from regraft.storage.safetensors import open_tensors, write_tensors
@@ -57,3 +58,30 @@ def test_every_key_lands(form, tmp_path):
     assert made.keys() == wanted.keys()
     assert all(np.array_equal(made[name], tensor) for name, tensor in wanted.items())
     assert sum("taken out of" in note for note in report.notes) == 1
+
+
+@pytest.mark.parametrize("lead", ["policy.", "student.model."])
+def test_what_held_a_checkpoints_model_is_taken_off(lead, tmp_path):
+    """The base's own names tell that it is no part of the model, where every name begins with it."""
+    config = {**MIXTRAL, "architectures": ["MixtralForCausalLM"]}
+    tensors = mixtral()
+    regraft.convert(write_folder(tmp_path / "p", tensors, config), tmp_path / "right", to=V5)
+    held = {lead + name: tensor for name, tensor in tensors.items()}
+    report = regraft.convert(write_folder(tmp_path / "src", held, config), tmp_path / "new", to=V5)
+    assert same(read(tmp_path / "new"), read(tmp_path / "right"))
+    assert any("read without" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "npz"])
+def test_a_file_by_another_forms_name_is_called_what_it_is(form, tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    file = src / "pytorch_model.bin"
+    if form == "npz":
+        (src / "model.safetensors").unlink()
+        with file.open("wb") as out:
+            np.savez(out, a=np.ones(3))
+    else:
+        (src / "model.safetensors").rename(file)
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(src, tmp_path / "new", to=V5)
+    assert {"npz": "numpy archive", "safetensors": "safetensors file"}[form] in str(caught.value)

@@ -9,8 +9,8 @@ one of them, and only where every name that nothing explains can be read so, in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, takewhile
 
 from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.source import Source
@@ -30,6 +30,7 @@ def read_misspelled(source: Source, headers: Headers, known: Detected) -> Source
     left = Lookup.of(known.books, headers.groups, known.scopes).unexplained
     own = {template for book in known.books for template in _templates(book)}
     words = {segment for template in own for segment in template.split(".")}
+    words |= set(_shared_lead(source.tensors.names))  # what held the model where it was saved
     repaired: dict[str, str] = {}
     gone: dict[str, None] = {}
     for group in left:
@@ -46,12 +47,24 @@ def read_misspelled(source: Source, headers: Headers, known: Detected) -> Source
     if not changed or len(set(names)) < len(names):
         return None
     said = (
-        f"{len(changed)} names have segments that the model has elsewhere ({', '.join(gone)}), as some releases saved "
-        f"them; they are read without, {changed[0][0]} as {changed[0][1]}"
+        f"{len(changed)} names have segments that the model has elsewhere or not at all ({', '.join(gone)}), as some "
+        f"releases and trainers saved them; they are read without, {changed[0][0]} as {changed[0][1]}"
     )
     return replace(
         source, tensors=replace(source.tensors, names=names), notes=(*source.notes, said)
     )
+
+
+def _shared_lead(names: Sequence[str]) -> list[str]:
+    """The segments that all names begin with.
+
+    >>> _shared_lead(["policy.model.norm.weight", "policy.lm_head.weight"])
+    ['policy']
+    """
+    least, most = min(names).split("."), max(names).split(".")
+    return [
+        one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+    ]
 
 
 def _templates(book: Book) -> Iterator[str]:

@@ -26,6 +26,7 @@ from msgspec import Struct, field
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS, DTYPES, describe_unknown_dtype
+from regraft.storage.formats import find_form
 from regraft.storage.header import TensorInfo
 from regraft.storage.header_check import name_problem
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
@@ -422,6 +423,9 @@ def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, 
             return open_zip(file)
         return _open_stream(file, size)
     except RefusedError as error:
+        found = find_form(Path(where))
+        if found is not None:
+            raise BadInputError(found) from None
         message = f"it holds {error}, and only plain tensors by name are read"
         raise BadInputError(Finding("not-tensors", message, where=where, fix=_FIX)) from None
     except (
@@ -440,6 +444,11 @@ def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, 
         if isinstance(error, OSError) and error.errno is not None:
             message = f"the file cannot be read: {error.strerror}"
             raise BadInputError(Finding("unreadable-file", message, where=where)) from error
+        file.seek(0)
+        if file.read(10)[8:] == b'{"':
+            message = "this is a safetensors file, whatever its name says"
+            fix = f"name it {Path(where).stem}.safetensors (model.safetensors in a checkpoint's folder)"
+            raise BadInputError(Finding("bad-torch-file", message, where=where, fix=fix)) from error
         message = f"torch did not write this: {_shorten(error)}"
         raise BadInputError(Finding("bad-torch-file", message, where=where, fix=_FIX)) from error
 
