@@ -206,7 +206,7 @@ def _find_books(
         books = tuple(books_for([named]))
         if not books:
             raise _unknown_model([named], f"{where}/{hints.source}", given=False)
-        lookup = Lookup.of(books, names.candidates, modules=names.modules)
+        lookup = names.lookup(books)
         _check_explained(lookup, hints, where)
         told = f"base model: {named} ({hints.source})"
         return Known(books, {}, None, named, told, notes=unchecked_names(lookup))
@@ -517,7 +517,7 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
 
     Raises ``BadInputError`` where the names of one rule are of two layouts.
     """
-    told = detect_layouts(Lookup.of(books, names.candidates, modules=names.modules), where)
+    told = detect_layouts(names.lookup(books), where)
     if told.layout is not None:
         shown = f"layout: {told.layout} (found {told.evidence[told.layout]})"
         return Detected(told.layout, [shown], by_names=True, possible=told.possible)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from regraft.planning.model import ModelConfig
     from regraft.planning.plan import Plan
     from regraft.planning.side import Side
-from regraft.rules.book import Shared
+from regraft.planning.lookup import Lookup
+from regraft.rules.book import Book, Shared
 from regraft.values import replace
 
 
@@ -48,6 +49,20 @@ class Names(Struct, frozen=True, eq=False, dict=True):
         """Names that tensors of the base may have: first the weights of its modules, in order."""
         weights = (Group(f"{m.template}.weight", m.ids, m.numbers) for m in self.modules)
         return (*weights, *self.tensors)
+
+    def lookup(self, books: Sequence[Book]) -> Lookup:
+        """What books say of them, with the parameters of modules; remembered, since it is asked for again."""
+        found = self._lookups.get(tuple(map(id, books)))
+        if found is None:
+            found = Lookup.of(books, self.candidates, modules=self.modules)
+            self._lookups[tuple(map(id, books))] = (
+                found  # which holds the books, so that ids stay theirs
+            )
+        return found
+
+    @cached_property
+    def _lookups(self) -> dict[tuple[int, ...], Lookup]:
+        return {}
 
 
 class Hints(Struct, frozen=True):

@@ -102,6 +102,7 @@ class Source:
     doubled: bool = False
     """Whether the base has a ``model`` in its ``model``."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
+    _named: Names | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
@@ -172,9 +173,11 @@ class Source:
 
     def names(self) -> Names:
         """What its keys say of the base. Raises ``BadInputError``."""
-        said = (str(self.stripped) if self.stripped else None, self.unmerged)
-        notes = tuple(note for note in said if note)
-        return replace(names_of_scan(self.scan()), notes=notes)
+        if self._named is None:
+            said = (str(self.stripped) if self.stripped else None, self.unmerged)
+            notes = tuple(note for note in said if note)
+            self._named = replace(names_of_scan(self.scan()), notes=notes)
+        return self._named
 
     def hints(self) -> Hints:
         """What its config and metadata say of the base."""
