@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from regraft.checkpoints.inspect import CheckpointInspection, inspect_checkpoint
 from regraft.dialects.image.inspect import ImageFolder, ImageSummary, summaries, summarize
 from regraft.dialects.image.recognise import recognise, weights_in
 from regraft.dialects.peft.inspect import Inspection, inspect
+from regraft.dialects.peft.source import CONFIG
+from regraft.errors import RegraftError
 from regraft.planning.model import Foreign
 from regraft.sources import Resolved
+from regraft.values import replace
 
 _SOME = 20
 """Files of a folder, of which one of an image model makes it a folder of such files."""
@@ -34,7 +38,11 @@ def inspect_source(
         return summarize(image)
     if _is_folder_of_images(path):
         files = []
-        for summary in summaries(path):
+        for found in summaries(path):
+            summary = found
+            folder = (path / found.file).parent
+            if (folder / CONFIG).is_file() and weights_in(folder) is None:
+                summary = _summary_of_peft(folder, found, source.model, foreign)
             files.append(summary)
             if each is not None:
                 each(summary)
@@ -42,6 +50,35 @@ def inspect_source(
     if source.is_adapter:
         return inspect(path, model=source.model, foreign=foreign, said=source.given)
     return inspect_checkpoint(path, source.model, foreign)
+
+
+def _summary_of_peft(
+    folder: Path, found: ImageSummary, model: Path | None, foreign: Foreign | None
+) -> ImageSummary:
+    """An adapter of another kind of model that lies beside LoRAs of image models, in the same columns."""
+    plain = ImageSummary(found.file, tensors=found.tensors, size=found.size, trainer="PEFT")
+    try:
+        (adapter,) = inspect(folder, model=model, foreign=foreign).adapters
+    except RegraftError as error:
+        return replace(plain, problem=error.findings[0].message)
+    ranks: Counter[str] = Counter()
+    alphas: Counter[str] = Counter()
+    for target in adapter.targets:
+        ranks[str(target.rank)] += target.count
+        alphas[f"{target.alpha:g}"] += target.count
+    modules = sum(target.count for target in adapter.targets)
+    kind = ", ".join(adapter.variants) or ("LoRA" if adapter.peft_type == "LORA" else "")
+    return replace(
+        plain,
+        family=adapter.model_type or "",
+        dialect=" or ".join(adapter.layouts) or adapter.dialect,
+        algorithms={kind or adapter.peft_type: modules},
+        modules=modules,
+        ranks=dict(ranks.most_common()),
+        alphas=dict(alphas.most_common()),
+        base=adapter.base_model or "",
+        problem=next((finding.message for finding in adapter.problems), ""),
+    )
 
 
 def _image_in(path: Path) -> Path | None:

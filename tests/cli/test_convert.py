@@ -145,9 +145,46 @@ def test_model_and_source_are_passed_on(lora: Path, tmp_path: Path, capsys: Capt
     assert str(BASE / "config.json") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("transformers5", "transformers-v5"),
+        ("transformer-v5", "transformers-v5"),
+        ("comfy", "comfyui"),
+        ("llama.cpp", "gguf"),
+        ("llama-cpp", "gguf"),
+        ("SGLang", "sglang"),
+    ],
+)
+def test_a_layout_that_is_misspelt_or_called_by_its_tool_is_suggested(
+    said: str, meant: str, lora: Path, capsys: Capture
+) -> None:
+    assert main(["convert", str(lora), "out", "--to", said]) == 2
+    messages = capsys.readouterr().err
+    assert f"there is no {said!r}. Did you mean {meant!r}?" in messages
+    assert "known:" not in messages
+
+
+def test_a_wrong_book_in_the_environment_is_not_the_layouts_fault(
+    lora: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("REGRAFT_RULES", "mixtrall")
+    assert main(["convert", str(lora), "out", "--to", "transformers-v5"]) == 1
+    messages = capsys.readouterr().err
+    assert "REGRAFT_RULES" in messages and "did you mean mixtral?" in messages
+    assert "--to" not in messages
+
+
+def test_a_base_that_is_not_there_is_said_to_be_missing(lora: Path, capsys: Capture) -> None:
+    assert (
+        main(["convert", str(lora), "out", "--to", "transformers-v5", "--model", "no-where"]) == 1
+    )
+    assert "there is no such file or folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--to", "--from"])
 def test_unknown_layout_lists_the_known(option: str, lora: Path, capsys: Capture) -> None:
-    command = ["convert", str(lora), "out", "--to", "transformers-v5", option, "transformers-v6"]
+    command = ["convert", str(lora), "out", "--to", "transformers-v5", option, "nobodys"]
     assert main(command) == 2
     words, messages = capsys.readouterr()
     assert words == ""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import regraft
+from regraft.checking.check import check
 from regraft.cli import main
 from regraft.errors import BadInputError
 from regraft.sources import find_sources
@@ -197,3 +198,51 @@ def test_verbose_and_quiet_everywhere(command, capsys):
     assert verbose.out == loud.out
     if command in ("inspect", "verify", "explain", "diff"):
         assert "INFO: " in verbose.err and "INFO: " not in loud.err
+
+
+def _llama(folder: Path, **more: object) -> Path:
+    """An adapter of Llama, whose names are the same in both layouts; its base is named where DoRA is asked for."""
+    folder.mkdir()
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    numbers = np.random.default_rng(0)
+    tensors = {
+        f"{stem}.lora_A.weight": numbers.normal(size=(4, 16)).astype(np.float32),
+        f"{stem}.lora_B.weight": numbers.normal(size=(16, 4)).astype(np.float32),
+    }
+    if more.get("use_dora"):
+        tensors[f"{stem}.lora_magnitude_vector"] = np.ones(16, np.float32)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **more}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+LLAMA = {
+    "auto_mapping": {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
+}
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])
+def test_dora_that_is_the_same_in_both_layouts_is_not_called_another(tmp_path, rslora, scale):
+    """Its targets have a LoRA's scale, so nothing of it differs."""
+    lora = _llama(tmp_path / "dora", use_dora=True, use_rslora=rslora, **LLAMA)
+    report = regraft.convert(lora, tmp_path / "out", to="transformers-v5")
+    assert [target.scale for target in report.targets] == [scale]
+    (verdict,) = check(lora, to="transformers-v4").verdicts
+    assert verdict.healthy is True and not verdict.remedy
+    assert [row.scale for row in verdict.rows] == [scale]
+
+
+def test_an_adapter_of_an_unknown_model_is_unknown_and_not_broken(tmp_path, capsys):
+    _llama(tmp_path / "whose")
+    assert main(["check", str(tmp_path / "whose")]) == 4
+    words = capsys.readouterr().out
+    assert "Not known whether it loads with transformers-v5" in words and "--model" in words
+    assert "Will not load" not in words and "No fix is known" not in words
+    shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / "old")
+    assert main(["check", str(tmp_path), "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["name"]: line["verdict"] for line in lines}["whose"] == "unknown"

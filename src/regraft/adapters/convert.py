@@ -34,6 +34,7 @@ from regraft.adapters.roundtrip import (
     take_back,
 )
 from regraft.adapters.saved import move_saved
+from regraft.adapters.scale import Scale
 from regraft.adapters.tuned import TunedModules
 from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
 from regraft.errors import (
@@ -775,7 +776,8 @@ class _FamilyConversion(_Conversion):
             if plan is not None:
                 self.count(plan)
             blob, done = self.write_family(ladder, carried, plan, modules, moved)
-            self.report.targets = _family_targets(carried, plan)
+            rslora = bool(opened.config.get("use_rslora"))
+            self.report.targets = _family_targets(carried, plan, rslora=rslora)
         else:
             blob, done, plan = self.write_lora(family, carried, carried.factors, number - 1, moved)
         beside = tuple(map(opened.shown, done.saved))
@@ -903,19 +905,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def _family_targets(carried: Carried, plan: Plan | None) -> list[Target]:
+def _family_targets(carried: Carried, plan: Plan | None, *, rslora: bool) -> list[Target]:
+    """What is no plain LoRA; LoRA's variants (DoRA) multiply ``B @ A`` by a scale, as LoRA does."""
     rules = _rules(plan)
-    return [
-        Target(
-            key,
-            int(part.settings.get("r") or 0),
-            part.settings.get("alpha", part.settings.get("lora_alpha", 0)) or 0,
-            1.0,
-            rules.get(key, "carried over"),
-            exact=True,
-        )
-        for key, part in carried.parts.items()
-    ]
+    made = []
+    for key, part in carried.parts.items():
+        rank = int(part.settings.get("r") or 0)
+        alpha = part.settings.get("alpha", part.settings.get("lora_alpha", 0)) or 0
+        scaled = rank > 0 and "lora_alpha" in part.settings
+        scale = Scale(rank, alpha, rslora).value if scaled else 1.0
+        made.append(Target(key, rank, alpha, scale, rules.get(key, "carried over"), exact=True))
+    return made
 
 
 def _rules(plan: Plan | None) -> dict[str, str]:

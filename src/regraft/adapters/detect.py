@@ -49,6 +49,11 @@ def load_model(path: Path | str) -> ModelConfig:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if not path.exists() and parse_id(str(path)) is None:
+        fix = "give the folder of the base model, or its config.json"
+        raise BadInputError(
+            Finding("not-found", "there is no such file or folder", where=str(path), fix=fix)
+        )
     if not file.exists():
         raise BadInputError(
             Finding(

@@ -42,7 +42,7 @@ from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
-from regraft.errors import Finding, RefusedError, RegraftError
+from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
 from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
@@ -238,7 +238,7 @@ class _Checker:
         if not self.peft.is_there or self.peft.layout() != self.to.name:
             self.judge(source, converted, verdict)
             verdict.notes.append(
-                f"nothing was tried: there is no PEFT here with a transformers of {self.to.name}"
+                f"nothing was tried: PEFT with a transformers of {self.to.name} is not installed here"
             )
         elif model is None:
             self.judge(source, converted, verdict)
@@ -247,6 +247,9 @@ class _Checker:
             )
         else:
             self.attempt(source, converted, known, model, verdict)
+        if failure is not None and is_unknown(failure) and verdict.tried is None:
+            # Its base is not known, or not which of several it is: that says nothing against the adapter.
+            verdict.healthy, verdict.no_remedy = None, None
         if verdict.rows and all(row.dead for row in verdict.rows):
             verdict.healthy = False
             verdict.causes.append(

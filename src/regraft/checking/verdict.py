@@ -124,12 +124,14 @@ class Check(Shown):
 
     @property
     def why(self) -> str:
-        """Why not, in one line; empty where nothing is wrong."""
+        """Why not, or why nothing is proven, in one line; empty where nothing is wrong."""
         for verdict in () if self.healthy else self.verdicts:
             lines = (*verdict.causes, *(each.message for each in verdict.findings), verdict.error)
             said = next(filter(None, lines), None)
             if said is not None:
                 return said
+            if verdict.healthy is None and verdict.notes:
+                return verdict.notes[0]
         return ""
 
     @property

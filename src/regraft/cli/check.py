@@ -125,8 +125,17 @@ def _check_many(
     def work(item: Item) -> SourceOutcome:
         result = check_with(item.path, asked)
         verdict: Verdict = "healthy" if result.healthy else "not healthy"
+        if not result.healthy and _not_proven(result):
+            verdict = "unknown"
         return SourceOutcome(
             item.name, str(item.path), None, verdict, result.why, result, fix=result.remedy
         )
 
     return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast)
+
+
+def _not_proven(result: Check | ToolCheck) -> bool:
+    """Whether nothing speaks against it, and nothing proves that it loads."""
+    from regraft.checking.verdict import Check
+
+    return isinstance(result, Check) and all(v.healthy is not False for v in result.verdicts)

@@ -81,6 +81,9 @@ def _summary(verdict: Verdict, result: Check) -> Text:
             text.append(", as far as names, shapes and the config tell")
         elif verdict.kind != "checkpoint":
             text.append(", and has its full effect")
+    elif verdict.healthy is None and verdict.findings:
+        text = Text.assemble(("Not known", WARNING))
+        text.append(f" whether it loads with {result.layout}")
     elif verdict.healthy is None:
         text = Text.assemble(("Not proven", WARNING))
         text.append(

@@ -60,6 +60,8 @@ def show_images(out: Output, summaries: Sequence[ImageSummary]) -> None:
     wrong = sum(bool(s.problem) for s in summaries)
     text = f"{len(summaries)} files" + (f", {wrong} with a problem" if wrong else "")
     out.show(Text(text))
+    if any(not s.family and not s.problem for s in summaries):
+        out.show(Text("?: the base model is not known; give it with --model", "yellow"))
 
 
 def _counts(counts: Mapping[str, int], *, names: bool = False, every: bool = False) -> str:

@@ -61,7 +61,8 @@ def inspect(
             found = inspected(src, model, source, architecture, each=each if json else None)
         if html is not None and not isinstance(found, Inspection):
             message = (
-                "there are pages of adapters; of a checkpoint 'convert --dry-run --html' makes one"
+                "inspect has no HTML report of this; "
+                "'regraft convert SRC OUT --to LAYOUT --dry-run --html FILE' makes one"
             )
             raise click.BadParameter(message, param_hint="--html")
         if json:

@@ -233,7 +233,12 @@ def usage(option: str) -> Iterator[None]:
     try:
         yield
     except BadInputError as error:
-        raise click.BadParameter(error.findings[0].message, param_hint=option) from None
+        found = error.findings[0]
+        if found.code == "rule-book":  # REGRAFT_RULES names a book that is wrong
+            raise
+        fix = found.fix or ""
+        hint = f". {fix[0].upper()}{fix[1:]}" if fix.startswith("did you mean") else ""
+        raise click.BadParameter(found.message + hint, param_hint=option) from None
 
 
 def _below(key: str | None) -> None:

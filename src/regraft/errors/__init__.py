@@ -95,6 +95,27 @@ class RegraftError(Exception):
         return type(self), (self.findings,)
 
 
+_UNKNOWN = frozenset(
+    {
+        "unknown-model",
+        "model-needed",
+        "which-model",
+        "which-dialect",
+        "packing",
+        "not-an-adapter",
+    }
+)
+
+
+def is_unknown(error: RegraftError) -> bool:
+    """Whether regraft must be told more about a source; nothing is known to be wrong with it.
+
+    >>> is_unknown(BadInputError(Finding("model-needed", "the base model is not known")))
+    True
+    """
+    return isinstance(error, AmbiguousError) or {f.code for f in error.findings} <= _UNKNOWN
+
+
 class BadInputError(RegraftError):
     """The input breaks a rule of its own format, or contradicts its config or its base."""
 

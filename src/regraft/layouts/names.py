@@ -10,7 +10,7 @@ What layouts there are, rule books say; what dialects there are, says who calls.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -133,10 +133,10 @@ def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool 
     spoken = dialects.get(dialect)
     if not colon and (spoken is None or (not adapter and head in known)):
         if head not in known:
-            raise _unknown(text, head, [*known, *dialects])
+            raise _unknown(text, head, [*known, *dialects], dialects)
         return Layout(head, version_of(text, version, dialects.get(DEFAULT)) if version else None)
     if spoken is None:
-        raise _unknown(text, dialect, dialects)
+        raise _unknown(text, dialect, dialects, dialects)
     written = version_of(text, version, spoken)
     if colon and layout not in known:
         raise _unknown(text, layout, known)
@@ -174,13 +174,34 @@ def _usual_layout(text: str, dialect: DialectName, version: str | None) -> str:
     )
 
 
-def _unknown(text: str, part: str, known: Collection[str]) -> BadInputError:
-    near = get_close_matches(part, list(known), n=1)
+def _unknown(
+    text: str,
+    part: str,
+    known: Collection[str],
+    titles: Mapping[str, DialectName] | None = None,
+) -> BadInputError:
+    names = list(dict.fromkeys(known))
+    near = _nearest(part, names, titles or {})
     what = f"there is no {part!r}" if part == text else f"{text!r}: there is no {part!r}"
+    if near is not None:
+        return BadInputError(Finding("unknown-layout", what, fix=f"did you mean {near!r}?"))
+    message = f"{what}; known: {', '.join(names) or 'none'}"
     return BadInputError(
-        Finding(
-            "unknown-layout",
-            f"{what}; known: {', '.join(known) or 'none'}",
-            fix=f"did you mean {near[0]}?" if near else "`regraft layouts` lists all names",
-        )
+        Finding("unknown-layout", message, fix="`regraft layouts` lists all names")
     )
+
+
+def _nearest(name: str, known: Sequence[str], titles: Mapping[str, DialectName]) -> str | None:
+    """The name that is meant, by its spelling or by a tool that the dialect's title names."""
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return close[0]
+    meant = _letters(name)
+    for each, dialect in titles.items():
+        if len(meant) > 2 and meant in _letters(dialect.title):
+            return each
+    return None
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))

@@ -33,6 +33,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -1114,10 +1115,11 @@ def find_book(name: str) -> Book:
         found = next((book for book in library() if book.name == name), None)
         if found is not None:
             return found
-        known = ", ".join(book.name for book in library())
-        raise BadInputError(
-            Finding("rule-book", f"there is no rule book {name!r}; the library has {known}")
-        )
+        near = get_close_matches(name, [book.name for book in library()], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        message = f"there is no such file, and no built-in rule book is called {name!r}"
+        fix = f"{hint}`regraft rules list` shows what is built in"
+        raise BadInputError(Finding("rule-book", message, where=name, fix=fix))
     try:
         return load_book(path)
     except (OSError, UnicodeDecodeError) as error:

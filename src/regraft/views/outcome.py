@@ -8,20 +8,12 @@ from typing import Any, Literal
 
 from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
-from regraft.errors import AmbiguousError, Finding, RefusedError, RegraftError
+from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
 from regraft.report import SCHEMA_VERSION, Report
 
 Verdict = Literal[
     "converted", "unchanged", "healthy", "not healthy", "refused", "unknown", "failed"
 ]
-_UNKNOWN = {
-    "unknown-model",
-    "model-needed",
-    "which-model",
-    "which-dialect",
-    "packing",
-    "not-an-adapter",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +83,10 @@ class SourceOutcome:
 
 def failure(name: str, path: Path, error: RegraftError) -> SourceOutcome:
     """A source that gave an error: refused, not known well enough, or wrong."""
-    codes = {finding.code for finding in error.findings}
     verdict: Verdict = "failed"
     if isinstance(error, RefusedError):
         verdict = "refused"
-    elif isinstance(error, AmbiguousError) or codes <= _UNKNOWN:
+    elif is_unknown(error):
         verdict = "unknown"
     first = error.findings[0]
     more = f" (and {len(error.findings) - 1} more)" if len(error.findings) > 1 else ""

@@ -1,7 +1,9 @@
 """`regraft inspect` of LoRAs of image models, one by one and by the folder; broken and odd files."""
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -144,3 +146,30 @@ def test_python_tells_of_a_file_and_of_a_folder_what_the_command_does(folder, ca
     one = regraft.inspect(folder / "a.safetensors")
     assert one == found.files[0] and one.family == "flux"
     assert str(one).startswith("a.safetensors: LoRA for flux")
+
+
+def test_adapters_of_other_models_beside_image_loras_are_told_as_what_they_are(
+    folder, tmp_path, capsys
+):
+    """One LoRA of an image model in a folder makes the others no LoRAs of image models."""
+    cases = Path(__file__).parents[2] / "golden" / "cases"
+    for case in ("mixtral__rslora", "mixtral__dora"):
+        shutil.copytree(cases / case, folder / case)
+        (folder / case / "reference.safetensors").unlink(missing_ok=True)
+    unknown = folder / "whose"
+    unknown.mkdir()
+    down, up = pair(H, H)
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    write_tensors(unknown / "adapter_model.safetensors", tensors, {})
+    config = {"peft_type": "LORA", "r": len(down), "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (unknown / "adapter_config.json").write_text(json.dumps(config))
+    found = {each.file.partition("/")[0]: each for each in regraft.inspect(folder).files}
+    assert found["a.safetensors"].family == "flux"
+    mixtral = found["mixtral__rslora"]
+    assert (mixtral.family, mixtral.dialect, mixtral.problem) == ("mixtral", "transformers-v4", "")
+    assert list(found["mixtral__dora"].algorithms) == ["DoRA"]
+    assert (found["whose"].family, found["whose"].problem) == ("", "")
+    assert found["whose"].ranks == {str(len(down)): 1}
+    main(["inspect", str(folder)])
+    assert "?: the base model is not known; give it with --model" in capsys.readouterr().out
