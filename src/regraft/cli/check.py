@@ -15,6 +15,8 @@ from regraft.options import CheckOptions
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from regraft.checking.for_tool import ToolCheck
+    from regraft.checking.verdict import Check
     from regraft.cli.progress import Mode
     from regraft.sources import Item
     from regraft.views.outcome import Verdict
@@ -136,6 +138,8 @@ def _check_many(
 
 def _not_proven(result: Check | ToolCheck) -> bool:
     """Whether nothing speaks against it, and nothing proves that it loads."""
-    from regraft.checking.verdict import Check
+    from regraft.checking import verdict
 
-    return isinstance(result, Check) and all(v.healthy is not False for v in result.verdicts)
+    return isinstance(result, verdict.Check) and all(
+        v.healthy is not False for v in result.verdicts
+    )
