@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
+from regraft.cli.words import how_to_load
 from regraft.layouts.names import known_layouts
+from regraft.report import AdapterReport, Report
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -269,3 +271,17 @@ def test_stopping_half_way_leaves_nothing(
         words, messages = capsys.readouterr()
         assert json.loads(words)["error"]["kind"] == "internal"
         assert "Traceback" in messages
+
+
+def test_an_option_by_another_tools_word_is_suggested(lora: Path, capsys: Capture) -> None:
+    assert main(["convert", str(lora), "out", "--to", "transformers-v5", "--force"]) == 2
+    assert "No such option '--force'. Did you mean '--overwrite'?" in capsys.readouterr().err
+
+
+def test_a_books_own_layout_is_not_called_a_release_of_transformers() -> None:
+    adapter = AdapterReport("", "LORA", "published", "mine", [])
+    words = how_to_load(Report("in", "out", [adapter]))
+    assert (
+        words
+        == 'Load with PEFT, into a model in the layout mine: PeftModel.from_pretrained(model, "out")'
+    )

@@ -91,7 +91,16 @@ def _fail_stopped(out: Output, title: str, error: BaseException, status: Status)
     return _fail(out, "interrupted", title, findings, status)
 
 
+_OTHERS_WORDS = {"--force": "--overwrite", "--output": "-o"}
+"""Options as other tools call them; by their spelling alone something else would be suggested."""
+
+
 def _fail_usage(out: Output, error: click.UsageError) -> int:
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        meant = _OTHERS_WORDS.get(error.option_name, "")
+        if any(meant in option.opts for option in error.ctx.command.params):
+            words = f"No such option {error.option_name!r}. Did you mean {meant!r}?"
+            error = click.UsageError(words, error.ctx)
     command = "regraft" if error.ctx is None else error.ctx.command_path
     finding = Finding("usage", error.format_message().rstrip("."), fix=f"see '{command} --help'")
     return _fail(out, "usage", "usage", [finding], Status.USAGE)

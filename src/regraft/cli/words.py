@@ -234,7 +234,9 @@ def how_to_load(report: Report) -> str:
     if len(calls) == 1:
         calls = [calls[0].removeprefix("model = ")]
     layout = next(iter(layouts), "").partition("/")[0].partition(":")[0]  # LAYOUT:DIALECT/VERSION
-    version = layout.rpartition("-v")[2]
+    head, _, version = layout.rpartition("-v")
+    if head != "transformers":  # a rule book's own
+        return f"Load with PEFT, into a model in the layout {layout}: " + "; ".join(calls)
     return f"Load with transformers {version}: " + "; ".join(calls)
 
 
