@@ -65,7 +65,7 @@ def save_adapter(
         What was done, as `regraft.convert` returns it.
 
     Raises:
-        BadInputError: the model has no adapter of this name, or ``dst`` exists.
+        BadInputError: there is no transformers model, it has no adapter of this name, or ``dst`` exists.
         RefusedError: it has no exact equivalent in the layout. Nothing is written.
     """
     place = _holder_of(model, adapter)
@@ -102,6 +102,15 @@ def save_adapter(
 def _holder_of(model: Any, adapter: str) -> Place:
     """Where in a model an adapter is. Raises ``BadInputError`` where it is nowhere, or in several models."""
     places = find_models(model)
+    if not places:
+        raise BadInputError(
+            Finding(
+                "no-model",
+                f"a {type(model).__name__} that holds no transformers model",
+                fix="save it with its own save_pretrained, and give that folder to regraft.convert, with rules= and "
+                "model= for a model of your own",
+            )
+        )
     found = [place for place in places if adapter in _configs(place)]
     if len(found) == 1:
         return found[0]

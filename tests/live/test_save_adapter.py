@@ -106,3 +106,13 @@ def test_a_training_that_could_not_be_saved_does_not_begin(tmp_path):
     with pytest.raises(regraft.RegraftError):
         train(get_peft_model(base(), config), tmp_path, regraft.SaveInLayout("gguf"))
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_model_that_is_not_of_transformers_is_told_where_to_go(tmp_path):
+    """It has an adapter; that regraft saves those of transformers models only is what is wrong."""
+    own = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = get_peft_model(own, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(regraft.BadInputError, match="no transformers model") as error:
+        regraft.save_adapter(model, tmp_path / "out", to="vllm")
+    assert error.value.findings[0].code == "no-model"
+    assert "save_pretrained" in str(error.value) and not (tmp_path / "out").exists()
