@@ -105,6 +105,13 @@ def test_resume_with_nothing_to_resume(src, wanted, tmp_path):
     assert snapshot(tmp_path / "out") == wanted
 
 
+def test_resume_of_what_was_finished_says_so(src, wanted, tmp_path):
+    regraft.convert(src, tmp_path / "out", to=V5)
+    with pytest.raises(BadInputError, match=r"nothing is left to resume.*regraft verify"):
+        regraft.convert(src, tmp_path / "out", to=V5, resume=True)
+    assert snapshot(tmp_path / "out") == wanted
+
+
 def test_overwrite_keeps_the_old_until_the_new_stands(src, wanted, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

@@ -23,7 +23,7 @@ from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.safetensors import sync_path
 from regraft.storage.scheduler import Share
-from regraft.storage.work import Work, cannot_write, open_work, write_file
+from regraft.storage.work import Work, cannot_write, open_work, work_folder, write_file
 from regraft.values import Struct
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ def convert_checkpoint(
         check_beside(folder, dst)
         placed = is_placed(folder)
     if not dry_run and store is None and not placed:
+        if resume and not overwrite and dst.exists() and not work_folder(dst).exists():
+            message = "nothing is left to resume: a result stands here already"
+            fix = "compare it with `regraft verify SRC DST`, or pass --overwrite to convert again"
+            raise BadInputError(Finding("destination-exists", message, where=str(dst), fix=fix))
         check_destination(src, dst, overwrite=overwrite, file=name is not None)
     elif store is not None and staged is None:
         from regraft.checkpoints.upload import check_free
