@@ -441,10 +441,10 @@ def test_a_base_without_a_sound_config(adapter, tmp_path, text):
 
 @pytest.mark.parametrize("option", ["to", "source"])
 def test_an_unknown_layout_lists_the_known_ones(adapter, option):
-    with pytest.raises(
-        regraft.BadInputError, match=r"transformers-v6.*(?=.*transformers-v4)(?=.*transformers-v5)"
-    ):
+    with pytest.raises(regraft.BadInputError, match=r"'transformers-v6'.*mean 'transformers-v5'"):
         adapter.convert(**{option: "transformers-v6"})
+    with pytest.raises(regraft.BadInputError, match=r"(?=.*transformers-v4)(?=.*transformers-v5)"):
+        adapter.convert(**{option: "nothing like any"})
     assert not adapter.new.exists()
 
 

@@ -80,7 +80,7 @@ def agrees(operations, old, targets, config=CONFIG, turned=False):
     if len(targets) == 1:
         theirs = dict(zip(targets, theirs.values(), strict=True))
     shapes = [tuple(theirs[name].shape) for name in targets]
-    chain = run(operations, patterns, list(targets), shapes, config, turned)
+    chain = run(operations, patterns, list(targets), shapes, config, turned=turned)
     book = book_of(chain, patterns, targets)
     mine = moved(book, old, "new")
     assert mine.keys() == theirs.keys()

@@ -175,7 +175,7 @@ def _judge(verdict, cls, config, model):
 def watched():
     """Operations are learned by running them, also those that are known by name."""
 
-    def unknown(*_):
+    def unknown(*_, **__):
         raise UnknownOperationError("asked for")
 
     before = making.run, making.knows
