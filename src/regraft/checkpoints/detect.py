@@ -353,7 +353,8 @@ def _model_choice(book: Book, made: frozenset[str], all_made: Iterable[frozenset
 def _book_by_names(headers: Headers, where: str) -> Book:
     outcomes: dict[frozenset[str], Book] = {}
     mtp = find_mtp(headers.groups, Counts(), where)
-    for book in library():
+    books = library()
+    for book in books:
         groups = _without(mtp, headers).groups
         evidence = _evidence(book, groups, Scope())
         if not evidence or (book.tells != "both" and not names_tell(book, groups)):
@@ -362,6 +363,8 @@ def _book_by_names(headers: Headers, where: str) -> Book:
         try:
             plan = build_plan(headers, [Edge.out_of(with_mtp(book, mtp), layout)], where=where)
         except RegraftError:
+            if len(books) == 1:
+                raise  # it is the book that was meant
             continue
         outcomes.setdefault(frozenset(g.template for g in plan.targets()), book)
     if not outcomes:

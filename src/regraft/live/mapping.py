@@ -138,7 +138,8 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
             Finding(
                 "not-a-model",
                 f"a {type(model).__name__} that holds no transformers model",
-                fix="give a PreTrainedModel, or what holds one",
+                fix="give a PreTrainedModel, or what holds one; for state dicts of any module, name a rule "
+                "book of your own (with regraft.only_books('mine.toml'))",
             )
         )
     warn_of_release()

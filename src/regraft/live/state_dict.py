@@ -24,6 +24,7 @@ from regraft.live.inside import Moved, move_factors
 from regraft.live.left_out import left_out, mtp_of
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
+from regraft.live.own_module import is_own_module, plan_into
 from regraft.live.ruled import Ruled
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
@@ -88,8 +89,9 @@ def convert_state_dict(
         state_dict: names and tensors, in the layout of either version, bare or with whatever prefixes and wrappers'
             segments were around the model when it was saved.
         to: a live model or a holder of some: the result has the keys of its state dict, and fits
-            ``to.load_state_dict``. Or a layout's name: the result has each model's own keys, below its place in the
-            holder if the source had them so or there is more than one, and no wrapper's segments.
+            ``to.load_state_dict``. Of a module that is no model of transformers, books of your own must know the names
+            (``with regraft.only_books("mine.toml")``). Or a layout's name: the result has each model's own keys, below
+            its place in the holder if the source had them so or there is more than one, and no wrapper's segments.
         model: with a layout's name, the live model or holder that the state dict is of; without it, the names must
             tell which rule book is meant.
         key_mapping: patterns and replacements of your own that come before transformers', as ``from_pretrained``
@@ -126,6 +128,8 @@ def convert_state_dict(
         if model is not None:
             message = "model is for a layout's name in `to`"
             raise BadInputError(Finding("option", message, fix="give only `to`"))
+        if is_own_module(to):
+            return _into_own(state_dict, to)
         return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
     layout = layout_named(to, adapter=False).name
     if model is not None:
@@ -377,14 +381,35 @@ def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedState
         known = detect(headers, None, "the state dict")
     except (AmbiguousError, UnmatchedKeysError) as error:
         fix = "give the live model, too: model=..."
-        raise type(error)(replace(finding, fix=fix) for finding in error.findings) from None
+        raise type(error)(
+            each if each.code == "unmatched" else replace(each, fix=fix) for each in error.findings
+        ) from None
     plan = make_plan(headers, known, layout, "the state dict")
+    return _planned(state_dict, plan, StateDictReport(layout, list(known.evidence)))
+
+
+def _into_own(state_dict: Mapping[str, Any], model: Any) -> ConvertedStateDict:
+    """As a module wants it that only the user's own books know."""
+    from regraft.bridges.torch_tensors import place
+
+    _raise(_no_tensors(state_dict, list(state_dict)))
+    there = _state_of(model)
+    plan, layout = plan_into(type(model).__name__, _headers(there), _headers(state_dict))
+    made = _planned(state_dict, plan, StateDictReport(layout))
+    result = ConvertedStateDict({key: place(made[key], own) for key, own in there.items()})
+    result.report = made.report
+    return result
+
+
+def _planned(
+    state_dict: Mapping[str, Any], plan: Plan | None, report: StateDictReport
+) -> ConvertedStateDict:
+    """What a plan makes of a state dict; the same where there is none."""
     result = ConvertedStateDict(
-        state_dict if plan is None else apply_plan(plan, [state_dict[n] for n in names])
+        state_dict if plan is None else apply_plan(plan, list(state_dict.values()))
     )
-    fired = plan.fired() if plan else {}
-    rules = {rule: times for rule, times in fired.items() if times}
-    result.report = StateDictReport(layout, list(known.evidence), rules)
+    _note_rules(plan, report)
+    result.report = report
     return result
 
 

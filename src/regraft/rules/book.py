@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -585,8 +585,8 @@ def load_book(
 BUILT_IN = "built-in"
 """What stands for all rule books that come with regraft and with installed packages, where books are named."""
 
-Rules = Iterable["Book | str | os.PathLike[str]"]
-"""Rule books, as `only_books` takes them."""
+Rules: TypeAlias = "Book | str | os.PathLike[str] | Iterable[Book | str | os.PathLike[str]]"
+"""One rule book or several, as `only_books` takes them."""
 
 
 @contextmanager
@@ -642,7 +642,7 @@ def _environment_books(text: str, changed: tuple[int, ...]) -> tuple[Book, ...]:
 
 
 def _named(books: Rules) -> Iterator[Book]:
-    for each in books:
+    for each in (books,) if isinstance(books, Book | str | os.PathLike) else books:
         if isinstance(each, Book):
             yield each
         elif each == BUILT_IN:
