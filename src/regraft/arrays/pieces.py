@@ -147,7 +147,7 @@ def _slices_of(
 def cut(shape: Sequence[int], *, sampled: bool, held: int = HELD) -> Iterator[tuple[Take, ...]]:
     """The parts of a tensor along its first dim; ``sampled`` puts random vectors in the place of the second.
 
-    >>> [take[0].tolist() for take in cut((3, 4), False, 8)]
+    >>> [take[0].tolist() for take in cut((3, 4), sampled=False, held=8)]
     [[0, 1], [2]]
     """
     sampled = sampled and len(shape) > 1 and shape[1] > VECTORS

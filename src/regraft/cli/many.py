@@ -119,7 +119,7 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
 def _short(why: str) -> str:
     """A reason that fits a table; all of it stands above, or in --json.
 
-    >>> _short("a word " * 30)[-9:]
+    >>> _short("a word " * 30)[-8:]
     'word a …'
     """
     return why if len(why) <= _WHY else why[:_WHY].rpartition(" ")[0] + " …"

@@ -37,7 +37,7 @@ class Choice:
 class Finding:
     """One problem: what is wrong, where, and what to do.
 
-    >>> print(Finding("missing-weights", "the adapter has no weights file", where="lora/", fix="save it again"))
+    >>> print(Finding("no-weights", "the adapter has no weights file", where="lora/", fix="save it again"))
     lora/: the adapter has no weights file. Fix: save it again
     """
 

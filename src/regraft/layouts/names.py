@@ -72,7 +72,7 @@ def joined_to(layout: str, books: Iterable[Book] = ()) -> tuple[str, ...]:
     """The layouts that one of some books leads to from a layout; by all books where none of these knows it.
 
     >>> joined_to("transformers-v4")
-    ('transformers-v5',)
+    ('transformers-v5', 'gguf', ...)
     """
     for known in (books, library()):
         ends = [b.right if b.left == layout else b.left for b in known if layout in b.layouts]

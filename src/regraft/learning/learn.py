@@ -108,18 +108,27 @@ def learn(
 ) -> Book:
     """A rule book that leads from one file to another, learned from both.
 
-    ``more`` are pairs of other sizes: from them sizes are named by the config's fields, and the book is verified on
-    them. Each file is a checkpoint (a path) or a state dict; ``configs`` are those of the pairs, where they are not
-    beside the files. ``partial`` accepts a book that does not explain everything. ``choose`` answers questions about
-    readings that fit alike: ``AFTER=BEFORE`` for tensors that are equal to others, ``config.FIELD`` for sizes.
+    Args:
+        before: a checkpoint (a path), or a state dict: names and arrays of any shapes.
+        after: the same tensors in the other layout.
+        more: pairs of other sizes: from them sizes are named by the config's fields, and the book is verified on them.
+        layouts: the names of the two layouts.
+        name: the book's name.
+        configs: the config of each pair, where it is not beside the files.
+        model_types: what the book is for; those of the configs where it is not given.
+        partial: accept a book that does not explain everything.
+        choose: answers to questions about readings that fit alike: ``AFTER=BEFORE`` for tensors that are equal to
+            others, ``config.FIELD`` for sizes.
 
-    >>>     >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
+    >>> import numpy as np
+    >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
     >>> book = learn({"q": q, "k": k}, {"qk": np.concatenate([q, k])})
     >>> str(book.rules[0].equation)
     'k : a b, q : c b == qk : (c + a) b where a = 2'
 
-    Raises ``BadInputError`` where a file cannot be read, or something is not explained, ``AmbiguousError`` where two
-    readings fit.
+    Raises:
+        BadInputError: a file cannot be read, or something is not explained.
+        AmbiguousError: two readings fit; ``choices`` of its finding answer it.
     """
     given = [(before, after), *more]
     known = [*configs, *[None] * (len(given) - len(configs))]

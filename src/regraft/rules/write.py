@@ -27,8 +27,8 @@ _OPEN = " : ..."
 def write_book(book: Book, comment: str = "") -> str:
     """A rule book as TOML. What it included becomes part of it; ``comment`` stands above.
 
-    >>> from regraft.rules.book import library
-    >>> write_book(library()[0]).splitlines()[0]
+    >>> from regraft.rules.book import find_book
+    >>> write_book(find_book("dbrx")).splitlines()[0]
     'name = "dbrx"'
     """
     document = tomlkit.document()
