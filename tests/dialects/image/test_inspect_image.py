@@ -173,3 +173,11 @@ def test_adapters_of_other_models_beside_image_loras_are_told_as_what_they_are(
     assert found["whose"].ranks == {str(len(down)): 1}
     main(["inspect", str(folder)])
     assert "?: the base model is not known; give it with --model" in capsys.readouterr().out
+
+
+def test_a_matrix_beside_a_kernel_is_an_error(convert):
+    tensors, _ = kohya_flux()
+    name = next(key for key in tensors if key.endswith("lora_down.weight"))
+    tensors[name] = tensors[name][..., None]
+    with pytest.raises(regraft.BadInputError, match="not of one kind"):
+        convert(tensors, "diffusers")

@@ -303,6 +303,10 @@ def _lora_tensors(
             }
         raise MalformedError(f"the base is a convolution, and its down is a matrix {down.shape}")
     if not conv:
+        if down.ndim != up.ndim:
+            raise MalformedError(
+                f"its factors have the shapes {down.shape} and {up.shape}: not of one kind"
+            )
         if prod(down.shape[2:]) == 1 and "mid" not in t:
             return {"down": down.reshape(down.shape[:2]), "up": up.reshape(up.shape[:2])}
         raise MalformedError(f"the base is a linear, and its down has a kernel: {down.shape}")
