@@ -904,3 +904,23 @@ def test_the_table_of_converters_says_what_the_books_say():
         sizes, count = re.findall(r"Seen at (\d) sizes?; (\d+ of \d+) tensors", file.read_text())[0]
         found[file.name] = f"{count} | {sizes}"
     assert rows == found
+
+
+def test_a_number_that_three_fields_make_too_is_asked():
+    """2 * 4 * 6 and 3 * 4 * 4 are both 48: neither the number nor the product is taken without a word."""
+    configs = [{"a": 2, "b": 4, "c": 6}, {"a": 3, "b": 4, "c": 4}, {"a": 2, "b": 2, "c": 5}]
+    pairs = []
+    for number, config in enumerate(configs):
+        groups = config["a"] * config["b"] * config["c"]
+        before = labels({"k": (groups * (7 + 4 * number), 5)}, number)
+        pairs.append((before, by_groups({"groups": groups})(before)))
+    given = {"configs": configs[:2], "layouts": ("old", "new")}
+    with pytest.raises(regraft.AmbiguousError) as caught:
+        regraft.learn(*pairs[0], pairs[1], **given)
+    (found,) = caught.value.findings
+    product = "config.a * config.b * config.c"
+    assert {each.source for each in found.choices} == {"48", product}
+    chosen = regraft.learn(*pairs[0], pairs[1], **given, choose=[product])
+    told = regraft.learn(*pairs[0], *pairs[1:], configs=configs, layouts=("old", "new"))
+    for book in (chosen, told):
+        assert product in str(book.rules[0].equation)

@@ -172,7 +172,7 @@ def _apart(
 AXIS = "axis."
 """Before the name of an axis, in a reading that is another one's size: ``2 * axis.a``."""
 _NUMBER = re.compile(r"\d+")
-_SIZE = re.compile(r"\d+|(\d+ *\* *)?(config|axis)\.[\w.]+( *[*/+] *config\.[\w.]+)?")
+_SIZE = re.compile(r"\d+|(\d+ *\* *)?(config|axis)\.[\w.]+( *[*/+] *config\.[\w.]+){0,2}")
 _FIELD = re.compile(r"config\.([\w.]+)")
 _WORD = re.compile(r"config\.[\w.]+|\d+|[*/+]")
 _SIGNS: Mapping[str, Callable[[int, int], int]] = {"*": mul, "+": add, "/": floordiv}
@@ -206,20 +206,17 @@ def size_of(
     """
     if AXIS in reading:
         return None
-    values: list[int] = []
-    sign = None
+    found, sign = 1, mul
     for word in _WORD.findall(reading):
         if word in _SIGNS:
             sign = _SIGNS[word]
             continue
         field = word.removeprefix("config.")
         value = int(word) if word.isdigit() else (changed or {}).get(field, value_of(config, field))
-        if value is None:
+        if value is None or (sign is floordiv and not value):
             return None
-        values.append(value)
-    if sign is None or len(values) != 2:
-        return values[0]
-    return sign(*values) if values[1] else None
+        found = sign(found, value)
+    return found
 
 
 _TOGETHER = 4

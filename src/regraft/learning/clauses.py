@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, permutations
+from math import prod
 from operator import add, mul
 from typing import Any
 
@@ -336,7 +337,7 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
 
 
 def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
-    """Multiples of a field, products, quotients and sums of two: all that say the size in every pair."""
+    """Multiples of a field, products, quotients and sums of two, or products of three: all that say the size."""
     wanted = _wanted(axis, seen)
     table = _numbers(seen)
     if wanted is None or not table or len(seen) < 2:
@@ -360,6 +361,13 @@ def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
         pairs = list(zip(table[one], table[other], strict=True))
         if all(b and not a % b for a, b in pairs) and [a // b for a, b in pairs] == wanted:
             found.append(f"config.{one} / config.{other}")
+    if not found:
+        found = [
+            " * ".join(f"config.{path}" for path in three)
+            for three in combinations(large, 3)
+            if [prod(values) for values in zip(*(table[path] for path in three), strict=True)]
+            == wanted
+        ]
     if _is_derived(seen):
         found = [each for each in found if not _HEADS.issuperset(fields_in(each))]
     found.sort(key=lambda text: text not in favour.chosen)
