@@ -530,3 +530,17 @@ def test_torchs_own_attention_needs_its_base(tmp_path):
     with pytest.raises(regraft.UnmatchedKeysError, match="--model"):
         regraft.convert(lora, tmp_path / "out", to="transformers-v5")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameters_factors_where_the_config_says_an_embedding(tmp_path):
+    """PEFT would look for lora_embedding_A, find nothing, and say nothing."""
+    golden = Path(__file__).parents[1] / "golden"
+    src = tmp_path / "lora"
+    shutil.copytree(golden / "cases/mixtral__params_embedding", src)
+    config = json.loads((src / "adapter_config.json").read_text())
+    (src / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ".*"}))
+    for to in ("transformers-v5", "transformers-v4", "vllm"):
+        with pytest.raises(regraft.BadInputError, match="lora_embedding_A") as told:
+            regraft.convert(src, tmp_path / "out", to=to, model=golden / "bases/mixtral")
+        assert told.value.findings[0].key.endswith("embed_tokens.lora_A.weight")
+    assert not (tmp_path / "out").exists()

@@ -168,6 +168,14 @@ class FactorReader:
             kind = (
                 "parameter"  # PEFT adds B A to the parameter as it is stored, (vocabulary, hidden)
             )
+        if kind == "embedding" and not pairs.embedding:
+            self._report(
+                "shape",
+                "the config adapts this embedding as a module, whose factors PEFT calls lora_embedding_A and "
+                "lora_embedding_B, and the file has lora_A and lora_B, as for a parameter: PEFT would pass over them",
+                self.names[int(pairs.a[0])],
+                "use the config that was saved with these weights",
+            )
         scales = self._scales(pairs, keys)
         flat = any(x.ndim > 2 for x in a) and self.side.carried_kind(keys)
         stored = self._check_pairs(pairs, a, b, scales, flat or kind)
