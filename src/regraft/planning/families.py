@@ -58,10 +58,10 @@ class Claim(Struct, frozen=True, eq=False):
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> Claim:
         """Some of the tensors."""
-        m, n = self.match, self.indices
+        n = self.indices
         return replace(
             self,
-            match=Match(m.rows[rows], m.rests, m.rest_numbers[rows], m.holes[rows]),
+            match=self.match.take(rows),
             indices=Indices(n.loops[rows], n.stacked[rows]),
         )
 

@@ -19,6 +19,7 @@ from regraft.planning.lookup import Lookup, Words
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
 from regraft.rules.templates import Match, match_group
+from regraft.values import replace
 
 _BY_ITSELF = ("model", "")
 """Where text models of transformers have their layers, with a head and without."""
@@ -104,7 +105,7 @@ def _first(group: Group, said: Sequence[Words], own: Sequence[Book]) -> Iterator
             if match is None:
                 continue
             if isinstance(key.parts[0], Segments):
-                yield key, Match(left[match.rows], match.rests, match.rest_numbers, match.holes)
+                yield key, replace(match, rows=left[match.rows])
             left = np.delete(left, match.rows)
             if not len(left):
                 return

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +15,39 @@ from msgspec import Struct
 from regraft.equation.notation import Equation, Hole, Key, Segments, Term
 from regraft.names.keys import MARK, Group, Ints
 from regraft.rules.indices import given_names
+from regraft.values import replace
 
 _DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
 
 
-class Match(Struct, frozen=True, eq=False):
-    """The rows of a group that a key template matches."""
+class Match(Struct, frozen=True, eq=False, dict=True):
+    """The rows of a group that a key template matches.
+
+    Most who ask want to know no more than that, so numbers are only taken apart when they are asked for.
+    """
 
     rows: npt.NDArray[np.intp]
     """Which rows of the group."""
     rests: tuple[str, ...]
     """What each ``{*p}`` holds, as a template with marks, in the order of the key."""
-    rest_numbers: Ints
-    """(rows, marks in all rests)."""
-    holes: Ints
-    """(rows, holes): the index in each hole."""
+    numbers: Ints
+    """(rows, marks): those of the whole names."""
+    rest_columns: list[int]
+    hole_columns: list[int]
+
+    @cached_property
+    def rest_numbers(self) -> Ints:
+        """(rows, marks in all rests)."""
+        return self.numbers[:, self.rest_columns]
+
+    @cached_property
+    def holes(self) -> Ints:
+        """(rows, holes): the index in each hole."""
+        return self.numbers[:, self.hole_columns]
+
+    def take(self, rows: npt.NDArray[Any]) -> Match:
+        """Some of the rows."""
+        return replace(self, rows=self.rows[rows], numbers=self.numbers[rows])
 
 
 class _Compiled(Struct, frozen=True, dict=True):
@@ -246,7 +264,7 @@ def _match(compiled: _Compiled, found: re.Match[str], group: Group) -> Match | N
     if not len(rows):
         return None
     numbers = group.numbers if mask is None else group.numbers[rows]
-    return Match(rows, tuple(rests), numbers[:, rest_columns], numbers[:, hole_columns])
+    return Match(rows, tuple(rests), numbers, rest_columns, hole_columns)
 
 
 def write_group(
