@@ -58,6 +58,8 @@ class Piece(Struct, frozen=True, eq=False):
     rows: Ints
     """Rows of the whole's tensors."""
     tensors: Tensors
+    plan: Plan | None = None
+    """How it moves, where that was found out as the part was recognised."""
 
     @property
     def headers(self) -> Headers:
@@ -115,12 +117,15 @@ def _in_file(source: Source, layout: str | None) -> Parted:
     for row, name in enumerate(source.tensors.names):
         prefix = next((p for p in PREFIXES if name.startswith(p)), None)
         (rest if prefix is None else groups.setdefault(prefix, [])).append(row)
-    pipeline = _choose(source, groups, DENOISER, layout, lambda part: part.prefixes)
+    pipeline, denoiser = _choose(source, groups, DENOISER, layout, lambda part: part.prefixes)
     pieces: list[Piece] = []
     dropped: dict[str, list[str]] = {}
     for part in pipeline.parts:
         for prefix in part.prefixes:
             rows = groups.pop(prefix, [])
+            if (part, prefix) == (denoiser.part, denoiser.place) and not part.unused:
+                pieces.append(denoiser)
+                continue
             names = [source.tensors.names[row][len(prefix) :] for row in rows]
             kept = []
             for row, name in zip(rows, names, strict=True):
@@ -155,16 +160,15 @@ def _in_folder(source: Source, layout: str | None) -> Parted:
         message = "there is neither a unet nor a transformer with weights in it"
         fix = "give the folder of a pipeline with its denoiser, or that of one part"
         raise BadInputError(Finding("no-weights", message, where=source.where, fix=fix))
-    pipeline = _choose(source, groups, denoiser, layout, lambda part: (f"{part.name}/",))
-    pieces = [
-        _of_version(
-            _usual(_piece(source, part, f"{part.name}/", groups.pop(f"{part.name}/"))),
-            source.where,
-            to_diffusers=False,
-        )
-        for part in pipeline.parts
-        if f"{part.name}/" in groups
-    ]
+    pipeline, first = _choose(source, groups, denoiser, layout, lambda part: (f"{part.name}/",))
+    pieces: list[Piece] = []
+    for part in pipeline.parts:
+        rows = groups.pop(f"{part.name}/", None)
+        if part == first.part:
+            pieces.append(first)
+        elif rows is not None:
+            piece = _usual(_piece(source, part, f"{part.name}/", rows))
+            pieces.append(_of_version(piece, source.where, to_diffusers=False))
     evidence = f"the folders and names are those of {pipeline.title}"
     found = _parted(pipeline, DIFFUSERS, pieces, evidence, {})
     return replace(found, left=tuple(place.rstrip("/") for place in groups))
@@ -187,30 +191,35 @@ def _choose(
     denoiser: str,
     layout: str | None,
     places: Callable[[Part], tuple[str, ...]],
-) -> Pipeline:
-    """The pipeline whose denoiser's rule book explains every tensor of the one that is there."""
-    fitting: list[tuple[Pipeline, Plan]] = []
+) -> tuple[Pipeline, Piece]:
+    """The pipeline whose denoiser's rule book explains every tensor of the one that is there, and that denoiser.
+
+    Those that have a place for all parts that are there come first; only where none of these fits, the others may.
+    """
+    fitting: list[tuple[Pipeline, Piece, Plan]] = []
     failed: list[RegraftError] = []
     family = said().family
     given = [p for p in PIPELINES if family in (None, p.name)] or PIPELINES
     known = [p for p in given if layout in (None, p.native, DIFFUSERS)]
-    for pipeline in known:
-        part = pipeline.parts[0]
-        if denoiser not in places(part):
-            continue
-        piece = _piece(source, part, denoiser, groups[denoiser])
-        if len(known) > 1 and not _may_explain(piece, to_diffusers=not source.parted):
-            continue
-        try:
-            fitting.append((pipeline, _plan(piece, source.where, to_diffusers=not source.parted)))
-        except RegraftError as error:
-            failed.append(error)
-    best = [p for p, _ in fitting if set(groups) <= {x for part in p.parts for x in places(part)}]
-    if best:
-        fitting = [(p, plan) for p, plan in fitting if p in best]
-    made = {frozenset(group.template for group in plan.targets()) for _, plan in fitting}
+    whole = [p for p in known if set(groups) <= {x for part in p.parts for x in places(part)}]
+    for candidates in (whole, [p for p in known if p not in whole]):
+        for pipeline in candidates:
+            if denoiser not in places(pipeline.parts[0]):
+                continue
+            piece = _piece(source, pipeline.parts[0], denoiser, groups[denoiser])
+            if len(known) > 1 and not _may_explain(piece, to_diffusers=not source.parted):
+                continue
+            try:
+                plan = _plan(piece, source.where, to_diffusers=not source.parted)
+            except RegraftError as error:
+                failed.append(error)
+            else:
+                fitting.append((pipeline, replace(piece, plan=plan), plan))
+        if fitting:
+            break
+    made = {frozenset(group.template for group in plan.targets()) for _, _, plan in fitting}
     if len(made) == 1:
-        return fitting[0][0]
+        return fitting[0][:2]
     if not fitting:
         if len(failed) == 1:
             raise failed[0]
@@ -228,14 +237,14 @@ def _choose(
     raise AmbiguousError(
         Finding(
             "which-model",
-            f"the names fit several families: {', '.join(p.name for p, _ in fitting)}",
+            f"the names fit several families: {', '.join(p.name for p, *_ in fitting)}",
             where=source.where,
             fix="give one of these with --from",
             choices=tuple(
                 Choice(
                     p.name, f"the names are those of {p.title}", f"its denoiser is {p.parts[0].cls}"
                 )
-                for p, _ in fitting
+                for p, *_ in fitting
             ),
         )
     )
@@ -252,7 +261,8 @@ def move_pieces(source: Source, found: Parted) -> list[MovedPiece]:
     for piece in found.pieces:
         try:
             if piece.part.book:
-                plan = _plan(piece, source.where, to_diffusers=found.layout != DIFFUSERS)
+                to_diffusers = found.layout != DIFFUSERS
+                plan = piece.plan or _plan(piece, source.where, to_diffusers=to_diffusers)
                 moves = finish(moves_of(plan, piece.tensors), piece.tensors)
                 moved.append(MovedPiece(piece, plan, moves))
             else:
@@ -313,10 +323,10 @@ def _of_version(piece: Piece, where: str, *, to_diffusers: bool) -> Piece:
     for book in (part.book, *part.others) if part.others else ():
         this = replace(piece, part=replace(part, book=book or part.book))
         try:
-            _plan(this, where, to_diffusers=to_diffusers if book else False)
+            plan = _plan(this, where, to_diffusers=to_diffusers if book else False)
         except RegraftError:
             continue
-        return replace(piece, part=replace(part, book=book))
+        return replace(piece, part=replace(part, book=book), plan=plan if book else None)
     return piece
 
 

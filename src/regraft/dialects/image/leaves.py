@@ -49,6 +49,9 @@ _SUFFIXES: tuple[tuple[str, str, str], ...] = (
 )
 """A pattern, the role of the tensor (the pattern's group where it is empty), and the spelling that it belongs to."""
 
+_MOST_SEGMENTS = max(pattern.count(r"\.") for pattern, _, _ in _SUFFIXES)
+"""Segments of a key that a pattern may speak of."""
+
 _LEAF = re.compile(
     "(?P<stem>.*?)(?:" + "|".join(f"(?P<l{n}>{p})" for n, (p, _, _) in enumerate(_SUFFIXES)) + ")"
 )
@@ -114,13 +117,14 @@ def split_key(key: str) -> Leaf | None:
     usual = _usual(key)
     if usual is not None:
         return usual
-    found = _XLABS.fullmatch(key)
+    found = _XLABS.fullmatch(key) if "_lora" in key else None
     if found is not None:
         return Leaf(found["stem"] + _xlabs_module(found), _side(found["side"]), "xlabs")
-    found = _PROCESSORS.fullmatch(key)
+    found = _PROCESSORS.fullmatch(key) if "_lora." in key else None
     if found is not None:
         return Leaf(found["stem"] + _processor_module(found), _side(found["side"]), "processor")
-    found = _LEAF.fullmatch(key)
+    last = _start_of_last(key, _MOST_SEGMENTS)
+    found = _LEAF.fullmatch(key, last)
     if found is None:
         return None
     number = next(n for n in range(len(_SUFFIXES)) if found[f"l{n}"] is not None)
@@ -129,7 +133,17 @@ def split_key(key: str) -> Leaf | None:
         inner = re.fullmatch(pattern, found[f"l{number}"])
         assert inner is not None
         role = inner[1]
-    return Leaf(found["stem"], role, spelling)
+    return Leaf(key[:last] + found["stem"], role, spelling)
+
+
+def _start_of_last(key: str, segments: int) -> int:
+    """Where the last segments of a key begin, with the dot before them."""
+    at = len(key)
+    for _ in range(segments):
+        at = key.rfind(".", 0, at)
+        if at < 0:
+            return 0
+    return at
 
 
 def has_no_weights(key: str) -> bool:
