@@ -1,6 +1,8 @@
 """Forms of weights that are not read are told by what they are, and torch's files whatever they are called."""
 
+import gzip
 import json
+import lzma
 import struct
 import zipfile
 
@@ -40,6 +42,9 @@ FILES = {
     "w.npy": (lambda path: np.save(path, np.ones(3)), "array of numpy"),
     "script.pt": (archive("s/code/a.py", "s/data.pkl", "s/constants.pkl"), "TorchScript"),
     "model.onnx": (b"\x08\x08", "ONNX"),
+    "packed.safetensors": (gzip.compress(bytes(64)), "compressed"),
+    "pytorch_model.bin": (lzma.compress(bytes(64)), "compressed"),
+    "packed.pt": (b"\x28\xb5\x2f\xfd" + bytes(64), "compressed"),
     "big.nemo": (bytes(257) + b"ustar" + bytes(200), "tar"),
     "mp_rank_00_model_states.pt": (b"PK", "DeepSpeed"),
     "optimizer.pt": (b"PK", "optimizer"),

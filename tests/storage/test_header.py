@@ -1,7 +1,11 @@
 """Reading headers: what is accepted, and what every kind of broken file is told."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +147,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"\n<!DOCTYPE html><html>", "html-page", "HTML page"),
         (b"<html><body>Not found", "html-page", "raw link"),
         (b"PK\x03\x04\xff\xff\xff\xff....", "zip-archive", "adapter_model.bin"),
+        (gzip.compress(b"{}", mtime=1700000000), "other-format", "compressed"),
+        (
+            gzip.compress(random.Random(1).randbytes(700_000), 1, mtime=0),
+            "other-format",
+            "compressed",
+        ),
+        (lzma.compress(b"{}"), "other-format", "unpack it"),
+        (bz2.compress(b"{}"), "other-format", "unpack it"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "other-format", "compressed"),
         (pack(b'{"\xff":1}'), "header-not-utf8", "byte 2"),
         (pack('{"a":'), "header-not-json", "not JSON"),
         (pack("{}\0\0"), "header-not-json", "Extra data"),

@@ -134,6 +134,21 @@ def test_nothing_of_a_file_is_run(tmp_path):
         locate(run)
 
 
+@pytest.mark.parametrize(
+    ("flags", "offset"), [(1, 0), (0, 2**64 - 1)], ids=["encrypted", "nowhere"]
+)
+def test_archives_that_python_cannot_open(tmp_path, flags, offset):
+    run = copied(tmp_path)
+    path = run / "model_world_size_4_rank_0.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}, 2))
+        archive.filelist[0].flag_bits |= flags
+        archive.filelist[0].header_offset = offset
+    with pytest.raises(BadInputError) as error:
+        locate(run)
+    assert error.value.findings[0].code == "bad-dcp"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_files_are_errors_or_the_same(tmp_path, seed):
     """Any byte changed outside the numbers: an error of bad input, or parts that fit."""

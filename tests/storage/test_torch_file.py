@@ -203,15 +203,58 @@ def test_pickles_that_take_time_or_memory(tmp_path: Path, pickled: bytes, text: 
 def test_compressed_members(tmp_path: Path) -> None:
     data = b"\x80\x02}(u." + b"\0" * 50_000_000
     path = zipped(tmp_path / "x.bin", data, zipfile.ZIP_DEFLATED)
-    with pytest.raises(BadInputError, match="compressed member"):
+    with pytest.raises(BadInputError, match="compressed or encrypted member"):
         open_torch(path)
     path = save(tmp_path, {"a": torch.zeros(100_000)})
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "y.bin", "w", 8) as packed:
         for name in whole.namelist():
             stored = zipfile.ZIP_STORED if name.endswith(".pkl") else zipfile.ZIP_DEFLATED
             packed.writestr(name, whole.read(name), stored)
-    with pytest.raises(BadInputError, match="compressed member"):
+    with pytest.raises(BadInputError, match="compressed or encrypted member"):
         open_torch(tmp_path / "y.bin")
+
+
+def changed_directory(path: Path, member: str, flags: int = 0, offset: int | None = None) -> None:
+    """Change what a zip archive's directory says of a member; the offset takes 64 bits."""
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        infos = archive.infolist()
+        info = next(info for info in infos if info.filename.endswith(member))
+        info.flag_bits |= flags
+        info.header_offset = info.header_offset if offset is None else offset
+    content = path.read_bytes()[:directory]
+    with path.open("wb") as file:
+        file.write(content)
+        archive = zipfile.ZipFile(file, "w")
+        archive.filelist, archive.start_dir, archive._didModify = infos, directory, True  # type: ignore[attr-defined]
+        archive.close()
+
+
+@pytest.mark.parametrize("offset", [2**64 - 1, 2**62, 5])
+def test_members_at_places_that_no_file_has(tmp_path: Path, offset: int) -> None:
+    path = save(tmp_path, {"a": torch.ones(3)})
+    changed_directory(path, "data/0", offset=offset)
+    with pytest.raises(BadInputError, match="is not in the file"):
+        open_torch(path)
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "byteorder", "data/0"])
+def test_encrypted_members(tmp_path: Path, member: str) -> None:
+    path = save(tmp_path, {"a": torch.ones(3)})
+    changed_directory(path, member, flags=1)
+    with pytest.raises(BadInputError, match="encrypted member"):
+        open_torch(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["adapter_model/data/0", "adapter_model/data.pkl", "b/data.pkl"])
+def test_archives_that_others_may_read_otherwise(tmp_path: Path, name: str) -> None:
+    """Two members of one name, or two pickles: which one counts depends on who reads."""
+    path = save(tmp_path, {"a": torch.ones(3)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"\0" * 12)
+    with pytest.raises(BadInputError, match=r"two members of one name|several files data\.pkl"):
+        open_torch(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

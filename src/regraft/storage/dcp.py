@@ -12,7 +12,6 @@ Source: ``torch/distributed/checkpoint`` of torch 2.13: ``metadata.py``, ``files
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -28,6 +27,7 @@ from regraft.storage.header import read_header
 from regraft.storage.positioned import Positioned
 from regraft.storage.probe import open_regular
 from regraft.storage.torch_file import (
+    DAMAGE,
     DTYPE_NAMES,
     Machine,
     Name,
@@ -35,6 +35,7 @@ from regraft.storage.torch_file import (
     Tensor,
     opcodes,
     open_zip,
+    raise_unreadable,
 )
 from regraft.storage.training import STATES, which_key
 
@@ -58,6 +59,7 @@ _MODULES = {
 """The classes whose records are looked at."""
 _SHARDING = "DCP_SHARDING_INFO"
 _MOST_BYTES = 1_000_000_000
+_UNUSABLE: tuple[type[Exception], ...] = (RefusedError, *DAMAGE)
 _MOST_CELLS = 1_000_000
 
 
@@ -157,17 +159,8 @@ def read_dcp(folder: Path) -> tuple[dict[str, Chunked], list[str]]:
         return _tensors_of(_load(data), where) if is_table else _of_shards(folder)
     except RefusedError as error:
         raise _bad(where, f"it holds {error}, and only plain checkpoints are read") from None
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        UnicodeDecodeError,
-    ) as error:
+    except DAMAGE as error:
+        raise_unreadable(error, where)
         raise _bad(where, f"it is not what torch writes ({str(error)[:200]})") from None
 
 
@@ -329,7 +322,8 @@ def place_of(file: BinaryIO, size: int, chunk: Chunk, dtype: str, where: str, ke
     part = io.BufferedReader(_Part(file, chunk.at, chunk.length))
     try:
         tensor, places = open_zip(part)
-    except (RefusedError, zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+    except _UNUSABLE as error:
+        raise_unreadable(error, where)
         raise _bad(where, f"an item is no plain tensor ({str(error)[:200]})", key) from None
     if not isinstance(tensor, Tensor) or DTYPE_NAMES.get(tensor.dtype) != dtype:
         raise _bad(where, "an item is no tensor of the type that the metadata says", key)

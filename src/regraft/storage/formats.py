@@ -1,8 +1,8 @@
 """Forms of weights that are not read, told by what is in a file or a folder: what it is, and what to do.
 
 Only first bytes and names of files are looked at. Sources: the formats' own headers (GGUF's and HDF5's magic numbers,
-numpy's ``format``, zip's central directory), and what their writers call files: DeepSpeed, torch's DCP, verl, Megatron,
-NeMo, flax, orbax.
+numpy's ``format``, zip's central directory, the magic numbers of gzip, xz, zstd, lz4, bzip2, 7z and RAR), and what
+their writers call files: DeepSpeed, torch's DCP, verl, Megatron, NeMo, flax, orbax.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ NPZ = Form(
 TORCHSCRIPT = Form(
     "a TorchScript program", "save its weights: save_file(torch.jit.load(FILE).state_dict(), FILE)"
 )
+COMPRESSED = Form("compressed (gzip, xz, zstd and the like)", "unpack it, and give what is in it")
 TAR = Form("a tar archive (NeMo packs models so)", "unpack it, and give the weights in it")
 DCP = Form(
     "a distributed checkpoint of torch (DCP)",
@@ -99,6 +100,13 @@ _STARTS: tuple[tuple[bytes, Form], ...] = (
     (b"lmgg", GGUF),
     (b"\x89HDF\r\n\x1a\n", HDF5),
     (b"\x93NUMPY", NUMPY),
+    (b"\x1f\x8b\x08", COMPRESSED),
+    (b"\xfd7zXZ\0", COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", COMPRESSED),
+    (b"\x04\x22\x4d\x18", COMPRESSED),
+    (b"BZh", COMPRESSED),
+    (b"7z\xbc\xaf\x27\x1c", COMPRESSED),
+    (b"Rar!\x1a\x07", COMPRESSED),
 )
 _NAMES: tuple[tuple[str, Form], ...] = (
     (r"(.*/)?(mp_rank_\d+_model_states|.*_optim_states|zero_pp_rank_\d+_.*)\.pt", ZERO),

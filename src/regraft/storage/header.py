@@ -184,6 +184,8 @@ def _read_text(path: Path) -> tuple[bytes, int]:
     except OSError as error:
         message = f"the file cannot be read: {error.strerror}"
         raise BadInputError(Finding("unreadable-file", message, where=where)) from error
+    if not text.startswith(b"{") and (known := recognize_content(start, where)):
+        raise BadInputError(known)  # its first eight bytes are small as a number by chance
     if len(text) < length:
         message = "the file became shorter while it was read"
         raise BadInputError(Finding("file-changed", message, where=where, fix="try again"))

@@ -74,7 +74,7 @@ def recognize_content(start: bytes, where: str) -> Finding | None:
             "zip-archive",
             "the file is a zip archive, as torch.save writes, whatever its name says",
             where=where,
-            fix="name it adapter_model.bin if torch saved it, or save it again as safetensors",
+            fix="name it adapter_model.bin if torch saved it, or unpack it if the weights are in it",
         )
     form = form_of_start(start)
     return form.finding(where) if form is not None else None

@@ -11,7 +11,6 @@ verl's ``utils/checkpoint/fsdp_checkpoint_manager.py``.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -24,6 +23,7 @@ from regraft.storage.dcp import Chunk, Chunked, Record, covers
 from regraft.storage.dtypes import BITS
 from regraft.storage.probe import open_regular
 from regraft.storage.torch_file import (
+    DAMAGE,
     DTYPE_NAMES,
     Machine,
     Name,
@@ -33,6 +33,7 @@ from regraft.storage.torch_file import (
     Tensor,
     opaque_beside,
     open_zip,
+    raise_unreadable,
 )
 
 _FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -166,19 +167,8 @@ def _load(file: BinaryIO, where: str) -> tuple[dict[Any, Any], Places]:
         loaded, places = open_zip(file, _Machine({}))
     except RefusedError as error:
         raise _bad(where, f"it holds {error}") from None
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        UnicodeError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-    ) as error:
+    except DAMAGE as error:
+        raise_unreadable(error, where)
         raise _bad(where, f"torch did not write this ({str(error)[:200]})") from None
     if not isinstance(loaded, dict):
         raise _bad(where, "it holds no dict of names and tensors")

@@ -13,11 +13,14 @@ Source: ``torch/serialization.py`` and ``torch/_utils.py`` of torch 2.13, and Py
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -334,6 +337,22 @@ class RefusedError(Exception):
     """What a plain file of torch does not have."""
 
 
+DAMAGE: tuple[type[Exception], ...] = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What walking a damaged pickle, or opening the archive around it, raises; ``OSError`` also where the disk fails."""
+
+
 def _model_in(
     loaded: dict[Any, Any], where: str, key: str | None
 ) -> tuple[dict[Any, Any], list[str]]:
@@ -428,22 +447,8 @@ def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, 
             raise BadInputError(found) from None
         message = f"it holds {error}, and only plain tensors by name are read"
         raise BadInputError(Finding("not-tensors", message, where=where, fix=_FIX)) from None
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OSError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-        UnicodeError,
-        OverflowError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            message = f"the file cannot be read: {error.strerror}"
-            raise BadInputError(Finding("unreadable-file", message, where=where)) from error
+    except DAMAGE as error:
+        raise_unreadable(error, where)
         file.seek(0)
         if file.read(10)[8:] == b'{"':
             message = "this is a safetensors file, whatever its name says"
@@ -451,6 +456,14 @@ def _load(file: BinaryIO, *, is_zip: bool, size: int, where: str) -> tuple[Any, 
             raise BadInputError(Finding("bad-torch-file", message, where=where, fix=fix)) from error
         message = f"torch did not write this: {_shorten(error)}"
         raise BadInputError(Finding("bad-torch-file", message, where=where, fix=_FIX)) from error
+
+
+def raise_unreadable(error: Exception, where: str) -> None:
+    """Raise ``BadInputError`` if it was the system that could not read the file, and not its content."""
+    # EINVAL is a place before the file's start, which a damaged archive names.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        message = f"the file cannot be read: {error.strerror}"
+        raise BadInputError(Finding("unreadable-file", message, where=where)) from error
 
 
 def _shorten(error: Exception) -> str:
@@ -545,8 +558,10 @@ class Places:
         info = self._members.get(f"{self._root}data/{key}")
         if info is None or not _is_stored(info):
             return None
-        self._file.seek(info.header_offset)
-        head = self._file.read(30)
+        head = b""
+        with suppress(ValueError, OSError):  # an offset that no file has
+            self._file.seek(info.header_offset)
+            head = self._file.read(30)
         if head[:4] != b"PK\x03\x04":
             return None
         names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
@@ -565,8 +580,14 @@ class _Listed(Places):
         return self._found.get(storage.key)
 
 
+_ENCRYPTED = 1
+"""The bit of a member's flags."""
+
+
 def _is_stored(info: zipfile.ZipInfo) -> bool:
-    return info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    """Whether a member's bytes are in the file as they are."""
+    plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
+    return plain and info.compress_size == info.file_size
 
 
 def open_zip(file: BinaryIO, machine: Machine | None = None) -> tuple[Any, Places]:
@@ -577,14 +598,17 @@ def open_zip(file: BinaryIO, machine: Machine | None = None) -> tuple[Any, Place
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        name = next((n for n in members if n.endswith("/data.pkl") and n.count("/") == 1), None)
-        if name is None:
-            raise RefusedError("no data.pkl")
+        if len(members) < len(archive.infolist()):
+            raise RefusedError("two members of one name")
+        names = [n for n in members if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(names) != 1:
+            raise RefusedError("several files data.pkl" if names else "no data.pkl")
+        (name,) = names
         root = name.removesuffix("data.pkl")
         order = members.get(f"{root}byteorder")
         for info in (members[name], order):
             if info is not None and not _is_stored(info):
-                raise RefusedError(f"the compressed member {info.filename[:100]!r}")
+                raise RefusedError(f"the compressed or encrypted member {info.filename[:100]!r}")
         if members[name].file_size > _MAX_PICKLE_BYTES:
             raise RefusedError(f"a pickle of {members[name].file_size} bytes")
         if order is not None and order.file_size < 10 and archive.read(order) != b"little":
@@ -594,7 +618,7 @@ def open_zip(file: BinaryIO, machine: Machine | None = None) -> tuple[Any, Place
         (n for n, i in members.items() if n.startswith(f"{root}data/") and not _is_stored(i)), None
     )
     if compressed is not None:
-        raise RefusedError(f"the compressed member {compressed[:100]!r}")
+        raise RefusedError(f"the compressed or encrypted member {compressed[:100]!r}")
     return _unpickle(io.BytesIO(data), machine), Places(file, root, members)
 
 
