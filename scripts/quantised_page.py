@@ -26,6 +26,7 @@ V4, V5 = "transformers-v4", "transformers-v5"
 
 LOADED = {
     "FP8 in blocks": "yes, dequantised",
+    "FP8, with experts in FP4": "yes, dequantised",
     "compressed-tensors, 8-bit floats": "yes, with compressed-tensors",
     "compressed-tensors, packed integers": "yes, with compressed-tensors",
     "the same, with zero points": "no: it fails on the experts",

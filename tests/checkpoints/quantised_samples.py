@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from checkpoints.models import MIXTRAL, mixtral
 
-CONFIG = {**MIXTRAL, "hidden_size": 32, "intermediate_size": 16}
+CONFIG = {**MIXTRAL, "hidden_size": 32, "intermediate_size": 32}
 F8, F32 = ml_dtypes.float8_e4m3fn, np.float32
 BYTES = np.random.default_rng(0)
 
@@ -20,6 +20,13 @@ def fp8(out, into):
     return {
         "weight": bits(out, into, dtype=np.int8).astype(F8),
         "weight_scale_inv": np.ones((-(-out // 16), -(-into // 16)), F32),
+    }
+
+
+def fp4(out, into):
+    return {
+        "weight": bits(out, into // 2, dtype=np.int8),
+        "weight_scale_inv": np.ones((out, into // 32), ml_dtypes.float8_e8m0fnu),
     }
 
 
@@ -65,6 +72,13 @@ def nvfp4(out, into):
         "weight_scale": np.ones((out, into // 16), F8),
         "weight_global_scale": np.ones(1, F32),
         "input_global_scale": np.ones(1, F32),
+    }
+
+
+def mxfp4(out, into):
+    return {
+        "weight_packed": bits(out, into // 2),
+        "weight_scale": np.full((out, into // 32), 127, np.uint8),
     }
 
 
@@ -137,7 +151,7 @@ def quanto(out, into):
 def quantised(make, *, attention=False):
     """A Mixtral whose experts, or whose attention, are quantised."""
     tensors = {}
-    for name, tensor in mixtral(32, 16).items():
+    for name, tensor in mixtral(32, 32).items():
         if tensor.ndim == 2 and ("self_attn" if attention else "experts") in name:
             module = name.removesuffix("weight")
             out, into = tensor.shape
@@ -179,12 +193,14 @@ def gpt_oss():
 CT = "compressed-tensors"
 SAMPLES = {
     "FP8 in blocks": (fp8, method("fp8", weight_block_size=[16, 16])),
+    "FP8, with experts in FP4": (fp4, method("fp8", expert_dtype="fp4")),
     "FBGEMM FP8": (per_channel, method("fbgemm_fp8")),
     "compressed-tensors, 8-bit floats": (per_channel, method(CT, format="float-quantized")),
     "compressed-tensors, packed integers": (packed, method(CT, format="pack-quantized")),
     "the same, with zero points": (asymmetric, method(CT, format="pack-quantized")),
     "compressed-tensors, 8-bit integers": (int8, method(CT, format="int-quantized")),
     "compressed-tensors, NVFP4": (nvfp4, method(CT, format="nvfp4-pack-quantized")),
+    "compressed-tensors, MXFP4": (mxfp4, method(CT, format="mxfp4-pack-quantized")),
     "ModelOpt, NVFP4": (modelopt, method("modelopt", quant_algo="NVFP4")),
     "GPTQ": (gptq, method("gptq", bits=4)),
     "AWQ": (awq, method("awq", bits=4)),

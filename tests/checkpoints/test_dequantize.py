@@ -20,6 +20,7 @@ from checkpoints.quantised_samples import (
 
 import regraft
 from regraft.cli import main
+from regraft.storage.dtypes import DTYPES
 from regraft.storage.safetensors import open_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
@@ -53,7 +54,7 @@ def scaled(rows, columns, block):
 @pytest.mark.parametrize("block", [(16, 16), (12, 20), (1, 32), (32, 32)])
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_scale"])
 def test_fp8_is_the_number_times_its_blocks_scale(tmp_path, block, suffix):
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     key = "model.layers.1.self_attn.q_proj."
     weight, scales, wanted = scaled(32, 32, block)
     tensors |= {key + "weight": weight, key + suffix: scales}
@@ -80,8 +81,100 @@ def test_a_dequantised_checkpoint_is_stacked_like_any_other(tmp_path):
     assert report.to_dict()["checkpoint"]["casts"] == {"FP8 to BF16": 18}
 
 
+WRITTEN = {"weight_scale_inv": "fp8", "weight_scale": "compressed-tensors"}
+Q = "model.layers.1.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "told", "block"),
+    [
+        ("weight_scale_inv", {}, (128, 128)),  # what transformers takes where nothing is told
+        ("weight_scale_inv", {"weight_block_size": [128, 64]}, (128, 64)),
+        ("weight_scale_inv", {"weight_block_size": [128, 128]}, (1, 50)),  # the grid tells another
+        ("weight_scale", {"block_structure": [128, 64]}, (128, 64)),
+        ("weight_scale", {"block_structure": [100, 128]}, (100, 128)),
+    ],
+)
+def test_the_last_block_of_a_dim_may_be_a_part(tmp_path, suffix, told, block):
+    weight, scales, wanted = scaled(300, 150, block)
+    if suffix == "weight_scale":
+        told = {"config_groups": {"group_0": {"weights": {"strategy": "block", **told}}}}
+    tensors = mixtral(32, 32) | {Q + "weight": weight, Q + suffix: scales}
+    out, _ = converted(tmp_path, tensors, method(WRITTEN[suffix], **told))
+    assert out[Q + "weight"].tobytes() == wanted.tobytes()
+
+
+def test_blocks_of_two_sizes_that_both_fit_are_not_guessed(tmp_path):
+    weight, scales, _ = scaled(300, 256, (128, 128))
+    tensors = mixtral(32, 32) | {Q + "weight": weight, Q + "weight_scale_inv": scales}
+    src = write_folder(tmp_path / "src", tensors, CONFIG)
+    with pytest.raises(regraft.BadInputError, match="weight_block_size"):
+        regraft.convert(src, tmp_path / "out", to=V4, dequantize=True)
+
+
+def test_empty_weights_and_single_numbers(tmp_path):
+    tensors = mixtral(32, 32) | {
+        Q + "weight": np.zeros((0, 32), F8),
+        Q + "weight_scale_inv": np.ones((0, 1), np.float32),
+        "lm_head.weight": np.array(3, F8),
+        "lm_head.weight_scale": np.array(2, np.float32),
+    }
+    out, _ = converted(tmp_path, tensors, method("fp8"))
+    assert out[Q + "weight"].shape == (0, 32)
+    assert float(out["lm_head.weight"]) == 6
+
+
+@pytest.mark.parametrize("stored", ["I8", "F4"])
+def test_fp4_among_fp8(tmp_path, stored):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    numbers, exponents = bits(32, 32, dtype=np.int8), bits(32, 2) // 4 + 96
+    scales = exponents.view(ml_dtypes.float8_e8m0fnu)
+    held = numbers if stored == "I8" else numbers.view(DTYPES["F4"].numpy)
+    weight, grid, wanted = scaled(32, 32, (32, 32))
+    tensors = mixtral(32, 32) | {Q + "weight": held, Q + "weight_scale_inv": scales}
+    tensors |= {"lm_head.weight": weight, "lm_head.weight_scale_inv": grid}
+    out, _ = converted(tmp_path, tensors, method("fp8", expert_dtype="fp4"))
+    assert out["lm_head.weight"].tobytes() == wanted.tobytes()
+    grid = torch.tensor(exponents).view(torch.float8_e8m0fnu)
+    wanted = Fp8Dequantize(None)._dequantize_one(torch.tensor(numbers), grid, torch.bfloat16)
+    assert out[Q + "weight"].tobytes() == wanted.view(torch.int16).numpy().tobytes()
+
+
+def test_mxfp4_of_compressed_tensors(tmp_path):
+    packed, exponents = bits(32, 32), bits(32, 2) // 4 + 96
+    tensors = mixtral(32, 32) | {Q + "weight_packed": packed, Q + "weight_scale": exponents}
+    del tensors[Q + "weight"]
+    written = method("compressed-tensors", format="mxfp4-pack-quantized")
+    out, _ = converted(tmp_path, tensors, written)
+    scales = np.exp2(exponents.repeat(2, axis=1).astype(np.float32) - 127)
+    wanted = nvfp4_by_hand(packed, scales, np.float32(1), False)
+    assert out[Q + "weight"].tobytes() == wanted.tobytes()
+    torch = pytest.importorskip("torch")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    numbers = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**numbers))
+    state = {"weight_packed": torch.tensor(packed), "weight_scale": torch.tensor(exponents)}
+    compressor = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    theirs = compressor.decompress(state, scheme)["weight"].float().numpy()
+    assert np.array_equal(theirs, wanted.astype(np.float32))
+
+
+def test_floats_of_six_bits_have_no_formula(tmp_path):
+    tensors = mixtral(32, 32) | {Q + "weight_packed": bits(32, 24), Q + "weight_scale": bits(32, 1)}
+    del tensors[Q + "weight"]
+    written = method("compressed-tensors", format="mxfp6-pack-quantized")
+    src = write_folder(tmp_path / "src", tensors, written)
+    with pytest.raises(regraft.RefusedError, match="mxfp6"):
+        regraft.convert(src, tmp_path / "out", to=V4, dequantize=True)
+
+
 def test_scales_that_are_exponents(tmp_path):
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     key = "model.layers.1.self_attn.q_proj.weight"
     tensors[key] = np.ones((32, 32), F8)
     tensors[key + "_scale_inv"] = np.array([[120, 127], [130, 255]], np.uint8)
@@ -111,7 +204,7 @@ def test_nvfp4_has_two_scales(tmp_path, writer):
     packed = bits(32, 16)
     scales = np.random.default_rng(2).uniform(0.1, 200, (32, 2)).astype(F8)
     key = "model.layers.1.self_attn.q_proj."
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     del tensors[key + "weight"]
     if writer == "modelopt":
         second = np.float32(0.003)
@@ -147,7 +240,7 @@ def test_fp8_gives_what_transformers_gives(tmp_path):
     pytest.importorskip("transformers")
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     key = "model.layers.1.self_attn.q_proj.weight"
     tensors[key], tensors[key + "_scale_inv"], _ = scaled(32, 32, (16, 8))
     out, _ = converted(tmp_path, tensors, method("fp8", weight_block_size=[16, 8]))
@@ -167,7 +260,7 @@ def test_fp8_gives_what_transformers_gives(tmp_path):
             regraft.RefusedError,
             "compressed-tensors",
         ),
-        (mixtral(32, 16), CONFIG, regraft.BadInputError, "nothing in this checkpoint"),
+        (mixtral(32, 32), CONFIG, regraft.BadInputError, "nothing in this checkpoint"),
     ],
 )
 def test_what_has_no_formula_is_refused(tmp_path, tensors, config, error, said):
@@ -207,7 +300,7 @@ def test_nvfp4_gives_what_compressed_tensors_gives(tmp_path):
     scales = np.random.default_rng(2).uniform(0.1, 200, (32, 2)).astype(F8)
     divisor = np.array([437.0], np.float32)
     key = "model.layers.1.self_attn.q_proj."
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     del tensors[key + "weight"]
     tensors |= {key + "weight_packed": packed, key + "weight_global_scale": divisor}
     tensors |= {key + "weight_scale": scales}

@@ -18,12 +18,14 @@ from checkpoints.quantised_samples import (
     bnb4,
     bnb8,
     eetq,
+    fp4,
     fp8,
     gptq,
     hqq,
     int8,
     method,
     modelopt,
+    mxfp4,
     nvfp4,
     packed,
     per_channel,
@@ -44,6 +46,7 @@ V4, V5 = "transformers-v4", "transformers-v5"
 KEPT = [
     (fp8, method("fp8", weight_block_size=[16, 16])),
     (fp8, CONFIG),
+    (fp4, method("fp8", expert_dtype="fp4")),
     (per_channel, method(CT, format="float-quantized")),
     (packed, method(CT, format="pack-quantized")),
     (packed, CONFIG),
@@ -56,6 +59,7 @@ REFUSED = [
     (asymmetric, method(CT, format="pack-quantized"), "zero points"),
     (nvfp4, method(CT, format="nvfp4-pack-quantized"), "nvfp4-pack-quantized"),
     (nvfp4, CONFIG, "second scale"),
+    (mxfp4, method(CT, format="mxfp4-pack-quantized"), "mxfp4-pack-quantized"),
     (int8, method(CT, format="int-quantized"), "int-quantized"),
     (modelopt, method("modelopt", quant_algo="NVFP4"), "NVFP4"),
     (modelopt, CONFIG, "NVFP4"),
@@ -108,7 +112,7 @@ def test_explain_says_that_they_stay(tmp_path):
 
 
 def test_layers_that_are_not_quantised_are_stacked_beside_those_that_are(tmp_path):
-    tensors = quantised(fp8) | {k: v for k, v in mixtral(32, 16).items() if "layers.1." in k}
+    tensors = quantised(fp8) | {k: v for k, v in mixtral(32, 32).items() if "layers.1." in k}
     tensors = {k: v for k, v in tensors.items() if "layers.1." not in k or "scale" not in k}
     src = write_folder(tmp_path / "src", tensors, method("fp8"))
     regraft.convert(src, tmp_path / "out", to=V5)
@@ -152,10 +156,10 @@ def test_modules_that_only_stay_or_are_renamed_are_exact_for_every_method(tmp_pa
 
 @pytest.mark.parametrize("make", [gptq, awq, packed, hqq, fp8, quanto])
 def test_packed_state_follows_its_module(tmp_path, make):
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     router = {f"model.layers.{at}.block_sparse_moe.gate.": make(8, 32) for at in range(2)}
     tensors = {k: v for k, v in tensors.items() if "block_sparse_moe" not in k}
-    whole = mixtral(32, 16, experts=8)
+    whole = mixtral(32, 32, experts=8)
     tensors |= {k: v for k, v in whole.items() if "experts" in k}
     tensors |= {at + leaf: part for at, parts in router.items() for leaf, part in parts.items()}
     src = write_folder(tmp_path / "src", tensors, {**CONFIG, "num_local_experts": 8})
@@ -169,7 +173,7 @@ def test_packed_state_follows_its_module(tmp_path, make):
 
 @pytest.mark.parametrize(("dtype", "bits_each"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
 def test_elements_smaller_than_a_byte_are_not_cut_or_joined(tmp_path, dtype, bits_each):
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     src = write_folder(tmp_path / "src", tensors, CONFIG)
     header, data, at = {}, b"", 0
     for name, tensor in tensors.items():
@@ -189,7 +193,7 @@ def test_elements_smaller_than_a_byte_are_not_cut_or_joined(tmp_path, dtype, bit
 
 
 def test_a_method_whose_metadata_names_tensors_is_not_renamed(tmp_path):
-    tensors = mixtral(32, 16)
+    tensors = mixtral(32, 32)
     for layer in range(2):
         at = f"model.layers.{layer}.block_sparse_moe.gate."
         del tensors[at + "weight"]

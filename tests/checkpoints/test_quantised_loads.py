@@ -70,6 +70,19 @@ def blocks_of_fp8(weight, size=16):
     return {"weight": narrow, "weight_scale_inv": scale}, narrow.float() * spread
 
 
+def fp4_among_fp8(weight):
+    """Two numbers a byte, a power of two for every 16 of a row."""
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    cells = weight.reshape(weight.shape[0], -1, 16)
+    scale = torch.exp2(torch.ceil(torch.log2(cells.abs().amax(2) / 6)))
+    part = cells / scale[..., None]
+    code = (part.abs()[..., None] - table).abs().argmin(-1)
+    wide = (table[code] * part.sign() * scale[..., None]).reshape(weight.shape)
+    code = (code + 8 * (part < 0)).reshape(weight.shape).to(torch.uint8)
+    narrow = (code[:, ::2] + 16 * code[:, 1::2]).view(torch.int8)
+    return {"weight": narrow, "weight_scale_inv": scale.to(torch.float8_e8m0fnu)}, wide
+
+
 def per_channel(weight):
     scale = weight.abs().amax(1, keepdim=True) / 448
     narrow = (weight / scale).to(torch.float8_e4m3fn)
@@ -89,6 +102,7 @@ def channel_config():
 
 METHODS = {
     "fp8": (blocks_of_fp8, {"quant_method": "fp8", "weight_block_size": [16, 16]}),
+    "fp8 with fp4": (fp4_among_fp8, {"quant_method": "fp8", "expert_dtype": "fp4"}),
     "compressed-tensors": (per_channel, channel_config()),
 }
 

@@ -32,6 +32,8 @@ from regraft.checkpoints.quantization import (
     Quantization,
     bits_of,
     block_size,
+    block_step,
+    is_fp8,
     name_of,
     read_quantization,
     suffix_of,
@@ -60,7 +62,6 @@ _NARROW = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "
 """Types that quantised weights are stored in."""
 _NAMED_IN_METADATA = frozenset({"torchao"})
 """Methods whose files name every tensor a second time, in the metadata."""
-_USUAL_BLOCK = 128
 _MODELOPT = "hf_quant_config.json"
 
 
@@ -131,6 +132,7 @@ class _Found:
         self.virtual: dict[str, int] = {}
         self.packed: set[int] = set()
         self.like_awq = False
+        self.is_fp8 = is_fp8(config)
 
     def search(self) -> None:
         """Sort the companions among the tensors, and add the weights of which only packed state is there."""
@@ -181,6 +183,17 @@ class _Found:
             self.shapes[owner] = _shape_in_json(self.source, row) or self.shapes[owner]
         if suffix in BITSANDBYTES:
             self.packed.add(owner)
+        if self._has_pairs(owner, suffix):
+            *lead, last = self.tensors.shapes[owner]
+            self.shapes[owner] = (*lead, 2 * last)
+            self.packed.add(owner)
+
+    def _has_pairs(self, owner: int, suffix: str) -> bool:
+        """Whether a companion tells that each byte of its weight is two numbers: NVFP4's, and FP4's among FP8."""
+        if owner in self.packed or owner >= len(self.tensors) or not self.tensors.shapes[owner]:
+            return False
+        dtype = self.tensors.dtypes[owner]
+        return (suffix == "_scale_2" and dtype == "U8") or (dtype == "I8" and self.is_fp8)
 
     def _sort(self, name: str, row: int) -> None:
         for leaf in _LEAVES:
@@ -189,10 +202,6 @@ class _Found:
                 if owner is not None and self._fits(suffix_of(leaf), owner):
                     if leaf == "weight_scales":  # EETQ keeps the weight transposed
                         self.shapes[owner] = self.tensors.shapes[owner][::-1]
-                        self.packed.add(owner)
-                    elif leaf == "weight_scale_2" and self.tensors.dtypes[owner] == "U8":
-                        *lead, last = self.tensors.shapes[owner]
-                        self.shapes[owner] = (*lead, 2 * last)
                         self.packed.add(owner)
                     self._add(owner, suffix_of(leaf), row)
                     return
@@ -519,7 +528,7 @@ def _grid(
         if block and len(block) <= len(whole):
             told = (1,) * (len(whole) - len(block)) + block
         for dim, size, cells, known in zip(term.dims, whole, shape, told, strict=True):
-            step = _step(size, cells, known)
+            step = block_step(size, cells, known)
             if step is None:
                 raise refuse(f"{cells} cells do not say what part of {size} each stands for")
             inner = _innermost(dim)
@@ -540,21 +549,6 @@ def _grid(
             if several or cut or outer:
                 raise refuse(f"a block would be cut: {term} with {dict(entry.sizes)}")
     return sizes
-
-
-def _step(size: int, cells: int, known: int | None) -> int | None:
-    """How many elements share a scale, from the number of scales and the block size that the config may give."""
-    if cells == size:
-        return 1
-    if known is not None and -(-size // known) == cells:
-        return known
-    if cells == 1:
-        return size
-    if known is not None:
-        return None
-    if -(-size // _USUAL_BLOCK) == cells:
-        return _USUAL_BLOCK
-    return size // cells if cells and size % cells == 0 else None
 
 
 def _innermost(expr: Expr) -> frozenset[str]:

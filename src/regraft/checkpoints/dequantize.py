@@ -5,7 +5,8 @@ It changes numbers, so it is done on request only. The formulas:
 * FP8: ``weight * scale``, one scale for a block, a row or the whole (DeepSeek-V3's technical report, arXiv 2412.19437,
   section 3.3; ``fp8_cast_bf16.py`` beside its weights);
 * MXFP4: two E2M1 numbers a byte, the low half first, ``e2m1 * 2 ** (scale - 127)`` for every 32 (OCP Microscaling
-  Formats specification 1.0, sections 5.2 and 5.3); 255 as a scale is not a number;
+  Formats specification 1.0, sections 5.2 and 5.3); 255 as a scale is not a number. gpt-oss keeps it so, files of
+  compressed-tensors do, and FP8 checkpoints whose experts are in it (``"expert_dtype": "fp4"``);
 * NVFP4: the same numbers, ``e2m1 * scale * scale_2`` for every 16 (ModelOpt; compressed-tensors keeps the
   reciprocal of the second scale as ``weight_global_scale``).
 
@@ -29,6 +30,7 @@ from regraft.checkpoints.companions import Companions, find_companions
 from regraft.checkpoints.convert import Progress, convert_checkpoint
 from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.prepare import model_of
+from regraft.checkpoints.quantization import block_step
 from regraft.checkpoints.sharding import make_head
 from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint
 from regraft.checkpoints.tiles import read_into
@@ -45,6 +47,10 @@ _MODELOPT = "hf_quant_config.json"
 _STEP = 1 << 20
 """Numbers that are computed at once, about."""
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_EXPONENTS = frozenset({"U8", "F8_E8M0"})
+"""What scales that are powers of two are stored in."""
+_MX_BYTES = 16
+"""The bytes of MXFP4 that share a scale."""
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _HALVES = np.concatenate([_E2M1, -_E2M1])
 _PAIRS: Wide = np.stack([np.tile(_HALVES, 16), np.repeat(_HALVES, 16)], axis=1)
@@ -65,6 +71,8 @@ class Recipe:
     """Whether the second scale is a reciprocal."""
     turned: bool = False
     """Whether the last two dims change places (MXFP4's experts)."""
+    pairs: bool = False
+    """Whether a byte holds two numbers."""
 
 
 def dequantize_checkpoint(
@@ -137,7 +145,7 @@ def find_recipes(source: Source, companions: Companions) -> dict[int, Recipe]:
     findings = []
     for owner in companions.weights().tolist():
         name = companions.headers.name(owner)
-        recipe = _recipe(name, owner, companions, source)
+        recipe = _recipe(name, owner, companions, source, told.method)
         if recipe is not None:
             recipes[owner] = recipe
             continue
@@ -155,25 +163,42 @@ def find_recipes(source: Source, companions: Companions) -> dict[int, Recipe]:
     return recipes
 
 
-def _recipe(name: str, owner: int, companions: Companions, source: Source) -> Recipe | None:
+def _recipe(
+    name: str, owner: int, companions: Companions, source: Source, method: str
+) -> Recipe | None:
     parts = {suffix: table[owner] for suffix, table in companions.of.items() if owner in table}
     dtypes = source.tensors.dtypes
     if "_blocks" in parts and "_scales" in parts:
-        return Recipe(name, parts["_blocks"], parts["_scales"], turned=True)
+        return Recipe(name, parts["_blocks"], parts["_scales"], turned=True, pairs=True)
     if "_zero_point" in parts or "_g_idx" in parts:
         return None
+    scales = parts.get("_scale_inv", parts.get("_scale", parts.get("@scale")))
+    if scales is None:
+        return None
     if "_packed" in parts:
-        if "_global_scale" not in parts or dtypes[parts["_packed"]] != "U8":
-            return None
-        return Recipe(name, parts["_packed"], parts["_scale"], parts["_global_scale"], divides=True)
+        return _recipe_of_packed(name, parts, scales, source)
     if owner >= len(source.tensors):
         return None
-    if "_scale_2" in parts and "_scale" in parts and dtypes[owner] == "U8":
-        return Recipe(name, owner, parts["_scale"], parts["_scale_2"])
-    scales = parts.get("_scale_inv", parts.get("_scale", parts.get("@scale")))
-    if scales is None or dtypes[owner] not in _FP8:
+    if "_scale_2" in parts and dtypes[owner] == "U8":
+        return Recipe(name, owner, scales, parts["_scale_2"], pairs=True)
+    if dtypes[owner] == "F4" or (dtypes[owner] == "I8" and method == "fp8"):
+        return Recipe(name, owner, scales, pairs=True)
+    return Recipe(name, owner, scales) if dtypes[owner] in _FP8 else None
+
+
+def _recipe_of_packed(
+    name: str, parts: Mapping[str, int], scales: int, source: Source
+) -> Recipe | None:
+    """NVFP4 or MXFP4 of compressed-tensors; ``None`` for packed integers, and for floats of 6 bits."""
+    tensors, numbers = source.tensors, parts["_packed"]
+    if tensors.dtypes[numbers] != "U8":
         return None
-    return Recipe(name, owner, scales)
+    if "_global_scale" in parts:
+        return Recipe(name, numbers, scales, parts["_global_scale"], divides=True, pairs=True)
+    sizes = tensors.sizes[numbers], tensors.sizes[scales]
+    if tensors.dtypes[scales] in _EXPONENTS and sizes[0] == _MX_BYTES * sizes[1]:
+        return Recipe(name, numbers, scales, pairs=True)
+    return None
 
 
 class _Reader:
@@ -212,19 +237,22 @@ def pieces(recipe: Recipe, reader: _Reader, block: tuple[int, ...]) -> Iterator[
     Raises ``BadInputError`` where the scales do not fit the weight.
     """
     shape = reader.source.tensors.shapes[recipe.numbers]
+    if 0 in shape:
+        return
     scales = reader.scales(recipe.scales)
     second = np.float32(1)
     if recipe.second is not None:
         second = reader.scales(recipe.second).reshape(-1)[0]
-    packed = reader.source.tensors.dtypes[recipe.numbers] == "U8"
     if recipe.turned:
         yield from _turned(recipe, reader, scales, shape)
         return
-    *lead, rows, columns = shape if len(shape) > 1 else (1, *shape)
-    width = 2 * columns if packed else columns
+    *lead, rows, columns = (1,) * (2 - len(shape)) + shape
+    if reader.source.tensors.dtypes[recipe.numbers] == "F4":
+        columns //= 2
+    width = 2 * columns if recipe.pairs else columns
     grid = scales.reshape(-1, *_grid_of(scales.shape, lead, recipe, reader))
-    heights = [_step(rows, grid.shape[1], block[0] if len(block) == 2 else None)]
-    widths = [_step(width, grid.shape[2], block[1] if len(block) == 2 else None)]
+    heights = [block_step(rows, grid.shape[1], block[0] if len(block) == 2 else None)]
+    widths = [block_step(width, grid.shape[2], block[1] if len(block) == 2 else None)]
     if None in (*heights, *widths):
         raise _unfit(recipe, reader)
     high, wide = int(heights[0] or 1), int(widths[0] or 1)
@@ -236,9 +264,7 @@ def pieces(recipe: Recipe, reader: _Reader, block: tuple[int, ...]) -> Iterator[
             last = min(first + step, rows)
             start = (number * rows + first) * columns
             data = reader.read(recipe.numbers, start, (last - first) * columns)
-            values = (
-                _PAIRS[data].reshape(last - first, width) if packed else data.astype(np.float32)
-            )
+            values = _PAIRS[data.view(np.uint8)] if recipe.pairs else data.astype(np.float32)
             values = values.reshape(last - first, width)
             spread = np.repeat(own[np.arange(first, last) // high], wide, axis=1)[:, :width]
             with np.errstate(all="ignore"):
@@ -280,24 +306,13 @@ def _grid_of(
     raise _unfit(recipe, reader)
 
 
-def _step(size: int, cells: int, known: int | None) -> int | None:
-    """How many elements share a scale; ``None`` where that is not told."""
-    if cells == size:
-        return 1
-    if known is not None and -(-size // known) == cells:
-        return known
-    if cells == 1:
-        return max(size, 1)
-    return size // cells if size % cells == 0 else None
-
-
 def _unfit(recipe: Recipe, reader: _Reader) -> BadInputError:
     shapes = reader.source.tensors.shapes
     message = (
         f"its scales have the shape {list(shapes[recipe.scales])}, which does not fit its numbers, "
         f"{list(shapes[recipe.numbers])}"
     )
-    fix = "give the whole checkpoint, with its own config.json"
+    fix = "give the whole checkpoint, with its own config.json, whose quantization_config says weight_block_size"
     return BadInputError(
         Finding("shape", message, where=reader.source.where, key=recipe.name, fix=fix)
     )

@@ -18,6 +18,8 @@ from msgspec import Struct
 
 from regraft.checkpoints.config import V5
 
+USUAL_BLOCK = 128
+"""The rows, and the columns, that share a scale of FP8 where nothing else is told."""
 MODULE = "@"
 """What the suffix of a companion begins with that is named after its module, not after its weight."""
 
@@ -166,12 +168,55 @@ def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def is_fp8(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config names the method of FP8 in blocks, whose loader takes bytes for two numbers of 4 bits each."""
+    return str(_config_of(config or {}).get("quant_method", "")).lower() == "fp8"
+
+
 def block_size(config: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """The blocks that share a scale, as the config gives them: (rows, columns); () where it does not."""
-    block = _config_of(config or {}).get("weight_block_size")
-    if isinstance(block, list) and all(type(n) is int and n > 0 for n in block):
-        return tuple(block)
-    return ()
+    """The blocks that share a scale, as the config gives them: (rows, columns); () where it does not.
+
+    What transformers takes for FP8 where ``weight_block_size`` is not there counts as given (``FineGrainedFP8Config``).
+
+    >>> block_size({"quantization_config": {"quant_method": "fp8"}})
+    (128, 128)
+    >>> weights = {"strategy": "block", "block_structure": [64, 32]}
+    >>> block_size({"quantization_config": {"config_groups": {"group_0": {"weights": weights}}}})
+    (64, 32)
+    """
+    data = _config_of(config or {})
+    found = [data.get("weight_block_size", [USUAL_BLOCK] * 2 if is_fp8(config) else None)]
+    weights = (group.get("weights") for group in _groups(data))
+    found += [w.get("block_structure") for w in weights if isinstance(w, Mapping)]
+    told = {
+        tuple(block)
+        for block in found
+        if isinstance(block, list) and all(type(n) is int and n > 0 for n in block)
+    }
+    return told.pop() if len(told) == 1 else ()
+
+
+def block_step(size: int, cells: int, told: int | None) -> int | None:
+    """How many of ``size`` elements share each of ``cells`` scales; ``told`` is the size of a block in the config.
+
+    ``None`` where they do not fit, and where blocks of two sizes fit and nothing tells which is meant.
+
+    >>> block_step(300, 3, 128), block_step(300, 3, 100), block_step(256, 2, None), block_step(320, 3, None)
+    (128, 100, 128, 128)
+    >>> block_step(96, 3, 128), block_step(300, 3, None), block_step(300, 7, None)
+    (32, None, None)
+    """
+    if cells == size:
+        return 1
+    if told is not None and -(-size // told) == cells:
+        return told
+    if cells == 1:
+        return max(size, 1)
+    even = size // cells if cells and size % cells == 0 else None
+    usual = USUAL_BLOCK if -(-size // USUAL_BLOCK) == cells else None
+    if told is None and usual is not None:
+        return usual if even in (None, usual) else None
+    return even
 
 
 def bits_of(config: Mapping[str, Any] | None) -> int | None:

@@ -223,10 +223,12 @@ def read_into(file: int | Ranges, view: memoryview, at: int) -> None:
 
     Raises ``EOFError`` where the file ends before it is full.
     """
-    if not isinstance(file, int):
-        file.fill([view], at)
-    elif view:
+    if not view:
+        return
+    if isinstance(file, int):
         fill_from(file, [view], at)
+    else:
+        file.fill([view], at)
 
 
 def write_all(file: int, view: memoryview, at: int) -> None:
