@@ -48,7 +48,8 @@ def test_each_is_converted_by_itself_and_a_table_says_what_became_of_it(loras, t
     assert status == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "deep", "model"]
     assert (tmp_path / "out/deep/er/adapter_config.json").is_file()
-    table = {line.split()[0]: line.split()[1] for line in words.splitlines() if line[:1].isalpha()}
+    lines = [line for line in words.splitlines() if line[:1].isalpha() and line != "Fix:"]
+    table = {line.split()[0]: line.split()[1] for line in lines}
     assert "5 sources: 3 converted, 1 refused, 1 failed" in words
     assert {name: table[name] for name in ("a", "dora", "deep/er", "torn", "model")} == {
         "a": "converted", "dora": "refused", "deep/er": "converted", "torn": "failed", "model": "converted",
@@ -95,10 +96,34 @@ def test_two_of_one_name_are_told_before_anything_is_written(loras, tmp_path, ca
     assert str(tmp_path / "other/a") in told and not (tmp_path / "out").exists()
 
 
-def test_what_takes_one_source_is_usage(loras, tmp_path, capsys):
+def data_of(page):
+    return json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["page"]
+
+
+def test_one_page_for_a_folder_of_all_kinds(loras, tmp_path, capsys):
     page = tmp_path / "page.html"
-    status, _, told = convert(capsys, loras, tmp_path / "out", "--html", page)
-    assert status == 2 and "--html" in told and not page.exists()
+    assert convert(capsys, loras, tmp_path / "out", "--html", page)[0] == 1
+    data = data_of(page)
+    assert data["verdict"]["value"] == "3 converted, 1 refused, 1 failed"
+    assert {s["name"]: s["tone"] for s in data["sources"]} == {
+        "a": "good", "deep/er": "good", "dora": "warning", "model": "good", "torn": "bad",
+    }  # fmt: skip
+    sides = [
+        {row["group"]: len(row["path"]) for row in data[side]["rows"]} for side in ("left", "right")
+    ]
+    assert set(sides[0]) == {"a", "deep/er", "dora", "model"}
+    assert set(sides[1]) == {"a", "deep/er", "model"}
+    for flow in data["flows"]:
+        groups = {data["left"]["rows"][row]["group"] for row in flow["sources"]}
+        groups |= {data["right"]["rows"][row]["group"] for row in flow["targets"]}
+        assert len(groups) == 1
+    assert {f["code"] for f in data["findings"]} >= {"no-image"}
+    assert any(fact["name"].startswith("a: load it") for fact in data["next"])
+
+
+def test_what_takes_one_source_is_usage(loras, tmp_path, capsys):
+    status, _, told = convert(capsys, loras, tmp_path / "out", "--in-place")
+    assert status == 2 and "--in-place" in told
     status, _, told = convert(capsys, loras / "a")
     assert status == 2 and "DST is missing" in told
 
@@ -112,11 +137,62 @@ def test_check_has_a_verdict_for_each(loras, capsys):
         str(BASES / "mixtral"),
         "--json",
     ]
-    assert main(args) == 1
+    assert main(args) == 4
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for line in lines:
         jsonschema.validate(line, schema_of("check"))
     assert [line["verdict"] for line in lines] == ["healthy", "not healthy"]
+    assert "adapter_model.safetensors" in lines[1]["hint"]
+
+
+def test_check_has_the_same_status_however_it_answers(tmp_path, capsys):
+    """The answer no is 4; what cannot be read at all is 1, as of one source."""
+    loras, page = tmp_path / "loras", tmp_path / "page.html"
+    for name in ("mixtral__gud_attn", "mixtral__dora"):
+        shutil.copytree(CASES / name, loras / name)
+    how = ([], ["--html", str(page)], ["--json"], ["--quiet"])
+    for given in how:
+        assert main(["check", str(loras), *given]) == 4
+    (loras / "bare").mkdir()
+    shutil.copy(loras / "mixtral__dora/adapter_model.safetensors", loras / "bare")
+    for given in how:
+        assert main(["check", str(loras), *given]) == 1
+    words = capsys.readouterr().out
+    assert "bare: give the folder that save_pretrained wrote" in words.split("Fix:")[-1]
+    assert [source["name"] for source in data_of(page)["sources"]] == [
+        "bare",
+        "mixtral__dora",
+        "mixtral__gud_attn",
+    ]
+
+
+def test_one_base_for_all_is_not_that_of_each(tmp_path, capsys):
+    loras = tmp_path / "loras"
+    for name in ("mixtral__gud_attn", "qwen3_moe__gud", "qwen3_moe__mts_router"):
+        shutil.copytree(CASES / name, loras / name)
+    base = ("--model", str(BASES / "mixtral"), "--json")
+    assert main(["check", str(loras), "--for", "transformers-v4", *base]) == 4
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        document = json.loads(line)
+        found[document["name"]] = document
+    assert found["mixtral__gud_attn"]["verdict"] == "healthy"
+    for name in ("qwen3_moe__gud", "qwen3_moe__mts_router"):
+        assert found[name]["verdict"] == "unknown" and "of mixtral" in found[name]["why"]
+        assert "--model BASE" in found[name]["hint"]
+    status, out, _ = convert(capsys, loras, tmp_path / "out", *base)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [line["verdict"] for line in lines] == ["converted", "converted", "unchanged"]
+    assert ["of mixtral" in line["why"] for line in lines] == [False, True, True]
+
+
+def test_a_page_of_what_a_tool_does(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    lora = str(CASES / "mixtral__gud_attn")
+    assert main(["check", lora, "--for", "vllm", "--html", str(page)]) == 4
+    states = {row["state"]: row["facts"] for row in data_of(page)["left"]["rows"]}
+    assert set(states) == {"fails", "lands"} and "projections" in states["fails"]["why"]
 
 
 def test_where_nothing_is_found_the_error_is_that_of_opening(tmp_path, capsys):
@@ -243,6 +319,6 @@ def test_an_adapter_of_an_unknown_model_is_unknown_and_not_broken(tmp_path, caps
     assert "Not known whether it loads with transformers-v5" in words and "--model" in words
     assert "Will not load" not in words and "No fix is known" not in words
     shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / "old")
-    assert main(["check", str(tmp_path), "--json"]) == 1
+    assert main(["check", str(tmp_path), "--json"]) == 4
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["name"]: line["verdict"] for line in lines}["whose"] == "unknown"

@@ -401,10 +401,19 @@ def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
                 "wrong-base",
                 f"its base is {named}, but {model.path} is of {', '.join(dict.fromkeys(types))}",
                 where=where,
-                key=f"{hints.source}: auto_mapping",
+                key=f"{hints.source}: {_NAMED}",
                 fix="give the base model that it was trained on",
             )
         )
+
+
+_NAMED = "auto_mapping"
+"""The field in which PEFT names the class of the base."""
+
+
+def is_of_another(finding: Finding) -> bool:
+    """Whether a problem is that an adapter belongs to another family than the base that was given."""
+    return finding.code == "wrong-base" and (finding.key or "").endswith(f": {_NAMED}")
 
 
 def _check_explained(lookup: Lookup, hints: Hints, where: str) -> None:

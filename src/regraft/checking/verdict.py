@@ -139,6 +139,11 @@ class Check(Shown):
         """The commands that mend it."""
         return [line for verdict in self.verdicts for line in verdict.remedy]
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing speaks against it, and nothing proves that it loads."""
+        return not self.healthy and all(v.healthy is not False for v in self.verdicts)
+
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""
         data = asdict(self)

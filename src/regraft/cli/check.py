@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.cli.progress import Mode
+    from regraft.report import Report
     from regraft.sources import Item
-    from regraft.views.outcome import Verdict
+    from regraft.views.outcome import SourceOutcome
 
 
 @click.command(cls=options.WithArguments)
@@ -63,19 +65,14 @@ def check(
 
     Another tool is not started: its behaviour is known from its own functions, or from its source.
 
-    Exit status: 0 healthy, 1 SRC cannot be read, 2 usage, 4 not healthy, or not proven; of several SRC 1 if any of
-    them is not healthy.
+    Exit status: 0 healthy, 1 SRC cannot be read (of several: one of them), 2 usage, 4 not healthy, or not proven
+    (of several: one of them, and all can be read).
     """
     from regraft.checking.for_tool import is_tool
 
     asked = CheckOptions(**given)
     if not is_tool(asked.to):
         options.check_layouts(given["rules"], for_=asked.to)
-    elif html is not None:
-        message = "there is no HTML report of what another tool does"
-        raise click.BadParameter(message, param_hint="--html")
-    if len(sources) > 1 and html is not None:
-        raise click.UsageError("--html takes one SRC")
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
@@ -83,15 +80,17 @@ def check(
 
         with options.own_books(asked.rules):
             bare = replace(asked, rules=())
-            if len(sources) == 1 and (html is not None or not sources[0].is_dir()):
+            if len(sources) == 1 and not sources[0].is_dir():
                 return _check_one(out, sources[0], bare, html)
             items, deeper = find_sources(sources)
             if len(sources) == 1 and items[0].path == sources[0]:
                 return _check_one(out, sources[0], bare, html)
             from regraft.cli.many import warn_of_rest
+            from regraft.cli.pages import show_page_of_many
 
             warn_of_rest(out, (), deeper)
-            return _check_many(out, items, bare, jobs, fail_fast=fail_fast)
+            tell = partial(show_page_of_many, out, html, "check", sources, asked=len(items))
+            return _check_many(out, items, bare, jobs, fail_fast=fail_fast, told=tell)
 
     return job
 
@@ -112,34 +111,42 @@ def _check_one(out: Output, src: Path, asked: CheckOptions, html: Path | None) -
             show_tool(out, result)
         else:
             show_check(out, result)
-    if not isinstance(result, ToolCheck):
-        show_page(out, html, result, src)
+    show_page(out, html, result, src)
     return 0 if result.healthy else 4
 
 
 def _check_many(
-    out: Output, items: Sequence[Item], asked: CheckOptions, jobs: int, *, fail_fast: bool
+    out: Output,
+    items: Sequence[Item],
+    asked: CheckOptions,
+    jobs: int,
+    *,
+    fail_fast: bool,
+    told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
     from regraft.checking.check import check_with
     from regraft.cli.many import run_many
-    from regraft.views.outcome import SourceOutcome
+    from regraft.errors.codes import Status
+    from regraft.views.outcome import checked
 
     def work(item: Item) -> SourceOutcome:
-        result = check_with(item.path, asked)
-        verdict: Verdict = "healthy" if result.healthy else "not healthy"
-        if not result.healthy and _not_proven(result):
-            verdict = "unknown"
-        return SourceOutcome(
-            item.name, str(item.path), None, verdict, result.why, result, fix=result.remedy
-        )
+        outcome = checked(item.name, item.path, check_with(item.path, asked))
+        other = _of_another(outcome.report)
+        if other is None:
+            return outcome
+        # One base is given for all, and this one belongs to another: it is judged as if none were given.
+        alone = check_with(item.path, replace(asked, model=None))
+        return checked(item.name, item.path, alone, other)
 
-    return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast)
+    return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast, told=told, bad=Status.NO)
 
 
-def _not_proven(result: Check | ToolCheck) -> bool:
-    """Whether nothing speaks against it, and nothing proves that it loads."""
-    from regraft.checking import verdict
+def _of_another(result: Report | Check | ToolCheck | None) -> str | None:
+    """Why the base that was given is of another family than the adapter's; ``None`` where it is not."""
+    from regraft.adapters.detect import is_of_another
+    from regraft.checking.verdict import Check
 
-    return isinstance(result, verdict.Check) and all(
-        v.healthy is not False for v in result.verdicts
-    )
+    if not isinstance(result, Check):
+        return None
+    findings = (finding for verdict in result.verdicts for finding in verdict.findings)
+    return next((each.message for each in findings if is_of_another(each)), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
-    from regraft.report import AdapterReport
+    from regraft.report import AdapterReport, Report
     from regraft.sources import Item
+    from regraft.views.outcome import SourceOutcome
 
 
 @click.command(cls=options.WithArguments)
@@ -63,8 +65,8 @@ def convert(
     *sources, dst = (*paths, paths[0]) if asked.in_place and len(paths) == 1 else paths
     if not sources:
         raise click.BadParameter("DST is missing", param_hint="DST")
-    if len(sources) > 1 and (html is not None or asked.in_place):
-        raise click.UsageError("--html and --in-place take one SRC")
+    if len(sources) > 1 and asked.in_place:
+        raise click.UsageError("--in-place takes one SRC")
     _check_staging(asked, several=len(sources) > 1 or html is not None)
     out = Output(json=json, quiet=quiet, progress=progress)
 
@@ -81,12 +83,14 @@ def convert(
             raise click.UsageError("--stage takes one checkpoint")
         if len(sources) == 1 and fail_fast:
             return _convert_one(out, there[0], dst, html, asked)
-        if html is not None or asked.in_place:
-            raise click.UsageError("--html and --in-place take one adapter or checkpoint")
+        if asked.in_place:
+            raise click.UsageError("--in-place takes one checkpoint")
         from regraft.cli.many import warn_of_rest
+        from regraft.cli.pages import show_page_of_many
 
         warn_of_rest(out, there, deeper)
-        return _convert_many(out, items, dst, fail_fast=fail_fast, asked=asked)
+        tell = partial(show_page_of_many, out, html, "convert", there, asked=len(items))
+        return _convert_many(out, items, dst, fail_fast=fail_fast, asked=asked, told=tell)
 
     return job
 
@@ -134,9 +138,9 @@ def _convert_many(
     *,
     fail_fast: bool,
     asked: ConvertOptions,
+    told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
     """Each source into a folder or file of its own below DST."""
-    from regraft.api import convert_with
     from regraft.cli.many import run_many
     from regraft.cli.words import how_to_load
     from regraft.views.outcome import SourceOutcome, Verdict
@@ -145,7 +149,7 @@ def _convert_many(
 
     def work(item: Item) -> SourceOutcome:
         place = _place_of(item, dst, asked.to)
-        report = convert_with(item.path, place, for_each)
+        report, other = _with_its_base(item.path, place, for_each)
         made = report.checkpoint
         verdict: Verdict = "converted"
         if made is not None:
@@ -158,11 +162,29 @@ def _convert_many(
             same = all(map(_is_same, report.adapters))
         if same:
             verdict, why = "unchanged", f"the same in {why.partition(' -> ')[2]}"
+        if other is not None:
+            why += f" (without --model: {other})"
         load = how_to_load(report) if report.written and made is None else ""
         return SourceOutcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
 
     with options.own_books(asked.rules):
-        return run_many(out, items, work, jobs=asked.jobs or 1, fail_fast=fail_fast)
+        jobs = asked.jobs or 1
+        return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast, told=told)
+
+
+def _with_its_base(src: Path, dst: Path, asked: ConvertOptions) -> tuple[Report, str | None]:
+    """Convert one of many; without the base that is given for all where it belongs to another, and why that is."""
+    from regraft.adapters.detect import is_of_another
+    from regraft.api import convert_with
+    from regraft.errors import BadInputError
+
+    try:
+        return convert_with(src, dst, asked), None
+    except BadInputError as error:
+        other = next((each.message for each in error.findings if is_of_another(each)), None)
+        if other is None or asked.merge:
+            raise
+    return convert_with(src, dst, replace(asked, model=None)), other
 
 
 def _is_same(adapter: AdapterReport) -> bool:

@@ -16,6 +16,7 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors.codes import Status
 from regraft.views.outcome import SourceOutcome, failure
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ def run_many(
     *,
     jobs: int = 1,
     fail_fast: bool = False,
+    told: Callable[[Sequence[SourceOutcome]], None] | None = None,
+    bad: Status = Status.BAD_INPUT,
 ) -> int:
     """Do some work for each source; what fails does not keep the others from it, unless ``fail_fast``.
 
-    With ``--json`` each outcome is a line of its own, as soon as it is there. The exit status is 0 where all went
-    well, and 1 otherwise.
+    With ``--json`` each outcome is a line of its own, as soon as it is there; ``told`` gets all of them. The exit
+    status is 0 where all went well, 1 where a source gave an error, and ``bad`` otherwise.
     """
     done: list[SourceOutcome] = []
     for outcome in _outcomes(items, work, jobs):
@@ -54,7 +57,11 @@ def run_many(
             break
     if not out.json and not out.quiet:
         _show_table(out, done, len(items))
-    return 0 if all(outcome.good for outcome in done) else 1
+    if told is not None:
+        told(done)
+    if any(outcome.error is not None for outcome in done):
+        return Status.BAD_INPUT
+    return Status.DONE if all(outcome.good for outcome in done) else bad
 
 
 def _outcomes(
@@ -107,13 +114,23 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
         out.show(Text.assemble((visible(outcome.name), NAME), f": {outcome.load}"))
     if len(hints) > _LOADS:
         out.show(Text(f"… and {len(hints) - _LOADS} more", FAINT))
-    commands = [line for outcome in done for line in outcome.fix]
-    if commands:
+    lines = list(_fixes(done))
+    if lines:
         out.show(Text("Fix:", GOOD))
-        for command in commands[:_LOADS]:
-            out.show(Padding(Text(visible(command), NAME), (0, 0, 0, 2)))
-    if len(commands) > _LOADS:
-        out.show(Text(f"… and {len(commands) - _LOADS} more: --json names them all", FAINT))
+    for line in lines[:_LOADS]:
+        out.show(Padding(line, (0, 0, 0, 2)))
+    if len(lines) > _LOADS:
+        out.show(Text(f"… and {len(lines) - _LOADS} more: --json names them all", FAINT))
+
+
+def _fixes(done: Iterable[SourceOutcome]) -> Iterator[Text]:
+    """What to do for each source that is not well: first all commands, which are copied, then the rest in words."""
+    for outcome in done:
+        for command in outcome.fix:
+            yield Text(visible(command), NAME)
+    for outcome in done:
+        if outcome.hint:
+            yield Text.assemble((visible(outcome.name), NAME), f": {visible(outcome.hint)}")
 
 
 def _short(why: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from regraft.report import Report
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
+    from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
     from regraft.dialects.peft.inspect import Inspection
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from regraft.explaining.explanation import Explanation
     from regraft.rules.lint.book import Linted
     from regraft.views.model import Page
+    from regraft.views.outcome import SourceOutcome
 
-    Result = Report | Inspection | Verification | AdapterVerification | Check
+    Result = Report | Inspection | Verification | AdapterVerification | Check | ToolCheck
     Answer = Explanation | Diff | Linted
 
 
@@ -29,17 +31,44 @@ def show_page(
     out: Output, file: Path | None, result: Result | Answer, *sources: str | Path | None
 ) -> None:
     """Write the page of a result that some ``sources`` have, and say so."""
-    if file is None:
-        return
+    if file is not None:
+        _write(out, file, _page_of(result), [Path(s) for s in sources if s is not None])
+
+
+def show_page_of_many(
+    out: Output,
+    file: Path | None,
+    command: str,
+    sources: Sequence[Path],
+    outcomes: Sequence[SourceOutcome],
+    *,
+    asked: int,
+) -> None:
+    """Write one page of what became of many sources, and say so."""
+    if file is not None:
+        from regraft.views.many import page_of_many
+
+        names = [source.resolve().name for source in sources]
+        title = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} sources"
+        page = page_of_many(title, command, outcomes, asked=asked)
+        _write(out, file, page, [Path(outcome.source) for outcome in outcomes])
+
+
+_NAMED = 3
+"""With so many sources they are the title of a page."""
+
+
+def _write(out: Output, file: Path, page: Page, sources: Sequence[Path]) -> None:
     from regraft.views.html import write_page
 
-    write_page(_page_of(result), file, [Path(s) for s in sources if s is not None])
+    write_page(page, file, sources)
     if not out.json and not out.quiet:
         out.text(f"Page: {visible(str(file))}\n")
 
 
 def _page_of(result: Result | Answer) -> Page:
     from regraft.checking.certificate import AdapterVerification
+    from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.dialects.peft.inspect import Inspection
     from regraft.explaining.diff import Diff
@@ -59,6 +88,8 @@ def _page_of(result: Result | Answer) -> Page:
         return data.page_of_inspection(result)
     if isinstance(result, Check):
         return data.page_of_check(result)
+    if isinstance(result, ToolCheck):
+        return data.page_of_tool_check(result)
     if isinstance(result, AdapterVerification):
         return data.page_of_adapter_verification(result)
     return data.page_of_verification(result)

@@ -16,9 +16,11 @@ from regraft.views.wording import count_in_words, shape_in_words
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
+    from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.checkpoints.verify import Verification
     from regraft.dialects.peft.inspect import Inspected, Inspection
+    from regraft.views.outcome import Problem
 
 
 def page_of_report(report: Report) -> Page:
@@ -344,6 +346,40 @@ def page_of_check(result: Check) -> Page:
     )
 
 
+def page_of_tool_check(result: ToolCheck) -> Page:
+    """What a tool does with an adapter as it is."""
+    rows = Rows()
+    alike: dict[tuple[str, str], list[str]] = {}
+    for target in result.targets:
+        alike.setdefault((target.outcome, target.reason), []).append(target.key)
+    for (outcome, reason), keys in alike.items():
+        rows.add(keys, _FATES[outcome], {"why": reason} if reason else {})
+    release = f"{result.tool} {result.version}"
+    facts = [Fact("source", result.source), Fact("known from", result.basis)]
+    facts += [Fact("raises", why, "bad") for why in result.failures]
+    if result.no_fix is not None:
+        facts.append(Fact("no fix is known", result.no_fix, "bad"))
+    verdict = Fact("Healthy", f"{release} loads it as it is", "good")
+    if not result.healthy:
+        verdict = Fact("Will not load correctly", f"with {release}", "bad")
+    return Page(
+        title=Path(result.source).name or result.source,
+        command="check",
+        verdict=verdict,
+        facts=tuple(facts),
+        left=rows.side("what becomes of it"),
+        notes=tuple(result.notes),
+        next=tuple(Fact("fix", line) for line in result.remedy),
+    )
+
+
+_FATES = {
+    "loaded": "lands",
+    "ignored": "dropped",
+    "fails": "fails",
+    "wrong-scale": "scaled",
+    "wrong-values": "differs",
+}
 _OUTCOMES = {
     "lands": "lands",
     "dropped": "dropped",
@@ -368,7 +404,7 @@ _FAILED = {
 }
 
 
-def page_of_failure(command: str, source: str, error: RegraftError) -> Page:
+def page_of_failure(command: str, source: str, error: RegraftError | Problem) -> Page:
     """Why a command gave no result; what can be told of the source stands beside the findings."""
     state = {"refused": "refused", "unmatched-keys": "unmatched"}.get(error.kind, "problem")
     word, text = _FAILED.get(error.kind, ("Failed", "there is no result"))
@@ -391,7 +427,7 @@ def page_of_failure(command: str, source: str, error: RegraftError) -> Page:
         ),
         facts=(Fact("source", source),),
         left=rows.side("source"),
-        findings=error.findings,
+        findings=tuple(error.findings),
     )
 
 

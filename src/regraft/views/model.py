@@ -111,6 +111,8 @@ class Page:
     """The command that made it, such as ``convert``."""
     verdict: Fact
     """The answer in a line; its name is a word such as ``Equal``."""
+    sources: tuple[Fact, ...] = ()
+    """What became of each source, where there are several."""
     facts: tuple[Fact, ...] = ()
     left: Side | None = None
     right: Side | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +56,8 @@ class SourceOutcome:
     """How to load the result."""
     fix: list[str] = field(default_factory=list)
     """The commands that mend it."""
+    hint: str = ""
+    """What to do, in words, where no command mends it."""
 
     @property
     def good(self) -> bool:
@@ -78,7 +82,32 @@ class SourceOutcome:
             "error": error,
             "load": self.load,
             "fix": list(self.fix),
+            "hint": self.hint,
         }
+
+
+def checked(
+    name: str, path: Path, result: Check | ToolCheck, other: str | None = None
+) -> SourceOutcome:
+    """A source that was checked; ``other`` says why the base that was given is not its own, and was left out."""
+    verdict: Verdict = "healthy" if result.healthy else "not healthy"
+    findings: list[Finding] = []
+    reasons = [result.no_fix] if isinstance(result, ToolCheck) else []
+    if isinstance(result, Check):
+        verdict = "unknown" if result.is_unknown else verdict
+        findings = [each for one in result.verdicts for each in one.findings]
+        reasons += [one.no_remedy for one in result.verdicts]
+    why = result.why
+    if other is not None:
+        # Without its base nothing is known to load; what speaks against it stands.
+        verdict = "not healthy" if verdict == "not healthy" else "unknown"
+        why = other if verdict == "unknown" else f"{why} (without --model: {other})"
+    hint = ""
+    if verdict != "healthy" and not result.remedy:
+        hint = _hint(findings, path) or next(filter(None, reasons), "")
+        if not hint and verdict == "unknown":
+            hint = f"{shlex.join(['regraft', 'check', str(path)])} --model BASE, with its base"
+    return SourceOutcome(name, str(path), None, verdict, why, result, fix=result.remedy, hint=hint)
 
 
 def failure(name: str, path: Path, error: RegraftError) -> SourceOutcome:
@@ -91,4 +120,18 @@ def failure(name: str, path: Path, error: RegraftError) -> SourceOutcome:
     first = error.findings[0]
     more = f" (and {len(error.findings) - 1} more)" if len(error.findings) > 1 else ""
     problem = Problem(error.kind, list(error.findings))  # type: ignore[arg-type]
-    return SourceOutcome(name, str(path), None, verdict, first.message + more, error=problem)
+    why, hint = first.message + more, _hint(error.findings, path)
+    return SourceOutcome(name, str(path), None, verdict, why, error=problem, hint=hint)
+
+
+def _hint(findings: Iterable[Finding], path: Path) -> str:
+    """What to do about the first problem of which that is known, and where, if not for all of the source.
+
+    >>> _hint([Finding("not-json", "not JSON", where="lora/a.json:2", fix="correct the file")], Path("lora"))
+    'correct the file (lora/a.json:2)'
+    """
+    for finding in findings:
+        if finding.fix:
+            place = finding.where if finding.where not in (None, str(path)) else finding.key
+            return f"{finding.fix} ({place})" if place else finding.fix
+    return ""

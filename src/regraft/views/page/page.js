@@ -556,9 +556,13 @@
     $("verdict").replaceChildren(make("b", { class: page.verdict.tone }, page.verdict.name), `: ${page.verdict.value}`);
     $("layouts").textContent = [page.left, page.right].filter((side) => side && side.title.includes(": "))
       .map((side) => side.title.replace(/^[^:]*: /, "")).join(" → ");
-    $("facts").querySelector("dl").replaceChildren(...page.facts.flatMap((fact) => [
+    const listed = (facts) => facts.flatMap((fact) => [
       make("dt", {}, fact.name), make("dd", { class: fact.tone === "plain" ? "" : fact.tone }, fact.value),
-    ]));
+    ]);
+    $("sources").hidden = !page.sources.length;
+    $("sources-title").textContent = `${page.sources.length} source${page.sources.length === 1 ? "" : "s"}`;
+    $("sources").querySelector("dl").replaceChildren(...listed(page.sources));
+    $("facts").querySelector("dl").replaceChildren(...listed(page.facts));
     $("facts").hidden = !page.facts.length;
     $("notes").hidden = !page.notes.length;
     $("notes").querySelector("ul").replaceChildren(...page.notes.map((note) => make("li", {}, note)));
