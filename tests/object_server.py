@@ -1,4 +1,4 @@
-"""A small server of objects for tests: plain HTTP with ranges, and as much of S3's protocol as its clients use.
+"""A small server of objects for tests: plain HTTP with ranges, and as much as their clients use of S3, GCS and Azure.
 
 Keys are paths without the first slash (``bucket/folder/file``). Every request is counted; a test can let any of
 them fail, stall, lie or break off.
@@ -47,6 +47,12 @@ class Objects:
     """The keys that could be seen, after each request that wrote."""
     fault: Fault | None = None
     delay: float = 0.0
+    blocks: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Of a key the blocks that Azure has and no list took up."""
+    committed: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
+    """Of a key the blocks of its last list."""
+    tokens: set[str] = field(default_factory=set)
+    """What requests had in their Authorization."""
     page: int = 1000
     """Parts of an upload that are listed at a time."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -106,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                 span,
             )
             self.objects.requests.append(request)
+            self.objects.tokens.add(self.headers.get("Authorization", ""))
             fault = self.objects.fault(request) if self.objects.fault is not None else None
         if self.objects.delay:
             threading.Event().wait(self.objects.delay)
@@ -140,6 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if "list-type" in request.query:
             self._list(request)
+            return
+        if request.query.get("comp") == ["list"]:
+            self._list_blobs(request)
+            return
+        if request.query.get("comp") == ["blocklist"]:
+            self._list_blocks(request)
             return
         if "uploadId" in request.query:
             self._list_parts(request)
@@ -190,6 +203,69 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"<ListBucketResult><Name>{bucket}</Name>{text}<IsTruncated>false</IsTruncated></ListBucketResult>"
         self._answer(200, body.encode(), Content_Type="application/xml")
 
+    def _list_blobs(self, request: Request) -> None:
+        prefix = request.query.get("prefix", [""])[0]
+        rows = "".join(
+            f"<Blob><Name>{escape(name)}</Name><Properties><Last-Modified>Mon, 02 Jan 2023 00:00:00 GMT"
+            f"</Last-Modified><Etag>{escape(etag(data)[1:-1])}</Etag><Content-Length>{len(data)}</Content-Length>"
+            "<Content-Type>x/y</Content-Type></Properties></Blob>"
+            for key, data in sorted(self.objects.data.items())
+            if (name := key.removeprefix(request.key + "/")) != key and name.startswith(prefix)
+        )
+        body = f"<EnumerationResults><Blobs>{rows}</Blobs><NextMarker/></EnumerationResults>"
+        self._answer(200, body.encode(), Content_Type="application/xml")
+
+    def _list_blocks(self, request: Request) -> None:
+        if request.key not in self.objects.blocks and request.key not in self.objects.data:
+            self._answer(404, b"", x_ms_error_code="BlobNotFound")
+            return
+        lists = {
+            "CommittedBlocks": self.objects.committed.get(request.key, []),
+            "UncommittedBlocks": self.objects.blocks.get(request.key, {}).items(),
+        }
+        rows = "".join(
+            f"<{name}>"
+            + "".join(f"<Block><Name>{n}</Name><Size>{len(b)}</Size></Block>" for n, b in blocks)
+            + f"</{name}>"
+            for name, blocks in lists.items()
+        )
+        body = f'<?xml version="1.0" encoding="utf-8"?><BlockList>{rows}</BlockList>'
+        self._answer(200, body.encode(), Content_Type="application/xml")
+
+    def _put_blob(self, request: Request, body: bytes) -> bool:
+        """What Azure does with a PUT, under the lock; whether it was one."""
+        key, comp = request.key, request.query.get("comp", [""])[0]
+        if comp == "block":
+            self.objects.blocks.setdefault(key, {})[request.query["blockid"][0]] = body
+            self._answer(201)
+        elif comp == "blocklist":
+            names = re.findall(r"<(?:Latest|Uncommitted)>(.*?)</", body.decode())
+            known = dict(self.objects.committed.get(key, [])) | self.objects.blocks.pop(key, {})
+            if any(name not in known for name in names):
+                self._answer(400, b"", x_ms_error_code="InvalidBlockList")
+                return True
+            self.objects.committed[key] = [(name, known[name]) for name in names]
+            self.objects.data[key] = b"".join(known[name] for name in names)
+            self.objects.seen.append(frozenset(self.objects.data))
+            self._answer(201, ETag=etag(body), Last_Modified="Mon, 02 Jan 2023 00:00:00 GMT")
+        return bool(comp)
+
+    def _delete_batch(self, request: Request, body: bytes) -> None:
+        """Azure's removal of many blobs by one request, whose parts are requests themselves."""
+        answers = ""
+        for number, path in enumerate(re.findall(r"DELETE (\S+) HTTP", body.decode())):
+            key = unquote(urlsplit(path).path).strip("/")
+            self.objects.blocks.pop(key, None)
+            status = "404 Not Found" if self.objects.data.pop(key, None) is None else "202 Accepted"
+            answers += (
+                f"--b\r\nContent-Type: application/http\r\nContent-ID: {number}\r\n\r\n"
+                f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n\r\n"
+            )
+        self.objects.seen.append(frozenset(self.objects.data))
+        self._answer(
+            202, f"{answers}--b--\r\n".encode(), Content_Type="multipart/mixed; boundary=b"
+        )
+
     def _list_parts(self, request: Request) -> None:
         upload = self._upload(request)
         if upload is None:
@@ -232,18 +308,26 @@ class _Handler(BaseHTTPRequestHandler):
         if self._failed(fault):
             return
         with self.objects.lock:
+            only_new = (
+                self.headers.get("If-None-Match") == "*"
+                or self.headers.get("x-goog-if-generation-match") == "0"
+            )
+            if self._put_blob(request, body):
+                return
             if "partNumber" in request.query:
                 upload = self._upload(request)
                 if upload is None:
                     return
                 upload[1][int(request.query["partNumber"][0])] = body
-            elif self.headers.get("If-None-Match") == "*" and request.key in self.objects.data:
+            elif only_new and request.key in self.objects.data:
                 self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
                 return
             else:
                 self.objects.data[request.key] = body
+                self.objects.blocks.pop(request.key, None)
                 self.objects.seen.append(frozenset(self.objects.data))
-        self._answer(200, ETag=etag(body))
+        status = 201 if "x-ms-version" in self.headers else 200
+        self._answer(status, ETag=etag(body), Last_Modified="Mon, 02 Jan 2023 00:00:00 GMT")
 
     def do_POST(self) -> None:
         request, fault = self._begin()
@@ -251,6 +335,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self._failed(fault):
             return
         with self.objects.lock:
+            if request.query.get("comp") == ["batch"]:
+                self._delete_batch(request, body)
+                return
             if "delete" in request.query:
                 keys = re.findall(r"<Key>(.*?)</Key>", body.decode())
                 for key in keys:

@@ -1,4 +1,4 @@
-"""A conversion into S3 in parts: uploads are what the parts have in common; the bytes are those of a plain one."""
+"""A conversion into S3, GCS or Azure in parts: uploads are what the parts have in common; the bytes are those of a plain one."""
 
 import os
 
@@ -10,10 +10,27 @@ import regraft
 from regraft.checkpoints import staged_uploads, stream
 from regraft.errors import BadInputError
 from regraft.storage import objects
+from regraft.storage.stores import open_store
+from regraft.storage.uploads import open_uploads
 
 pytest.importorskip("boto3")
 V5 = "transformers-v5"
-OUT, OPTIONS = "s3://b/out", {"to": V5, "stage": "s3://b/out.stage", "jobs": 2}
+STORES = {
+    "s3": {
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "k",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": "{url}",
+    },
+    "gs": {"GOOGLE_BEARER_TOKEN": "token", "GOOGLE_BASE_URL": "{url}"},
+    "az": {
+        "AZURE_STORAGE_ACCOUNT_NAME": "one",
+        "AZURE_STORAGE_ACCOUNT_KEY": "a2V5",
+        "AZURE_STORAGE_ENDPOINT": "{url}",
+    },
+}
+"""What the environment says of each store, at the server of the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +47,19 @@ def wanted(src):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
+@pytest.fixture(params=STORES)
+def server(request, monkeypatch):
     monkeypatch.setattr(objects, "PAUSE", 0.0)
     monkeypatch.setattr(staged_uploads, "SIZE", 2000)
     monkeypatch.setattr(stream, "WINDOW", 1500)
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{name}", "k")
-    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
-        monkeypatch.setenv(name, "us-east-1")
+    if request.param == "az":
+        pytest.importorskip("azure.storage.blob")
     with serving() as running:
         running.page = 2
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        for name, value in STORES[request.param].items():
+            monkeypatch.setenv(name, value.format(url=running.url))
+        running.out = f"{request.param}://b/out"
+        running.options = {"to": V5, "stage": f"{running.out}.stage", "jobs": 2}
         yield running
 
 
@@ -49,23 +67,32 @@ def codes(caught):
     return {finding.code for finding in caught.value.findings}
 
 
-def commit(src):
-    return regraft.convert(src, OUT, commit=True, **OPTIONS)
+def part(server, src, part, **changed):
+    return regraft.convert(src, server.out, part=part, **{**server.options, **changed})
+
+
+def commit(server, src):
+    return regraft.convert(src, server.out, commit=True, **server.options)
+
+
+def left(server):
+    """How many uploads would come to nothing."""
+    return len(server.uploads) + sum(map(len, server.blocks.values()))
 
 
 def test_any_number_of_parts(src, wanted, server):
     for number in (1, 0):
-        part = regraft.convert(src, OUT, part=f"{number}/2", **OPTIONS).checkpoint.part
-        assert part.pieces > 1 and part.before == 0
+        made = part(server, src, f"{number}/2").checkpoint.part
+        assert made.pieces > 1 and made.before == 0
         assert not server.folder("b/out")
         if number:
             with pytest.raises(BadInputError, match="pieces are not there") as caught:
-                commit(src)
+                commit(server, src)
             assert codes(caught) == {"stage-incomplete"}
-    assert part.left == 0
-    again = regraft.convert(src, OUT, part="1/3", **OPTIONS).checkpoint.part
+    assert made.left == 0
+    again = part(server, src, "1/3").checkpoint.part
     assert again.before == again.pieces
-    assert commit(src).written
+    assert commit(server, src).written
     assert server.folder("b/out") == wanted
     seen = [
         {key.removeprefix("b/out/") for key in keys if key.startswith("b/out/")}
@@ -73,38 +100,40 @@ def test_any_number_of_parts(src, wanted, server):
     ]
     index = "model.safetensors.index.json"
     assert all(index not in keys or keys == set(wanted) for keys in seen)
-    assert not server.uploads and set(server.folder("b/out.stage")) == {"committed"}
-    late = regraft.convert(src, OUT, part="0/2", **OPTIONS).checkpoint.part
+    assert not left(server) and set(server.folder("b/out.stage")) == {"committed"}
+    late = part(server, src, "0/2").checkpoint.part
     assert late.before == late.pieces
     with pytest.raises(BadInputError) as caught:
-        commit(src)
+        commit(server, src)
     assert codes(caught) == {"stage-committed"}
     with pytest.raises(BadInputError) as caught:
-        regraft.convert(src, OUT, part="0/2", **{**OPTIONS, "stage": "s3://b/other"})
+        part(server, src, "0/2", stage=f"{server.out}.other")
     assert codes(caught) == {"destination-exists"}
 
 
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_other_stages(src, server, tmp_path):
-    regraft.convert(src, OUT, part="0/2", **OPTIONS)
+    part(server, src, "0/2")
 
-    def fails(code, src=src, out=OUT, **changed):
+    def fails(code, src=src, out=server.out, **changed):
         with pytest.raises(BadInputError) as caught:
-            regraft.convert(src, out, **{"part": "1/2", **OPTIONS, **changed})
+            regraft.convert(src, out, **{"part": "1/2", **server.options, **changed})
         assert codes(caught) == {code}
 
     fails("stage-options", dtype="bfloat16")
     fails("stage-other", src=write_folder(tmp_path / "other", mixtral()))
-    fails("stage-place", stage="s3://b/out/stage")
+    fails("stage-place", stage=f"{server.out}/stage")
     fails("stage-place", stage=tmp_path / "stage")
     fails("option", out="memory://out", stage="memory://stage")
-    assert server.uploads
-    assert regraft.convert(src, OUT, abort=True, to=V5, stage=OPTIONS["stage"]).ended
-    assert not server.uploads and not server.folder("b/out.stage")
+    assert left(server)
+    assert regraft.convert(src, server.out, abort=True, to=V5, stage=server.options["stage"]).ended
+    assert (server.blocks or not left(server)) and not server.folder("b/out.stage")
 
 
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_dying_at_every_request(src, wanted, server):
     """A try that dies at a request is followed by the next, which dies a little later; what can be seen is whole."""
-    step = int(os.environ.get("REGRAFT_FAULT_STEP", "6"))
+    step = int(os.environ.get("REGRAFT_FAULT_STEP", "9"))
 
     def goes_on(run):
         died = 0
@@ -128,58 +157,144 @@ def test_dying_at_every_request(src, wanted, server):
         server.fault = None
         return died
 
-    assert goes_on(lambda: regraft.convert(src, OUT, part="0/1", **{**OPTIONS, "jobs": 1})) > 0
-    goes_on(lambda: commit(src))
+    assert goes_on(lambda: part(server, src, "0/1", jobs=1)) > 0
+    goes_on(lambda: commit(server, src))
     if "b/out.stage/committed" not in server.data:
-        commit(src)
+        commit(server, src)
     assert server.folder("b/out") == wanted
-    assert not server.uploads
+    assert not left(server)
 
 
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_faults_are_asked_again(src, wanted, server):
     server.fault = lambda request: "503" if request.number % 9 == 1 else None
-    regraft.convert(src, OUT, part="0/1", **OPTIONS)
-    commit(src)
+    part(server, src, "0/1")
+    commit(server, src)
     assert server.folder("b/out") == wanted
 
 
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_a_zombie_after_the_commit(src, wanted, server, monkeypatch):
     """A part that goes on after the commit has no upload any more."""
     make = stream.Stream.make
 
     def meanwhile(self, *args):
         monkeypatch.setattr(stream.Stream, "make", make)
-        regraft.convert(src, OUT, part="0/1", **OPTIONS)
-        commit(src)
+        part(server, src, "0/1")
+        commit(server, src)
         return make(self, *args)
 
     monkeypatch.setattr(stream.Stream, "make", meanwhile)
     with pytest.raises(BadInputError) as caught:
-        regraft.convert(src, OUT, part="0/2", **{**OPTIONS, "jobs": 1})
+        part(server, src, "0/2", jobs=1)
     assert codes(caught) == {"stage-gone"}
     assert server.folder("b/out") == wanted
-    assert not server.uploads
+    assert not server.uploads  # Azure removes by itself what no list takes up
 
 
+def test_a_part_of_a_job_that_is_over(src, server, monkeypatch):
+    """Nothing is begun in a stage that was ended while a part was at work, and nothing of it stays."""
+    find = staged_uploads.RemoteStage.find
+
+    def meanwhile(self, *args, **options):
+        monkeypatch.setattr(staged_uploads.RemoteStage, "find", find)
+        regraft.convert(src, server.out, abort=True, to=V5, stage=server.options["stage"])
+        return find(self, *args, **options)
+
+    monkeypatch.setattr(staged_uploads.RemoteStage, "find", meanwhile)
+    with pytest.raises(BadInputError) as caught:
+        part(server, src, "0/1")
+    assert codes(caught) == {"stage-gone"}
+    assert not left(server) and not server.data
+
+
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
+def test_ending_that_died(src, wanted, server):
+    """Ending a job dies at each of its requests; the next conversion, or ending it again, leaves nothing behind."""
+    for at in (2, 5):
+        part(server, src, "0/1")
+        count = 0
+
+        def fault(request, at=at):
+            nonlocal count
+            count += request.method != "GET"
+            return "403" if request.method != "GET" and count >= at else None
+
+        server.fault = fault
+        options = {"abort": True, "to": V5, "stage": server.options["stage"]}
+        try:
+            regraft.convert(src, server.out, **options)
+        except BadInputError:
+            server.fault = None
+            if at == 2:
+                regraft.convert(src, server.out, **options)
+                assert not server.uploads and not server.data
+        server.fault = None
+    part(server, src, "0/1")
+    commit(server, src)
+    assert server.folder("b/out") == wanted
+    assert not server.uploads and set(server.folder("b/out.stage")) == {"committed"}
+
+
+@pytest.mark.parametrize("server", ["gs"], indirect=True)
+def test_tokens_of_google(src, server, monkeypatch):
+    """GCS is asked with a token of Google's own chain of credentials where the environment has none."""
+    auth = pytest.importorskip("google.auth")
+    from google.auth.credentials import AnonymousCredentials
+
+    class Known(AnonymousCredentials):
+        valid, token = False, None
+
+        def refresh(self, request):
+            self.token, self.valid = "fresh", True
+
+    uploads = open_uploads(open_store(server.out))
+    assert uploads.begin("a") in server.uploads
+    assert server.tokens == {"Bearer token"}
+    monkeypatch.delenv("GOOGLE_BEARER_TOKEN")
+    monkeypatch.setattr(auth, "default", lambda scopes: (Known(), "project"))
+    upload = (uploads := open_uploads(open_store(server.out))).begin("a")
+    assert uploads.send("a", upload, 1, b"x") and uploads.parts("a", upload)
+    assert server.tokens == {"Bearer token", "Bearer fresh"}
+
+    def none(scopes):
+        raise auth.exceptions.DefaultCredentialsError("no credentials")
+
+    monkeypatch.setattr(auth, "default", none)
+    with pytest.raises(BadInputError, match="no credentials") as caught:
+        open_uploads(open_store(server.out)).begin("a")
+    assert codes(caught) == {"store-denied"}
+
+
+@pytest.mark.parametrize("server", ["az"], indirect=True)
+def test_names_that_azure_cannot_sign(server):
+    with pytest.raises(BadInputError, match="spaces") as caught:
+        open_uploads(open_store(server.out)).send("a b", "id", 1, b"x")
+    assert codes(caught) == {"bad-address"}
+
+
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_overwriting(src, wanted, server):
     server.data["b/out/model.safetensors.index.json"] = b"{}"
     server.data["b/out/model-00009-of-00009.safetensors"] = b"old"
     with pytest.raises(BadInputError) as caught:
-        regraft.convert(src, OUT, part="0/1", **OPTIONS)
+        part(server, src, "0/1")
     assert codes(caught) == {"destination-exists"}
-    regraft.convert(src, OUT, part="0/1", overwrite=True, **OPTIONS)
-    regraft.convert(src, OUT, commit=True, overwrite=True, **OPTIONS)
+    part(server, src, "0/1", overwrite=True)
+    regraft.convert(src, server.out, commit=True, overwrite=True, **server.options)
     assert server.folder("b/out") == wanted
 
 
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
 def test_uploads_that_were_ended_elsewhere(src, wanted, server):
     """A store's own rules end old uploads: another is begun, and the commit knows what is missing."""
-    regraft.convert(src, OUT, part="0/1", **OPTIONS)
-    server.uploads.pop(next(iter(server.uploads)))
+    part(server, src, "0/1")
+    uploads = server.uploads or server.blocks
+    uploads.pop(next(iter(uploads)))
     with pytest.raises(BadInputError) as caught:
-        commit(src)
+        commit(server, src)
     assert codes(caught) == {"stage-incomplete"}
-    part = regraft.convert(src, OUT, part="0/1", **OPTIONS).checkpoint.part
-    assert 0 < part.before < part.pieces
-    commit(src)
+    made = part(server, src, "0/1").checkpoint.part
+    assert 0 < made.before < made.pieces
+    commit(server, src)
     assert server.folder("b/out") == wanted

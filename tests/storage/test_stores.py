@@ -83,6 +83,25 @@ def test_gives_up_at_once_on_what_stays(server, fault, code):
         server.fault = None
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+def test_what_is_listed_is_what_is_read(server, scheme, monkeypatch):
+    """Azure writes ETags without quotes where it lists, and with them where it answers."""
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "t")
+    monkeypatch.setenv("GOOGLE_BASE_URL", server.url)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "one")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", server.url)
+    client = open_store(f"{scheme}://b/in")
+    client.put("new", b"12", create=True)
+    with pytest.raises(BadInputError, match="exists already"):
+        client.put("new", b"34", create=True)
+    new, old = client.listed()
+    assert (new.key, old.key) == ("new", "x.bin")
+    assert bytes(client.read(old, 5, 905)) == DATA[5:905]
+    client.delete("new")
+    assert client.first("new", 2) is None
+
+
 def test_another_version_is_an_error(server):
     for client in stores(server):
         found, _ = client.first("x.bin", 1)

@@ -1,12 +1,13 @@
-"""Converting a checkpoint into S3 in parts, by processes that share nothing but the store.
+"""Converting a checkpoint into an object store in parts, by processes that share nothing but the store.
 
-Every weights file is an upload in parts, and a piece of it is a part: S3 itself keeps what has come, so work that died
-goes on from that. In the stage, which is a folder in the store, stands how the uploads are called:
+Every weights file is an upload in parts, and a piece of it is a part: the store itself keeps what has come, so work
+that died goes on from that. In the stage, which is a folder in the store, stands how the uploads are called:
 
 STAGE/job-ID/job            what is being made
 STAGE/job-ID/uploads/F.K    the id of file F's upload; K counts those that were ended by somebody else
 STAGE/job-ID/committing     a commit has found everything, and nothing in the way
 STAGE/job-ID/complete/F     file F can be seen
+STAGE/job-ID/ended          the job is over, and its notes are being removed
 STAGE/committed             the job that was committed here
 
 Such a note is written only where there is none, so of two processes that begin an upload both use one. What can be seen
@@ -34,10 +35,10 @@ from regraft.report import PartReport
 from regraft.storage.objects import Client
 from regraft.storage.scheduler import Share
 from regraft.storage.stage import Job
-from regraft.storage.uploads import Uploads
+from regraft.storage.uploads import Parts, Uploads, open_uploads
 
 SIZE = 1 << 23
-"""Bytes of a piece; S3 takes no smaller parts than 5 MiB, and no more than 10,000."""
+"""Bytes of a piece; S3 and GCS take no smaller parts than 5 MiB, and no more than 10,000."""
 _MOST = 9_000
 _AT_ONCE = 16
 _NOTE = 1 << 24
@@ -61,7 +62,7 @@ class RemoteStage:
             message = "it is inside the folder of the result"
             fix = f"give one beside it, such as {target.store.url}.stage"
             raise BadInputError(Finding("stage-place", message, where=self.url, fix=fix))
-        self.uploads = Uploads(target.store.url, target)
+        self.uploads = open_uploads(target)
         self.files = ready.layout.files
         self.job: Job = job_of(ready, size_of(self.files))
         self.pieces = cut(self.files, self.job.piece)
@@ -86,13 +87,15 @@ class RemoteStage:
                 raise self.job.against(other, self.url)
             self.is_committed |= other is not None
         if not self.is_committed:
+            if f"{self.job.name}/ended" in names:  # whoever ended it died meanwhile
+                self.forget()
             self.client.create(f"{self.job.name}/job", msgspec.json.encode(self.job))
 
     def _read(self, name: str) -> bytes | None:
         found = self.client.first(name, _NOTE)
         return None if found is None else bytes(found[1])
 
-    def find(self, number: int, *, make: bool) -> tuple[str, dict[int, tuple[int, str]]] | None:
+    def find(self, number: int, *, make: bool) -> tuple[str, Parts] | None:
         """The upload of a file and its parts; ``None`` where the file is complete, or nobody has begun and is to."""
         key = self.files[number].name
         if self._read(f"{self.job.name}/complete/{number}") is not None:
@@ -110,25 +113,56 @@ class RemoteStage:
         raise AssertionError("counting does not end")
 
     def _begin(self, key: str, note: str) -> bytes:
-        """Begin a file's upload and note its id; that of somebody else who was first."""
+        """Begin a file's upload and note its id; that of somebody else who was first.
+
+        Whoever ends the job says so before looking for uploads, and here the note is written before looking for that:
+        an upload of a job that is over is ended by one of the two.
+        """
         own = self.uploads.begin(key)
         known = b""
         try:
             known = self.client.create(note, own.encode())
+            if self._is_over():
+                known = b""
+                self.client.delete(note)
+                raise self.gone()
         finally:
             if known != own.encode():
                 self.uploads.abort(key, own)
         return known
 
+    def _is_over(self) -> bool:
+        """Whether the job was ended or committed by somebody else."""
+        return (
+            self._read(f"{self.job.name}/job") is None
+            or self._read(f"{self.job.name}/ended") is not None
+        )
+
+    def gone(self) -> BadInputError:
+        """The error where the job was ended meanwhile."""
+        message = (
+            "the upload was ended meanwhile: by --abort, by a commit, or by the store's own rules"
+        )
+        fix = "run the part again, if it is still wanted"
+        return BadInputError(Finding("stage-gone", message, where=self.url, fix=fix))
+
+    def check_there(self) -> None:
+        """Check that the job goes on: not every store says of what is sent that nobody waits for it.
+
+        Raises ``BadInputError``.
+        """
+        if self._is_over():
+            raise self.gone()
+
     def is_complete(self, number: int) -> bool:
         """Whether a file can be seen."""
         return self._read(f"{self.job.name}/complete/{number}") is not None
 
-    def here(self, piece: Piece, parts: dict[int, tuple[int, str]]) -> bool:
+    def here(self, piece: Piece, parts: Parts) -> bool:
         """Whether a piece is among the parts that have come."""
         return parts.get(piece.number + 1, (-1, ""))[0] == piece.size
 
-    def look(self, *, make: bool = False) -> list[tuple[str, dict[int, tuple[int, str]]] | None]:
+    def look(self, *, make: bool = False) -> list[tuple[str, Parts] | None]:
         """The uploads of all files."""
         with ThreadPoolExecutor(_AT_ONCE, "regraft-look") as pool:
             return list(
@@ -142,9 +176,14 @@ class RemoteStage:
 
 def forget(client: Client, uploads: Uploads | None, names: dict[str, str]) -> None:
     """End uploads and remove the notes of jobs; ``names`` are those of the files, by their numbers."""
-    for row in client.listed() or []:
+    jobs = {row.key.partition("/")[0] for row in client.listed() or []}
+    ended = [f"{job}/ended" for job in sorted(jobs) if job.startswith("job-")]
+    for key in ended:
+        client.put(key, b"")
+    rows = sorted(client.listed() or [], key=lambda row: "/uploads/" not in row.key)
+    for row in rows:
         folder, _, rest = row.key.partition("/")
-        if not folder.startswith("job-"):
+        if not folder.startswith("job-") or rest == "ended":
             continue
         number = PurePosixPath(rest).name.partition(".")[0]
         if rest.startswith("uploads/") and uploads is not None and number in names:
@@ -152,6 +191,8 @@ def forget(client: Client, uploads: Uploads | None, names: dict[str, str]) -> No
             if found is not None:
                 uploads.abort(names[number], bytes(found[1]).decode())
         client.delete(row.key)
+    for key in ended:
+        client.delete(key)
 
 
 def send_part(
@@ -192,6 +233,7 @@ def send_part(
             _send(staged, stream, number, upload, wanted, advance)
     for file in ready.source.files:
         file.stamp.check()
+    staged.check_there()
     report.left = sum(
         found is None or not staged.here(piece, found[1]) for piece, found in _with_uploads(staged)
     )
@@ -211,9 +253,7 @@ def _send(
     def make(start: int, stop: int) -> None:
         data = np.concatenate([part for _, part in stream.make(file, start, stop)])
         if not staged.uploads.send(file.name, upload, start // staged.job.piece + 1, data.data):
-            message = "the upload was ended meanwhile: by --abort, by a commit, or by the store's own rules"
-            fix = "run the part again, if it is still wanted"
-            raise BadInputError(Finding("stage-gone", message, where=staged.url, fix=fix))
+            raise staged.gone()
         advance(len(data))
 
     for _ in stream.each(make, ((piece.start, piece.stop) for piece in pieces)):
@@ -222,7 +262,7 @@ def _send(
 
 def _with_uploads(
     staged: RemoteStage,
-) -> list[tuple[Piece, tuple[str, dict[int, tuple[int, str]]] | None]]:
+) -> list[tuple[Piece, tuple[str, Parts] | None]]:
     """Every piece of a file that is not complete, with the file's upload."""
     uploads = staged.look()
     complete = {
@@ -266,7 +306,8 @@ def commit_uploads(
 
     there = [row.key for row in target.listed() or []] if name is None else []
     complete = {file.name for file in staged.files if numbers[file.name] not in uploads}
-    place(ready, target, [k for k in there if k not in complete], send, create=False, name=name)
+    kept = set(numbers) if staged.uploads.go_with_object else complete
+    place(ready, target, [k for k in there if k not in kept], send, create=False, name=name)
     stage.put("committed", msgspec.json.encode(staged.job))
     staged.forget()
 
@@ -284,9 +325,10 @@ def abort_uploads(target: Client, stage: Client) -> bool:
         found = stage.first(row.key, _NOTE)
         if found is None:
             continue
-        uploads = uploads or Uploads(target.store.url, target)
+        uploads = uploads or open_uploads(target)
         names = msgspec.json.decode(bytes(found[1]), type=Job).made
         forget(stage, uploads, {str(number): name for number, name in enumerate(names)})
+    forget(stage, None, {})
     if any(row.key == "committed" for row in rows):
         stage.delete("committed")
     return bool(rows)

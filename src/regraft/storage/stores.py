@@ -49,6 +49,14 @@ def open_store(url: str) -> Client:
     return Client(_Obstore(url) if scheme in _OBSTORE else _Fsspec(url))
 
 
+def obstore_at(url: str) -> Any:
+    """The store of obstore's at an address, for what only its library can do.
+
+    Raises ``BadInputError`` where that is not installed, or the address is none.
+    """
+    return _Obstore(url).opened
+
+
 def _library(name: str, url: str, extra: str) -> Any:
     try:
         return import_module(name)
@@ -67,7 +75,7 @@ class _Obstore(Store):
         self._errors = import_module("obstore.exceptions")
         self._is_http = urlsplit(url).scheme in ("http", "https")
         # What is read is asked for again by the client, which counts it; of uploads each part is sent again here.
-        self._read = self._open(0)
+        self.opened = self._open(0)
 
     @cached_property
     def _write(self) -> Any:
@@ -89,7 +97,7 @@ class _Obstore(Store):
         """Bytes of an object."""
         span: Any = {"suffix": -start} if start < 0 else (start, end)
         try:
-            got = self._lib.get(self._read, key, options={"range": span})
+            got = self._lib.get(self.opened, key, options={"range": span})
             return _seen(got.meta, key), got.bytes()
         except Exception as error:
             if start == 0 and "416" in str(error)[:400]:
@@ -99,7 +107,7 @@ class _Obstore(Store):
     def _empty(self, key: str, error: Exception) -> tuple[Found, Any]:
         """An object without bytes, of which no range can be had."""
         with suppress(Exception):
-            meta = self._lib.head(self._read, key)
+            meta = self._lib.head(self.opened, key)
             if not meta["size"]:
                 return _seen(meta, key), b""
         raise self._trouble(error) from None
@@ -109,7 +117,7 @@ class _Obstore(Store):
         if self._is_http:
             return None
         try:
-            batches = self._lib.list(self._read, chunk_size=1000)
+            batches = self._lib.list(self.opened, chunk_size=1000)
             return [_seen(meta, meta["path"]) for batch in batches for meta in batch]
         except Exception as error:
             raise self._trouble(error) from None
@@ -266,7 +274,12 @@ class _Fsspec(Store):
 
 def _seen(meta: Any, key: str) -> Found:
     version = meta["version"] or meta["e_tag"] or meta["last_modified"].isoformat()
-    return Found(key, int(meta["size"]), str(version))
+    return Found(key, int(meta["size"]), _bare(str(version)))
+
+
+def _bare(tag: str) -> str:
+    """An ETag without its quotes, which Azure leaves out where it lists."""
+    return tag[1:-1] if len(tag) > 1 and tag[0] == tag[-1] == '"' else tag
 
 
 _VERSIONS = ("blob_id", "ETag", "etag", "sha256", "md5Hash", "LastModified", "mtime", "created")
@@ -307,9 +320,19 @@ def _line(error: Exception) -> str:
     )
 
 
+_ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+)
+"""What names a server of one's own in the environment."""
+
+
 def _is_insecure(url: str) -> bool:
     """Whether an address, or the server that the environment names for it, is plain HTTP."""
     if urlsplit(url).scheme == "http":
         return True
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-    return any(os.environ.get(name, "").startswith("http://") for name in names)
+    return any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
