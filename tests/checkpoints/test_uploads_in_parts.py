@@ -1,4 +1,4 @@
-"""A conversion into S3, GCS or Azure in parts: uploads are what the parts have in common; the bytes are those of a plain one."""
+"""A conversion into S3, GCS or Azure in parts: uploads are what the parts have in common."""
 
 import os
 

@@ -235,7 +235,7 @@ class _Azure(Uploads):
     """Blocks of blobs in Azure, by azure-storage-blob; an upload is what the ids of its blocks begin with.
 
     Addresses are signed by obstore, so that credentials are found as they are for everything else. Azure has nothing
-    that ends an upload: blocks that no list took up go after a week, or when the blob is written or removed by somebody else.
+    that ends an upload: blocks that no list took up go after a week, or when somebody else writes or removes the blob.
     """
 
     go_with_object = True
