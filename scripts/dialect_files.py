@@ -22,7 +22,7 @@ from dense import pick
 
 import regraft
 from regraft.errors import RegraftError
-from regraft.storage.folder import told_in_json
+from regraft.storage.json_files import told_in_json
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 from regraft.storage.torch_file import open_torch
 from regraft.storage.torch_write import write_torch

@@ -5,6 +5,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,39 @@ def test_heads_of_rule_books_need_no_numpy() -> None:
     code = "import sys; from regraft.rules.book import library; library(); print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stdout + done.stderr
+
+
+DRY_RUN = """
+import sys
+from regraft.cli import main
+status = main(["convert", sys.argv[1], sys.argv[2], "--to", "transformers-v5", "--dry-run", "--quiet"])
+print(status, *sorted(sys.modules))
+"""
+WRITING = {
+    "hashlib",
+    "ml_dtypes",
+    "regraft.checkpoints.engine",
+    "regraft.checkpoints.result",
+    "regraft.storage.folder",
+    "regraft.storage.safetensors",
+    "regraft.storage.work",
+    "shutil",
+    "tempfile",
+}
+"""What reads numbers or writes files."""
+SELDOM = {"difflib", "regraft.bridges.helper", "subprocess", "zipfile"}
+"""What is for odd names and files, and for models that no rule book knows."""
+
+
+def test_a_dry_run_imports_nothing_that_writes(tmp_path: Path) -> None:
+    """It plans on headers and configs; each of these modules would be felt in how long it takes."""
+    base = Path(__file__).parent / "golden/bases/mixtral"
+    command = [sys.executable, "-c", DRY_RUN, str(base), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    status, *modules = done.stdout.split()
+    assert status == "0"
+    assert (WRITING | SELDOM) & set(modules) == set()
 
 
 @pytest.mark.slow

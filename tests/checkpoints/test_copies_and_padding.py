@@ -7,7 +7,6 @@ import pytest
 from making import HEAD, equation_of
 
 import regraft
-from regraft.checkpoints import convert as convert_module
 from regraft.checkpoints import reads
 from regraft.checkpoints.gather import Files
 from regraft.checkpoints.prepare import prepare
@@ -81,7 +80,7 @@ def test_what_is_demanded_of_a_file_that_becomes_shorter(folders, monkeypatch):
             opened.truncate(file.stat().st_size - new["padded"].nbytes // 2)
         return look(plan, source)
 
-    monkeypatch.setattr(convert_module, "check_reads", shorter)
+    monkeypatch.setattr(reads, "check_reads", shorter)
     with pytest.raises(regraft.BadInputError) as caught:
         converted(folder, "new", "old", "out")
     assert [finding.code for finding in caught.value.findings] == ["file-changed"]

@@ -14,8 +14,8 @@ import pytest
 from checkpoints.models import MIXTRAL, beside, mixtral, snapshot, write_folder
 
 import regraft
-from regraft.checkpoints import convert as convert_module
-from regraft.checkpoints import engine, tiles, units
+from regraft.checkpoints import engine, tiles, units, workers
+from regraft.checkpoints import result as result_module
 from regraft.errors import BadInputError
 from regraft.storage import work
 
@@ -152,14 +152,14 @@ def test_a_second_run_names_the_first(src, tmp_path):
 def test_a_run_that_was_overtaken_does_not_begin(src, wanted, tmp_path, monkeypatch):
     """Another run came to its end between the first look at the destination and the lock."""
     out = tmp_path / "out"
-    check = convert_module.check_destination
+    check = result_module.check_destination
 
     def overtaken(*args, **options):
         check(*args, **options)
-        monkeypatch.setattr(convert_module, "check_destination", check)
+        monkeypatch.setattr(result_module, "check_destination", check)
         regraft.convert(src, out, to=V5)
 
-    monkeypatch.setattr(convert_module, "check_destination", overtaken)
+    monkeypatch.setattr(result_module, "check_destination", overtaken)
     with pytest.raises(BadInputError, match="came into being"):
         regraft.convert(src, out, to=V5)
     assert snapshot(out) == wanted
@@ -273,12 +273,12 @@ def test_a_disk_that_is_really_full(tmp_path):
         (disk / "filler").write_bytes(bytes(1_600_000))
         with pytest.raises(BadInputError, match="free"):
             regraft.convert(src, disk / "out", to=V5)
-        before, convert_module._check_space = convert_module._check_space, lambda *args: None
+        before, result_module._check_space = result_module._check_space, lambda *args: None
         try:
             with pytest.raises(BadInputError, match="No space left"):
                 regraft.convert(src, disk / "out", to=V5)
         finally:
-            convert_module._check_space = before
+            result_module._check_space = before
         assert not (disk / "out").exists()
         (disk / "filler").unlink()
         regraft.convert(src, disk / "out", to=V5, resume=True)
@@ -289,4 +289,4 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 def test_tiles_have_a_budget():
-    assert tiles.Mover(engine.buffer_size(64)).size >= 1 << 18
+    assert tiles.Mover(workers.buffer_size(64)).size >= 1 << 18

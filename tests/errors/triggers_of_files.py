@@ -14,11 +14,11 @@ from errors.lab import BASES, V5, provokes
 
 import regraft
 from regraft.checkpoints.on_ray import Cluster
-from regraft.storage import folder as folders
-from regraft.storage import objects
+from regraft.storage import json_files, objects
 from regraft.storage.dtypes import DTYPES, count_cells
-from regraft.storage.folder import check_destination, copy_file, load_json
+from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.header import read_header
+from regraft.storage.json_files import load_json
 from regraft.storage.objects import Client, StoreError
 from regraft.storage.stage import Stage
 from regraft.storage.stamp import Stamp
@@ -212,7 +212,7 @@ def _(lab):
 
 @provokes("file-too-large")
 def _(lab):
-    lab.patch.setattr(folders, "_MAX_JSON_BYTES", 1)
+    lab.patch.setattr(json_files, "_MAX_JSON_BYTES", 1)
     load_json(lab.file(b"{}"))
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from regraft.errors import BadInputError
 from regraft.storage import folder as module
-from regraft.storage.folder import check_destination, copy_file, load_json, staged_folder
+from regraft.storage import json_files
+from regraft.storage.folder import check_destination, copy_file, staged_folder
+from regraft.storage.json_files import load_json
 from regraft.storage.work import work_folder
 
 
@@ -401,7 +403,7 @@ def test_refuses_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BadInputError, match="this is a folder"):
         load_json(tmp_path)
     (tmp_path / "config.json").write_text("{}   ")
-    monkeypatch.setattr(module, "_MAX_JSON_BYTES", 4)
+    monkeypatch.setattr(json_files, "_MAX_JSON_BYTES", 4)
     with pytest.raises(BadInputError, match="at most 4 are read"):
         load_json(tmp_path / "config.json")
 

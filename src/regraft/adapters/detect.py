@@ -29,8 +29,8 @@ from regraft.rules.direction import SIDES
 from regraft.rules.said import said
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
-from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.hub import find_cached, parse_id
+from regraft.storage.json_files import folder_with_config, load_json
 from regraft.values import replace
 
 _TASKS = {

@@ -6,7 +6,6 @@ checked against the tensors and the config that are there.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,11 +142,15 @@ def write_remembered(
 
 def digest(array: Array) -> str:
     """A digest of an array's bytes."""
+    import hashlib  # loads OpenSSL
+
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
 
 
 def digest_all(tensors: Mapping[str, Array]) -> str:
     """A digest of all tensors with their names, dtypes and shapes."""
+    import hashlib
+
     whole = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name]

@@ -18,7 +18,7 @@ from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.pipelines import PIPELINES
 from regraft.dialects.image.families import Family, TextEncoder
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 _THERE = Helper(__name__, "list_modules")
 _DENOISERS = ("transformer", "unet")

@@ -23,8 +23,8 @@ from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.planning.model import ModelConfig
 from regraft.shown import Shown
-from regraft.storage.folder import folder_with_config
 from regraft.storage.hub import how_to_find
+from regraft.storage.json_files import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
 
 

@@ -28,18 +28,18 @@ import numpy.typing as npt
 
 from regraft.checkpoints.companions import Companions, find_companions
 from regraft.checkpoints.convert import Progress, convert_checkpoint
-from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.quantization import block_step
 from regraft.checkpoints.sharding import make_head
-from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint
+from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint, open_source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport
 from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.folder import check_destination, copy_file, load_json, staged_folder
+from regraft.storage.folder import check_destination, copy_file, staged_folder
+from regraft.storage.json_files import load_json
 
 Wide = npt.NDArray[np.float32]
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import File
+from regraft.checkpoints.source import File, open_source
 from regraft.checkpoints.tiles import Mover, read_into, write_all
 from regraft.checkpoints.units import Cutter, Op, Run
-from regraft.storage.ranges import Ranges, open_ranges
+from regraft.checkpoints.workers import buffer_size
+from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
 from regraft.storage.work import Work, cannot_write
 
@@ -38,14 +39,6 @@ _OPEN = 32
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _SYNC_BYTES, _SYNC_SECONDS = 1 << 29, 5.0
 """How much work may be lost when the power fails."""
-BUFFERS = 3 << 20
-"""Bytes of buffers, of all workers together."""
-_SMALLEST = 1 << 18
-
-
-def buffer_size(jobs: int) -> int:
-    """Bytes of each of a worker's two buffers."""
-    return max(_SMALLEST, BUFFERS // 2 // jobs)
 
 
 class Engine:
@@ -358,11 +351,3 @@ def size_of(op: Op) -> int:
     for size in op[1].sizes:
         count *= size
     return count
-
-
-def open_source(file: File) -> Ranges:
-    """Open a source file, which must be what it was when its header was read.
-
-    Raises ``BadInputError``.
-    """
-    return open_ranges(file.path, file.stamp)

@@ -20,8 +20,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from regraft.arrays.transpose import copy_strided
-from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.source import File, Tensors
+from regraft.checkpoints.source import File, Tensors, open_source
 from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_into, tile_of
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips

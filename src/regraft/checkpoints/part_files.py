@@ -18,7 +18,7 @@ from regraft.checkpoints.parts import MovedPiece
 from regraft.checkpoints.pipelines import Part, Pipeline
 from regraft.checkpoints.source import CONFIG, PIPELINE
 from regraft.errors import BadInputError, Finding
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".index.json")
 

@@ -56,7 +56,7 @@ from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.mtp import WHY as MTP
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 from regraft.values import Struct, replace
 
 _UNUSED = (

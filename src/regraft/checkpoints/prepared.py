@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, field, structs
 
@@ -18,6 +18,9 @@ from regraft.checkpoints.units import UNIT
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport
 from regraft.storage.stand_ins import named
+
+if TYPE_CHECKING:
+    import hashlib
 
 
 class Prepared(Struct, frozen=True, eq=False):
@@ -42,6 +45,8 @@ class Prepared(Struct, frozen=True, eq=False):
 
     def result(self) -> str:
         """A digest of everything that decides what the result is, beside the source's bytes: the same anywhere."""
+        import hashlib  # loads OpenSSL, which a dry run has no need of
+
         beside = {key: hashlib.sha256(text).hexdigest() for key, text in self.written.items()}
         beside |= {key: path.name for key, path in self.copied.items()}
         others = sorted(path.as_posix() for path in self.source.others)
@@ -54,6 +59,8 @@ class Prepared(Struct, frozen=True, eq=False):
 
     def _digest(self) -> hashlib._Hash:
         """Of what moves where, and of the headers."""
+        import hashlib
+
         digest = hashlib.sha256()
         parts: list[Runs | Strided] = [*self.moves.runs, *self.moves.strided]
         for part in parts:

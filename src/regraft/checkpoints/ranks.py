@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import BadInputError, Finding
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 Ranges = list[tuple[int, int]]
 

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.arrays.apply import FIXES, check_read, padded
-from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.source import Source
+from regraft.checkpoints.source import Source, open_source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.plan import Entry, Plan

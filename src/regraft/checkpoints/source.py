@@ -23,11 +23,12 @@ from regraft.names.keys import Ints
 from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.folder import load_json
 from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, read_header
 from regraft.storage.hub import how_to_find
+from regraft.storage.json_files import load_json
 from regraft.storage.probe import open_regular
+from regraft.storage.ranges import Ranges, open_ranges
 from regraft.storage.stamp import Stamp
 from regraft.storage.stand_ins import remote_at
 from regraft.storage.training import KEY, left_words
@@ -73,6 +74,14 @@ class File(Struct, frozen=True):
     def size(self) -> int:
         """In bytes."""
         return self.stamp.size
+
+
+def open_source(file: File) -> Ranges:
+    """Open a source file, which must be what it was when its header was read.
+
+    Raises ``BadInputError``.
+    """
+    return open_ranges(file.path, file.stamp)
 
 
 class Tensors(Struct, frozen=True, eq=False):

@@ -19,8 +19,7 @@ from msgspec import Struct
 
 from regraft.adapters.detect import covers
 from regraft.checkpoints.aside import drop_rows
-from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.source import CONFIG, Source
+from regraft.checkpoints.source import CONFIG, Source, open_source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign, ModelConfig, TiedNames

@@ -13,13 +13,12 @@ import numpy as np
 from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.detect import detect
-from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.gather import Files
 from regraft.checkpoints.parts import find_parts, is_parted
 from regraft.checkpoints.prepare import model_of, prepare
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import Source, open_checkpoint
+from regraft.checkpoints.source import Source, open_checkpoint, open_source
 from regraft.checkpoints.stream import WINDOW, Stream
 from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return run(list(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:
         return 130
+    finally:
+        if args is None:
+            # The process ends now. Python would go through every object of every module again to free it.
+            gc.freeze()
 
 
 def _open_streams() -> None:

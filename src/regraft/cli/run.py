@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +107,8 @@ def _fail_usage(out: Output, error: click.UsageError) -> int:
 
 def _fail_bug(out: Output, error: Exception) -> int:
     if os.environ.get("REGRAFT_DEBUG", "0") not in ("", "0"):
+        import traceback
+
         out.warn("".join(traceback.format_exception(error)))
     finding = Finding(
         "internal",

@@ -27,7 +27,7 @@ from regraft.dialects.tool_files import (
     with_prefix,
 )
 from regraft.errors import BadInputError, Finding
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 from regraft.storage.safetensors import open_tensors, read_header
 
 RUN = "run_config.json"

@@ -31,7 +31,8 @@ from regraft.dialects.halves import (
     whole,
 )
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
-from regraft.storage.folder import copy_file, load_json
+from regraft.storage.folder import copy_file
+from regraft.storage.json_files import load_json
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from regraft.dialects.tool_files import (
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.names import Layout
 from regraft.names.keys import in_order
-from regraft.storage.folder import folder_with_config, load_json
+from regraft.storage.json_files import folder_with_config, load_json
 
 OWN = "automodel_peft_config.json"
 STAMP = "paramwrapper_layout"

@@ -25,7 +25,7 @@ from regraft.dialects.tool_files import (
     tool_source,
 )
 from regraft.errors import Finding, RefusedError
-from regraft.storage.folder import folder_with_config, load_json
+from regraft.storage.json_files import folder_with_config, load_json
 
 HEAD = ".unembed_tokens."
 _ATTENTION = re.compile(r"(\.layers\.\d+)\.attn\.")

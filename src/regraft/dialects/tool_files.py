@@ -33,7 +33,7 @@ from regraft.errors import (
 from regraft.layouts.names import Layout
 from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 from regraft.storage.safetensors import read_header
 from regraft.values import replace
 

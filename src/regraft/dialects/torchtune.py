@@ -26,7 +26,8 @@ from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
 from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common
 from regraft.dialects.halves import narrow, one_file, pairs, refuse_tied_head, shape_finding, whole
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
-from regraft.storage.folder import copy_file, load_json
+from regraft.storage.folder import copy_file
+from regraft.storage.json_files import load_json
 from regraft.storage.torch_file import open_torch, read_torch
 from regraft.storage.torch_write import write_torch
 

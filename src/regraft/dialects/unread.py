@@ -18,7 +18,7 @@ from typing import Any
 
 from regraft.adapters.form import Array
 from regraft.errors import Finding, RegraftError
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 NEMO_CONFIG = "automodel_peft_config.json"
 """A file that NeMo Automodel writes beside the adapter."""

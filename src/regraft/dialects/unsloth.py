@@ -38,7 +38,7 @@ from regraft.dialects.tool_files import (
 )
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
-from regraft.storage.folder import folder_with_config, load_json
+from regraft.storage.json_files import folder_with_config, load_json
 
 FLAT, RECORD, FIXED = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
 RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"

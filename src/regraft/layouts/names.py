@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 from msgspec import Struct
 
@@ -193,6 +192,8 @@ def _unknown(
 
 def _nearest(name: str, known: Sequence[str], titles: Mapping[str, DialectName]) -> str | None:
     """The name that is meant, by its spelling or by a tool that the dialect's title names."""
+    from difflib import get_close_matches  # slow to import, and asked of misspelled names only
+
     close = get_close_matches(name, known, n=1)
     if close:
         return close[0]

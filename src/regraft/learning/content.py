@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.checkpoints.engine import open_source
-from regraft.checkpoints.source import File, is_checkpoint, open_checkpoint
+from regraft.checkpoints.source import File, is_checkpoint, open_checkpoint, open_source
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.opening import find_source
 from regraft.storage.dtypes import DTYPES, match_dtype

@@ -17,16 +17,16 @@ from regraft.adapters.base_weights import spellings
 from regraft.adapters.form import Array
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import Companions, find_companions
-from regraft.checkpoints.convert import file_name, write_prepared
+from regraft.checkpoints.convert import file_name
 from regraft.checkpoints.detect import Detected, detect
-from regraft.checkpoints.engine import open_source
 from regraft.checkpoints.moves import Moves, identity
 from regraft.checkpoints.parts import find_parts, is_parted
 from regraft.checkpoints.pipelines import DIFFUSERS, PIPELINES, part_by_book
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.prepared import Prepared
+from regraft.checkpoints.result import write_prepared
 from regraft.checkpoints.sharding import Layout, OutFile, lay_out
-from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
+from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint, open_source
 from regraft.checkpoints.ties import without_ties
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.image.families import DENOISER, Family, family_named
@@ -40,7 +40,7 @@ from regraft.planning.plan import Headers
 from regraft.report import CheckpointReport
 from regraft.rules.book import Book, built_in, library
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 from regraft.storage.ranges import Ranges
 from regraft.values import replace
 

@@ -33,7 +33,6 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -1115,6 +1114,8 @@ def find_book(name: str) -> Book:
         found = next((book for book in library() if book.name == name), None)
         if found is not None:
             return found
+        from difflib import get_close_matches  # slow to import, and asked of misspelled names only
+
         near = get_close_matches(name, [book.name for book in library()], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         message = f"there is no such file, and no built-in rule book is called {name!r}"

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.storage.folder import load_json
 from regraft.storage.header import Header, read_header
-from regraft.storage.safetensors import read_tensor
+from regraft.storage.json_files import load_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,4 +82,8 @@ class Checkpoint:
             raise BadInputError(
                 Finding("index", message, where=str(self.folder / INDEX), key=name, fix=_AGAIN)
             )
+        from regraft.storage.safetensors import (
+            read_tensor,  # names are asked for more often than numbers
+        )
+
         return read_tensor(self.folder / shard, header, name)

@@ -22,8 +22,8 @@ from msgspec import Struct
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.dtypes import BITS
-from regraft.storage.folder import told_in_json
 from regraft.storage.header import read_header
+from regraft.storage.json_files import told_in_json
 from regraft.storage.positioned import Positioned
 from regraft.storage.probe import open_regular
 from regraft.storage.torch_file import (

@@ -13,9 +13,9 @@ structured dtype fails, so a packed tensor can be carried along and cannot be mi
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from msgspec import Struct
 
@@ -29,48 +29,41 @@ class DType(Struct, frozen=True):
     """The name in the file's header."""
     bits: int
     """The size of one element, in bits."""
-    numpy: np.dtype[Any]
-    """The numpy dtype of one cell; little-endian."""
     per_cell: int = 1
     """How many elements one numpy item holds: 1, and more only for types smaller than a byte."""
 
-
-def _packed(name: str, bits: int, cell_bytes: int) -> DType:
-    cell = np.dtype([(name, np.uint8, (cell_bytes,))])
-    return DType(name, bits, cell, cell_bytes * 8 // bits)
-
-
-def _plain(name: str, numpy_type: Any) -> DType:
-    dtype = np.dtype(numpy_type)
-    return DType(name, dtype.itemsize * 8, dtype)
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy dtype of one cell; little-endian."""
+        return _numpy_types()[self.name]
 
 
 # Ordered as the reference writer lays tensors out, smallest alignment first.
 DTYPES: dict[str, DType] = {
     dtype.name: dtype
     for dtype in (
-        _plain("BOOL", np.bool_),
-        _packed("F4", bits=4, cell_bytes=1),
-        _packed("F6_E2M3", bits=6, cell_bytes=3),
-        _packed("F6_E3M2", bits=6, cell_bytes=3),
-        _plain("U8", np.uint8),
-        _plain("I8", np.int8),
-        _plain("F8_E5M2", ml_dtypes.float8_e5m2),
-        _plain("F8_E4M3", ml_dtypes.float8_e4m3fn),
-        _plain("F8_E8M0", ml_dtypes.float8_e8m0fnu),
-        _plain("F8_E4M3FNUZ", ml_dtypes.float8_e4m3fnuz),
-        _plain("F8_E5M2FNUZ", ml_dtypes.float8_e5m2fnuz),
-        _plain("I16", "<i2"),
-        _plain("U16", "<u2"),
-        _plain("F16", "<f2"),
-        _plain("BF16", ml_dtypes.bfloat16),
-        _plain("I32", "<i4"),
-        _plain("U32", "<u4"),
-        _plain("F32", "<f4"),
-        _plain("C64", "<c8"),
-        _plain("F64", "<f8"),
-        _plain("I64", "<i8"),
-        _plain("U64", "<u8"),
+        DType("BOOL", 8),
+        DType("F4", 4, per_cell=2),
+        DType("F6_E2M3", 6, per_cell=4),
+        DType("F6_E3M2", 6, per_cell=4),
+        DType("U8", 8),
+        DType("I8", 8),
+        DType("F8_E5M2", 8),
+        DType("F8_E4M3", 8),
+        DType("F8_E8M0", 8),
+        DType("F8_E4M3FNUZ", 8),
+        DType("F8_E5M2FNUZ", 8),
+        DType("I16", 16),
+        DType("U16", 16),
+        DType("F16", 16),
+        DType("BF16", 16),
+        DType("I32", 32),
+        DType("U32", 32),
+        DType("F32", 32),
+        DType("C64", 64),
+        DType("F64", 64),
+        DType("I64", 64),
+        DType("U64", 64),
     )
 }
 """Every type of the format by name, in the order of its alignment."""
@@ -78,7 +71,44 @@ DTYPES: dict[str, DType] = {
 BITS: dict[str, int] = {name: dtype.bits for name, dtype in DTYPES.items()}
 """The size of one element in bits, by the type's name."""
 
-_BY_NUMPY: dict[np.dtype[Any], DType] = {dtype.numpy: dtype for dtype in DTYPES.values()}
+
+@cache
+def _numpy_types() -> dict[str, np.dtype[Any]]:
+    """The numpy dtype of each type; made when numbers are asked for, since headers need no ml_dtypes."""
+    import ml_dtypes
+
+    def cell(name: str, size: int) -> np.dtype[Any]:
+        return np.dtype([(name, np.uint8, (size,))])
+
+    return {
+        "BOOL": np.dtype(np.bool_),
+        "F4": cell("F4", 1),
+        "F6_E2M3": cell("F6_E2M3", 3),
+        "F6_E3M2": cell("F6_E3M2", 3),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "I16": np.dtype("<i2"),
+        "U16": np.dtype("<u2"),
+        "F16": np.dtype("<f2"),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "I32": np.dtype("<i4"),
+        "U32": np.dtype("<u4"),
+        "F32": np.dtype("<f4"),
+        "C64": np.dtype("<c8"),
+        "F64": np.dtype("<f8"),
+        "I64": np.dtype("<i8"),
+        "U64": np.dtype("<u8"),
+    }
+
+
+@cache
+def _by_numpy() -> dict[np.dtype[Any], DType]:
+    return {dtype: DTYPES[name] for name, dtype in _numpy_types().items()}
 
 
 def describe_unknown_dtype(name: object, where: str, key: str) -> Finding:
@@ -115,7 +145,7 @@ def match_dtype(dtype: np.dtype[Any], *, where: str, key: str) -> DType:
         BadInputError: the format has no type for it.
     """
     # Only '>' is swapped, since newbyteorder on an ml_dtypes type is not a promise of that package.
-    found = _BY_NUMPY.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)
+    found = _by_numpy().get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)
     if found is None:
         raise BadInputError(describe_unknown_dtype(dtype, where, key))
     return found

@@ -8,7 +8,6 @@ their writers call files: DeepSpeed, torch's DCP, verl, Megatron, NeMo, flax, or
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -18,6 +17,7 @@ from msgspec import Struct
 
 from regraft.errors import Finding
 
+_ZIP = b"PK\x03\x04"
 _MOST = 2000
 """How many names of a folder are looked at."""
 
@@ -155,10 +155,10 @@ def is_torch(path: Path) -> bool:
     """Whether a file is one that ``torch.save`` wrote, as far as its first bytes and its directory tell."""
     if _by_name(path.name) is not None or _OPTIMIZERS.fullmatch(path.name):
         return False
-    with suppress(OSError, zipfile.BadZipFile):
+    with suppress(OSError):
         with path.open("rb") as file:
             start = file.read(4)
-        if start != b"PK\x03\x04":
+        if start != _ZIP:
             return start[:1] == b"\x80"
         names = _zipped(path)
         return any(n.endswith("/data.pkl") for n in names) and not _is_program(names)
@@ -176,13 +176,12 @@ def _of_file(path: Path, name: str) -> Form | None:
     found = form_of_start(start)
     if found is not None:
         return found
-    if start.startswith(b"PK\x03\x04"):
-        with suppress(zipfile.BadZipFile):
-            names = _zipped(path)
-            if names and all(n.endswith(".npy") for n in names):
-                return NPZ
-            if _is_program(names):
-                return TORCHSCRIPT
+    if start.startswith(_ZIP):
+        names = _zipped(path)
+        if names and all(n.endswith(".npy") for n in names):
+            return NPZ
+        if _is_program(names):
+            return TORCHSCRIPT
     if path.suffix == ".onnx":
         return ONNX
     if path.suffix == ".msgpack":
@@ -214,8 +213,14 @@ def _by_name(name: str) -> Form | None:
 
 
 def _zipped(path: Path) -> list[str]:
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()[:_MOST]
+    """The names in an archive; none where its directory is broken."""
+    import zipfile  # slow to import, and few files are archives
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[:_MOST]
+    except zipfile.BadZipFile:
+        return []
 
 
 def _is_program(names: list[str]) -> bool:

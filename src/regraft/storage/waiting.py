@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,8 @@ class Waiting:
 
     def _add_segment(self, least: int) -> None:
         if self._file is None:
+            import tempfile  # slow to import, and few files are written
+
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - it lives as long as this
         self._start += self._size
         self._size = -(-max(_SEGMENT, least) // mmap.ALLOCATIONGRANULARITY)

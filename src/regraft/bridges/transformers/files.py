@@ -6,18 +6,19 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct, field
 
-from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.bridges.transformers.symbolic import put
 from regraft.checkpoints.config import V5, convert_config
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.planning.model import ModelConfig, TiedNames, Told
 
 if TYPE_CHECKING:
+    from regraft.bridges.helper import Helper
     from regraft.bridges.transformers.choosing import Guessed
     from regraft.bridges.transformers.imported import Imported
     from regraft.bridges.transformers.tying import Ties
@@ -80,8 +81,10 @@ def _ask(question: _Question) -> Any:
         return None
     if "transformers" in sys.modules:
         return answer(question)
+    from regraft.bridges.helper import HelperEndedError
+
     try:
-        return _THERE.ask(question)
+        return _there().ask(question)
     except HelperEndedError as error:
         message = f"the process that asks transformers failed: {error}"
         raise _unusable(question.model, message) from error
@@ -276,4 +279,12 @@ def answer(question: _Question) -> Told | list[TiedNames] | bool | None:
     return _HERE.tied(question) if question.about == "ties" else _HERE.answer(question)
 
 
-_HERE, _THERE = _InProcess(), Helper(__name__, "answer")
+@cache
+def _there() -> Helper:
+    """The process that is asked; few conversions need one."""
+    from regraft.bridges.helper import Helper
+
+    return Helper(__name__, "answer")
+
+
+_HERE = _InProcess()

@@ -13,7 +13,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.learning.probe import MOST
 from regraft.learning.relate import Names, isolated
 from regraft.learning.shrink import shrink
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline

@@ -19,7 +19,7 @@ import numpy as np
 from regraft.adapters.families.base import Wide
 from regraft.adapters.form import Array
 from regraft.storage.expressions import expression
-from regraft.storage.folder import told_in_json
+from regraft.storage.json_files import told_in_json
 
 Tensors = Mapping[str, Array]
 """A module's tensors by role (`regraft.dialects.image.leaves`)."""

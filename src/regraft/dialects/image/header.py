@@ -11,7 +11,7 @@ from typing import Any
 
 from regraft.dialects.peft.config_check import check_fields
 from regraft.errors import BadInputError, Finding
-from regraft.storage.folder import parse_json
+from regraft.storage.json_files import parse_json
 from regraft.values import replace
 
 ADAPTER_METADATA = "lora_adapter_metadata"

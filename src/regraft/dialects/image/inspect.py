@@ -39,7 +39,7 @@ from regraft.errors import RegraftError
 from regraft.names.keys import group_names
 from regraft.shown import Shown
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.folder import told_in_json
+from regraft.storage.json_files import told_in_json
 from regraft.storage.safetensors import Header, TensorInfo, read_header
 from regraft.values import replace
 

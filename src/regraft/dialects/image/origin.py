@@ -13,7 +13,7 @@ from regraft.adapters.provenance import digest_all
 from regraft.adapters.scale import Number, Scale
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.errors import RefusedError
-from regraft.storage.folder import told_in_json
+from regraft.storage.json_files import told_in_json
 from regraft.values import replace
 
 KEY = "regraft.origin"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import BadInputError
-from regraft.storage.folder import load_json
 from regraft.storage.header import Header, first_names, read_header
+from regraft.storage.json_files import load_json
 
 if TYPE_CHECKING:
     from regraft.dialects.image.grouping import Grouped, ModuleTensors

@@ -19,7 +19,7 @@ from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, Files,
 from regraft.dialects.served import Demands, demands_table, language_config
 from regraft.dialects.sglang import AS_TARGETS
 from regraft.errors import BadInputError
-from regraft.storage.folder import load_json
+from regraft.storage.json_files import load_json
 
 _JOINED = {
     "q_proj": "qkv_proj",

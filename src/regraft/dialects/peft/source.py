@@ -47,9 +47,9 @@ from regraft.planning.side import Side
 from regraft.rules.book import Shared
 from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
-from regraft.storage.folder import folder_with_config, load_json
 from regraft.storage.formats import find_form
 from regraft.storage.hub import how_to_find
+from regraft.storage.json_files import folder_with_config, load_json
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
 from regraft.values import replace
