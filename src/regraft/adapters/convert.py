@@ -375,9 +375,10 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
     Raises ``BadInputError``.
     """
     try:
-        read(opened, identity, BaseWeights.of(identity.known, identity.layout))
+        reading = read(opened, identity, BaseWeights.of(identity.known, identity.layout))
     except AmbiguousError:
         return
+    opened.check_complete(reading.adapter.headers.groups, identity.side())
 
 
 # -- plan
@@ -417,7 +418,7 @@ def plan_step(
             unmatched_fix=known.unmatched_fix,
         )
         if first:
-            opened.check_complete(plan)
+            opened.check_complete(adapter.headers.groups, identity.side())
     except BadInputError:
         modules = adapter.modules
         if modules is None or not modules.unknown:
@@ -607,6 +608,8 @@ class _Conversion:
         reading = read(self.opened, self.identity, base)
         self.packing = reading.packing or self.packing
         self.report.evidence += reading.evidence
+        if not self.steps:
+            self.opened.check_complete(reading.adapter.headers.groups, self.identity.side())
         return reading.adapter
 
     def remember(

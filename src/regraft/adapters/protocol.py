@@ -224,8 +224,8 @@ class Opened(Protocol):
         """Sizes that only absent tensors would tell, where the config makes them sure."""
         ...
 
-    def check_complete(self, plan: Plan) -> None:
-        """Raise ``BadInputError`` where the config promises what the file does not have."""
+    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
+        """Raise ``BadInputError`` where the config promises what is not among the adapted tensors of the base."""
         ...
 
     def shown(self, item: Saved) -> tuple[str, str]:

@@ -307,7 +307,7 @@ class PlainFile(Struct):
         """No size is sure that the file does not show."""
         return lambda rule, axis, seen: None
 
-    def check_complete(self, plan: Plan) -> None:
+    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
         """Nothing is promised."""
 
     def shown(self, item: Saved) -> tuple[str, str]:

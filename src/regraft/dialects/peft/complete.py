@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
+from regraft.names.keys import Group
 from regraft.planning.build import Guess
-from regraft.planning.plan import Plan
+from regraft.planning.gaps import gaps_in
+from regraft.planning.side import Side
 from regraft.rules.book import Rule
 
 
@@ -38,8 +38,13 @@ def guess_count(config: Mapping[str, Any]) -> Guess:
     return guess
 
 
-def check_complete(plan: Plan, config: Mapping[str, Any], where: str) -> None:
+def check_complete(
+    groups: Iterable[Group], side: Side, config: Mapping[str, Any], where: str
+) -> None:
     """Where a listed name adapts every expert, an expert that is not in the file was lost.
+
+    That is the file's fault, whatever is made of it; experts that no listed name speaks of are not adapted, and
+    are zeros where a layout stacks them.
 
     Raises ``BadInputError``.
     """
@@ -47,28 +52,22 @@ def check_complete(plan: Plan, config: Mapping[str, Any], where: str) -> None:
     if entries is None:
         return
     findings = []
-    for entry in plan.entries:
-        for term, ids in zip(entry.read, entry.sources, strict=True):
-            absent = np.flatnonzero(ids.reshape(-1) < 0)
-            if not len(absent) or len(absent) == ids.size:
-                continue
-            keys = entry.keys(term)
-            modules = [keys.name(row).removesuffix(".weight") for row in absent.tolist()]
-            lost = [module for module in modules if targets_module(entries, module)]
-            if lost:
-                more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-                findings.append(
-                    Finding(
-                        "missing",
-                        "target_modules names it and the base model has it, but the file has no "
-                        f"factors for it{more}",
-                        where=where,
-                        key=PREFIX + lost[0],
-                        rule=str(entry.rule),
-                        fix="check that --model is the base it was trained on, otherwise save it again; if "
-                        "it was left out on purpose, name the modules that are there one by one in "
-                        "target_modules",
-                    )
+    for gap in gaps_in(groups, side, guess_count(config)):
+        modules = [name.removesuffix(".weight") for name in gap.names()]
+        lost = [module for module in modules if targets_module(entries, module)]
+        if lost:
+            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            findings.append(
+                Finding(
+                    "missing",
+                    "target_modules names it and the base model has it, but the file has no "
+                    f"factors for it{more}",
+                    where=where,
+                    key=PREFIX + lost[0],
+                    fix="check that --model is the base it was trained on, otherwise save it again; if "
+                    "it was left out on purpose, name the modules that are there one by one in "
+                    "target_modules",
                 )
+            )
     if findings:
         raise BadInputError(findings)

@@ -39,10 +39,9 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts.names import Layout, layout_of_packing
-from regraft.names.keys import one_of_each
+from regraft.names.keys import Group, one_of_each
 from regraft.planning.families import Guess
 from regraft.planning.model import ModelConfig
-from regraft.planning.plan import Plan
 from regraft.planning.side import Side
 from regraft.rules.book import Shared
 from regraft.storage.beside import check_files
@@ -320,9 +319,9 @@ class Source:
         """Sizes that only absent tensors would tell, where ``target_modules`` makes them sure."""
         return guess_count(self.config)
 
-    def check_complete(self, plan: Plan) -> None:
+    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
         """Raise ``BadInputError`` where ``target_modules`` promises what the file does not have."""
-        check_complete(plan, self.config, self.where)
+        check_complete(adapted, side, self.config, self.where)
 
     def shown(self, item: Saved) -> tuple[str, str]:
         """The names of a saved tensor before and after, for reports."""

@@ -1,0 +1,101 @@
+"""Stacks that are not whole: some experts are there and others are not, by the rule books for a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from msgspec import Struct
+
+from regraft.equation.lower import stacked_holes
+from regraft.equation.notation import axes_of
+from regraft.equation.sizes import evaluate
+from regraft.names.keys import Group, Ints
+from regraft.planning.families import Guess
+from regraft.planning.model import Scope
+from regraft.planning.plan import keys_of
+from regraft.planning.side import Side
+from regraft.rules.book import Rule
+from regraft.rules.templates import match_group
+from regraft.rules.terms import RuleTerm
+
+
+def gaps_in(groups: Iterable[Group], side: Side, guess: Guess) -> Iterator[Group]:
+    """The keys that are not there of stacks that are there in part, by kind; their ``ids`` mean nothing.
+
+    Whatever the keys are converted to, and if to nothing at all: a list of experts has a gap or it has none.
+    ``guess`` is asked how many there are where the base's config does not say it.
+
+    Example: of ``layers.0.experts.{0,2}.w1`` and ``layers.1.experts.{0..2}.w1`` the gap is ``layers.0.experts.1.w1``.
+    """
+    stacks = [each for group in groups for each in _stacks(group, side)]
+    seen: dict[tuple[Rule, str], int] = {}
+    for each in stacks:
+        for axis, most in zip(each.axes, each.stacked.max(axis=0).tolist(), strict=True):
+            at = each.term.rule, axis
+            seen[at] = max(seen.get(at, 0), most + 1)
+    for each in stacks:
+        rule = each.term.rule
+        sizes = [
+            _told_size(rule, axis, each.scope) or guess(rule, axis, seen[rule, axis])
+            for axis in each.axes
+        ]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            yield from _gaps(each, known)
+
+
+class _Stacks(Struct, frozen=True, eq=False):
+    """The keys of one template that a rule stacks."""
+
+    term: RuleTerm
+    scope: Scope
+    rests: tuple[str, ...]
+    axes: tuple[str, ...]
+    """What counts the tensors of a stack."""
+    loops: Ints
+    """(keys, numbers in ``{*p}`` and loops): those of one stack have one row in common."""
+    stacked: Ints
+    """(keys, axes)."""
+
+
+def _stacks(group: Group, side: Side) -> Iterator[_Stacks]:
+    """The keys of a group as stacks, where a rule makes such of them."""
+    term = side.find(group)
+    if term is None:
+        return
+    axes = [tuple(axes_of(hole)) for hole in stacked_holes(term.rule.equation, term.term)]
+    scope = side.scope_of(next(e.book for e in side.edges if term.rule in e.book.rules).name)
+    match = match_group(term.key, group) if axes and scope.admits(group.template) else None
+    if match is None or any(len(names) != 1 for names in axes):
+        return
+    found, fits = term.reading.read(match.holes, {})
+    if fits.all():
+        loops = np.concatenate([match.rest_numbers, found.loops], axis=1)
+        counted = tuple(name for (name,) in axes)
+        yield _Stacks(term, scope, match.rests, counted, loops, found.stacked)
+
+
+def _gaps(stacks: _Stacks, sizes: list[int]) -> Iterator[Group]:
+    """The gap in stacks that are all of one size."""
+    inside = (stacks.stacked < np.array(sizes)).all(axis=1)
+    rows, which = np.unique(stacks.loops[inside], axis=0, return_inverse=True)
+    there = np.zeros((len(rows), *sizes), dtype=bool)
+    there[(which.reshape(-1), *stacks.stacked[inside].T)] = True
+    if not there.all():
+        term = stacks.term
+        every = keys_of(term.term, term.rule, stacks.rests, rows, sizes, {})
+        yield every.take(~there.reshape(-1))
+
+
+def _told_size(rule: Rule, axis: str, scope: Scope) -> int | None:
+    """How many tensors a stack has by the base's config; ``None`` where it does not say it."""
+    told = (
+        evaluate(clause, scope.look_up)
+        for clause in rule.equation.where
+        if clause.axis == axis and not clause.axes
+    )
+    return next((size for size in told if size is not None), None)
+
+
+__all__ = ["gaps_in"]
