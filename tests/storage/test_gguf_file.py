@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import regraft
 from regraft.dialects.gguf import _read
 from regraft.storage.gguf_file import read_gguf_head
+from regraft.values import replace
 
 gguf = pytest.importorskip("gguf")
 
@@ -123,3 +124,22 @@ def test_all_unsound_tensors_are_named_together(sound, tmp_path):
         regraft.inspect(str(path))
     assert [f.key for f in told.value.findings] == list(two)
     assert {f.code for f in told.value.findings} == {"bad-gguf"}
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    """Small files would become large ones in memory."""
+    head = read_gguf_head(write(tmp_path / "a.gguf", tensors={"w": (np.ones((8, 64), "f4"), None)}))
+    (tensor,) = head.tensors.values()
+    shared = replace(head, tensors={str(i): tensor for i in range(3)})
+    with pytest.raises(regraft.BadInputError, match="shares its bytes"):
+        _read(tmp_path / "a.gguf", shared)
+
+
+def test_what_is_quantised_is_read_in_parts(tmp_path, monkeypatch):
+    a = np.random.default_rng(1).standard_normal((6, 512)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    data = gguf.quants.quantize(a, kind)
+    path = write(tmp_path / "a.gguf", tensors={"w": (data, kind)})
+    monkeypatch.setattr("regraft.dialects.gguf._BLOCKS", 7)
+    read, _ = _read(path, read_gguf_head(path))
+    np.testing.assert_array_equal(read["w"], gguf.quants.dequantize(data, kind))

@@ -10,6 +10,7 @@ written by the package gguf, which also dequantises.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -92,16 +93,20 @@ def _read(path: Path, head: GgufHead) -> tuple[dict[str, Array], dict[str, str]]
     gguf = _package()
     tensors, quantised, findings = {}, {}, []
     with path.open("rb") as file:
+        free = file.seek(0, os.SEEK_END)  # no two tensors have the same bytes
         for name, each in head.tensors.items():
             try:
                 kind = gguf.GGMLQuantizationType(each.kind)
                 block, size = gguf.GGML_QUANT_SIZES[kind]
                 data = read_gguf_tensor(file, each, block, size)
+                free -= len(data)
+                if free < 0:
+                    raise ValueError("it shares its bytes with another tensor")
                 if kind.name in _PLAIN:
                     plain = np.dtype(_PLAIN[kind.name]).newbyteorder(head.order)
                     made = np.frombuffer(data, plain).astype(plain.newbyteorder("="))
                 else:
-                    made = gguf.quants.dequantize(np.frombuffer(data, np.uint8), kind)
+                    made = _dequantised(gguf.quants.dequantize, data, kind, block, size)
                     quantised[name] = kind.name
                 tensors[name] = made.reshape(each.shape)
             except (ValueError, KeyError, NotImplementedError) as error:
@@ -109,6 +114,20 @@ def _read(path: Path, head: GgufHead) -> tuple[dict[str, Array], dict[str, str]]
     if findings:
         raise BadInputError(findings)
     return tensors, quantised
+
+
+_BLOCKS = 1 << 12
+"""How many blocks are dequantised at a time: what is made on the way is several times as large as the result."""
+
+
+def _dequantised(dequantize: Any, data: bytes, kind: Any, block: int, size: int) -> Array:
+    """The numbers of a quantised tensor, of which ``size`` bytes stand for ``block`` numbers."""
+    made = np.empty(len(data) // size * block, np.float32)
+    raw = np.frombuffer(data, np.uint8)
+    for first in range(0, len(data) // size, _BLOCKS):
+        part = dequantize(raw[first * size : (first + _BLOCKS) * size], kind).reshape(-1)
+        made[first * block : first * block + part.size] = part
+    return made
 
 
 def _bad(path: Path, why: str, key: str | None = None) -> Finding:
