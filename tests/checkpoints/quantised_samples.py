@@ -116,6 +116,16 @@ def bnb8(out, into):
     }
 
 
+def exl2(out, into):
+    return {
+        "q_weight": bits(into // 8, out, dtype=np.int32),
+        "q_invperm": np.arange(into, dtype=np.int32),
+        "q_scale": bits(1, out // 8, dtype=np.int32),
+        "q_scale_max": np.ones(1, np.float16),
+        "q_groups": np.array([4, 0], np.int16),
+    }
+
+
 def torchao(out, into):
     return {
         "_weight_qdata": bits(out, into, dtype=np.int8),
@@ -207,6 +217,7 @@ SAMPLES = {
     "bitsandbytes, 4-bit": (bnb4, method("bitsandbytes", load_in_4bit=True)),
     "bitsandbytes, 8-bit": (bnb8, method("bitsandbytes", load_in_8bit=True)),
     "torchao": (torchao, method("torchao")),
+    "EXL2": (exl2, method("exl2")),
     "HQQ": (hqq, method("hqq")),
     "EETQ": (eetq, method("eetq")),
     "quanto": (quanto, method("quanto")),

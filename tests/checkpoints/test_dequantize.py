@@ -279,6 +279,24 @@ def test_scales_that_do_not_fit_are_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_without_its_scale_is_an_error(tmp_path):
+    tensors = quantised(fp8, attention=True)
+    del tensors[Q + "weight_scale_inv"]
+    src = write_folder(tmp_path / "src", tensors, method("fp8", weight_block_size=[16, 16]))
+    with pytest.raises(regraft.BadInputError, match="no scale for it") as caught:
+        regraft.convert(src, tmp_path / "out", to=V5, dequantize=True)
+    assert [finding.key for finding in caught.value.findings] == [Q + "weight"]
+
+
+def test_an_error_on_the_way_names_the_source(tmp_path):
+    tensors = quantised(fp8)
+    del tensors[EXPERT + "weight"], tensors[EXPERT + "weight_scale_inv"]
+    src = write_folder(tmp_path / "src", tensors, method("fp8", weight_block_size=[16, 16]))
+    with pytest.raises(regraft.BadInputError, match="are missing") as caught:
+        regraft.convert(src, tmp_path / "out", to=V5, dequantize=True)
+    assert {finding.where for finding in caught.value.findings} == {str(src)}
+
+
 def test_the_command_says_that_numbers_change(tmp_path, capsys):
     src = write_folder(tmp_path / "src", quantised(fp8), method("fp8"))
     arguments = ["convert", str(src), str(tmp_path / "out"), "--to", V5, "--dequantize"]

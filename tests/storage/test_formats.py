@@ -5,6 +5,7 @@ import json
 import lzma
 import struct
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from checkpoints.models import MIXTRAL, mixtral
 import regraft
 from regraft.cli import main
 from regraft.errors import BadInputError
-from regraft.storage.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 V5 = "transformers-v5"
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64)
@@ -33,6 +34,10 @@ def archive(*names):
     return write
 
 
+def mistral(path):
+    write_tensors(path, {"layers.0.attention.wq.weight": np.ones((4, 8), np.float32)}, {})
+
+
 FILES = {
     "model.gguf": (GGUF, "GGUF"),
     "renamed.safetensors": (GGUF, "GGUF"),
@@ -49,6 +54,11 @@ FILES = {
     "mp_rank_00_model_states.pt": (b"PK", "DeepSpeed"),
     "optimizer.pt": (b"PK", "optimizer"),
     "consolidated.00.pth": (b"PK", "Meta publishes"),
+    "consolidated.safetensors": (mistral, "Mistral publishes"),
+    "ggml-model.bin": (b"tjgg" + bytes(64), "before GGUF"),
+    "small.tflite": (b"\x1c\0\0\0TFL3" + bytes(64), "TensorFlow Lite"),
+    "model.keras": (archive("config.json", "model.weights.h5"), "Keras"),
+    "model_state.pdparams": (b"\x80\x04", "PaddlePaddle"),
 }
 FOLDERS = {
     "zero": (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed"),
@@ -58,6 +68,9 @@ FOLDERS = {
         "Megatron",
     ),
     "llama": (["consolidated.00.pth", "params.json"], "Meta publishes"),
+    "tensorflow": (["bert_model.ckpt.index", "bert_model.ckpt.meta"], "checkpoint of TensorFlow"),
+    "saved": (["saved_model.pb", "variables/variables.index"], "SavedModel"),
+    "openvino": (["openvino_model.xml", "openvino_model.bin"], "OpenVINO"),
     "orbax": (["manifest.ocdbt", "d/x"], "orbax"),
 }
 
@@ -113,6 +126,39 @@ def test_torch_files_are_read_whatever_their_name(name, under, tmp_path):
     regraft.convert(tmp_path / name, tmp_path / "out", to=V5)
     made = open_tensors(tmp_path / "out" / "model.safetensors")
     assert "model.layers.1.mlp.experts.down_proj" in made
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "epoch=3.ckpt", "mine.pt", "weights.pth", "a.bin"])
+def test_a_folder_with_one_file_of_torchs(name, tmp_path, capsys):
+    state = {key: torch.from_numpy(value) for key, value in mixtral().items()}
+    (tmp_path / "src").mkdir()
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "src" / name)
+    torch.save({"state": {}}, tmp_path / "src" / "optimizer.pt")
+    (tmp_path / "src" / "config.json").write_text(json.dumps(MIXTRAL))
+    report = regraft.convert(tmp_path / "src", tmp_path / "out", to=V5)
+    assert len(open_tensors(tmp_path / "out" / "model.safetensors")) == 19
+    assert any(name in note for note in report.notes)
+    assert main(["inspect", str(tmp_path / "src")]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_of_several_files_of_torchs_none_is_chosen(tmp_path):
+    for name in ("last.ckpt", "epoch=3.ckpt"):
+        write(tmp_path / "src" / name, partial(torch.save, {"a": torch.ones(2)}))
+    (tmp_path / "src" / "config.json").write_text(json.dumps(MIXTRAL))
+    with pytest.raises(BadInputError, match=r"epoch=3\.ckpt, last\.ckpt"):
+        regraft.convert(tmp_path / "src", tmp_path / "out", to=V5)
+
+
+def test_a_folder_of_torchs_files_without_a_config(tmp_path):
+    state = {key: torch.from_numpy(value) for key, value in mixtral().items()}
+    (tmp_path / "src").mkdir()
+    torch.save(state, tmp_path / "src" / "mine.pt")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    out = tmp_path / "out"
+    arguments = ["convert", str(tmp_path / "src"), str(out), "--to", V5, "--model", str(tmp_path)]
+    assert main(arguments) == 0
+    assert len(open_tensors(out / "mine.safetensors")) == 19
 
 
 torch = pytest.importorskip("torch")

@@ -236,6 +236,9 @@ class _Found:
                 return shape[1], shape[0] * shape[1] // zeros[1]
             bits = bits_of(self.config)
             return (shape[1], shape[0] * 32 // bits) if bits else shape[::-1]
+        order = self._shape(f"{module}.q_invperm")
+        if leaf == "q_weight" and len(shape) == 2 and len(order) == 1:
+            return shape[1], order[0]
         if leaf in ("weight_packed", "W_q"):
             told = self.rows.get(
                 f"{module}.{'weight_shape' if leaf == 'weight_packed' else 'shape'}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
-_TORCH = (".bin", ".pt", ".pth")
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _SLACK = 2 << 20
 _STREAMS = 8
 """Workers where the source or the result is in a store: more than cores, since they wait for the network."""

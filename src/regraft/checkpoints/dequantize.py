@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from regraft.checkpoints.quantization import block_step
 from regraft.checkpoints.sharding import make_head
 from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint, open_source
 from regraft.checkpoints.tiles import read_into
-from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport
 from regraft.storage.beside import narrow
@@ -105,16 +105,19 @@ def dequantize_checkpoint(
     with staged_folder(dst, overwrite=overwrite) as staged:
         plain, made = staged / "plain", staged / "made"
         _write(opened, companions, recipes, plain)
-        report = convert_checkpoint(
-            plain,
-            made,
-            to=to,
-            model=model,
-            source=source,
-            foreign=foreign,
-            progress=progress,
-            **options,
-        )
+        try:
+            report = convert_checkpoint(
+                plain,
+                made,
+                to=to,
+                model=model,
+                source=source,
+                foreign=foreign,
+                progress=progress,
+                **options,
+            )
+        except RegraftError as error:
+            raise _told_of(error, plain, src) from error
         shutil.rmtree(plain)
         for path in list(made.iterdir()):
             shutil.move(str(path), str(staged / path.name))
@@ -129,6 +132,20 @@ def dequantize_checkpoint(
         "source's numbers and scales, and the scales are not kept, so there is no way back",
     )
     return report
+
+
+def _told_of(error: RegraftError, plain: Path, src: Path) -> RegraftError:
+    """An error about the dequantised weights on the way, as one about their source."""
+
+    def named(text: str | None) -> str | None:
+        return text and text.replace(str(plain), str(src))
+
+    return type(error)(
+        replace(
+            each, where=named(each.where), message=named(each.message) or "", fix=named(each.fix)
+        )
+        for each in error.findings
+    )
 
 
 def find_recipes(source: Source, companions: Companions) -> dict[int, Recipe]:
@@ -160,7 +177,27 @@ def find_recipes(source: Source, companions: Companions) -> dict[int, Recipe]:
         )
     if findings:
         raise RefusedError(findings)
+    _check_scaled(source, companions, recipes)
     return recipes
+
+
+def _check_scaled(source: Source, companions: Companions, recipes: Mapping[int, Recipe]) -> None:
+    """Raises ``BadInputError`` for narrow floats without a scale: as they are they would stand for other numbers."""
+    taken = set(companions.rows())
+    tensors = source.tensors
+    findings = [
+        Finding(
+            "missing",
+            f"it is {tensors.dtypes[row]}, like the weights that have scales, and there is no scale for it",
+            where=source.where,
+            key=name,
+            fix="give the whole checkpoint",
+        )
+        for row, name in enumerate(tensors.names)
+        if tensors.dtypes[row] in _FP8 and row not in taken and row not in recipes
+    ]
+    if findings:
+        raise BadInputError(findings)
 
 
 def _recipe(

@@ -58,6 +58,7 @@ PACKED = {
     "_weight_qdata": "torchao",
     "weight._data": "quanto",
     "codes": "aqlm",
+    "q_weight": "exl2",
 }
 """A tensor that stands for a module's ``weight``, which is not there, and the method that writes it. All other
 tensors of the module but its bias belong to it, too."""
@@ -79,6 +80,7 @@ _TITLES = {
     "hqq": "HQQ",
     "eetq": "EETQ",
     "aqlm": "AQLM",
+    "exl2": "EXL2",
     "nvfp4": "NVFP4",
     "fbgemm_fp8": "FBGEMM FP8",
 }
@@ -249,6 +251,7 @@ def _marks(suffixes: Collection[str], *, packed_like_awq: bool) -> Iterator[tupl
         ("torchao", "@_weight_qdata"),
         ("quanto", "._data"),
         ("aqlm", "@codes"),
+        ("exl2", "@q_weight"),
         ("nvfp4", "_scale_2"),
         ("fp8", "_scale_inv"),
         ("eetq", "_scales"),

@@ -337,10 +337,12 @@ def _list_shards(root: Path, index: _Index | None, notes: list[str]) -> list[str
             return [name]
     names = sorted(path.name for path in root.glob("*.safetensors"))
     if len(names) == 1 and _SHARD.fullmatch(names[0]) is None:
+        other = find_form(root / names[0])
+        if other is not None:
+            raise BadInputError(other)
         return names
     if not names:
-        message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
-        raise BadInputError(find_form(root) or Finding("no-weights", message, where=str(root)))
+        return [_only_of_torch(root, notes)]
     sets: dict[tuple[str, int], list[str]] = {}
     for name in names:
         part = _SHARD.fullmatch(name)
@@ -365,6 +367,27 @@ def _list_shards(root: Path, index: _Index | None, notes: list[str]) -> list[str
     message = f"there are {len(names)} weight files and no {INDEX} that says which belong together"
     fix = "download the index, or keep the files of one model"
     raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
+
+
+def _only_of_torch(root: Path, notes: list[str]) -> str:
+    """The one file of torch's in a folder whose weights have no loader's name (``last.ckpt``).
+
+    Raises ``BadInputError`` where there is none, and where there are several.
+    """
+    names = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", *_TORCH_ONLY))
+    names = [name for name in names if (root / name).is_file() and is_torch(root / name)]
+    if not names:
+        message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
+        fix = f"give the folder with {SINGLE} or its shards, or the weights file itself"
+        finding = Finding("no-weights", message, where=str(root), fix=fix)
+        raise BadInputError(find_form(root) or finding)
+    if len(names) > 1:
+        shown = ", ".join(names[:_SHOWN])
+        message = f"{len(names)} files here may have weights, and none has a loader's name: {shown}"
+        fix = f"give the one that is meant: {root / names[0]}"
+        raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
+    notes.append(f"{names[0]} has the weights: nothing here has a name that loaders look for")
+    return names[0]
 
 
 def _shard_number(name: str) -> str:

@@ -205,7 +205,7 @@ def _place_of(item: Item, dst: Path, to: str) -> Path:
 
     place = dst / item.name
     if is_checkpoint(item.path):
-        return place
+        return place.with_suffix(".safetensors") if item.path.is_file() else place
     can = dialects()[layout_named(to).dialect or DEFAULT].capabilities
     if can.suffixes and (item.path.is_file() or not can.folder):
         return (

@@ -40,6 +40,7 @@ GGUF = Form(
     "give the checkpoint that it was made of; transformers makes one of most: "
     "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(DIR), with rounded numbers",
 )
+GGML = Form("a file of llama.cpp's before GGUF (GGML)", "give the checkpoint that it was made of")
 HDF5 = Form(
     "an HDF5 file (weights of TensorFlow or Keras)",
     "load it with from_tf=True in transformers 4 and save it with save_pretrained",
@@ -86,6 +87,28 @@ META = Form(
     "convert it with transformers: python -m transformers.models.llama.convert_llama_weights_to_hf "
     "--input_dir FOLDER --output_dir OUT, or download the repository's -hf form",
 )
+MISTRAL = Form(
+    "the form in which Mistral publishes its models (consolidated.safetensors with params.json)",
+    "take the same repository's model.safetensors or its shards: they are the form of Hugging Face",
+)
+TENSORFLOW = Form(
+    "a checkpoint of TensorFlow's",
+    "give the model's PyTorch weights; transformers 4 loads most with from_tf=True, and save_pretrained writes them",
+)
+SAVED_MODEL = Form(
+    "a SavedModel of TensorFlow's: a graph with weights in it",
+    "give the checkpoint that it was exported from",
+)
+KERAS = Form("a model of Keras", "give the model's PyTorch weights: keras-hub exports some of them")
+TFLITE = Form(
+    "a model of TensorFlow Lite: a graph with weights in it",
+    "give the checkpoint that it was exported from",
+)
+OPENVINO = Form(
+    "a model of OpenVINO: a graph with weights in it",
+    "give the checkpoint that it was exported from",
+)
+PADDLE = Form("weights of PaddlePaddle", "give the model's PyTorch weights")
 ORBAX = Form("a checkpoint of orbax (JAX)", "export it with the library that wrote it")
 JSON = Form("a JSON file beside the weights", "give the folder that it is in")
 OPTIMIZER = Form(
@@ -95,9 +118,9 @@ OPTIMIZER = Form(
 
 _STARTS: tuple[tuple[bytes, Form], ...] = (
     (b"GGUF", GGUF),
-    (b"GGML", GGUF),
-    (b"ggjt", GGUF),
-    (b"lmgg", GGUF),
+    (b"lmgg", GGML),
+    (b"fmgg", GGML),
+    (b"tjgg", GGML),
     (b"\x89HDF\r\n\x1a\n", HDF5),
     (b"\x93NUMPY", NUMPY),
     (b"\x1f\x8b\x08", COMPRESSED),
@@ -118,9 +141,14 @@ _NAMES: tuple[tuple[str, Form], ...] = (
         MEGATRON,
     ),
     (r"(.*/)?consolidated\.\d+\.pth", META),
+    (r"(.*/)?saved_model\.pb", SAVED_MODEL),
+    (r"(.*/)?openvino_model\.(xml|bin)", OPENVINO),
+    (r"(.*/)?.+\.ckpt(-\d+)?\.(index|meta|data-\d+-of-\d+)", TENSORFLOW),
     (r"(.*/)?(manifest\.ocdbt|_CHECKPOINT_METADATA)", ORBAX),
     (r"(.*/)?flax_model.*\.msgpack", MSGPACK),
 )
+_SUFFIXES = {".onnx": ONNX, ".msgpack": MSGPACK, ".keras": KERAS, ".pdparams": PADDLE}
+_MISTRAL = re.compile(r"(.*/)?consolidated(-\d+-of-\d+)?\.safetensors")
 _OPTIMIZERS = re.compile(r"(.*/)?(optimizer|scheduler|rng_state.*|training_args)\.(pt|bin|pth)")
 
 
@@ -182,13 +210,21 @@ def _of_file(path: Path, name: str) -> Form | None:
             return NPZ
         if _is_program(names):
             return TORCHSCRIPT
-    if path.suffix == ".onnx":
-        return ONNX
-    if path.suffix == ".msgpack":
-        return MSGPACK
+    if start[4:8] == b"TFL3":
+        return TFLITE
+    if path.suffix in _SUFFIXES:
+        return _SUFFIXES[path.suffix]
+    if _MISTRAL.fullmatch(name) and _names_parts_as_meta(path):
+        return MISTRAL
     if _OPTIMIZERS.fullmatch(name):
         return OPTIMIZER
     return None
+
+
+def _names_parts_as_meta(path: Path) -> bool:
+    """Whether a safetensors file's header names parts of layers as Meta's and Mistral's own code does."""
+    with path.open("rb") as file:
+        return re.search(rb"attention\.w[qkvo]\b", file.read(1 << 16)) is not None
 
 
 def _of_folder(path: Path) -> tuple[Form | None, Path]:
