@@ -16,7 +16,7 @@ from regraft.names.patterns import patterns
 from regraft.planning.plan import Entry, Headers, Plan, walk
 from regraft.rules.book import Rule
 from regraft.rules.indices import given_names, reading_of
-from regraft.rules.templates import Match, match_group
+from regraft.rules.templates import Match, Specificity, match_group
 from regraft.values import replace
 
 
@@ -28,7 +28,7 @@ class Claim:
     rule: Rule
     term: Term
     match: Match
-    rank: tuple[int, int, int]
+    rank: Specificity
 
 
 def values_of(term: Term, match: Match) -> dict[str, int | str]:

@@ -41,6 +41,10 @@ class Drafted:
     fills: tuple[tuple[str, float], ...]
     names: tuple[tuple[str, ...], tuple[str, ...]]
     """The tensors on either side."""
+    ranges: tuple[str, ...] = ()
+    """Clauses that say of which layers it is."""
+    spelled: bool = False
+    """Whether the numbers in its names stand for themselves."""
 
     @property
     def numbered(self) -> tuple[tuple[int, ...], ...]:
@@ -57,7 +61,8 @@ class Drafted:
         """Clauses that belong to the equation, whatever the sizes."""
         clauses = [f"{tag} = 1" for tag in self.tags]
         clauses += [f"copies {axis}" for axis in self.copies]
-        return clauses + [f"fill {axis} = {value:g}" for axis, value in self.fills]
+        clauses += [f"fill {axis} = {value:g}" for axis, value in self.fills]
+        return [*clauses, *self.ranges]
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import add, floordiv, mul
+from operator import add, floordiv, mul, sub
 from typing import Any
 
 from regraft.errors import BadInputError, Choice, Finding
@@ -65,13 +65,15 @@ class Doubt:
     """The one that was taken first."""
     sure: bool = False
     """Whether names speak for the one that was taken: then it is said and not asked."""
+    verb: str = "="
+    """What stands between the axis and what is read."""
 
     @property
     def note(self) -> str:
         """What is said of it."""
         first, *others = self.fields
         return (
-            f"{self.axis} = {as_clause(first)} in {' '.join(self.sides.split())}: in every pair "
+            f"{self.axis} {self.verb} {as_clause(first)} in {' '.join(self.sides.split())}: in every pair "
             f"{', '.join(others[:_MOST])} {'is' if len(others) == 1 else 'are'} that, too"
         )
 
@@ -118,19 +120,21 @@ class Doubts:
             if doubt.sure or doubt.fields in asked:
                 continue
             asked.add(doubt.fields)
+            what = f"the size {doubt.axis}" if doubt.verb == "=" else "which layers are meant"
             yield Finding(
                 "which-reading",
-                f"{len(doubt.fields)} readings say the size {doubt.axis} in every pair, in "
+                f"{len(doubt.fields)} readings say {what} in every pair, in "
                 f"{' '.join(doubt.sides.split())}",
                 where=where,
                 choices=tuple(
                     Choice(
                         name,
-                        "the same size in every pair",
-                        f"{doubt.axis} = {as_clause(name)}",
+                        f"the same {'size' if doubt.verb == '=' else 'layers'} in every pair",
+                        f"{doubt.axis} {doubt.verb} {as_clause(name)}",
                         OPTION,
                     )
                     for name in doubt.fields[:_MOST]
+                    if name != OTHERS
                 ),
                 fix="choose one, or give one more pair in which they differ",
             )
@@ -169,13 +173,17 @@ def _apart(
     return sum(len(found) - 1 for found in sizes)
 
 
+OTHERS = "others"
+"""A reading that no pair contradicts, and that cannot be written: every second layer, for one."""
 AXIS = "axis."
 """Before the name of an axis, in a reading that is another one's size: ``2 * axis.a``."""
 _NUMBER = re.compile(r"\d+")
-_SIZE = re.compile(r"\d+|(\d+ *\* *)?(config|axis)\.[\w.]+( *[*/+] *config\.[\w.]+){0,2}")
+_SIZE = re.compile(
+    r"last|\d+(, *\d+)*|(\d+ *\* *)?(config|axis)\.[\w.]+( *[-*/+] *(config\.[\w.]+|\d+)){0,3}"
+)
 _FIELD = re.compile(r"config\.([\w.]+)")
-_WORD = re.compile(r"config\.[\w.]+|\d+|[*/+]")
-_SIGNS: Mapping[str, Callable[[int, int], int]] = {"*": mul, "+": add, "/": floordiv}
+_WORD = re.compile(r"config\.[\w.]+|\d+|[-*/+]")
+_SIGNS: Mapping[str, Callable[[int, int], int]] = {"*": mul, "+": add, "-": sub, "/": floordiv}
 
 
 def as_clause(reading: str) -> str:
@@ -204,7 +212,7 @@ def size_of(
     >>> size_of("config.a + config.b", {"a": 4, "b": 5}), size_of("2 * config.a", {"a": 4}, {"a": 7})
     (9, 14)
     """
-    if AXIS in reading:
+    if AXIS in reading or not _WORD.search(reading):
         return None
     found, sign = 1, mul
     for word in _WORD.findall(reading):
@@ -229,6 +237,7 @@ __all__ = [
     "AXIS",
     "NOTHING_CHOSEN",
     "OPTION",
+    "OTHERS",
     "Chosen",
     "Doubt",
     "Doubts",

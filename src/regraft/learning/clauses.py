@@ -36,7 +36,7 @@ _HINTS = (
 """Fields that are preferred where several have a size."""
 _FIELD = re.compile(r"config\.[\w.]+")
 _SKIPPED = (
-    *("token", "_id", "version", "seed", "max_position", "window", "layers", "per_tok"),
+    *("token", "_id", "version", "seed", "max_position", "window", "per_tok"),
     *("label2id", "chunk_size"),
 )
 
@@ -284,7 +284,13 @@ def _told(
     return _Option(rank, f"{axis} = {as_clause(first)}", note, alike, sure)
 
 
-def _paths(config: Config, prefix: str = "", depth: int = 0) -> Iterator[str]:
+def _paths(config: Config) -> Iterator[str]:
+    """The fields that may say a size."""
+    return (path for path in paths_of(config) if "layers" not in path.rpartition(".")[2])
+
+
+def paths_of(config: Config, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """The fields of a config that are whole numbers, as paths: those that count nothing left out."""
     for name, value in config.items():
         if not isinstance(name, str) or not name.isidentifier():
             continue
@@ -293,7 +299,7 @@ def _paths(config: Config, prefix: str = "", depth: int = 0) -> Iterator[str]:
         if isinstance(value, int):
             yield prefix + name
         elif isinstance(value, Mapping) and depth < 2:
-            yield from _paths(value, f"{prefix}{name}.", depth + 1)
+            yield from paths_of(value, f"{prefix}{name}.", depth + 1)
 
 
 def _numbers(seen: Sequence[Seen]) -> dict[str, list[int]]:

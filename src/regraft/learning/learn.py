@@ -22,10 +22,11 @@ from regraft.learning.clauses import Clauses, Config, Seen, clauses_of, likely, 
 from regraft.learning.content import Tensor
 from regraft.learning.fitting import fits, is_there
 from regraft.learning.infer import Inferred, infer
+from regraft.learning.layers import tell_layers
 from regraft.learning.loops import Looped, with_loops
 from regraft.learning.making import comment, make_book
 from regraft.learning.pairs import Pair, Source
-from regraft.learning.propose import check
+from regraft.learning.propose import check, plan_names
 from regraft.learning.relate import Names, carried
 from regraft.learning.roles import KindOf
 from regraft.names.keys import group_names
@@ -203,9 +204,9 @@ def learn_pairs(
         {name: None for pair in pairs for name in pair.after},
     )
     found = [infer(pair.before, pair.after, chosen) for pair in pairs[:naming]]
+    doubts = Doubts(tell_layers(found, pairs, chosen))
     looped = [list(with_loops(each.drafts)) for each in found]
     notes: list[str] = [*pairs[0].notes]
-    doubts = Doubts()
     sights = [
         [sight for one in each for sight in _sights(one, number, looped, pairs)]
         for number, each in enumerate(looped)
@@ -324,8 +325,14 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def dropped_names(book: Book, pair: Pair) -> set[str]:
-    """The tensors before that a book drops."""
-    return _matching([d for d in book.drops if "left" in d.sides], pair.before)
+    """The tensors before that a book drops: of those that it says so of, the ones that no rule takes."""
+    drops = [d for d in book.drops if "left" in d.sides]
+    if not drops:
+        return set()
+    plan = plan_names(book, pair.before, pair.before, book.right, pair.config)
+    if plan is None:
+        return _matching(drops, pair.before)
+    return {name for each in plan.dropped for name in each.group.names()}
 
 
 def _odd_of(book: Book, pair: Pair) -> set[str]:

@@ -47,9 +47,15 @@ def with_loops(drafts: Sequence[Drafted]) -> Iterator[Looped]:
         sides = tuple(
             tuple((t.template, t.holes, t.dims) for t in side) for side in (each.left, each.right)
         )
-        groups[sides, each.tags, each.copies, each.fills].append(each)
+        if each.spelled:
+            yield Looped(_write(each, {}), (each,))
+        else:
+            groups[sides, each.tags, each.copies, each.fills, each.ranges].append(each)
     found = [each for same in groups.values() for each in _loop(same)]
     found.sort(key=lambda each: -len(each.members))
+    # Those that say of which layers they are come before the others, which are about the rest.
+    yield from (each for each in found if each.members[0].ranges)
+    found = [each for each in found if not each.members[0].ranges]
     for number, one in enumerate(found):
         if any(_collide(one, other) for other in found[:number]):
             # A layer that differs from the others: its numbers are spelled out, which is closer.

@@ -31,6 +31,8 @@ class Rename:
     right: str
     before: str
     after: str
+    where: str = ""
+    """Of which layers it is."""
 
     @staticmethod
     def of(text: str, each: Drafted) -> Rename | None:
@@ -39,14 +41,16 @@ class Rename:
         if len(equation.left) > 1 or len(equation.right) > 1:
             return None
         left, right = equation.left[0], equation.right[0]
-        if each.left[0].dims != "..." or equation.where or left.key is None or right.key is None:
+        plain = each.ranges or not equation.where
+        if each.left[0].dims != "..." or not plain or left.key is None or right.key is None:
             return None
-        return Rename(str(left.key), str(right.key), each.names[0][0], each.names[1][0])
+        where = f"\nwhere {', '.join(each.ranges)}" if each.ranges else ""
+        return Rename(str(left.key), str(right.key), each.names[0][0], each.names[1][0], where)
 
     @property
     def dims(self) -> str:
         """Both sides, as an equation."""
-        return f"{self.left} : ...\n    == {self.right} : ...\n"
+        return f"{self.left} : ...\n    == {self.right} : ...{self.where}\n"
 
 
 class Titles:
@@ -99,8 +103,10 @@ def _rule(title: str, text: str, pair: tuple[str, str], book: str) -> Rule:
     return Rule(title, parse_equation(text), (pair[0],), (pair[1],), book, "")
 
 
-def _module(titles: Titles, left: str, right: str, pair: tuple[str, str]) -> ModuleRule:
-    text = f"{left} : {PLAIN[pair[0]]} == {right} : {PLAIN[pair[1]]}"
+def _module(
+    titles: Titles, left: str, right: str, pair: tuple[str, str], where: str = ""
+) -> ModuleRule:
+    text = f"{left} : {PLAIN[pair[0]]} == {right} : {PLAIN[pair[1]]}{where}"
     return ModuleRule(titles.of(right), parse_equation(text), (pair[0],), (pair[1],), "")
 
 
@@ -119,8 +125,9 @@ def _single(
     weights = each.left != stems[0] and each.right != stems[1]
     if all(kind in PLAIN and kind not in ("any", "vector") for kind in pair):
         if weights and _bias_follows(each, all_of_them, kinds):
-            return _module(titles, stems[0], stems[1], pair)
-        text = f"{each.left} : {PLAIN[pair[0]]}\n    == {each.right} : {PLAIN[pair[1]]}\n"
+            return _module(titles, stems[0], stems[1], pair, each.where)
+        sides = PLAIN[pair[0]], PLAIN[pair[1]]
+        text = f"{each.left} : {sides[0]}\n    == {each.right} : {sides[1]}{each.where}\n"
         return _rule(titles.of(each.right), text, pair, book)
     if covered and set(pair) <= {"any", "vector"}:
         return None
@@ -135,7 +142,7 @@ def _single(
     text = each.dims
     if set(pair) & set(_STACKED) and all(kind in _STACKED or kind in PLAIN for kind in pair):
         dims = _STACKED.get(pair[0]) or _STACKED[pair[1]]
-        text = f"{each.left} : {dims}\n    == {each.right} : {dims}\n"
+        text = f"{each.left} : {dims}\n    == {each.right} : {dims}{each.where}\n"
     elif not covered:
         pair = "any", "any"
     else:
@@ -157,9 +164,10 @@ def _by_prefix(
 ) -> Iterator[tuple[tuple[str, str] | None, list[Rename]]]:
     """Renames that only exchange the first segments, where nothing else begins with them; and the others."""
     groups: dict[tuple[str, str], list[Rename]] = defaultdict(list)
+    alone = [each for each in renames if each.where]
     for each in renames:
-        groups[_prefixes(each.left, each.right)].append(each)
-    alone: list[Rename] = []
+        if not each.where:
+            groups[_prefixes(each.left, each.right)].append(each)
     for prefixes, same in groups.items():
         long = any(each.left.count(".") - _dots(prefixes[0]) > 0 for each in same)
         keys = [parse_equation(each.dims) for each in same]

@@ -182,11 +182,19 @@ class _Builder:
             claim = claim.keep(fits)
         for begin in rule.equation.begins:
             first = limit_of(begin, scope.look_up)
-            if first is not None:
-                fits = claim.indices.loops[:, rule.equation.loops.index(begin.axis)] >= first
-                if not fits.any():
-                    return None
-                claim = claim if fits.all() else claim.keep(fits)
+            if first is None:
+                self.sources.report(
+                    "unknown-size",
+                    f"nothing says from which index on a rule holds ({begin})",
+                    key=group.name(int(match.rows[0])),
+                    rule=str(rule),
+                    fix="give the base model with --model, with a config that says it",
+                )
+                return None
+            fits = claim.indices.loops[:, rule.equation.loops.index(begin.axis)] >= first
+            if not fits.any():
+                return None
+            claim = claim if fits.all() else claim.keep(fits)
         fixed = len(term.dims) - term.ends_open
         dims = self.sources.dims[self.sources.shape_code[claim.ids()]]
         fits = dims >= fixed if term.ends_open else dims == fixed

@@ -135,20 +135,20 @@ def _lengths(key: Key, template: str) -> Iterator[tuple[int, ...]]:
         yield from (each for each in product(segments, repeat=rests - 1) if sum(each) <= most)
 
 
-Specificity = tuple[int, int, int]
+Specificity = tuple[int, int, int, int]
 
 
 def specificity(term: Term, equation: Equation) -> Specificity:
     """How closely a term describes a tensor; where two match, the closer one wins.
 
-    Numbers spelled out count most (not every digit is an index), and indices that have one value or begin somewhere
-    like them; then dims, then letters.
+    Numbers spelled out count most (not every digit is an index), and indices that have one value like them; then
+    indices that begin somewhere, then dims, then letters.
     """
     assert term.key is not None
     texts = [part for part in term.key.parts if isinstance(part, str)]
     digits = sum(len(_DIGITS.findall(text)) for text in texts)
-    digits += len(given_names(equation, term.key)) + len(equation.begins)
-    return digits, len(term.dims) - term.ends_open, sum(map(len, texts))
+    digits += len(given_names(equation, term.key))
+    return digits, len(equation.begins), len(term.dims) - term.ends_open, sum(map(len, texts))
 
 
 def match_group(key: Key, group: Group) -> Match | None:

@@ -1,0 +1,404 @@
+"""Layers that a converter treats otherwise than the rest: the first ones, the last one, all from some layer on.
+
+A tensor of one name may go one way in some layers and another way in others. Which layers those are must hold at every
+size: at two sizes the last layer has two numbers. So the numbers of each form are compared over all pairs, and said by
+the config, or as the last.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from regraft.learning.assemble import Drafted, Written
+from regraft.learning.choosing import OTHERS, Chosen, Doubt, value_of
+from regraft.learning.clauses import paths_of
+from regraft.learning.infer import Inferred
+from regraft.learning.pairs import Pair
+from regraft.learning.relate import Names
+from regraft.values import replace
+
+LAYER = "layer"
+"""The axis that counts layers, in rules for some of them."""
+LAST = "last"
+
+_Place = tuple[int, str, int]
+"""A number in names: the side, the template, and which number of it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Form:
+    """Tensors of which the same is made, but for numbers in their names."""
+
+    members: list[list[Drafted]]
+    """In each pair."""
+    kept: bool = False
+    """Whether they stay what they are."""
+    dropped: bool = False
+
+    @property
+    def some(self) -> Drafted:
+        return next(member for members in self.members for member in members)
+
+    def terms(self) -> Iterator[tuple[int, int, Written]]:
+        """Its terms, each with its side and its place there."""
+        for side, terms in enumerate((self.some.left, self.some.right)):
+            for at, term in enumerate(terms):
+                yield side, at, term
+
+    def numbers(self, side: int, at: int, place: int) -> list[list[int]]:
+        """A number in the names of one term: of all members, in each pair."""
+        return [
+            [(m.left, m.right)[side][at].numbers[place] for m in members]
+            for members in self.members
+        ]
+
+    def layers(self, side: int, template: str, place: int, names: Names) -> Iterator[list[int]]:
+        """A number in all names that are called so, in each pair."""
+        for members in self.members:
+            split = [names[name] for member in members for name in member.names[side]]
+            yield [numbers[place] for own, numbers in split if own == template]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rival:
+    """A form, and the term of it that is called as a term of another form."""
+
+    form: _Form
+    at: int
+    values: tuple[frozenset[int], ...]
+    """The numbers of its layers, in each pair."""
+    stacked: bool
+    """Whether it takes them all together."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing can be said of its layers: it takes what others leave."""
+        return self.stacked or self.form.dropped
+
+    @property
+    def single(self) -> bool:
+        """Whether it is about one layer wherever it was seen."""
+        return all(len(each) == 1 for each in self.values)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is about the same layer everywhere."""
+        return self.single and len(set(self.values)) == 1
+
+
+def tell_layers(found: Sequence[Inferred], pairs: Sequence[Pair], chosen: Chosen) -> list[Doubt]:
+    """Let equations that hold in some layers only say which, where all pairs agree on it.
+
+    The equations of ``found`` are replaced. Returns what could be read otherwise.
+    """
+    if len(found) < 2:
+        return []
+    pairs = pairs[: len(found)]
+    names = Names([n for pair in pairs for n in (*pair.before, *pair.after)])
+    forms = _forms(found, names)
+    doubts: list[Doubt] = []
+    done: set[int] = set()
+    for place, rivals in _rivals(forms, names):
+        if any(id(rival.form) in done for rival in rivals):
+            continue  # their other side told them apart
+        all_of_them = [
+            {names[n][1][place[2]] for n in side if names[n][0] == place[1]}
+            for side in ((pair.before, pair.after)[place[0]] for pair in pairs)
+        ]
+        picks = _picked(rivals, all_of_them, pairs, chosen)
+        for rival, pick in picks:
+            sides = _text(rival.form.some)
+            told = _told(rival, place, pick.clause)
+            if told is None:
+                continue
+            _put(rival.form, told, found)
+            done.add(id(rival.form))
+            if pick.readings:
+                doubts.append(Doubt(LAYER, sides, pick.readings, sure=pick.sure, verb=pick.verb))
+    return doubts
+
+
+def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
+    """All forms that are in every pair."""
+    table: dict[object, list[list[Drafted]]] = defaultdict(lambda: [[] for _ in found])
+    for number, each in enumerate(found):
+        for member in each.drafts:
+            sides = tuple(
+                tuple((t.template, t.holes, t.dims) for t in side)
+                for side in (member.left, member.right)
+            )
+            table["made", sides, member.tags, member.copies, member.fills][number].append(member)
+        for state, some in (("kept", each.kept), ("dropped", each.unused)):
+            for name in some:
+                term = Written(*names[name], (), "...")
+                right = (term,) if state == "kept" else ()
+                member = Drafted(
+                    (term,), right, (), (), (), (), ((name,), (name,) if right else ())
+                )
+                table[state, term.template][number].append(member)
+    return [
+        _Form(members, kept=key[0] == "kept", dropped=key[0] == "dropped")  # type: ignore[index]
+        for key, members in table.items()
+        if all(members)
+    ]
+
+
+def _rivals(forms: Sequence[_Form], names: Names) -> Iterator[tuple[_Place, list[_Rival]]]:
+    """Forms that speak of tensors called alike, and the number by which their layers differ."""
+    table: dict[tuple[int, str], list[tuple[_Form, int, Written]]] = defaultdict(list)
+    for form in forms:
+        for side, at, term in form.terms():
+            table[side, term.template].append((form, at, term))
+    for (side, template), same in table.items():
+        if len(same) < 2 or len({id(form) for form, _, _ in same}) < len(same):
+            continue
+        for place in range(len(same[0][2].numbers)):
+            rivals = [
+                _Rival(
+                    form,
+                    at,
+                    tuple(map(frozenset, form.layers(side, template, place, names))),
+                    place in {column for column, _ in term.holes},
+                )
+                for form, at, term in same
+            ]
+            if all(
+                not (a & b)
+                for one, other in combinations(rivals, 2)
+                for a, b in zip(one.values, other.values, strict=True)
+            ):
+                yield (side, template, place), rivals
+                break
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """What says the layers of a form: a clause, or their numbers spelled out; and what else would in all pairs."""
+
+    clause: str | None
+    readings: tuple[str, ...] = ()
+    verb: str = "is"
+    sure: bool = False
+
+
+def _picked(
+    rivals: Sequence[_Rival],
+    everything: Sequence[set[int]],
+    pairs: Sequence[Pair],
+    chosen: Chosen,
+) -> list[tuple[_Rival, _Pick]]:
+    """What says the layers of all forms but one, which is about the others; none where they cannot be told."""
+    options: list[_Pick | None] = []
+    single = [rival.single and not rival.whole for rival in rivals]
+    rest = [
+        known
+        - {n for rival, one in zip(rivals, single, strict=True) if one for n in rival.values[p]}
+        for p, known in enumerate(everything)
+    ]
+    for rival, one in zip(rivals, single, strict=True):
+        if rival.whole:
+            options.append(None)
+        elif one:
+            options.append(_of_one(rival, everything, pairs, chosen))
+        else:
+            options.append(_beginning(rival, rest, pairs, chosen))
+    open_ = [n for n, pick in enumerate(options) if pick is None]
+    if len(open_) > 1:
+        return _spelled([rivals[n] for n in open_], everything, chosen)
+    told = [n for n in range(len(rivals)) if n not in open_]
+    begun = [n for n in told if not single[n]]
+    if not open_ and len(begun) == 1:
+        pick = options[begun[0]]
+        assert pick is not None
+        number = (pick.clause or "").rpartition(" ")[2].isdigit()
+        if number and not pick.readings:
+            told = [n for n in told if n not in begun]  # the others are spelled out: it is the rest
+        elif len(rivals) == 2:
+            told = begun  # a field may say where it begins
+    elif not open_:
+        told = told[:-1] if all(options[n] for n in told) and len(told) > 1 else told
+    return [(rivals[n], pick) for n in told if (pick := options[n]) is not None]
+
+
+def _spelled(
+    rivals: Sequence[_Rival], everything: Sequence[set[int]], chosen: Chosen
+) -> list[tuple[_Rival, _Pick]]:
+    """Forms whose numbers are only spelled out: a question where no pair shows that other numbers belong to them."""
+    fixed = [rival for rival in rivals if len(set(rival.values)) == 1 and not rival.whole]
+    fixed = (
+        fixed if len(fixed) < len(rivals) else sorted(fixed, key=lambda r: len(r.values[0]))[:-1]
+    )
+    result = []
+    for rival in fixed:
+        numbers = sorted(rival.values[0])
+        if len(numbers) < 2 and len({frozenset(each) for each in everything}) > 1:
+            continue
+        reading = ", ".join(map(str, numbers))
+        asked = () if reading in chosen.fields else (reading, OTHERS)
+        result.append((rival, _Pick(None, asked)))
+    return result
+
+
+def _of_one(
+    rival: _Rival, everything: Sequence[set[int]], pairs: Sequence[Pair], chosen: Chosen
+) -> _Pick | None:
+    """What says the number of a single layer; ``None`` where nothing does."""
+    wanted = [min(values) for values in rival.values]
+    last = all(
+        number == max(known) and len(known) > 1
+        for number, known in zip(wanted, everything, strict=True)
+    )
+    readings = [str(wanted[0])] if rival.fixed else []
+    if last or not rival.fixed:
+        readings += _amounts(wanted, pairs, before_one=True)
+    if last and not any("config." in each for each in readings):
+        readings.append(LAST)
+    return _pick(readings, "is", chosen, last=last)
+
+
+def _beginning(
+    rival: _Rival, rest: Sequence[set[int]], pairs: Sequence[Pair], chosen: Chosen
+) -> _Pick | None:
+    """What says where layers begin that are all from there on; ``None`` where they are not, or begin with the first."""
+    starts = [min(values) for values in rival.values]
+    whole = all(
+        values == {n for n in known if n >= start}
+        for values, known, start in zip(rival.values, rest, starts, strict=True)
+    )
+    if not whole or not all(starts):
+        return None
+    readings = [str(starts[0])] if len(set(starts)) == 1 else []
+    readings += _amounts(starts, pairs, before_one=False)
+    return _pick(readings, "from", chosen)
+
+
+def _pick(
+    readings: Sequence[str], verb: str, chosen: Chosen, *, last: bool = False
+) -> _Pick | None:
+    if not readings:
+        return None
+    picked = next((each for each in readings if each in chosen.fields), None)
+    first = picked or readings[0]
+    alike = tuple(readings) if picked is None and len(readings) > 1 else ()
+    sure = [each for each in readings if _is_named(each)] == [first]
+    number = first.isdigit()
+    if number and verb == "is":
+        return _Pick(None, alike, verb)
+    if last and " - config." in first:
+        verb, last = "from", False  # the last ones, which are a single one in every pair
+    or_last = f" | {LAST}" if last and not number and first != LAST else ""
+    return _Pick(f"{LAYER} {verb} {first}{or_last}", alike, verb, sure and not number)
+
+
+def _amounts(wanted: Sequence[int], pairs: Sequence[Pair], *, before_one: bool) -> Iterator[str]:
+    """Readings of a number in each pair: a field, one less, the difference of two, a part of one."""
+    table: dict[str, list[int]] = {}
+    first = pairs[0].config
+    for path in paths_of(first) if first is not None else ():
+        values = [value_of(pair.config, path) for pair in pairs]
+        if None not in values:
+            table[path] = [v for v in values if v is not None]
+    fields = sorted(table, key=lambda path: (not _is_named(path), path.count("."), path))
+    goal = list(wanted)
+    yield from (f"config.{f}" for f in fields if table[f] == goal and not before_one)
+    if before_one:
+        yield from (f"config.{f} - 1" for f in fields if [v - 1 for v in table[f]] == goal)
+        yield from (f"config.{f}" for f in fields if table[f] == goal)
+    if len(set(goal)) == 1:
+        return  # what is computed of two fields is no likelier than a number
+    for one in fields:
+        for other in fields:
+            if (
+                one != other
+                and [a - b for a, b in zip(table[one], table[other], strict=True)] == goal
+                and 0 not in table[other]
+            ):
+                yield f"config.{one} - config.{other}"
+    for times in (2, 3, 4):
+        yield from (
+            f"config.{f} / {times}" for f in fields if table[f] == [times * v for v in goal]
+        )
+
+
+_LAYER_WORDS = ("layer", "block", "depth", "first", "dense", "begin", "start", "replace")
+
+
+def _is_named(reading: str) -> bool:
+    """Whether the fields of a reading are called as what counts layers is."""
+    return any(word in reading for word in _LAYER_WORDS)
+
+
+def _kind(reading: str) -> str:
+    return next((sign for sign in (" - config.", " - ", " / ") if sign in reading), "")
+
+
+def _told(rival: _Rival, place: _Place, clause: str | None) -> list[list[Drafted]] | None:
+    """The members with a clause, and with holes wherever their names hold the layer's number; or spelled out."""
+    if clause is None:
+        return [[replace(m, spelled=True) for m in members] for members in rival.form.members]
+    side, _, number = place
+    form = rival.form
+    wanted = form.numbers(side, rival.at, number)
+    holes: dict[tuple[int, int], tuple[int, str]] = {}
+    for own_side, at, term in form.terms():
+        stacked = {column for column, _ in term.holes}
+        for column in range(len(term.numbers)):
+            if column in stacked or (own_side, at) in holes:
+                continue
+            away = {
+                value - layer
+                for values, layers in zip(form.numbers(own_side, at, column), wanted, strict=True)
+                for value, layer in zip(values, layers, strict=True)
+            }
+            if len(away) == 1:
+                (step,) = away
+                sign = f" {'-' if step < 0 else '+'} {abs(step)}" if step else ""
+                holes[own_side, at] = column, LAYER + sign
+        if (own_side, at) not in holes and " is " not in clause:
+            return None  # a loop stands in every name
+    return [
+        [
+            replace(
+                member,
+                left=_holed(member.left, 0, holes),
+                right=_holed(member.right, 1, holes),
+                ranges=(clause,),
+            )
+            for member in members
+        ]
+        for members in form.members
+    ]
+
+
+def _holed(
+    terms: Sequence[Written], side: int, holes: Mapping[tuple[int, int], tuple[int, str]]
+) -> tuple[Written, ...]:
+    return tuple(
+        replace(term, holes=(*term.holes, holes[side, at])) if (side, at) in holes else term
+        for at, term in enumerate(terms)
+    )
+
+
+def _put(form: _Form, told: Sequence[list[Drafted]], found: Sequence[Inferred]) -> None:
+    """Exchange the equations of a form; what was kept has one of its own now."""
+    for members, mine, each in zip(form.members, told, found, strict=True):
+        if form.kept:
+            gone = {member.names[0][0] for member in members}
+            each.kept = [name for name in each.kept if name not in gone]
+            each.drafts += mine
+            continue
+        others = {id(old): new for old, new in zip(members, mine, strict=True)}
+        each.drafts = [others.get(id(old), old) for old in each.drafts]
+    form.members = [list(each) for each in told]
+
+
+def _text(each: Drafted) -> str:
+    """The names of an equation's sides, for a question."""
+    sides = (", ".join(names[:3]) for names in each.names)
+    return " == ".join(sides)
+
+
+__all__ = ["tell_layers"]
