@@ -14,6 +14,7 @@ from object_server import serving
 import regraft
 from regraft.errors import BadInputError
 from regraft.places import leave, locate
+from regraft.storage import rank_files as rank_files_module
 from regraft.storage.dcp import Record
 from regraft.storage.rank_files import _mesh_shape, rank_files, read_rank_files
 from regraft.storage.safetensors import open_tensors
@@ -87,7 +88,7 @@ def change(path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (b"Replicate", b"Partiallo", "made by|only Shard and Replicate|how it is cut"),
+        (b"Replicate", b"Partiallo", "placed as|how it is cut"),
         (b"_local_tensor", b"_other_tensor", "no DTensor with its part"),
         (b"_flatten_rank_map", b"_flatten_rank_mop", None),
     ],
@@ -103,6 +104,82 @@ def test_what_is_no_plain_dtensor_is_named(tmp_path, old, new, said):
         read_rank_files(rank_files(run))
     assert caught.value.findings[0].code == "bad-dcp"
     assert caught.value.findings[0].key
+
+
+def shard(kind, **fields):
+    record = Record(kind)
+    record.state = fields
+    return record
+
+
+@pytest.mark.parametrize(
+    ("mesh", "cuts"),
+    [
+        ((2, 2), ((0, 2), (0, None))),
+        ((2, 3), ((1, None), (0, None))),
+        ((2, 2, 2), ((0, 4), (0, 2), (0, None))),
+        ((2, 2, 2), ((0, 2), (0, None), (0, None))),
+        ((2, 2, 2), (None, (1, 2), (1, None))),
+        ((3, 2), ((0, None), (0, None))),
+    ],
+)
+def test_where_parts_belong_is_what_torch_says(mesh, cuts):
+    """Cut by one or more dims of the mesh, and by FSDP over tensor parallelism, which cuts first."""
+    torch = pytest.importorskip("torch")
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    shape = (24, 16)
+    theirs, ours = [], []
+    for cut in cuts:
+        if cut is None:
+            theirs.append(Replicate())
+            ours.append(shard("Replicate"))
+        elif cut[1] is None:
+            theirs.append(Shard(cut[0]))
+            ours.append(shard("Shard", dim=cut[0]))
+        else:
+            theirs.append(_StridedShard(cut[0], split_factor=cut[1]))
+            ours.append(shard("_StridedShard", dim=cut[0], split_factor=cut[1]))
+    for rank, at in enumerate(np.ndindex(mesh)):
+        local, offset = _compute_local_shape_and_global_offset(
+            torch.Size(shape), mesh, list(at), theirs
+        )
+        part = part_of(shape, mesh, ours, rank, tuple(local))
+        assert part.offsets == tuple(offset)
+
+
+def part_of(shape, mesh, placements, rank, local):
+    strides = tuple(np.cumprod((1, *local[:0:-1]))[::-1].tolist())
+    tensor = Tensor(None, "float32", 0, local, strides)
+    spec = shard(
+        "DTensorSpec",
+        mesh=shard("DeviceMesh", _layout=shard("_MeshLayout", shape=mesh)),
+        placements=tuple(placements),
+        tensor_meta=Record("TensorMeta", (shape,)),
+    )
+    value = shard("DTensor", _local_tensor=tensor, _spec=spec)
+    return rank_files_module._part(value, rank, int(np.prod(mesh)), "file", "key")
+
+
+@pytest.mark.parametrize(
+    ("placements", "said"),
+    [
+        ((shard("Partial"), shard("Shard", dim=0)), "placed as Partial"),
+        ((shard("_Partial"), shard("Shard", dim=0)), "placed as _Partial"),
+        ((shard("_StridedShard", dim=0, split_factor=3), shard("Shard", dim=0)), "3 parts before"),
+        ((shard("_StridedShard", dim=0), shard("Shard", dim=0)), "None parts before"),
+        ((shard("_StridedShard", dim=0, split_factor=2), shard("Shard", dim=0)), "10 rows"),
+        ((shard("Shard", dim=7), shard("Shard", dim=0)), "has not"),
+    ],
+)
+def test_placements_that_say_no_place_are_named(placements, said):
+    with pytest.raises(BadInputError, match=said) as caught:
+        part_of((10, 4), (2, 2), placements, 0, (3, 4))
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.where, finding.key) == ("bad-dcp", "file", "key")
+    assert "verl.model_merger" in finding.fix
 
 
 def test_files_that_do_not_belong_together(tmp_path):

@@ -54,6 +54,7 @@ _RECORDS = frozenset(
     )
 )
 """Classes of ``torch.distributed`` whose fields are looked at; releases keep them in several modules."""
+_CUTS = ("Shard", "_StridedShard")
 _COMPARED = 1 << 22
 
 
@@ -195,27 +196,56 @@ def _part(value: Tensor | Record, rank: int, world: int, where: str, key: str) -
     if shape is None or sizes is None or prod(sizes) != world or len(sizes) != len(placements):
         message = f"its mesh is none of the {world} ranks that there are files of"
         raise _bad(where, message, key)
-    starts, lengths = [0] * len(shape), list(shape)
-    for size, place, at in zip(sizes, placements, _coordinates(rank, sizes), strict=True):
-        if not isinstance(place, Record) or place.kind not in ("Shard", "Replicate"):
+    for place in placements:
+        if not isinstance(place, Record) or place.kind not in (*_CUTS, "Replicate"):
             kind = place.kind if isinstance(place, Record) else "something else"
-            message = (
-                f"it is placed as {kind}, and only Shard and Replicate say where a part belongs"
-            )
+            message = f"it is placed as {kind}, and only {', '.join(_CUTS)} and Replicate say where a part belongs"
             raise _bad(where, message, key)
-        if place.kind == "Replicate":
-            continue
-        dim = _dim_of(place, len(shape))
-        if dim is None:
-            raise _bad(where, "it is cut along a dim that it has not", key)
+    starts, lengths = [0] * len(shape), list(shape)
+    coordinates = _coordinates(rank, sizes)
+    for number in _order(placements, sizes, shape, where, key):
+        size, dim = sizes[number], _dim_of(placements[number], len(shape))
+        assert dim is not None
         each = -(-lengths[dim] // size)
-        first = min(at * each, lengths[dim])
+        first = min(coordinates[number] * each, lengths[dim])
         starts[dim] += first
         lengths[dim] = min(each, lengths[dim] - first)
     if local.shape != tuple(lengths):
         message = f"rank {rank} has a part of shape {list(local.shape)}, and it would be {lengths}"
         raise _bad(where, message, key)
     return _Part(local, shape, tuple(starts), is_whole=False)
+
+
+def _order(
+    placements: Sequence[Record], sizes: Sequence[int], shape: Sequence[int], where: str, key: str
+) -> list[int]:
+    """The mesh's dims that cut a tensor, in the order in which they do.
+
+    That is the mesh's own order, but for `_StridedShard`: FSDP over tensor parallelism cuts what that has cut before,
+    though its dim of the mesh comes first. Its ``split_factor`` says in how many parts the tensor was cut before.
+    """
+    orders: dict[int, list[int]] = {}
+    for number in reversed(range(len(sizes))):
+        place = placements[number]
+        if place.kind == "Replicate":
+            continue
+        dim = _dim_of(place, len(shape))
+        if dim is None:
+            raise _bad(where, "it is cut along a dim that it has not", key)
+        order = orders.setdefault(dim, [])
+        before = _fields(place.state).get("split_factor") if place.kind == "_StridedShard" else 1
+        counts = [prod(sizes[n] for n in order[:k]) for k in range(len(order) + 1)]
+        if before not in counts:
+            message = f"it was cut into {before} parts before FSDP cut it, and its mesh has no such number"
+            raise _bad(where, message, key)
+        order.insert(counts.index(before), number)
+        if place.kind == "_StridedShard" and shape[dim] % prod(sizes[n] for n in order):
+            message = (
+                f"FSDP cut what tensor parallelism had cut before, and {shape[dim]} rows are not"
+                " divided evenly: releases of torch differ in where the parts belong"
+            )
+            raise _bad(where, message, key)
+    return [number for order in orders.values() for number in order]
 
 
 def _shape_of(meta: Any) -> tuple[int, ...] | None:
