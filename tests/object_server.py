@@ -186,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "less":
             part = part[: len(part) // 2]
             headers["Content_Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
+        if fault == "more":
+            part += b"more"
         self._answer(206, part, **headers)
 
     def _list(self, request: Request) -> None:

@@ -45,7 +45,7 @@ def test_reads_what_is_there(server):
     assert open_store(f"{server.url}/b/in").listed() is None
 
 
-@pytest.mark.parametrize("fault", ["503", "500", "429", "drop", "short", "less"])
+@pytest.mark.parametrize("fault", ["503", "500", "429", "drop", "short", "less", "more"])
 def test_asks_again_for_what_may_pass(server, fault):
     for client in stores(server):
         found, _ = client.first("x.bin", 1)
@@ -53,6 +53,10 @@ def test_asks_again_for_what_may_pass(server, fault):
         server.fault = lambda request, begun=begun: fault if request.number < begun + 2 else None
         assert bytes(client.read(found, 5, 905)) == DATA[5:905]
         assert client.traffic.retries == 2
+        next_one = len(server.requests)
+        server.fault = lambda request, at=next_one: fault if request.number == at else None
+        assert bytes(client.first("x.bin", 100)[1]) == DATA[:100]
+        assert client.traffic.retries == 3
         server.fault = lambda request: fault
         with pytest.raises(BadInputError) as error:
             client.read(found, 5, 905)

@@ -206,6 +206,8 @@ def _elsewhere(path: str | os.PathLike[str] | None) -> Path | None:
     there = locate(path)
     if there == Path(path):
         return None
+    if not any(file.suffix in (".safetensors", ".bin") for file in there.rglob("*")):
+        open_checkpoint(there)  # says that there are no weights, and where
     for file in there.iterdir():
         # transformers looks into headers for dtypes, and wants the bytes behind them to be there, if only as a hole.
         if (remote := remote_at(file)) is not None:

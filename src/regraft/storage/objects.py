@@ -114,8 +114,16 @@ class Client:
 
     def first(self, key: str, count: int) -> tuple[Found, memoryview] | None:
         """The first bytes of an object, and what it is; ``None`` where it is not there."""
+
+        def once() -> tuple[Found, Any]:
+            found, data = self.store.read(key, 0, count)
+            if len(data) != min(count, found.size):
+                message = f"{len(data)} of {min(count, found.size)} bytes came"
+                raise StoreError("transient", message)
+            return found, data
+
         try:
-            found, data = self.ask(key, lambda: self.store.read(key, 0, count))
+            found, data = self.ask(key, once)
         except StoreError as error:
             if error.trouble == "missing":
                 return None

@@ -32,7 +32,16 @@ _TELLING = re.compile(
 _INDEX = "model.safetensors.index.json"
 _USUAL = ("config.json", _INDEX)
 _ELSE = ("adapter_config.json", "model.safetensors", "adapter_model.safetensors")
+_LAST = (
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    ".metadata",
+    "pytorch_model_fsdp_0/.metadata",
+    "model/.metadata",
+)
 """What is looked for where a store cannot list: first what a checkpoint has, then what else there may be."""
+_CHUNKS = re.compile(rb"__[0-9]+_[0-9]+\.distcp")
+"""How torch calls the files that the ranks of a run write, of which ``.metadata`` speaks."""
 _BESIDE = (
     "generation_config.json",
     "tokenizer.json",
@@ -52,6 +61,8 @@ _BESIDE = (
     "LICENSE",
 )
 """What a model's folder has beside the weights, for stores that cannot list."""
+_MOST = 1_000_000_000
+"""Bytes that ``.metadata`` has at most."""
 _HEAD = 1 << 20
 """Bytes that are read of a weights file whose header's length nobody knows."""
 _SMALLEST = 1 << 16
@@ -198,19 +209,37 @@ def _guess(outline: Outline, *, whole: bool) -> None:
         _look(outline, list(names), names)
     else:
         found = {**found, **_look(outline, _ELSE, {})}
+    if not (names or any(key.endswith(_WEIGHTS) for key in found)):
+        found = {**found, **_guess_last(outline)}
     if not found:
         raise _nothing(outline)
     if whole:
         _look(outline, _BESIDE, {})
 
 
-def _tensors_of(found: Mapping[str, bytes]) -> dict[str, int]:
+def _guess_last(outline: Outline) -> dict[str, bytes]:
+    """Look for what torch wrote: files of its own, or a checkpoint of a run of many ranks."""
+    found = _look(outline, _LAST, {})
+    _look(outline, list(_tensors_of(found, _LAST[0], ".bin")), {})
+    for key in _LAST[2:]:
+        if key in found:
+            remote = STAND_INS.get(os.path.realpath(outline.root / key))
+            data = found[key] if remote is None else remote.read(0, min(remote.found.size, _MOST))
+            above = key.removesuffix(".metadata")
+            files = {f"{above}{name.decode()}" for name in _CHUNKS.findall(bytes(data))}
+            _look(outline, sorted(files), dict.fromkeys(files, 1))
+    return found
+
+
+def _tensors_of(
+    found: Mapping[str, bytes], key: str = _INDEX, end: str = ".safetensors"
+) -> dict[str, int]:
     """For every file that an index names about how many bytes its header has."""
     sizes: dict[str, int] = {}
     with suppress(msgspec.DecodeError, RecursionError, KeyError):
-        index = msgspec.json.decode(found[_INDEX], type=_Names)
+        index = msgspec.json.decode(found[key], type=_Names)
         for tensor, file in index.weight_map.items():
-            if "/" not in file and file.endswith(".safetensors"):
+            if "/" not in file and file.endswith(end):
                 sizes[file] = sizes.get(file, _SMALLEST) + len(tensor) + _PER_TENSOR
     return sizes
 

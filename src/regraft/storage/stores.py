@@ -312,11 +312,19 @@ def _trouble(error: Exception) -> StoreError:
     raise error
 
 
+_PREAMBLE = re.compile(r"^Generic \w+ error: (Error performing \w+ \S+ in \S+ - )?")
+"""What obstore says before it comes to the point; the address stands in the error that is made of it."""
+
+
 def _line(error: Exception) -> str:
     """What an error says, in one line and without what could be a secret in an address."""
-    text = str(error).strip().split("\n")[0] or type(error).__name__
+    text = str(error).strip()
+    line = _PREAMBLE.sub("", text.split("\n")[0]).rstrip(": ") or type(error).__name__
+    told = re.search(r"<Code>(\w+)</Code>\s*(?:<Message>([^<\n]*))?", text[:4000])
+    if told is not None:
+        line = f"{line.partition('<')[0].rstrip(': ')}: {': '.join(filter(None, told.groups()))}"
     return re.sub(
-        r"([?&][^=\s]*(sig|token|key|credential)[^=\s]*=)[^&\s]+", r"\1...", text, flags=re.I
+        r"([?&][^=\s]*(sig|token|key|credential)[^=\s]*=)[^&\s]+", r"\1...", line, flags=re.I
     )
 
 
