@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from regraft.cli import main
-from regraft.cli.words import how_to_load
 from regraft.layouts.names import known_layouts
 from regraft.report import AdapterReport, Report
 from regraft.storage.safetensors import open_tensors, write_tensors
+from regraft.views.loading import how_to_load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIXTRAL = GOLDEN / "cases" / "mixtral__gud_attn"

@@ -118,7 +118,7 @@ def test_one_page_for_a_folder_of_all_kinds(loras, tmp_path, capsys):
         groups |= {data["right"]["rows"][row]["group"] for row in flow["targets"]}
         assert len(groups) == 1
     assert {f["code"] for f in data["findings"]} >= {"no-image"}
-    assert any(fact["name"].startswith("a: load it") for fact in data["next"])
+    assert any(fact["name"].startswith("a: Load with") for fact in data["next"])
 
 
 def test_what_takes_one_source_is_usage(loras, tmp_path, capsys):

@@ -52,6 +52,7 @@ from regraft.dialects.peft.saved import owner_of, token_rows
 from regraft.dialects.peft.source import Source
 from regraft.dialects.registry import IMAGE
 from regraft.errors import BadInputError, Finding
+from regraft.errors.codes import Status
 from regraft.layouts.graph import route_between
 from regraft.layouts.names import joined_to
 from regraft.names.keys import group_names
@@ -106,6 +107,11 @@ class AdapterVerification(Shown):
     def equal(self) -> bool:
         """Whether every delta is the same within the tolerance, and nothing is missing or too many."""
         return not self.differences
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.equal else Status.NO
 
     def __bool__(self) -> bool:
         """Whether nothing differs."""

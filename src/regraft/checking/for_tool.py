@@ -21,6 +21,7 @@ from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
+from regraft.errors.codes import Status
 from regraft.planning.model import ModelConfig
 from regraft.shown import Shown
 from regraft.storage.hub import how_to_find
@@ -64,6 +65,16 @@ class ToolCheck(Shown):
     def remedy(self) -> list[str]:
         """The command that mends it, where there is one."""
         return [self.fix] if self.fix else []
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.healthy else Status.NO
+
+    @property
+    def of_another(self) -> None:
+        """A tool is not asked whether the base is another's."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""

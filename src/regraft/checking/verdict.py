@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regraft.adapters.detect import is_of_another
 from regraft.errors import Finding
+from regraft.errors.codes import Status
 from regraft.names.patterns import group_alike
 from regraft.shown import Shown
 
@@ -143,6 +145,17 @@ class Check(Shown):
     def is_unknown(self) -> bool:
         """Whether nothing speaks against it, and nothing proves that it loads."""
         return not self.healthy and all(v.healthy is not False for v in self.verdicts)
+
+    @property
+    def of_another(self) -> str | None:
+        """Why the base that was given is of another family than an adapter; ``None`` where it is not."""
+        findings = (each for verdict in self.verdicts for each in verdict.findings)
+        return next((each.message for each in findings if is_of_another(each)), None)
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.healthy else Status.NO
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""

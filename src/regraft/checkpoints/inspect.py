@@ -19,6 +19,7 @@ from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.wrappers import strip_wrappers
 from regraft.dialects.peft.inspect import TensorPattern
 from regraft.errors import Finding, RegraftError
+from regraft.errors.codes import Status
 from regraft.names.patterns import group_alike
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.rules.book import Book
@@ -70,6 +71,11 @@ class CheckpointInspection(Shown):
     def layout(self) -> str | None:
         """The layout, where it can be one only."""
         return self.layouts[0] if len(self.layouts) == 1 else None
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if not self.problems else Status.BAD_INPUT
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain data."""

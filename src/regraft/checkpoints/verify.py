@@ -24,6 +24,7 @@ from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into
 from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
+from regraft.errors.codes import Status
 from regraft.names.keys import Ints
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Trace
@@ -60,6 +61,11 @@ class Verification(Shown):
     def equal(self) -> bool:
         """Whether every element of the one is in the other, at its place and nowhere else."""
         return not self.differences
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.equal else Status.NO
 
     def __bool__(self) -> bool:
         """Whether nothing differs."""

@@ -16,10 +16,7 @@ from regraft.options import CheckOptions
 from regraft.values import replace
 
 if TYPE_CHECKING:
-    from regraft.checking.for_tool import ToolCheck
-    from regraft.checking.verdict import Check
     from regraft.cli.progress import Mode
-    from regraft.report import Report
     from regraft.sources import Item
     from regraft.views.outcome import SourceOutcome
 
@@ -97,22 +94,12 @@ def check(
 
 def _check_one(out: Output, src: Path, asked: CheckOptions, html: Path | None) -> int:
     from regraft.checking.check import check_with
-    from regraft.checking.for_tool import ToolCheck
-    from regraft.cli.pages import failure_page, show_page
+    from regraft.cli.forms import tell
+    from regraft.cli.pages import failure_page
 
     with failure_page(html, "check", src), out.waiting("checking", src):
         result = check_with(src, asked)
-    if out.json:
-        out.data(result.to_dict())
-    elif not out.quiet:
-        from regraft.cli.check_words import show_check, show_tool
-
-        if isinstance(result, ToolCheck):
-            show_tool(out, result)
-        else:
-            show_check(out, result)
-    show_page(out, html, result, src)
-    return 0 if result.healthy else 4
+    return tell(out, result, html, src)
 
 
 def _check_many(
@@ -130,23 +117,11 @@ def _check_many(
     from regraft.views.outcome import checked
 
     def work(item: Item) -> SourceOutcome:
-        outcome = checked(item.name, item.path, check_with(item.path, asked))
-        other = _of_another(outcome.report)
-        if other is None:
-            return outcome
-        # One base is given for all, and this one belongs to another: it is judged as if none were given.
-        alone = check_with(item.path, replace(asked, model=None))
-        return checked(item.name, item.path, alone, other)
+        result = check_with(item.path, asked)
+        other = result.of_another
+        if other is not None:
+            # One base is given for all, and this one belongs to another: it is judged as if none were given.
+            result = check_with(item.path, replace(asked, model=None))
+        return checked(item.name, item.path, result, other)
 
     return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast, told=told, bad=Status.NO)
-
-
-def _of_another(result: Report | Check | ToolCheck | None) -> str | None:
-    """Why the base that was given is of another family than the adapter's; ``None`` where it is not."""
-    from regraft.adapters.detect import is_of_another
-    from regraft.checking.verdict import Check
-
-    if not isinstance(result, Check):
-        return None
-    findings = (finding for verdict in result.verdicts for finding in verdict.findings)
-    return next((each.message for each in findings if is_of_another(each)), None)

@@ -11,7 +11,7 @@ from rich.text import Text
 from regraft.cli.output import Output, visible
 from regraft.cli.words import show_company, show_differences, show_notes
 from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
-from regraft.views.wording import count_in_words
+from regraft.views.wording import LOSSLESS, count_in_words, what_changed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,13 +25,16 @@ _RULES = 60
 """So many rules are shown one by one."""
 
 
-def merged_in_words(adapter: AdapterReport, checkpoint: CheckpointReport) -> str:
+def _merged(adapter: AdapterReport) -> str:
     """What merging an adapter changed in its base."""
-    added = len({target.key for target in adapter.targets})
-    words = f"merged: an adapter's delta was added to {count_in_words(added, 'tensor')}"
+    weights = sorted({target.scale for target in adapter.targets})
+    times = " and ".join(f"{weight:g}" for weight in weights)
+    name = visible(Path(adapter.name).name or adapter.name or "the adapter")
+    added = count_in_words(len({target.key for target in adapter.targets}), "tensor")
+    words = f"{name}: added to {added}" + (f", times {times}" if times else "")
     if adapter.carried:
-        words += f", and {count_in_words(adapter.carried, 'tensor')} replaced"
-    return words + f"; {checkpoint.tensors_out} in all"
+        words += f"; {count_in_words(adapter.carried, 'tensor')} replaced"
+    return words
 
 
 def by_book(fired: dict[str, int]) -> dict[str, int]:
@@ -80,7 +83,8 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
             out.show(Text(_traffic(checkpoint.traffic)))
         return
     fired = {rule: times for rule, times in checkpoint.rules.items() if times}
-    if fired or checkpoint.carried:
+    merged = [adapter for adapter in report.adapters if adapter.targets or adapter.carried]
+    if fired or (checkpoint.carried and not merged):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
         table.add_column("rule", overflow="fold")
         table.add_column("times", justify="right", no_wrap=True)
@@ -91,19 +95,18 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
         if checkpoint.carried:
             table.add_row(Text("unchanged", _FAINT), str(checkpoint.carried))
         out.show(Text(), table, Text())
+    for adapter in merged:
+        out.show(Text(f"  {_merged(adapter)}"))
     summary = Text(
         f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
         f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
         f"{show_size(checkpoint.bytes)}; "
     )
-    if checkpoint.casts:
-        casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
-        summary.append(f"cast: {casts}", _WARNING)
-    merged = [adapter for adapter in report.adapters if adapter.targets or adapter.carried]
-    for adapter in merged:
-        summary.append(merged_in_words(adapter, checkpoint), _WARNING)
-    if not checkpoint.casts and not merged:
-        summary.append("lossless: all values copied bit for bit", _GOOD)
+    changed = what_changed(report.targets, checkpoint.casts)
+    if changed:
+        summary.append("; ".join(changed), _WARNING)
+    elif not merged:
+        summary.append(LOSSLESS, _GOOD)
     out.show(summary)
     for change in checkpoint.config:
         out.show(Text(f"config.json: {visible(change)}"))

@@ -17,7 +17,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
-    from regraft.report import AdapterReport, Report
+    from regraft.report import Report
     from regraft.sources import Item
     from regraft.views.outcome import SourceOutcome
 
@@ -103,32 +103,13 @@ def _convert_one(
     asked: ConvertOptions,
 ) -> int:
     from regraft.api import convert_with
-    from regraft.cli.pages import failure_page, show_page
+    from regraft.cli.forms import tell
+    from regraft.cli.pages import failure_page
 
-    with (
-        failure_page(html, "convert", src),
-        out.waiting("converting", src) as tell_progress,
-    ):
-        tell = None if out.quiet else lambda line: out.warn(line + "\n")
-        report = convert_with(src, dst, asked, tell=tell, progress=tell_progress)
-    if out.json:
-        out.data(report.to_dict())
-    elif report.ended is not None and not out.quiet:
-        out.show(
-            f"ended and removed: {report.ended}" if report.ended else "nothing was staged there"
-        )
-    elif report.checkpoint is not None and not out.quiet:
-        from regraft.cli.checkpoint_words import show_checkpoint
-
-        show_checkpoint(out, report, report.checkpoint)
-    elif not out.quiet:
-        from regraft.cli.words import show_report
-
-        show_report(out, report)
-    if report.pushed is not None and not (out.json or out.quiet):
-        out.show(f"pushed: {report.pushed}")
-    show_page(out, html, report, src)
-    return 0
+    with failure_page(html, "convert", src), out.waiting("converting", src) as progress:
+        say = None if out.quiet else lambda line: out.warn(line + "\n")
+        report = convert_with(src, dst, asked, tell=say, progress=progress)
+    return tell(out, report, html, src)
 
 
 def _convert_many(
@@ -142,30 +123,14 @@ def _convert_many(
 ) -> int:
     """Each source into a folder or file of its own below DST."""
     from regraft.cli.many import run_many
-    from regraft.cli.words import how_to_load
-    from regraft.views.outcome import SourceOutcome, Verdict
+    from regraft.views.outcome import converted
 
     for_each = replace(asked, jobs=None, rules=())
 
     def work(item: Item) -> SourceOutcome:
         place = _place_of(item, dst, asked.to)
         report, other = _with_its_base(item.path, place, for_each)
-        made = report.checkpoint
-        verdict: Verdict = "converted"
-        if made is not None:
-            why = f"{made.source_layout} -> {made.target_layout}"
-            same = made.source_layout == made.target_layout
-        else:
-            why = ", ".join(
-                dict.fromkeys(f"{a.source_layout} -> {a.target_layout}" for a in report.adapters)
-            )
-            same = all(map(_is_same, report.adapters))
-        if same:
-            verdict, why = "unchanged", f"the same in {why.partition(' -> ')[2]}"
-        if other is not None:
-            why += f" (without --model: {other})"
-        load = how_to_load(report) if report.written and made is None else ""
-        return SourceOutcome(item.name, str(item.path), str(place), verdict, why, report, load=load)
+        return converted(item.name, item.path, place, report, other)
 
     with options.own_books(asked.rules):
         jobs = asked.jobs or 1
@@ -185,15 +150,6 @@ def _with_its_base(src: Path, dst: Path, asked: ConvertOptions) -> tuple[Report,
         if other is None or asked.merge:
             raise
     return convert_with(src, dst, replace(asked, model=None)), other
-
-
-def _is_same(adapter: AdapterReport) -> bool:
-    """Whether a result has the names and numbers of its source: no rule fired, and no tool's files became another's."""
-    dialects = {name.partition(":")[2] for name in (adapter.source_layout, adapter.target_layout)}
-    moved = any(adapter.rules.values()) or not all(target.exact for target in adapter.targets)
-    return adapter.copied or (
-        len(dialects) == 1 and not moved and adapter.tensors_in == adapter.tensors_out
-    )
 
 
 def _place_of(item: Item, dst: Path, to: str) -> Path:

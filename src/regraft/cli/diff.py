@@ -10,6 +10,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,9 +58,8 @@ def diff(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from msgspec import to_builtins
-
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.cli.forms import tell
+        from regraft.cli.pages import failure_page
         from regraft.errors import BadInputError, Finding
         from regraft.explaining.diff import diff
         from regraft.storage.beside import write_like
@@ -73,12 +73,8 @@ def diff(
             found = diff(a, b, model=model, propose_book=book is not None)
         if book is not None and found.book is not None:
             write_like(book, found.book, [Path(a), Path(b)])
-        if json:
-            out.data({**to_builtins(found), "equal": found.equal})
-        elif not quiet:
-            show_diff(out, found, book)
-        show_page(out, html, found, a, b)
-        return 0 if found.equal else 4
+            found = replace(found, book_file=str(book))
+        return tell(out, found, html, a, b)
 
     return job
 
@@ -86,7 +82,7 @@ def diff(
 _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "dim"
 
 
-def show_diff(out: Output, found: Diff, written: Path | None = None) -> None:
+def show_diff(out: Output, found: Diff) -> None:
     """What two files have in common and what not."""
     from rich.text import Text
 
@@ -119,14 +115,14 @@ def show_diff(out: Output, found: Diff, written: Path | None = None) -> None:
     for note in found.notes:
         out.show(Text.assemble(("Note: ", _WARNING), visible(note)))
     if found.book is not None:
-        _show_book(out, found, written)
+        _show_book(out, found)
     if found.equal:
         out.show(Text(), Text("They hold the same, bit for bit.", _GOOD))
     else:
         out.show(Text(), Text("They do not hold the same.", _BAD))
 
 
-def _show_book(out: Output, found: Diff, written: Path | None) -> None:
+def _show_book(out: Output, found: Diff) -> None:
     from rich.text import Text
 
     proof = (
@@ -134,9 +130,11 @@ def _show_book(out: Output, found: Diff, written: Path | None) -> None:
         if found.verified
         else "it does not lead the whole way"
     )
-    if written is not None:
-        out.show(Text(), Text(f"A rule book was written to {visible(str(written))}: {proof}."))
-        out.show(Text(f"Use it with: regraft convert SRC DST --to LAYOUT --rules {written}"))
+    if found.book_file is not None:
+        out.show(Text(), Text(f"A rule book was written to {visible(found.book_file)}: {proof}."))
+        out.show(
+            Text(f"Use it with: regraft convert SRC DST --to LAYOUT --rules {found.book_file}")
+        )
         return
     out.show(Text(), Text(f"A rule book that leads from A to B ({proof}):"), Text())
     out.text("".join(f"    {line}\n" if line else "\n" for line in (found.book or "").splitlines()))

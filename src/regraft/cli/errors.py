@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -12,7 +13,7 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output
 
 if TYPE_CHECKING:
-    from regraft.errors.codes import Code
+    from regraft.views.documents import CodeList, ExplainedCode
 
 
 def _codes(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -40,42 +41,33 @@ def errors(code: str | None, *, json: bool) -> Job:
     def job() -> int:
         from difflib import get_close_matches
 
-        from regraft.errors.codes import CODES, Part
+        from regraft.cli.forms import tell
+        from regraft.errors.codes import CODES
+        from regraft.views.documents import CodeList, ExplainedCode
 
         if code is not None and code not in CODES:
             near = get_close_matches(code, CODES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " 'regraft errors' lists all codes."
             raise click.BadParameter(f"there is no code {code!r}.{hint}", param_hint="CODE")
-        if json:
-            asked = [CODES[code]] if code is not None else list(CODES.values())
-            out.data({"codes": [_as_data(each) for each in asked]})
-        elif code is not None:
-            out.text(_explained(CODES[code]))
-        else:
-            width = max(map(len, CODES))
-            for part in Part:
-                lines = [
-                    f"  {c.value:<{width}}  {c.title}" for c in CODES.values() if c.part is part
-                ]
-                out.text(f"{part.title}\n" + "\n".join(lines) + "\n\n")
-        return 0
+        asked = [CODES[code]] if code is not None else CODES.values()
+        return tell(out, CodeList([ExplainedCode.of(each) for each in asked]))
 
     return job
 
 
-def _as_data(code: Code) -> dict[str, Any]:
-    return {
-        "code": code.value,
-        "title": code.title,
-        "details": code.details,
-        "fix": code.fix,
-        "status": int(code.status),
-        "part": code.part.title,
-    }
+def show_codes(out: Output, found: CodeList) -> None:
+    """One code at length, or all in a line each, by their parts."""
+    if len(found.codes) == 1:
+        out.text(_explained(found.codes[0]))
+        return
+    width = max(len(each.code) for each in found.codes)
+    for part, codes in groupby(found.codes, key=lambda each: each.part):
+        lines = [f"  {each.code:<{width}}  {each.title}" for each in codes]
+        out.text(f"{part}\n" + "\n".join(lines) + "\n\n")
 
 
-def _explained(code: Code) -> str:
-    text = f"{code.value}: {code.title}\n"
+def _explained(code: ExplainedCode) -> str:
+    text = f"{code.code}: {code.title}\n"
     if code.details:
         text += f"\n{code.details}\n"
-    return f"{text}\nFix: {code.fix}\nExit status: {int(code.status)} ({code.status.meaning})\n"
+    return f"{text}\nFix: {code.fix}\nExit status: {code.status} ({code.meaning})\n"

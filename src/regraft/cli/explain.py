@@ -60,19 +60,13 @@ def explain(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from msgspec import to_builtins
-
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.cli.forms import tell
+        from regraft.cli.pages import failure_page
         from regraft.explaining.explain import explain
 
         with options.told(rules, architecture), failure_page(html, "explain", src):
             found = explain(src, key, to=to, model=model, source=source)
-        if json:
-            out.data({**to_builtins(found), "arrives": found.arrives})
-        elif not quiet:
-            show_explanation(out, found)
-        show_page(out, html, found, src)
-        return 0 if found.arrives else 4
+        return tell(out, found, html, src)
 
     return job
 

@@ -116,6 +116,7 @@ def extract(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.merging.extract import extract as extract_adapter
 
         with options.own_books(rules), out.waiting("extracting") as progress:
@@ -136,16 +137,13 @@ def extract(
                 dry_run=dry_run,
                 progress=progress,
             )
-        if json:
-            out.data(report.to_dict())
-        elif not quiet:
-            _show(out, report)
-        return 0
+        return tell(out, report)
 
     return job
 
 
-def _show(out: Output, report: Extraction) -> None:
+def show_extraction(out: Output, report: Extraction) -> None:
+    """What became of each matrix, the worst first."""
     from rich.table import Table
     from rich.text import Text
 

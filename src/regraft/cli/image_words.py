@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
 
 from regraft.cli.output import Output, visible
-from regraft.dialects.image.inspect import ImageSummary
+from regraft.dialects.image.inspect import ImageFolder, ImageSummary
 from regraft.report import show_size
 
 _MOST = 3
@@ -35,8 +35,9 @@ def show_image(out: Output, summary: ImageSummary) -> None:
         out.show(Text(f"Problem: {visible(summary.problem)}", "red"))
 
 
-def show_images(out: Output, summaries: Sequence[ImageSummary]) -> None:
+def show_images(out: Output, folder: ImageFolder) -> None:
     """Many files, one a row."""
+    summaries = folder.files
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in (
         "file",

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
-
-if TYPE_CHECKING:
-    from regraft.inspecting import Found
 
 
 @click.command(cls=options.WithArguments)
@@ -49,51 +45,27 @@ def inspect(
 
     def job() -> int:
         from regraft.api import inspected
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.cli.forms import page_of, tell
+        from regraft.cli.pages import failure_page
         from regraft.cli.words import show_findings
         from regraft.dialects.image.inspect import ImageFolder, ImageSummary
-        from regraft.dialects.peft.inspect import Inspection
 
         def each(summary: ImageSummary) -> None:
             out.line(summary.to_dict())
 
         with options.told(rules, architecture), failure_page(html, "inspect", src):
             found = inspected(src, model, source, architecture, each=each if json else None)
-        if html is not None and not isinstance(found, Inspection):
+        if html is not None and page_of(found) is None:
             message = (
                 "inspect has no HTML report of this; "
                 "'regraft convert SRC OUT --to LAYOUT --dry-run --html FILE' makes one"
             )
             raise click.BadParameter(message, param_hint="--html")
-        if json:
-            if not isinstance(found, ImageFolder):
-                out.data(found.to_dict())
-        elif not quiet:
-            _show(out, found)
-        if isinstance(found, Inspection):
-            show_page(out, html, found, src)
-        if isinstance(found, ImageSummary | ImageFolder):
-            return 1 if found.problem else 0
+        if json and isinstance(found, ImageFolder):
+            return found.status  # every file was told as soon as it was read
+        status = tell(out, found, html, src)
         if found.problems:
             show_findings(out, "bad input", found.problems)
-            return 1
-        return 0
+        return status
 
     return job
-
-
-def _show(out: Output, found: Found) -> None:
-    from regraft.cli.checkpoint_words import show_inspected_checkpoint
-    from regraft.cli.image_words import show_image, show_images
-    from regraft.cli.words import show_inspection
-    from regraft.dialects.image.inspect import ImageFolder, ImageSummary
-    from regraft.dialects.peft.inspect import Inspection
-
-    if isinstance(found, ImageSummary):
-        show_image(out, found)
-    elif isinstance(found, ImageFolder):
-        show_images(out, found.files)
-    elif isinstance(found, Inspection):
-        show_inspection(out, found)
-    else:
-        show_inspected_checkpoint(out, found)

@@ -28,21 +28,19 @@ def layouts(rules: tuple[str, ...], *, json: bool, quiet: bool) -> Job:
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.dialects.names import dialect_names
         from regraft.layouts.catalog import catalog
 
         with options.own_books(rules):
             found = catalog(dialect_names())
-        if json:
-            out.data(found.to_dict())
-        elif not quiet:
-            _show(out, found)
-        return 0
+        return tell(out, found)
 
     return job
 
 
-def _show(out: Output, found: Catalog) -> None:
+def show_catalog(out: Output, found: Catalog) -> None:
+    """All names, one a row."""
     from rich.table import Table
 
     rows = [

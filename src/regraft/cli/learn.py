@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline
     from regraft.cli.progress import Mode
     from regraft.learning.learn import Learned
+    from regraft.views.documents import LearnedBook
 
 
 @click.command(cls=options.WithArguments)
@@ -109,11 +110,13 @@ def learn(
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.errors import BadInputError, Finding
         from regraft.learning.learn import learn_pairs, require_sound
         from regraft.learning.pairs import Pair
         from regraft.report import log_result
         from regraft.storage.beside import write_like
+        from regraft.views.documents import LearnedBook
 
         if book.exists():
             fix = "choose another"
@@ -132,11 +135,7 @@ def learn(
         if not partial:
             require_sound(found)
         write_like(book, found.text, [Path(name) for name in files])
-        if json:
-            out.data(_data(found, book))
-        elif not quiet:
-            _show(out, found, book)
-        return 0
+        return tell(out, LearnedBook.of(found, book))
 
     return job
 
@@ -199,31 +198,16 @@ def _watched(
     return learn_telling(found, known[0].config, more)
 
 
-def _data(found: Learned, book: Path) -> dict[str, object]:
-    return {
-        "book": str(book),
-        "explained": found.explained,
-        "total": found.total,
-        "not_explained": found.odd,
-        "unused": list(found.unused),
-        "verified": [
-            {"where": v.where, "learned_from": v.learned_from, "equal": v.equal}
-            for v in found.verified
-        ],
-        "notes": list(found.notes),
-    }
-
-
-def _show(out: Output, found: Learned, book: Path) -> None:
-    rules = len(found.book.module_rules) + sum(not rule.module for rule in found.book.rules)
+def show_learned(out: Output, found: LearnedBook) -> None:
+    """What was learned, and how to use it."""
     out.text(
-        f"{visible(str(book))}: {rules} rules, {found.explained} of {found.total} tensors explained\n"
+        f"{visible(found.book)}: {found.rules} rules, {found.explained} of {found.total} tensors explained\n"
     )
     for each in found.verified:
         word = "equal, bit for bit, both ways" if each.equal else "NOT equal"
         seen = "learned from it" if each.learned_from else "not seen before"
         out.text(f"  {visible(each.where)}: {word} ({seen})\n")
-    for name, why in list(found.odd.items())[:20]:
+    for name, why in list(found.not_explained.items())[:20]:
         out.text(f"  not explained: {visible(name)}: {why}\n")
     if found.unused:
         out.text(
@@ -231,5 +215,7 @@ def _show(out: Output, found: Learned, book: Path) -> None:
         )
     for note in found.notes:
         out.text(f"  note: {visible(note)}\n")
-    old, new = found.book.left, found.book.right
-    out.text(f"Use it with: regraft convert SRC DST --to {new} --rules {book}  (or --to {old})\n")
+    old, new = found.layouts
+    out.text(
+        f"Use it with: regraft convert SRC DST --to {new} --rules {found.book}  (or --to {old})\n"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +9,10 @@ import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
-from regraft.cli.output import Output, visible
+from regraft.cli.output import Output
 
 if TYPE_CHECKING:
-    from regraft.report import CheckpointReport, Report
+    pass
 
 
 @click.command(cls=options.WithArguments)
@@ -100,6 +99,7 @@ def merge(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.merging.merge import merge as merge_adapters
 
         with options.own_books(rules), out.waiting("merging", base) as progress:
@@ -116,12 +116,7 @@ def merge(
                 dry_run=dry_run,
                 progress=progress,
             )
-        if json:
-            out.data(report.to_dict())
-        elif not quiet:
-            assert report.checkpoint is not None
-            _show(out, report, report.checkpoint, adapters)
-        return 0
+        return tell(out, report)
 
     return job
 
@@ -144,44 +139,3 @@ def weighted(text: str) -> tuple[Path, float]:
             message = f"{number!r} is no number"
             raise click.BadParameter(message, param_hint="LORA=WEIGHT") from None
         return Path(text), 1.0
-
-
-def _show(
-    out: Output,
-    report: Report,
-    checkpoint: CheckpointReport,
-    adapters: Sequence[tuple[Path, float]],
-) -> None:
-    from rich.text import Text
-
-    from regraft.cli.words import show_notes
-    from regraft.report import show_size
-    from regraft.views.wording import count_in_words
-
-    out.show(Text(visible(Path(report.source).name or report.source), "bold"))
-    for line in checkpoint.evidence:
-        out.show(Text(f"  {visible(line)}", "dim"))
-    for adapter in report.adapters:
-        weights = sorted({target.scale for target in adapter.targets})
-        times = " and ".join(f"{weight:g}" for weight in weights)
-        name = visible(Path(adapter.name).name or adapter.name)
-        added = count_in_words(len({t.key for t in adapter.targets}), "tensor")
-        words = f"  {name}: added to {added}" + (f", times {times}" if times else "")
-        if adapter.carried:
-            words += f"; {count_in_words(adapter.carried, 'tensor')} replaced"
-        out.show(Text(words))
-    changed = {target.key for target in report.targets}
-    summary = (
-        f"{checkpoint.tensors_out} tensors in "
-        f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
-        f"{show_size(checkpoint.bytes)}; {len(changed)} changed, each rounded once"
-    )
-    if checkpoint.casts:
-        casts = ", ".join(f"{count} from {what}" for what, count in checkpoint.casts.items())
-        summary += f"; cast: {casts}"
-    out.show(Text(summary, "green"))
-    for change in checkpoint.config:
-        out.show(Text(f"config.json: {visible(change)}"))
-    show_notes(out, report.notes)
-    if not report.written:
-        out.show(Text("Nothing was written: this was a dry run.", "yellow"))

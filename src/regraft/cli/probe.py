@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+
+if TYPE_CHECKING:
+    from regraft.views.documents import Probes
 
 
 def fixed_fields(settings: tuple[str, ...]) -> dict[str, Any]:
@@ -85,9 +88,11 @@ def probe(
 
     def job() -> int:
         from regraft.bridges.transformers.outlines import outlines
+        from regraft.cli.forms import tell
         from regraft.errors import BadInputError, Finding
         from regraft.learning import probe as probes
         from regraft.learning.command import write_probe
+        from regraft.views.documents import Probes, ShownProbe
 
         if out.exists():
             fix = "choose another"
@@ -104,12 +109,13 @@ def probe(
             for name, state in states.items():
                 folder = out / name
                 write_probe(folder, state, outline.config)
-                made.append({"folder": str(folder), "tensors": len(outline.shapes)})
-        if json:
-            screen.data({"probes": made})
-        elif not quiet:
-            for each in made:
-                screen.text(f"{visible(str(each['folder']))}: {each['tensors']} tensors\n")
-        return 0
+                made.append(ShownProbe(str(folder), len(outline.shapes)))
+        return tell(screen, Probes(made))
 
     return job
+
+
+def show_probes(out: Output, found: Probes) -> None:
+    """One a line."""
+    for each in found.probes:
+        out.text(f"{visible(each.folder)}: {each.tensors} tensors\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,8 +12,8 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
-    from regraft.rules.book import Book
     from regraft.rules.lint.book import Fault, Linted
+    from regraft.views.documents import BookList, ShownBook
 
 
 @click.group(invoke_without_command=True)
@@ -37,39 +37,25 @@ def list_books(*, json: bool, quiet: bool) -> Job:
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.rules.book import library
+        from regraft.views.documents import BookList, BookSummary
 
-        if json:
-            out.data({"books": [_summary(book) for book in library()]})
-        elif not quiet:
-            _show_list(out, library())
-        return 0
+        return tell(out, BookList([BookSummary.of(book) for book in library()]))
 
     return job
 
 
-def _summary(book: Book) -> dict[str, Any]:
-    return {
-        "name": book.name,
-        "title": book.title,
-        "left": book.left,
-        "right": book.right,
-        "model_types": list(book.model_types),
-        "rules": len(book.rules),
-        "carries": len(book.carries),
-        "path": book.path,
-    }
-
-
-def _show_list(out: Output, books: tuple[Book, ...]) -> None:
+def show_list(out: Output, found: BookList) -> None:
+    """One book a row."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
     for name in ("book", "rules", "model types", "what changes"):
         table.add_column(name, justify="right" if name == "rules" else "left", overflow="fold")
-    for book in books:
+    for book in found.books:
         title = book.title.partition(": ")[2] or book.title
-        table.add_row(book.name, str(len(book.rules)), ", ".join(book.model_types), title)
+        table.add_row(book.name, str(book.rules), ", ".join(book.model_types), title)
     out.show(table)
 
 
@@ -84,35 +70,18 @@ def show(book: str, *, json: bool) -> Job:
     out = Output(json=json)
 
     def job() -> int:
+        from regraft.cli.forms import tell
         from regraft.rules.book import find_book
-        from regraft.rules.write import write_book
+        from regraft.views.documents import ShownBook
 
-        found = find_book(book)
-        if json:
-            out.data(
-                {
-                    **_summary(found),
-                    "equations": [
-                        {
-                            "name": rule.name,
-                            "where": rule.where,
-                            "text": rule.equation.text,
-                            "left_kinds": list(rule.left_kinds),
-                            "right_kinds": list(rule.right_kinds),
-                        }
-                        for rule in found.rules
-                    ],
-                    "carried": [
-                        {"key": str(carry.term), "why": carry.why, "where": carry.where}
-                        for carry in found.carries
-                    ],
-                }
-            )
-        else:
-            out.text(write_book(found))
-        return 0
+        return tell(out, ShownBook.of(find_book(book)))
 
     return job
+
+
+def show_book(out: Output, found: ShownBook) -> None:
+    """A book as a file."""
+    out.text(found.toml)
 
 
 @rules.command(cls=options.WithArguments)
@@ -148,19 +117,13 @@ def lint(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from msgspec import to_builtins
-
         from regraft.checking.rule_books import lint
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.cli.forms import tell
+        from regraft.cli.pages import failure_page
 
         with options.told((), architecture), failure_page(html, "rules lint", Path(book)):
             found = lint(book, keys, model)
-        if json:
-            out.data({**to_builtins(found), "sound": found.sound})
-        elif not quiet:
-            show_linted(out, found)
-        show_page(out, html, found)
-        return 0 if found.sound else 4
+        return tell(out, found, html)
 
     return job
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from regraft.checkpoints.prepare import Prepared
-    from regraft.checkpoints.ranks import ParallelPlan, Ranks, Whole
+    from regraft.checkpoints.ranks import ParallelPlan, Ranks
     from regraft.checkpoints.slices import Slices
+    from regraft.views.documents import RankSlices
 
 _SHOWN = 8
 """Patterns of one reason that are shown."""
@@ -84,7 +85,9 @@ def slices(
     def job() -> int:
         from regraft.checkpoints.prepare import model_of
         from regraft.checkpoints.ranks import Ranks, left_whole
+        from regraft.cli.forms import tell
         from regraft.slicing import prepare_slices
+        from regraft.views.documents import RankSlices
 
         first = Ranks(tp, ep, rank or 0)
         ready = prepare_slices(src, to, model, source, rules)
@@ -94,12 +97,8 @@ def slices(
         whole = left_whole(first, table, shapes)
         ranks = range(first.world) if rank is None else [rank]
         parts = [_cut(ready, Ranks(tp, ep, number), table) for number in ranks]
-        if json:
-            out.data(parts[0].to_dict())
-        elif not quiet:
-            _show(out, ready, list(ranks), parts)
-            _show_whole(out, ready, whole, given=plan is not None)
-        return 0
+        sizes = dict(zip(ready.moves.names, ready.moves.sizes.tolist(), strict=True))
+        return tell(out, RankSlices.of(list(ranks), parts, sizes, whole, asked=plan is None))
 
     return job
 
@@ -131,40 +130,26 @@ def _cut(ready: Prepared, ranks: Ranks, plan: ParallelPlan) -> Slices:
     return cut(ready, box=boxes_of(ranks, plan, dict(zip(names, shapes, strict=True))))
 
 
-def _show(out: Output, ready: Prepared, ranks: list[int], parts: list[Slices]) -> None:
+def show_slices(out: Output, found: RankSlices) -> None:
+    """How much each rank reads, and what all of them hold; of one rank alone, of which files."""
     from rich.text import Text
 
     from regraft.report import show_size
+    from regraft.views.wording import count_in_words
 
-    whole = int(ready.moves.sizes.sum())
-    for rank, part in zip(ranks, parts, strict=True):
-        share = part.bytes / whole if whole else 1.0
-        out.show(Text(f"rank {rank}: {show_size(part.bytes)} of {show_size(whole)} ({share:.1%})"))
-    if len(parts) > 1:
-        return
-    files: dict[str, tuple[int, int]] = {}
-    for run in parts[0].runs:
-        count, size = files.get(run.file, (0, 0))
-        files[run.file] = count + 1, size + run.size
-    for name, (count, size) in files.items():
-        out.show(Text(f"  {visible(name)}: {show_size(size)} in {count} run{'s' * (count != 1)}"))
-
-
-def _show_whole(out: Output, ready: Prepared, found: list[Whole], *, given: bool) -> None:
-    """What every rank holds whole, and why, the largest first; ``given`` says that the plan is the user's."""
-    from rich.text import Text
-
-    from regraft.names.patterns import patterns
-    from regraft.report import show_size
-
-    sizes = dict(zip(ready.moves.names, ready.moves.sizes.tolist(), strict=True))
-    for whole in sorted(found, key=lambda one: -sum(sizes[name] for name in one.names)):
-        size = sum(sizes[name] for name in whole.names)
-        out.show(Text(f"whole in each rank: {show_size(size)}: {whole.why}"))
-        for pattern, count in patterns(sorted(whole.names, key=lambda name: -sizes[name]))[:_SHOWN]:
+    size = show_size(found.size)
+    for share in found.shares:
+        part = share.bytes / found.size if found.size else 1.0
+        out.show(Text(f"rank {share.rank}: {show_size(share.bytes)} of {size} ({part:.1%})"))
+    for name, read in found.files.items():
+        runs = count_in_words(read.runs, "run")
+        out.show(Text(f"  {visible(name)}: {show_size(read.bytes)} in {runs}"))
+    for whole in found.whole:
+        out.show(Text(f"whole in each rank: {show_size(whole.bytes)}: {whole.why}"))
+        for pattern, count in whole.patterns[:_SHOWN]:
             out.show(Text(f"  {visible(pattern)}" + (f" ({count})" if count > 1 else "")))
-        left = len(patterns(whole.names)) - _SHOWN
+        left = len(whole.patterns) - _SHOWN
         if left > 0:
-            out.show(Text(f"  and {left} more pattern{'s' * (left != 1)}"))
-    if found and not given:
+            out.show(Text(f"  and {count_in_words(left, 'more pattern')}"))
+    if found.whole and found.asked:
         out.show(Text("the plans are those of the installed transformers; --plan gives others"))

@@ -64,14 +64,15 @@ def verify(
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
-        from regraft.checking.certificate import TOLERANCE, AdapterVerification
+        from regraft.checking.certificate import TOLERANCE
         from regraft.checking.verify import verify
-        from regraft.cli.pages import failure_page, show_page
+        from regraft.cli.forms import tell
+        from regraft.cli.pages import failure_page
 
         with (
             options.told(rules, architecture),
             failure_page(html, "verify", src),
-            out.waiting("comparing", src) as tell,
+            out.waiting("comparing", src) as progressed,
         ):
             result = verify(
                 src,
@@ -80,20 +81,8 @@ def verify(
                 source=source,
                 tolerance=TOLERANCE if tolerance is None else tolerance,
                 budget=verify_budget,
-                progress=tell,
+                progress=progressed,
             )
-        if json:
-            out.data(result.to_dict())
-        elif not quiet:
-            if isinstance(result, AdapterVerification):
-                from regraft.cli.words import show_adapter_verification
-
-                show_adapter_verification(out, result)
-            else:
-                from regraft.cli.checkpoint_words import show_verification
-
-                show_verification(out, result)
-        show_page(out, html, result, src, dst)
-        return 0 if result.equal else 4
+        return tell(out, result, html, src, dst)
 
     return job

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +17,8 @@ from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, show_size
 from regraft.values import replace
-from regraft.views.wording import count_in_words
+from regraft.views.loading import how_to_load
+from regraft.views.wording import LOSSLESS, count_in_words, what_changed
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
@@ -45,8 +43,24 @@ class _Row:
     """The largest one."""
 
 
-def show_report(out: Output, report: Report, *, load: bool = True) -> None:
-    """What a conversion did; the last line says how to load the result, unless ``load`` is off."""
+def show_report(out: Output, report: Report) -> None:
+    """What a conversion, or a merge, did."""
+    if report.ended is not None:
+        out.show(
+            f"ended and removed: {report.ended}" if report.ended else "nothing was staged there"
+        )
+    elif report.checkpoint is not None:
+        from regraft.cli.checkpoint_words import show_checkpoint
+
+        show_checkpoint(out, report, report.checkpoint)
+    else:
+        show_adapters(out, report)
+    if report.pushed is not None:
+        out.show(f"pushed: {report.pushed}")
+
+
+def show_adapters(out: Output, report: Report, *, load: bool = True) -> None:
+    """What became of adapters; the last line says how to load the result, unless ``load`` is off."""
     for adapter in report.adapters:
         _show_adapter(out, adapter, report)
     show_company(out, report)
@@ -171,18 +185,13 @@ def _how(rule: str, adapter: AdapterReport) -> str:
 
 def _summary(adapter: AdapterReport) -> Text:
     text = Text(f"{adapter.tensors_in} tensors in, {adapter.tensors_out} out")
-    rescaled = sum(not target.exact and target.rung == "family" for target in adapter.targets)
-    stands_in = sum(target.rung != "family" for target in adapter.targets)
+    changed = what_changed(adapter.targets)
     if adapter.copied:
         text.append("; copied as they are")
-    elif rescaled:
-        text.append(f"; {rescaled} of {len(adapter.targets)} targets ")
-        text.append("rescaled", WARNING)
-    elif stands_in:
-        text.append(f"; LoRA stands in for another family in {stands_in} targets")
+    elif changed:
+        text.append("; ").append("; ".join(changed), WARNING)
     elif adapter.targets:
-        text.append("; ")
-        text.append("lossless: all values copied bit for bit", GOOD)
+        text.append("; ").append(LOSSLESS, GOOD)
     if adapter.carried and not adapter.copied:
         text.append(f"; {count_in_words(adapter.carried, 'tensor')} of them no LoRA factors")
     if adapter.verified:
@@ -208,54 +217,6 @@ def _last_line(report: Report) -> Text:
     return Text.assemble(f"{head}: ", (calls, NAME))
 
 
-def how_to_load(report: Report) -> str:
-    """The calls that load a result, on one line."""
-    layouts = {adapter.target_layout for adapter in report.adapters}
-    if "diffusers" in layouts:
-        return f"Load with diffusers: pipeline.load_lora_weights({_quote(report.destination)})"
-    if "peft-image" in layouts:
-        call = f"PeftModel.from_pretrained(denoiser, {_quote(report.destination)})"
-        return f"Load with PEFT: {call}, on a pipeline's transformer or unet"
-    usage = _usage(next(iter(layouts), ""))
-    if usage:
-        path = _file_of(report.destination)
-        return usage.format(path=shlex.quote(path), file=shlex.quote(Path(path).name))
-    calls = []
-    parameters = {frozenset(t.key for t in a.targets if t.parameter) for a in report.adapters}
-    apart = len(parameters - {frozenset()}) > 1  # PEFT cannot hold them on one model
-    for number, adapter in enumerate(report.adapters):
-        folder = _quote(str(Path(report.destination) / adapter.name))
-        if number == 0 or apart:
-            calls.append(f"model = PeftModel.from_pretrained(model, {folder})")
-        else:
-            calls.append(f"model.load_adapter({folder}, {_quote(Path(adapter.name).name)})")
-    if len(calls) > _FILES:
-        calls[_FILES:] = ["…"]
-    if len(calls) == 1:
-        calls = [calls[0].removeprefix("model = ")]
-    layout = next(iter(layouts), "").partition("/")[0].partition(":")[0]  # LAYOUT:DIALECT/VERSION
-    head, _, version = layout.rpartition("-v")
-    if head != "transformers":  # a rule book's own
-        return f"Load with PEFT, into a model in the layout {layout}: " + "; ".join(calls)
-    return f"Load with transformers {version}: " + "; ".join(calls)
-
-
-def _usage(layout: str) -> str:
-    """How the tool of a dialect is given a result, with a place for its path; empty where nothing says it."""
-    from regraft.dialects.base import dialects
-
-    name = layout.partition("/")[0].rpartition(":")[2]
-    return str(getattr(dialects().get(name), "usage", ""))
-
-
-def _file_of(destination: str) -> str:
-    """The result where it is one file, in a folder or not; otherwise the folder."""
-    folder = Path(destination)
-    inside = list(islice(folder.iterdir(), 2)) if folder.is_dir() else []
-    alone = len(inside) == 1 and inside[0].suffix == ".safetensors"
-    return str(inside[0]) if alone else destination
-
-
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
     """Whether two adapters add the same to their bases."""
     show_differences(out, result.differences)
@@ -268,10 +229,6 @@ def show_adapter_verification(out: Output, result: AdapterVerification) -> None:
     else:
         count = count_in_words(len(result.differences), "difference")
         out.show(Text.assemble(("Not equal", BAD), f": {count} in {counted}; {error}"))
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else json.dumps(text)
 
 
 def show_differences(out: Output, findings: Sequence[Finding]) -> None:

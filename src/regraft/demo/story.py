@@ -14,7 +14,7 @@ import numpy as np
 
 from regraft.api import convert
 from regraft.cli.output import Output
-from regraft.cli.words import show_report
+from regraft.cli.words import show_adapters
 from regraft.demo import proof
 from regraft.names.patterns import patterns
 
@@ -55,7 +55,7 @@ class _Demo:
 
         self.tell("1. Convert it:  regraft convert adapter out --to transformers-v5 --model base\n")
         report = convert(self.adapter, self.v5, to="transformers-v5", model=self.base)
-        show_report(self.out, report, load=False)
+        show_adapters(self.out, report, load=False)
         new_config, new_tensors = proof.read_adapter(self.v5)
         self.tell(
             "\n   Its keys now ('base_layer' holds the factors of gate_up_proj):\n",

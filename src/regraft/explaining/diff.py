@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.opening import find_source
 from regraft.errors import RegraftError
+from regraft.errors.codes import Status
 from regraft.explaining.subject import Subject, open_subject
 from regraft.layouts.graph import route_between
 from regraft.layouts.names import Layout
@@ -79,6 +81,8 @@ class Diff(Shown):
     verified: bool = False
     """Whether that book leads from the one to the other and back, bit for bit."""
     notes: tuple[str, ...] = ()
+    book_file: str | None = None
+    """Where the book was written, if that was asked for."""
 
     @property
     def equal(self) -> bool:
@@ -86,6 +90,15 @@ class Diff(Shown):
         return not (
             self.differ or self.only_a or self.only_b or any(each.differ for each in self.moved)
         )
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.equal else Status.NO
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        return {**Shown.to_dict(self), "equal": self.equal}
 
 
 @logged

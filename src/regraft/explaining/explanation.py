@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from regraft.errors import Finding
+from regraft.errors.codes import Status
 from regraft.shown import Shown
 
 
@@ -93,3 +95,12 @@ class Explanation(Shown):
     def arrives(self) -> bool:
         """Whether the key is explained."""
         return self.fate in ("moved", "carried", "there") and not self.problems
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.arrives else Status.NO
+
+    def to_dict(self) -> dict[str, Any]:
+        """The explanation as plain data."""
+        return {**Shown.to_dict(self), "arrives": self.arrives}

@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft.layouts.names import DialectName, adapters_in, known_layouts
 from regraft.rules.book import library
+from regraft.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class FamilyLine:
     books: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Catalog:
+@dataclass(frozen=True, slots=True, repr=False)
+class Catalog(Shown):
     """The names of layouts, dialects and families."""
 
     layouts: list[LayoutLine]

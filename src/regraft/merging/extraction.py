@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from regraft.report import plain_data
+from regraft.shown import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +22,8 @@ class Extracted:
     """The share of the sum of the change's squared singular values that the factors' components have."""
 
 
-@dataclass(slots=True)
-class Extraction:
+@dataclass(slots=True, repr=False)
+class Extraction(Shown):
     """What was extracted; ``to_dict`` gives plain data."""
 
     base: str
@@ -46,8 +45,3 @@ class Extraction:
     """How far all factors together are off, relative to the norm of all changes together."""
     notes: list[str] = field(default_factory=list)
     written: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        data: dict[str, Any] = plain_data(self)
-        return data

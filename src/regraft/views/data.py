@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,9 @@ from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
 from regraft.report import AdapterReport, CheckpointReport, Report, Target, show_size
 from regraft.views.flows import Facts, Flows, made_facts, target_facts
+from regraft.views.loading import how_to_load
 from regraft.views.model import Fact, Flow, Page, Rows, Tone
-from regraft.views.wording import count_in_words, shape_in_words
+from regraft.views.wording import LOSSLESS, count_in_words, shape_in_words, what_changed
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
@@ -49,7 +49,7 @@ def page_of_report(report: Report) -> Page:
         right=made.right.side(layouts[1]),
         flows=tuple(made.flows),
         notes=tuple(report.notes),
-        next=tuple(_load_lines(report)) if report.written and report.checkpoint is None else (),
+        next=_load_line(report) if report.written and report.checkpoint is None else (),
     )
 
 
@@ -64,28 +64,15 @@ def _layouts(report: Report) -> tuple[str, str]:
 
 def _verdict(report: Report) -> Fact:
     word = "Converted" if report.written else "Can be converted"
-    near = [target for target in report.targets if target.rung == "svd"]
-    other = sum(target.rung not in ("family", "svd", "merged") for target in report.targets)
-    merged = sum(target.rung == "merged" for target in report.targets)
-    rescaled = sum(t.rung == "family" and not t.exact for t in report.targets)
-    casts = sum(report.checkpoint.casts.values()) if report.checkpoint is not None else 0
-    told = []
-    if near:
-        error = max(target.error for target in near)
-        told.append(
-            f"{count_in_words(len(near), 'target')} approximated, off by {error:.2g} at most"
-        )
-    if other:
-        told.append(f"{count_in_words(other, 'target')} kept exactly as LoRA")
-    if merged:
-        told.append(f"what the adapter adds is in {count_in_words(merged, 'tensor')}")
-    if rescaled:
-        told.append(f"{rescaled} of {len(report.targets)} targets rescaled")
-    if casts:
-        told.append(f"{count_in_words(casts, 'tensor')} cast to another dtype")
-    if told:
-        return Fact(word, "; ".join(told) + "; the rest is bit for bit", "warning")
-    return Fact(word, "lossless: all values copied bit for bit", "good")
+    changed = what_changed(report.targets, report.checkpoint.casts if report.checkpoint else None)
+    if changed:
+        return Fact(word, "; ".join(changed) + "; the rest is bit for bit", "warning")
+    return Fact(word, LOSSLESS, "good")
+
+
+def _load_line(report: Report) -> tuple[Fact, ...]:
+    how, _, calls = how_to_load(report).partition(": ")
+    return (Fact(how, calls),)
 
 
 def _add_adapter(made: Flows, adapter: AdapterReport) -> None:
@@ -133,14 +120,6 @@ def _checkpoint_facts(checkpoint: CheckpointReport) -> list[Fact]:
     facts += [Fact("cast", f"{count} from {what}") for what, count in checkpoint.casts.items()]
     facts += [Fact("config.json", change) for change in checkpoint.config]
     return facts + [Fact("evidence", reason) for reason in checkpoint.evidence]
-
-
-def _load_lines(report: Report) -> Iterable[Fact]:
-    for adapter in report.adapters[:1]:
-        folder = json.dumps(str(Path(report.destination) / adapter.name))
-        version = adapter.target_layout.partition("/")[0].rpartition("-v")[2]
-        line = f"PeftModel.from_pretrained(model, {folder})"
-        yield Fact(f"load it with transformers {version}", line)
 
 
 def page_of_inspection(inspection: Inspection) -> Page:

@@ -6,11 +6,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Any
 
 import regraft
+from regraft.shown import Shown
 
 PACKAGES = (
     "click",
@@ -34,8 +34,8 @@ _GROUPS = ("regraft.books", "regraft.dialects")
 _PREFIXES = ("REGRAFT_", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_COLOR")
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+@dataclass(frozen=True, slots=True, repr=False)
+class Environment(Shown):
     """Versions and settings that regraft's results may depend on."""
 
     regraft: str
@@ -48,10 +48,6 @@ class Environment:
     """Environment variables that are set and that regraft or its libraries read; their values are not shown."""
     plugins: list[str]
     """Installed packages that bring rule books or dialects, with their versions."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def environment() -> Environment:

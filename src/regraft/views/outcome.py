@@ -11,7 +11,8 @@ from typing import Any, Literal
 from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
 from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
-from regraft.report import SCHEMA_VERSION, Report
+from regraft.report import SCHEMA_VERSION, AdapterReport, Report
+from regraft.views.loading import how_to_load
 
 Verdict = Literal[
     "converted", "unchanged", "healthy", "not healthy", "refused", "unknown", "failed"
@@ -84,6 +85,36 @@ class SourceOutcome:
             "fix": list(self.fix),
             "hint": self.hint,
         }
+
+
+def converted(
+    name: str, path: Path, place: Path, report: Report, other: str | None = None
+) -> SourceOutcome:
+    """A source that was converted, to ``place``; ``other`` says why the base that was given was left out."""
+    made = report.checkpoint
+    if made is not None:
+        ways = [(made.source_layout, made.target_layout)]
+        same = made.source_layout == made.target_layout
+    else:
+        ways = [(each.source_layout, each.target_layout) for each in report.adapters]
+        same = all(map(_is_same, report.adapters))
+    verdict: Verdict = "unchanged" if same else "converted"
+    why = ", ".join(dict.fromkeys(f"{before} -> {after}" for before, after in ways))
+    if same:
+        why = f"the same in {why.partition(' -> ')[2]}"
+    if other is not None:
+        why += f" (without --model: {other})"
+    load = how_to_load(report) if report.written and made is None else ""
+    return SourceOutcome(name, str(path), str(place), verdict, why, report, load=load)
+
+
+def _is_same(adapter: AdapterReport) -> bool:
+    """Whether a result has the names and numbers of its source: no rule fired, and no tool's files became another's."""
+    dialects = {name.partition(":")[2] for name in (adapter.source_layout, adapter.target_layout)}
+    moved = any(adapter.rules.values()) or not all(target.exact for target in adapter.targets)
+    return adapter.copied or (
+        len(dialects) == 1 and not moved and adapter.tensors_in == adapter.tensors_out
+    )
 
 
 def checked(

@@ -32,6 +32,7 @@ from regraft.layouts.catalog import Catalog
 from regraft.merging.extraction import Extraction
 from regraft.report import SCHEMA_VERSION, AdapterReport, CheckpointReport, Report
 from regraft.rules.lint.book import Linted
+from regraft.views.documents import BookList, CodeList, LearnedBook, Probes, ShownBook
 from regraft.views.environment import Environment
 from regraft.views.outcome import Problem, SourceOutcome
 
@@ -41,123 +42,6 @@ class Failure:
     """What every command prints in place of its result when it fails."""
 
     error: Problem
-
-
-@dataclass(frozen=True, slots=True)
-class BookSummary:
-    """A rule book in a line."""
-
-    name: str
-    title: str
-    left: str
-    """The layout of the left sides of its equations."""
-    right: str
-    model_types: list[str]
-    rules: int
-    """How many equations it has."""
-    carries: int
-    """How many lines that say what stays."""
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class BookList:
-    """The rule books that come with regraft."""
-
-    books: list[BookSummary]
-
-
-@dataclass(frozen=True, slots=True)
-class ShownEquation:
-    """A rule of a book."""
-
-    name: str
-    where: str
-    """File and line."""
-    text: str
-    left_kinds: list[str]
-    right_kinds: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class ShownCarry:
-    """Keys that stay what they are."""
-
-    key: str
-    why: str
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShownBook(BookSummary):
-    """A rule book as a whole."""
-
-    equations: list[ShownEquation]
-    carried: list[ShownCarry]
-
-
-@dataclass(frozen=True, slots=True)
-class ConfirmedPair:
-    """A pair of checkpoints that a learned book was carried out on."""
-
-    where: str
-    learned_from: bool
-    """Whether the book was learned from it; otherwise its sizes are ones that the book never saw."""
-    equal: bool
-    """Whether the book gives it bit for bit, both ways."""
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedBook:
-    """A rule book that was read off what a converter makes."""
-
-    book: str
-    """The file."""
-    explained: int
-    """How many tensors after the converter the book makes."""
-    total: int
-    not_explained: dict[str, str]
-    """Tensors that it does not make, each with the reason."""
-    unused: list[str]
-    """Tensors before from which nothing is taken."""
-    verified: list[ConfirmedPair]
-    notes: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class ShownProbe:
-    """A small checkpoint whose elements are all different."""
-
-    folder: str
-    tensors: int
-
-
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Probes of one model, at several sizes."""
-
-    probes: list[ShownProbe]
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainedCode:
-    """What the code of a finding means."""
-
-    code: str
-    title: str
-    details: str
-    fix: str
-    status: int
-    """The exit status that it leads to."""
-    part: str
-    """The section of docs/errors.md."""
-
-
-@dataclass(frozen=True, slots=True)
-class CodeList:
-    """What `regraft errors` prints."""
-
-    codes: list[ExplainedCode]
 
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {

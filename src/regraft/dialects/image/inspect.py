@@ -35,7 +35,8 @@ from regraft.dialects.image.read import (
     hinted_families,
 )
 from regraft.dialects.image.recognise import config_beside
-from regraft.errors import RegraftError
+from regraft.errors import Finding, RegraftError
+from regraft.errors.codes import Status
 from regraft.names.keys import group_names
 from regraft.shown import Shown
 from regraft.storage.dtypes import DTYPES
@@ -81,6 +82,16 @@ class ImageSummary(Shown):
     problem: str = ""
     """Why it cannot be read; empty where it can."""
 
+    @property
+    def problems(self) -> list[Finding]:
+        """Nothing, since its words and its JSON say what is wrong."""
+        return []
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if not self.problem else Status.BAD_INPUT
+
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain data."""
         return {
@@ -111,6 +122,16 @@ class ImageFolder(Shown):
     def problem(self) -> str:
         """Why the first file that cannot be read cannot; empty where all can."""
         return next((f"{each.file}: {each.problem}" for each in self.files if each.problem), "")
+
+    @property
+    def problems(self) -> list[Finding]:
+        """Nothing, since its words and its JSON say what is wrong."""
+        return []
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if not self.problem else Status.BAD_INPUT
 
     def to_dict(self) -> dict[str, Any]:
         """The summaries as plain data."""

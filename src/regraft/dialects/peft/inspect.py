@@ -31,6 +31,7 @@ from regraft.dialects.peft.source import Source, names_of_scan, open_adapter
 from regraft.dialects.tool_files import parameter_of
 from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
+from regraft.errors.codes import Status
 from regraft.layouts.names import DEFAULT
 from regraft.names.keys import one_of_each
 from regraft.names.patterns import Pattern, group_alike
@@ -142,6 +143,11 @@ class Inspection(Shown):
     def problems(self) -> list[Finding]:
         """What is wrong, of all adapters."""
         return [problem for adapter in self.adapters for problem in adapter.problems]
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if not self.problems else Status.BAD_INPUT
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain data."""

@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import Axis, Equation, Key, Term, axes_of, parse_key
 from regraft.errors import BadInputError, Finding
+from regraft.errors.codes import Status
 from regraft.rules.book import Book, Rule, load_book, read_book
 from regraft.rules.direction import Side
 from regraft.rules.indices import given_names
 from regraft.rules.kinds import KINDS
 from regraft.rules.meet import covers, dims_meet, meet, segments_of, write_segment
 from regraft.rules.templates import specificity
+from regraft.shown import Shown
 
 Severity = Literal["error", "warning", "note"]
 _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
@@ -42,8 +44,8 @@ class Fault:
     """A key that shows it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Linted:
+@dataclass(frozen=True, slots=True, repr=False)
+class Linted(Shown):
     """What lint found in one book; the worst comes first."""
 
     book: str
@@ -59,6 +61,15 @@ class Linted:
     def sound(self) -> bool:
         """Whether there are no errors."""
         return all(fault.severity != "error" for fault in self.faults)
+
+    @property
+    def status(self) -> Status:
+        """The exit status of the command that found it."""
+        return Status.DONE if self.sound else Status.NO
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {**Shown.to_dict(self), "sound": self.sound}
 
 
 def lint_file(path: Path) -> Linted | Book:
