@@ -155,8 +155,22 @@ def manager_of(vllm, model_type):
     return made
 
 
-def loaded(vllm, manager, folder):
-    """What the server adds, by the name of the part in vLLM."""
+def slot(vllm, shape, a, b):
+    """Factors as they are in the slot of a plain layer of a shape (out, in)."""
+    path = "vllm/lora/layers/base_linear.py"
+    given = {"torch": torch, "BaseLayerWithLoRA": object}
+    layer = object.__new__(
+        cut(vllm.root, path, ("BaseLinearLayerWithLoRA",), given)["BaseLinearLayerWithLoRA"]
+    )
+    layer.n_slices = layer.tp_size = 1
+    layer.lora_a_stacked = (torch.ones(1, 1, len(a), shape[1]),)
+    layer.lora_b_stacked = (torch.ones(1, 1, shape[0], len(a)),)
+    layer.set_lora(0, a, b)
+    return layer.lora_a_stacked[0][0, 0], layer.lora_b_stacked[0][0, 0]
+
+
+def loaded(vllm, manager, folder, shapes=None):
+    """What the server adds, by the name of the part in vLLM; in slots where `shapes` has a layer's."""
     worker = SimpleNamespace(
         _adapter_manager=manager,
         max_position_embeddings=None,
@@ -188,7 +202,10 @@ def loaded(vllm, manager, folder):
                 if a is not None:
                     made[name] = b @ a
         else:
-            made[place] = lora.scaling * lora.lora_b @ lora.lora_a
+            a, b = lora.lora_a, lora.lora_b
+            if place in (shapes or {}):
+                a, b = slot(vllm, shapes[place], a, b)
+            made[place] = lora.scaling * b @ a
     return {name: delta.numpy() for name, delta in made.items()}
 
 

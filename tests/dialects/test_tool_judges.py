@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from dialects.test_tools import ATTENTION, make_adapter, make_base, through
+from dialects.test_tools import ATTENTION, MLP, make_adapter, make_base, through
 
 import regraft
 from regraft.storage.safetensors import open_tensors, write_tensors
@@ -47,6 +47,32 @@ def test_llama_cpp_takes_its_base_only(tmp_path, lora, base):
     wide = make_base(tmp_path / "wide", "llama", hidden_size=32)
     reasons = {t.reason for t in regraft.check(made, tool="llama.cpp", model=wide).targets}
     assert any("16 where the base has 32" in reason for reason in reasons)
+
+
+OTHERS = {
+    "num_attention_heads": (8, {"q", "o"}),
+    "num_key_value_heads": (4, {"k", "v"}),
+    "head_dim": (8, {"q", "k", "v", "o"}),
+    "intermediate_size": (24, {"gate", "up", "down"}),
+    "hidden_size": (32, {"q", "k", "v", "o", "gate", "up", "down"}),
+}
+GGUF_NAMES = {"attn_output": "o", "attn_q": "q", "attn_k": "k", "attn_v": "v"}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+@pytest.mark.parametrize("tool", ["vllm", "sglang", "unsloth", "nemo", "llama.cpp", "mlx"])
+def test_every_size_is_compared_with_the_base(tmp_path, base, tool, field):
+    lora = make_adapter(tmp_path / "all", ATTENTION | MLP)
+    made = through(tmp_path, lora, base, "gguf" if tool == "llama.cpp" else tool)
+    size, wanted = OTHERS[field]
+    other = make_base(tmp_path / "other", "llama", **{field: size})
+    found = regraft.check(made, tool=tool, model=other)
+    assert found.verdict == ("wrong-scale" if tool == "vllm" else "fails")
+    leaves = {
+        t.key.split(".")[-2 if tool == "llama.cpp" else -1] for t in found.targets if t.reason
+    }
+    names = {GGUF_NAMES.get(leaf, leaf.removeprefix("ffn_")) for leaf in leaves}
+    assert {name.removesuffix("_proj") for name in names} == wanted
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,14 @@ def wider(pattern: str, rank: int) -> Change:
     return change
 
 
+def cut(pattern: str, rows: int) -> Change:
+    """So many rows of some B, again and again where there are fewer: LoRAs for layers of another size."""
+    return lambda tensors: {
+        name: np.resize(tensor, (rows, tensor.shape[1])) if re.search(pattern, name) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def both(*changes: Change) -> Change:
     """One change after another."""
 
@@ -435,6 +443,22 @@ CASES = [
         "llama",
         peft(rename(("model.layers", "model.language_model.layers"))),
     ),
+    case(
+        "vllm",
+        "of a smaller base",
+        "wrong-scale",
+        "the rest stays zero",
+        "llama",
+        peft(cut(r"o_proj\.lora_B", SIZE // 2)),
+    ),
+    case(
+        "vllm",
+        "of a larger base",
+        "fails",
+        f"{2 * SIZE} where the base has {SIZE}",
+        "llama",
+        peft(cut(r"o_proj\.lora_B", 2 * SIZE)),
+    ),
     case("vllm", "rank", "wrong-scale", "taken from the config", "llama", peft(r=2)),
     case(
         "vllm",
@@ -517,6 +541,14 @@ CASES = [
     case("vllm", "rslora", "full", "", "llama", peft(use_rslora=True)),
     # SGLang
     *_served("sglang", packed_reason=("fails", "packed experts match no target")),
+    case(
+        "sglang",
+        "of another base",
+        "fails",
+        f"{SIZE // 2} where the base has {SIZE}",
+        "llama",
+        peft(cut(r"o_proj\.lora_B", SIZE // 2)),
+    ),
     case("sglang", "one by one", "full", "", "qwen3_moe", peft()),
     case("sglang", "loha", "fails", "it has LoRA only", "llama", peft(peft_type="LOHA")),
     case(
@@ -626,6 +658,14 @@ CASES = [
         peft(alpha_pattern={"o_proj": 32}),
     ),
     # Unsloth
+    case(
+        "unsloth",
+        "of another base",
+        "fails",
+        f"{SIZE // 2} where the base has {SIZE}",
+        "llama",
+        peft(cut(r"o_proj\.lora_B", SIZE // 2)),
+    ),
     case("unsloth", "plain", "full", "", "llama", peft()),
     case("unsloth", "packed", "full", "", "qwen3_moe", peft(tensors=packed)),
     case("unsloth", "grouped", "full", "", "qwen3_moe", peft(tensors=packed, **GROUPED)),

@@ -103,6 +103,9 @@ class NemoReader:
         beyond = beyond_layers(module, files.model)
         if doubled(module.path) or STACK.fullmatch(module.path) or beyond:
             return IGNORED, "no module of the model has this path"
+        misfit = source.misfit(module)
+        if misfit is not None:
+            return FAILS, misfit.reason
         if module.packed:
             wrong = _packed(module, source, files, own)
             if wrong is not None:

@@ -6,22 +6,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from regraft.adapters.form import Array
 from regraft.adapters.scale import Scale
+from regraft.dialects.judges.places import Places
 from regraft.dialects.judging import Files, Judgement
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
 from regraft.dialects.served import count_experts, language_config
 from regraft.dialects.tool_files import INNER, PACKED, PREFIX, parameter_of
 from regraft.errors import RegraftError
 from regraft.planning.model import ModelConfig
+from regraft.rules.releases import layouts_of
 
 _PAIR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<letter>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
 EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 STACK = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<leaf>w[123]|gate_proj|up_proj|down_proj)")
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -48,18 +51,31 @@ class Module:
         return self.path.endswith((".experts", ".experts.base_layer"))
 
 
+class Misfit(NamedTuple):
+    """That a LoRA is of another size than its weight."""
+
+    reason: str
+    larger: bool
+    """Whether one of its sizes is larger than the weight's."""
+
+
 @dataclass(slots=True)
 class PeftLike:
     """The modules of PEFT's two files, the other tensors, and what the config says of them."""
 
     config: Mapping[str, Any]
+    places: Places | None = None
+    """The weights of the base, where it is known."""
     modules: dict[str, Module] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    _sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @staticmethod
     def of(files: Files) -> PeftLike:
         """Sort the tensors of some files."""
         made = PeftLike(files.config or {})
+        if files.model is not None:
+            made.places = Places(files.model, *layouts_of("transformers"))
         for name, tensor in shapes_of(files.tensors).items():
             hit = _PAIR.fullmatch(name.removeprefix(PREFIX))
             if hit is None:
@@ -84,6 +100,28 @@ class PeftLike:
         both = f"{stem}.base_layer" in self.modules
         depth = ".base_layer" if module.path.endswith(".base_layer") else ""
         return f"{stem}.{parameter_of(stem, depth, both=both, entries=self.config.get('target_parameters'))}"
+
+    def misfit(self, module: Module) -> Misfit | None:
+        """What a linear module's LoRA and its weight differ in, where the base's sizes are known."""
+        a, b = module.a, module.b
+        if self.places is None or a is None or b is None or module.packed or module.embedding:
+            return None
+        if len(a) != 2 or len(b) != 2:
+            return None
+        # Layers and experts have one size each, so one name of a kind is looked up.
+        base = self._sizes_of(_NUMBER.sub("0", module.path))
+        pairs = [(m, s) for m, s in zip((b[0], a[1]), base, strict=True) if s not in (None, m)]
+        if not pairs:
+            return None
+        told = ", ".join(f"{mine} where the base has {size}" for mine, size in pairs)
+        larger = any(size is not None and mine > size for mine, size in pairs)
+        return Misfit(f"its shape is another one: {told}", larger)
+
+    def _sizes_of(self, path: str) -> tuple[int | None, int | None]:
+        if path not in self._sizes:
+            assert self.places is not None
+            self._sizes[path] = self.places.sizes(f"{path}.weight") or (None, None)
+        return self._sizes[path]
 
     def scale(self, module: Module) -> Scale | None:
         """Rank and scale as PEFT resolves them; ``None`` where the config does not have them."""
@@ -179,6 +217,7 @@ __all__ = [
     "LAYER",
     "PACKED",
     "STACK",
+    "Misfit",
     "Module",
     "PeftLike",
     "beyond_layers",

@@ -16,14 +16,19 @@ from regraft.rules.templates import match_group
 
 
 class Places:
-    """The weights of a base in a layout, as far as rule books know them."""
+    """The weights of a base in one or more layouts, as far as rule books know them."""
 
-    def __init__(self, model: ModelConfig, layout: str) -> None:
-        books = [b for b in books_for(model.model_types()) if layout in b.layouts]
+    def __init__(self, model: ModelConfig, *layouts: str) -> None:
+        books = [
+            (b, name)
+            for b in books_for(model.model_types())
+            for name in layouts
+            if name in b.layouts
+        ]
         self.known = bool(books)
-        """Whether any book knows the base in the layout."""
+        """Whether any book knows the base in the layouts."""
         self._terms: list[tuple[Equation, Term, str, Scope]] = []
-        for book in books:
+        for book, layout in books:
             scope = model.scope_of(book.model_types)
             edge = Edge.out_of(book, layout)
             for rule in book.rules:
@@ -37,23 +42,28 @@ class Places:
         """Why there is no weight of this name and these sizes; ``None`` where there is one, or nothing tells."""
         if not self.known:
             return None
-        (group,) = group_names([key])
-        found = list(self._found(group))
-        if not found:
+        sizes = self.sizes(key)
+        if sizes is None:
             return "the base has no such weight"
-        for equation, term, kind, scope in found:
+        wrong = [
+            f"{mine} where the base has {size}"
+            for mine, size in zip((out, into), sizes, strict=True)
+            if size is not None and size != mine
+        ]
+        return f"its shape is another one: {', '.join(wrong)}" if wrong else None
+
+    def sizes(self, key: str) -> tuple[int | None, int | None] | None:
+        """A weight's rows and columns (out, in), each ``None`` where nothing says it; ``None`` for no known weight."""
+        (group,) = group_names([key])
+        sizes: dict[str, int | None] | None = None
+        for equation, term, kind, scope in self._found(group):
+            sizes = sizes or {OUT: None, IN: None}
             dims = known_dims(equation, term, scope.look_up)
             roles = KINDS[kind].roles or (OUT, IN)
-            if len(dims) != len(roles):
-                return None
-            sizes = dict(zip(roles, dims, strict=True))
-            wrong = [
-                f"{size} where the base has {sizes[role]}"
-                for role, size in ((OUT, out), (IN, into))
-                if sizes[role] is not None and sizes[role] != size
-            ]
-            return f"its shape is another one: {', '.join(wrong)}" if wrong else None
-        return None
+            if len(dims) == len(roles):
+                told = dict(zip(roles, dims, strict=True))
+                sizes = {role: told[role] if old is None else old for role, old in sizes.items()}
+        return None if sizes is None else (sizes[OUT], sizes[IN])
 
     def _found(self, group: Group) -> Iterator[tuple[Equation, Term, str, Scope]]:
         for each in self._terms:

@@ -123,6 +123,9 @@ class SglangReader:
             return FAILS, "it joins up with gate, and gate_proj is missing"
         if beyond_layers(module, files.model):
             return FAILS, "the base has no such layer (IndexError)"
+        misfit = source.misfit(module)
+        if misfit is not None:
+            return FAILS, misfit.reason
         return self._scale(module, source)
 
     def _scale(self, module: Module, source: PeftLike) -> tuple[str, str]:

@@ -80,6 +80,8 @@ class UnslothReader:
                 judged.add(
                     module.path, FAILS, f"its rank is {module.a[0]}, and the config's {scale.rank}"
                 )
+            elif misfit := source.misfit(module):
+                judged.add(module.path, FAILS, misfit.reason)
             else:
                 judged.add(module.path, LOADED)
         return judged

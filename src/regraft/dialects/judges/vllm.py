@@ -118,7 +118,7 @@ class VllmReader:
                 IGNORED,
                 "the model has no language_model: no LoRA is applied, and nothing is said",
             )
-        return self._scale(module, source)
+        return _misfit(module, source) or self._scale(module, source)
 
     def _scale(self, module: Module, source: PeftLike) -> tuple[str, str]:
         """Whether the scale is that of the tensors' rank, as vLLM takes it from the config alone."""
@@ -186,6 +186,8 @@ class VllmReader:
                 )
             elif len(ranks[hit["stem"], hit["leaf"]]) > 1:
                 judged.add(path, FAILS, "the ranks of the experts differ")
+            elif misfit := _misfit(source.modules[path], source):
+                judged.add(path, *misfit)
 
     def _packed(
         self, packs: Mapping[str, Module], source: PeftLike, files: Files, judged: Judgement
@@ -208,6 +210,16 @@ class VllmReader:
                 )
             else:
                 judged.add(path, LOADED)
+
+
+def _misfit(module: Module, source: PeftLike) -> tuple[str, str] | None:
+    """What becomes of a LoRA of another size: it is copied to the beginning of buffers that have the base's sizes."""
+    misfit = source.misfit(module)
+    if misfit is None:
+        return None
+    if misfit.larger:
+        return FAILS, misfit.reason
+    return WRONG_VALUES, f"{misfit.reason}, and the rest stays zero"
 
 
 def _same_both_ways(files: Files) -> bool:
