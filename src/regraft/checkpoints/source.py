@@ -24,7 +24,7 @@ from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.formats import find_form, is_torch
-from regraft.storage.header import TensorInfo, read_header
+from regraft.storage.header import TensorInfo, first_names, read_header
 from regraft.storage.hub import how_to_find
 from regraft.storage.json_files import load_json
 from regraft.storage.probe import open_regular
@@ -142,7 +142,9 @@ def is_checkpoint(path: Path) -> bool:
             return False
         if path.suffix in _TORCH_ONLY and (path.stat().st_size == 0 or not is_torch(path)):
             return False
-        return path.suffix in (".safetensors", ".bin", *_TORCH_ONLY) and not sniffed(path)
+        if path.suffix not in (".safetensors", ".bin", *_TORCH_ONLY) or sniffed(path):
+            return False
+        return path.suffix != ".safetensors" or not _is_lora(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
         return False
     if any((path / name).is_file() for name in (INDEX, SINGLE, *_BINS, _BIN_INDEX, PIPELINE)):
@@ -150,6 +152,15 @@ def is_checkpoint(path: Path) -> bool:
     if not path.is_dir() or any(path.rglob(ADAPTER)) or sniffed(path):
         return False
     return any(path.glob("*.safetensors")) or (path / CONFIG).is_file()
+
+
+_FACTOR = re.compile(r".*\.lora_(?:A|B|down|up)(?:\.\w+)?\.weight")
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether the first tensors of a file are mostly factors of a LoRA, whoever wrote it."""
+    names = first_names(path)
+    return 2 * sum(_FACTOR.fullmatch(name) is not None for name in names) > len(names)
 
 
 def open_checkpoint(path: Path) -> Source:

@@ -33,6 +33,7 @@ from regraft.dialects.image.read import (
     families_with,
     fit_families,
     hinted_families,
+    strange_prefix,
 )
 from regraft.dialects.image.recognise import config_beside
 from regraft.errors import Finding, RegraftError
@@ -305,6 +306,9 @@ def _family(
     fits = fit_families(Grouped(some, {}), likely)
     whole = [fit for fit in fits if not fit.missing]
     if not whole:
+        strange = strange_prefix(fits[0].missing)
+        if strange is not None:
+            return "", f"no tool is known to write {strange[0]!r} before a module's name"
         return "", f"no family has a module {fits[0].missing[0]}"
     whole = [fit for fit in whole if not fit.misfits and not fit.others] or whole
     hinted, _ = hinted_families(metadata)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from regraft.dialects.image.grouping import (
 from regraft.dialects.image.header import ADAPTER_METADATA, plain_alpha, settings_of
 from regraft.dialects.image.modules import Module, Names, body_names, names_of
 from regraft.dialects.image.origin import read_origin
-from regraft.dialects.image.prefixes import Place, place_of
+from regraft.dialects.image.prefixes import KNOWN_PREFIXES, Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.values import replace
 
@@ -117,6 +118,38 @@ def _has_all(family: Family, places: Sequence[tuple[Place, ModuleTensors]]) -> b
         else _text_home(family, place) is not None
         for place, module in places
     )
+
+
+def strange_prefix(stems: Collection[str]) -> tuple[str, Family] | None:
+    """What stands before the modules of a family in names that are otherwise right, and one such family.
+
+    ``None`` where it is something that tools write, or no family has what follows.
+
+    >>> prefix, family = strange_prefix(["lora_net_double_blocks_0_img_attn_qkv"])
+    >>> prefix, family.name
+    ('lora_net_', 'flux')
+    """
+    first = min(stems, key=len, default="")
+    flat = "." not in first
+    mark, usual = ("_", "lora_unet_") if flat else (".", "diffusion_model.")
+    if place_of(first).prefix.startswith(("lora_te", "text_encoder")):
+        return None
+    for found in list(re.finditer(re.escape(mark), first))[:_PREFIX_PARTS]:
+        prefix = first[: found.end()]
+        if not all(stem.startswith(prefix) for stem in stems):
+            return None
+        named = {
+            f"{usual}{stem.removeprefix(prefix)}": ModuleTensors(stem)
+            for stem in (first, *islice(stems, _PREFIX_LOOKS))
+        }
+        families = families_with(Grouped(named, {}))
+        if families:
+            return prefix, families[0]
+    return None
+
+
+_PREFIX_PARTS, _PREFIX_LOOKS = 6, 200
+"""How long a prefix may be, and how many names are looked at for one."""
 
 
 def _layouts_of(family: Family) -> tuple[Names, ...]:
@@ -316,6 +349,21 @@ def _titles(fits: Sequence[Fit]) -> str:
 def _no_family(best: Fit, where: str, *, named: bool) -> UnmatchedKeysError:
     known = len(best.homes)
     title = best.family.title
+    strange = strange_prefix(best.missing)
+    if strange is not None:
+        prefix, family = strange
+        usual = (
+            "lora_unet_" if prefix.endswith("_") else "diffusion_model., unet. or transformer."
+        )
+        return UnmatchedKeysError(
+            Finding(
+                "unmatched",
+                f"before the names of {family.title}'s modules stands {prefix!r}, which no tool is known to write",
+                where=where,
+                key=best.missing[0],
+                fix=f"rename its keys, with {usual} in the place of {prefix}; known are {KNOWN_PREFIXES}",
+            )
+        )
     if not known:
         return UnmatchedKeysError(
             Finding(
@@ -323,7 +371,7 @@ def _no_family(best: Fit, where: str, *, named: bool) -> UnmatchedKeysError:
                 "no family of image or video models that regraft knows has a module of this name",
                 where=where,
                 key=best.missing[0],
-                fix=f"give the rule book of its model with --rules, or {_OWN_FOLDER}",
+                fix=f"see that the name begins as tools write it ({KNOWN_PREFIXES}); if it does, give the rule book of its model with --rules, or {_OWN_FOLDER}",
             )
         )
     what = "as it was said to be" if named else f"as {known} of its modules are"

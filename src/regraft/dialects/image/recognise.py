@@ -95,7 +95,7 @@ _ALWAYS = ("unet.", "lora_unet_", "diffusion_model.", "model.diffusion_model.")
 def _is_image(grouped: Grouped) -> bool:
     """Whether names are an image model's: by what stands before them, or by a family that has most of them."""
     from regraft.dialects.image.prefixes import FLAT, place_of
-    from regraft.dialects.image.read import fit_families
+    from regraft.dialects.image.read import fit_families, strange_prefix
 
     places = [place_of(stem) for stem in grouped.modules]
     if any(FLAT.match(stem) for stem in grouped.modules) or any(
@@ -106,7 +106,17 @@ def _is_image(grouped: Grouped) -> bool:
     ):
         return True
     best = fit_families(grouped)[0]
-    return 2 * len(best.missing) < len(grouped.modules)
+    return 2 * len(best.missing) < len(grouped.modules) or (
+        _is_flat(grouped) or strange_prefix(grouped.modules) is not None
+    )
+
+
+def _is_flat(grouped: Grouped) -> bool:
+    """Whether names are as kohya's tools write them, without dots, whatever they begin with."""
+    return all(
+        "." not in stem and "_" in stem and not module.spellings & {"lora_A", "lora.down"}
+        for stem, module in grouped.modules.items()
+    )
 
 
 NO_DENOISER = frozenset(
