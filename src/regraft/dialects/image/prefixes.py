@@ -36,9 +36,9 @@ _DOTTED = (
     ("text_encoder.", "text_encoder"),
 )
 KNOWN_PREFIXES = (
-    "lora_unet_, lora_te_, lora_te1_, lora_te2_, lora_te3_, lora_transformer_ and lycoris_ before names with underscores; "
-    "diffusion_model., unet., transformer., text_encoder., text_encoder_2., text_encoder_3. and text_encoders.NAME.transformer. "
-    "before names with dots"
+    "lora_unet_, lora_te_, lora_te1_, lora_te2_, lora_te3_, lora_transformer_ and lycoris_ before names with "
+    "underscores; diffusion_model., unet., transformer., text_encoder., text_encoder_2., text_encoder_3. and "
+    "text_encoders.NAME.transformer. before names with dots"
 )
 """For messages."""
 _TOOLKIT = re.compile(r"(lora_te[123]?)\.(.+)")

@@ -352,9 +352,7 @@ def _no_family(best: Fit, where: str, *, named: bool) -> UnmatchedKeysError:
     strange = strange_prefix(best.missing)
     if strange is not None:
         prefix, family = strange
-        usual = (
-            "lora_unet_" if prefix.endswith("_") else "diffusion_model., unet. or transformer."
-        )
+        usual = "lora_unet_" if prefix.endswith("_") else "diffusion_model., unet. or transformer."
         return UnmatchedKeysError(
             Finding(
                 "unmatched",
@@ -371,7 +369,8 @@ def _no_family(best: Fit, where: str, *, named: bool) -> UnmatchedKeysError:
                 "no family of image or video models that regraft knows has a module of this name",
                 where=where,
                 key=best.missing[0],
-                fix=f"see that the name begins as tools write it ({KNOWN_PREFIXES}); if it does, give the rule book of its model with --rules, or {_OWN_FOLDER}",
+                fix=f"see that the name begins as tools write it ({KNOWN_PREFIXES}); if it does, give the rule "
+                f"book of its model with --rules, or {_OWN_FOLDER}",
             )
         )
     what = "as it was said to be" if named else f"as {known} of its modules are"

@@ -455,8 +455,8 @@ def find_adapters(src: Path) -> Found:
                     "no-config",
                     f"there is no {CONFIG} beside it, and rank and alpha stand there",
                     where=str(src),
-                    fix=f"put the {CONFIG} that belongs to it beside it; LoRAs of image and video models have none, and "
-                    "are known by how their names begin (lora_unet_, diffusion_model., unet., transformer.)",
+                    fix=f"put the {CONFIG} that belongs to it beside it; LoRAs of image and video models have none, "
+                    "and are known by how their names begin (lora_unet_, diffusion_model., unet., transformer.)",
                 )
             )
         if strange := list(check_files(src.parent, (src, src.parent / CONFIG, src.parent / ASIDE))):
