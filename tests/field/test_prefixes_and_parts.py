@@ -1,7 +1,7 @@
 """Models that are made otherwise: factors of fused image layers, experts without a gate, a model in a model's memory.
 
 Sources: filipstrand/mflux#458, kohya-ss/sd-scripts#1467, huggingface/diffusers#14409, NVIDIA-NeMo/Automodel#3284,
-huggingface/transformers#45216, ggml-org/llama.cpp#21354. Keys and shapes are rebuilt.
+huggingface/transformers#45216, ggml-org/llama.cpp#21354 and #21864. Keys and shapes are rebuilt.
 """
 
 import json
@@ -181,3 +181,30 @@ def test_a_scope_is_the_same_below_every_root(root, tmp_path):
     )
     made = {k.removeprefix(PREFIX).rpartition(".lora_")[0] for k in read(tmp_path / "new")}
     assert made == {root + "vision_tower.encoder.layers.0.q", root + "language_model.layers.0.q"}
+
+
+def test_rows_in_another_order_are_rows_of_b_alone(tmp_path):
+    """llama.cpp pairs the rotary halves of a head; a converter that reshaped factors failed or mixed them."""
+    gguf = pytest.importorskip("gguf")
+    base = write_base(tmp_path / "base", "llama")
+    heads, width = 2, 8
+    rows = heads * width
+    src = write_adapter(
+        tmp_path / "src",
+        lora({"model.layers.0.self_attn.q_proj": (rows, 16)}),
+        target_modules=["q_proj"],
+    )
+    regraft.convert(src, tmp_path / "made.gguf", to="gguf", model=base)
+    made = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "made.gguf").tensors}
+    a, b = (read(src)[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
+    order = np.arange(rows).reshape(heads, 2, width // 2).swapaxes(1, 2).reshape(-1)
+    assert np.array_equal(made["blk.0.attn_q.weight.lora_a"], a)
+    assert np.array_equal(made["blk.0.attn_q.weight.lora_b"], b[order])
+
+
+def test_heads_in_an_order_that_no_book_knows_are_refused(tmp_path):
+    base = write_base(tmp_path / "base", "qwen3_next", hidden_size=16, num_hidden_layers=2)
+    shapes = lora({"model.layers.0.linear_attn.out_proj": (16, 16)})
+    src = write_adapter(tmp_path / "src", shapes, target_modules=["out_proj"])
+    with pytest.raises(regraft.RefusedError, match="qwen3_next"):
+        regraft.convert(src, tmp_path / "made.gguf", to="gguf", model=base)
