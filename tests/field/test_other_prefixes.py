@@ -254,3 +254,18 @@ def test_targets_by_a_pattern_follow_their_modules(tmp_path):
         same(read(tmp_path / "back"), read(src))
         and config_of(tmp_path / "back")["target_modules"] == pattern
     )
+
+
+def test_check_tries_a_bigger_models_adapter_with_the_text_model(tmp_path):
+    """PEFT notes the class that an adapter was made with, and a text model's config makes none of that class."""
+    pytest.importorskip("peft")
+    base = write_base(tmp_path / "base", "qwen2", architectures=["Qwen2ForCausalLM"], **SIZES)
+    src = write_adapter(
+        tmp_path / "src",
+        q_projections("model.language_model.layers."),
+        target_modules=["q_proj"],
+        auto_mapping={"base_model_class": "Qwen2_5_VLForConditionalGeneration"},
+    )
+    (verdict,) = regraft.check(src, model=base).verdicts
+    assert not verdict.healthy and not verdict.findings
+    assert verdict.remedy and verdict.remedy_tried

@@ -335,9 +335,8 @@ class _Checker:
                 save_adapter(scratch / "wanted", there, converted)
                 if not converted.report.copied:
                     remedies = (wanted,)
-            mapping = source.config.get("auto_mapping")
-            named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
             try:
+                named = self.class_named(source)
                 scan, _ = self.scan(source)
                 names, task = tuple(base_names(names_of_scan(scan))), source.config.get("task_type")
                 labelled, said = _with_labels(model, source)
@@ -360,6 +359,16 @@ class _Checker:
         else:
             why = f": {tried.unwanted}" if tried.unwanted else ""
             verdict.no_remedy = f"what regraft makes of it does not load rightly either{why}"
+
+    def class_named(self, source: Source) -> str | None:
+        """The class that PEFT noted; none where the adapter is moved into or out of a bigger model than its own.
+
+        Raises what `at_home` raises.
+        """
+        mapping = source.config.get("auto_mapping")
+        if not isinstance(mapping, Mapping) or at_home(source, self.config, self.foreign)[1]:
+            return None
+        return mapping.get("base_model_class")
 
     def remedy(self, source: Opened) -> list[str]:
         """The command line that converts it."""
