@@ -104,6 +104,10 @@ class _Favour:
         name = field.rpartition(".")[2]
         return _HINTS.index(name) if name in _HINTS else len(_HINTS)
 
+    def is_known(self, field: str) -> bool:
+        """Whether it is one that is known for sizes, and of no other part of the model."""
+        return self.rank(field) < len(_HINTS) and self.distance(field) < 2
+
     def distance(self, field: str) -> int:
         """0 for a field of the part of the model that names speak of, 1 for the model's own, 2 for another part's."""
         if field in self.chosen:
@@ -343,7 +347,7 @@ def _fields(axis: str, seen: Sequence[Seen]) -> list[str]:
 
 
 def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
-    """Multiples of a field, products, quotients and sums of two, or products of three: all that say the size."""
+    """What says the size, computed of fields: multiples, quotients, products of up to four, sums of up to three."""
     wanted = _wanted(axis, seen)
     table = _numbers(seen)
     if wanted is None or not table or len(seen) < 2:
@@ -367,17 +371,44 @@ def _composed(axis: str, seen: Sequence[Seen], favour: _Favour) -> list[str]:
         pairs = list(zip(table[one], table[other], strict=True))
         if all(b and not a % b for a, b in pairs) and [a // b for a, b in pairs] == wanted:
             found.append(f"config.{one} / config.{other}")
-    if not found:
-        found = [
-            " * ".join(f"config.{path}" for path in three)
-            for three in combinations(large, 3)
-            if [prod(values) for values in zip(*(table[path] for path in three), strict=True)]
-            == wanted
-        ]
+    found += _of_many(wanted, table, order)
     if _is_derived(seen):
         found = [each for each in found if not _HEADS.issuperset(fields_in(each))]
     found.sort(key=lambda text: text not in favour.chosen)
     return found
+
+
+def _of_many(
+    wanted: Sequence[int], table: Mapping[str, Sequence[int]], order: Sequence[str]
+) -> Iterator[str]:
+    """Products of three or four fields, and sums of three, that are a size in every pair."""
+    factors = [
+        path
+        for path in order
+        if set(table[path]) != {1}
+        and all(v and not size % v for v, size in zip(table[path], wanted, strict=True))
+    ]
+    for count in (3, 4):
+        for some in combinations(factors, count):
+            values = zip(*(table[path] for path in some), strict=True)
+            if list(map(prod, values)) == wanted:
+                yield " * ".join(f"config.{path}" for path in some)
+    smaller = [
+        path
+        for path in order
+        if all(0 < v < size for v, size in zip(table[path], wanted, strict=True))
+    ]
+    place = {path: n for n, path in enumerate(smaller)}
+    ending: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for path in smaller:
+        ending[tuple(table[path])].append(path)
+    for one, other in combinations(smaller, 2):
+        pairs = zip(wanted, table[one], table[other], strict=True)
+        for last in ending.get(tuple(size - a - b for size, a, b in pairs), ()):
+            # Three fields that are the same everywhere say no more than the number that they make.
+            some = one, other, last
+            if place[last] > place[other] and any(len(set(table[path])) > 1 for path in some):
+                yield " + ".join(f"config.{path}" for path in some)
 
 
 def _is_derived(seen: Sequence[Seen]) -> bool:
@@ -389,8 +420,14 @@ _HEADS = frozenset({"head_dim", "hidden_size", "num_attention_heads"})
 
 
 def _is_named(readings: Sequence[str], seen: Sequence[Seen], favour: _Favour) -> bool:
-    """Whether names speak for the first of composed readings: the others compute the same of fields less likely."""
+    """Whether names speak for the first of composed readings: the others compute the same of fields less likely.
+
+    What is computed of more fields is less likely than what is of well-known ones.
+    """
     table = _numbers(seen)
+    first = fields_in(readings[0])
+    if all(favour.is_known(f"config.{field}") for field in first):
+        readings = [each for each in readings if len(fields_in(each)) <= max(2, len(first))]
 
     def look(reading: str) -> tuple[object, object]:
         fields = [(tuple(table[f]), favour.order(f"config.{f}")[:3]) for f in fields_in(reading)]
