@@ -58,7 +58,7 @@ _FEW = 6
 _SHARE = 0.6
 """Of more pieces, the numbers that tell them must be fewer than this share of the positions."""
 _FEW_REPEATED = 3
-_STEPS = 500_000
+_STEPS = 4_000_000
 """Comparisons after which positions are taken to follow no rule."""
 _SLACK = 3
 """By how many times less one the longest repetition may be shortened for the sake of what is beside it."""
