@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from msgspec import Struct
 
-from regraft.equation.notation import Hole, Segments
 from regraft.layouts.graph import Edge
-from regraft.names.keys import MARK, Group
+from regraft.names.keys import Group
 from regraft.planning.model import Scope
-from regraft.rules.book import Book
+from regraft.rules.book import Book, module_template
 from regraft.rules.templates import Match, match_group
 from regraft.rules.terms import RuleTerm
-
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 class Side(Struct, frozen=True, dict=True):
@@ -75,27 +71,14 @@ class Side(Struct, frozen=True, dict=True):
 
         Only keys that books give from the model's root are known.
         """
-        mine = {_NUMBER.sub(MARK, module) for module in modules}
-        for key in self._whole_keys():
-            segments = key.split(".")
-            paths = [".".join(segments[:end]) for end in range(1, len(segments))]
-            if any(path in mine for path in paths):
-                continue
-            if any(path == ending.removeprefix(".") or path.endswith(ending) for path in paths):
-                return True
-        return False
-
-    def _whole_keys(self) -> Iterator[str]:
-        """The templates of all keys of this side that have a whole path, with marks for numbers."""
+        mine = {module_template(module) for module in modules}
+        ends = ending.removeprefix(".")
         for edge in self.edges:
-            terms = [carry.term for carry in edge.book.carries]
-            for rule in edge.book.rules:
-                terms += edge.sides(rule)[0]
-            for term in terms:
-                parts = () if term.key is None else term.key.parts
-                if parts and not any(isinstance(part, Segments) for part in parts):
-                    text = "".join(MARK if isinstance(part, Hole) else str(part) for part in parts)
-                    yield _NUMBER.sub(MARK, text)
+            for paths in edge.book.modules(edge.reads):
+                ending_so = any(path == ends or path.endswith(ending) for path in paths)
+                if ending_so and mine.isdisjoint(paths):
+                    return True
+        return False
 
     def parameters(self, modules: Group) -> tuple[str, ...] | None:
         """The parameters of a module in registration order, where a book says that it has its own."""

@@ -44,7 +44,9 @@ from regraft.equation.lower import check_equation, stacked_holes
 from regraft.equation.notation import (
     Equation,
     Expr,
+    Hole,
     Key,
+    Segments,
     Term,
     axes_of,
     parse_equation,
@@ -354,6 +356,10 @@ class Book:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What was asked for by side, see `owners`."""
+    passed: dict[Side, tuple[tuple[str, ...], ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was asked for by side, see `modules`."""
 
     if not TYPE_CHECKING:  # so that types are checked as if every slot were filled
 
@@ -440,6 +446,23 @@ class Book:
             ]
         return self.owned[known]
 
+    def modules(self, side: Side) -> tuple[tuple[str, ...], ...]:
+        """For each key that a side has whole, from the model's root: the modules that it is in, the outermost first.
+
+        Holes and numbers are marks (`module_template`).
+        """
+        if side not in self.passed:
+            terms = [carry.term for carry in self.carries]
+            terms += [term for rule in self.rules for term, _ in rule.side(side)]
+            keys = [term.key.parts for term in terms if term.key is not None]
+            names = dict.fromkeys(
+                module_template("".join("#" if isinstance(p, Hole) else str(p) for p in parts))
+                for parts in keys
+                if not any(isinstance(part, Segments) for part in parts)
+            )
+            self.passed[side] = tuple(_paths_above(name) for name in names)
+        return self.passed[side]
+
     def adapters(self, layout: str) -> str | None:
         """The dialect and version that adapters of a layout usually are in, as far as the book says."""
         sides = {self.left: self.left_adapters, self.right: self.right_adapters}
@@ -466,6 +489,23 @@ class Book:
             module_rules=(),
             respelled=(),
         )
+
+
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+
+
+def module_template(path: str) -> str:
+    """A module's path with a mark in place of each number between dots.
+
+    >>> module_template("model.layers.12.mlp.w1")
+    'model.layers.#.mlp.w1'
+    """
+    return _NUMBER.sub("#", path)
+
+
+def _paths_above(name: str) -> tuple[str, ...]:
+    segments = name.split(".")
+    return tuple(".".join(segments[:end]) for end in range(1, len(segments)))
 
 
 def read_book(path: Path | Traversable) -> str:

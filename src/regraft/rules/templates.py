@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from itertools import product
+from operator import and_
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -151,6 +152,52 @@ def specificity(term: Term, equation: Equation) -> Specificity:
     return digits, len(equation.begins), len(term.dims) - term.ends_open, sum(map(len, texts))
 
 
+class _Fit(Struct, frozen=True):
+    """How the letters of a key fit those of a template: where its parts are, whatever the numbers are."""
+
+    rests: tuple[str, ...]
+    rest_columns: list[int]
+    hole_columns: list[int]
+    fixed: tuple[tuple[int, int], ...]
+    """Columns of numbers that the key spells out, with the number."""
+
+    @staticmethod
+    def of(compiled: _Compiled, template: str) -> _Fit | None:
+        """``None`` where they don't fit."""
+        found = compiled.match(template)
+        if found is None:
+            return None
+        hole_columns: list[int] = []
+        rests: list[str] = []
+        rest_columns: list[int] = []
+        fixed: list[tuple[int, int]] = []
+        for number, kind in enumerate(compiled.kinds, 1):
+            start = found.start(number)
+            column = template.count(MARK, 0, start) if start >= 0 else 0
+            if kind == "hole":
+                hole_columns.append(column)
+            elif kind == "rest":
+                text = found[number] or ""
+                rests.append(text)
+                rest_columns.extend(range(column, column + text.count(MARK)))
+            else:
+                fixed.append((column, int(kind)))
+        return _Fit(tuple(rests), rest_columns, hole_columns, tuple(fixed))
+
+    def match(self, group: Group) -> Match | None:
+        """The rows of a group of this template whose numbers are those that the key spells out."""
+        if not self.fixed:
+            rows = np.arange(len(group.ids))
+            numbers = group.numbers
+        else:
+            masks = (group.numbers[:, column] == number for column, number in self.fixed)
+            rows = reduce(and_, masks).nonzero()[0]
+            numbers = group.numbers[rows]
+        if not len(rows):
+            return None
+        return Match(rows, self.rests, numbers, self.rest_columns, self.hole_columns)
+
+
 def match_group(key: Key, group: Group) -> Match | None:
     """Match a key template against a group; ``None`` where no row matches.
 
@@ -164,26 +211,25 @@ def match_group(key: Key, group: Group) -> Match | None:
     >>> match.rests, match.rows.tolist(), match.holes.ravel().tolist()
     (('model',), [0, 1], [0, 1])
     """
-    compiled = _compile(key)
-    found = compiled.match(group.template)
-    return None if found is None else _match_found(key, compiled, found, group)
+    fit = _Fit.of(_compile(key), group.template)
+    return None if fit is None else _match(key, fit, group)
 
 
-def _match_found(key: Key, compiled: _Compiled, found: re.Match[str], group: Group) -> Match | None:
-    match = _match(compiled, found, group)
-    if match is not None or compiled.kinds.count("rest") < 2:
+def _match(key: Key, fit: _Fit, group: Group) -> Match | None:
+    """The match of a key whose letters fit; with several rests, other ways to share the segments are tried, too."""
+    match = fit.match(group)
+    if match is not None or len(fit.rests) < 2:
         return match
     for lengths in _lengths(key, group.template):
-        compiled = _compile(key, lengths)
-        text = compiled.pattern.fullmatch(group.template)
-        match = None if text is None else _match(compiled, text, group)
+        shared = _Fit.of(_compile(key, lengths), group.template)
+        match = None if shared is None else shared.match(group)
         if match is not None:
             return match
     return None
 
 
 _Value = TypeVar("_Value")
-_Found = tuple[Key, _Compiled, re.Match[str], _Value]
+_Found = tuple[Key, _Fit, _Value]
 _MOST_ENDINGS = 4096
 """Endings, and templates, that are remembered: many thousands of keys have a few dozen."""
 
@@ -210,8 +256,8 @@ class KeyTable(Generic[_Value]):
             found = self._look_up(group.template)
             if len(self._found) < _MOST_ENDINGS:
                 self._found[group.template] = found
-        for key, compiled, text, value in found:
-            match = _match_found(key, compiled, text, group)
+        for key, fit, value in found:
+            match = _match(key, fit, group)
             if match is not None:
                 yield value, match
 
@@ -229,9 +275,9 @@ class KeyTable(Generic[_Value]):
             if len(self._ending) < _MOST_ENDINGS:
                 self._ending[ending] = near
         return [
-            (key, compiled, text, value)
+            (key, fit, value)
             for key, compiled, value in near
-            if (text := compiled.match(template)) is not None
+            if (fit := _Fit.of(compiled, template)) is not None
         ]
 
     def __iter__(self) -> Iterator[_Value]:
@@ -240,31 +286,6 @@ class KeyTable(Generic[_Value]):
     def matches(self, group: Group) -> bool:
         """Whether one of the templates matches a group."""
         return any(True for _ in self.matching(group))
-
-
-def _match(compiled: _Compiled, found: re.Match[str], group: Group) -> Match | None:
-    """The rows of a group whose numbers are those that the key spells out."""
-    mask: npt.NDArray[np.bool_] | None = None
-    hole_columns: list[int] = []
-    rests: list[str] = []
-    rest_columns: list[int] = []
-    for number, kind in enumerate(compiled.kinds, 1):
-        start = found.start(number)
-        column = group.template.count(MARK, 0, start) if start >= 0 else 0
-        if kind == "hole":
-            hole_columns.append(column)
-        elif kind == "rest":
-            text = found[number] or ""
-            rests.append(text)
-            rest_columns.extend(range(column, column + text.count(MARK)))
-        else:
-            equal = group.numbers[:, column] == int(kind)
-            mask = equal if mask is None else mask & equal
-    rows = np.arange(len(group.ids)) if mask is None else np.flatnonzero(mask)
-    if not len(rows):
-        return None
-    numbers = group.numbers if mask is None else group.numbers[rows]
-    return Match(rows, tuple(rests), numbers, rest_columns, hole_columns)
 
 
 def write_group(
