@@ -244,6 +244,10 @@ def _run_on(
     """Let a cluster do all parts, and commit them."""
     from regraft.checkpoints.on_ray import Cluster, count_of
 
+    if asked.runner != "ray":
+        fix = "give ray; for a scheduler's array, run one --part in each of its elements"
+        message = f"there is no runner {str(asked.runner)[:100]!r}"
+        raise BadInputError(Finding("option", message, key="runner", fix=fix))
     _check_unused(asked, ("commit",), "a runner commits by itself")
     count = count_of(asked.part)
     src, dst = _anywhere(src), _anywhere(dst)
@@ -375,6 +379,10 @@ def _convert_checkpoint(
     progress: Progress | None,
 ) -> Report:
     address = address_of(dst)
+    if address is not None and address.startswith("hf://"):
+        message = "the hub takes whole results, in one commit"
+        fix = f"convert into a folder, with --push {address.removeprefix('hf://')[:200]}"
+        raise BadInputError(Finding("bad-address", message, where=address, fix=fix))
     store = None if address is None else store_for(address)
     assert found.to is not None
     src = found.path
@@ -387,7 +395,7 @@ def _convert_checkpoint(
     }
     if asked.stage is not None:
         names = ("resume", "in_place", "dequantize", *(["part"] if asked.commit else []))
-        _check_unused(asked, names, "they do not go with work in parts")
+        _check_unused(asked, names, "not with work in parts")
     if asked.in_place:
         writing = (
             "drop",
@@ -415,7 +423,7 @@ def _convert_checkpoint(
             "progress": progress,
         }
         if asked.dequantize:
-            _check_unused(asked, ("dry_run", "resume"), "they do not go with --dequantize")
+            _check_unused(asked, ("dry_run", "resume"), "not with --dequantize")
             no_address(dst, "--dequantize")
             from regraft.checkpoints.dequantize import dequantize_checkpoint
 

@@ -73,9 +73,12 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
         return _joined(Path(path))
     if _OFFLINE.get() or (address.startswith("hf://") and is_offline()):
         named = parse_id(address)
-        fix = f"run 'hf download {named[0]}' where there is a network" if named else None
-        message = "it is beyond this machine, and the network is not to be used (--offline)"
-        raise BadInputError(Finding("offline", message, where=address, fix=fix))
+        fix = (
+            f"run 'hf download {named[0]}' where there is a network"
+            if named
+            else "copy it to this machine where there is a network, or leave out --offline"
+        )
+        raise BadInputError(Finding("offline", _forbidden(), where=address, fix=fix))
     known = next((each for each in _OPEN if each.url == address), None)
     if known is None:
         from regraft.storage.outline import draw
@@ -86,6 +89,11 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
             outline.fetch()
         known = outline
     return _joined(known.path)
+
+
+def _forbidden() -> str:
+    by = "--offline" if _OFFLINE.get() else "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    return f"it is beyond this machine, and the network is not to be used ({by})"
 
 
 def _hub_address(path: str | os.PathLike[str]) -> str | None:
@@ -163,8 +171,7 @@ def store_for(address: str) -> Client:
     from regraft.storage.stores import open_store
 
     if _OFFLINE.get():
-        message = "it is beyond this machine, and the network is not to be used (--offline)"
-        raise BadInputError(Finding("offline", message, where=address))
+        raise BadInputError(Finding("offline", _forbidden(), where=address))
     return open_store(address if file_named(address) is None else address.rpartition("/")[0])
 
 

@@ -204,6 +204,8 @@ def test_other_stages(src, tmp_path, place):
     fails("stage-options", shard_size="2kB")
     fails("stage-incomplete", part=None, commit=True)
     fails("stage-other", src=write_folder(tmp_path / "other", mixtral()))
+    for inside in (out, out / "stage", out.parent, src / "stage"):
+        fails("stage-place", stage=inside)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     fails("stage-place", stage=tmp_path / "mine")
@@ -488,3 +490,10 @@ def test_kubernetes(src, wanted, place, monkeypatch):
         assert run([*command(parts), "-q"]) == 0
     assert run([*command(commit), "-q"]) == 0
     assert snapshot(out) == wanted
+
+
+def test_runners_that_there_are_none_of(src, place):
+    out, _ = place
+    with pytest.raises(BadInputError, match="no runner 'slurm'") as caught:
+        regraft.convert(src, out, to=V5, runner="slurm")
+    assert codes(caught) == {"option"}

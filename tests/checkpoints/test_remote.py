@@ -294,6 +294,34 @@ def test_what_works_on_this_machine_only(base, server, tmp_path):
         assert error.value.findings[0].code == "option"
 
 
+@pytest.mark.parametrize(
+    ("src", "dst", "code"),
+    [
+        ("s3://b/in", "s3://b/in/", "destination-is-source"),
+        ("s3://b/in", "s3a://b/in", "destination-is-source"),
+        ("s3://b/one/a.safetensors", "s3://b/one/a.safetensors", "destination-is-source"),
+        ("s3://b/in", "s3://b/in/sub", "destination-in-source"),
+        ("s3://b/in", "s3://b/one.safetensors", "destination-is-file"),
+        ("s3://b/in", "{url}/b/out", "bad-address"),
+        ("s3://b/in", "hf://org/out", "bad-address"),
+    ],
+)
+def test_places_that_are_not_written_to(base, server, tmp_path, src, dst, code):
+    write_tensors(tmp_path / "a.safetensors", mixtral(), {"format": "pt"})
+    server.data["b/one/a.safetensors"] = (tmp_path / "a.safetensors").read_bytes()
+    server.data["b/one/config.json"] = json.dumps(MIXTRAL).encode()
+    before = dict(server.data)
+    for given in ({}, {"stage": "s3://b/stage", "part": "0/1"}):
+        dst = dst.format(url=server.url)
+        if given and dst.startswith("http"):
+            continue
+        with pytest.raises(BadInputError) as caught:
+            regraft.convert(src, dst, to=V5, overwrite=True, **given)
+        (finding,) = caught.value.findings
+        assert (finding.code, finding.where) == (code, dst.rstrip("/")) and finding.fix
+    assert server.data == before
+
+
 def test_a_path_that_exists_wins(base, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "s3:" / "b" / "in", mixtral())

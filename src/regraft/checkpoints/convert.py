@@ -79,7 +79,7 @@ def convert_checkpoint(
         raise BadInputError(Finding("option", message, where=store.store.url, fix="leave it out"))
     casts = parse_casts(dtype)
     limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
-    name = file_name(src, dst, limit)
+    name = file_name(src, dst, limit, store.where(dst.name) if store is not None else None)
     folder = staged.folder if staged is not None and isinstance(staged.folder, Path) else None
     if staged is not None and (folder is None) != (store is not None):
         message = (
@@ -90,7 +90,7 @@ def convert_checkpoint(
     if folder is not None:
         from regraft.storage.stage import check_beside, is_placed
 
-        check_beside(folder, dst)
+        check_beside(folder, dst, src)
         placed = is_placed(folder)
     if not dry_run and store is None and not placed:
         from regraft.checkpoints.result import check_place
@@ -113,6 +113,10 @@ def convert_checkpoint(
         drop=drop,
         keep=keep,
     )
+    if store is not None:
+        from regraft.checkpoints.upload import check_apart
+
+        check_apart(ready.source, store, name)
     waits = store is not None or ready.source.is_remote
     jobs = _STREAMS if jobs is None and waits else count_jobs(jobs)
     streams = waits or staged is not None
@@ -162,18 +166,19 @@ def convert_checkpoint(
     return report
 
 
-def file_name(src: Path, dst: Path, shard_size: int | None) -> str | None:
-    """The name of the one file to write; ``None`` where that is a folder."""
+def file_name(src: Path, dst: Path, shard_size: int | None, where: str | None = None) -> str | None:
+    """The name of the one file to write; ``None`` where that is a folder. Errors say ``where``, or ``dst``."""
+    where = where or str(dst)
     if dst.suffix in _TORCH and src.is_file() and not dst.is_dir():
         message = "torch's files are read, and never written"
         fix = "end the name in .safetensors, or name a folder"
-        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+        raise BadInputError(Finding("destination-is-file", message, where=where, fix=fix))
     if dst.suffix != ".safetensors" or dst.is_dir():
         return None
     if not src.is_file() and not (src / PIPELINE).is_file():
         message = f"{src} is a folder, with more than weights in it, and this is a file's name"
         fix = "name a folder to write, or give the weights file that is to be converted"
-        raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
+        raise BadInputError(Finding("destination-is-file", message, where=where, fix=fix))
     if shard_size is not None:
         message = f"a shard size is for folders, and {dst} is one file"
         raise BadInputError(Finding("option", message))

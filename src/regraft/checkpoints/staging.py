@@ -193,6 +193,8 @@ def _check_files(ready: Prepared, folder: Path) -> None:
 
 def committed_already(where: str, dst: str) -> BadInputError:
     """The error for a second commit, or for a part after it whose result is gone."""
-    message = f"this conversion was committed already, and the stage has nothing left ({dst})"
-    fix = "look at the result; to make it once more, start over after --abort"
+    message = (
+        f"this conversion was committed already, and the stage has nothing left for {dst[:500]}"
+    )
+    fix = "look at the result that was committed; to make it once more, start over after --abort"
     return BadInputError(Finding("stage-committed", message, where=where, fix=fix))

@@ -17,11 +17,12 @@ from typing import BinaryIO
 
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import CONFIG, INDEX
+from regraft.checkpoints.source import CONFIG, INDEX, Source
 from regraft.checkpoints.stream import Advance, Stream
 from regraft.errors import BadInputError, Finding
 from regraft.storage.objects import Client
 from regraft.storage.probe import open_regular
+from regraft.storage.stand_ins import remote_at
 
 _REPLACED = re.compile(r"[^/]*\.(safetensors|bin)(\.index\.json)?")
 """What of an older checkpoint must not lie beside a new one."""
@@ -32,9 +33,14 @@ _LARGEST = 1 << 27
 def check_free(client: Client, *, overwrite: bool, name: str | None = None) -> list[str]:
     """What is in the place of a result: of one file with a ``name``, or in the folder.
 
-    Raises ``BadInputError`` where there is anything, and it may not be replaced.
+    Raises ``BadInputError`` where there is anything, and it may not be replaced; and where nothing can be written.
     """
-    there = [row.key for row in client.listed() or [] if name is None or row.key == name]
+    rows = client.listed()
+    if rows is None:
+        message = "a web server is read from, and nothing can be written to it"
+        fix = "give a folder of this machine, or one in a store, such as s3://bucket/model"
+        raise BadInputError(Finding("bad-address", message, where=client.store.url, fix=fix))
+    there = [row.key for row in rows if name is None or row.key == name]
     if there and not overwrite:
         message = f"there are {len(there)} files at the address already, such as {there[0][:200]}"
         raise BadInputError(
@@ -46,6 +52,32 @@ def check_free(client: Client, *, overwrite: bool, name: str | None = None) -> l
             )
         )
     return there
+
+
+def check_apart(source: Source, client: Client, name: str | None) -> None:
+    """Check that a result comes neither over the source, while that is read, nor into its folder.
+
+    Raises ``BadInputError``.
+    """
+    to = _plain(client.store.url)
+    for file in source.files:
+        remote = remote_at(file.path)
+        if remote is None:
+            continue
+        where = _plain(remote.where)
+        folder = where.rpartition("/")[0]
+        if to == folder and (name is None or f"{to}/{name}" == where):
+            code, message = "destination-is-source", "the place to write is the one that is read"
+        elif f"{to}/".startswith(f"{folder}/") and to != folder and source.root.is_dir():
+            code, message = "destination-in-source", f"it is inside {folder}, which is read"
+        else:
+            continue
+        fix = "choose another place, and remove the old one when the result is verified"
+        raise BadInputError(Finding(code, message, where=client.where(name or ""), fix=fix))
+
+
+def _plain(address: str) -> str:
+    return re.sub("^s3a:", "s3:", address)
 
 
 def upload(

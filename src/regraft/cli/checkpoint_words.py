@@ -64,9 +64,9 @@ def _part(part: PartReport) -> str:
         words += f", {part.before} were there"
     words += f"; {show_size(part.bytes)}. "
     if part.left:
-        return (
-            words + f"Of all parts together {count_in_words(part.left, 'piece')} are not there yet."
-        )
+        left = count_in_words(part.left, "piece")
+        are = "is" if part.left == 1 else "are"
+        return words + f"Of all parts together {left} {are} not there yet."
     return words + "Nothing is missing: --commit puts the result in its place."
 
 

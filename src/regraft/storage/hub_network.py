@@ -148,7 +148,8 @@ def check_push(repository: str, *, offline: bool) -> None:
     """
     if parse_id(repository) is None or "@" in repository or repository.startswith("hf:"):
         message = f"a repository is ORG/NAME, and this is {repository[:200]!r}"
-        raise BadInputError(Finding("bad-address", message))
+        fix = "give --push ORG/NAME, your name or that of an organization first"
+        raise BadInputError(Finding("bad-address", message, fix=fix))
     if offline or is_offline():
         message = "the network is not to be used (--offline, HF_HUB_OFFLINE), and --push needs it"
         raise BadInputError(Finding("offline", message, where=repository))

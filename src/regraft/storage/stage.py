@@ -294,13 +294,24 @@ def check_stage(folder: Path) -> None:
         raise BadInputError(Finding("stage-place", message, where=str(folder), fix=fix))
 
 
-def check_beside(folder: Path, dst: Path) -> None:
-    """Check that what is in a stage can be renamed to a place: both are on one file system.
+def check_beside(folder: Path, dst: Path, src: Path) -> None:
+    """Check that what is in a stage can be renamed to a place: it is beside it, on its file system, not in the source.
 
     Raises ``BadInputError``.
     """
-    stage, above = (_existing(path) for path in (folder, dst.parent))
-    if stage.stat().st_dev != above.stat().st_dev:
+    stage, place = Path(os.path.realpath(folder)), Path(os.path.realpath(dst))
+    if stage.is_relative_to(os.path.realpath(src)):
+        message = f"it is inside {src}, which is read"
+        fix = f"give a folder beside the result, such as {dst.with_name(dst.name + '.stage')}"
+        raise BadInputError(Finding("stage-place", message, where=str(folder), fix=fix))
+    if stage.is_relative_to(place) or place.is_relative_to(stage):
+        is_same = stage == place
+        message = (
+            f"it is {'the place of the result' if is_same else f'inside {dst}, or holds that'}"
+        )
+        fix = f"give a folder beside it, such as {dst.with_name(dst.name + '.stage')}"
+        raise BadInputError(Finding("stage-place", message, where=str(folder), fix=fix))
+    if _existing(folder).stat().st_dev != _existing(dst.parent).stat().st_dev:
         message = f"it is on another file system than {dst}, and the result could not be renamed to its place"
         fix = f"give a folder beside it, such as {dst.with_name(dst.name + '.stage')}"
         raise BadInputError(Finding("stage-place", message, where=str(folder), fix=fix))

@@ -165,7 +165,9 @@ class _Obstore(Store):
             return StoreError("changed", line)
         if "non-partial response" in line or "Range request not supported" in line:
             return StoreError("no-ranges", line)
-        if isinstance(error, (known.NotSupportedError, known.InvalidPathError)):
+        if isinstance(
+            error, (NotImplementedError, known.NotSupportedError, known.InvalidPathError)
+        ):
             return StoreError("unfit", line)
         status = re.search(r"status code: (4\d\d)", line)
         if status is not None and status[1] not in ("408", "429"):
