@@ -121,7 +121,9 @@ def _agreeing(config):
         layers = getattr(part, "num_hidden_layers", None)
         kinds = getattr(part, "layer_types", None)
         if isinstance(layers, int) and isinstance(kinds, list):
-            part.layer_types = kinds[:layers]
+            for name, value in list(vars(part).items()):
+                if isinstance(value, list) and len(value) == len(kinds):
+                    setattr(part, name, value[:layers])
         if getattr(part, "qk_nope_head_dim", None) and hasattr(part, "qk_head_dim"):
             part.qk_head_dim = part.qk_nope_head_dim + part.qk_rope_head_dim
         if getattr(part, "zero_expert_num", None):
