@@ -214,8 +214,8 @@ def test_a_padded_vocabulary_is_written_where_the_config_says_so(tmp_path):
     assert not rows[10:].any()
 
 
-def test_experts_one_module_each(tmp_path):
-    """What a model without grouped experts has in memory is read as well."""
+def one_module_each(tmp_path):
+    """A model without grouped experts, as it is in memory; and the same in transformers' names."""
     regraft.convert(HERE / "qwen3_moe", tmp_path / "v5", to="transformers-v5")
     to_names(tmp_path / "v5", tmp_path / "names")
     names = load_file(tmp_path / "names" / "model.safetensors")
@@ -228,6 +228,11 @@ def test_experts_one_module_each(tmp_path):
         other[name] = array
     assert other.keys() != names.keys()
     save_file(other, tmp_path / "names" / "model.safetensors", {"format": "pt"})
+    return other
+
+
+def test_experts_one_module_each(tmp_path):
+    one_module_each(tmp_path)
     regraft.convert(tmp_path / "names", tmp_path / "back", to="transformers-v5")
     one, two = (load_file(tmp_path / at / "model.safetensors") for at in ("v5", "back"))
     assert all(one[name].tobytes() == two[name].tobytes() for name in one)
@@ -266,6 +271,97 @@ def test_a_lora_follows(tmp_path):
     changed = {name for name in one if one[name].tobytes() != before[name].tobytes()}
     assert "decoder.layers.1.self_attention.linear_qkv.weight" in changed
     assert config["num_hidden_layers"] * 4 == len(changed)
+
+
+def lora_of(folder, modules, leaves, **told):
+    """A LoRA of rank 2 on some modules, by their shapes."""
+    tensors, random = {}, np.random.default_rng(0)
+    for module, (out, into) in modules.items():
+        for letter, shape in (("A", (2, into)), ("B", (out, 2))):
+            factor = random.integers(-3, 4, shape).astype(np.float32)
+            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = factor
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": leaves, **told}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_a_lora_of_experts_follows_from_modules_of_their_own(tmp_path):
+    """Of experts that are one module each; grouped experts are parameters, and no LoRA of PEFT's stands on them."""
+    names = one_module_each(tmp_path)
+    leaves = ["linear_fc1", "linear_fc2"]
+    modules = {
+        name.removesuffix(".weight"): array.shape
+        for name, array in names.items()
+        if "local_experts" in name
+    }
+    lora_of(tmp_path / "lora", modules, leaves)
+    regraft.merge(tmp_path / "names", [tmp_path / "lora"], tmp_path / "tuned")
+    regraft.convert(tmp_path / "tuned", tmp_path / "one", to="transformers-v5")
+    regraft.convert(
+        tmp_path / "lora", tmp_path / "moved", to="transformers-v5", model=tmp_path / "names"
+    )
+    regraft.merge(tmp_path / "v5", [tmp_path / "moved"], tmp_path / "other")
+    one, other = (load_file(tmp_path / at / "model.safetensors") for at in ("one", "other"))
+    before = load_file(tmp_path / "v5" / "model.safetensors")
+    assert one.keys() == other.keys() == before.keys()
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    changed = {name for name in one if one[name].tobytes() != before[name].tobytes()}
+    assert len(changed) == 4 and all(".experts." in name for name in changed)
+    # The way back goes where it came from; without that, it would be into grouped experts.
+    regraft.convert(
+        tmp_path / "moved", tmp_path / "again", to="megatron:peft", model=tmp_path / "v5"
+    )
+    first, again = (
+        load_file(tmp_path / at / "adapter_model.safetensors") for at in ("lora", "again")
+    )
+    assert first.keys() == again.keys()
+    regraft.merge(tmp_path / "names", [tmp_path / "again"], tmp_path / "twice")
+    one, other = (load_file(tmp_path / at / "model.safetensors") for at in ("tuned", "twice"))
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    regraft.convert(tmp_path / "v5", tmp_path / "v4", to="transformers-v4")
+    experts = {
+        name.removesuffix(".weight"): array.shape
+        for name, array in load_file(tmp_path / "v4" / "model.safetensors").items()
+        if ".experts." in name
+    }
+    lora_of(tmp_path / "fresh", experts, ["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(regraft.RefusedError):
+        regraft.convert(
+            tmp_path / "fresh", tmp_path / "x", to="megatron:peft", model=tmp_path / "v4"
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_mtp_layers_have_names_that_no_rule_says(tmp_path):
+    """Into Megatron's names and out of them; without these layers both ways are open."""
+    regraft.convert(HERE / "deepseek_v3", tmp_path / "v4", to="transformers-v4")
+    path = tmp_path / "v4" / "model.safetensors"
+    bare = load_file(path)
+    more = {
+        "model.layers.2." + n[15:]: a for n, a in bare.items() if n.startswith("model.layers.1.")
+    }
+    save_file({**bare, **more}, path, {"format": "pt"})
+    config = tmp_path / "v4" / "config.json"
+    told = {**json.loads(config.read_text()), "num_nextn_predict_layers": 1}
+    config.write_text(json.dumps(told))
+    with pytest.raises(
+        regraft.UnmatchedKeysError, match=r"--drop 'model\.layers\.2\.\*'"
+    ) as caught:
+        regraft.convert(tmp_path / "v4", tmp_path / "names", to="megatron")
+    assert caught.value.findings[0].key == "model.layers.2"
+    regraft.convert(tmp_path / "v4", tmp_path / "names", to="megatron", drop=["model.layers.2.*"])
+    path = tmp_path / "names" / "model.safetensors"
+    names = load_file(path)
+    start = "mtp.layers.0.transformer_layer."
+    more = {start + n[17:]: a for n, a in names.items() if n.startswith("decoder.layers.1.")}
+    save_file({**names, **more}, path, {"format": "pt"})
+    with pytest.raises(regraft.UnmatchedKeysError, match=r"--drop 'mtp\.\*'"):
+        regraft.convert(tmp_path / "names", tmp_path / "back", to="transformers-v4")
+    regraft.convert(tmp_path / "names", tmp_path / "back", to="transformers-v4", drop=["mtp.*"])
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == bare.keys()
+    assert all(back[name].tobytes() == bare[name].tobytes() for name in bare)
 
 
 @pytest.mark.parametrize(

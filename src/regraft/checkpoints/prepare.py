@@ -56,6 +56,7 @@ from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.mtp import WHY as MTP
+from regraft.rules.mtp import check_mtp
 from regraft.storage.json_files import load_json
 from regraft.values import Struct, replace
 
@@ -163,6 +164,8 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     spelled = read_spelling((file.metadata for file in source.files), to)
     rest = companions.headers
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, companions)
+    if to is not None and len(known.mtp):
+        check_mtp(known.books, known.mtp, {known.layout, to}, source.where)
     try:
         fix = _way_out(Path(source.where), model)
         plan = make_plan(rest, known, to, source.where, fix) if to is not None else None

@@ -147,6 +147,7 @@ class _BookTable(_PartTable, forbid_unknown_fields=True, kw_only=True):
     reclaimed_model_types: list[str] = []
     source: str = ""
     tells: Literal["left", "right", "both"] = "both"
+    mtp: bool = True
     include: list[str] = []
 
 
@@ -344,6 +345,8 @@ class Book:
     absents: tuple[Absent, ...] = ()
     tells: Literal["left", "right", "both"] = "both"
     """The side whose own names tell that something is of these models; other books speak of the other one."""
+    mtp: bool = True
+    """Whether the layout that ``tells`` has the names of MTP layers that follow from those of the others."""
     package: str | None = None
     """The installed package that it comes with; ``None`` for regraft's and a user's own."""
     shared: tuple[Shared, ...] = ()
@@ -747,6 +750,7 @@ def _head(table: _BookTable, shown: str) -> dict[str, Any]:
         "path": shown,
         "source": table.source,
         "tells": table.tells,
+        "mtp": table.mtp,
         "left_adapters": adapters.left,
         "right_adapters": adapters.right,
         "package": None,

@@ -15,7 +15,7 @@ False
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from regraft.equation.notation import (
     axes_of,
     parse_equation,
 )
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.names.keys import MARK, Group, fill, group_names
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.templates import match_group
@@ -161,6 +161,28 @@ def mtp_among(names: Sequence[str], parts: Iterable[Mapping[str, Any]]) -> MtpKe
         return find_mtp(group_names(names), Counts.of(parts), "")
     except BadInputError:
         return MtpKeys()
+
+
+def check_mtp(books: Iterable[Book], keys: MtpKeys, layouts: Collection[str], where: str) -> None:
+    """Check that MTP layers can go from one of the layouts to the other.
+
+    Raises ``UnmatchedKeysError`` where one of them has names of its own for them, which no rule says.
+    """
+    own = [b.left if b.tells == "left" else b.right for b in books if not b.mtp]
+    strange = next((layout for layout in own if layout in layouts), None)
+    if strange is None or not len(keys):
+        return
+    patterns = " ".join(f"--drop '{root}.*'" for root in keys.roots)
+    raise UnmatchedKeysError(
+        Finding(
+            "unmatched",
+            f"{len(keys)} tensors are those of {WHY}, and {strange} calls these in its own way, which no rule says",
+            where=where,
+            key=root,
+            fix=f"convert without them: {patterns}",
+        )
+        for root in keys.roots
+    )
 
 
 def with_mtp(book: Book, keys: MtpKeys) -> Book:

@@ -47,6 +47,8 @@ def write_book(book: Book, comment: str = "") -> str:
         document["source"] = book.source
     if book.tells != "both":
         document["tells"] = book.tells
+    if not book.mtp:
+        document["mtp"] = False
     _add(document, "module", map(_module, book.module_rules))
     _add(document, "equation", (_equation(rule) for rule in book.rules if not rule.module))
     _add(document, "carry", (_carry(list(same)) for _, same in groupby(book.carries, _alike)))
