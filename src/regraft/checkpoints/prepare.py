@@ -165,7 +165,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     rest = companions.headers
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, companions)
     if to is not None and len(known.mtp):
-        check_mtp(known.books, known.mtp, {known.layout, to}, source.where)
+        check_mtp(known.books, known.mtp, (known.layout or "", to), source.where)
     try:
         fix = _way_out(Path(source.where), model)
         plan = make_plan(rest, known, to, source.where, fix) if to is not None else None
