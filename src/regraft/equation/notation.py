@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -29,6 +29,7 @@ from regraft.errors import BadInputError, Finding
 
 REST = "..."
 _KEY_ENDS = " \t\r\n:,()"
+_KEY_LETTERS = re.compile(r"[^ \t\r\n:,(){}]+")
 _BLANKS, _BLANKS_OF_A_LINE = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r]*")
 _WORD = re.compile(r"\w*")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?")
@@ -411,6 +412,12 @@ def _is_word(letter: str) -> bool:
     return letter.isalnum() or letter == "_"
 
 
+@cache
+def _marks_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    """What tells whether a term begins with a key: a letter that only keys have, or one that ends a term."""
+    return re.compile("[:{},\n" + re.escape("".join(word[0] for word in words)) + "]")
+
+
 class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -421,9 +428,10 @@ class _Scanner:
         return notation_error(self.text, self.at if at is None else at, message)
 
     def skip(self, *, newlines: bool = True) -> None:
-        blanks = (_BLANKS if newlines else _BLANKS_OF_A_LINE).match(self.text, self.at)
-        assert blanks is not None
-        self.at = blanks.end()
+        if self.text[self.at : self.at + 1].isspace():
+            blanks = (_BLANKS if newlines else _BLANKS_OF_A_LINE).match(self.text, self.at)
+            assert blanks is not None
+            self.at = blanks.end()
 
     def take(self, token: str) -> bool:
         self.skip()
@@ -446,14 +454,12 @@ class _Scanner:
     def ends(self, stops: tuple[str, ...], at: int | None = None) -> bool:
         """Whether one of the stops stands here; a stop that is a word must be a whole one."""
         at = self.at if at is None else at
-        return any(
-            at >= len(self.text)
-            if not stop
-            else self.text.startswith(stop, at) and self._whole(stop, at)
-            for stop in stops
-        )
+        return any(self._whole(stop, at) if stop else at >= len(self.text) for stop in stops)
 
     def _whole(self, stop: str, at: int) -> bool:
+        """Whether a stop stands at a place, and not inside a word."""
+        if not self.text.startswith(stop, at):
+            return False
         if not stop.isalpha():
             return True
         before, after = self.text[:at][-1:], self.text[at + len(stop) :][:1]
@@ -491,12 +497,10 @@ class _Scanner:
 
     def _has_key(self, stops: tuple[str, ...]) -> bool:
         words = tuple(filter(None, stops))
-        first = {word[0] for word in words}
-        for position in range(self.at, len(self.text)):
-            char = self.text[position]
-            if char in ":{}":
+        for found in _marks_of(words).finditer(self.text, self.at):
+            if found[0] in ":{}":
                 return True
-            if char in ",\n" or (char in first and self.ends(words, position)):
+            if found[0] in ",\n" or self.ends(words, found.start()):
                 return False
         return False
 
@@ -507,12 +511,12 @@ class _Scanner:
             if self.text[self.at] == "{":
                 parts.append(self._hole())
             else:
-                begin = self.at
-                while self.at < len(self.text) and self.text[self.at] not in _KEY_ENDS + "{":
-                    if self.text[self.at] == "}":
-                        raise self.error("this } closes no {")
-                    self.at += 1
-                parts.append(self.text[begin : self.at])
+                letters = _KEY_LETTERS.match(self.text, self.at)
+                self.at = self.at if letters is None else letters.end()
+                if self.text.startswith("}", self.at):
+                    raise self.error("this } closes no {")
+                assert letters is not None
+                parts.append(letters[0])
         if not parts:
             raise self.error("a key was expected", start)
         segments = [i for i, part in enumerate(parts) if isinstance(part, Segments)]
