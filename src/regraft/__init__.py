@@ -131,7 +131,15 @@ if (
             raise AttributeError(f"module 'regraft' has no attribute {name!r}")
         from importlib import import_module
 
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            from regraft.errors.extras import explained
+
+            told = explained(error, f"regraft.{name}")
+            if told is error:
+                raise
+            raise told from None
 
 
 def __dir__() -> list[str]:

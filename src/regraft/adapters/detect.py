@@ -11,6 +11,7 @@ from msgspec import Struct
 from regraft.adapters.protocol import Hints, Names
 from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
+from regraft.errors.extras import lacking, or_ask_transformers
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
 from regraft.planning.detect import detect_layouts, names_tell
@@ -110,7 +111,9 @@ class Known(Struct, frozen=True):
         """What to do about keys that none of the books explains."""
         if self.model is None:
             return "give the base model with --model (its folder or its config.json)"
-        return "check the prefix and the model, or add the key to a rule book"
+        return (
+            f"check the prefix and the model, or add the key to a rule book{or_ask_transformers()}"
+        )
 
 
 def find_books(
@@ -437,13 +440,18 @@ def _unknown_model(model_types: Sequence[str], where: str, *, given: bool) -> Un
             "unknown-model",
             f"{', '.join(model_types)} has no built-in rules",
             where=where,
-            fix="install transformers, so that it can be asked, or write a rule book; `regraft rules list` shows what "
-            "is built in"
-            if given
-            else "pass --model DIR (its config.json is enough), so that the installed transformers can be asked; "
-            "`regraft rules list` shows what is built in",
+            fix=f"{_how_to_ask(given=given)}; `regraft rules list` shows what is built in",
         )
     )
+
+
+def _how_to_ask(*, given: bool) -> str:
+    line = lacking("transformers", "torch")
+    if not given:
+        asked = "" if line is None else f" ({line})"
+        return f"pass --model DIR (its config.json is enough), so that the installed transformers can be asked{asked}"
+    ask = line or "install a release of transformers that has the model"
+    return f"{ask}, so that it can be asked, or write a rule book"
 
 
 def _named(names: Names, packed: Sequence[Key]) -> list[Group]:

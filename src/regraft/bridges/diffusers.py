@@ -18,6 +18,7 @@ from regraft.bridges.helper import Helper, HelperEndedError
 from regraft.checkpoints.pipelines import PIPELINES
 from regraft.dialects.image.families import Family, TextEncoder
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors.extras import install_line
 from regraft.storage.json_files import load_json
 
 _THERE = Helper(__name__, "list_modules")
@@ -60,7 +61,7 @@ def family_of_base(base: Path | None) -> Family | None:
                 "package-missing",
                 f"there is no rule book for {name}, and diffusers, which has it, is not installed",
                 where=str(where),
-                fix="pip install 'regraft[diffusers]'",
+                fix=install_line("diffusers"),
             )
         )
     try:

@@ -43,6 +43,7 @@ from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
 from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
+from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
@@ -237,8 +238,10 @@ class _Checker:
         model = self.config or (known.model if known is not None else None)
         if not self.peft.is_there or self.peft.layout() != self.to.name:
             self.judge(source, converted, verdict)
+            line = lacking("transformers", "peft", "torch")
+            how = "" if line is None else f": {line}"
             verdict.notes.append(
-                f"nothing was tried: PEFT with a transformers of {self.to.name} is not installed here"
+                f"nothing was tried: PEFT with a transformers of {self.to.name} is not installed here{how}"
             )
         elif model is None:
             self.judge(source, converted, verdict)

@@ -23,6 +23,7 @@ from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.errors import RegraftError
+from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.report import CheckpointReport
 from regraft.rules.mtp import WHY as MTP
@@ -48,7 +49,9 @@ def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
         with as_a_folder(path) as folder:
             _try(Loading(load_model(place), folder), verdict)
     else:
-        verdict.notes.append(f"nothing was tried: there is no transformers of {to.name} here")
+        line = lacking("transformers", "torch")
+        how = "" if line is None else f": {line}"
+        verdict.notes.append(f"nothing was tried: there is no transformers of {to.name} here{how}")
         if report is not None and not verdict.findings:
             verdict.healthy = report.source_layout == to.name or not any(report.rules.values())
             if not verdict.healthy:

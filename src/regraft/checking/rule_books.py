@@ -9,6 +9,7 @@ from pathlib import Path
 from regraft.adapters.detect import covers, load_model
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.errors.extras import install_line
 from regraft.explaining.subject import open_subject
 from regraft.names.keys import group_names
 from regraft.rules.book import Book, books_for, find_book, library, only_books
@@ -49,7 +50,7 @@ def _lint_transformers(entry: str | None) -> Linted:
             Finding(
                 "rule-book",
                 "transformers is not installed, so there is no registry of it",
-                fix="pip install 'regraft[transformers]'",
+                fix=install_line("transformers"),
             )
         )
     from regraft.bridges.transformers.linted import lint_registry

@@ -19,6 +19,7 @@ from regraft.errors import (
     RegraftError,
     UnmatchedKeysError,
 )
+from regraft.errors.extras import lacking
 from regraft.layouts.graph import Edge, edges_to, route_between
 from regraft.names.keys import MARK, Group
 from regraft.planning.build import UNMATCHED_FIX, build_plan
@@ -86,11 +87,9 @@ def detect(
             raise UnmatchedKeysError(
                 Finding(
                     "unknown-model",
-                    f"{', '.join(model.model_types())} has no built-in rules, and the installed transformers does not "
-                    "know it",
+                    f"{', '.join(model.model_types())} has no built-in rules, and {_who_could_know()}",
                     where=model.path,
-                    fix="install a release of transformers that has the model, or write a rule book for it; `regraft "
-                    "rules list` shows what is built in",
+                    fix=f"{_how_to_ask()}, or write a rule book for it; `regraft rules list` shows what is built in",
                 )
             )
         if imported is not None:
@@ -392,3 +391,14 @@ def _book_by_names(headers: Headers, where: str) -> Book:
             )
         )
     return next(iter(outcomes.values()))
+
+
+def _who_could_know() -> str:
+    if lacking("transformers", "torch") is None:
+        return "the installed transformers does not know it"
+    return "transformers, which could be asked, is not installed"
+
+
+def _how_to_ask() -> str:
+    line = lacking("transformers", "torch")
+    return line or "install a release of transformers that has the model"

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from regraft.errors import BadInputError, Finding, RegraftError
+from regraft.errors.extras import install_line
 from regraft.report import PartReport
 
 Work = Callable[[str], PartReport]
@@ -36,7 +37,7 @@ class Cluster:
             self._ray = import_module("ray")
         except ImportError:
             message = "Ray hands out the parts, and it is not installed"
-            fix = "pip install 'regraft[ray]'"
+            fix = install_line("ray")
             raise BadInputError(Finding("package-missing", message, fix=fix)) from None
         if self._ray.is_initialized():
             return

@@ -50,6 +50,7 @@ from regraft.checkpoints.ties import (
 )
 from regraft.checkpoints.wrappers import refuse_adapters, strip_wrappers
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
+from regraft.errors.extras import or_ask_transformers
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
@@ -69,7 +70,10 @@ _UNUSED = (
 def _way_out(path: Path, model: Path | None) -> str:
     """What to do about keys that no rule matches; where ``model`` has weights, they are a twin with good names."""
     if model is None or not is_checkpoint(model) or model.resolve() == path.resolve():
-        return f"{_UNUSED} (`regraft diff SRC GOOD -o fix.toml` writes one, from the same weights under good names)"
+        return (
+            f"{_UNUSED} (`regraft diff SRC GOOD -o fix.toml` writes one, from the same weights under good names)"
+            f"{or_ask_transformers()}"
+        )
     command = shlex.join(["regraft", "diff", str(path), str(model), "-o", "fix.toml"])
     return (
         f"`{command}` writes a rule book from the weights that have the same values; or {_UNUSED}"

@@ -46,6 +46,7 @@ from regraft.dialects.halves import (
     whole,
 )
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.errors.extras import install_line
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.formats import GGUF as FORM
@@ -75,7 +76,7 @@ def _package() -> Any:
             Finding(
                 "package-missing",
                 "LoRAs in GGUF files are read and written by the package gguf, which is not installed",
-                fix="pip install 'regraft[gguf]'",
+                fix=install_line("gguf"),
             )
         ) from error
     return gguf

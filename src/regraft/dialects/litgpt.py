@@ -36,6 +36,7 @@ from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of,
 from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_finding, whole
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
+from regraft.errors.extras import install_line
 from regraft.names.keys import MARK, fill_rows, one_of_each
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
@@ -75,7 +76,7 @@ def _yaml() -> Any:
             Finding(
                 "package-missing",
                 "LitGPT's settings are YAML files, and the package PyYAML is not installed",
-                fix="pip install 'regraft[litgpt]'",
+                fix=install_line("yaml"),
             )
         ) from error
     return yaml

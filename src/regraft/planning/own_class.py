@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from regraft.equation.notation import parse_equation
+from regraft.errors.extras import lacking
 from regraft.names.keys import MARK, Group
 from regraft.names.patterns import patterns
 from regraft.planning.lookup import Lookup
@@ -145,7 +146,9 @@ def _unchecked(
     elif there is False:
         why = f"{named[0]} is not a class of transformers"
     else:
-        why = "transformers is not installed, or does not have it as a whole"
+        line = lacking("transformers")
+        why = "transformers does not have it as a whole"
+        why = why if line is None else f"transformers is not installed ({line})"
     return (
         "whether the model has these could not be checked, because they are not where models of its kind have them, "
         f"and {why}; they are taken for what they are called: {shown}",

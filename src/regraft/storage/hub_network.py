@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from regraft.errors import BadInputError, Finding
+from regraft.errors.extras import install_line
 from regraft.storage.hub import is_offline, parse_id
 from regraft.storage.objects import Client, Found, Store, StoreError, Trouble
 
@@ -38,7 +39,7 @@ def _library(where: str) -> Any:
         return import_module("huggingface_hub")
     except ImportError:
         message = "huggingface_hub speaks to the hub, and it is not installed"
-        fix = "pip install huggingface_hub"
+        fix = install_line("huggingface_hub")
         raise BadInputError(Finding("package-missing", message, where=where, fix=fix)) from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import BadInputError, Finding
+from regraft.errors.extras import install_line
 from regraft.learning.probe import MOST
 from regraft.learning.relate import Names, isolated
 from regraft.learning.shrink import shrink
@@ -31,7 +32,9 @@ def outlines(
     path = Path(model)
     if not path.exists():
         if find_spec("transformers") is None:
-            raise BadInputError(Finding("not-found", "no such file or folder", where=model))
+            message = "no such file or folder, and no transformers to ask for a model of this type"
+            fix = install_line("transformers")
+            raise BadInputError(Finding("not-found", message, where=model, fix=fix))
         from regraft.bridges.transformers.probing import default_config
 
         return _built(default_config(model), model, count, layout, fixed)
@@ -47,7 +50,8 @@ def outlines(
                 raise
     if path == file:
         message = "a config alone needs transformers, which is not installed"
-        raise BadInputError(Finding("probe", message, where=str(file)))
+        fix = f"{install_line('transformers')}, or give the model's folder with its weights"
+        raise BadInputError(Finding("probe", message, where=str(file), fix=fix))
     return _from_headers(path, data, count, fixed)
 
 

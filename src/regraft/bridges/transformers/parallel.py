@@ -8,6 +8,7 @@ from typing import Any
 
 from regraft.checkpoints.ranks import ParallelPlan
 from regraft.errors import Finding, UnmatchedKeysError
+from regraft.errors.extras import lacking
 
 
 def installed_plan(config: Mapping[str, Any], classes: Sequence[str], where: str) -> ParallelPlan:
@@ -31,12 +32,16 @@ def installed_plan(config: Mapping[str, Any], classes: Sequence[str], where: str
         for name in classes:
             tp |= getattr(getattr(transformers, name, None), "_tp_plan", None) or {}
     if not tp and not ep:
+        line = lacking("transformers")
+        give = 'give one with --plan FILE: {"tp": {"layers.*.self_attn.q_proj": "colwise"}}'
         raise UnmatchedKeysError(
             Finding(
                 "parallel-plan",
-                "the installed transformers has no plan that says how this model is cut among ranks",
+                "the installed transformers has no plan that says how this model is cut among ranks"
+                if line is None
+                else "transformers, whose plan says how this model is cut among ranks, is not installed",
                 where=where,
-                fix='give one with --plan FILE: {"tp": {"layers.*.self_attn.q_proj": "colwise"}}',
+                fix=f"{'' if line is None else f'{line}, or '}{give}",
             )
         )
     return ParallelPlan(tp, ep)
