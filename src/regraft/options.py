@@ -24,7 +24,7 @@ class Option(Struct, frozen=True):
 
     help: str
     metavar: str | None = None
-    kind: Literal["layout", "source", "place", "file", "text"] = "text"
+    kind: Literal["layout", "source", "tool", "place", "file", "text"] = "text"
     """What its values are completed with, and checked for."""
     only: Subject | None = None
     """What it is for, if it is not for everything."""
@@ -344,7 +344,7 @@ class CheckOptions(Options, frozen=True, kw_only=True):
             "shapes and the config are compared), or a tool, with @VERSION if a certain one is meant (vllm, sglang, "
             "…): what it would do with the files as they are.",
             "LAYOUT",
-            "layout",
+            "tool",
             flag="--for",
             shown=True,
         ),

@@ -65,11 +65,7 @@ def check(
     Exit status: 0 healthy, 1 SRC cannot be read (of several: one of them), 2 usage, 4 not healthy, or not proven
     (of several: one of them, and all can be read).
     """
-    from regraft.checking.for_tool import is_tool
-
     asked = CheckOptions(**given)
-    if not is_tool(asked.to):
-        options.check_layouts(given["rules"], for_=asked.to)
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @options.json
 @options.quiet
 @options.progress
+@options.checked(lambda given: _problems(given))
 def convert(
     paths: tuple[Path, ...],
     html: Path | None,
@@ -60,14 +61,7 @@ def convert(
     exact equivalent, 4 not equal (--verify).
     """
     asked = ConvertOptions(**given)
-    options.check_layouts(given["rules"], to=asked.to, from_=asked.source)
-    _check_values(given["shard_size"], asked.via)
     *sources, dst = (*paths, paths[0]) if asked.in_place and len(paths) == 1 else paths
-    if not sources:
-        raise click.BadParameter("DST is missing", param_hint="DST")
-    if len(sources) > 1 and asked.in_place:
-        raise click.UsageError("--in-place takes one SRC")
-    _check_staging(asked, several=len(sources) > 1 or html is not None)
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
@@ -172,26 +166,22 @@ def _place_of(item: Item, dst: Path, to: str) -> Path:
     return place.with_suffix("") if item.path.is_file() else place
 
 
-def _check_staging(asked: ConvertOptions, *, several: bool) -> None:
-    """Whether the options for work in parts go together."""
-    named = [f"--{name}" for name in ("part", "commit", "abort") if getattr(asked, name)]
-    if len(named) > 1:
-        raise click.UsageError(f"{' and '.join(named)}: give one of them")
-    if named and asked.stage is None:
-        raise click.UsageError(f"{named[0]} needs --stage")
-    if asked.stage is not None and several:
-        raise click.UsageError("--stage takes one SRC, and no --html")
-
-
-def _check_values(shard_size: str | None, via: str | None) -> None:
-    """Whether the values of options can be read, before any work is done."""
-    if shard_size is not None:
-        from regraft.checkpoints.sharding import parse_size
-
-        with options.usage("--shard-size"):
-            parse_size(shard_size)
-    if via is not None:
+def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    paths = given.get("paths")
+    several = paths is not None and len(paths) > 2
+    if paths is not None and len(paths) == 1 and not given.get("in_place"):
+        yield click.BadParameter("DST is missing", param_hint="DST")
+    if several and given.get("in_place"):
+        yield click.UsageError("--in-place takes one SRC")
+    yield from options.wrong_size(given)
+    if given.get("via") is not None:
         from regraft.adapters.ranks import Options
 
-        with options.usage("--via"):
-            Options(via)
+        yield from options.wrong_value("--via", Options, given["via"])
+    named = [f"--{name}" for name in ("part", "commit", "abort") if given.get(name)]
+    if len(named) > 1:
+        yield click.UsageError(f"{' and '.join(named)}: give one of them")
+    if named and "stage" in given and given["stage"] is None:
+        yield click.UsageError(f"{named[0]} needs --stage")
+    if given.get("stage") is not None and (several or given.get("html") is not None):
+        yield click.UsageError("--stage takes one SRC, and no --html")

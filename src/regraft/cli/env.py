@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.views.environment import Environment
 
 
-@click.command()
+@click.command(cls=options.WithArguments)
 @options.json
 def env(*, json: bool) -> Job:
     """Print the versions of regraft, Python and the libraries it works with, for bug reports.

@@ -56,7 +56,6 @@ def explain(
 
     Exit status: 0 it arrives, 1 SRC cannot be read, 2 usage, 4 it does not arrive.
     """
-    options.check_layouts(rules, to=to)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:

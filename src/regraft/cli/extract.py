@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -82,6 +83,7 @@ _SHOWN = 50
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @options.json
 @options.quiet
+@options.checked(lambda given: _problems(given))
 def extract(
     base: Path,
     tuned: Path,
@@ -110,9 +112,6 @@ def extract(
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because something changed that is no matrix,
     or takes more memory than may be held.
     """
-    options.check_layouts(rules, to=to)
-    if (rank is None) == (error is None):
-        raise click.UsageError("give one of --rank and --error")
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -140,6 +139,15 @@ def extract(
         return tell(out, report)
 
     return job
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    if {"rank", "error"} <= given.keys() and (given["rank"] is None) == (given["error"] is None):
+        yield click.UsageError("give one of --rank and --error")
+    if given.get("memory") is not None:
+        from regraft.checkpoints.sharding import parse_size
+
+        yield from options.wrong_value("--memory", parse_size, given["memory"])
 
 
 def show_extraction(out: Output, report: Extraction) -> None:

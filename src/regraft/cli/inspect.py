@@ -40,7 +40,6 @@ def inspect(
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
-    options.check_layouts(rules, from_=source)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:

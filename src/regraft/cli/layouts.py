@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.layouts.catalog import Catalog
 
 
-@click.command()
+@click.command(cls=options.WithArguments)
 @options.rules
 @options.json
 @options.quiet

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
-from regraft.cli.probe import fixed_fields, set_option
+from regraft.cli.probe import fixed_fields, set_option, wrong_fields
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 @options.json
 @options.quiet
 @options.progress
+@options.checked(lambda given: _problems(given))
 def learn(
     files: tuple[Path, ...],
     book: Path,
@@ -100,12 +102,6 @@ def learn(
 
     Exit status: 0 done, 1 something is not explained (no book is written), 2 usage.
     """
-    if (config is None) != (command is None):
-        raise click.UsageError("--config and --with belong together")
-    if config is None and (not files or len(files) % 2):
-        raise click.UsageError("give pairs of files, BEFORE and AFTER, or --config and --with")
-    if config is not None and files:
-        raise click.UsageError("give files, or --config and --with")
     fields = fixed_fields(settings)
     out = Output(json=json, quiet=quiet, progress=progress)
 
@@ -138,6 +134,17 @@ def learn(
         return tell(out, LearnedBook.of(found, book))
 
     return job
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    config, files = given.get("config"), given.get("files") or ()
+    if (config is None) != (given.get("command") is None):
+        yield click.UsageError("--config and --with belong together")
+    elif config is None and (not files or len(files) % 2):
+        yield click.UsageError("give pairs of files, BEFORE and AFTER, or --config and --with")
+    if config is not None and files:
+        yield click.UsageError("give files, or --config and --with")
+    yield from wrong_fields(given)
 
 
 def _watched(

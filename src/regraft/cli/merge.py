@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @options.json
 @options.quiet
+@options.checked(lambda given: _problems(given))
 def merge(
     base: Path,
     loras: tuple[str, ...],
@@ -89,12 +91,6 @@ def merge(
 
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because it cannot be added to weights.
     """
-    options.check_layouts(rules, from_=source)
-    if shard_size is not None:
-        from regraft.checkpoints.sharding import parse_size
-
-        with options.usage("--shard-size"):
-            parse_size(shard_size)
     adapters = [weighted(text) for text in loras]
     out = Output(json=json, quiet=quiet)
 
@@ -119,6 +115,15 @@ def merge(
         return tell(out, report)
 
     return job
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    yield from options.wrong_size(given)
+    for text in given.get("loras") or ():
+        try:
+            weighted(text)
+        except click.UsageError as error:
+            yield error
 
 
 def weighted(text: str) -> tuple[Path, float]:

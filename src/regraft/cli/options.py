@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
+from click.core import iter_params_for_processing
 from click.shell_completion import CompletionItem
 from msgspec import NODEFAULT
 
+from regraft.errors import RegraftError
 from regraft.options import ConvertOptions, Described, Option, Options, described
 
 if TYPE_CHECKING:
@@ -39,14 +42,54 @@ def located(path: Path, *, whole: bool = False) -> Path:
 PLACE = _Place(path_type=Path)
 
 
-def _complete_layout(
-    ctx: click.Context, param: click.Parameter, begun: str
-) -> list[CompletionItem]:
+def _complete_layout(begun: str) -> list[CompletionItem]:
     from regraft.dialects.names import dialect_names
     from regraft.layouts.names import known_layouts
 
     names = dict.fromkeys((*known_layouts(), *dialect_names()))
     return [CompletionItem(name) for name in names if name.startswith(begun)]
+
+
+class _Layout(click.ParamType):
+    """A layout's name, which is checked when all options are read: rule books of one's own bring their own."""
+
+    name = "layout"
+
+    def __init__(self, of: Literal["target", "source", "tool"] = "target") -> None:
+        self.of = of
+
+    def check(self, value: str) -> None:
+        """Raises ``BadInputError`` for a name that is not known."""
+        from regraft.dialects.names import layout_named, source_named
+
+        if self.of == "source":
+            source_named(value)
+            return
+        if self.of == "tool":
+            from regraft.checking.for_tool import is_tool
+
+            if is_tool(value):
+                return
+        layout_named(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The names that begin so."""
+        return _complete_layout(incomplete)
+
+
+def _without(args: Sequence[str], option: str) -> list[str]:
+    """Arguments without the first that is an option, with its value where both are one word.
+
+    >>> _without(["a", "--too=v5", "b"], "--too")
+    ['a', 'b']
+    """
+    short = not option.startswith("--")
+    for at, word in enumerate(args):
+        if word.partition("=")[0] == option or (short and word.startswith(option)):
+            return [*args[:at], *args[at + 1 :]]
+    return list(args)
 
 
 def argument(name: str, text: str, **settings: Any) -> Callable[[Command], Command]:
@@ -60,8 +103,109 @@ def argument(name: str, text: str, **settings: Any) -> Callable[[Command], Comma
     return add
 
 
+class WrongUsageError(click.UsageError):
+    """Everything that is wrong with one command line."""
+
+    def __init__(self, errors: Sequence[click.UsageError], ctx: click.Context) -> None:
+        super().__init__("; ".join(error.format_message() for error in errors), ctx)
+        self.errors = errors
+
+
+Check = Callable[[Mapping[str, Any]], Iterator[click.UsageError]]
+"""What is wrong with the values of options beside each other; those that could not be read are absent."""
+
+
+def checked(check: Check) -> Callable[[Command], Command]:
+    """Let a command's options be checked when all are read; the problems are told together with others."""
+
+    def add(command: Command) -> Command:
+        command._regraft_check = check  # type: ignore[attr-defined]
+        return command
+
+    return add
+
+
 class WithArguments(click.Command):
-    """A command whose help explains its arguments as well as its options."""
+    """A command whose help explains its arguments as well as its options, and that tells all problems at once."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse a command line.
+
+        Raises ``click.UsageError``; a `WrongUsageError` where there are several problems.
+        """
+        given = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+            if ctx.resilient_parsing:  # completion, of a line that is not whole
+                return rest
+            found = list(self._problems(ctx))
+        except (click.UsageError, RegraftError) as error:
+            found = [*self._wrong(ctx, given), *self._problems(ctx)]
+            if not found:
+                raise
+            if len(found) == 1 and isinstance(error, click.UsageError):
+                error.ctx = ctx
+                raise
+        if len(found) == 1:
+            raise found[0]
+        if found:
+            raise WrongUsageError(found, ctx)
+        return rest
+
+    def _wrong(self, ctx: click.Context, args: list[str]) -> Iterator[click.UsageError]:
+        """What is wrong with each option and argument, where something is."""
+        ctx.params.clear()  # what the first try left there may be no value
+        unknown = False
+        while True:
+            try:
+                values, rest, order = self.make_parser(ctx).parse_args(list(args))
+                break
+            except (click.NoSuchOption, click.BadOptionUsage) as error:
+                error.ctx = ctx
+                yield error
+                unknown = True
+                left = _without(args, error.option_name)
+                if len(left) == len(args):
+                    return
+                args = left
+            except click.UsageError as error:
+                yield error
+                return
+        for param in iter_params_for_processing(order, self.get_params(ctx)):
+            # What follows an unknown option may be its value: of arguments nothing can be told then.
+            if unknown and isinstance(param, click.Argument):
+                continue
+            try:
+                _, rest = param.handle_parse_result(ctx, values, rest)
+            except click.UsageError as error:
+                ctx.params.pop(param.name or "", None)
+                error.ctx = ctx
+                yield error
+            except RegraftError:
+                continue  # it is told when the command line is right
+        for name, value in ctx.params.items():
+            if isinstance(value, Enum):  # how click marks what was not given, while it parses
+                ctx.params[name] = None
+        if rest and not unknown:
+            words = " ".join(rest)
+            yield click.UsageError(f"Got unexpected extra arguments ({words})", ctx)
+
+    def _problems(self, ctx: click.Context) -> Iterator[click.UsageError]:
+        """What is wrong with the values."""
+        books = ctx.params.get("rules")
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            if isinstance(param.type, _Layout) and isinstance(value, str) and not books:
+                try:
+                    with usage(param.opts[0]):
+                        param.type.check(value)
+                except click.UsageError as error:
+                    error.ctx = ctx
+                    yield error
+        check: Check | None = getattr(self.callback, "_regraft_check", None)
+        for error in check(ctx.params) if check is not None else ():
+            error.ctx = ctx
+            yield error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments before the options."""
@@ -83,6 +227,13 @@ def from_class(options: type[Options]) -> Callable[[Command], Command]:
     return add
 
 
+_LAYOUTS: dict[str, Literal["target", "source", "tool"]] = {
+    "layout": "target",
+    "source": "source",
+    "tool": "tool",
+}
+
+
 def from_field(options: type[Options], name: str) -> Callable[[Command], Command]:
     """The option of one field of a class."""
     return _option(next(field for field in described(options) if field.name == name))
@@ -98,8 +249,8 @@ def _option(field: Described) -> Callable[[Command], Command]:
         settings["type"] = PLACE
     elif option.kind == "file":
         settings["type"] = FILE
-    elif option.kind in ("layout", "source"):
-        settings["shell_complete"] = _complete_layout
+    elif option.kind in _LAYOUTS:
+        settings["type"] = _Layout(_LAYOUTS[option.kind])
     elif str not in kinds and kinds & {int, float}:
         made: Any = click.FloatRange if float in kinds else click.IntRange
         settings["type"] = made(min=option.least, min_open=option.above)
@@ -207,22 +358,26 @@ progress = click.option(
 
 def layout(flag: str, text: str, **settings: Any) -> Callable[[Command], Command]:
     """An option that takes a layout's name."""
-    return click.option(
-        flag, "to", metavar="LAYOUT", shell_complete=_complete_layout, help=text, **settings
-    )
+    return click.option(flag, "to", metavar="LAYOUT", type=_Layout(), help=text, **settings)
 
 
-def check_layouts(rules: Sequence[str], **given: str | None) -> None:
-    """Whether the layouts exist; a user's rule books may lead to layouts of their own.
+def wrong_size(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    """Whether --shard-size can be read."""
+    if given.get("shard_size") is not None:
+        from regraft.checkpoints.sharding import parse_size
 
-    Raises ``click.BadParameter``.
-    """
-    from regraft.dialects.names import layout_named, source_named
+        yield from wrong_value("--shard-size", parse_size, given["shard_size"])
 
-    for option, name in given.items():
-        if name is not None and not rules:
-            with usage(f"--{option.strip('_')}"):
-                (source_named if option == "from_" else layout_named)(name)
+
+def wrong_value(
+    option: str, read: Callable[[Any], object], value: object
+) -> Iterator[click.UsageError]:
+    """Whether an option's value can be read, before any work is done."""
+    try:
+        with usage(option):
+            read(value)
+    except click.UsageError as error:
+        yield error
 
 
 @contextmanager
@@ -238,7 +393,7 @@ def usage(option: str) -> Iterator[None]:
             raise
         fix = found.fix or ""
         hint = f". {fix[0].upper()}{fix[1:]}" if fix.startswith("did you mean") else ""
-        raise click.BadParameter(found.message + hint, param_hint=option) from None
+        raise click.BadParameter(found.message + hint, param_hint=f"'{option}'") from None
 
 
 def _below(key: str | None) -> None:

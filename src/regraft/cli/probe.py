@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ def fixed_fields(settings: tuple[str, ...]) -> dict[str, Any]:
         except (msgspec.DecodeError, RecursionError):
             fields[name] = value
     return fields
+
+
+def wrong_fields(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    """The values of --set that are none."""
+    for text in given.get("settings") or ():
+        try:
+            fixed_fields((text,))
+        except click.UsageError as error:
+            yield error
 
 
 set_option = click.option(
@@ -66,6 +76,7 @@ set_option = click.option(
 @set_option
 @options.json
 @options.quiet
+@options.checked(wrong_fields)
 def probe(
     model: str,
     out: Path,

@@ -29,7 +29,7 @@ _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "d
 _STYLE = {"error": _BAD, "warning": _WARNING, "note": _FAINT}
 
 
-@rules.command("list")
+@rules.command("list", cls=options.WithArguments)
 @options.json
 @options.quiet
 def list_books(*, json: bool, quiet: bool) -> Job:

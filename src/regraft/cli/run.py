@@ -95,14 +95,24 @@ _OTHERS_WORDS = {"--force": "--overwrite", "--output": "-o"}
 
 
 def _fail_usage(out: Output, error: click.UsageError) -> int:
+    from regraft.cli.options import WrongUsageError
+
+    errors = error.errors if isinstance(error, WrongUsageError) else [error]
+    words = [_usage_words(each) for each in errors]
+    command = "regraft" if error.ctx is None else error.ctx.command_path
+    fix = f"see '{command} --help'"
+    findings = [Finding("usage", each) for each in words[:-1]]
+    findings.append(Finding("usage", words[-1], fix=fix))
+    return _fail(out, "usage", "usage", findings, Status.USAGE)
+
+
+def _usage_words(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         meant = _OTHERS_WORDS.get(error.option_name, "")
         if any(meant in option.opts for option in error.ctx.command.params):
             words = f"No such option {error.option_name!r}. Did you mean {meant!r}?"
-            error = click.UsageError(words, error.ctx)
-    command = "regraft" if error.ctx is None else error.ctx.command_path
-    finding = Finding("usage", error.format_message().rstrip("."), fix=f"see '{command} --help'")
-    return _fail(out, "usage", "usage", [finding], Status.USAGE)
+            return words
+    return error.format_message().rstrip(".")
 
 
 def _fail_bug(out: Output, error: Exception) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +13,6 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     from regraft.checkpoints.prepare import Prepared
     from regraft.checkpoints.ranks import ParallelPlan, Ranks
     from regraft.checkpoints.slices import Slices
@@ -56,6 +54,7 @@ _SHOWN = 8
 @options.beyond
 @options.json
 @options.quiet
+@options.checked(lambda given: _problems(given))
 def slices(
     src: Path,
     to: str,
@@ -77,9 +76,6 @@ def slices(
 
     Exit status: 0 done, 1 bad input, or sizes that do not divide, 2 usage, 3 not supported.
     """
-    options.check_layouts(rules, to=to, from_=source)
-    if json and rank is None and tp * ep > 1:
-        raise click.BadParameter("--json lists the bytes of one rank; give it", param_hint="--rank")
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -101,6 +97,13 @@ def slices(
         return tell(out, RankSlices.of(list(ranks), parts, sizes, whole, asked=plan is None))
 
     return job
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
+    ranks = given.get("tp", 1) * given.get("ep", 1)
+    if given.get("json") and "rank" in given and given["rank"] is None and ranks > 1:
+        message = "--json lists the bytes of one rank; give it"
+        yield click.BadParameter(message, param_hint="--rank")
 
 
 def _plan_of(

@@ -60,7 +60,6 @@ def verify(
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
-    options.check_layouts(rules, from_=source)
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
