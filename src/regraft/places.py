@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from weakref import finalize
 
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.storage.hub import find_cached, is_offline, parse_id
+from regraft.storage.hub import find_cached, how_to_find, is_offline, parse_id
 from regraft.storage.stand_ins import named
 from regraft.storage.training import KEY
 from regraft.values import replace
@@ -94,6 +94,24 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
 def _forbidden() -> str:
     by = "--offline" if _OFFLINE.get() else "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     return f"it is beyond this machine, and the network is not to be used ({by})"
+
+
+def absent(path: Path, *, base: bool = False) -> list[Finding]:
+    """What is wrong with a path of this machine that leads nowhere; ``base`` is one of a model's config."""
+    if os.path.lexists(path) or (base and parse_id(str(path)) is not None):
+        return []
+    fix = (
+        "give the folder of the base model, or its config.json" if base else how_to_find(str(path))
+    )
+    return [Finding("not-found", "there is no such file or folder", where=str(path), fix=fix)]
+
+
+def check_there(*paths: Path, model: Path | None = None) -> None:
+    """Raise ``BadInputError`` that names all paths that lead nowhere."""
+    found = [finding for path in paths for finding in absent(path)]
+    found += absent(model, base=True) if model is not None else []
+    if found:
+        raise BadInputError(found)
 
 
 def _hub_address(path: str | os.PathLike[str]) -> str | None:

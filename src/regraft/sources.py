@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from msgspec import Struct
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.names import SourceName, layout_named, source_named
 from regraft.dialects.registry import sniffed
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts.names import Layout
-from regraft.places import locate, visiting
+from regraft.places import check_there, locate, visiting
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
 from regraft.storage.formats import is_run
@@ -52,6 +52,8 @@ class Resolved(Struct, frozen=True):
     model: Path | None
     to: Layout | None
     """``None`` where nothing was named."""
+    beside: tuple[Path, ...] = ()
+    """Other sources."""
 
 
 @contextmanager
@@ -64,24 +66,55 @@ def resolved(
     architecture: str | None = None,
     rules: Rules = (),
     whole: bool = False,
+    beside: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Resolved]:
     """What is named, with everything that was said in force until the end: books, family, class, layouts on the way.
 
-    What is beyond this machine has an outline until then; ``whole`` is `locate`'s.
+    What is beyond this machine has an outline until then; ``whole`` is `locate`'s. ``beside`` are other sources.
 
     Raises ``BadInputError`` for what is not there, and for unknown names.
     """
     with ExitStack() as stack:
-        stack.enter_context(only_books(rules))
+        told: list[RegraftError] = []
+        with _noted(told):
+            stack.enter_context(only_books(rules))
+        books = not told
         stack.enter_context(visiting())
-        path = locate(src, whole=whole)
-        base = None if model is None else locate(model)
+        path, base, layout, given = Path(src), None, None, SourceName()
+        others: list[Path] = []
+        found: list[Path] = []
+        with _noted(told):
+            path = locate(src, whole=whole)
+            found.append(path)
+        for other in beside:
+            with _noted(told):
+                others.append(locate(other))
+        with _noted(told):
+            base = None if model is None else locate(model)
+        with _noted(told):
+            check_there(*found, *others, model=base)
         adapter = not is_checkpoint(path)
-        layout = None if to is None else layout_named(to, adapter=adapter)
-        given = source_named(source, adapter=adapter)
+        with _noted(told):
+            # Books that are not there may be the ones that the layout is of.
+            layout = layout_named(to, adapter=adapter) if to is not None and books else None
+        with _noted(told):
+            given = source_named(source, adapter=adapter) if books else given
+        if len(told) == 1:
+            raise told[0]
+        if told:
+            raise BadInputError(finding for error in told for finding in error.findings)
         said = saying(architecture=architecture, family=given.family, via=given.via)
         stack.enter_context(said)
-        yield Resolved(path, adapter, given, base, layout)
+        yield Resolved(path, adapter, given, base, layout, tuple(others))
+
+
+@contextmanager
+def _noted(told: list[RegraftError]) -> Iterator[None]:
+    """Keep an error, so that the others of the same call are told with it."""
+    try:
+        yield
+    except RegraftError as error:
+        told.append(error)
 
 
 def find_sources(paths: Iterable[Path], depth: int = DEPTH) -> tuple[list[Item], list[Path]]:

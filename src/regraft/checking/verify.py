@@ -9,7 +9,6 @@ from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.certificate import BUDGET, TOLERANCE, AdapterVerification, verify_adapters
 from regraft.checkpoints.verify import Verification
 from regraft.checkpoints.verify import verify as verify_checkpoints
-from regraft.places import locate
 from regraft.report import logged
 from regraft.rules.book import Rules
 from regraft.sources import resolved
@@ -53,8 +52,10 @@ def verify(
         AmbiguousError: more than one reading fits.
     """
     foreign = InstalledTransformers()
-    with resolved(src, source=source, model=model, architecture=architecture, rules=rules) as found:
-        one, other, base = found.path, locate(dst), found.model
+    with resolved(
+        src, source=source, model=model, architecture=architecture, rules=rules, beside=[dst]
+    ) as found:
+        one, (other,), base = found.path, found.beside, found.model
         if not found.is_adapter:
             return verify_checkpoints(one, other, model=base, progress=progress, foreign=foreign)
         return verify_adapters(one, other, base, tolerance, progress, foreign, budget, found.given)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 
 from msgspec import Struct
 
 from regraft.dialects.registry import dialects
-from regraft.errors import BadInputError
+from regraft.errors import BadInputError, Finding
 from regraft.layouts.names import (
     DEFAULT,
     DialectName,
@@ -106,8 +107,10 @@ def _source_named(text: str, *, adapter: bool) -> SourceName:
         )  # some families have a layout of their name: which one it is, names tell
     try:
         layout = parse_name(text, known, adapter=adapter)
-    except BadInputError:
-        if text not in families():
-            raise
-        return SourceName(family=text)
+    except BadInputError as error:
+        near = get_close_matches(text, families(), n=1)
+        if near and not (error.findings[0].fix or "").startswith("did you mean"):
+            message, fix = f"there is no {text!r}", f"did you mean {near[0]!r}?"
+            raise BadInputError(Finding("unknown-layout", message, fix=fix)) from None
+        raise
     return SourceName(layout, dialect=layout.dialect, packing=layout.packing)

@@ -21,7 +21,7 @@ from regraft.layouts.names import Layout
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
-from regraft.places import locate, visiting
+from regraft.places import check_there, locate, visiting
 from regraft.planning.compose import plan_along
 from regraft.report import logged
 from regraft.rules.book import Rules, only_books
@@ -121,8 +121,9 @@ def diff(
     """
     with only_books(rules), saying(architecture=architecture), visiting():
         one, other = locate(a), locate(b)
-        left, right = open_content(one), open_content(other)
         known = locate(model) if model is not None else None
+        check_there(one, other, model=known)
+        left, right = open_content(one), open_content(other)
         subjects = _subject(one, known), _subject(other, known)
         return _Comparison(left, right, subjects, known).run(propose_book=propose_book)
 

@@ -27,6 +27,7 @@ from regraft.merging.low_rank import NoRoomError, Spectrum, spectrum, spectrum_w
 from regraft.merging.matrix import Matrix
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
+from regraft.places import check_there
 from regraft.report import logged, show_size
 from regraft.rules.book import Rules, only_books
 from regraft.rules.kinds import IN, KINDS, OUT
@@ -103,6 +104,7 @@ def extract(
         stack.enter_context(saying(family=source))
         wanted = _Wanted(rank, error, *(DTYPES[c.dtype].numpy for c in parse_casts([dtype])))
         foreign = InstalledTransformers()
+        check_there(Path(base), Path(tuned))
         one, other = (open_base(Path(path), None, foreign) for path in (base, tuned))
         pairs = _paired(one, other)
         to_layout = layout_named(to) if to is not None else None

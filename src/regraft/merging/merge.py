@@ -23,6 +23,7 @@ from regraft.merging.addends import Addend
 from regraft.merging.base import Base, open_base, open_result, prepare_like, write_prepared
 from regraft.merging.image import image_addends
 from regraft.merging.language import language_addend
+from regraft.places import absent
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, Report, Target, logged
 from regraft.rules.book import Rules, only_books
@@ -201,15 +202,12 @@ def _check_given(
     findings = []
     if not adapters:
         findings.append(Finding("option", "there is no adapter to merge", fix="name one"))
-    if not is_checkpoint(base):
-        message = "this is no checkpoint of a model"
-        if not base.exists():
-            findings.append(
-                Finding("not-found", "there is no such file or folder", where=str(base))
-            )
-        else:
-            fix = "name the base first, then the adapters"
-            findings.append(Finding("no-weights", message, where=str(base), fix=fix))
+    findings += absent(base)
+    if base.exists() and not is_checkpoint(base):
+        message, fix = "this is no checkpoint of a model", "name the base first, then the adapters"
+        findings.append(Finding("no-weights", message, where=str(base), fix=fix))
+    for path, _ in adapters:
+        findings += absent(path)
     weights = [*(weight for _, weight in adapters), clip_weight or 0.0]
     if not all(map(isfinite, weights)):
         findings.append(Finding("option", "a weight is no finite number"))

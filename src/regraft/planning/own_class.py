@@ -147,7 +147,7 @@ def _unchecked(
         why = f"{named[0]} is not a class of transformers"
     else:
         line = lacking("transformers")
-        why = "transformers does not have it as a whole"
+        why = "transformers is not installed, or does not have it as a whole"
         why = why if line is None else f"transformers is not installed ({line})"
     return (
         "whether the model has these could not be checked, because they are not where models of its kind have them, "
