@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict
 from transformers import (
+    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -19,17 +20,20 @@ from transformers import (
 
 from regraft.adapting import Request, convert_adapters
 from regraft.api import convert
-from regraft.bridges.peft.holders import Place, find_models
+from regraft.bridges.peft.holders import Place, find_models, find_peft_models
 from regraft.bridges.peft.known import LiveTransformers, known_model, live_layout, to_numpy
 from regraft.bridges.peft.locks import alone_with
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.names import layout_named, source_named
+from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.scan import PREFIX
-from regraft.dialects.peft.source import CONFIG, WEIGHTS
+from regraft.dialects.peft.source import CONFIG, WEIGHTS, open_adapter
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.spelled import LayoutName
 from regraft.options import ConvertOptions
+from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Report, log_report
-from regraft.rules.book import Rules, only_books, own_rules
+from regraft.rules.book import Rules, books_for, only_books, own_books, own_rules
 from regraft.storage.folder import copy_file
 from regraft.storage.safetensors import write_tensors
 from regraft.storage.stale import TRAINING_ARGUMENTS, is_training_state
@@ -68,29 +72,30 @@ def save_adapter(
         BadInputError: there is no transformers model, it has no adapter of this name, or ``dst`` exists.
         RefusedError: it has no exact equivalent in the layout. Nothing is written.
     """
-    place = _holder_of(model, adapter)
-    layout = live_layout()
-    asked = ConvertOptions(
-        to=str(layout) if to is None else to,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        verify=verify,
-        via=via,
-    )
     with ExitStack() as stack:
         stack.enter_context(alone_with(model))
         stack.enter_context(only_books(rules))
+        place = _holder_of(model, adapter)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-"))
+        files = _write(place, adapter, Path(scratch))
+        live = _own_layout(place, files) if _is_own(place) else str(live_layout())
+        asked = ConvertOptions(
+            to=live if to is None else to,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verify=verify,
+            via=via,
+        )
         report = convert_adapters(
             Request(
-                src=_write(place, adapter, Path(scratch)),
+                src=files,
                 dst=Path(dst),
                 to=layout_named(asked.to),
-                given=source_named(layout.name),
+                given=source_named(live),
                 model=None,
                 asked=asked,
-                foreign=LiveTransformers(place.base),
-                known=known_model(place.base),
+                foreign=_foreign(place),
+                known=_known(place),
             )
         )
         report.source = f"the {type(model).__name__} in memory"
@@ -102,13 +107,16 @@ def save_adapter(
 def _holder_of(model: Any, adapter: str) -> Place:
     """Where in a model an adapter is. Raises ``BadInputError`` where it is nowhere, or in several models."""
     places = find_models(model)
+    if not places and own_books():
+        # No model of transformers, and books of the user's own that may know it.
+        places = find_peft_models(model)
     if not places:
         raise BadInputError(
             Finding(
                 "no-model",
                 f"a {type(model).__name__} that holds no transformers model",
-                fix="save it with its own save_pretrained, and give that folder to regraft.convert, with rules= and "
-                "model= for a model of your own",
+                fix="give the rule book that knows it with rules=, for a model of your own in a PeftModel; or save it "
+                "with its own save_pretrained, and give that folder to regraft.convert",
             )
         )
     found = [place for place in places if adapter in _configs(place)]
@@ -122,6 +130,43 @@ def _holder_of(model: Any, adapter: str) -> Place:
     )
     fix = "give the inner model" if found else "name one of them as adapter"
     raise BadInputError(Finding("no-such-adapter", message, where=type(model).__name__, fix=fix))
+
+
+def _is_own(place: Place) -> bool:
+    """Whether a model is none of transformers' own, and books of the user's own know it in layouts of theirs."""
+    if not isinstance(place.base, PreTrainedModel):
+        return True
+    mine, live = own_books(), live_layout().name
+    knowing = books_for(known_model(place.base).model_types(), mine) if mine else []
+    return bool(knowing) and not any(live in book.layouts for book in knowing)
+
+
+def _own_layout(place: Place, files: Path) -> str:
+    """The layout that an adapter of such a model is in, as its names tell; one of them where they are alike.
+
+    Raises ``BadInputError`` where no book knows them.
+    """
+    source = open_adapter(files, files)
+    found = inspect_adapter(source, _known(place), _foreign(place))
+    if found.layouts:
+        return found.layouts[0]
+    message = f"no rule book knows what it adapts in the {type(place.base).__name__}"
+    fix = "give a rule book that does with rules="
+    unknown = (Finding("unknown-model", message, key=name, fix=fix) for name in source.tensors)
+    raise BadInputError(found.problems or unknown)
+
+
+def _known(place: Place) -> ModelConfig | None:
+    """The config of a live model, where it has one that says what it is."""
+    config = getattr(place.base, "config", None)
+    if isinstance(place.base, PreTrainedModel) or hasattr(config, "to_dict"):
+        return known_model(place.base)
+    return None
+
+
+def _foreign(place: Place) -> Foreign:
+    is_theirs = isinstance(place.base, PreTrainedModel)
+    return LiveTransformers(place.base) if is_theirs else InstalledTransformers()
 
 
 def _configs(place: Place) -> Mapping[str, PeftConfig]:
@@ -161,7 +206,8 @@ class SaveInLayout(TrainerCallback):
     """
 
     def __init__(self, to: LayoutName | str, *, folder: str | None = None, **options: Any) -> None:
-        layout_named(to)
+        with only_books(options.get("rules", ())):
+            layout_named(to)
         self.to = to
         self.folder = folder or to.replace(":", "-").replace("/", "-")
         self.options = options

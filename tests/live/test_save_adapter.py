@@ -116,3 +116,108 @@ def test_a_model_that_is_not_of_transformers_is_told_where_to_go(tmp_path):
         regraft.save_adapter(model, tmp_path / "out", to="vllm")
     assert error.value.findings[0].code == "no-model"
     assert "save_pretrained" in str(error.value) and not (tmp_path / "out").exists()
+
+
+BOOK = """
+name = "own"
+title = "qkv in one"
+left = "own-split"
+right = "own"
+model_types = ["own-moe"]
+
+[[equation]]
+name = "qkv"
+text = '''
+{*p}.{l}.q.weight : a i, {*p}.{l}.k.weight : b i, {*p}.{l}.v.weight : c i == {*p}.{l}.qkv.weight : (a + b + c) i
+where a = b, b = c
+'''
+left_kind = "linear"
+right_kind = "linear"
+
+[[carry]]
+keys = ["{*p}.{l}.out.weight : o i"]
+kind = "linear"
+why = "the same in both"
+"""
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(6, 18, bias=False)
+        self.out = torch.nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.out(q * k + v)
+
+
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Block(), Block()])
+        self.head = torch.nn.Linear(6, 8)
+
+
+class OwnConfig(transformers.PreTrainedConfig):
+    model_type = "own-moe"
+
+
+class Own(transformers.PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = Plain()
+        self.post_init()
+
+    def forward(self, input_ids=None, labels=None):
+        x = torch.nn.functional.one_hot(input_ids, 6).float()
+        for layer in self.body.layers:
+            x = layer(x)
+        logits = self.body.head(x)
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+def own_lora(kind):
+    model = get_peft_model(kind, LoraConfig(r=2, target_modules=["qkv", "out"]))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    return model
+
+
+@pytest.mark.parametrize("kind", [Plain, lambda: Own(OwnConfig())])
+def test_a_class_of_ones_own_is_saved_by_ones_own_book(kind, tmp_path):
+    book = tmp_path / "own.toml"
+    book.write_text(BOOK)
+    model = own_lora(kind())
+    report = regraft.save_adapter(
+        model, tmp_path / "split", to="own-split", rules=book, verify=True
+    )
+    assert report.adapters[0].source_layout == "own" and len(report.targets) == 8
+    assert report.own_rules == [str(book)]
+    regraft.save_adapter(model, tmp_path / "same", rules=book)
+    regraft.convert(tmp_path / "split", tmp_path / "back", to="own", rules=book)
+    assert same_weights(tmp_path / "same", tmp_path / "back")
+    with pytest.raises(regraft.RegraftError):
+        regraft.save_adapter(model, tmp_path / "none", to="own-split")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_the_own_book_does_not_know_is_told(tmp_path):
+    book = tmp_path / "own.toml"
+    book.write_text(BOOK)
+    model = get_peft_model(Plain(), LoraConfig(r=2, target_modules=["head"]))
+    with pytest.raises(regraft.RegraftError, match="head"):
+        regraft.save_adapter(model, tmp_path / "out", to="own-split", rules=book)
+
+
+def test_a_trainer_of_a_class_of_ones_own_saves_in_its_other_layout(tmp_path):
+    book = tmp_path / "own.toml"
+    book.write_text(BOOK)
+    made = train(
+        own_lora(Own(OwnConfig())), tmp_path / "run", regraft.SaveInLayout("own-split", rules=book)
+    )
+    regraft.convert(made / "own-split", tmp_path / "back", to="own", rules=book)
+    assert same_weights(made, tmp_path / "back")

@@ -50,7 +50,7 @@ def _complete_layout(begun: str) -> list[CompletionItem]:
     return [CompletionItem(name) for name in names if name.startswith(begun)]
 
 
-class _Layout(click.ParamType):
+class _Layout(click.ParamType):  # type: ignore[type-arg] # it takes arguments in later releases only
     """A layout's name, which is checked when all options are read: rule books of one's own bring their own."""
 
     name = "layout"
@@ -199,9 +199,9 @@ class WithArguments(click.Command):
                 try:
                     with usage(param.opts[0]):
                         param.type.check(value)
-                except click.UsageError as error:
-                    error.ctx = ctx
-                    yield error
+                except click.UsageError as wrong:
+                    wrong.ctx = ctx
+                    yield wrong
         check: Check | None = getattr(self.callback, "_regraft_check", None)
         for error in check(ctx.params) if check is not None else ():
             error.ctx = ctx

@@ -24,8 +24,8 @@ class Place:
 
     path: str
     """Where it stands, wrappers left out; empty for the holder itself."""
-    base: PreTrainedModel
-    """The transformers model that an adapter's names are relative to."""
+    base: Any
+    """The transformers model that an adapter's names are relative to, or a module of the user's own."""
     peft_model: PeftModel | None
     """The ``PeftModel`` around it, if there is one."""
 
@@ -41,6 +41,13 @@ def find_models(root: Any) -> list[Place]:
     for place in _models_below(root, "", None):
         places.setdefault(id(place.base), place)
     return list(places.values())
+
+
+def find_peft_models(root: Any) -> list[Place]:
+    """Each ``PeftModel`` in ``root`` that is around a module of the user's own."""
+    modules = [root] if isinstance(root, nn.Module) else [m for _, m in walk_modules(root)]
+    found = {id(m): m for top in modules for m in top.modules() if isinstance(m, PeftModel)}
+    return [Place("", model.get_base_model(), model) for model in found.values()]
 
 
 def _models_below(node: Any, path: str, around: PeftModel | None) -> Iterator[Place]:
