@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.spelled import LayoutName
-from regraft.options import ConvertOptions, described
+from regraft.options import ConvertOptions, InspectOptions, described
 from regraft.places import (
     address_of,
     below,
@@ -501,22 +501,20 @@ def inspect(
     Raises:
         BadInputError: there is nothing of all this, or it cannot be opened, or ``model`` is no config.
     """
-    return inspected(src, model, source, architecture, rules)
+    asked = InspectOptions(model=model, source=source, architecture=architecture, rules=rules)
+    return inspected(src, asked)
 
 
 @logged
 def inspected(
     src: str | os.PathLike[str],
-    model: str | os.PathLike[str] | None,
-    source: str | None,
-    architecture: str | None,
-    rules: Rules = (),
+    asked: InspectOptions,
     each: Callable[[ImageSummary], None] | None = None,
 ) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
-    """`inspect`; ``each`` is told every file of many as soon as it is read."""
+    """What `inspect` does, its options in one value; ``each`` is told every file of many as soon as it is read."""
     from regraft.inspecting import inspect_source
 
-    with resolved(src, source=source, model=model, architecture=architecture, rules=rules) as found:
+    with resolved(src, **asked.values()) as found:
         return inspect_source(found, InstalledTransformers(), each)
 
 

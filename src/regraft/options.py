@@ -1,4 +1,4 @@
-"""What a conversion and a check can be asked for: each option once, with its name, type, default and help.
+"""What commands can be asked for: each option once, with its name, type, default and help.
 
 The command line is made from these classes (`regraft.cli.options.from_class`), and the functions of the package hand
 them on as they are.
@@ -35,6 +35,9 @@ class Option(Struct, frozen=True):
     least: float | None = None
     above: bool = False
     """Whether the least value itself is too small."""
+    most: float | None = None
+    below: bool = False
+    """Whether the largest value itself is too large."""
     shown: bool = False
     """Whether the help shows the default."""
 
@@ -78,6 +81,14 @@ def _described(options: type["Options"]) -> Iterator[Described]:
 
 class Options(Struct, frozen=True, kw_only=True):
     """Values of options."""
+
+    def values(self) -> dict[str, Any]:
+        """All of them by their names, as the function of the same purpose takes them.
+
+        >>> DiffOptions(model="base").values()["model"]
+        'base'
+        """
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
     def check_for(self, subject: Subject) -> None:
         """Whether everything that was asked for is for adapters, or for checkpoints.
@@ -125,6 +136,25 @@ RuleBooks = Annotated[
         many=True,
     ),
 ]
+Source = Annotated[
+    str | None,
+    Option(
+        "The layout of SRC, its dialect, or the family of its model. Detected if omitted.",
+        "LAYOUT",
+        "source",
+        flag="--from",
+    ),
+]
+Budget = Annotated[
+    float,
+    Option(
+        "Compare every entry for so long, then the remaining targets by 16 random vectors; the result names them.",
+        "SECONDS",
+        only="adapters",
+        least=0,
+        shown=True,
+    ),
+]
 
 
 class ConvertOptions(Options, frozen=True, kw_only=True):
@@ -139,15 +169,7 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             "layout",
         ),
     ]
-    source: Annotated[
-        str | None,
-        Option(
-            "The layout of SRC, its dialect, or the family of its model. Detected if omitted.",
-            "LAYOUT",
-            "source",
-            flag="--from",
-        ),
-    ] = None
+    source: Source = None
     model: Model = None
     architecture: Architecture = None
     rules: RuleBooks = ()
@@ -267,16 +289,7 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             only="adapters",
         ),
     ] = False
-    verify_budget: Annotated[
-        float,
-        Option(
-            "Compare every entry for so long, then the remaining targets by 16 random vectors; the result names them.",
-            "SECONDS",
-            only="adapters",
-            least=0,
-            shown=True,
-        ),
-    ] = 300.0
+    verify_budget: Budget = 300.0
     compact: Annotated[
         bool, Option("Leave out components that add nothing, to rounding.", only="adapters")
     ] = False
@@ -349,3 +362,201 @@ class CheckOptions(Options, frozen=True, kw_only=True):
             shown=True,
         ),
     ] = "transformers-v5"
+
+
+class InspectOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.inspect` is asked for."""
+
+    source: Source = None
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+
+
+class VerifyOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.verify` is asked for."""
+
+    source: Source = None
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+    tolerance: Annotated[
+        float,
+        Option(
+            "Adapters: the relative error up to which two deltas are equal.",
+            "ERROR",
+            least=0,
+            shown=True,
+        ),
+    ] = 1e-5
+    budget: Annotated[
+        float,
+        Option(
+            "Adapters: compare every entry for so long, then the remaining targets by 16 random vectors; the result "
+            "names them.",
+            "SECONDS",
+            flag="--verify-budget",
+            least=0,
+            shown=True,
+        ),
+    ] = 300.0
+
+
+class DiffOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.diff` is asked for."""
+
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+
+
+class ExplainOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.explain` is asked for."""
+
+    to: Annotated[
+        str,
+        Option(
+            "The layout to explain the way to: transformers-v5 or transformers-v4.",
+            "LAYOUT",
+            "layout",
+        ),
+    ]
+    source: Source = None
+    model: Model = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+
+
+class MergeOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.merge` is asked for."""
+
+    dtype: Annotated[
+        str | Sequence[str],
+        Option(
+            "Cast floating-point tensors (bfloat16), or those whose names fit a pattern. A sum is rounded once, to "
+            "this type. Repeatable.",
+            "[PATTERN=]DTYPE",
+            many=True,
+        ),
+    ] = ()
+    clip_weight: Annotated[
+        float | None,
+        Option("Image models: the weight for text encoders, in place of each LoRA's own.", "W"),
+    ] = None
+    source: Source = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+    shard_size: Annotated[
+        str | int | None,
+        Option(
+            "The size of a weights file, such as 200MB or 5GB. As BASE is sharded if omitted.",
+            "SIZE",
+        ),
+    ] = None
+    jobs: Annotated[
+        int | None, Option("How many workers, by default one per core.", "N", least=1)
+    ] = None
+    dry_run: Annotated[bool, Option("Check everything that fits or not, and write nothing.")] = (
+        False
+    )
+    overwrite: Annotated[bool, Option("Replace OUT if it exists.")] = False
+
+
+class ExtractOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.extract` is asked for."""
+
+    rank: Annotated[int | None, Option("The rank of the factors.", "R", least=1)] = None
+    error: Annotated[
+        float | None,
+        Option(
+            "Instead of a rank: the lowest one for each matrix that is off by no more than this, relative to its "
+            "change (0.1).",
+            "E",
+            least=0,
+            most=1,
+            below=True,
+        ),
+    ] = None
+    to: Annotated[
+        str | None,
+        Option(
+            "The dialect, or the layout, to write; PEFT for language models, diffusers for others if omitted.",
+            "LAYOUT",
+            "layout",
+        ),
+    ] = None
+    full: Annotated[
+        bool,
+        Option(
+            "Keep as a whole what is no matrix of a module (norms, biases) where it changed. Refused otherwise."
+        ),
+    ] = False
+    skip: Annotated[
+        Sequence[str],
+        Option(
+            "Leave out what changed in tensors whose names it matches (first_stage_model.*), and say so. Repeatable.",
+            "PATTERN",
+            many=True,
+        ),
+    ] = ()
+    dtype: Annotated[str, Option("The type of the factors.", "DTYPE", shown=True)] = "float32"
+    memory: Annotated[
+        str | None,
+        Option(
+            "How much may be held at a time, such as 4GB; three times the largest tensor if omitted.",
+            "SIZE",
+        ),
+    ] = None
+    source: Annotated[
+        str | None,
+        Option("The family of the models, where names don't tell it.", "FAMILY", flag="--from"),
+    ] = None
+    architecture: Architecture = None
+    rules: RuleBooks = ()
+    dry_run: Annotated[bool, Option("Run without writing.")] = False
+    overwrite: Annotated[bool, Option("Replace OUT if it exists.")] = False
+
+
+class LearnOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.learn` is asked for, beside the layouts' and the book's names."""
+
+    choose: Annotated[
+        Sequence[str],
+        Option(
+            "Where two readings fit: AFTER=BEFORE for tensors that are equal to others, config.FIELD for a size. "
+            "Repeatable.",
+            "ANSWER",
+            many=True,
+        ),
+    ] = ()
+    partial: Annotated[bool, Option("Write a book even if it does not explain everything.")] = False
+
+
+class ProbeOptions(Options, frozen=True, kw_only=True):
+    """What the probes of `regraft probe` and `regraft learn --config` are made of."""
+
+    layout: Annotated[
+        str | None,
+        Option(
+            "The layout of the probes' names: transformers-v4 or transformers-v5. As files usually are if omitted.",
+            "LAYOUT",
+        ),
+    ] = None
+    settings: Annotated[
+        Sequence[str],
+        Option(
+            "A field of the config that keeps this value at every size. Repeatable.",
+            "FIELD=VALUE",
+            flag="--set",
+            many=True,
+        ),
+    ] = ()
+
+
+class SlicesOptions(Options, frozen=True, kw_only=True):
+    """What `regraft.slices` is asked for."""
+
+    to: Annotated[str, Option("The layout that the ranks want.", "LAYOUT", "layout")]
+    model: Model = None
+    source: Source = None
+    rules: RuleBooks = ()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.options import DiffOptions
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ _SHOWN = 20
     type=options.FILE,
     help="Propose a rule book that leads from A to B, even where regraft has one, and write it to this file (.toml).",
 )
-@options.model
-@options.architecture
-@options.rules
+@options.from_class(DiffOptions)
 @options.html
 @options.json
 @options.quiet
@@ -40,13 +39,11 @@ def diff(
     a: Path,
     b: Path,
     book: Path | None,
-    model: Path | None,
-    architecture: str | None,
-    rules: tuple[str, ...],
-    html: Path | None,
     *,
+    html: Path | None,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Show what two checkpoints or adapters have in common.
 
@@ -55,6 +52,7 @@ def diff(
 
     Exit status: 0 they hold the same, 1 bad input, 2 usage, 4 they do not.
     """
+    asked = DiffOptions(**given)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -69,8 +67,8 @@ def diff(
             raise BadInputError(
                 Finding("destination-exists", message, where=str(book), fix="choose another")
             )
-        with options.told(rules, architecture), failure_page(html, "diff", a):
-            found = diff(a, b, model=model, propose_book=book is not None)
+        with options.told(asked.rules, asked.architecture), failure_page(html, "diff", a):
+            found = diff(a, b, **asked.values(), propose_book=book is not None)
         if book is not None and found.book is not None:
             write_like(book, found.book, [Path(a), Path(b)])
             found = replace(found, book_file=str(book))

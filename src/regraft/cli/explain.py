@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.options import ExplainOptions
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -26,13 +27,7 @@ _PIECES = 8
     "A tensor's name in SRC, the base's tensor that it is about, or a name of the result.",
     metavar="KEY",
 )
-@options.layout(
-    "--to", "The layout to explain the way to: transformers-v5 or transformers-v4.", required=True
-)
-@options.source
-@options.model
-@options.architecture
-@options.rules
+@options.from_class(ExplainOptions)
 @options.beyond
 @options.html
 @options.json
@@ -40,15 +35,11 @@ _PIECES = 8
 def explain(
     src: Path,
     key: str,
-    to: str,
-    source: str | None,
-    model: Path | None,
-    architecture: str | None,
-    rules: tuple[str, ...],
-    html: Path | None,
     *,
+    html: Path | None,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Explain where one tensor goes, and by which rule.
 
@@ -56,6 +47,7 @@ def explain(
 
     Exit status: 0 it arrives, 1 SRC cannot be read, 2 usage, 4 it does not arrive.
     """
+    asked = ExplainOptions(**given)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -63,8 +55,8 @@ def explain(
         from regraft.cli.pages import failure_page
         from regraft.explaining.explain import explain
 
-        with options.told(rules, architecture), failure_page(html, "explain", src):
-            found = explain(src, key, to=to, model=model, source=source)
+        with options.told(asked.rules, asked.architecture), failure_page(html, "explain", src):
+            found = explain(src, key, **asked.values())
         return tell(out, found, html, src)
 
     return job

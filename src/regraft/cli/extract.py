@@ -11,6 +11,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.options import ExtractOptions
 
 if TYPE_CHECKING:
     from regraft.merging.extraction import Extraction
@@ -39,48 +40,7 @@ _SHOWN = 50
     required=True,
     help="The adapter's folder, or its file where the dialect is one file.",
 )
-@click.option("--rank", metavar="R", type=click.IntRange(min=1), help="The rank of the factors.")
-@click.option(
-    "--error",
-    metavar="E",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    help="Instead of a rank: the lowest one for each matrix that is off by no more than this, relative to its change "
-    "(0.1).",
-)
-@options.layout(
-    "--to",
-    "The dialect, or the layout, to write; PEFT for language models, diffusers for others if omitted.",
-)
-@click.option(
-    "--full",
-    is_flag=True,
-    help="Keep as a whole what is no matrix of a module (norms, biases) where it changed. Refused otherwise.",
-)
-@click.option(
-    "--skip",
-    metavar="PATTERN",
-    multiple=True,
-    help="Leave out what changed in tensors whose names it matches (first_stage_model.*), and say so. May be given "
-    "more than once.",
-)
-@click.option(
-    "--dtype", metavar="DTYPE", default="float32", help="The type of the factors (float32)."
-)
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="How much may be held at a time, such as 4GB; three times the largest tensor if omitted.",
-)
-@click.option(
-    "--from",
-    "source",
-    metavar="FAMILY",
-    help="The family of the models, where names don't tell it.",
-)
-@options.architecture
-@options.rules
-@click.option("--dry-run", is_flag=True, help="Run without writing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@options.from_class(ExtractOptions)
 @options.json
 @options.quiet
 @options.checked(lambda given: _problems(given))
@@ -88,21 +48,10 @@ def extract(
     base: Path,
     tuned: Path,
     output: Path,
-    rank: int | None,
-    error: float | None,
-    to: str | None,
     *,
-    full: bool,
-    skip: tuple[str, ...],
-    dtype: str,
-    memory: str | None,
-    source: str | None,
-    architecture: str | None,
-    rules: tuple[str, ...],
-    dry_run: bool,
-    overwrite: bool,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Take what tuning changed in a model, as a LoRA of a rank or within an error.
 
@@ -112,30 +61,15 @@ def extract(
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because something changed that is no matrix,
     or takes more memory than may be held.
     """
+    asked = ExtractOptions(**given)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
         from regraft.cli.forms import tell
         from regraft.merging.extract import extract as extract_adapter
 
-        with options.own_books(rules), out.waiting("extracting") as progress:
-            report = extract_adapter(
-                base,
-                tuned,
-                output,
-                rank=rank,
-                error=error,
-                to=to,
-                full=full,
-                skip=skip,
-                dtype=dtype,
-                memory=memory,
-                source=source,
-                architecture=architecture,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                progress=progress,
-            )
+        with out.waiting("extracting") as progress:
+            report = extract_adapter(base, tuned, output, **asked.values(), progress=progress)
         return tell(out, report)
 
     return job

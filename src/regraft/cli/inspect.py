@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
+from regraft.options import InspectOptions
 
 
 @click.command(cls=options.WithArguments)
 @options.src
-@options.source
-@options.model
-@options.architecture
-@options.rules
+@options.from_class(InspectOptions)
 @options.beyond
 @options.html
 @options.json
 @options.quiet
 def inspect(
     src: Path,
-    source: str | None,
-    model: Path | None,
-    architecture: str | None,
-    rules: tuple[str, ...],
-    html: Path | None,
     *,
+    html: Path | None,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Show what an adapter or a checkpoint is.
 
@@ -40,6 +36,7 @@ def inspect(
 
     Exit status: 0 it is sound, 1 something is wrong with it, 2 usage.
     """
+    asked = InspectOptions(**given)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -52,8 +49,8 @@ def inspect(
         def each(summary: ImageSummary) -> None:
             out.line(summary.to_dict())
 
-        with options.told(rules, architecture), failure_page(html, "inspect", src):
-            found = inspected(src, model, source, architecture, each=each if json else None)
+        with options.told(asked.rules, asked.architecture), failure_page(html, "inspect", src):
+            found = inspected(src, asked, each=each if json else None)
         if html is not None and page_of(found) is None:
             message = (
                 "inspect has no HTML report of this; "

@@ -9,13 +9,14 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
+from regraft.options import CheckOptions
 
 if TYPE_CHECKING:
     from regraft.layouts.catalog import Catalog
 
 
 @click.command(cls=options.WithArguments)
-@options.rules
+@options.from_field(CheckOptions, "rules")
 @options.json
 @options.quiet
 def layouts(rules: tuple[str, ...], *, json: bool, quiet: bool) -> Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
-from regraft.cli.probe import fixed_fields, set_option, wrong_fields
+from regraft.cli.probe import fixed_fields, wrong_fields
+from regraft.options import LearnOptions, ProbeOptions
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     metavar="COMMAND",
     help="With --config: the converter, such as 'python convert.py {src} {dst}'. Runs without a shell, more than once.",
 )
-@click.option("--layout", metavar="LAYOUT", help="With --config: the layout of the probe's names.")
 @click.option(
     "--timeout",
     metavar="SECONDS",
@@ -64,16 +64,8 @@ if TYPE_CHECKING:
     default=300.0,
     help="How long the converter may take, each time (300).",
 )
-@set_option
-@click.option(
-    "--choose",
-    metavar="ANSWER",
-    multiple=True,
-    help="Where two readings fit: AFTER=BEFORE for tensors that are equal to others, config.FIELD for a size.",
-)
-@click.option(
-    "--partial", is_flag=True, help="Write a book even if it does not explain everything."
-)
+@options.from_class(ProbeOptions)
+@options.from_class(LearnOptions)
 @options.json
 @options.quiet
 @options.progress
@@ -85,15 +77,14 @@ def learn(
     name: str | None,
     config: str | None,
     command: str | None,
-    layout: str | None,
     timeout: float,
-    settings: tuple[str, ...],
-    choose: tuple[str, ...],
     *,
-    partial: bool,
     json: bool,
     quiet: bool,
     progress: Mode,
+    layout: str | None,
+    settings: tuple[str, ...],
+    **given: Any,
 ) -> Job:
     """Learn a rule book from checkpoints before and after a conversion, or by running a converter on probes.
 
@@ -102,6 +93,7 @@ def learn(
 
     Exit status: 0 done, 1 something is not explained (no book is written), 2 usage.
     """
+    asked = LearnOptions(**given)
     fields = fixed_fields(settings)
     out = Output(json=json, quiet=quiet, progress=progress)
 
@@ -123,12 +115,14 @@ def learn(
         title = name or book.stem
         with out.waiting("learning"):
             if config is not None and command is not None:
-                found = _watched(config, command, layout, timeout, fields, layouts, title, choose)
+                found = _watched(
+                    config, command, layout, timeout, fields, layouts, title, asked.choose
+                )
             else:
                 pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
-                found = learn_pairs(pairs, layouts=layouts, name=title, choose=choose)
+                found = learn_pairs(pairs, layouts=layouts, name=title, choose=asked.choose)
         log_result(found)
-        if not partial:
+        if not asked.partial:
             require_sound(found)
         write_like(book, found.text, [Path(name) for name in files])
         return tell(out, LearnedBook.of(found, book))
@@ -155,7 +149,7 @@ def _watched(
     fields: dict[str, object],
     layouts: tuple[str, str],
     name: str,
-    choose: tuple[str, ...],
+    choose: Sequence[str],
 ) -> Learned:
     from regraft.bridges.transformers.outlines import outlines
     from regraft.errors import BadInputError

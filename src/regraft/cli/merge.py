@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
-
-if TYPE_CHECKING:
-    pass
+from regraft.options import MergeOptions
 
 
 @click.command(cls=options.WithArguments)
@@ -40,31 +38,7 @@ if TYPE_CHECKING:
     required=True,
     help="The folder to write, or the file where BASE is one.",
 )
-@click.option(
-    "--dtype",
-    metavar="[PATTERN=]DTYPE",
-    multiple=True,
-    help="Cast floating-point tensors (bfloat16), or those whose names fit a pattern. A sum is rounded once, to this "
-    "type. May be given more than once.",
-)
-@click.option(
-    "--clip-weight",
-    metavar="W",
-    type=float,
-    help="Image models: the weight for text encoders, in place of each LoRA's own.",
-)
-@options.source
-@options.architecture
-@options.rules
-@click.option(
-    "--shard-size",
-    metavar="SIZE",
-    help="The size of a weights file, such as 200MB or 5GB. As BASE is sharded if omitted.",
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Check everything that fits or not, and write nothing."
-)
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@options.from_class(MergeOptions)
 @options.json
 @options.quiet
 @options.checked(lambda given: _problems(given))
@@ -72,17 +46,10 @@ def merge(
     base: Path,
     loras: tuple[str, ...],
     output: Path,
-    dtype: tuple[str, ...],
-    clip_weight: float | None,
-    source: str | None,
-    architecture: str | None,
-    rules: tuple[str, ...],
-    shard_size: str | None,
     *,
-    dry_run: bool,
-    overwrite: bool,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Add adapters to a base, each with a weight, and write a checkpoint like the base.
 
@@ -91,6 +58,7 @@ def merge(
 
     Exit status: 0 done, 1 bad input, 2 usage, 3 refused because it cannot be added to weights.
     """
+    asked = MergeOptions(**given)
     adapters = [weighted(text) for text in loras]
     out = Output(json=json, quiet=quiet)
 
@@ -98,20 +66,8 @@ def merge(
         from regraft.cli.forms import tell
         from regraft.merging.merge import merge as merge_adapters
 
-        with options.own_books(rules), out.waiting("merging", base) as progress:
-            report = merge_adapters(
-                base,
-                adapters,
-                output,
-                dtype=list(dtype) or None,
-                clip_weight=clip_weight,
-                source=source,
-                shard_size=shard_size,
-                architecture=architecture,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                progress=progress,
-            )
+        with out.waiting("merging", base) as progress:
+            report = merge_adapters(base, adapters, output, **asked.values(), progress=progress)
         return tell(out, report)
 
     return job

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from msgspec import NODEFAULT
 
 from regraft.errors import RegraftError
-from regraft.options import ConvertOptions, Described, Option, Options, described
+from regraft.options import CheckOptions, Described, Option, Options, described
 
 if TYPE_CHECKING:
     from regraft.rules.book import Rules
@@ -253,7 +253,9 @@ def _option(field: Described) -> Callable[[Command], Command]:
         settings["type"] = _Layout(_LAYOUTS[option.kind])
     elif str not in kinds and kinds & {int, float}:
         made: Any = click.FloatRange if float in kinds else click.IntRange
-        settings["type"] = made(min=option.least, min_open=option.above)
+        settings["type"] = made(
+            min=option.least, min_open=option.above, max=option.most, max_open=option.below
+        )
     if option.many:
         return click.option(field.flag, field.name, multiple=True, **settings)
     if field.default is NODEFAULT:
@@ -282,13 +284,11 @@ src = argument(
     metavar="SRC",
     type=PLACE,
 )
-model = from_field(ConvertOptions, "model")
-architecture = from_field(ConvertOptions, "architecture")
-rules = from_field(ConvertOptions, "rules")
-source = from_field(ConvertOptions, "source")
-verify_budget = from_field(ConvertOptions, "verify_budget")
+model = from_field(CheckOptions, "model")
+architecture = from_field(CheckOptions, "architecture")
 key = click.option(
     "--key",
+    "below",
     metavar="KEY",
     expose_value=False,
     is_eager=True,
@@ -354,11 +354,6 @@ progress = click.option(
     help="How to show on stderr how far it is: a bar on a terminal and else a line every ten seconds (auto), lines "
     "(plain), a line of JSON every second (json), or not at all.",
 )
-
-
-def layout(flag: str, text: str, **settings: Any) -> Callable[[Command], Command]:
-    """An option that takes a layout's name."""
-    return click.option(flag, "to", metavar="LAYOUT", type=_Layout(), help=text, **settings)
 
 
 def wrong_size(given: Mapping[str, Any]) -> Iterator[click.UsageError]:

@@ -11,6 +11,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.options import ProbeOptions
 
 if TYPE_CHECKING:
     from regraft.views.documents import Probes
@@ -41,15 +42,6 @@ def wrong_fields(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
             yield error
 
 
-set_option = click.option(
-    "--set",
-    "settings",
-    metavar="FIELD=VALUE",
-    multiple=True,
-    help="A field of the config that keeps this value at every size. May be given more than once.",
-)
-
-
 @click.command(cls=options.WithArguments)
 @options.argument(
     "model",
@@ -60,11 +52,6 @@ set_option = click.option(
     "out", "The folder to write: one folder for each size.", metavar="OUT", type=options.FILE
 )
 @click.option(
-    "--layout",
-    metavar="LAYOUT",
-    help="The layout of the names: transformers-v4 or transformers-v5. As files usually are if omitted.",
-)
-@click.option(
     "--sizes", metavar="N", type=click.IntRange(1, 3), default=2, help="How many sizes (2)."
 )
 @click.option(
@@ -73,7 +60,7 @@ set_option = click.option(
     help="For a converter that casts to bfloat16 or float16: more probes of each size, which carry the digits of what "
     "these types cannot tell apart. Convert them all.",
 )
-@set_option
+@options.from_class(ProbeOptions)
 @options.json
 @options.quiet
 @options.checked(wrong_fields)

@@ -11,6 +11,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.options import SlicesOptions
 
 if TYPE_CHECKING:
     from regraft.checkpoints.prepare import Prepared
@@ -29,7 +30,7 @@ _SHOWN = 8
     metavar="SRC",
     type=options.PLACE,
 )
-@options.layout("--to", "The layout that the ranks want.", required=True)
+@options.from_class(SlicesOptions)
 @click.option("--tp", metavar="N", default=1, help="How many ranks share each layer.")
 @click.option(
     "--ep", metavar="N", default=1, help="How many groups of such ranks share the experts."
@@ -48,26 +49,20 @@ _SHOWN = 8
     help='What is cut, and how, as JSON: {"tp": {PATTERN: STYLE}, "ep": {PATTERN: STYLE}}. Without it, the installed '
     "transformers is asked.",
 )
-@options.model
-@options.source
-@options.rules
 @options.beyond
 @options.json
 @options.quiet
 @options.checked(lambda given: _problems(given))
 def slices(
     src: Path,
-    to: str,
     tp: int,
     ep: int,
     rank: int | None,
     plan: Path | None,
-    model: Path | None,
-    source: str | None,
-    rules: tuple[str, ...],
     *,
     json: bool,
     quiet: bool,
+    **given: Any,
 ) -> Job:
     """Show which bytes of a checkpoint each rank of tensor and expert parallelism reads.
 
@@ -76,6 +71,7 @@ def slices(
 
     Exit status: 0 done, 1 bad input, or sizes that do not divide, 2 usage, 3 not supported.
     """
+    asked = SlicesOptions(**given)
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
@@ -86,8 +82,9 @@ def slices(
         from regraft.views.documents import RankSlices
 
         first = Ranks(tp, ep, rank or 0)
-        ready = prepare_slices(src, to, model, source, rules)
-        config = model_of(ready.source, model)
+        base = None if asked.model is None else Path(asked.model)
+        ready = prepare_slices(src, asked.to, base, asked.source, asked.rules)
+        config = model_of(ready.source, base)
         table = _plan_of(first, plan, ready, None if config is None else config.data)
         shapes = dict(zip(ready.moves.names, ready.moves.shapes, strict=True))
         whole = left_whole(first, table, shapes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output
+from regraft.options import VerifyOptions
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
@@ -22,36 +23,21 @@ if TYPE_CHECKING:
 @options.argument(
     "dst", "The same in another layout, or in this one.", metavar="DST", type=options.PLACE
 )
-@options.source
-@options.model
-@options.architecture
-@options.html
-@options.rules
+@options.from_class(VerifyOptions)
 @options.beyond
-@click.option(
-    "--tolerance",
-    metavar="ERROR",
-    type=click.FloatRange(min=0),
-    help="Adapters: the relative error up to which two deltas are equal (1e-5).",
-)
-@options.verify_budget
+@options.html
 @options.json
 @options.quiet
 @options.progress
 def verify(
     src: Path,
     dst: Path,
-    source: str | None,
-    model: Path | None,
-    architecture: str | None,
-    html: Path | None,
-    rules: tuple[str, ...],
-    tolerance: float | None,
-    verify_budget: float,
     *,
+    html: Path | None,
     json: bool,
     quiet: bool,
     progress: Mode,
+    **given: Any,
 ) -> Job:
     """Check that two checkpoints or adapters are equivalent.
 
@@ -60,28 +46,20 @@ def verify(
 
     Exit status: 0 they are equal, 1 one of them is wrong in itself, 2 usage, 4 they are not equal.
     """
+    asked = VerifyOptions(**given)
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
-        from regraft.checking.certificate import TOLERANCE
         from regraft.checking.verify import verify
         from regraft.cli.forms import tell
         from regraft.cli.pages import failure_page
 
         with (
-            options.told(rules, architecture),
+            options.told(asked.rules, asked.architecture),
             failure_page(html, "verify", src),
             out.waiting("comparing", src) as progressed,
         ):
-            result = verify(
-                src,
-                dst,
-                model=model,
-                source=source,
-                tolerance=TOLERANCE if tolerance is None else tolerance,
-                budget=verify_budget,
-                progress=progressed,
-            )
+            result = verify(src, dst, **asked.values(), progress=progressed)
         return tell(out, result, html, src, dst)
 
     return job

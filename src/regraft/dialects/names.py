@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 
 from msgspec import Struct
 
@@ -108,6 +107,8 @@ def _source_named(text: str, *, adapter: bool) -> SourceName:
     try:
         layout = parse_name(text, known, adapter=adapter)
     except BadInputError as error:
+        from difflib import get_close_matches
+
         near = get_close_matches(text, families(), n=1)
         if near and not (error.findings[0].fix or "").startswith("did you mean"):
             message, fix = f"there is no {text!r}", f"did you mean {near[0]!r}?"

@@ -114,8 +114,15 @@ def diff(
     """Compare two checkpoints, or two adapters.
 
     Where rule books know both layouts, they say what should be equal; otherwise, and with ``propose_book``, a book is
-    proposed from the contents. Reads both files whole. ``architecture`` is the model's class, where its config names
-    none that transformers has; ``rules`` are rule books to use in place of regraft's, as `regraft.convert` takes them.
+    proposed from the contents. Reads both files whole.
+
+    Args:
+        a: a checkpoint or an adapter.
+        b: another one.
+        model: the base model's folder or its ``config.json``.
+        propose_book: propose a book even where regraft has one.
+        architecture: the model's class, where its config names none that transformers has.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises ``BadInputError`` where one of them cannot be read.
     """

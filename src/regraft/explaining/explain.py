@@ -50,9 +50,14 @@ def explain(
 ) -> Explanation:
     """Explain what becomes of one tensor on the way to a layout.
 
-    ``key`` is a tensor's name in the file, the base tensor or the module that it is about, or a name of the result;
-    ``architecture`` is the model's class, where its config names none that transformers has, and ``rules`` are rule
-    books to use in place of regraft's, as `regraft.convert` takes them.
+    Args:
+        src: what `regraft.convert` takes.
+        key: a tensor's name in the file, the base tensor or the module that it is about, or a name of the result.
+        to: the layout to explain the way to.
+        model: the base model's folder or its ``config.json``.
+        source: the layout or the dialect of ``src``, or the family of its model; found out where it is not given.
+        architecture: the model's class, where its config names none that transformers has.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Raises ``BadInputError`` where ``src`` cannot be read, or a rule book does not lead to the layout.
     """

@@ -44,7 +44,7 @@ def merge(
     adapters: Sequence[Path_ | tuple[Path_, float]],
     dst: Path_,
     *,
-    dtype: str | list[str] | None = None,
+    dtype: str | Sequence[str] = (),
     clip_weight: float | None = None,
     source: str | None = None,
     shard_size: str | int | None = None,
