@@ -68,7 +68,7 @@ def test_hook(tmp_path, monkeypatch, capsys):
     ("adapters", "layout", "status"),
     [
         (["qwen3_moe__mts_router"], "transformers-v4", 0),
-        (["mixtral__gud_attn", "mixtral__rslora"], "vllm", 1),
+        (["mixtral__gud_attn", "mixtral__rslora"], "vllm", 4),
     ],
 )
 @pytest.mark.slow
