@@ -98,3 +98,10 @@ def test_python_tells_all_of_it_too(tmp_path):
     messages = list(map(str, caught.value.findings))
     assert len(messages) == 4
     assert "did you mean 'mixtral'" in messages[-1]
+
+
+def test_a_book_of_the_environment_that_is_not_there_is_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REGRAFT_RULES", str(tmp_path / "none.toml"))
+    assert main(["convert", LORA, str(tmp_path / "out"), *TO]) == 1
+    told = capsys.readouterr().err
+    assert "none.toml" in told and "REGRAFT_RULES" in told and "--to" not in told

@@ -384,7 +384,7 @@ def usage(option: str) -> Iterator[None]:
         yield
     except BadInputError as error:
         found = error.findings[0]
-        if found.code == "rule-book":  # REGRAFT_RULES names a book that is wrong
+        if found.code in ("rule-book", "missing-file"):  # what REGRAFT_RULES names is wrong
             raise
         fix = found.fix or ""
         hint = f". {fix[0].upper()}{fix[1:]}" if fix.startswith("did you mean") else ""

@@ -163,6 +163,6 @@ def _hint(findings: Iterable[Finding], path: Path) -> str:
     """
     for finding in findings:
         if finding.fix:
-            place = finding.where if finding.where not in (None, str(path)) else finding.key
-            return f"{finding.fix} ({place})" if place else finding.fix
+            apart = finding.where not in (None, str(path))
+            return f"{finding.fix} ({finding.where})" if apart else finding.fix
     return ""
