@@ -86,6 +86,15 @@ def test_patterns_that_cannot_be(src, tmp_path, options, key, words):
     assert snapshot(src) == before and not (tmp_path / "new").exists()
 
 
+def test_what_only_other_layouts_move_may_be_kept(src, tmp_path):
+    """GGUF names the norms and the head otherwise; on the way to transformers 5 they stay what they are."""
+    keep = ["probe.*", "lm_head.weight", "model.norm.weight"]
+    regraft.convert(src, tmp_path / "new", to=V5, drop=["cls.*"], keep=keep)
+    with pytest.raises(BadInputError, match="a rule moves it") as caught:
+        regraft.convert(src, tmp_path / "no", to=V5, drop=["cls.*"], keep=[*keep, "*.gate.weight"])
+    assert all("gguf" not in (finding.rule or "") for finding in caught.value.findings)
+
+
 def test_half_a_group_cannot_be_dropped(src, tmp_path):
     with pytest.raises(BadInputError, match=r"experts"):
         regraft.convert(

@@ -233,6 +233,19 @@ def test_stacked_scales_are_refused_where_the_target_is_no_modules_weight(tmp_pa
         regraft.convert(src, tmp_path / "out", to=V5, source=V4)
 
 
+@pytest.mark.parametrize(("make", "title"), [(fp8, "FP8"), (gptq, "GPTQ or AWQ"), (hqq, "HQQ")])
+def test_in_memory_the_method_is_named(make, title):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {key: value for key, value in CONFIG.items() if isinstance(value, int)}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    state = {
+        name: torch.zeros(part.shape) for name, part in quantised(make, attention=True).items()
+    }
+    with pytest.raises(regraft.UnmatchedKeysError, match=title) as caught:
+        regraft.convert_state_dict(state, to=V5, model=model)
+    assert any("regraft convert" in (finding.fix or "") for finding in caught.value.findings)
+
+
 @pytest.mark.slow
 def test_the_page_says_what_happens():
     assert quantised_page.PAGE.read_text(encoding="utf-8") == quantised_page.page(), (

@@ -120,9 +120,14 @@ def find_aside(source: Source, drop: Sequence[str], keep: Sequence[str]) -> Asid
 
 
 def check_kept(
-    known: Detected, kept: Sequence[str], headers: Headers, model: ModelConfig | None, where: str
+    known: Detected,
+    books: Sequence[Book],
+    kept: Sequence[str],
+    headers: Headers,
+    model: ModelConfig | None,
+    where: str,
 ) -> None:
-    """Raises ``BadInputError`` for what is kept although a rule moves it: no loader would find it.
+    """Raises ``BadInputError`` for what is kept although a rule on the way moves it: no loader would find it.
 
     MTP layers may stay, since nothing loads them with the model.
     """
@@ -133,7 +138,7 @@ def check_kept(
     findings = []
     for group in headers.groups:
         mine = _take(group, names, wanted=True)
-        hit = next((h for book in known.books for h in _claims(book, known, mine)), None)
+        hit = next((h for book in books for h in _claims(book, known, mine)), None)
         if hit is not None:
             findings.append(
                 Finding(

@@ -179,7 +179,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
             raise
         return _prepare(spelled_right, options, repaired=True)
     if plan is not None:
-        check_kept(known, aside.kept, headers, config, source.where)
+        check_kept(known, plan.books, aside.kept, headers, config, source.where)
         plan = aside.beside(plan, headers)
     if untie and not left and not found.undecided:
         raise BadInputError(nothing_to_untie(source))

@@ -159,6 +159,22 @@ def read_quantization(
     return None
 
 
+def title_of_part(name: str) -> str | None:
+    """The method that a tensor's name tells, where the tensor is a part of a quantised weight and no weight itself.
+
+    >>> title_of_part("a.q_proj.weight_scale_inv"), title_of_part("a.q_proj.qweight"), title_of_part("a.q_proj.weight")
+    ('FP8', 'GPTQ or AWQ', None)
+    """
+    ends = sorted((*BESIDE, *PACKED), key=len, reverse=True)
+    leaf = next((end for end in ends if name.endswith("." + end)), None)
+    if leaf == "qweight":
+        return "GPTQ or AWQ"
+    if leaf in (None, "scale", "codes"):  # other tensors are called so, too
+        return "MXFP4" if name.endswith(STACKED) else None
+    told = read_quantization(None, {suffix_of(leaf)})
+    return told.title if told is not None else None
+
+
 def _config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that speaks of quantisation: the model's, or that of its language model."""
     text = config.get("text_config")

@@ -10,6 +10,7 @@ from typing import Any
 
 from regraft.bridges.transformers.imported import Imported, import_model
 from regraft.bridges.transformers.registry import check_version, read_key_mapping, warn_of_release
+from regraft.checkpoints.quantization import title_of_part
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.live.ruled import Ruled
 from regraft.names.live import Live, LiveModel, walk
@@ -73,6 +74,14 @@ class Mapping:
     def unknown(self, key: str) -> Finding:
         """What is said of a key that no model has a place for."""
         names = " or ".join(imported.name for imported in self.imported)
+        quantised = title_of_part(key)
+        if quantised is not None:
+            return Finding(
+                "unmatched",
+                f"it is a part of a quantised weight ({quantised}), and these are converted in files only",
+                key=key,
+                fix="convert the checkpoint's files with `regraft convert`, or dequantise the weights first",
+            )
         return Finding(
             "unmatched",
             f"neither {names} nor what is around it has a place for this key, in an old spelling or the new one",
