@@ -104,6 +104,14 @@ def test_experts_stay_one_by_one_where_the_loader_collects_them(tmp_path, make, 
     assert same(dict(open_tensors(tmp_path / "back" / "model.safetensors")), tensors)
 
 
+@pytest.mark.parametrize("config", [CONFIG, method("fp8")])
+def test_a_loader_must_be_told_of_the_method(config, tmp_path):
+    src = write_folder(tmp_path / "src", quantised(fp8), config)
+    report = regraft.convert(src, tmp_path / "out", to=V5)
+    (note,) = (note for note in report.notes if "one by one" in note)
+    assert ("config.json has none" in note) == (config is CONFIG)
+
+
 def test_explain_says_that_they_stay(tmp_path):
     src = write_folder(tmp_path / "src", quantised(fp8), method("fp8"))
     key = "model.layers.1.block_sparse_moe.experts.2.w1.weight"

@@ -76,6 +76,8 @@ def find_unstacked(
     if told is None:
         return Unstacked()
     why = f"the {told.method} loader of transformers 5 reads quantised experts one by one"
+    if not told.is_in_config:
+        why += "; it has to be told by a quantization_config, and config.json has none"
     weights = companions.weights()
     carried: list[Carried] = []
     for book in books:

@@ -104,6 +104,11 @@ class Quantization(Struct, frozen=True):
     obstacle: str | None = None
     """Why transformers 5 does not read its experts one by one; ``None`` where it does."""
 
+    @property
+    def is_in_config(self) -> bool:
+        """Whether ``config.json`` names the method, so that a loader knows of it."""
+        return self.evidence.startswith("config.json")
+
     def collects_experts(self, layout: str) -> bool:
         """Whether the loader of a layout takes experts one by one with their scales, and stacks them itself."""
         return layout == V5 and self.obstacle is None
