@@ -512,7 +512,7 @@ class PlainWriter:
             return
         wide = np.dtype(np.float64)
         for lora in (delta.lora for delta in deltas):
-            if lora.a.dtype != wide and lora.b.dtype != wide:
+            if lora.a.itemsize < wide.itemsize and lora.b.itemsize < wide.itemsize:
                 continue
             for half in "ab":
                 values = getattr(lora, half)
@@ -567,7 +567,9 @@ def adjust(made: Sequence[Images], can: Capabilities) -> None:
     if not can.ranks:
         make_uniform(made)
     loras = [lora for image in made for lora in image.loras if lora is not None]
-    pairs = {(lora.scale, lora.a.shape[-2]) for lora in loras}
+    # Most scales are one and the same object, which is told faster than what is equal.
+    alike = {(id(lora.scale), lora.a.shape[-2]): lora.scale for lora in loras}
+    pairs = {(scale, rank) for (_, rank), scale in alike.items()}
     if can.scales or (len(pairs) < 2 and all(scale.rank == rank for scale, rank in pairs)):
         return
     target = max(loras, key=lambda lora: lora.a.size).scale

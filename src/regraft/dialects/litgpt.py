@@ -324,7 +324,10 @@ class LitgptWriter(PlainWriter):
             rows = np.array([lora is not None for lora in image.loras], dtype=bool)
             before, _, ending = image.keys.template.partition(f"{_LAYERS}{MARK}.")
             if ending and not before:
-                inside.update(fill_rows(ending, image.keys.numbers[rows, 1:]))
+                numbers, layers = np.unique(
+                    image.keys.numbers[rows, 1:], axis=0, return_counts=True
+                )
+                inside.update(dict(zip(fill_rows(ending, numbers), layers.tolist(), strict=True)))
         if not inside:
             return []
         wanted = set(inside)
@@ -364,12 +367,13 @@ class LitgptWriter(PlainWriter):
         tensors: dict[str, Array] = {}
         qkv: dict[str, dict[str, Lora]] = {}
         for delta in deltas:
-            key, _, part = delta.key.partition("/")
-            if part:
-                qkv.setdefault(key, {})[part] = delta.lora
-                continue
-            module, lora = key.removesuffix(".weight"), delta.lora
-            tensors[module + _A], tensors[module + _B] = lora.a, lora.b
+            key, lora = delta.key, delta.lora
+            if "/" in key:
+                weight, _, part = key.partition("/")
+                qkv.setdefault(weight, {})[part] = lora
+            else:
+                module = key.removesuffix(".weight")
+                tensors[module + _A], tensors[module + _B] = lora.a, lora.b
         for key, parts in qkv.items():
             ordered = [parts[part] for part in "qkv" if part in parts]
             module = key.removesuffix(".weight")
@@ -408,14 +412,8 @@ class LitgptWriter(PlainWriter):
         blob = super().write_lora(made, saved, entries, returned, written)
         for lora, parts in self.cut:
             lora.exact = lora.exact and all(part.exact for part in parts)
-        fused: dict[str, Scale] = {}
-        told = []
-        for each in blob.written:
-            weight, _, part = each.key.partition("/")
-            if part:
-                fused[weight] = each.scale
-            else:
-                told.append(each)
+        fused = {_weight(each.key): each.scale for each in blob.written if "/" in each.key}
+        told = [each for each in blob.written if "/" not in each.key]
         told += [Written(k, k.removesuffix(".weight"), None, s) for k, s in fused.items()]
         return replace(blob, written=tuple(told))
 

@@ -110,9 +110,9 @@ class SglangWriter(ServedWriter):
         return int(size)
 
     def target_modules(self, paths: Sequence[str], numbers: ConfigWriter) -> list[str]:
-        """As for all servers, in the names that it knows: it looks at the last segment only."""
-        told = super().target_modules(paths, numbers)
-        return list(dict.fromkeys(AS_TARGETS.get(e.rpartition(".")[2], e) for e in told))
+        """Last segments in the names that it knows: it looks at no others."""
+        leaves = sorted({path.rpartition(".")[2] for path in paths})
+        return list(dict.fromkeys(AS_TARGETS.get(leaf, leaf) for leaf in leaves))
 
     def config(self, written: Sequence[Written]) -> dict[str, Any]:
         """One rank and one alpha; alpha takes the root of rsLoRA in."""

@@ -62,7 +62,9 @@ def fill_rows(template: str, numbers: Ints) -> list[str]:
     if not len(numbers):
         return []
     pattern = template.replace("%", "%%").replace(MARK, "%d")
-    return [pattern % tuple(row) for row in numbers.tolist()]
+    if not numbers.shape[1]:
+        return [pattern % ()] * len(numbers)
+    return [pattern % row for row in zip(*numbers.T.tolist(), strict=True)]
 
 
 def table(*names: str) -> list[Group]:

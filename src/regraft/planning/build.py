@@ -459,7 +459,7 @@ class _Builder:
         for item in carried:
             by_template[item.group.template].append((item.group, f"carry-over {item.carry.where}"))
         for groups in by_template.values():
-            if len(groups) < 2:
+            if len(groups) < 2 or _all_differ([group.numbers for group, _ in groups]):
                 continue
             seen: dict[tuple[int, ...], str] = {}
             for group, rule in groups:
@@ -473,6 +473,12 @@ class _Builder:
                         )
                         break
                     seen[numbers] = rule
+
+
+def _all_differ(numbers: Sequence[Ints]) -> bool:
+    """Whether no row of numbers is there twice."""
+    rows = np.concatenate(numbers)
+    return len(np.unique(rows, axis=0)) == len(rows)
 
 
 def _others(group: Group) -> str:
