@@ -154,3 +154,18 @@ def test_numbers_that_no_field_says_are_asked():
         converter.learned()
     with pytest.raises(BadInputError):
         Converter(turned, odd, SIZES).learned()
+
+
+def test_numbers_that_count_nothing_are_asked_nothing():
+    """`w1`, `w2` and `w3` are three weights, whatever is made of them."""
+
+    def convert(state):
+        return {f"b.{k}": x.T if k.endswith("w3") else x for k, x in state.items()}
+
+    def of(layers, size):
+        return {f"{n}.w{m}": (size, size) for n in range(layers) for m in (1, 2, 3)}
+
+    book = learn_from(convert, [of(2, 3), of(3, 5)], configs=[{"n": 4}, {"n": 4}], torch=False)
+    texts = {" ".join(str(rule.equation).split()) for rule in book.rules}
+    assert "{l}.w3 : a b == b.{l}.w3 : b a" in texts
+    assert not any("layer" in text for text in texts)

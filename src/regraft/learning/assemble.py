@@ -43,8 +43,6 @@ class Drafted:
     """The tensors on either side."""
     ranges: tuple[str, ...] = ()
     """Clauses that say of which layers it is."""
-    spelled: bool = False
-    """Whether the numbers in its names stand for themselves."""
 
     @property
     def numbered(self) -> tuple[tuple[int, ...], ...]:

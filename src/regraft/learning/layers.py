@@ -17,7 +17,7 @@ from regraft.learning.choosing import OTHERS, Chosen, Doubt, value_of
 from regraft.learning.clauses import paths_of
 from regraft.learning.infer import Inferred
 from regraft.learning.pairs import Pair
-from regraft.learning.relate import Names
+from regraft.learning.relate import Names, isolated
 from regraft.values import replace
 
 LAYER = "layer"
@@ -108,7 +108,10 @@ def tell_layers(found: Sequence[Inferred], pairs: Sequence[Pair], chosen: Chosen
             {names[n][1][place[2]] for n in side if names[n][0] == place[1]}
             for side in ((pair.before, pair.after)[place[0]] for pair in pairs)
         ]
-        picks = _picked(rivals, all_of_them, pairs, chosen)
+        if _count_layers(place, all_of_them):
+            picks = _picked(rivals, all_of_them, pairs, chosen)
+        else:
+            picks = [(rival, _Pick(None)) for rival in rivals if rival.fixed and not rival.whole]
         for rival, pick in picks:
             sides = _text(rival.form.some)
             told = _told(rival, place, pick.clause)
@@ -119,6 +122,14 @@ def tell_layers(found: Sequence[Inferred], pairs: Sequence[Pair], chosen: Chosen
             if pick.readings:
                 doubts.append(Doubt(LAYER, sides, pick.readings, sure=pick.sure, verb=pick.verb))
     return doubts
+
+
+def _count_layers(place: _Place, numbers: Sequence[set[int]]) -> bool:
+    """Whether numbers count something of which a model has more or fewer: those in w1 and w3 do not."""
+    _, template, column = place
+    if any(each != numbers[0] for each in numbers):
+        return True
+    return isolated(template)[column] and numbers[0] == set(range(len(numbers[0])))
 
 
 def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
@@ -165,6 +176,8 @@ def _rivals(forms: Sequence[_Form], names: Names) -> Iterator[tuple[_Place, list
                 )
                 for form, at, term in same
             ]
+            if all(rival.fixed for rival in rivals):
+                continue  # w1 and w3 are no layers
             if all(
                 not (a & b)
                 for one, other in combinations(rivals, 2)
@@ -336,50 +349,54 @@ def _kind(reading: str) -> str:
 
 
 def _told(rival: _Rival, place: _Place, clause: str | None) -> list[list[Drafted]] | None:
-    """The members with a clause, and with holes wherever their names hold the layer's number; or spelled out."""
-    if clause is None:
-        return [[replace(m, spelled=True) for m in members] for members in rival.form.members]
-    side, _, number = place
+    """The members with a clause, and with holes wherever their names hold the layer's number; or with that number."""
     form = rival.form
-    wanted = form.numbers(side, rival.at, number)
-    holes: dict[tuple[int, int], tuple[int, str]] = {}
-    for own_side, at, term in form.terms():
+    wanted = form.numbers(place[0], rival.at, place[2])
+    columns: dict[tuple[int, int], tuple[int, int]] = {}
+    """For each term the number that is the layer's, and how far it is from it."""
+    for side, at, term in form.terms():
         stacked = {column for column, _ in term.holes}
         for column in range(len(term.numbers)):
-            if column in stacked or (own_side, at) in holes:
+            if column in stacked or (side, at) in columns:
                 continue
             away = {
                 value - layer
-                for values, layers in zip(form.numbers(own_side, at, column), wanted, strict=True)
+                for values, layers in zip(form.numbers(side, at, column), wanted, strict=True)
                 for value, layer in zip(values, layers, strict=True)
             }
             if len(away) == 1:
-                (step,) = away
-                sign = f" {'-' if step < 0 else '+'} {abs(step)}" if step else ""
-                holes[own_side, at] = column, LAYER + sign
-        if (own_side, at) not in holes and " is " not in clause:
+                columns[side, at] = column, away.pop()
+        if (side, at) not in columns and clause is not None and " is " not in clause:
             return None  # a loop stands in every name
     return [
         [
             replace(
                 member,
-                left=_holed(member.left, 0, holes),
-                right=_holed(member.right, 1, holes),
-                ranges=(clause,),
+                left=tuple(_holed(member.left, 0, columns, layer if clause is None else None)),
+                right=tuple(_holed(member.right, 1, columns, layer if clause is None else None)),
+                ranges=() if clause is None else (clause,),
             )
-            for member in members
+            for member, layer in zip(members, layers, strict=True)
         ]
-        for members in form.members
+        for members, layers in zip(form.members, wanted, strict=True)
     ]
 
 
 def _holed(
-    terms: Sequence[Written], side: int, holes: Mapping[tuple[int, int], tuple[int, str]]
-) -> tuple[Written, ...]:
-    return tuple(
-        replace(term, holes=(*term.holes, holes[side, at])) if (side, at) in holes else term
-        for at, term in enumerate(terms)
-    )
+    terms: Sequence[Written],
+    side: int,
+    columns: Mapping[tuple[int, int], tuple[int, int]],
+    layer: int | None,
+) -> Iterator[Written]:
+    """Terms with the layer in their names: a number, or the axis that counts layers where there is none."""
+    for at, term in enumerate(terms):
+        if (side, at) not in columns:
+            yield term
+            continue
+        column, away = columns[side, at]
+        sign = f" {'-' if away < 0 else '+'} {abs(away)}" if away else ""
+        hole = LAYER + sign if layer is None else str(layer + away)
+        yield replace(term, holes=(*term.holes, (column, hole)))
 
 
 def _put(form: _Form, told: Sequence[list[Drafted]], found: Sequence[Inferred]) -> None:

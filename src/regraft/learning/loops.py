@@ -47,21 +47,24 @@ def with_loops(drafts: Sequence[Drafted]) -> Iterator[Looped]:
         sides = tuple(
             tuple((t.template, t.holes, t.dims) for t in side) for side in (each.left, each.right)
         )
-        if each.spelled:
-            yield Looped(_write(each, {}), (each,))
-        else:
-            groups[sides, each.tags, each.copies, each.fills, each.ranges].append(each)
+        groups[sides, each.tags, each.copies, each.fills, each.ranges].append(each)
     found = [each for same in groups.values() for each in _loop(same)]
     found.sort(key=lambda each: -len(each.members))
     # Those that say of which layers they are come before the others, which are about the rest.
-    yield from (each for each in found if each.members[0].ranges)
-    found = [each for each in found if not each.members[0].ranges]
+    yield from (each for each in found if _is_told(each.members[0]))
+    found = [each for each in found if not _is_told(each.members[0])]
     for number, one in enumerate(found):
         if any(_collide(one, other) for other in found[:number]):
             # A layer that differs from the others: its numbers are spelled out, which is closer.
             yield from (Looped(_write(m, {}), (m,)) for m in one.members)
         else:
             yield one
+
+
+def _is_told(each: Drafted) -> bool:
+    """Whether it says of which layers it is: by a clause, or by a number."""
+    terms = (*each.left, *each.right)
+    return bool(each.ranges) or any(hole.isdigit() for term in terms for _, hole in term.holes)
 
 
 def _collide(one: Looped, other: Looped) -> bool:

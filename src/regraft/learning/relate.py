@@ -314,11 +314,12 @@ def _term(template: str, numbers: Sequence[int], holes: Mapping[int, str], dims:
 
 
 def fill_holes(template: str, numbers: Sequence[int], holes: Mapping[int, str]) -> str:
-    """A key of the notation: holes where they are named, numbers elsewhere."""
+    """A key of the notation: holes where they are named, numbers elsewhere and where the hole is a number."""
     parts = template.split(MARK)
     text = parts[0]
     for at, part in enumerate(parts[1:]):
-        text += ("{" + holes[at] + "}" if at in holes else str(numbers[at])) + part
+        hole = holes.get(at, str(numbers[at]))
+        text += (hole if hole.isdigit() else "{" + hole + "}") + part
     return text
 
 
