@@ -78,8 +78,8 @@ def keep_uncalled(
                 findings.append(
                     Finding(
                         "needs-base-weights",
-                        f"a LoRA has no effect here ({table.why}); its sum with the base weight can be saved in "
-                        "its place, but the base's weights are not at hand",
+                        f"a LoRA on it would have no effect: {table.why}. What it does can be kept as a changed "
+                        "weight, the base's plus the LoRA's, and for that the base's weights are needed",
                         where=where,
                         key=name,
                         fix="give the base's folder with its model.safetensors as --model",
