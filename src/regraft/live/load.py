@@ -49,8 +49,9 @@ def load_checkpoint(
     Args:
         model: a transformers model, or anything that holds one: on the CPU, on GPUs, on the meta device, spread with
             FSDP2 or tensor parallelism (DTensors). Made on the meta device it takes no memory before it is loaded.
-        path: the checkpoint's folder, or its one file; here, in a store (``s3://bucket/model``), or a model of the hub.
-            What a training run left is read as it lies there: DCP folders, Megatron-Core's, files of single ranks.
+        path: the checkpoint's folder, or its one file; here, in a store (``s3://bucket/model``), on a web server, or
+            a model of the hub. What a training run left is read as it lies there: DCP folders, Megatron-Core's,
+            files of single ranks.
         load: ``"map"`` lets tensors on the CPU be pages of the files, privately: what is written to them stays in this
             process. ``"copy"`` reads everything, for files that may be rewritten in place while the model lives.
         adapter: an adapter to load on top. It is put into the model itself, as ``load_adapter`` of transformers' models

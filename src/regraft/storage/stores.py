@@ -57,11 +57,15 @@ def obstore_at(url: str) -> Any:
     return _Obstore(url).opened
 
 
-def _library(name: str, url: str, extra: str) -> Any:
+def library(name: str, url: str, extra: str) -> Any:
+    """A package that speaks to a store, which ``extra`` installs.
+
+    Raises ``BadInputError`` where it is not installed.
+    """
     try:
         return import_module(name)
     except ImportError:
-        message = f"{name.partition('.')[0]} speaks to such addresses, and it is not installed"
+        message = f"{name} speaks to such addresses, and it is not installed"
         fix = f"pip install '{extra}'"
         raise BadInputError(Finding("package-missing", message, where=url, fix=fix)) from None
 
@@ -71,7 +75,7 @@ class _Obstore(Store):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._lib = _library("obstore", url, "regraft[cloud]")
+        self._lib = library("obstore", url, "regraft[cloud]")
         self._errors = import_module("obstore.exceptions")
         self._is_http = urlsplit(url).scheme in ("http", "https")
         # What is read is asked for again by the client, which counts it; of uploads each part is sent again here.
@@ -202,7 +206,8 @@ class _Fsspec(Store):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        core = _library("fsspec.core", url, "fsspec")
+        library("fsspec", url, "fsspec")
+        core = import_module("fsspec.core")
         try:
             self._fs, self._root = core.url_to_fs(self.url)
         except ImportError as error:

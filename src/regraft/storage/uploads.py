@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.objects import Client, StoreError, Trouble
-from regraft.storage.stores import obstore_at
+from regraft.storage.stores import library, obstore_at
 
 _TROUBLES: dict[int, Trouble] = {
     401: "forbidden",
@@ -81,15 +81,6 @@ def open_uploads(client: Client) -> Uploads:
     raise BadInputError(Finding("option", message, where=url, fix=fix))
 
 
-def _library(name: str, url: str, extra: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        message = f"{name} sends parts of files to such addresses, and it is not installed"
-        fix = f"pip install 'regraft[{extra}]'"
-        raise BadInputError(Finding("package-missing", message, where=url, fix=fix)) from None
-
-
 def _known(status: int) -> Trouble:
     return _TROUBLES.get(status, "unfit" if 400 <= status < 500 else "transient")
 
@@ -113,7 +104,7 @@ class _S3(Uploads):
         self.client = client
         self.bucket, _, self.prefix = place.partition("/")
         url = client.store.url
-        boto3 = _library("boto3", url, "gcs" if is_google else "s3")
+        boto3 = library("boto3", url, "regraft[gcs]" if is_google else "regraft[s3]")
         self._errors = import_module("botocore.exceptions")
         # Threads share it. What is asked again is counted, and so asked again by the client.
         settings: dict[str, Any] = {
@@ -210,7 +201,7 @@ def _google_token(url: str) -> Callable[[], str]:
     given = os.environ.get("GOOGLE_BEARER_TOKEN")
     if given:
         return lambda: given
-    auth = _library("google.auth", url, "gcs")
+    auth = library("google.auth", url, "regraft[gcs]")
     transport = import_module("google.auth.transport.requests")
     errors = import_module("google.auth.exceptions")
     lock = threading.Lock()
@@ -243,9 +234,9 @@ class _Azure(Uploads):
     def __init__(self, client: Client) -> None:
         self.client = client
         url = client.store.url
-        self._lib = _library("azure.storage.blob", url, "azure")
+        self._lib = library("azure.storage.blob", url, "regraft[azure]")
         self._errors = import_module("azure.core.exceptions")
-        self._obstore = _library("obstore", url, "azure")
+        self._obstore = library("obstore", url, "regraft[azure]")
         self._store = obstore_at(url)
         self._blobs: dict[tuple[str, str], tuple[float, Any]] = {}
         self._lock = threading.Lock()
