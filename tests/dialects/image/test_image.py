@@ -284,7 +284,7 @@ def test_ai_toolkits_text_encoders_have_dots(convert):
 
 
 def test_ranks_that_differ_are_said_in_the_header(convert):
-    """Without it diffusers gives every module the most common rank as alpha."""
+    """Releases of diffusers before 0.42 give every module the most common rank as alpha without it."""
     tensors = {}
     for rank, x in ((2, "q"), (2, "k"), (3, "v")):
         name = f"transformer.transformer_blocks.0.attn.to_{x}"

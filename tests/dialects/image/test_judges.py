@@ -79,7 +79,48 @@ CASES = {
         | dotted(f"transformer.{T}.attn.to_k")
         | dotted(f"transformer.{T}.attn.to_v"),
         {},
-        {"diffusers": ("wrong-scale", "most common rank")},
+        {"diffusers": ("full", "")},
+    ),
+    "names that PEFT puts base_model before": (
+        dotted(f"base_model.model.{UNET}.attn1.to_q"),
+        {},
+        {"diffusers": ("none", "does not begin with 'unet.'")},
+    ),
+    "alphas beside diffusers' names of a UNet": (
+        dotted(f"unet.{UNET}.attn1.to_q") | {f"unet.{UNET}.attn1.to_q.alpha": numbers()},
+        {},
+        {"diffusers": ("fails", "not all names contain 'lora'")},
+    ),
+    "alphas beside diffusers' names of FLUX": (
+        {
+            f"transformer.{T}.attn.to_q.{leaf}": numbers(*shape)
+            for leaf, shape in {
+                "lora_down.weight": (2, H),
+                "lora_up.weight": (H, 2),
+                "alpha": (),
+            }.items()
+        },
+        {},
+        {"diffusers": ("wrong-scale", "its alpha is left out")},
+    ),
+    "LyCORIS' names of a UNet": (
+        {
+            key.replace("lora_unet_", "lycoris_"): value
+            for key, value in flat(f"{UNET}.attn1.to_q", 2).items()
+        },
+        {},
+        {"diffusers": ("fails", "not all names contain 'lora'")},
+    ),
+    "a transformer's name where diffusers puts one before": (
+        dotted("transformer.transformer_blocks.0.img_mlp.net.0.proj")
+        | {"transformer.transformer_blocks.0.img_mlp.net.0.proj.alpha": numbers()},
+        {},
+        {"diffusers": ("fails", "NoMatchingPeftModuleError")},
+    ),
+    "Wan in diffusers' names with ComfyUI's prefix": (
+        dotted("diffusion_model.blocks.0.attn2.to_k"),
+        {},
+        {"diffusers": ("fails", "left over")},
     ),
     "FLUX's own names": (
         dotted("double_blocks.0.img_attn.qkv"),

@@ -143,11 +143,91 @@ _ATTENTION = re.compile(r".*\.attn\d?\.(?:to_[qkv]|to_out\.0)")
 _BLOCKS = re.compile(r"(?:.*\.)?(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)\..*")
 
 
+_CONVERTED: dict[str, tuple[str, ...]] = {
+    "sd3": (),
+    "ltx-video": (r"diffusion_model\.",),
+    "lumina2": (r"diffusion_model\.",),
+    "wan": (r"diffusion_model\.", r"lora_unet_"),
+    "hunyuan-video": (r".*img_attn_qkv",),
+    "qwen-image": (r"diffusion_model\.", r"lora_unet_", r".*\.alpha$", r".*default\."),
+    "z-image": (r"diffusion_model\.", r"lora_unet_", r".*\.alpha$", r".*default\."),
+    "flux2": (
+        r"diffusion_model\.",
+        r"base_model\.model\.",
+        r".*\.lora_down\.weight$",
+        r".*\.lokr_",
+    ),
+    "flux": (r".*\.lora_down\.weight", r".*processor", r".*query_norm\.scale", r".*base_model"),
+}
+"""Keys of which one is enough for a family's converter to be called (``lora_state_dict`` in ``lora_pipeline.py``)."""
+_UNET_KEY = re.compile(r"lora_(?:unet|te[12]?)_")
+"""How all keys begin of a file that the converter of UNets is called for."""
+_OWN_PREFIX = re.compile(r"(?:unet|transformer|text_encoder(?:_[23])?)\.")
+
+
+_BEFORE = {
+    "qwen-image": ("lora_unet_", "diffusion_model.", ""),
+    "z-image": ("lora_unet_", "diffusion_model.", ""),
+    "wan": ("lora_unet_", "diffusion_model."),
+}
+"""What may stand before a name that these families' converters take."""
+
+
+def _is_left(module: Adapted) -> bool:
+    """Whether Wan's converter leaves a module over: it knows Wan's own names, and alphas in blocks."""
+    if module.place.flat:
+        return False
+    outside = not module.home.module.startswith("blocks.")
+    return module.home.layout != "wan" or (outside and "alpha" in module.tensors.tensors)
+
+
+_WAN_BLOCK = [f"{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"]
+_WAN_BLOCK += ["ffn.0", "ffn.2"]
+
+
+def _incomplete_blocks(view: ImageFileView) -> Iterator[str]:
+    """Wan's converter of musubi's names takes whole blocks with alphas, and nothing else."""
+    has = {m.home.module: m for m in view.modules}
+    blocks = {name.split(".")[1] for name in has if name.startswith("blocks.")}
+    outside = [m for name, m in has.items() if not name.startswith("blocks.")]
+    if outside:
+        yield f"IndexError: {outside[0].stem} is in no block"
+        return
+    wanted = (f"blocks.{n}.{x}" for n in range(len(blocks)) for x in _WAN_BLOCK)
+    absent = [x for x in wanted if x not in has or "alpha" not in has[x].tensors.tensors]
+    if absent:
+        yield f"KeyError: {absent[0]} has no factors, or no alpha, and it takes whole blocks alone"
+
+
+def _has_out(module: Adapted) -> bool:
+    """Whether a module of Z-Image's own names loses its alpha: the converter renames that, and not its lora_A."""
+    own = module.home.module.endswith("attention.out") and "lora_A" in module.tensors.spellings
+    return own and "alpha" in module.tensors.tensors
+
+
+def _is_converted(view: ImageFileView) -> bool:
+    """Whether diffusers calls a converter; otherwise names are taken as they are."""
+    keys = [key for key in view.keys if not key.endswith(".dora_scale")]
+    if view.unet:
+        return all(map(_UNET_KEY.match, keys))
+    patterns = _CONVERTED["flux" if view.family == "chroma" else view.family]
+    return any(re.match(pattern, key) for pattern in patterns for key in keys)
+
+
+_KOHYA_FLUX = ("lora_unet_", "lora_te", "lora_transformer_", "transformer.", "diffusion_model.")
+"""What stands before names that the converter of FLUX's files with ``lora_down`` knows."""
+
+
 class DiffusersRules:
     """diffusers 0.42.1, ``load_lora_weights``."""
 
     def failures(self, view: ImageFileView) -> Iterator[str]:
         """Exceptions."""
+        if not _is_converted(view):
+            yield from self._unconverted(view)
+            return
+        if view.family in _BEFORE:
+            yield from self._half_converted(view)
         odd = [
             m
             for m in view.modules
@@ -163,12 +243,41 @@ class DiffusersRules:
             and not (lokr and view.family in ("flux2", "z-image"))
         ):
             yield f"ValueError: not all names contain 'lora', because it has {odd[0].delta.name}"
-        if view.unet and any("diffusion_model." in m.place.prefix for m in view.modules):
-            yield "ValueError: names with diffusion_model. are none of a UNet's"
         if view.family == "hunyuan-video" and any(key.endswith(".alpha") for key in view.keys):
             yield "IndexError: alpha has no dims to divide"
-        if view.family == "flux":
+        if view.family in ("flux", "chroma"):
             yield from self._flux(view)
+        if view.family == "flux2":
+            yield from self._flux2(view)
+
+    @staticmethod
+    def _unconverted(view: ImageFileView) -> Iterator[str]:
+        """Exceptions where names are taken as they are."""
+        alone = [key for key in view.keys if "lora" not in key and not key.endswith(".dora_scale")]
+        if view.family in (
+            "flux",
+            "chroma",
+        ):  # alphas are taken out, and one name with lora in it is enough
+            alone = [] if any("lora" in key for key in view.keys) else alone
+        if alone:
+            yield f"ValueError: not all names contain 'lora', because it has {alone[0]}"
+        elif any(".lora_linear_layer." in key and ".self_attn." not in key for key in view.keys):
+            yield "IndexError: lora_linear_layer is known of text encoders alone"
+
+    @staticmethod
+    def _half_converted(view: ImageFileView) -> Iterator[str]:
+        """Exceptions of the converters that put ``transformer.`` before whatever they are given."""
+        strange = [m for m in view.modules if m.place.prefix not in _BEFORE[view.family]]
+        if len(strange) == len(view.modules):
+            yield f"NoMatchingPeftModuleError: {strange[0].stem} is renamed to what the model has not"
+        elif view.family == "wan" and (left := [m for m in view.modules if _is_left(m)]):
+            yield f"ValueError: {left[0].stem} is left over"
+        elif view.family == "wan" and strange == [] and view.modules[0].place.flat:
+            yield from _incomplete_blocks(view)
+        elif "lora.down" in view.spellings:
+            yield "ValueError: names with .lora.down are left over"
+        elif view.family == "z-image" and (left := [m for m in view.modules if _has_out(m)]):
+            yield f"ValueError: the alpha of {left[0].stem} is left over, because its factors are not renamed"
 
     @staticmethod
     def _flux(view: ImageFileView) -> Iterator[str]:
@@ -177,26 +286,71 @@ class DiffusersRules:
         if any(m.home.key.endswith(".scale") for m in view.modules):
             if "guidance_in.in_layer" not in stems or "double_blocks.18.img_mod.lin" not in stems:
                 yield "KeyError: it is read as a control adapter, which has every module of the model"
+        elif "lora_down" in view.spellings and not any(
+            m.place.prefix.startswith(_KOHYA_FLUX) for m in view.modules
+        ):
+            yield "ValueError: its converter finds no name that it knows"
+        elif (
+            any(
+                m.place.prefix == "diffusion_model." and m.home.layout == "diffusers"
+                for m in view.modules
+            )
+            and "lora_down" in view.spellings
+        ):
+            yield "ValueError: diffusers' names with diffusion_model. are left over"
+        elif any(m.place.prefix.startswith("base_model.model.") for m in view.modules) and not rows:
+            yield "KeyError: names with base_model are to be those of FLUX's own code"
         elif any(m.place.prefix.startswith("base_model.model.") for m in rows):
             if any(_BLOCKS.fullmatch(m.home.module) is None for m in rows):
                 yield "ValueError: img_in and others are left over, which a Kontext adapter of fal has not"
             elif "double_blocks.18.img_mod.lin" not in stems:
                 yield "KeyError: it is read as an adapter that has every module of all blocks"
         if any(
-            m.place.prefix == "lora_transformer_" and _BLOCKS.fullmatch(m.home.module) is None
+            m.place.prefix == "lora_transformer_"
+            and _BLOCKS.fullmatch(m.home.module)
+            and ".attn." not in m.home.module
             for m in view.modules
         ):
-            yield "KeyError: embedders and the last layer have no such names in its converter"
+            yield "KeyError: its converter knows the attention of lora_transformer_ blocks, and nothing else in them"
+        for prefix in ("lora_unet_", "lora_transformer_"):
+            if any(m.stem.startswith(f"{prefix}distilled_guidance_layer") for m in view.modules):
+                yield "ValueError: Chroma's distilled_guidance_layer is left over"
+
+    @staticmethod
+    def _flux2(view: ImageFileView) -> Iterator[str]:
+        if "lora_down" in view.spellings:
+            return
+        lokr = any(".lokr_" in key for key in view.keys)
+        dotted = ("diffusion_model.", "base_model.model.")
+        left = [
+            m
+            for m in view.modules
+            if m.place.prefix not in dotted
+            or (
+                m.home.layout == "diffusers"
+                and not lokr
+                and _BLOCKS.fullmatch(m.home.module) is None
+            )
+            or ("alpha" in m.tensors.tensors and not lokr)
+        ]
+        if lokr:
+            left = [m for m in left if m.place.prefix != "lycoris_" or m.home.layout != "bfl"]
+        if left:
+            yield f"ValueError: {left[0].stem} is left over"
 
     def judge(self, view: ImageFileView, module: Adapted) -> Verdict:
         """What becomes of a module."""
-        flat = module.place.flat
-        if view.family == "sd3" and flat:
-            return IGNORED, "no converter knows SD3's names in kohya's format"
-        if view.family == "flux":
+        if not _is_converted(view) and _OWN_PREFIX.match(module.stem) is None:
+            own = "unet." if view.unet else "transformer."
+            return IGNORED, f"its name does not begin with {own!r}, and no converter takes it"
+        if view.family in ("flux", "chroma"):
             verdict = self._judge_flux(view, module)
             if verdict is not None:
                 return verdict
+        if view.family == "flux2" and (verdict := self._judge_flux2(view, module)) is not None:
+            return verdict
+        if view.family == "z-image" and (verdict := self._judge_z_image(module)) is not None:
+            return verdict
         if view.unet:
             verdict = self._judge_unet(view, module)
             if verdict is not None:
@@ -214,7 +368,7 @@ class DiffusersRules:
             return WRONG_VALUES, "dora_scale is left out, and the rest is loaded as plain LoRA"
         if module.delta.algebra in (FULL, NOTHING):
             return IGNORED, "deltas of norms and biases are left out"
-        return self._judge_rank(view, module)
+        return None
 
     @staticmethod
     def _judge_flux(view: ImageFileView, module: Adapted) -> Verdict:
@@ -234,14 +388,44 @@ class DiffusersRules:
         )
         if module.home.layout == "bfl" and not module.place.flat and plain:
             return IGNORED, "no converter knows FLUX's own names with lora_A and lora_B"
+        scale = module.delta.scale.value if module.delta.algebra == LORA else 1.0
+        if "lora_down" in view.spellings and module.place.prefix == "transformer." and scale != 1.0:
+            return (
+                WRONG_SCALE,
+                "its alpha is left out, because its names have transformer. before them",
+            )
         if module.home.module == "final_layer.adaLN_modulation.1" and not module.place.flat:
             return WRONG_VALUES, "the halves of its A are exchanged, and not only those of its B"
         return None
 
     @staticmethod
+    def _judge_z_image(module: Adapted) -> Verdict:
+        name = module.home.module
+        if name.startswith(("x_embedder", "final_layer")):
+            return IGNORED, "no converter knows Z-Image's own names of its first and last layer"
+        if (
+            name.endswith(("attention.qkv", "attention.out"))
+            and "lora_A" in module.tensors.spellings
+        ):
+            return IGNORED, "Z-Image's own names of attention are converted with lora_down alone"
+        return None
+
+    @staticmethod
+    def _judge_flux2(view: ImageFileView, module: Adapted) -> Verdict:
+        name = module.home.module
+        if "lora_down" in view.spellings:
+            if module.place.prefix != "lora_unet_" or module.home.layout != "bfl":
+                return IGNORED, "with lora_down, only lora_unet_ and FLUX.2's own names are known"
+            if name.startswith("guidance_in.") or "modulation" in name.casefold():
+                return IGNORED, "its converter of kohya's names does not know this module"
+        elif name == "final_layer.adaLN_modulation.1":
+            return WRONG_VALUES, "the halves of its A are exchanged, and not only those of its B"
+        elif f"{module.stem}.lora_A.default.weight" in view.keys:
+            return IGNORED, "names with .default. are not known of FLUX.2"
+        return None
+
+    @staticmethod
     def _judge_unet(view: ImageFileView, module: Adapted) -> Verdict:
-        if not module.place.prefix and module.home.component == DENOISER:
-            return IGNORED, "its name does not begin with 'unet.'"
         names = {m.home.layout for m in view.modules if m.home.component == DENOISER}
         if module.place.flat and module.home.layout == "ldm" and "diffusers" in names:
             return (
@@ -256,23 +440,6 @@ class DiffusersRules:
                     WRONG_SCALE,
                     f"it gets the most common alpha, {usual:g}, because its own is looked up by another name",
                 )
-        return None
-
-    @staticmethod
-    def _judge_rank(view: ImageFileView, module: Adapted) -> Verdict:
-        if "lora_A" not in module.tensors.spellings or "lora_adapter_metadata" in view.metadata:
-            return None
-        if any(key.endswith(".alpha") for key in view.keys):
-            return None
-        ranks = Counter(
-            m.delta.rank for m in view.modules if m.home.component == module.home.component
-        )
-        usual = ranks.most_common(1)[0][0]
-        if module.delta.rank != usual:
-            return (
-                WRONG_SCALE,
-                f"without metadata all modules get the most common rank, {usual}, as alpha",
-            )
         return None
 
 
