@@ -1,10 +1,10 @@
-"""Whether an adapter's tensors fit its base where no rule looks: rows of the vocabulary, and dims."""
+"""Whether an adapter's tensors fit its base where no rule looks: rows of the vocabulary, dims, what is saved whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.base_weights import BaseWeights, spellings
 from regraft.adapters.detect import Known
 from regraft.dialects.peft.saved import TOKENS, token_rows
 from regraft.dialects.peft.scan import PREFIX, Scan
@@ -14,24 +14,91 @@ from regraft.errors import BadInputError, Finding
 _OF_TOKENS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
 """What models call the modules that have a row for every token."""
 
+_CONFIG_OF_WEIGHTS = "use the adapter_config.json that was saved with these weights"
+
 _MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
 """Model types whose embedding has rows beyond the vocabulary (transformers, ``modeling_mllama.py``)."""
 
 
 def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> None:
-    """Compare rows of the vocabulary, and dims, with the base's tensors and with its config.
+    """Compare rows of the vocabulary, dims, and what is saved whole, with the base's tensors and with its config.
 
     Raises ``BadInputError``.
     """
-    if known.model is None:
-        return
-    findings = [
-        *_odd_rows(scan, source, known, base),
-        *_odd_tokens(scan, source, known, base),
-        *_odd_dims(scan, source, base),
-    ]
+    findings = [*_odd_indices(scan, source), *_unsaved(source, base)]
+    if known.model is not None:
+        findings += [
+            *_odd_rows(scan, source, known, base),
+            *_odd_tokens(scan, source, known, base),
+            *_odd_dims(scan, source, base),
+        ]
     if findings:
         raise BadInputError(findings)
+
+
+def _odd_indices(scan: Scan, source: Source) -> Iterator[Finding]:
+    """Trained tokens that the config names and the file has not, or in another number."""
+    given = source.config.get("trainable_token_indices")
+    tensors = list(source.tensors.values())
+    any_there = False
+    for other in scan.others:
+        if not other.keys.template.endswith(TOKENS):
+            continue
+        for name, number in zip(other.keys.names(), other.keys.ids.tolist(), strict=True):
+            any_there = True
+            rows = token_rows(source.config, f"{name.removesuffix(TOKENS)}.weight")
+            shape = tensors[number].shape
+            if isinstance(rows, list) and shape[:1] != (len(rows),):
+                yield Finding(
+                    "shape",
+                    f"it has shape {list(shape)}, and trainable_token_indices names {len(rows)} tokens",
+                    where=source.where,
+                    key=PREFIX + name,
+                    fix=_CONFIG_OF_WEIGHTS,
+                )
+    if given and not any_there:
+        yield Finding(
+            "missing",
+            "it names trained tokens, and the weights have none: PEFT would not load it",
+            where=source.where,
+            key="trainable_token_indices",
+            fix=_CONFIG_OF_WEIGHTS,
+        )
+
+
+def _unsaved(source: Source, base: BaseWeights) -> Iterator[Finding]:
+    """Modules of the base that the config says were saved, and of which the file has nothing.
+
+    An entry that names no module of the base does nothing. Where the base's names are not at hand, nothing is said.
+    """
+    entries = source.config.get("modules_to_save") or []
+    modules = {path for name in base.names() for path in _paths(name)} if entries else ()
+    there = {
+        spelled
+        for group in (source.saved() if modules else ())
+        for name in (() if group.rows else group.keys.names())
+        for path in _paths(name)
+        for spelled in spellings(path)
+    }
+    for entry in entries:
+        lacking = sorted(m for m in modules if m.endswith(entry) and m not in there)
+        if lacking:
+            more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            yield Finding(
+                "missing",
+                f"modules_to_save names {entry!r}, and the file has no tensor of {lacking[0]}{more}: PEFT would not "
+                "load it",
+                where=source.where,
+                key="modules_to_save",
+                fix=_CONFIG_OF_WEIGHTS,
+            )
+
+
+def _paths(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, from the outermost."""
+    segments = name.split(".")
+    for end in range(1, len(segments)):
+        yield ".".join(segments[:end])
 
 
 def _odd_dims(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]:

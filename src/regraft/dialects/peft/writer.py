@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import Family
 from regraft.adapters.form import Array, Blob, Images, Saved, Written
@@ -124,7 +125,7 @@ class PeftWriter(Struct, frozen=True, dict=True):
         if source.plain and result.written:
             writer = ConfigWriter(config, result, self.known.model, self.side)
             config = writer.write(self.packing)
-        self._write_entries(config, saved, entries)
+        self._write_entries(config, saved, entries, [each.module for each in result.written])
         before = self._lora_config_before(result, config, saved)
         if before is not None:
             return before
@@ -140,14 +141,32 @@ class PeftWriter(Struct, frozen=True, dict=True):
         return config
 
     def _write_entries(
-        self, config: dict[str, Any], saved: Sequence[Saved], entries: Sequence[str]
+        self,
+        config: dict[str, Any],
+        saved: Sequence[Saved],
+        entries: Sequence[str],
+        tuned: Sequence[str],
     ) -> None:
-        """``modules_to_save`` and ``trainable_token_indices``, where they change."""
-        if list(entries) != self._own_entries:
-            config["modules_to_save"] = list(entries)
+        """``modules_to_save`` and ``trainable_token_indices``, where they change; ``tuned`` modules are adapted."""
+        kept = self._that_save(entries, saved, tuned)
+        if kept != self._own_entries:
+            config["modules_to_save"] = kept
         tokens = rename_tokens(self.source.config, saved)
         if tokens is not None:
             config["trainable_token_indices"] = tokens
+
+    def _that_save(
+        self, entries: Sequence[str], saved: Sequence[Saved], tuned: Sequence[str]
+    ) -> list[str]:
+        """Entries of ``modules_to_save`` without those that saved nothing and would name a module here."""
+        names = [item.new for item in saved if not item.rows]
+        idle = [e for e in entries if all(owner_of(name, e) is None for name in names)]
+        if not idle:
+            return list(entries)
+        there = [f"{module}.weight" for module in tuned]
+        there += BaseWeights.of(self.known, self.to.name).names()
+        named = {e for e in idle if any(owner_of(name, e) is not None for name in there)}
+        return [entry for entry in entries if entry not in named]
 
     def _lora_config_before(
         self, result: Result, config: Mapping[str, Any], saved: Sequence[Saved]
@@ -189,7 +208,8 @@ class PeftWriter(Struct, frozen=True, dict=True):
                 renamed,
                 self.side,
             )
-        self._write_entries(config, saved, entries)
+        tuned = [key.removesuffix(".weight") for key in carried.parts]
+        self._write_entries(config, saved, entries, tuned)
         before = self._family_config_before(carried, family, config, saved)
         result.tensors.update(write_saved(saved, result.wrappers))
         blob = Blob(config if before is None else before, result.tensors)
