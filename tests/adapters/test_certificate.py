@@ -402,7 +402,23 @@ def test_what_only_a_config_says_is_compared(field, value, tmp_path):
     adapter, out = converted(name, tmp_path)
     assert verify_adapters(adapter, out, base_of(name)).equal
     configured(out, **{field: value})
-    (found,) = verify_adapters(adapter, out, base_of(name)).differences
+    if field == "layer_replication":
+        (found,) = verify_adapters(adapter, out, base_of(name)).differences
+        assert found.key == "adapter_config.json"
+        return
+    for pair in ((adapter, out), (out, out)):  # PEFT would not load it, so it is wrong in itself
+        with pytest.raises(regraft.BadInputError) as caught:
+            verify_adapters(*pair, base_of(name))
+        assert [f.key for f in caught.value.findings] == [field]
+
+
+def test_what_is_named_as_saved_is_compared_without_the_base_s_weights(tmp_path):
+    name = "mixtral__gud_attn"
+    adapter, out = converted(name, tmp_path)
+    configured(out, modules_to_save=["lm_head"])
+    config = tmp_path / "config.json"
+    config.write_bytes((base_of(name) / "config.json").read_bytes())
+    (found,) = verify_adapters(adapter, out, config).differences
     assert found.key == "adapter_config.json"
 
 

@@ -65,6 +65,15 @@ def test_what_named_no_module_names_none_afterwards(tmp_path, weights):
     assert config["modules_to_save"] == []
 
 
+@pytest.mark.parametrize("entry", ["experts", "mlp"])
+def test_experts_that_are_adapted_and_named_as_saved(tmp_path, entry):
+    regraft.convert(CASE, tmp_path / "new", to=V5, model=BASE)
+    path = tmp_path / "new" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": [entry]}))
+    with pytest.raises(BadInputError, match=f"names '{entry}', and the file has no tensor of"):
+        regraft.convert(tmp_path / "new", tmp_path / "out", to=V4, model=BASE)
+
+
 @pytest.mark.parametrize("given", [[4, 5], {"embed_tokens": [3]}])
 @pytest.mark.parametrize("model", [BASE, BASE / "config.json"])
 def test_trained_tokens_that_are_not_in_the_file(tmp_path, given, model):

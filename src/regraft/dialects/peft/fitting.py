@@ -9,6 +9,7 @@ from regraft.adapters.detect import Known
 from regraft.dialects.peft.saved import TOKENS, token_rows
 from regraft.dialects.peft.scan import PREFIX, Scan
 from regraft.dialects.peft.source import Source
+from regraft.dialects.peft.targeting import Targeting
 from regraft.errors import BadInputError, Finding
 
 _OF_TOKENS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
@@ -25,7 +26,7 @@ def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> No
 
     Raises ``BadInputError``.
     """
-    findings = [*_odd_indices(scan, source), *_unsaved(source, base)]
+    findings = [*_odd_indices(scan, source), *_unsaved(scan, source, base)]
     if known.model is not None:
         findings += [
             *_odd_rows(scan, source, known, base),
@@ -66,10 +67,11 @@ def _odd_indices(scan: Scan, source: Source) -> Iterator[Finding]:
         )
 
 
-def _unsaved(source: Source, base: BaseWeights) -> Iterator[Finding]:
+def _unsaved(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]:
     """Modules of the base that the config says were saved, and of which the file has nothing.
 
-    An entry that names no module of the base does nothing. Where the base's names are not at hand, nothing is said.
+    An entry that names no module of the base does nothing; one that names adapted modules leaves them out, which is
+    said where they are read. Where the base's names are not at hand, nothing is said.
     """
     entries = source.config.get("modules_to_save") or []
     modules = {path for name in base.names() for path in _paths(name)} if entries else ()
@@ -80,7 +82,12 @@ def _unsaved(source: Source, base: BaseWeights) -> Iterator[Finding]:
         for path in _paths(name)
         for spelled in spellings(path)
     }
+    holders = [one.rpartition(".")[0] for one in source.config.get("target_parameters") or []]
+    adapted = [name for each in (*scan.pairs, *scan.tuned) for name in each.modules.names()]
+    adapted = [name for name in adapted if not any(name.endswith(end) for end in holders if end)]
     for entry in entries:
+        if any(Targeting({"modules_to_save": [entry]}).left_out_by(name) for name in adapted):
+            continue
         lacking = sorted(m for m in modules if m.endswith(entry) and m not in there)
         if lacking:
             more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
