@@ -172,7 +172,7 @@ def saved_experts(model_type):
         path + "gate_up_proj": np.ones((4, 2 * inner, HIDDEN), np.float32),
         path + "down_proj": np.ones((4, HIDDEN, inner), np.float32),
     }
-    return tensors, {"model_type": model_type, "version": "0.21.2", "modules_to_save": ["experts"]}
+    return tensors, {"model_type": model_type, "version": "0.21.2", "modules_to_save": ["mlp.experts"]}
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "ernie4_5_moe"])
@@ -204,7 +204,7 @@ def test_saved_experts_are_named_one_by_one_beside_dense_layers_and_shared_exper
     assert not [path for path in others if path.endswith(tuple(entries))]
     regraft.convert(tmp_path / "out", tmp_path / "back", to=V5, model=BASES / model_type)
     again, config = read(tmp_path / "back")
-    assert config["modules_to_save"] == ["experts"]
+    assert config["modules_to_save"] == ["mlp.experts"]
     assert again.keys() == source.keys()
     assert all(same_bits(again[key], source[key]) for key in source)
 
