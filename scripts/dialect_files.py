@@ -471,6 +471,7 @@ def _torchtune(path: Path) -> float:
     )
 
 
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _DOWN = re.compile(r"(.*?)(\.lora_A\.weight|\.lora_down\.weight|_lora[12]?\.down\.weight)")
 
 
@@ -488,8 +489,8 @@ def _image(path: Path) -> float | None:
         alpha: Any = len(down)
         if f"{match[1]}.alpha" in tensors:
             alpha = float(tensors[f"{match[1]}.alpha"].reshape(-1)[0])
-        elif f"{component}.r" in said:
-            usual = said.get(f"{component}.lora_alpha", len(down))
+        elif any(f"{component}.{name}" in said for name in _SCALING):
+            usual = said.get(f"{component}.lora_alpha", 8)  # PEFT's own, as diffusers loads it
             alpha = pick({"p": said.get(f"{component}.alpha_pattern")}, "p", module, usual)
         read |= {name, up, f"{match[1]}.alpha"}
         flat = [x.reshape(len(x), -1) if x.size else x for x in (tensors[up], down)]

@@ -172,7 +172,11 @@ def saved_experts(model_type):
         path + "gate_up_proj": np.ones((4, 2 * inner, HIDDEN), np.float32),
         path + "down_proj": np.ones((4, HIDDEN, inner), np.float32),
     }
-    return tensors, {"model_type": model_type, "version": "0.21.2", "modules_to_save": ["mlp.experts"]}
+    return tensors, {
+        "model_type": model_type,
+        "version": "0.21.2",
+        "modules_to_save": ["mlp.experts"],
+    }
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "ernie4_5_moe"])

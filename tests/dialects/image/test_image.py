@@ -133,6 +133,16 @@ def test_parts_of_unequal_scale_share_one(convert):
     check(read_pairs(made), {"diffusion_model.double_blocks.0.img_attn.qkv": np.concatenate(want)})
 
 
+def test_a_header_that_does_not_say_the_rank(convert):
+    """diffusers gives the header to PEFT, whose own rank is 8, and cannot load factors of another one."""
+    down, up = pair(H, H)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 3})}
+    with pytest.raises(regraft.BadInputError, match="gives it 8"):
+        convert(tensors, "kohya", header, source="flux")
+
+
 def test_the_names_of_several_families_are_asked_about(convert):
     """Blocks are named alike by diffusers in FLUX and others, and their own names differ."""
     down, up = pair(H, H)
@@ -249,7 +259,11 @@ def test_alpha_of_the_header_only_gets_keys(convert):
     made, _ = convert(tensors, "kohya", {"lora_adapter_metadata": json.dumps(said)}, source="sd15")
     (alpha,) = (float(t) for key, t in made.items() if key.endswith(".alpha"))
     assert alpha == 8
-    said["unet.use_rslora"] = True
+    del said["unet.lora_alpha"]
+    made, _ = convert(tensors, "kohya", {"lora_adapter_metadata": json.dumps(said)}, source="sd15")
+    (alpha,) = (float(t) for key, t in made.items() if key.endswith(".alpha"))
+    assert alpha == 8, "PEFT's own, which diffusers leaves to it"
+    said |= {"unet.lora_alpha": 8, "unet.use_rslora": True}
     made, _ = convert(tensors, "kohya", {"lora_adapter_metadata": json.dumps(said)}, source="sd15")
     np.testing.assert_allclose(
         next(iter(read_pairs(made).values())), product(down, up, 8 / np.sqrt(2)), rtol=1e-6

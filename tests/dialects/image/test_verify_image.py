@@ -136,7 +136,8 @@ def test_alpha_in_the_header_counts(file, tmp_path, capsys):
     header["lora_adapter_metadata"] = json.dumps(said)
     spoilt = file("spoilt", open_tensors(made), header)
     assert main(["verify", str(src), str(spoilt)]) == 4
-    assert "relative error 1)" in " ".join(capsys.readouterr().out.split())
+    # diffusers gives the header to PEFT, whose own alpha is 8.
+    assert "relative error 7)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_missing_and_what_is_too_much(file, tmp_path):

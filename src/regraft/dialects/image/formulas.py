@@ -18,6 +18,7 @@ import numpy as np
 
 from regraft.adapters.families.base import Wide
 from regraft.adapters.form import Array
+from regraft.dialects.image.header import READ, USUAL
 from regraft.storage.expressions import expression
 from regraft.storage.json_files import told_in_json
 
@@ -72,10 +73,10 @@ def said_alpha(
         for pattern, alpha in (settings.get(name) or {}).items():
             if expression(rf"(.*\.)?({pattern})$", "alpha_pattern").match(module):
                 return float(alpha), bool(settings.get(f"{component}.use_rslora"))
-        usual = settings.get(f"{component}.lora_alpha")
-        if usual is not None:
-            return float(usual), bool(settings.get(f"{component}.use_rslora"))
-        return None, False
+        if not any(f"{component}.{name}" in settings for name in READ):
+            return None, False
+        usual = settings.get(f"{component}.lora_alpha", USUAL["lora_alpha"])
+        return float(usual), bool(settings.get(f"{component}.use_rslora"))
     name = "ss_network_alpha" if spellings == {"lora_down"} else "alpha"
     try:
         plain = not keyed and spellings <= {"lora_down", "lora_A"} and name in metadata

@@ -17,12 +17,15 @@ from regraft.values import replace
 ADAPTER_METADATA = "lora_adapter_metadata"
 """diffusers' entry of the header: the PEFT config of each component, as JSON with prefixed keys."""
 
-_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""The fields of a component's config that say how its factors are scaled."""
 _UNSAID = ("", "none")
+USUAL: Mapping[str, Any] = {"r": 8, "lora_alpha": 8}
+"""What PEFT takes where a config has one of its fields and not these: diffusers hands the header's config to it."""
 
 
 def settings_of(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
-    """The PEFT config of each component that a header has.
+    """The PEFT config of each component that a header has, with PEFT's own rank and alpha where it says none.
 
     Raises ``BadInputError`` with every field that has a wrong value: scales are computed from them.
     """
@@ -35,13 +38,13 @@ def settings_of(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, 
         parts.setdefault(component, {})[setting] = value
     findings = []
     for component, settings in parts.items():
-        read = {name: settings[name] for name in _READ if name in settings}
+        read = {name: settings[name] for name in READ if name in settings}
         if not read:
             continue
-        usual = {"r": 8, "lora_alpha": 8}  # PEFT's own
+        parts[component] = {**USUAL, **settings}
         findings += [
             replace(finding, key=f"{ADAPTER_METADATA}: {component}.{finding.key}", fix=_AGAIN)
-            for finding in check_fields({"peft_type": "LORA", **usual, **read}, where)
+            for finding in check_fields({"peft_type": "LORA", **USUAL, **read}, where)
         ]
     if findings:
         raise BadInputError(findings)
