@@ -345,3 +345,12 @@ def test_a_file_that_runs_code_is_refused_whole(tmp_path: Path, what: Any) -> No
     path = save(tmp_path, {"model": {"w": torch.ones(2)}, "args": {"deep": [Evil()]}})
     with pytest.raises(BadInputError, match="by which a pickle runs code"):
         read_run(path, "model")
+
+
+def test_tensors_that_share_their_bytes_are_no_way_to_fill_memory(tmp_path: Path) -> None:
+    row = torch.zeros(100_000)
+    tied = {"embed": row.view(10, 10_000), "head": row.view(10, 10_000)}
+    assert len(open_torch(save(tmp_path, tied))) == 2
+    many = save(tmp_path, {str(i): row.view(10, 10_000) for i in range(1000)})
+    with pytest.raises(BadInputError, match="share their bytes"):
+        open_torch(many)

@@ -38,6 +38,8 @@ from regraft.storage.training import STATES, which_key
 
 _FIX = "save it again as safetensors"
 _MAX_PICKLE_BYTES = 100_000_000
+_MOST_SHARED, _SMALL = 8, 1 << 26
+"""How many times a file's size its tensors may have, which may share their bytes; some bytes more are always fine."""
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 DTYPE_NAMES = {
     "float64": "F64",
@@ -263,6 +265,12 @@ def open_torch(
     total = sum(end - start for start, end in wanted)
     if total > stamp.size:
         message = f"its storages are {total} bytes, and the whole file has {stamp.size}"
+        raise BadInputError(Finding("bad-torch-file", message, where=str(path), fix=_FIX))
+    whole = sum(tensor.size for tensor in tensors.values())
+    if whole > _MOST_SHARED * stamp.size + _SMALL:
+        message = (
+            f"its tensors share their bytes: they are {whole} bytes, and the file has {stamp.size}"
+        )
         raise BadInputError(Finding("bad-torch-file", message, where=str(path), fix=_FIX))
     file, _ = open_regular(path)
     with file:

@@ -83,7 +83,8 @@ def _unsaved(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]
         for spelled in spellings(path)
     }
     holders = [one.rpartition(".")[0] for one in source.config.get("target_parameters") or []]
-    adapted = [name for each in (*scan.pairs, *scan.tuned) for name in each.modules.names()]
+    groups = [each.modules for each in scan.pairs] + [each.modules for each in scan.tuned]
+    adapted = [name for group in groups for name in group.names()]
     adapted = [name for name in adapted if not any(name.endswith(end) for end in holders if end)]
     for entry in entries:
         if any(Targeting({"modules_to_save": [entry]}).left_out_by(name) for name in adapted):
