@@ -6,7 +6,7 @@ set -euo pipefail
 
 : "${ROOM:?the environment that regraft is in}"
 mapfile -t sources < <(printf '%s\n' "${CHECK_PATH:-.}" | sed '/^[[:space:]]*$/d')
-options=(--offline --progress none)
+options=(--offline --progress none --accept-unproven)
 [[ -z "${CHECK_FOR:-}" ]] || options+=(--for "$CHECK_FOR")
 [[ -z "${CHECK_MODEL:-}" ]] || options+=(--model "$CHECK_MODEL")
 report="$ROOM/report.json"

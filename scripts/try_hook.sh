@@ -3,6 +3,9 @@
 # adapter that does not load as it is, and with the one that regraft makes of it. Needs regraft,
 # pre-commit, git and PyPI.
 set -euo pipefail
+for program in regraft pre-commit git; do
+  command -v "$program" > /dev/null || { echo "$program is not on the path" >&2; exit 2; }
+done
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 room=$(mktemp -d)

@@ -62,6 +62,12 @@ def test_hook(tmp_path, monkeypatch, capsys):
     assert program == "regraft"
     assert main([*args, *found]) == 4
     assert "regraft convert" in capsys.readouterr().out
+    # Nothing can be tried without the base: what fits passes there, alone and among others.
+    for name in ("new", "newer"):
+        assert main(["convert", "lora", name, "--to", "transformers-v5"]) == 0
+    assert main([*args, "new"]) == main([*args, "new", "newer"]) == 0
+    assert main([*args, "new", "lora"]) == main(["check", "new"]) == 4
+    assert main(["check", "new", "newer"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ class ToolCheck(Shown):
         return [self.fix] if self.fix else []
 
     @property
+    def is_unproven(self) -> bool:
+        """What a tool does is known from its functions or its source: it always is."""
+        return False
+
+    @property
     def status(self) -> Status:
         """The exit status of the command that found it."""
         return Status.DONE if self.healthy else Status.NO

@@ -147,6 +147,11 @@ class Check(Shown):
         return not self.healthy and all(v.healthy is not False for v in self.verdicts)
 
     @property
+    def is_unproven(self) -> bool:
+        """Whether it is only not proven: all fits by names, shapes and config, and nothing was tried."""
+        return self.is_unknown and not any(verdict.findings for verdict in self.verdicts)
+
+    @property
     def of_another(self) -> str | None:
         """Why the base that was given is of another family than an adapter; ``None`` where it is not."""
         findings = (each for verdict in self.verdicts for each in verdict.findings)

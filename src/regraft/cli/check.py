@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     default=1,
     help="Several SRC: how many at once, by default one.",
 )
+@click.option(
+    "--accept-unproven",
+    is_flag=True,
+    help="Exit with 0, too, where all fits by names, shapes and config, but could not be tried.",
+)
 @options.html
 @options.json
 @options.quiet
@@ -49,6 +54,7 @@ def check(
     *,
     fail_fast: bool,
     jobs: int,
+    accept_unproven: bool,
     html: Path | None,
     json: bool,
     quiet: bool,
@@ -63,7 +69,7 @@ def check(
     Another tool is not started: its behaviour is known from its own functions, or from its source.
 
     Exit status: 0 healthy, 1 SRC cannot be read (of several: one of them), 2 usage, 4 not healthy, or not proven
-    (of several: one of them, and all can be read).
+    without --accept-unproven (of several: one of them, and all can be read).
     """
     asked = CheckOptions(**given)
     out = Output(json=json, quiet=quiet, progress=progress)
@@ -74,28 +80,34 @@ def check(
         with options.own_books(asked.rules):
             bare = replace(asked, rules=())
             if len(sources) == 1 and not sources[0].is_dir():
-                return _check_one(out, sources[0], bare, html)
+                return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
             items, deeper = find_sources(sources)
             if len(sources) == 1 and items[0].path == sources[0]:
-                return _check_one(out, sources[0], bare, html)
+                return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
             from regraft.cli.many import warn_of_rest
             from regraft.cli.pages import show_page_of_many
 
             warn_of_rest(out, (), deeper)
             tell = partial(show_page_of_many, out, html, "check", sources, asked=len(items))
-            return _check_many(out, items, bare, jobs, fail_fast=fail_fast, told=tell)
+            return _check_many(
+                out, items, bare, jobs, fail_fast=fail_fast, lenient=accept_unproven, told=tell
+            )
 
     return job
 
 
-def _check_one(out: Output, src: Path, asked: CheckOptions, html: Path | None) -> int:
+def _check_one(
+    out: Output, src: Path, asked: CheckOptions, html: Path | None, *, lenient: bool
+) -> int:
     from regraft.checking.check import check_with
     from regraft.cli.forms import tell
     from regraft.cli.pages import failure_page
+    from regraft.errors.codes import Status
 
     with failure_page(html, "check", src), out.waiting("checking", src):
         result = check_with(src, asked)
-    return tell(out, result, html, src)
+    status = tell(out, result, html, src)
+    return Status.DONE if lenient and result.is_unproven else status
 
 
 def _check_many(
@@ -105,9 +117,11 @@ def _check_many(
     jobs: int,
     *,
     fail_fast: bool,
+    lenient: bool,
     told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
     from regraft.checking.check import check_with
+    from regraft.checking.verdict import Check
     from regraft.cli.many import run_many
     from regraft.errors.codes import Status
     from regraft.views.outcome import checked
@@ -120,4 +134,18 @@ def _check_many(
             result = check_with(item.path, replace(asked, model=None))
         return checked(item.name, item.path, result, other)
 
-    return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast, told=told, bad=Status.NO)
+    def passes(outcome: SourceOutcome) -> bool:
+        result = outcome.report
+        unproven = isinstance(result, Check) and result.is_unproven
+        return outcome.good or (lenient and unproven)
+
+    return run_many(
+        out,
+        items,
+        work,
+        jobs=jobs,
+        fail_fast=fail_fast,
+        told=told,
+        passes=passes,
+        bad=Status.NO,
+    )

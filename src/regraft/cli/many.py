@@ -37,12 +37,13 @@ def run_many(
     jobs: int = 1,
     fail_fast: bool = False,
     told: Callable[[Sequence[SourceOutcome]], None] | None = None,
+    passes: Callable[[SourceOutcome], bool] = lambda outcome: outcome.good,
     bad: Status = Status.BAD_INPUT,
 ) -> int:
     """Do some work for each source; what fails does not keep the others from it, unless ``fail_fast``.
 
     With ``--json`` each outcome is a line of its own, as soon as it is there; ``told`` gets all of them. The exit
-    status is 0 where all went well, 1 where a source gave an error, and ``bad`` otherwise.
+    status is 0 where all pass, which is where all went well, 1 where a source gave an error, and ``bad`` otherwise.
     """
     done: list[SourceOutcome] = []
     for outcome in _outcomes(items, work, jobs):
@@ -53,7 +54,7 @@ def run_many(
             out.show(_line(outcome))
         if outcome.error is not None and not out.json:
             show_findings(out, f"{outcome.name}: {outcome.verdict}", outcome.error.findings)
-        if fail_fast and not outcome.good:
+        if fail_fast and not passes(outcome):
             break
     if not out.json and not out.quiet:
         _show_table(out, done, len(items))
@@ -61,7 +62,7 @@ def run_many(
         told(done)
     if any(outcome.error is not None for outcome in done):
         return Status.BAD_INPUT
-    return Status.DONE if all(outcome.good for outcome in done) else bad
+    return Status.DONE if all(map(passes, done)) else bad
 
 
 def _outcomes(
