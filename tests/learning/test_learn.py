@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from regraft.arrays.apply import apply_plan
 from regraft.cli import main
 from regraft.equation.notation import parse_equation
 from regraft.equation.sizes import shape_of
-from regraft.learning.command import write_probe
+from regraft.learning.command import Command, write_probe
 from regraft.learning.learn import learn_pairs
 from regraft.learning.pairs import Pair
 from regraft.learning.probe import DIGIT, digits, join_digits, labels
@@ -580,6 +581,92 @@ def test_a_command_that_fails(folder, capsys, command, message):
     assert main([*given, "--timeout", "1"]) == 1
     assert message in capsys.readouterr().err
     assert not book.exists()
+
+
+COPIES = """
+import pathlib, shutil, sys
+src, dst, *patterns = map(pathlib.Path, sys.argv[1:])
+dst.mkdir()
+for pattern in patterns:
+    for file in src.glob(str(pattern)):
+        shutil.copy(file, dst / ("made" + file.suffix))
+if not patterns:
+    shutil.copy(src / "pytorch_model.bin", dst)
+"""
+"""Copies the files that fit patterns, and makes nothing of none; without a pattern it wants pytorch_model.bin."""
+
+
+def python(script, *more):
+    return shlex.join([sys.executable, "-S", "-c", script, "{src}", "{dst}", *more])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "form"),
+    [
+        ([], "pytorch_model.bin"),
+        (["*.bin"], "pytorch_model.bin"),
+        (["*.safetensors"], "model.safetensors"),
+        (["*.bin", "*.safetensors"], "model.safetensors"),
+    ],
+)
+def test_a_command_is_given_the_form_that_it_reads(patterns, form):
+    state = {"a.w": numbers(0, 2, 3), "mlp.w": numbers(1, 4)}
+    command = Command(python(COPIES, *patterns), 60)
+    assert same(command.convert(state, None), state)
+    assert command.form == form
+    assert len(command.notes()) == (form == "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("script", "messages"),
+    [
+        (
+            "import os, sys; print(*os.listdir(sys.argv[1])); sys.exit(3)",
+            [
+                f"given {form}, it ended with status 3; its last lines: {form}"
+                for form in ("model.safetensors", "pytorch_model.bin")
+            ],
+        ),
+        (
+            "raise SystemExit('one\\ntwo\\n  ^^^\\n\\n  three\\nfour')",
+            ["it ended with status 1; its last lines: two | three | four"],
+        ),
+    ],
+)
+def test_a_command_that_fails_on_both_forms_is_told_of_both(script, messages):
+    with pytest.raises(BadInputError) as caught:
+        Command(python(script), 60).convert({"a": numbers(0, 2)}, None)
+    assert [f.message for f in caught.value.findings] == messages
+
+
+SHARDS = """
+import json, sys
+from pathlib import Path
+from regraft.learning.content import open_content
+from regraft.storage.torch_write import write_torch
+src, dst = map(Path, sys.argv[1:])
+shards, index = {}, {}
+for key, x in open_content(src / "pytorch_model.bin").tensors.items():
+    name = f"pytorch_model-0000{1 + ('mlp' in key)}-of-00002.bin"
+    shards.setdefault(name, {})["my." + key] = x.typed
+    index["my." + key] = name
+dst.mkdir()
+for name, part in shards.items():
+    write_torch(dst / name, part)
+(dst / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+"""
+
+
+@pytest.mark.slow
+def test_a_command_that_reads_and_writes_torch_files(folder, capsys):
+    (folder / "shards.py").write_text(SHARDS)
+    book = folder / "book.toml"
+    given = shlex.join([sys.executable, str(folder / "shards.py"), "{src}", "{dst}"])
+    options = ["--config", str(folder / "config.json"), "--with", given, "-o", str(book)]
+    assert main(["learn", *options]) == 0
+    said = "fails on model.safetensors, and was given pytorch_model.bin instead"
+    assert said in capsys.readouterr().out
+    assert said in book.read_text()
 
 
 def test_usage(folder, capsys):

@@ -153,25 +153,27 @@ def _watched(
 ) -> Learned:
     from regraft.bridges.transformers.outlines import outlines
     from regraft.errors import BadInputError
-    from regraft.learning.command import CommandConverter
+    from regraft.learning.command import Command
     from regraft.learning.learn import learn_pairs, learn_telling
     from regraft.learning.pairs import Pair
     from regraft.learning.watch import pair_of
+    from regraft.values import replace
 
     known = outlines(config, 3, layout, fields)
-    CommandConverter(command, None, timeout).words()
+    asked = Command(command, timeout)
+    asked.words()
 
     def watched(outline: Outline, where: str) -> Pair:
-        converter = CommandConverter(command, outline.config, timeout)
         first = outline is known[0]
-        return pair_of(
-            converter,
+        pair = pair_of(
+            asked.on(outline.config),
             outline.shapes,
             outline.config,
             with_torch=False,
             where=where,
             other_values=first,
         )
+        return replace(pair, notes=(*pair.notes, *asked.notes()))
 
     def found() -> Learned:
         return learn_pairs(

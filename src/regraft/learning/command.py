@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,71 @@ import numpy as np
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.learning.content import open_content
 from regraft.storage.safetensors import write_tensors
+from regraft.storage.torch_write import write_torch
 
-_LINES = 6
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+"""The files that a probe's weights may be in. A folder has one of them, as genuine ones have."""
+_LINES = 3
+"""How many of the last lines of what a command printed are told."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandConverter:
-    """Calls a command on files with the tensors and the config of a probe.
+class _NothingMadeError(Exception):
+    """A command that made no weights of a probe; perhaps it reads the other form."""
+
+
+@dataclass(slots=True)
+class Command:
+    """A converter's command.
 
     ``{src}`` and ``{dst}`` in its words become the folder to read and the path to write; no shell sees them.
     """
 
-    command: str
-    config: Mapping[str, Any] | None
+    text: str
     timeout: float
+    """In seconds."""
+    form: str | None = None
+    """The file that it reads: it is found out in the first run, and stays the same in all others."""
 
-    def __call__(self, state: dict[str, Any]) -> Mapping[str, Any]:
-        """What the command makes of the tensors.
+    def on(self, config: Mapping[str, Any] | None) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
+        """The converter of state dicts that go with a config."""
+        return lambda state: self.convert(state, config)
 
-        Raises ``BadInputError`` where it fails, takes too long, or writes no weights.
+    def convert(
+        self, state: Mapping[str, Any], config: Mapping[str, Any] | None
+    ) -> Mapping[str, Any]:
+        """What the command makes of the tensors: as safetensors, or where it fails on that, as torch saves them.
+
+        Raises ``BadInputError`` where it fails on both, takes too long, or writes no weights.
         """
+        failed: dict[str, str] = {}
+        for form in (self.form,) if self.form else (SAFETENSORS, TORCH):
+            try:
+                made = self._made(state, config, form)
+            except _NothingMadeError as error:
+                failed[form] = str(error)
+            else:
+                self.form = form
+                return made
+        if len(set(failed.values())) == 1:
+            raise self._failed(failed.popitem()[1])
+        each = (self._failed(f"given {form}, {why}") for form, why in failed.items())
+        raise BadInputError([finding for error in each for finding in error.findings])
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known about how it was run."""
+        if self.form != TORCH:
+            return ()
+        return (f"the converter fails on {SAFETENSORS}, and was given {TORCH} instead",)
+
+    def _made(
+        self, state: Mapping[str, Any], config: Mapping[str, Any] | None, form: str
+    ) -> Mapping[str, Any]:
         with tempfile.TemporaryDirectory(prefix="regraft-learn-") as folder:
             src, dst = Path(folder) / "src", Path(folder) / "dst"
-            write_probe(src, state, self.config)
+            write_probe(src, state, config, form)
             words = [w.replace("{src}", str(src)).replace("{dst}", str(dst)) for w in self.words()]
             self._run(words, Path(folder))
-            return _read(dst, self.command)
+            return _read(dst)
 
     def words(self) -> list[str]:
         """The command's words.
@@ -49,7 +88,7 @@ class CommandConverter:
         Raises ``BadInputError`` where it does not say what to read and what to write.
         """
         try:
-            words = shlex.split(self.command)
+            words = shlex.split(self.text)
         except ValueError as error:
             raise self._failed(f"it is no command: {error}") from None
         if not all(any(hole in word for word in words) for hole in ("{src}", "{dst}")):
@@ -79,41 +118,50 @@ class CommandConverter:
             raise self._failed(f"it cannot be run: {error.strerror or error}") from None
         if done.returncode:
             text = done.stderr.strip() or done.stdout
-            raise self._failed(f"it ended with status {done.returncode}{_tail(text, folder)}")
+            raise _NothingMadeError(f"it ended with status {done.returncode}{_tail(text, folder)}")
 
     def _failed(self, message: str) -> BadInputError:
         return BadInputError(
             Finding(
                 "converter",
                 message,
-                where=self.command,
+                where=self.text,
                 fix="try it by hand on a probe (regraft probe)",
             )
         )
 
 
-def write_probe(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
-    """A probe as a folder: its weights, and the config that goes with them."""
+def write_probe(
+    folder: Path,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    form: str = SAFETENSORS,
+) -> None:
+    """A probe as a folder: its weights in a file of that name and form, and the config that goes with them."""
     folder.mkdir(parents=True)
     arrays = {key: np.ascontiguousarray(array) for key, array in state.items()}
-    write_tensors(folder / "model.safetensors", arrays, {"format": "pt"})
+    if form == TORCH:
+        write_torch(folder / form, arrays)
+    else:
+        write_tensors(folder / form, arrays, {"format": "pt"})
     if config is not None:
         (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 
 def _tail(text: str, folder: Path) -> str:
-    lines = [line for line in text.replace(str(folder), "…").splitlines() if line.strip()]
+    """The last lines that say something, in one line; marks below Python's lines say nothing."""
+    lines = [line.strip() for line in text.replace(str(folder), "…").splitlines()]
+    lines = [line for line in lines if line.strip("^~ ")]
     if not lines:
         return ", and printed nothing"
-    return "; its last lines:\n    " + "\n    ".join(lines[-_LINES:])
+    return "; its last lines: " + " | ".join(lines[-_LINES:])
 
 
-def _read(dst: Path, command: str) -> Mapping[str, Any]:
+def _read(dst: Path) -> Mapping[str, Any]:
     """The tensors that a converter wrote: a folder, a file, or the path with a suffix."""
     found = dst if dst.exists() else next(iter(sorted(dst.parent.glob("dst.*"))), None)
     if found is None:
-        message = "it ended well and wrote nothing to {dst}"
-        raise BadInputError(Finding("converter", message, where=command))
+        raise _NothingMadeError("it ended well and wrote nothing to {dst}")
     if found.is_dir():
         files = [
             p
@@ -123,8 +171,11 @@ def _read(dst: Path, command: str) -> Mapping[str, Any]:
         if len(files) == 1:
             found = files[0]
     try:
-        content = open_content(found)
+        tensors = open_content(found).tensors
     except RegraftError as error:
-        message = f"what it wrote cannot be read: {error.findings[0].message}"
-        raise BadInputError(Finding("converter", message, where=command)) from error
-    return {name: np.array(tensor.typed) for name, tensor in content.tensors.items()}
+        raise _NothingMadeError(
+            f"what it wrote cannot be read: {error.findings[0].message}"
+        ) from error
+    if not tensors:
+        raise _NothingMadeError("it ended well and wrote no tensors")
+    return {name: np.array(tensor.typed) for name, tensor in tensors.items()}
