@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import BadInputError
-from regraft.names.keys import MARK, group_names
+from regraft.names.keys import MARK, distinct_rows, group_names
 
 
 def names_back(names):
@@ -84,3 +84,17 @@ def test_every_name_comes_back(names):
 def test_numbers_stand_in_columns(rows):
     (group,) = group_names([f"l.{a}.e.{b}.w" for a, b in rows])
     assert group.numbers.tolist() == rows
+
+
+@given(st.integers(1, 3), st.lists(st.sampled_from([-1, 0, 1, 7, 2**61]), max_size=18))
+def test_distinct_rows_are_those_of_numpy(width, values):
+    rows = np.array(values[: len(values) // width * width], dtype=np.int64).reshape(-1, width)
+    first, which = distinct_rows(rows)
+    _, wanted, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    assert first.tolist() == wanted.tolist()
+    assert which.tolist() == inverse.reshape(-1).tolist()
+
+
+def test_rows_without_numbers_are_one():
+    first, which = distinct_rows(np.zeros((3, 0), dtype=np.int64))
+    assert (first.tolist(), which.tolist()) == ([0], [0, 0, 0])

@@ -648,12 +648,12 @@ class _Conversion:
     def note_scales(self, made: Sequence[Images]) -> None:
         """What happened to scales and dtypes where parts were joined."""
         loras = [lora for image in made for lora in image.loras if lora is not None]
-        folded = sum(not lora.exact for lora in loras)
+        folded = [lora.exact for lora in loras].count(False)
         if folded:
             self.notes.append(
                 f"parts of unequal scale share one now in {_count(folded, 'target')}: the ratio was folded into B"
             )
-        wider = sum(lora.b.dtype != lora.a.dtype for lora in loras)
+        wider = [lora.b.dtype == lora.a.dtype for lora in loras].count(False)
         if wider:
             self.notes.append(
                 f"B became float32 in {_count(wider, 'target')}, because the ratio is no power of two"

@@ -404,9 +404,10 @@ def _stack(contributions: list[_Contribution]) -> _Stack:
         rows = regions.setdefault(b"r" + block.rows_to[at].tobytes(), len(regions))
         columns = regions.setdefault(b"c" + block.columns_to[at].tobytes(), len(regions))
         places = []
+        scale = contribution.scale.exact
         for number in range(rank):
             same_a = by_a[columns, contribution.a[number].tobytes()]
-            same_b = by_b[rows, contribution.b[:, number].tobytes(), contribution.scale.exact]
+            same_b = by_b[rows, contribution.b[:, number].tobytes(), scale]
             shared = [
                 place
                 for place in same_a

@@ -398,7 +398,9 @@ class Delta(Struct, frozen=True, gc=False):
 
 def written_of(deltas: Iterable[Delta]) -> tuple[Written, ...]:
     """What a report says of LoRAs that were written, one for each module."""
-    return tuple(Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas)
+    return tuple(
+        [Written(d.key, d.key.removesuffix(".weight"), None, d.lora.scale) for d in deltas]
+    )
 
 
 class PlainWriter:

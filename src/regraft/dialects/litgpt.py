@@ -37,7 +37,7 @@ from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_fi
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
 from regraft.errors.extras import install_line
-from regraft.names.keys import MARK, fill_rows, one_of_each
+from regraft.names.keys import MARK, distinct_rows, fill_rows
 from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.probe import open_regular
@@ -271,12 +271,25 @@ class LitgptWriter(PlainWriter):
     added = 0
     """How many modules that are not adapted got zeros."""
 
+    on: frozenset[str] | set[str] = frozenset()
+    """The switches that are on."""
+
     @cached_property
     def cut(self) -> list[tuple[Lora, list[Lora]]]:
         """The LoRAs of qkv, and what was made of each: the report is about the whole."""
         return []
 
     def arrange(self, made: Sequence[Images]) -> Sequence[Images]:
+        """As below; the switches are noted that the result is about."""
+        images = self._arranged(made)
+        self.on = {
+            _switch(image.keys.template)
+            for image in images
+            if any(lora is not None for lora in image.loras)
+        }
+        return images
+
+    def _arranged(self, made: Sequence[Images]) -> Sequence[Images]:
         """LoRAs of one rank and scale, q, k and v apart, and zeros where LitGPT would adapt and the source does not.
 
         A part of qkv is called ``…attn.qkv.weight/q`` until the file is written.
@@ -324,10 +337,10 @@ class LitgptWriter(PlainWriter):
             rows = np.array([lora is not None for lora in image.loras], dtype=bool)
             before, _, ending = image.keys.template.partition(f"{_LAYERS}{MARK}.")
             if ending and not before:
-                numbers, layers = np.unique(
-                    image.keys.numbers[rows, 1:], axis=0, return_counts=True
-                )
-                inside.update(dict(zip(fill_rows(ending, numbers), layers.tolist(), strict=True)))
+                numbers = image.keys.numbers[rows, 1:]
+                first, which = distinct_rows(numbers)
+                names = fill_rows(ending, numbers[first])
+                inside.update(dict(zip(names, np.bincount(which).tolist(), strict=True)))
         if not inside:
             return []
         wanted = set(inside)
@@ -380,7 +393,6 @@ class LitgptWriter(PlainWriter):
             tensors[module + _A] = narrow(np.concatenate([lora.a for lora in ordered]))
             tensors[module + _B] = narrow(np.concatenate([lora.b for lora in ordered]))
         scale = deltas[0].lora.scale if deltas else Scale(1, 1)
-        on = {_switch(key) for key in one_of_each([delta.key for delta in deltas])}
         names = (*_PARTS.values(), *_FOLLOWS.values(), "lora_mlp")
         config: dict[str, Any] = {
             "dialect": "litgpt",
@@ -389,7 +401,7 @@ class LitgptWriter(PlainWriter):
             "lora_r": scale.rank,
             "lora_alpha": whole(scale.value * scale.rank),
             "lora_dropout": 0.0,
-            **{name: name in on for name in names},
+            **{name: name in self.on for name in names},
         }
         model = model_config(self.known.model_type, config_of(self.known))
         if model is not None:

@@ -23,7 +23,7 @@ from regraft.equation.sizes import (
 )
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
-from regraft.names.keys import Group, Ints
+from regraft.names.keys import Group, Ints, distinct_rows
 from regraft.planning.families import Claim, Family, Guess, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
@@ -478,7 +478,7 @@ class _Builder:
 def _all_differ(numbers: Sequence[Ints]) -> bool:
     """Whether no row of numbers is there twice."""
     rows = np.concatenate(numbers)
-    return len(np.unique(rows, axis=0)) == len(rows)
+    return len(distinct_rows(rows)[0]) == len(rows)
 
 
 def _others(group: Group) -> str:

@@ -21,7 +21,7 @@ from regraft.equation.notation import (
 )
 from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_sizes
 from regraft.errors import Finding
-from regraft.names.keys import MARK, Group, Ints
+from regraft.names.keys import MARK, Group, Ints, distinct_rows
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, entry_of, keys_of
 from regraft.rules.book import Rule
@@ -150,10 +150,7 @@ class Family:
                 hole = holes[column]
                 self.most[hole] = max(self.most.get(hole, 0), int(most.max(initial=0)))
         signature += self._target_sizes(loops)
-        _, first, kind = np.unique(
-            np.stack(signature, axis=1), axis=0, return_index=True, return_inverse=True
-        )
-        kind = kind.reshape(-1)
+        first, kind = distinct_rows(np.stack(signature, axis=1))
         for number, example in enumerate(first.tolist()):
             entry = self._entry(np.flatnonzero(kind == number), loops, placed, signature, example)
             if entry is not None:
@@ -372,12 +369,5 @@ def _join(parts: list[tuple[Ints, Ints, Ints]]) -> tuple[Ints, Ints, Ints] | Non
 def _encode(loops: list[Ints]) -> tuple[Ints, Ints]:
     """Number the distinct rows; the numbers in order of the input, and the distinct rows."""
     rows = np.concatenate(loops)
-    if not rows.shape[1]:
-        return np.zeros(len(rows), dtype=np.int64), rows[:1]
-    limits = rows.max(axis=0) + 1
-    if np.prod(limits.astype(float)) < 2**62:
-        flat = np.ravel_multi_index(tuple(rows.T), tuple(limits.tolist()))
-        _, first, codes = np.unique(flat, return_index=True, return_inverse=True)
-    else:
-        _, first, codes = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    return codes.reshape(-1).astype(np.int64), rows[first]
+    first, codes = distinct_rows(rows)
+    return codes, rows[first]

@@ -10,7 +10,7 @@ from msgspec import Struct
 from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import axes_of
 from regraft.equation.sizes import evaluate
-from regraft.names.keys import Group, Ints
+from regraft.names.keys import Group, Ints, distinct_rows
 from regraft.planning.families import Guess
 from regraft.planning.model import Scope
 from regraft.planning.plan import keys_of
@@ -79,9 +79,11 @@ def _stacks(group: Group, side: Side) -> Iterator[_Stacks]:
 def _gaps(stacks: _Stacks, sizes: list[int]) -> Iterator[Group]:
     """The gap in stacks that are all of one size."""
     inside = (stacks.stacked < np.array(sizes)).all(axis=1)
-    rows, which = np.unique(stacks.loops[inside], axis=0, return_inverse=True)
+    loops = stacks.loops[inside]
+    first, which = distinct_rows(loops)
+    rows = loops[first]
     there = np.zeros((len(rows), *sizes), dtype=bool)
-    there[(which.reshape(-1), *stacks.stacked[inside].T)] = True
+    there[(which, *stacks.stacked[inside].T)] = True
     if not there.all():
         term = stacks.term
         every = keys_of(term.term, term.rule, stacks.rests, rows, sizes, {})

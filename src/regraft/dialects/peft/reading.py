@@ -207,10 +207,9 @@ class FactorReader:
     ) -> list[tuple[int, ...]]:
         """The shape of each base tensor, out and in as its kind stores them."""
         first = scales[0].rank
-        sizes = zip(map(_SHAPE, a), map(_SHAPE, b), strict=True)
-        if scales.count(scales[0]) == len(scales) and len(found := set(sizes)) == 1:
-            (alone,) = found
-            shape = _base_shape(*alone, first, kind)
+        sizes = set(map(_SHAPE, a)), set(map(_SHAPE, b))
+        if scales.count(scales[0]) == len(scales) and all(len(found) == 1 for found in sizes):
+            shape = _base_shape(a[0].shape, b[0].shape, first, kind)
             if isinstance(shape, tuple):
                 self._check_dtypes(pairs, a, b)
                 return [shape] * len(a)
