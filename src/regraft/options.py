@@ -347,6 +347,16 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
 class CheckOptions(Options, frozen=True, kw_only=True):
     """What `regraft.check` is asked for."""
 
+    source: Annotated[
+        str | None,
+        Option(
+            "The family of SRC's model (sd3), for a LoRA of an image or video model whose names fit several.",
+            "FAMILY",
+            "source",
+            flag="--from",
+            only="adapters",
+        ),
+    ] = None
     model: Model = None
     architecture: Architecture = None
     rules: RuleBooks = ()

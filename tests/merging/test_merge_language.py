@@ -72,6 +72,16 @@ def factors(module, into, out, seed=0):
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, b @ a * 2.0
 
 
+def test_progress_is_told_in_bytes(tmp_path):
+    told = []
+    base = llama(tmp_path / "base")
+    tensors, _ = factors("model.layers.0.self_attn.q_proj", 8, 8)
+    src = peft(tmp_path / "a", tensors, target_modules=["q_proj"])
+    regraft.merge(base, [src], tmp_path / "out", progress=lambda *each: told.append(each))
+    added = [each[1:] for each in told if each[0].startswith("adding ")]
+    assert added == [(8 * 8 * 4, 8 * 8 * 4)]
+
+
 @pytest.mark.parametrize("name", ["mixtral__trainable_tokens", "mixtral__mts_head"])
 def test_the_merged_base_gives_the_outputs(name, tmp_path):
     torch = pytest.importorskip("torch")

@@ -42,7 +42,7 @@ from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
-from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
+from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, is_unknown
 from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
@@ -53,7 +53,7 @@ from regraft.report import logged
 from regraft.rules.book import Rules
 from regraft.rules.releases import layouts_of
 from regraft.rules.templates import match_group
-from regraft.sources import resolved
+from regraft.sources import Resolved, resolved
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 
@@ -68,6 +68,7 @@ def check(
     src: str | os.PathLike[str],
     *,
     tool: None = None,
+    source: str | None = None,
     model: str | os.PathLike[str] | None = None,
     to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
@@ -79,6 +80,7 @@ def check(
     src: str | os.PathLike[str],
     *,
     tool: str,
+    source: str | None = None,
     model: str | os.PathLike[str] | None = None,
     to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
@@ -89,6 +91,7 @@ def check(
     src: str | os.PathLike[str],
     *,
     tool: str | None = None,
+    source: str | None = None,
     model: str | os.PathLike[str] | None = None,
     to: LayoutName | str = "transformers-v5",
     peft: StockPeft | None = None,
@@ -101,6 +104,7 @@ def check(
         src: what `regraft.convert` takes.
         tool: what is to load it, where that is not PEFT: ``"vllm"``, ``"sglang"``, ``"unsloth"``, with ``@VERSION`` if
             one is meant. What it would do with the files as they are is told then, as a `ToolCheck`.
+        source: the family of the model (``"sd3"``), for a LoRA of an image or video model whose names fit several.
         model: the base model's folder or its ``config.json``; without it little can be told.
         to: the layout of the model that it is to be loaded into. What is installed is tried; of another layout
             only names, shapes and the config are judged.
@@ -111,7 +115,9 @@ def check(
     Raises:
         BadInputError: there is nothing to check at ``src``, or ``model`` is no config.
     """
-    asked = CheckOptions(to=tool or to, model=model, architecture=architecture, rules=rules)
+    asked = CheckOptions(
+        to=tool or to, source=source, model=model, architecture=architecture, rules=rules
+    )
     return check_with(src, asked, peft)
 
 
@@ -121,17 +127,22 @@ def check_with(
 ) -> Check | ToolCheck:
     """What `check` does, its options in one value; ``to`` may be a tool's name there."""
     with resolved(
-        src, model=asked.model, architecture=asked.architecture, rules=asked.rules
+        src,
+        source=asked.source,
+        model=asked.model,
+        architecture=asked.architecture,
+        rules=asked.rules,
     ) as found:
         path, base, checkpoint = found.path, found.model, not found.is_adapter
+        family = None if asked.source is None else _family_of_image(path, found)
         if is_tool(asked.to) and not checkpoint:
-            return check_for(path, asked.to, base)
+            return check_for(path, asked.to, base, family)
         if checkpoint and is_image(path):
             return _check_image_model(path, base, asked.to)
         if is_tool(asked.to):
             return check_for(path, asked.to, base)
         if not checkpoint and dialect_of(path).name in IMAGE:
-            return _check_image(path, base, asked.to)
+            return _check_image(path, base, asked.to, family)
         return _check(path, base, asked.to, peft)
 
 
@@ -148,7 +159,19 @@ def _check_image_model(src: Path, model: Path | None, to: str) -> Check:
     return Check(named(str(src)), tool, [check_image_checkpoint(src, model, tool)])
 
 
-def _check_image(src: Path, model: Path | None, to: str) -> Check:
+def _family_of_image(src: Path, found: Resolved) -> str:
+    """The family that was named for a LoRA of an image model.
+
+    Raises ``BadInputError`` where no family was, or the source is something else.
+    """
+    family = found.given.family
+    if not found.is_adapter or dialect_of(src).name not in IMAGE or family is None:
+        message = "--from: only for the family of a LoRA of an image or video model"
+        raise BadInputError(Finding("option", message, where=str(src), fix="leave it out"))
+    return family
+
+
+def _check_image(src: Path, model: Path | None, to: str, family: str | None) -> Check:
     """A LoRA of an image model, as diffusers takes it where no tool was named.
 
     Raises ``RefusedError`` where a layout was named: such files are for tools.
@@ -157,7 +180,7 @@ def _check_image(src: Path, model: Path | None, to: str) -> Check:
         tools = ", ".join(name for name in tool_readers() if name in _IMAGE_TOOLS)
         message = f"this is a LoRA of an image or video model, and {to} does not have these"
         raise RefusedError(Finding("dialect", message, where=str(src), fix=f"say --for {tools}"))
-    found = check_for(src, _DIFFUSERS, model)
+    found = check_for(src, _DIFFUSERS, model, family)
     verdict = Verdict("", "LORA", dialect_of(src).name, found.healthy)
     verdict.tried = f"{found.tool} {found.version}, known from {found.basis}"
     verdict.error = next(iter(found.failures), None)

@@ -27,6 +27,7 @@ from regraft.shown import Shown
 from regraft.storage.hub import how_to_find
 from regraft.storage.json_files import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
+from regraft.values import replace
 
 
 @dataclass(slots=True, repr=False)
@@ -105,7 +106,10 @@ def is_tool(name: str) -> bool:
 
 
 def check_for(
-    src: str | os.PathLike[str], tool: str, model: str | os.PathLike[str] | None = None
+    src: str | os.PathLike[str],
+    tool: str,
+    model: str | os.PathLike[str] | None = None,
+    family: str | None = None,
 ) -> ToolCheck:
     """Tell what a tool would do with an adapter as it is.
 
@@ -113,6 +117,7 @@ def check_for(
         src: the folder or the file that the tool would be given.
         tool: its name, with ``@VERSION`` if one is meant (``"vllm"``, ``"vllm@0.33.0"``).
         model: the base model's folder or its ``config.json``; without it less can be told.
+        family: of the base, for a LoRA of an image or video model whose names fit several.
 
     Raises:
         BadInputError: there is no adapter at ``src``, its files are broken, or no such tool is known.
@@ -127,7 +132,7 @@ def check_for(
                 fix="name one of these, or a layout",
             )
         )
-    files = _files(Path(src), model, reader.to)
+    files = replace(_files(Path(src), model, reader.to), family=family)
     version = _nearest(reader, asked)
     judged = reader.judge(files, version)
     result = ToolCheck(
@@ -227,6 +232,7 @@ def _find_fix(
     """The command that makes it load, where there is one: the conversion is carried out, and nothing written."""
     base = str(model) if model is not None else None
     words = ["regraft", "convert", result.source, "OUT", "--to", reader.to]
+    words += [] if files.family is None else ["--from", files.family]
     words += ["--model", base or "BASE"]
     layout = layout_named(reader.to)
     try:
@@ -235,7 +241,8 @@ def _find_fix(
         for opened in opening:
             by_itself = getattr(opened, "convert", None)
             if by_itself is not None:
-                by_itself(layout, None, None if base is None else Path(base), Options())
+                where = None if base is None else Path(base)
+                by_itself(layout, files.family, where, Options())
                 words = words[:-2] if base is None else words
                 continue
             foreign = InstalledTransformers()

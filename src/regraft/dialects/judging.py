@@ -42,6 +42,8 @@ class Files(Struct, frozen=True):
     model: ModelConfig | None = None
     """The config of the base, where it is known."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    family: str | None = None
+    """The family of the base, where it was said."""
 
     @property
     def folder(self) -> Path:

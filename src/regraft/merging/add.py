@@ -279,12 +279,20 @@ class _Adding:
     writer: Writer
     progress: Progress | None
     done: set[int] = field(default_factory=set)
+    bytes_done: int = 0
+    bytes_asked: int = field(init=False)
+    """Of all tensors that are changed."""
+
+    def __post_init__(self) -> None:
+        self.bytes_asked = int(self.base.tensors.sizes[list(self.checked.asked)].sum())
 
     def advance(self, row: int) -> None:
-        self.done.add(row)
+        if row not in self.done:
+            self.done.add(row)
+            self.bytes_done += int(self.base.tensors.sizes[row])
         if self.progress is not None:
             name = self.base.tensors.names[row]
-            self.progress(f"adding {name}", len(self.done), len(self.checked.asked))
+            self.progress(f"adding {name}", self.bytes_done, self.bytes_asked)
 
     # -- what one adapter changes
 

@@ -27,10 +27,11 @@ from regraft.dialects.image.delta import (
     SET,
     Delta,
 )
-from regraft.dialects.image.families import DENOISER
-from regraft.dialects.image.grouping import ModuleTensors, group_tensors
+from regraft.dialects.image.families import DENOISER, Family, family_named
+from regraft.dialects.image.grouping import Grouped, ModuleTensors, group_tensors
+from regraft.dialects.image.modules import names_of
 from regraft.dialects.image.prefixes import Place, place_of
-from regraft.dialects.image.read import Home, candidates, read_adapter
+from regraft.dialects.image.read import Fit, Home, candidates, read_adapter
 from regraft.dialects.judging import (
     FAILS,
     IGNORED,
@@ -76,25 +77,42 @@ class ImageFileView:
         return {s for each in self.modules for s in each.tensors.spellings}
 
 
-def look(files: Files) -> ImageFileView:
-    """A file by module, for the first family that it fits.
+def looks(files: Files) -> list[tuple[Family, ImageFileView]]:
+    """A file by module, for each family that it fits; only for those that fit its widths, where they tell.
 
     Raises what reading it raises.
     """
     tensors: dict[str, Array] = dict(files.tensors)
-    grouped = group_tensors(tensors, str(files.src))
-    fits, why = candidates(grouped, files.metadata, str(files.src))
-    adapter = read_adapter(fits[0], grouped, dict(files.metadata), str(files.src), why)
+    where = str(files.src)
+    grouped = group_tensors(tensors, where)
+    fits, why = candidates(grouped, files.metadata, where, files.family)
+    return [(fit.family, _look(fit, grouped, files, why)) for fit in _of_width(fits, grouped)]
+
+
+def _look(fit: Fit, grouped: Grouped, files: Files, why: str) -> ImageFileView:
+    adapter = read_adapter(fit, grouped, dict(files.metadata), str(files.src), why)
     modules = tuple(
-        Adapted(
-            stem, place_of(stem), module, fits[0].homes[stem], adapter.deltas[fits[0].homes[stem]]
-        )
+        Adapted(stem, place_of(stem), module, fit.homes[stem], adapter.deltas[fit.homes[stem]])
         for stem, module in grouped.modules.items()
     )
-    family = fits[0].family
-    return ImageFileView(
-        family.name, family.component == "unet", modules, tuple(tensors), files.metadata
-    )
+    unet = fit.family.component == "unet"
+    return ImageFileView(fit.family.name, unet, modules, tuple(files.tensors), files.metadata)
+
+
+_WIDTHS = {"flux": {3072}, "chroma": {3072}, "sd3": {1536, 2432}}
+"""How wide the hidden states are of the models that there are of families whose blocks are named alike."""
+_QUERY = re.compile(r"(?:.*\.)?transformer_blocks\.\d+\.attn\.to_[qkv]")
+
+
+def _of_width(fits: list[Fit], grouped: Grouped) -> list[Fit]:
+    """The families that are as wide as a file's attention; all of them where none is."""
+    seen = {
+        module.tensors["down"].shape[1]
+        for stem, module in grouped.modules.items()
+        if "down" in module.tensors and _QUERY.fullmatch(fits[0].homes[stem].module)
+    }
+    alike = [fit for fit in fits if seen & _WIDTHS.get(fit.family.name, set())]
+    return alike or fits
 
 
 class Rules(Protocol):
@@ -123,17 +141,28 @@ class ImageReader:
 
     def judge(self, files: Files, version: str) -> Judgement:
         """What it would do."""
-        judged = Judgement()
         try:
-            view = look(files)
+            views = looks(files)
         except RegraftError as error:
-            judged.failures.append(error.findings[0].message)
-            return judged
-        judged.failures += self.rules.failures(view)
+            return Judgement(failures=[error.findings[0].message])
+        found = [(family, self._judge(view)) for family, view in views]
+        worst = max((judged for _, judged in found), key=lambda each: _GRAVITY[each.verdict])
+        if len({judged.verdict for _, judged in found}) > 1:
+            said = ", ".join(f"{judged.verdict} for {family.title}" for family, judged in found)
+            worst.notes.append(
+                f"the file alone does not tell which model it is for: {said}; say which with --from"
+            )
+        return worst
+
+    def _judge(self, view: ImageFileView) -> Judgement:
+        judged = Judgement(failures=list(self.rules.failures(view)))
         for module in view.modules:
             verdict = self.rules.judge(view, module)
             judged.add(module.stem, *(verdict or (LOADED, "")))
         return judged
+
+
+_GRAVITY = {"full": 0, "partial": 1, "wrong-scale": 2, "none": 3, "fails": 4}
 
 
 # -- diffusers
@@ -214,6 +243,101 @@ def _is_converted(view: ImageFileView) -> bool:
     return any(re.match(pattern, key) for pattern in patterns for key in keys)
 
 
+def _alpha_by_pattern(view: ImageFileView, module: Adapted) -> float | None:
+    """The alpha that PEFT gives a module of a file that no converter takes; ``None`` where it has no alphas.
+
+    All get the most common one. The others are patterns that a name may end in, and the first that does counts.
+    """
+    if _is_converted(view):
+        return None
+    own = [m for m in view.modules if m.place.prefix == "transformer."]
+    alphas = {
+        m.place.module: float(m.tensors.tensors["alpha"].reshape(-1)[0])
+        for m in own
+        if "alpha" in m.tensors.tensors
+    }
+    if not alphas:
+        return None
+    usual = Counter(alphas.values()).most_common(1)[0][0]
+    name = f".{module.place.module}"
+    fits = (alpha for end, alpha in alphas.items() if alpha != usual and name.endswith(f".{end}"))
+    return next(fits, usual)
+
+
+def _has_own_name(view: ImageFileView, module: Adapted) -> bool:
+    """Whether the name of a module is diffusers' when what stands before it is taken away."""
+    family = family_named(view.family)
+    names = None if family is None else names_of(family, "diffusers")
+    found = None if names is None else names.find(module.place.module, flat=module.place.flat)
+    return found is not None and found.path == module.place.module
+
+
+def _rename_prefix(view: ImageFileView) -> Iterator[str]:
+    """LTX-Video's converter puts ``transformer.`` in the place of ``diffusion_model.``, and does nothing else."""
+    strange = [key for key in view.keys if not key.startswith("diffusion_model.")]
+    alphas = [key for key in view.keys if "lora" not in key and not key.endswith(".dora_scale")]
+    if strange:
+        yield f"ValueError: {strange[0]} does not begin with diffusion_model. as others do"
+    elif alphas:
+        yield f"ValueError: not all names contain 'lora', because it has {alphas[0]}"
+    elif not view.any(lambda m: _has_own_name(view, m)):
+        yield f"NoMatchingPeftModuleError: {view.modules[0].stem} is renamed to what the model has not"
+
+
+_LUMINA_ROWS = 2304 + 768 + 768
+"""Of the fused projection of queries, keys and values that Lumina2's converter splits."""
+_LUMINA_BLOCKS = ("noise_refiner", "context_refiner", "layers")
+_LUMINA_BLOCK = ("attention.qkv", "attention.out", *(f"feed_forward.w{n}" for n in (1, 2, 3)))
+
+
+def _take_blocks(view: ImageFileView) -> Iterator[str]:
+    """Lumina2's converter takes whole blocks of Lumina2's own names with lora_A and lora_B, and nothing else."""
+    strange = [m for m in view.modules if m.place.prefix != "diffusion_model."]
+    has = {m.place.module: m for m in view.modules if "lora_A" in m.tensors.spellings}
+    wanted = []
+    for start in _LUMINA_BLOCKS:
+        count = len({x.split(".")[1] for x in has if x.startswith(f"{start}.")})
+        leaves = _LUMINA_BLOCK + ("adaLN_modulation.1",) * (start != "context_refiner")
+        wanted += [f"{start}.{n}.{leaf}" for n in range(count) for leaf in leaves]
+    fused = [has[x] for x in wanted if x in has and x.endswith(".qkv")]
+    left = [m for m in view.modules if m.place.module not in wanted or "alpha" in m.tensors.tensors]
+    if strange:
+        yield f"KeyError: the first 16 letters of {strange[0].stem} are taken away, as of others"
+    elif absent := [x for x in wanted if x not in has]:
+        yield f"KeyError: {absent[0]} has no factors, and it takes whole blocks alone"
+    elif odd := [m for m in fused if m.tensors.tensors["up"].shape[0] != _LUMINA_ROWS]:
+        yield f"RuntimeError: the fused attention of {odd[0].stem} has not the {_LUMINA_ROWS} rows that are split"
+    elif left:
+        yield f"ValueError: {left[0].stem} is left over"
+
+
+def _split_factors(view: ImageFileView) -> Iterator[str]:
+    """HunyuanVideo's converter treats A as it treats B where it splits the refiner's attention, or swaps halves."""
+    if any(key.endswith(".alpha") for key in view.keys):
+        yield "IndexError: alpha has no dims to divide"
+    for module in view.modules:
+        name = module.place.module
+        if name.startswith("txt_in.") and name.endswith("self_attn_qkv"):
+            yield f"RuntimeError: A of {module.stem} is split in three, and not only its B"
+            return
+        if name == _LAST_SWAPPED and module.delta.algebra == LORA and _rank(module) < 2:
+            yield f"ValueError: the halves of A of {module.stem} are exchanged, and it has one row"
+
+
+def _rank(module: Adapted) -> int:
+    return int(module.tensors.tensors["down"].shape[0])
+
+
+_LAST_SWAPPED = "final_layer.adaLN_modulation.1"
+"""The last modulation, of which diffusers has the halves of its rows the other way round."""
+_CONVERTERS: dict[str, Callable[[ImageFileView], Iterator[str]]] = {
+    "ltx-video": _rename_prefix,
+    "lumina2": _take_blocks,
+    "hunyuan-video": _split_factors,
+}
+"""What a family's converter cannot take, once it is called."""
+
+
 _KOHYA_FLUX = ("lora_unet_", "lora_te", "lora_transformer_", "transformer.", "diffusion_model.")
 """What stands before names that the converter of FLUX's files with ``lora_down`` knows."""
 
@@ -243,8 +367,8 @@ class DiffusersRules:
             and not (lokr and view.family in ("flux2", "z-image"))
         ):
             yield f"ValueError: not all names contain 'lora', because it has {odd[0].delta.name}"
-        if view.family == "hunyuan-video" and any(key.endswith(".alpha") for key in view.keys):
-            yield "IndexError: alpha has no dims to divide"
+        if view.family in _CONVERTERS:
+            yield from _CONVERTERS[view.family](view)
         if view.family in ("flux", "chroma"):
             yield from self._flux(view)
         if view.family == "flux2":
@@ -349,6 +473,10 @@ class DiffusersRules:
                 return verdict
         if view.family == "flux2" and (verdict := self._judge_flux2(view, module)) is not None:
             return verdict
+        if view.family == "ltx-video" and not _has_own_name(view, module):
+            return IGNORED, "its converter renames what stands before names, and not names"
+        if view.family == "hunyuan-video" and module.place.module == _LAST_SWAPPED:
+            return WRONG_VALUES, "the halves of its A are exchanged, and not only those of its B"
         if view.family == "z-image" and (verdict := self._judge_z_image(module)) is not None:
             return verdict
         if view.unet:
@@ -393,6 +521,12 @@ class DiffusersRules:
             return (
                 WRONG_SCALE,
                 "its alpha is left out, because its names have transformer. before them",
+            )
+        alpha = _alpha_by_pattern(view, module)
+        if alpha is not None and alpha != module.delta.scale.alpha:
+            return (
+                WRONG_SCALE,
+                f"it gets alpha {alpha:g}, because alphas are looked up by how names end",
             )
         if module.home.module == "final_layer.adaLN_modulation.1" and not module.place.flat:
             return WRONG_VALUES, "the halves of its A are exchanged, and not only those of its B"
