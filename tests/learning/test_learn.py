@@ -19,6 +19,7 @@ import regraft
 from regraft import BadInputError
 from regraft.arrays.anonymous import rearrange
 from regraft.arrays.apply import apply_plan
+from regraft.bridges.transformers.outlines import outlines
 from regraft.cli import main
 from regraft.equation.notation import parse_equation
 from regraft.equation.sizes import shape_of
@@ -968,6 +969,41 @@ def test_what_depends_on_values_or_holds_at_one_size_is_no_layout_change():
 
     assert not watch(shuffled, [{"w": (6, 6)}, {"w": (18, 8)}], torch=False).sound
     assert not watch(shuffled, {"w": (16, 6)}, torch=False).sound
+
+
+@pytest.mark.parametrize("size", range(3))
+def test_groups_divide_small_channels_as_they_did(size):
+    fields = {"hidden_size": 768, "intermediate_size": 3072, "num_conv_pos_embedding_groups": 16}
+    small = shrink(fields | {"by_channel_groups": 768, "num_codevector_groups": 2}, size)
+    assert small["hidden_size"] % small["num_conv_pos_embedding_groups"] == 0
+    assert small["intermediate_size"] % small["num_conv_pos_embedding_groups"] == 0
+    assert small["by_channel_groups"] == small["hidden_size"]
+    assert small["num_codevector_groups"] == 2
+
+
+def test_channels_of_convolutions_are_made_small_and_stay_alike():
+    small = [shrink({"conv_dim": [512, 512, 1500, 64, 128]}, size)["conv_dim"] for size in range(3)]
+    assert [[each // min(one) for each in one] for one in small] == [[3, 3, 4, 1, 2]] * 3
+    assert len({one[0] for one in small}) == 3
+    assert shrink({"conv_dim": [3, 512]}, 0) == {"conv_dim": [3, 512]}
+
+
+@pytest.mark.parametrize("model", ["HubertModel", "Wav2Vec2Model"])
+def test_flattened_convolutions_of_speech_models_are_learned(model):
+    pytest.importorskip("transformers", minversion="5.0")
+    known = outlines(model, 2, None)
+
+    def flatten(state):
+        return {k: x.reshape(len(x), -1) if x.ndim == 3 else x for k, x in state.items()}
+
+    configs = [each.config for each in known]
+    shapes = [each.shapes for each in known]
+    book = regraft.learn_from(flatten, shapes, configs=configs, torch=False)
+    (other,) = outlines(model, 3, None)[2:]
+    state = labels(other.shapes, 5)
+    made = applied(book, state, other.config)
+    assert same(made, flatten(state))
+    assert same(applied(book, made, other.config, to="before"), state)
 
 
 def test_a_small_config_has_heads_that_agree_and_several_experts():

@@ -6,7 +6,8 @@ No two sizes of a probe are alike where the model does not ask for it, and at an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import lcm
 from typing import Any, TypeGuard
 
 SIZES = 3
@@ -16,6 +17,7 @@ _HEADS = (6, 10, 12)
 _TABLE: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"\w*per_tok\w*|\w*top_?k\w*|moe_k", (2, 2, 2)),
     (r"n_group|topk_group|num_expert_group", (1, 1, 1)),
+    (r"num_conv_pos_embeddings", (16, 26, 20)),
     (r"\w*(num_key_value_heads|n_head_kv|num_kv_heads|n_kv_heads|kv_heads)", (3, 2, 4)),
     (r"\w*(attention_heads|num_heads|n_heads?|n_head)", _HEADS),
     (r"\w*(qk_nope_head_dim)", (12, 20, 14)),
@@ -58,6 +60,7 @@ def shrink(
     """
     small: dict[str, Any] = {}
     others = _others(config)
+    grouped = _grouped(config, size)
     layers = _layers(config, size)
     for name, value in config.items():
         if _is_config(value):
@@ -65,7 +68,11 @@ def shrink(
         elif isinstance(value, list) and name.endswith("layer_types") and layers is not None:
             small[name] = _some(value, layers)
         elif isinstance(value, int) and not isinstance(value, bool):
-            small[name] = _size(name, value, size, config) * others.get(name, 1)
+            small[name] = (
+                _size(name, value, size, config) * others.get(name, 1) * grouped.get(name, 1)
+            )
+        elif _CHANNELS.fullmatch(name) and _is_sizes(value):
+            small[name] = _channels(value, size)
         else:
             small[name] = value
     small.update(fixed or {})
@@ -114,6 +121,51 @@ def _others(config: Mapping[str, Any]) -> dict[str, int]:
     return times
 
 
+def _grouped(config: Mapping[str, Any], size: int) -> dict[str, int]:
+    """By what small sizes are multiplied that groups divide: those of layers in between, which nothing else divides."""
+    counts = [
+        (value, _size(name, value, size, config))
+        for name, value in config.items()
+        if _GROUPS.fullmatch(name) and isinstance(value, int) and value > 1
+    ]
+    return {
+        name: lcm(*(few for many, few in counts if value % many == 0))
+        for name, value in config.items()
+        if _BETWEEN.fullmatch(name) and isinstance(value, int) and value > 1
+    }
+
+
+_GROUPS = re.compile(r"(?!num_(code|query|key))\w*groups")
+"""Fields that say into how many parts channels are divided."""
+_PARTS = (6, 5, 4)
+"""They divide small hidden sizes, and heads times their size."""
+_HIDDEN = re.compile(r"hidden_size|d_model|n_embd")
+_BETWEEN = re.compile(r"intermediate_size|ffn_dim|n_inner|d_ff|ffn_hidden_size|mlp_dim")
+_CHANNELS = re.compile(r"\w*(conv|tdnn)_dim")
+"""Fields that say the channels of convolutions, one after the other, which nothing else has to fit."""
+_WIDTHS = (31, 43, 37)
+"""Primes, so that no product of other fields is one of them."""
+
+
+def _is_sizes(value: object) -> TypeGuard[Sequence[int]]:
+    """Whether a field is the sizes of several layers; a short list of small numbers is something else."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 1
+        and all(isinstance(each, int) and each > max(_WIDTHS) for each in value)
+    )
+
+
+def _channels(values: Sequence[int], size: int) -> list[int]:
+    """Small sizes of layers: those that are alike stay alike, and what is larger stays so.
+
+    >>> _channels([512, 512, 1500], 0)
+    [31, 31, 62]
+    """
+    order = sorted(set(values))
+    return [_WIDTHS[size] * (order.index(value) + 1) for value in values]
+
+
 def _layers(config: Mapping[str, Any], size: int) -> int | None:
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         value = config.get(name)
@@ -130,9 +182,23 @@ def _some(values: list[Any], count: int) -> list[Any]:
     return chosen + [values[-1]] * (count - len(chosen))
 
 
+def _groups(value: int, size: int, config: Mapping[str, Any]) -> int:
+    """Into how many parts the small channels are divided; one each stays one each."""
+    for name, hidden in config.items():
+        if _HIDDEN.fullmatch(name) and isinstance(hidden, int):
+            small = [_size(name, hidden, each, config) for each in range(SIZES)]
+            if hidden == value:
+                return small[size]
+            if any(each % value for each in small):
+                return _PARTS[size]
+    return value
+
+
 def _size(name: str, value: int, size: int, config: Mapping[str, Any]) -> int:
     if value <= 1 or _KEPT.fullmatch(name):
         return value if not _KEPT.fullmatch(name) or value < 100 else value % 50 + 40
+    if _GROUPS.fullmatch(name):
+        return _groups(value, size, config)
     for pattern, sizes in _RULES:
         if pattern.fullmatch(name):
             if "key_value" in name or "kv" in name:
