@@ -277,6 +277,18 @@ def test_ia3_on_attention_is_carried_over(tmp_path, field):
     assert config[field] == ["k_proj"]
 
 
+def test_the_modules_of_a_family_are_named_where_the_source_leaves_them_to_peft(tmp_path):
+    source = {f"{PREFIX}model.layers.0.self_attn.k_proj.ia3_l": np.full((KEYS, 1), 2, np.float32)}
+    adapter = write(tmp_path / "in", source, "mixtral", peft_type="IA3", feedforward_modules=[])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config.pop("target_modules", None)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    regraft.convert(adapter, tmp_path / "out", to=V5, model=BASES / "mixtral")
+    tensors, made = read(tmp_path / "out")
+    assert tensors.keys() == source.keys()
+    assert [name.rpartition(".")[2] for name in made["target_modules"]] == ["k_proj"]
+
+
 # What was not checked
 
 

@@ -256,7 +256,7 @@ def test_an_adapter_in_its_base(tmp_path):
         for key in keys(row)
     }
     assert merged == {target.key for target in report.targets}
-    assert f"is in {len(merged)} tensors" in page.verdict.value
+    assert f"{len(merged)} tensors merged" in page.verdict.value
 
 
 def test_adapters_that_are_equal_and_not(tmp_path, capsys):

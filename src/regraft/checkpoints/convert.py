@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _SLACK = 2 << 20
+_WRITERS = 5 << 20
+"""Bytes of the modules that write, which are imported later: a dry run announces the same and never needs them."""
 _STREAMS = 8
 """Workers where the source or the result is in a store: more than cores, since they wait for the network."""
 
@@ -122,7 +124,8 @@ def convert_checkpoint(
     streams = waits or staged is not None
     cutter = None if streams else Cutter(ready.moves, ready.dtypes, ready.source.tensors)
     report = ready.report
-    report.memory = max(resident() + buffers(jobs, streams=streams) + _SLACK, peak())
+    beyond = buffers(jobs, streams=streams) + _WRITERS + _SLACK
+    report.memory = max(resident() + beyond, peak())
     if tell is not None:
         count = len(ready.layout.files)
         tell(

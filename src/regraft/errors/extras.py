@@ -55,8 +55,8 @@ def or_ask_transformers() -> str:
 def explained(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
     """The same error with a message that says what needs the package, and how to install it.
 
-    >>> print(explained(ModuleNotFoundError("", name="peft"), "regraft.load_adapter"))
-    regraft.load_adapter needs peft, which is not installed: pip install 'regraft[transformers]'
+    >>> print(explained(ModuleNotFoundError("", name="not_there"), "regraft.load_adapter"))
+    regraft.load_adapter needs not_there, which is not installed: pip install not_there
     """
     package = (error.name or "").partition(".")[0]
     if not package or is_installed(package):

@@ -38,7 +38,8 @@ def write_family_config(
     made = dict(config)
     writer = ConfigWriter(config, Result(), model, there)
     modules = {key.removesuffix(".weight"): part for key, part in parts.items()}
-    if "target_modules" in config:
+    # Where the field is absent PEFT chooses modules itself, by the old names: the result says them.
+    if modules or "target_modules" in config:
         made["target_modules"] = writer.target_modules(list(modules))
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if config.get(name) is not None:

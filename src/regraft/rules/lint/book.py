@@ -199,7 +199,10 @@ def _carries(book: Book) -> Iterator[Fault]:
             if not covers(before.term.key, key):
                 continue
             twice = covers(key, before.term.key)
-            checks = carry.term.dims != before.term.dims or carry.equation.where
+            # What the first checks as well is not lost.
+            any_sizes = len(carry.term.dims) == carry.term.ends_open
+            sizes = not any_sizes and carry.term.dims != before.term.dims
+            checks = sizes or not set(carry.equation.where) <= set(before.equation.where)
             message = (
                 f"{key} never counts: {before.term.key} ({before.where}) takes all its keys first"
             )
