@@ -123,7 +123,7 @@ def _convert(
     from regraft.bridges.peft.known import (
         LiveTransformers,
         known_model,
-        live_layout,
+        layout_in_memory,
         to_numpy,
         to_torch,
     )
@@ -131,7 +131,7 @@ def _convert(
     from regraft.dialects.peft.source import Source
 
     base = mapping.live.models[part.model].module
-    to = live_layout() if layout is None else Layout(layout)
+    to = layout_in_memory(base) if layout is None else Layout(layout)
     made: dict[str, Any] = {}
     for config, mine in _configs(mapping, part, factors):
         tensors = {PREFIX + key: to_numpy(factors[key]) for key in mine}

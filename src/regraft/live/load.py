@@ -26,6 +26,7 @@ from regraft.names.live import walk_modules
 from regraft.names.patterns import patterns
 from regraft.places import address_of, below, locate, visiting
 from regraft.planning.slices import Region, shape_of_region
+from regraft.rules.book import Rules, only_books
 from regraft.storage.stand_ins import named, remote_at
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def load_checkpoint(
     adapter: str | os.PathLike[str] | None = None,
     key_mapping: dict[str, str] | None = None,
     key: str | None = None,
+    rules: Rules = (),
 ) -> Loaded:
     """Load a checkpoint of any layout that is known into a live model, each process its own part of it.
 
@@ -58,6 +60,7 @@ def load_checkpoint(
             does, where there is no ``PeftModel`` around it.
         key_mapping: patterns and replacements of your own that come first, as ``from_pretrained`` takes them.
         key: below which key the model is in what a training run left, where several fit.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
 
     Returns:
         What was done; ``model.regraft_load`` has it, too.
@@ -71,7 +74,7 @@ def load_checkpoint(
         RefusedError: FullyShardedDataParallel (FSDP1) has flattened the model.
     """
     check_way(load, WAYS[:2])
-    with torch.inference_mode(mode=False), below(key), visiting():
+    with torch.inference_mode(mode=False), below(key), visiting(), only_books(rules):
         return _load_checkpoint(model, locate(path), possible(load), adapter, key_mapping)
 
 

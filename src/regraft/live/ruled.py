@@ -54,6 +54,15 @@ class Ruled:
 
     @cached_property
     def layout(self) -> str:
+        """The layout that the model itself has, to which each of the books leads.
+
+        Raises ``BadInputError`` where one does not.
+        """
+        edges_to(self.books, self.own_layout)
+        return self.own_layout
+
+    @cached_property
+    def own_layout(self) -> str:
         """The layout that the model itself has, by its names; the newest where they are the same in all."""
         shapes = self._own_shapes()
         try:
@@ -61,9 +70,7 @@ class Ruled:
         except AmbiguousError:
             found = None
         sides = (self.books[0].left, self.books[0].right)
-        layout = found or (RIGHT if RIGHT in sides else self.books[0].right)
-        edges_to(self.books, layout)
-        return layout
+        return found or (RIGHT if RIGHT in sides else self.books[0].right)
 
     @cached_property
     def ways(self) -> dict[str, tuple[str, ...]]:

@@ -547,7 +547,7 @@ def _is_file(path: Path | Traversable) -> bool:
 
 
 def load_book(
-    path: Path | Traversable,
+    path: str | os.PathLike[str] | Traversable,
     shown: str | None = None,
     folder: Path | Traversable | None = None,
     *,
@@ -562,6 +562,8 @@ def load_book(
 
     Raises ``BadInputError``.
     """
+    if isinstance(path, str | os.PathLike):
+        path = Path(path)
     shown = str(path) if shown is None else shown
     text = read_book(path)
     table = _convert(text, shown, _BookTable)

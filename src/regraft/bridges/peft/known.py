@@ -23,6 +23,7 @@ from regraft.arrays.lazy import Lazy
 from regraft.bridges.peft.slots import base_slots
 from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
+from regraft.bridges.transformers.making import LEFT, RIGHT
 from regraft.bridges.transformers.registry import warn_of_release
 from regraft.dialects.base import dialects
 from regraft.dialects.opening import find_source
@@ -31,9 +32,11 @@ from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, Source, find_adapters, open_adapter
 from regraft.errors import AmbiguousError, Finding
 from regraft.layouts.names import DEFAULT, Layout
-from regraft.names.live import skeleton_of
+from regraft.live.ruled import Ruled
+from regraft.names.live import skeleton_of, walk
 from regraft.planning.model import ModelConfig, TiedNames, Told
 from regraft.report import AdapterReport
+from regraft.rules.book import own_books
 from regraft.rules.releases import layout_of
 from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
@@ -195,6 +198,22 @@ def live_layout() -> Layout:
     return layout if packing == layout.usual_packing else replace(layout, packing=packing)
 
 
+def layout_in_memory(model: Any) -> Layout:
+    """The layout of a live model: where only rule books of the user's own know it, the one that its names tell.
+
+    Raises ``BadInputError`` where its names are of several layouts.
+    """
+    usual = live_layout()
+    books = [book for book in own_books() if not book.is_addition]
+    if not books or type(model).__module__.startswith("transformers."):
+        return usual
+    found = walk(model).models
+    ruled = Ruled.of(found[0], books) if len(found) == 1 and not found[0].path else None
+    if ruled is None or ruled.own_layout in (LEFT, RIGHT):
+        return usual
+    return Layout(ruled.own_layout)
+
+
 def convert_for(model: Any, source: Opened, arriving: Arriving | None = None) -> Adapter:
     """An adapter's files as PEFT has them in the layout of ``model``, a transformers model.
 
@@ -203,7 +222,7 @@ def convert_for(model: Any, source: Opened, arriving: Arriving | None = None) ->
     foreign = LiveTransformers(model)
     into = None if isinstance(source, Source) else Into(dialects()[DEFAULT], own=False)
     known = known_model(model, arriving)
-    done = convert_adapter(source, live_layout(), known, foreign=foreign, into=into)
+    done = convert_adapter(source, layout_in_memory(model), known, foreign=foreign, into=into)
     tensors = {name: to_torch(tensor) for name, tensor in done.tensors.items()}
     return Adapter(done.config, tensors, source.where, done.report)
 

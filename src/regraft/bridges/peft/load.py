@@ -26,6 +26,7 @@ from regraft.bridges.peft.place import place_tensors
 from regraft.bridges.peft.slots import wrappers_aside
 from regraft.bridges.peft.undo import undone_on_failure
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.rules.book import Rules, only_books
 from regraft.storage.hub import find_cached
 
 
@@ -37,6 +38,7 @@ def load_adapter(
     subfolder: str = "",
     hotswap: bool = False,
     is_trainable: bool = False,
+    rules: Rules = (),
 ) -> Any:
     """Load an adapter of either layout into a live model.
 
@@ -52,6 +54,8 @@ def load_adapter(
         hotswap: put the adapter in the place of a loaded one of that name, without new layers. Layers that it does
             not adapt are set to zero.
         is_trainable: leave the adapter's parameters open to training.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them. The layout of a model that
+            only they know is told by its names.
 
     Returns:
         A plain transformers model as a ``PeftModel``, of the class that the adapter's task asks for. Everything else
@@ -64,7 +68,7 @@ def load_adapter(
         RefusedError: it has no exact equivalent in this layout.
     """
     source = open_any(_found(path, subfolder))
-    with alone_with(model):
+    with only_books(rules), alone_with(model):
         place, adapter = choose(model, source)
         with alone_with(place.base):
             return _load(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ import torch
 
 from regraft.arrays.lazy import Lazy
 from regraft.bridges.peft.patches import Patch
+from regraft.bridges.transformers.imported import Imported
 from regraft.checkpoints.source import CONFIG, open_weights
-from regraft.errors import BadInputError, RegraftError
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.live.lazily import LazyFiles, by_books
 from regraft.live.load import only_by_regraft, part_of
 from regraft.live.loaded import Loaded
 from regraft.live.mapping import mapping
 from regraft.live.memory import Part, Way, collector_paused, make_parts, possible
 from regraft.live.ranks import is_sharded
+from regraft.live.ruled import Ruled
 from regraft.live.state_dict import StateDictReport, convert_model
+from regraft.names.live import LiveModel
+from regraft.rules.book import own_books
 from regraft.storage.stand_ins import named, remote_at
 
 _TAKEN = ("model", "state_dict", "checkpoint_files", "load_config")
@@ -71,7 +76,9 @@ def _load_model(original: Any, way: Callable[[], Way]) -> Any:
         usual = (model, state_dict, checkpoint_files, load_config, *args)
         how = possible(way())
         if how == "off":
-            return function(*usual, **options)
+            result = function(*usual, **options)
+            _check_made(model, result[0].missing_keys, "load is 'off'")
+            return result
         try:
             _check_can(model, state_dict, checkpoint_files, load_config)
             # What is made in inference mode can be trained no more; transformers' threads are outside of it.
@@ -85,6 +92,7 @@ def _load_model(original: Any, way: Callable[[], Way]) -> Any:
             if beyond is not None:
                 raise BadInputError(only_by_regraft(named(str(beyond)), str(reason))) from reason
             result = function(*usual, **options)
+            _check_made(model, result[0].missing_keys, str(reason))
             model.regraft_load = Loaded("off", str(reason))
             return result
         model.regraft_load = done
@@ -141,14 +149,16 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
         raise StepBackError(f"the files could not be opened: {error}") from error
     state = model.state_dict()
     with lazy.files:
-        made, unmatched = _convert(model, lazy.state_dict())
-        names = _Names(model, config, state)
+        rules = _rules_of(model)
+        is_ruled = isinstance(rules.imported, Ruled)
+        made, unmatched = _convert(rules, lazy.state_dict())
+        names = _Names(model, config, state, is_ruled=is_ruled)
         others = by_books(lazy, _folder_of(paths)) if unmatched else None
         if others is not None:
-            made, unmatched = _convert(model, others)
+            made, unmatched = _convert(rules, others)
         else:
             unmatched = [*unmatched, *names.check(lazy.source.tensors.names, made, unmatched)]
-        parts, casts = _parts(made, state, config, may_cast=lazy.source.is_remote)
+        parts, casts = _parts(made, state, config, may_cast=is_ruled or lazy.source.is_remote)
         way = "copy" if config.disable_mmap or lazy.source.is_remote else way
         tensors, amounts = make_parts(parts, lazy.source.tensors, lazy.files, way)
     info = LoadStateDictInfo(
@@ -177,15 +187,44 @@ def _folder_of(paths: Sequence[Path]) -> Path:
     return paths[0] if alone else paths[0].parent
 
 
-def _convert(model: Any, tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What is known of a model that is being loaded."""
+
+    live: LiveModel
+    imported: Imported | Ruled
+
+
+def _rules_of(model: Any) -> _Rules:
+    """What the user's rule books, or the registry, know of a model. Raises ``StepBackError`` where neither does."""
+    try:
+        found = mapping(model)
+        number = next(i for i, one in enumerate(found.live.models) if one.module is model)
+        return _Rules(found.live.models[number], found.imported[number])
+    except RegraftError as error:
+        raise StepBackError(str(error)) from error
+
+
+def _check_made(model: Any, missing: Collection[str], why: str) -> None:
+    """Raises ``BadInputError`` where transformers alone left out weights that a rule book of the user's own makes."""
+    if not missing or not own_books():
+        return
+    imported = _rules_of(model).imported
+    if isinstance(imported, Ruled) and (lost := sorted(imported.changed & set(missing))):
+        message = (
+            f"transformers loaded the model by itself and found no values for this weight: {why}"
+        )
+        fix = "load it with regraft.load_checkpoint, or convert the checkpoint with regraft.convert and load that"
+        raise BadInputError(Finding("missing", message, key=key, fix=fix) for key in lost)
+
+
+def _convert(rules: _Rules, tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], list[str]]:
     """The model's tensors, as what is to be read; and the names of the file that it has no place for.
 
     Raises ``StepBackError``.
     """
+    live, imported = rules.live, rules.imported
     try:
-        found = mapping(model)
-        number = next(i for i, one in enumerate(found.live.models) if one.module is model)
-        imported = found.imported[number]
         report = StateDictReport(imported.layout)
         unmatched: list[str] = []
         try:
@@ -199,7 +238,6 @@ def _convert(model: Any, tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], 
             made = convert_model(imported, rest, imported.layout, report)
     except RegraftError as error:
         raise StepBackError(str(error)) from error
-    live = found.live.models[number]
     placed = {place: made[key] for key in made for place in live.keys.get(key, ())}
     if len(placed) < len(made):
         lost = next(key for key in made if not live.keys.get(key))
@@ -210,10 +248,12 @@ def _convert(model: Any, tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], 
 class _Names:
     """What transformers itself makes of the names of a file, one of each kind."""
 
-    def __init__(self, model: Any, config: Any, state: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Any, config: Any, state: Mapping[str, Any], *, is_ruled: bool
+    ) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.model, self.state = model, dict(state)
+        self.model, self.state, self.is_ruled = model, dict(state), is_ruled
         self.changes = list(config.weight_mapping or ())
         self.renamings = [c for c in self.changes if isinstance(c, WeightRenaming)]
         self.converters = [c for c in self.changes if isinstance(c, WeightConverter)]
@@ -259,6 +299,9 @@ class _Names:
         if not becomes and new not in self.state:
             return True
         if new not in becomes:
+            if becomes and self.is_ruled and new not in self.state:
+                # transformers has no place for it, and a rule book of the user's own makes something of it.
+                return False
             told = ", ".join(sorted(becomes)) or "nothing"
             raise StepBackError(f"{name} becomes {new} for transformers, and {told} for regraft")
         return False
