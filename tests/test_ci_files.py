@@ -47,7 +47,7 @@ def test_files_are_of_their_schemas():
 
 
 def test_hook(tmp_path, monkeypatch, capsys):
-    """pre-commit takes the manifest; what the hook runs finds the adapter by the file that it is given."""
+    """pre-commit takes the manifest; what the hook runs finds the adapter by either file that it is given."""
     clientlib = pytest.importorskip("pre_commit.clientlib")
     (hook,) = clientlib.load_manifest(str(ROOT / ".pre-commit-hooks.yaml"))
     shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / "lora")
@@ -57,11 +57,14 @@ def test_hook(tmp_path, monkeypatch, capsys):
         for path in sorted(tmp_path.rglob("*"))
         if re.search(hook["files"], str(path.relative_to(tmp_path)))
     ]
-    assert found == ["lora/adapter_model.safetensors"]
+    assert found == ["lora/adapter_config.json", "lora/adapter_model.safetensors"]
     program, *args = hook["entry"].split()
     assert program == "regraft"
-    assert main([*args, *found]) == 4
-    assert "regraft convert" in capsys.readouterr().out
+    for given in (found, found[:1], found[1:]):
+        assert main([*args, *given]) == 4
+        told = capsys.readouterr().out
+        assert "regraft convert" in told
+        assert len(given) == 1 or "1 source: " in told
     # Nothing can be tried without the base: what fits passes there, alone and among others.
     for name in ("new", "newer"):
         assert main(["convert", "lora", name, "--to", "transformers-v5"]) == 0
@@ -75,6 +78,7 @@ def test_hook(tmp_path, monkeypatch, capsys):
     [
         (["qwen3_moe__mts_router"], "transformers-v4", 0),
         (["mixtral__gud_attn", "mixtral__rslora"], "vllm", 4),
+        ([], "transformers-v5", 1),
     ],
 )
 @pytest.mark.slow
@@ -92,7 +96,7 @@ def test_action(adapters, layout, status, tmp_path):
     outputs, summary = tmp_path / "outputs", tmp_path / "summary"
     known = {
         "ROOM": str(tmp_path / "room"),
-        "CHECK_PATH": "\n".join(str(folder / name) for name in adapters) + "\n",
+        "CHECK_PATH": "\n".join(str(folder / name) for name in adapters or ["absent"]) + "\n",
         "CHECK_FOR": layout,
         "CHECK_MODEL": "",
         "GITHUB_OUTPUT": str(outputs),
@@ -107,13 +111,16 @@ def test_action(adapters, layout, status, tmp_path):
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert done.stdout.strip() in summary.read_text(encoding="utf-8")
+    # An error is said once, and in the summary, too.
+    assert not done.stderr
+    assert done.stdout.count("no such file") == (not adapters)
     report = Path(outputs.read_text(encoding="utf-8").strip().removeprefix("report="))
     lines = report.read_text(encoding="utf-8").splitlines()
     read = (
         [json.loads(line) for line in lines] if len(adapters) > 1 else [json.loads("".join(lines))]
     )
-    assert len(read) == len(adapters)
-    assert ("regraft convert" in done.stdout) == bool(status)
+    assert len(read) == max(len(adapters), 1)
+    assert ("regraft convert" in done.stdout) == (status == 4)
 
 
 def test_steps_hand_inputs_on_by_the_environment():

@@ -70,7 +70,7 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     if address is None:
         address = _hub_address(path)
     if address is None:
-        return _joined(Path(path))
+        return _joined(adapter_of(Path(path)))
     if _OFFLINE.get() or (address.startswith("hf://") and is_offline()):
         named = parse_id(address)
         fix = (
@@ -89,6 +89,11 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
             outline.fetch()
         known = outline
     return _joined(known.path)
+
+
+def adapter_of(path: Path) -> Path:
+    """A path; of an adapter's config the folder that it is in, which is the adapter."""
+    return path.parent if path.name == "adapter_config.json" and path.is_file() else path
 
 
 def _forbidden() -> str:

@@ -23,10 +23,11 @@ from regraft.dialects.names import SourceName, layout_named, source_named
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts.names import Layout
-from regraft.places import check_there, locate, visiting
+from regraft.places import adapter_of, check_there, locate, visiting
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
 from regraft.storage.formats import is_run
+from regraft.values import replace
 
 DEPTH = 4
 """How many folders deep is looked where nothing else is said."""
@@ -117,21 +118,26 @@ def _noted(told: list[RegraftError]) -> Iterator[None]:
         told.append(error)
 
 
-def find_sources(paths: Iterable[Path], depth: int = DEPTH) -> tuple[list[Item], list[Path]]:
+def find_sources(
+    paths: Iterable[Path], depth: int = DEPTH, *, results: bool = True
+) -> tuple[list[Item], list[Path]]:
     """The adapters and checkpoints that paths stand for, and folders below ``depth`` that were not looked into.
 
     A path in which nothing is found is an item itself, so that what is wrong with it is said where it is opened.
-    Hidden files and links to folders are passed over.
+    Hidden files and links to folders are passed over. Where there will be no ``results``, what is given twice is
+    there once, and items of one name are named by as much of their paths as tells them apart.
 
     Raises:
-        BadInputError: two of them have one name, so that their results would be one.
+        BadInputError: two of them have one name, so that their ``results`` would be one.
     """
     items: list[Item] = []
     deeper: list[Path] = []
-    for path in paths:
+    for path in map(adapter_of, paths):
         found = [path] if _is_one(path) else list(_walk(path, depth, deeper))
         items += [Item(each, _name(each, path)) for each in found or [path]]
-    twice = [name for name, count in Counter(item.name for item in items).items() if count > 1]
+    if not results:
+        return _told_apart(_each_once(items)), deeper
+    twice = _twice(items)
     if twice:
         raise BadInputError(
             Finding(
@@ -144,6 +150,42 @@ def find_sources(paths: Iterable[Path], depth: int = DEPTH) -> tuple[list[Item],
             for name in twice
         )
     return items, deeper
+
+
+def _twice(items: Iterable[Item]) -> list[str]:
+    return [name for name, count in Counter(item.name for item in items).items() if count > 1]
+
+
+def _each_once(items: Iterable[Item]) -> list[Item]:
+    """The items, without those that are there already: a folder stands for the weights in it, too."""
+    named: dict[Path, Item] = {}
+    for item in items:
+        named.setdefault(Path(os.path.normpath(item.path.absolute())), item)
+    return [
+        item
+        for path, item in named.items()
+        if not (path.match("adapter_model.*") and path.parent in named)
+    ]
+
+
+def _told_apart(items: list[Item]) -> list[Item]:
+    """The items, those of one name named by the ends of their paths; no two of them are of one path."""
+    twice = set(_twice(items))
+    paths = [Path(os.path.normpath(item.path)) for item in items]
+    longest = max((len(path.parts) for path in paths), default=0)
+    named = items
+    for length in range(2, longest + 1):
+        if not _twice(named):
+            break
+        named = [
+            replace(item, name=_end(path, length)) if item.name in twice else item
+            for item, path in zip(items, paths, strict=True)
+        ]
+    return named
+
+
+def _end(path: Path, length: int) -> str:
+    return Path(*path.parts[-length:]).as_posix()
 
 
 def _name(item: Path, root: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jsonschema
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import regraft
-from regraft.checking.check import check
+from regraft.checking.check import check, check_with
 from regraft.cli import main
 from regraft.errors import BadInputError
 from regraft.sources import find_sources
@@ -209,6 +210,43 @@ def test_links_hidden_and_deep_folders_are_not_followed(loras):
     assert deeper == [loras / "deep"]
     with pytest.raises(BadInputError):
         find_sources([loras / "a", loras / "a"])
+
+
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors", "adapter_config.json"])
+def test_check_tells_sources_of_one_name_apart_by_their_paths(file, tmp_path, monkeypatch, capsys):
+    for team in ("teamA", "teamB"):
+        shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / team / "lora")
+    monkeypatch.chdir(tmp_path)
+    given = [str(Path(team, "lora", file)) for team in ("teamA", "teamB")]
+    assert main(["check", *given, *given, "--json"]) == 4
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    wanted = given if file.endswith("safetensors") else ["teamA/lora", "teamB/lora"]
+    assert [line["name"] for line in lines] == wanted
+    # Of results no two may have one name.
+    assert main(["convert", *given, "out", "--to", "transformers-v5"]) == 1
+    assert "several sources have this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_many_is_a_line_too(number, loras, monkeypatch, capsys):
+    def ended(src, asked):
+        if src.name == "dora":
+            signal.raise_signal(number)
+        return check_with(src, asked)
+
+    monkeypatch.setattr("regraft.checking.check.check_with", ended)
+    assert main(["check", str(loras), "--json"]) == 128 + number
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("name") for line in lines] == ["a", "deep/er", None]
+    assert lines[-1]["error"]["kind"] == "interrupted"
+
+
+def test_an_adapter_is_named_by_its_config(tmp_path, capsys):
+    shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / "lora")
+    given = str(tmp_path / "lora/adapter_config.json")
+    assert main(["inspect", given]) == 0
+    assert main(["convert", given, str(tmp_path / "out"), "--to", "transformers-v5"]) == 0
+    assert (tmp_path / "out/adapter_config.json").is_file()
 
 
 def kohya_file(path):

@@ -81,7 +81,7 @@ def check(
             bare = replace(asked, rules=())
             if len(sources) == 1 and not sources[0].is_dir():
                 return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
-            items, deeper = find_sources(sources)
+            items, deeper = find_sources(sources, results=False)
             if len(sources) == 1 and items[0].path == sources[0]:
                 return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
             from regraft.cli.many import warn_of_rest

@@ -18,6 +18,7 @@ from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
 from regraft.views.outcome import SourceOutcome, failure
+from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.sources import Item
@@ -109,7 +110,7 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
     counts = Counter(outcome.verdict for outcome in done)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     left = f", {asked - len(done)} not tried (--fail-fast)" if len(done) < asked else ""
-    out.show(Text(), table, Text(), Text(f"{asked} sources: {words}{left}"))
+    out.show(Text(), table, Text(), Text(f"{count_in_words(asked, 'source')}: {words}{left}"))
     hints = [outcome for outcome in done if outcome.load]
     for outcome in hints[:_LOADS]:
         out.show(Text.assemble((visible(outcome.name), NAME), f": {outcome.load}"))

@@ -130,7 +130,8 @@ def _fail_bug(out: Output, error: Exception) -> int:
 
 def _fail(out: Output, kind: str, title: str, findings: Sequence[Finding], status: Status) -> int:
     if out.json:
-        out.data({"error": {"kind": kind, "findings": [f.to_dict() for f in findings]}})
+        # On one line: of many sources, lines stand before it, each a document of its own.
+        out.line({"error": {"kind": kind, "findings": [f.to_dict() for f in findings]}})
     from regraft.cli.words import show_findings
 
     show_findings(out, title, findings)
