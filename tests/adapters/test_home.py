@@ -1,6 +1,7 @@
 """A language model's LoRA for the bigger model that has it inside, and back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,58 @@ def test_what_was_moved_out_is_equal_in_any_dialect(to, tmp_path):
     regraft.convert(text, tmp_path / "made", to=to, model=base)
     for one, other in ((big, "made"), ("made", text), ("made", big), (text, big)):
         assert regraft.verify(tmp_path / one, tmp_path / other, model=base).equal, (one, other)
+
+
+VL = GOLDEN / "cases/qwen3_vl_moe__params"
+"""The packed experts of a Qwen3-VL-MoE, whose config names its class."""
+
+
+@pytest.mark.parametrize("base", ["mixtral", "phimoe", "qwen3_moe"])
+def test_what_names_another_family_does_not_move_out(base, tmp_path):
+    """Qwen3-MoE is of its family, but its experts changed otherwise than those of the adapter."""
+    with pytest.raises(regraft.BadInputError, match="its base is qwen3_vl_moe") as caught:
+        regraft.convert(VL, tmp_path / "out", to=V5, model=GOLDEN / "bases" / base)
+    (finding,) = caught.value.findings
+    assert finding.code == "wrong-base" and base in finding.message and finding.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_against_another_family_advises_nothing():
+    (verdict,) = regraft.check(VL, model=TEXT, to=V5).verdicts
+    assert not verdict.healthy and not verdict.remedy
+    assert [finding.code for finding in verdict.findings] == ["wrong-base"]
+
+
+def test_its_own_language_model_may_have_it(tmp_path):
+    (tmp_path / "base").mkdir()
+    config = json.loads((GOLDEN / "bases/qwen3_vl_moe/config.json").read_text())["text_config"]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    report = regraft.convert(VL, tmp_path / "out", to=V5, model=tmp_path / "base", verify=True)
+    assert "its paths were moved out" in " ".join(report.notes)
+
+
+def test_of_many_it_is_converted_without_the_base_of_another(tmp_path, capsys):
+    (tmp_path / "all").mkdir()
+    shutil.copytree(VL, tmp_path / "all/vl")
+    shutil.copytree(GOLDEN / "cases/mixtral__gud_attn", tmp_path / "all/mixtral")
+    command = ["convert", str(tmp_path / "all"), str(tmp_path / "made"), "--to", V5]
+    assert main([*command, "--model", str(TEXT)]) == 0, capsys.readouterr()
+    assert all(".language_model." in name for name in names_of(tmp_path / "made/vl"))
+
+
+def test_what_names_another_family_does_not_move_in(tmp_path):
+    named = {"parent_library": "transformers.models.phimoe.modeling_phimoe"}
+    src = adapter(tmp_path / "src", auto_mapping=named)
+    with pytest.raises(regraft.BadInputError, match="its base is phimoe"):
+        regraft.convert(src, tmp_path / "out", to=V5, model=BIG)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "model."])
+def test_sizes_are_compared_where_nothing_changes(prefix, text_base, tmp_path):
+    src, config = adapter(tmp_path / "src", prefix), text_config()
+    regraft.convert(src, tmp_path / "v5", to=V5, model=text_base)
+    config["intermediate_size"] *= 2
+    (text_base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(tmp_path / "v5", tmp_path / "again", to=V5, model=text_base)
+    assert {finding.code for finding in caught.value.findings} == {"wrong-base"}

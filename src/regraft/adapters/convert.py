@@ -379,6 +379,25 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
     except AmbiguousError:
         return
     opened.check_complete(reading.adapter.headers.groups, identity.side())
+    _check_sizes(reading.adapter, identity, opened.where)
+
+
+def _check_sizes(adapter: Adapter, identity: Identity, where: str) -> None:
+    """Compare what stays in its layout with the base, as the rules that lead out of the layout do.
+
+    Raises ``BadInputError``.
+    """
+    known, edges = identity.known, identity.side().edges
+    if known.model is None or not edges:
+        return
+    step = [edge for edge in edges if edge.target == edges[0].target]
+    try:
+        build_plan(adapter.headers, step, scopes=known.scopes, partial=True, where=where)
+    except RegraftError as error:
+        # Whether all of it has a place in that other layout does not matter.
+        odd = [finding for finding in error.findings if finding.code == "wrong-base"]
+        if odd:
+            raise BadInputError(odd) from None
 
 
 # -- plan
@@ -610,6 +629,7 @@ class _Conversion:
         self.report.evidence += reading.evidence
         if not self.steps:
             self.opened.check_complete(reading.adapter.headers.groups, self.identity.side())
+            _check_sizes(reading.adapter, self.identity, self.opened.where)
         return reading.adapter
 
     def remember(

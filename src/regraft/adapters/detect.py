@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
 from regraft.rules.book import Book, books_for, is_complete, library, own_books
 from regraft.rules.direction import SIDES
+from regraft.rules.releases import layouts_of
 from regraft.rules.said import said
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
@@ -408,6 +410,46 @@ def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
                 fix="give the base model that it was trained on",
             )
         )
+
+
+def is_kin(hints: Hints, names: Names, model: ModelConfig) -> bool:
+    """Whether an adapter may move between the model that it names and one that is the other's language model.
+
+    They are of one family, and the layouts of what is adapted changed alike. A model that no book knows, as Llava,
+    has any language model inside: its name tells nothing against one.
+    """
+    named = hints.model_type
+    types = model.model_types()
+    mine = books_for([named]) if named is not None else []
+    if named is None or not mine or named in types:
+        return True
+    if _family_name(named) not in map(_family_name, types):
+        return False
+    ends = set(layouts_of("transformers"))
+    theirs = [book for book in books_for(types) if ends.issuperset(book.layouts)]
+    return all(
+        one is other or _outcome(one, names) == _outcome(other, names)
+        for one in mine
+        if ends.issuperset(one.layouts)
+        for other in theirs
+        if frozenset(one.layouts) == frozenset(other.layouts)
+    )
+
+
+_PARTS = frozenset({"vl", "omni", "thinker", "text", "model"})
+"""What a model type has besides its family's name where it is that of a big model, or of the part with the text."""
+
+
+def _family_name(model_type: str) -> str:
+    """The family of a language model, whether it is alone or inside a bigger one.
+
+    >>> [_family_name(name) for name in ("qwen3_vl_moe", "qwen3_moe", "glm4v_moe_text", "qwen2_5_vl")]
+    ['qwen3_moe', 'qwen3_moe', 'glm4_moe', 'qwen2']
+    """
+    words = [word for word in model_type.lower().split("_") if word not in _PARTS]
+    name = re.sub(r"(?<=\d)v(?=_|$)", "", "_".join(words))
+    # Qwen2.5 is of the type qwen2 where it is alone.
+    return re.sub(r"^qwen2_5(?=_|$)", "qwen2", name)
 
 
 _NAMED = "auto_mapping"

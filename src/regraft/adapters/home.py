@@ -2,7 +2,8 @@
 
 The base's config says which way: where it has other models' configs inside and the adapter's paths are those of a text
 model, they move below the module that the big model has its language model in; where it has none, they move out. A
-path that the base has already stays what it is. What belongs to a tower has no place in a text model.
+path that the base has already stays what it is. What belongs to a tower has no place in a text model, and what names
+another family than the base's moves nowhere.
 
 Source: transformers 5.23.0, the models' ``base_model_prefix`` and ``_checkpoint_conversion_mapping``; PEFT's paths.
 """
@@ -13,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from regraft.adapters.detect import Known, find_books
+from regraft.adapters.detect import Known, find_books, is_kin
 from regraft.adapters.protocol import Names, Opened
 from regraft.errors import Finding, RefusedError, RegraftError
 from regraft.names.keys import Group
@@ -52,6 +53,9 @@ def at_home(
         return _read_otherwise(opened, model, foreign) or (opened, None)
     paths = [path for group in (*names.modules, *names.tensors) for path in group.names()]
     if not paths or not names.bound:
+        return opened, None
+    if not is_kin(opened.hints(), names, model):
+        # It stays where it is, and whoever looks for its rule books says that the base is another's.
         return opened, None
     inside = has_parts(model)
     homes = [home for home in HOMES if any(path.startswith(home) for path in paths)]
