@@ -1,5 +1,6 @@
 """Classes of somebody's own on transformers, whose layouts only a rule book of their author's knows."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import regraft  # noqa: E402
+from regraft.cli import main  # noqa: E402
 
 BOOK = """
 name = "own"
@@ -165,3 +167,14 @@ def test_from_pretrained_never_goes_on_without_what_the_book_makes(book, old):
 
 def test_a_book_is_named_by_a_text_or_a_path(book):
     assert regraft.load_book(str(book)) == regraft.load_book(book)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
+def test_the_command_that_mends_it_names_the_book(kind, book, old, adapter, tmp_path):
+    """It runs as it is printed."""
+    src = adapter[0] if kind == "adapter" else old[0]
+    found = regraft.check(src, model=old[0], to="fused", rules=book)
+    words = shlex.split(found.remedy[0])
+    assert words[-2:] == ["--rules", str(book)] and main(words[1:]) == 0
+    both = regraft.check(src, model=old[0], to="fused", rules=[book, "built-in"])
+    assert shlex.split(both.remedy[0])[-4:] == ["--rules", str(book), "--rules", "built-in"]

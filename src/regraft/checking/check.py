@@ -50,7 +50,7 @@ from regraft.names.keys import group_names
 from regraft.options import CheckOptions
 from regraft.planning.model import ModelConfig
 from regraft.report import logged
-from regraft.rules.book import Rules
+from regraft.rules.book import Rules, rules_words
 from regraft.rules.releases import layouts_of
 from regraft.rules.templates import match_group
 from regraft.sources import Resolved, resolved
@@ -406,7 +406,8 @@ class _Checker:
             dst = self.src.with_suffix("")
         out = dst.with_name(f"{dst.name}-{version}")
         words = ["regraft", "convert", str(src), str(out), "--to", str(self.to)]
-        return [shlex.join(words + ([] if self.told is None else ["--model", str(self.told)]))]
+        words += [] if self.told is None else ["--model", str(self.told)]
+        return [shlex.join([*words, *rules_words()])]
 
     def tell(
         self,

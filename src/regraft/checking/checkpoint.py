@@ -26,6 +26,7 @@ from regraft.errors import RegraftError
 from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.report import CheckpointReport
+from regraft.rules.book import rules_words
 from regraft.rules.mtp import WHY as MTP
 from regraft.rules.mtp import mtp_among
 
@@ -108,7 +109,7 @@ def check_image_checkpoint(path: Path, told: Path | None, tool: str) -> Verdict:
         verdict.causes.append(f"it is in the layout {layout}, and {tool} takes the layout {other}")
         if tool == DIFFUSERS:
             verdict.causes.append("diffusers' from_single_file takes it as it is")
-        words = ["regraft", "convert", str(path), str(out), "--to", other]
+        words = ["regraft", "convert", str(path), str(out), "--to", other, *rules_words()]
         verdict.remedy = [shlex.join(words)]
     return verdict
 
@@ -176,4 +177,5 @@ def _mend(
         out = path.with_name(f"{path.stem}-{to.name.rpartition('-')[2]}")
         end = [] if told is None else ["--model", str(told)]
         words = ["regraft", "convert", str(path), str(out), "--to", to.name, *end]
+        words += rules_words()
         verdict.remedy = [shlex.join(words)]

@@ -23,6 +23,7 @@ from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
 from regraft.planning.model import ModelConfig
+from regraft.rules.book import rules_words
 from regraft.shown import Shown
 from regraft.storage.hub import how_to_find
 from regraft.storage.json_files import folder_with_config
@@ -252,7 +253,7 @@ def _find_fix(
             first = error.findings[0]
             result.no_fix = first.message + (f"; {first.fix}" if first.fix else "")
             return
-    result.fix = shlex.join(words)
+    result.fix = shlex.join([*words, *rules_words()])
 
 
 def _asks_for_base(error: RegraftError) -> bool:

@@ -56,6 +56,7 @@ from regraft.names.patterns import patterns
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
+from regraft.rules.book import rules_words
 from regraft.rules.mtp import WHY as MTP
 from regraft.rules.mtp import check_mtp
 from regraft.storage.json_files import load_json
@@ -74,7 +75,9 @@ def _way_out(path: Path, model: Path | None) -> str:
             f"{_UNUSED} (`regraft diff SRC GOOD -o fix.toml` writes one, from the same weights under good names)"
             f"{or_ask_transformers()}"
         )
-    command = shlex.join(["regraft", "diff", str(path), str(model), "-o", "fix.toml"])
+    command = shlex.join(
+        ["regraft", "diff", str(path), str(model), "-o", "fix.toml", *rules_words()]
+    )
     return (
         f"`{command}` writes a rule book from the weights that have the same values; or {_UNUSED}"
     )

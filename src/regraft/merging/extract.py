@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
 from regraft.places import check_there
 from regraft.report import logged, show_size
-from regraft.rules.book import Rules, only_books
+from regraft.rules.book import Rules, only_books, rules_words
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.said import saying
 from regraft.storage.dtypes import DTYPES
@@ -170,7 +171,10 @@ def _paired(one: Base, other: Base) -> list[tuple[str, int, int]]:
                 "other-layouts",
                 f"it is in the layout {other.layout}, and the base is in {one.layout}",
                 where=where,
-                fix=f"convert it first: regraft convert TUNED OUT --to {one.layout}",
+                fix="convert it first: "
+                + shlex.join(
+                    ["regraft", "convert", "TUNED", "OUT", "--to", str(one.layout), *rules_words()]
+                ),
             )
         )
     rows = {**_tied(one, other), **one.rows}

@@ -707,6 +707,22 @@ def own_rules() -> list[str]:
     return [f"{book.path}{origin}" for book in own_books()]
 
 
+def rules_words() -> list[str]:
+    """What a command line that is shown says of the rule books that were given; the environment's speak for themselves.
+
+    ``["--rules", "mine.toml", "--rules", "built-in"]`` for a book of the user's own before all of regraft's.
+    """
+    given = said().books
+    if not given:
+        return []
+    ours = {id(book) for book in built_in()}
+    is_all = ours <= {id(book) for book in given}
+    names = [
+        book.path if id(book) not in ours else BUILT_IN if is_all else book.name for book in given
+    ]
+    return [word for name in dict.fromkeys(names) for word in ("--rules", name)]
+
+
 def is_complete() -> bool:
     """Whether the library is all that is to be asked: books stand in for it, and not beside it."""
     given = _given()

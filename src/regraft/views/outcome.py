@@ -12,6 +12,7 @@ from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
 from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
 from regraft.report import SCHEMA_VERSION, AdapterReport, Report
+from regraft.rules.book import rules_words
 from regraft.views.loading import how_to_load
 
 Verdict = Literal[
@@ -137,7 +138,8 @@ def checked(
     if verdict != "healthy" and not result.remedy:
         hint = _hint(findings, path) or next(filter(None, reasons), "")
         if not hint and verdict == "unknown":
-            hint = f"{shlex.join(['regraft', 'check', str(path)])} --model BASE, with its base"
+            words = ["regraft", "check", str(path), *rules_words()]
+            hint = f"{shlex.join(words)} --model BASE, with its base"
     return SourceOutcome(name, str(path), None, verdict, why, result, fix=result.remedy, hint=hint)
 
 
