@@ -1,6 +1,7 @@
 """`regraft check --for TOOL`: what servers do with an adapter as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,73 @@ def packed(tmp_path_factory):
 
 def outcomes(check):
     return {target.outcome for target in check.targets}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["vllm", "sglang", "unsloth", "nemo"])
+def test_what_is_converted_for_a_tool_is_healthy_without_the_base(tmp_path, tool):
+    told = {}
+    for case in sorted((GOLDEN / "cases").iterdir()):
+        made = tmp_path / case.name
+        try:
+            regraft.convert(case, made, to=tool)
+        except regraft.RegraftError:
+            continue
+        found = regraft.check(made, tool=tool)
+        told[case.name] = (found.verdict, found.why)
+    assert len(told) > 10
+    assert {name: said for name, said in told.items() if said[0] != "full"} == {}
+
+
+@pytest.mark.parametrize(
+    "case", ["mixtral__gud_attn", "gpt_oss__params_attn", "qwen3_vl_moe__params"]
+)
+def test_the_adapter_tells_the_family_of_its_base(case):
+    src, base = golden(case)
+    alone, over = regraft.check(src, tool="vllm"), regraft.check(src, tool="vllm", model=base)
+    assert (
+        (alone.verdict, outcomes(alone)) == (over.verdict, outcomes(over)) == ("full", {"loaded"})
+    )
+
+
+def test_what_hangs_on_a_base_that_nothing_tells_is_not_known(tmp_path, capsys):
+    src = rewrite(golden("gpt_oss__params_attn")[0], tmp_path / "src", auto_mapping=None)
+    found = regraft.check(src, tool="vllm")
+    assert (found.verdict, found.healthy, found.is_unproven) == ("unknown", False, True)
+    assert outcomes(found) == {"loaded", "unknown"} and found.fix is None
+    assert any("give it with --model" in note for note in found.notes)
+    assert main(["check", str(src), "--for", "vllm"]) == 4
+    assert "Not known" in capsys.readouterr().out
+    assert main(["check", str(src), "--for", "vllm", "--accept-unproven"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["check", str(src), "--for", "vllm", "--html", str(page)]) == 4
+    assert regraft.check(src, tool="vllm", model=golden("gpt_oss__x")[1]).healthy
+
+
+def test_adapters_of_another_family_are_judged_without_the_base(tmp_path, capsys):
+    for case in ("mixtral__gud_attn", "qwen3_moe__gud", "mixtral__dora"):
+        shutil.copytree(golden(case)[0], tmp_path / "all" / case)
+    base = golden("qwen3_moe__gud")[1]
+    words = ["check", str(tmp_path / "all"), "--for", "vllm", "--model", str(base), "--json"]
+    assert main(words) == 4
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    said = {line["name"]: (line["verdict"], line["why"]) for line in lines if "name" in line}
+    assert said["qwen3_moe__gud"] == ("healthy", "")
+    assert said["mixtral__gud_attn"][0] == "healthy"
+    assert said["mixtral__dora"][0] == "not healthy"
+    for case in ("mixtral__gud_attn", "mixtral__dora"):
+        assert "without --model: its base is mixtral" in said[case][1]
+    alone = regraft.check(golden("mixtral__gud_attn")[0], tool="vllm", model=base)
+    assert not alone.healthy and not alone.is_unproven
+    assert any("its base is mixtral" in note for note in alone.notes)
+
+
+def test_a_fix_that_is_refused_is_not_offered(capsys):
+    src = golden("mixtral__dora")[0]
+    assert main(["check", str(src), "--for", "vllm"]) == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Fix:" not in said and "No fix is known" in said
+    assert "--via dense" in said and said.endswith("exact, a whole model")
 
 
 @pytest.mark.parametrize(

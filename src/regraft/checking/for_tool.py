@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.convert import convert_adapter
-from regraft.adapters.detect import load_model, model_beside
+from regraft.adapters.detect import (
+    books_by_keys,
+    find_books,
+    is_of_another,
+    load_model,
+    model_beside,
+)
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.base import dialect_of, sniffed
-from regraft.dialects.judging import Files, Outcome, ToolReader, tool_readers
+from regraft.dialects.judging import UNKNOWN, Files, Judgement, Outcome, ToolReader, tool_readers
 from regraft.dialects.names import layout_named
 from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
+from regraft.dialects.served import demands_apart, has_demands
 from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
@@ -42,7 +49,7 @@ class ToolCheck(Shown):
     basis: str
     """Where that is known from: ``run``, ``its functions, run`` or ``its source``."""
     verdict: str
-    """``full``, ``partial``, ``none``, ``fails`` or ``wrong-scale``."""
+    """``full``, ``partial``, ``none``, ``fails`` or ``wrong-scale``, or ``unknown``: it hangs on the base."""
     targets: list[Outcome] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Why it loads nothing of it."""
@@ -51,6 +58,8 @@ class ToolCheck(Shown):
     """The command that mends it."""
     no_fix: str | None = None
     """Why there is none."""
+    of_another: str | None = None
+    """Why the base that was given is of another family than the adapter; ``None`` where it is not."""
 
     @property
     def healthy(self) -> bool:
@@ -64,24 +73,24 @@ class ToolCheck(Shown):
         return "" if self.healthy else next(iter(reasons), "")
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether it would load with bases of one family and not with another's, and nothing tells which it is for."""
+        return self.verdict == UNKNOWN
+
+    @property
     def remedy(self) -> list[str]:
         """The command that mends it, where there is one."""
         return [self.fix] if self.fix else []
 
     @property
     def is_unproven(self) -> bool:
-        """What a tool does is known from its functions or its source: it always is."""
-        return False
+        """Whether it is only not proven: a tool's behaviour is known, and the base that it hangs on is not."""
+        return self.is_unknown and self.of_another is None
 
     @property
     def status(self) -> Status:
         """The exit status of the command that found it."""
         return Status.DONE if self.healthy else Status.NO
-
-    @property
-    def of_another(self) -> None:
-        """A tool is not asked whether the base is another's."""
-        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain data."""
@@ -135,24 +144,36 @@ def check_for(
         )
     files = replace(_files(Path(src), model, reader.to), family=family)
     version = _nearest(reader, asked)
-    judged = reader.judge(files, version)
+    possible = _possible_types(files, name)
+    verdict, judged = _common([reader.judge(replace(files, told=t), version) for t in possible])
     result = ToolCheck(
         str(src),
         name,
         version,
         reader.basis,
-        judged.verdict,
+        verdict,
         judged.targets,
         judged.failures,
         judged.notes,
     )
     if asked and asked != version:
         result.notes.append(f"{name} {asked} was not looked at; this is what {version} does")
-    if files.model is None and getattr(reader, "needs_base", True):
+    result.of_another = _of_another(files) if model is not None else None
+    if result.of_another is not None:
+        result.verdict = UNKNOWN if result.healthy else result.verdict
+        result.notes.append(f"{result.of_another}: give the base that it was trained on")
+    elif result.is_unknown:
         result.notes.append(
-            "the base is not known, so names were compared with none: give it with --model"
+            "whether it loads hangs on the family of the base, and nothing here tells it: give it with --model"
         )
-    if not result.healthy:
+    elif files.model is None and getattr(reader, "needs_base", True):
+        of_family = (
+            f" beyond its family ({possible[0][0]})" if len(possible) == 1 and possible[0] else ""
+        )
+        result.notes.append(
+            f"the base is not known{of_family}, so names were compared with none: give it with --model"
+        )
+    if not result.healthy and not result.is_unknown:
         _find_fix(result, reader, files, model)
     return result
 
@@ -216,6 +237,57 @@ def _named_base(src: Path, config: Mapping[str, Any] | None) -> ModelConfig | No
         return next((load_model(f) for f in map(folder_with_config, named) if f is not None), None)
 
 
+def _possible_types(files: Files, tool: str) -> list[tuple[str, ...]]:
+    """The model types that the base may have: as its config or the adapter tells, or one of each kind that fits.
+
+    The adapter tells them as it tells a conversion: by its config, then by its keys.
+    """
+    if files.model is not None:
+        return [()]
+    named, fitting = None, None
+    try:
+        opened = find_source(files.src).one()
+        if hasattr(opened, "hints") and hasattr(opened, "names"):
+            names, hints = opened.names(), opened.hints()
+            named = hints.model_type
+            fitting = [t for book in books_by_keys(names) for t in book.model_types]
+            known = find_books(names, hints, None, opened.where)
+            if known.model_type is not None:
+                return [(known.model_type,)]
+    except RegraftError:
+        pass
+    if not has_demands(tool):
+        return [(named,) if named is not None else ()]
+    kinds = demands_apart(tool, fitting or None)
+    return [tuple(filter(None, (named, kind))) for kind in kinds]
+
+
+def _common(all_judged: list[Judgement]) -> tuple[str, Judgement]:
+    """The verdict and what is said for every base that is possible; unknown where it is full for some only."""
+    verdicts = {judged.verdict for judged in all_judged}
+    if len(verdicts) == 1 or "full" not in verdicts:
+        return all_judged[0].verdict, all_judged[0]
+    full = next(judged for judged in all_judged if judged.verdict == "full")
+    fates: dict[str, set[str]] = {}
+    for target in (target for judged in all_judged for target in judged.targets):
+        fates.setdefault(target.key, set()).add(target.outcome)
+    mixed = [
+        each if len(fates[each.key]) == 1 else Outcome(each.key, UNKNOWN) for each in full.targets
+    ]
+    return UNKNOWN, Judgement(mixed, [], full.notes)
+
+
+def _of_another(files: Files) -> str | None:
+    """Why the base is of another family than the adapter's files say."""
+    try:
+        opened = find_source(files.src).one()
+        if hasattr(opened, "hints") and hasattr(opened, "names"):
+            find_books(opened.names(), opened.hints(), files.model, opened.where)
+    except RegraftError as error:
+        return next((each.message for each in error.findings if is_of_another(each)), None)
+    return None
+
+
 def _nearest(reader: ToolReader, asked: str) -> str:
     """The newest release that is known and not newer than the one that is asked for."""
     known = list(reader.versions)
@@ -257,7 +329,9 @@ def _find_fix(
 
 
 def _asks_for_base(error: RegraftError) -> bool:
-    return any("--model" in (finding.fix or "") for finding in error.findings)
+    """Whether all that is missing is the base; ``--via dense --model BASE`` is another way, not this command's lack."""
+    fixes = [finding.fix or "" for finding in error.findings]
+    return all("--model" in fix and "--via" not in fix for fix in fixes)
 
 
 __all__ = ["CONFIG", "ToolCheck", "check_for", "is_tool"]

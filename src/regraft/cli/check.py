@@ -121,6 +121,7 @@ def _check_many(
     told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
     from regraft.checking.check import check_with
+    from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.cli.many import run_many
     from regraft.errors.codes import Status
@@ -136,7 +137,7 @@ def _check_many(
 
     def passes(outcome: SourceOutcome) -> bool:
         result = outcome.report
-        unproven = isinstance(result, Check) and result.is_unproven
+        unproven = isinstance(result, Check | ToolCheck) and result.is_unproven
         return outcome.good or (lenient and unproven)
 
     return run_many(

@@ -146,6 +146,7 @@ def _line(out: Output, lead: str, text: str, style: str) -> None:
 
 _VERDICTS = {
     "full": ("Full effect", GOOD),
+    "unknown": ("Not known", WARNING),
     "partial": ("A part of it", WARNING),
     "none": ("No effect", BAD),
     "fails": ("It fails", BAD),
@@ -181,4 +182,5 @@ def show_tool(out: Output, result: ToolCheck) -> None:
             Text.assemble(("Fix:", GOOD)), Padding(Text(visible(result.fix), NAME), (0, 0, 0, 2))
         )
     elif result.no_fix:
-        _line(out, "No fix is known", result.no_fix, BAD)
+        # What can be done instead stands at its end.
+        out.show(Text.assemble(("No fix is known: ", BAD), visible(result.no_fix)))

@@ -18,12 +18,14 @@ from regraft.planning.model import ModelConfig
 
 LOADED, IGNORED, FAILS = "loaded", "ignored", "fails"
 WRONG_SCALE, WRONG_VALUES = "wrong-scale", "wrong-values"
+UNKNOWN = "unknown"
 OUTCOMES = {
     LOADED: "loaded with its full effect",
     IGNORED: "passed over, without an error",
     FAILS: "an error",
     WRONG_SCALE: "loaded with another scale",
     WRONG_VALUES: "loaded with other values",
+    UNKNOWN: "not known without the base",
 }
 """What can become of a module's LoRA."""
 
@@ -44,6 +46,13 @@ class Files(Struct, frozen=True):
     metadata: Mapping[str, str] = field(default_factory=dict)
     family: str | None = None
     """The family of the base, where it was said."""
+    told: tuple[str, ...] = ()
+    """The model types of the base that the files themselves tell."""
+
+    @property
+    def types(self) -> list[str]:
+        """The model types of the base and its parts, as far as they are known."""
+        return self.model.model_types() if self.model is not None else list(self.told)
 
     @property
     def folder(self) -> Path:
@@ -134,6 +143,7 @@ __all__ = [
     "IGNORED",
     "LOADED",
     "OUTCOMES",
+    "UNKNOWN",
     "WRONG_SCALE",
     "WRONG_VALUES",
     "Files",

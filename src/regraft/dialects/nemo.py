@@ -266,6 +266,9 @@ class NemoWriter(ServedWriter):
         config["lora_alpha"] = int(config["lora_alpha"])  # whole by now, and 0.0 is no int
         if config["task_type"] is None:
             config["task_type"] = "CAUSAL_LM"
+        if made["auto_mapping"] is not None:
+            # It reads none of this file's fields; other readers learn the family of the base here alone.
+            config["auto_mapping"] = made["auto_mapping"]
         modules = [w.module for w in written if w.parameter is None]
         parameters = [w.path for w in written if w.parameter is not None]
         config["target_modules"] = sorted(modules, key=in_order)

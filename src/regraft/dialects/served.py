@@ -89,11 +89,39 @@ class Demands(Struct, frozen=True):
     """How to serve the result."""
 
 
+@lru_cache(maxsize=1)
+def _tables() -> dict[str, Any]:
+    return tomllib.loads((files("regraft.dialects") / "servers.toml").read_text("utf-8"))
+
+
 @lru_cache(maxsize=4)
 def demands_table(tool: str) -> Table:
     """The table of a tool."""
-    data = tomllib.loads((files("regraft.dialects") / "servers.toml").read_text("utf-8"))[tool]
+    data = _tables()[tool]
     return Table(tool, data["version"], data)
+
+
+def demands_apart(tool: str, model_types: Iterable[str] | None = None) -> list[str]:
+    """A model type for each way in which a tool treats some types, or all that its table names; ``""`` is the rest.
+
+    Types that it takes no adapters for are left out where there are others.
+
+    >>> demands_apart("vllm", ["mixtral", "phimoe"])
+    ['mixtral']
+    """
+    table = demands_table(tool)
+    if model_types is None:
+        rows = table.rows.get("models", ())
+        model_types = ["", *(name for row in rows for name in row["model_types"])]
+    refused = table.for_model([]).refuses
+    names = list(model_types)
+    names = [name for name in names if name not in refused] or names
+    return list({table.for_model([name]): name for name in reversed(names)}.values())[::-1]
+
+
+def has_demands(tool: str) -> bool:
+    """Whether what a tool demands hangs on the family of the base."""
+    return tool in _tables()
 
 
 def model_types_of(known: Known) -> list[str]:
@@ -439,6 +467,7 @@ class ServedWriter(PlainWriter):
         made: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": hints.task,
+            "auto_mapping": self.class_of_base(),
             "base_model_name_or_path": hints.base,
             "inference_mode": True,
             "r": rank,
@@ -458,6 +487,15 @@ class ServedWriter(PlainWriter):
             made["target_parameters"] = sorted(parameters, key=in_order)
             made["peft_version"] = PEFT_VERSION[SINCE]
         return made
+
+    def class_of_base(self) -> dict[str, str] | None:
+        """What PEFT notes of the base's class, where the source said it; no other field tells the family."""
+        hints = self.opened.hints()
+        family, named = hints.model_type, next(iter(hints.classes), None)
+        if family is None or named is None:
+            return None
+        library = f"transformers.models.{family}.modeling_{family}"
+        return {"base_model_class": named, "parent_library": library}
 
     def target_modules(self, paths: Sequence[str], numbers: ConfigWriter) -> list[str]:
         """Leaf names where they name these modules and no others, paths otherwise."""

@@ -339,7 +339,9 @@ def page_of_tool_check(result: ToolCheck) -> Page:
     if result.no_fix is not None:
         facts.append(Fact("no fix is known", result.no_fix, "bad"))
     verdict = Fact("Healthy", f"{release} loads it as it is", "good")
-    if not result.healthy:
+    if result.is_unknown:
+        verdict = Fact("Not known", f"whether it loads with {release}", "warning")
+    elif not result.healthy:
         verdict = Fact("Will not load correctly", f"with {release}", "bad")
     return Page(
         title=Path(result.source).name or result.source,
@@ -358,6 +360,7 @@ _FATES = {
     "fails": "fails",
     "wrong-scale": "scaled",
     "wrong-values": "differs",
+    "unknown": "warned",
 }
 _OUTCOMES = {
     "lands": "lands",

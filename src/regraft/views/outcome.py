@@ -125,15 +125,18 @@ def checked(
     verdict: Verdict = "healthy" if result.healthy else "not healthy"
     findings: list[Finding] = []
     reasons = [result.no_fix] if isinstance(result, ToolCheck) else []
+    verdict = "unknown" if result.is_unknown else verdict
     if isinstance(result, Check):
-        verdict = "unknown" if result.is_unknown else verdict
         findings = [each for one in result.verdicts for each in one.findings]
         reasons += [one.no_remedy for one in result.verdicts]
     why = result.why
     if other is not None:
-        # Without its base nothing is known to load; what speaks against it stands.
-        verdict = "not healthy" if verdict == "not healthy" else "unknown"
-        why = other if verdict == "unknown" else f"{why} (without --model: {other})"
+        # Untried, nothing is known to load; what speaks against it stands, and what a tool does with any such base.
+        if isinstance(result, Check) and verdict == "healthy":
+            verdict = "unknown"
+        why = f"{why} (without --model: {other})" if verdict == "not healthy" else other
+        if verdict == "healthy":
+            why = f"without --model: {other}"
     hint = ""
     if verdict != "healthy" and not result.remedy:
         hint = _hint(findings, path) or next(filter(None, reasons), "")

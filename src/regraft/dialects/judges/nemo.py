@@ -61,7 +61,7 @@ class NemoReader:
             judged.failures.append(f"adapter_config.json has no {', '.join(missing)}")
         if judged.failures:
             return judged
-        types = files.model.model_types() if files.model is not None else []
+        types = files.types
         demands = demands_table("nemo").for_model(types)
         lost = missing_experts(source.modules, _PROJECTIONS, files.model)
         for name in source.others:

@@ -195,7 +195,7 @@ def missing_experts(
 def swapped(source: PeftLike, module: Module, model: ModelConfig | None) -> bool:
     """Whether packed factors have in and out in each other's place, as PEFT before 0.19 packed them.
 
-    Told by the base's sizes, or by the version where they do not tell.
+    Told by the base's sizes, by those of the other parameter, or by the version where they do not tell.
     """
     config = language_config(model)
     hidden, experts = config.get("hidden_size"), count_experts(model)
@@ -208,8 +208,29 @@ def swapped(source: PeftLike, module: Module, model: ModelConfig | None) -> bool
         have = module.a[-1], module.b[0]
         if have in (right, right[::-1]) and right[0] != right[1]:
             return have != right
+    told = _swapped_by_each_other(source, module)
+    if told is not None:
+        return told
     version = re.match(r"(\d+)\.(\d+)", str(source.config.get("peft_version") or ""))
     return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+
+
+def _swapped_by_each_other(source: PeftLike, module: Module) -> bool | None:
+    """What both parameters of a module's experts tell: the hidden size is the one's input and the other's output."""
+    stem = module.path.removesuffix(".base_layer")
+    both = [source.modules.get(path) for path in (stem, f"{stem}.base_layer")]
+    sizes = {
+        source.name_of(each).rpartition(".")[2]: (each.a[-1], each.b[0])
+        for each in both
+        if each is not None and each.a and each.b
+    }
+    if len(sizes) != 2 or INNER not in sizes:
+        return None
+    inner, outer = sizes.pop(INNER), next(iter(sizes.values()))
+    # As they should be: (hidden, 2 * width) and (width, hidden).
+    right = inner[0] == outer[1] and inner[1] == 2 * outer[0]
+    wrong = inner[1] == outer[0] and inner[0] == 2 * outer[1]
+    return None if right == wrong else wrong
 
 
 __all__ = [

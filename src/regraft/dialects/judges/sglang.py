@@ -74,7 +74,7 @@ class SglangReader:
             if isinstance(targets, str) or targets is None
             else {_joined(entry.rpartition(".")[2]) for entry in targets}
         )
-        types = files.model.model_types() if files.model is not None else []
+        types = files.types
         demands = demands_table("sglang").for_model(types)
         known = {_joined(name) for name in demands.known if name not in AS_TARGETS}
         odd = sorted((named or set()) - known if known else (named or set()) & AS_TARGETS.keys())

@@ -88,15 +88,14 @@ class UnslothReader:
 
 
 def _both_ways(files: Files) -> bool:
-    return files.model is not None and files.model.model_type == "gpt_oss"
+    return "gpt_oss" in files.types
 
 
 def _converts(files: Files) -> bool:
     """Whether PEFT itself moves the experts of this model type when it loads an adapter."""
     from regraft.rules.book import library
 
-    types = files.model.model_types() if files.model is not None else []
-    return any(name in book.reclaimed_model_types for book in library() for name in types)
+    return any(name in book.reclaimed_model_types for book in library() for name in files.types)
 
 
 READER = UnslothReader()

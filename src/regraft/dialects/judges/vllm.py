@@ -59,7 +59,7 @@ class VllmReader:
             for name in source.others[:1]
             if not name.endswith(("score.weight", "classifier.weight", ".base_layer.weight"))
         ]
-        types = files.model.model_types() if files.model is not None else []
+        types = files.types
         demands = demands_table("vllm").for_model(types)
         refused = [name for name in types if name in demands.refuses]
         if refused:
@@ -224,7 +224,7 @@ def _misfit(module: Module, source: PeftLike) -> tuple[str, str] | None:
 
 def _same_both_ways(files: Files) -> bool:
     """Whether a base stores its experts so that both of PEFT's packings are one."""
-    return files.model is not None and files.model.model_type == "gpt_oss"
+    return "gpt_oss" in files.types
 
 
 READER = VllmReader()
