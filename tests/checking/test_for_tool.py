@@ -248,6 +248,7 @@ def test_nemo_loads_what_is_written_for_it(case, tmp_path):
     ("change", "verdict", "reason"),
     [
         ({"paramwrapper_layout": "peft-7"}, "fails", "does not know"),
+        ({"paramwrapper_layout": ["peft-0.18"]}, "fails", "does not know"),
         ({"paramwrapper_layout": "peft-0.18"}, "fails", "the shapes say otherwise"),
         (None, "fails", "there is no automodel_peft_config.json"),
     ],

@@ -300,9 +300,10 @@ def test_nemo_s_stamp_says_how_experts_lie(stamp, packed, tmp_path):
     (mine / "automodel_peft_config.json").write_text(json.dumps({"paramwrapper_layout": other}))
     with pytest.raises(regraft.BadInputError):
         regraft.convert(mine, tmp_path / "wrong", to=V5, model=base)
-    (mine / "automodel_peft_config.json").write_text(json.dumps({"paramwrapper_layout": "new"}))
-    with pytest.raises(regraft.BadInputError, match="none of"):
-        regraft.convert(mine, tmp_path / "wrong", to=V5, model=base)
+    for none in ("new", ["peft-0.18"], 18):
+        (mine / "automodel_peft_config.json").write_text(json.dumps({"paramwrapper_layout": none}))
+        with pytest.raises(regraft.BadInputError, match="none of"):
+            regraft.convert(mine, tmp_path / "wrong", to=V5, model=base)
 
 
 def test_the_smaller_rank_of_nemo_s_experts(packed, tmp_path):

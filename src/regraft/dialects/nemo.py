@@ -52,6 +52,15 @@ NATIVE = re.compile(r"(?P<module>.+\.experts)\.lora_(?P<part>gate_and_up|down)_(
 _VERSION_OF = {BEFORE: PEFT_VERSION[BEFORE], SINCE: "0.19.1"}
 
 
+def stamped(stamp: object) -> str | None:
+    """How experts lie by a stamp; ``None`` where there is none, or one that is not known.
+
+    >>> stamped("peft-0.18") == BEFORE, stamped(["peft-0.18"])
+    (True, None)
+    """
+    return STAMPS.get(stamp) if isinstance(stamp, str) else None
+
+
 def own_config(folder: Path) -> dict[str, Any]:
     """Its own config beside an adapter; empty where there is none. Raises ``BadInputError``."""
     file = folder / OWN
@@ -64,13 +73,14 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     tensors = dict(source.tensors)
     native = [name for name in tensors if NATIVE.fullmatch(name)]
     stamp = own.get(STAMP, config.pop(STAMP, None))
+    packing = stamped(stamp)
     if native:
         tensors, ranks = _pack_native(tensors, source.where)
         config["target_parameters"] = list(ranks)
         config["peft_version"] = _VERSION_OF[SINCE]
         told.append("its experts are grouped as in NeMo Automodel's memory")
     elif stamp is not None and any(map(PACKED.fullmatch, tensors)):
-        if stamp not in STAMPS:
+        if packing is None:
             raise BadInputError(
                 Finding(
                     "config",
@@ -80,7 +90,7 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
                     fix="give the file that was saved with these weights",
                 )
             )
-        config["peft_version"] = _VERSION_OF[STAMPS[stamp]]
+        config["peft_version"] = _VERSION_OF[packing]
         told.append(f"{OWN} says that its experts are packed as by {stamp}")
     if own.get("moe_rank_scaling"):
         if native:
@@ -92,8 +102,8 @@ def as_peft(source: Source, own: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         _scale_ranks(tensors, config, own, source.where)
         told.append(f"{OWN} says moe_rank_scaling: the experts' rank is that of their tensors")
     changed: dict[str, Any] = {"tensors": tensors, "config": config}
-    if stamp in STAMPS and not native:
-        changed["packed_as"] = STAMPS[stamp]
+    if packing is not None and not native:
+        changed["packed_as"] = packing
     return changed, told
 
 

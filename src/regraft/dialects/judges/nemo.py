@@ -31,7 +31,7 @@ from regraft.dialects.judging import (
     Files,
     Judgement,
 )
-from regraft.dialects.nemo import NATIVE, OWN, STAMP, STAMPS, own_config
+from regraft.dialects.nemo import NATIVE, OWN, STAMP, own_config, stamped
 from regraft.dialects.peft.packing import BEFORE
 from regraft.dialects.served import count_experts, demands_table, language_config
 from regraft.dialects.tool_files import PREFIX
@@ -84,7 +84,7 @@ class NemoReader:
             return {}
         if not (files.folder / OWN).is_file():
             judged.failures.append(f"there is no {OWN}, from which it takes what is adapted")
-        elif own.get(STAMP) is not None and own[STAMP] not in STAMPS:
+        elif own.get(STAMP) is not None and stamped(own[STAMP]) is None:
             judged.failures.append(f"{OWN} has a {STAMP} that it does not know ({own[STAMP]!r})")
         return own
 
@@ -131,11 +131,11 @@ def _packed(
         return FAILS, "it takes factors of one parameter alone for those of down_proj"
     if says_grouped(source.config):
         return WRONG_VALUES, "Unsloth packed it by expert, and NeMo reads the columns as PEFT does"
-    stamp = own.get(STAMP)
+    stamp, packing = own.get(STAMP), stamped(own.get(STAMP))
     if files.model is None:
         return None
     old = swapped(source, module, files.model)
-    if stamp is not None and (STAMPS[stamp] == BEFORE) != old and _told(files):
+    if packing is not None and (packing == BEFORE) != old and _told(files):
         return FAILS, f"{OWN} says {stamp!r}, and the shapes say otherwise"
     if stamp is None and not _told(files):
         return FAILS, f"{OWN} has no {STAMP}, and the shapes do not tell how experts are packed"
