@@ -1,5 +1,6 @@
 """What provokes the codes of adapters: what cannot follow, what has several readings, what is wrong."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,11 @@ import regraft
 from regraft.adapters.detect import load_model
 from regraft.dialects import registry
 from regraft.dialects.peft.source import find_adapters
+from regraft.rules import book as book_module
 from regraft.storage import expressions
 from regraft.storage.safetensors import write_tensors
+
+LIBRARY = Path(book_module.__file__).parent / "library"
 
 # Refused
 
@@ -225,6 +229,16 @@ def _(lab):
 @provokes("half")
 def _(lab):
     lab.convert_adapter(without(QUERY.format("B")))
+
+
+@provokes("parameter-order")
+def _(lab):
+    for part in LIBRARY.glob("_*.toml"):
+        (lab.path / part.name).write_text(part.read_text())
+    text = (LIBRARY / "mixtral.toml").read_text()
+    table = text[text.index("[[parameters]]") : text.index("[[carry]]")]
+    book = lab.file(text.replace(table, "").encode(), "mixtral.toml")
+    lab.convert_adapter(options={"rules": [book]})
 
 
 @provokes("nesting")

@@ -181,6 +181,7 @@ def _watched(
             layouts=layouts,
             name=name,
             kind_of=tell,
+            orders=known[0].parameters,
             source=f"regraft learn --with {command!r}",
             choose=choose,
         )

@@ -392,6 +392,14 @@ class Code(Enum):
         "use the config that was saved with these weights",
         "it names nothing that is in the file",
     )
+    PARAMETER_ORDER = (
+        "parameter-order",
+        Part.ADAPTER,
+        "an untold order of parameters",
+        "add the book's `[[parameters]]` table that the message shows",
+        "several parameters of one module are adapted, and nothing says in which order the module registers them, "
+        "which is how PEFT nests their factors",
+    )
     NESTING = (
         "nesting",
         Part.ADAPTER,

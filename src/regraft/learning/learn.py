@@ -24,7 +24,7 @@ from regraft.learning.fitting import fits, is_there
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.layers import tell_layers
 from regraft.learning.loops import Looped, with_loops
-from regraft.learning.making import comment, make_book
+from regraft.learning.making import comment, make_book, order_questions, with_tables
 from regraft.learning.pairs import Pair, Source
 from regraft.learning.propose import check, plan_names
 from regraft.learning.relate import Names, carried
@@ -188,13 +188,15 @@ def learn_pairs(
     source: str = "regraft learn",
     naming: int = 2,
     choose: Sequence[str] = (),
+    orders: Mapping[str, Sequence[str]] | None = None,
 ) -> Learned:
     """A rule book from pairs of files; the first ``naming`` of them name its sizes, all of them verify it.
 
     Where a pair that did not name sizes contradicts the book, it helps to name them: two fields of the config may have
     been the same by chance.
 
-    ``kind_of`` tells kinds of tensors before and after, where live models say them.
+    ``kind_of`` tells kinds of tensors before and after, where live models say them, ``orders`` the parameters of
+    modules before in the order in which a live model registers them.
     """
     _check_pairs(pairs)
     pairs = joined(pairs)
@@ -248,6 +250,7 @@ def learn_pairs(
         kinds=kinds,
         source=source,
     )
+    book = with_tables(book, orders or {})
     counts = len(shown.after) - len(first.odd), len(shown.after)
     loaded = load_book(cast(Traversable, _Text(write_book(book))), f"{name}.toml")
     verified = []
@@ -273,10 +276,12 @@ def learn_pairs(
             source=source,
             naming=len(pairs),
             choose=choose,
+            orders=orders,
         )
     notes += [doubt.note for doubt in doubts.sizes if doubt.sure]
     seen = [(each.learned_from, each.equal) for each in verified]
-    text = write_book(book, comment(seen, counts, first, notes, live=kind_of is not None))
+    lines = [*notes, *order_questions(book)]
+    text = write_book(book, comment(seen, counts, first, lines, live=kind_of is not None))
     return Learned(
         load_book(cast(Traversable, _Text(text)), f"{name}.toml"),
         text,

@@ -12,7 +12,11 @@ from regraft.learning.infer import Inferred
 from regraft.learning.naming import Rename, Titles, kept_rules, rename_rules
 from regraft.learning.relate import Names, carried
 from regraft.learning.roles import KindOf, Kinds, kinds_of
-from regraft.rules.book import Book, Drop, Rule, library
+from regraft.names.keys import group_names
+from regraft.rules.book import Book, Drop, Parameters, Rule, library, table_of
+from regraft.rules.direction import SIDES
+from regraft.rules.templates import match_group
+from regraft.values import replace
 
 Tensors = Mapping[str, Tensor]
 
@@ -67,6 +71,37 @@ def make_book(
         tuple(_drops(found, split)),
         module_rules=tuple(modules),
     )
+
+
+def with_tables(book: Book, orders: Mapping[str, Sequence[str]]) -> Book:
+    """A book with a table for each module on the left whose parameters' order is known, by the module's path."""
+    tables = list(book.parameters)
+    for module in book.unordered("left"):
+        key = parse_key(module.module)
+        names = {
+            tuple(listed)
+            for path, listed in orders.items()
+            if set(module.names) <= set(listed)
+            and match_group(key, group_names([path])[0]) is not None
+        }
+        if len(names) == 1:
+            known = [name for name in names.pop() if name in module.names]
+            tables.append(Parameters(("left",), key, tuple(known)))
+    return replace(book, parameters=tuple(tables))
+
+
+def order_questions(book: Book) -> list[str]:
+    """What to add to a book before adapters are converted: tables whose order of names nobody told."""
+    lines = []
+    for side in SIDES:
+        for module in book.unordered(side):
+            table = table_of(side, module.module, module.names).splitlines()
+            lines.append(
+                f"In which order does the class of {module.module} register its parameters? Adapters of several of "
+                "them are refused until this says it, with the names in that order: "
+                + "; ".join(table)
+            )
+    return lines
 
 
 def _drops(found: Inferred, split: Names) -> list[Drop]:

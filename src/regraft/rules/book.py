@@ -56,7 +56,8 @@ from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
 from regraft.import_path import entry_points_of
 from regraft.rules.direction import Direction, Side
-from regraft.rules.kinds import KINDS, OUT
+from regraft.rules.kinds import KINDS, NONE, OUT
+from regraft.rules.meet import meet
 from regraft.rules.said import said, saying
 from regraft.storage.probe import open_regular
 from regraft.values import replace
@@ -274,6 +275,34 @@ class Parameters(Struct, frozen=True):
     """``file:line``."""
 
 
+class Unordered(Struct, frozen=True):
+    """A module with several stacked parameters, of which a book does not say in which order it registers them."""
+
+    module: str
+    names: tuple[str, ...]
+    """Its parameters as the book comes to them, which says nothing of their order."""
+    rule: Rule
+    """A rule about one of them."""
+
+
+def _is_nested(kind: str) -> bool:
+    """Whether PEFT adapts tensors of a kind as parameters, one around the other."""
+    return not KINDS[kind].module and KINDS[kind].role(0) != NONE
+
+
+def table_of(side: str, module: str, names: Iterable[str]) -> str:
+    """The table that a book lacks, in one line each, as TOML.
+
+    >>> print(table_of("right", "layers.{l}.experts", ["up", "down"]))
+    [[parameters]]
+    side = "right"
+    module = "layers.{l}.experts"
+    names = ["up", "down"]
+    """
+    listed = ", ".join(f'"{name}"' for name in names)
+    return f'[[parameters]]\nside = "{side}"\nmodule = "{module}"\nnames = [{listed}]'
+
+
 class ModuleRule(Struct, frozen=True):
     """A rule for whole modules: their weights, and the biases, move as the equation says.
 
@@ -448,6 +477,28 @@ class Book:
                 if side in table.sides
             ]
         return self.owned[known]
+
+    def unordered(self, side: Side) -> list[Unordered]:
+        """The modules of a side with several stacked parameters that no table puts in order."""
+        found: dict[str, dict[str, Rule]] = {}
+        for rule in self.rules:
+            for term, kind in rule.side(side):
+                module, _, name = str(term.key or "").rpartition(".")
+                if module and "{" not in name and _is_nested(kind):
+                    found.setdefault(module, {}).setdefault(name, rule)
+        return [
+            Unordered(module, tuple(names), next(iter(names.values())))
+            for module, names in found.items()
+            if len(names) > 1 and not self._puts_in_order(side, parse_key(module), names)
+        ]
+
+    def _puts_in_order(self, side: Side, module: Key, names: Iterable[str]) -> bool:
+        return any(
+            side in table.sides
+            and set(names) <= set(table.names)
+            and meet(table.module, module) is not None
+            for table in self.parameters
+        )
 
     def modules(self, side: Side) -> tuple[tuple[str, ...], ...]:
         """For each key that a side has whole, from the model's root: the modules that it is in, the outermost first.

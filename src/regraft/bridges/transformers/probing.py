@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.bridges.transformers.building import build, known_classes, make_config, model_class
@@ -26,6 +26,8 @@ class Outline:
     kinds: dict[str, str]
     """Of the tensors that PEFT can adapt."""
     config: dict[str, Any]
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Modules and their own parameters, in the order in which their class registers them, where it was asked."""
 
 
 def default_config(name: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outli
     config = {**data, "architectures": [names[0]]}
     shapes, kinds = dict(skeleton.tensors), dict(skeleton.kinds)
     if layout == installed_layout():
-        return Outline(shapes, kinds, config)
+        return Outline(shapes, kinds, config, dict(skeleton.parameters))
     book = import_model(skeleton).book()
     headers = Headers(group_names(list(shapes)), list(shapes.values()), ["F32"] * len(shapes))
     plan = build_plan(

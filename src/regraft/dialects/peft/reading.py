@@ -13,6 +13,7 @@ import numpy as np
 from regraft.adapters.form import Array, Factors, is_float
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
+from regraft.dialects.peft.nesting import untold_order
 from regraft.dialects.peft.packing import PACKINGS, packing_of_version, swaps, unpack
 from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
 from regraft.dialects.peft.targeting import Targeting, untargeted
@@ -72,7 +73,7 @@ class FactorReader:
         dtypes: list[str] = []
         wrapped: dict[str, list[Pairs]] = {}
         for pairs in self.scan.pairs:
-            stacked = self.side.parameters(pairs.modules) is not None or pairs.depth
+            stacked = self._parameters(pairs.modules) or pairs.depth
             if stacked and not pairs.attention:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
                 continue
@@ -304,7 +305,11 @@ class FactorReader:
                 ids = int(pairs.a[row]), int(pairs.b[row])
                 by_module.setdefault(numbers, {})[pairs.depth] = ids
         template = same[0].modules.template
-        names = self.side.parameters(same[0].modules) or ("weight",)
+        names = self._parameters(same[0].modules) or ("weight",)
+        if len(names) > 1 and self.side.parameters(same[0].modules) is None:
+            path = same[0].modules.name(0)
+            self.findings.append(untold_order(self.side, path, names, self.where))
+            return
         entries = self.config.get("target_parameters")
         found: dict[str, list[tuple[tuple[int, ...], tuple[int, int]]]] = {}
         for numbers, depths in by_module.items():
@@ -336,6 +341,24 @@ class FactorReader:
                 found.setdefault(name, []).append((numbers, depths[len(wanted) - 1 - position]))
         for name, rows in found.items():
             self._add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
+
+    def _parameters(self, modules: Group) -> tuple[str, ...]:
+        """The parameters of modules that have their own: as a table says, or else the one that rules and config name.
+
+        Several that no table gives are in no order that means something.
+        """
+        listed = self.side.parameters(modules)
+        if listed is not None:
+            return listed
+        module = modules.name(0)
+        names: dict[str, None] = {}
+        for entry in self.config.get("target_parameters") or ():
+            head, _, name = entry.rpartition(".")
+            if name != "weight" and (module == head or module.endswith(f".{head}")):
+                keys = Group(f"{modules.template}.{name}", modules.ids, modules.numbers)
+                if self.side.find(keys) is not None:
+                    names[name] = None
+        return tuple(names)
 
     def _linear_fits(self, module: str, depths: Mapping[int, object]) -> bool:
         modules = self.config.get("target_modules")

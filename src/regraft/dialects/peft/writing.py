@@ -17,9 +17,10 @@ from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.attention import join_attentions
 from regraft.dialects.peft.config import LoraConfig, targets_module
+from regraft.dialects.peft.nesting import untold_order
 from regraft.dialects.peft.packing import BEFORE, SINCE, pack, swaps
 from regraft.dialects.peft.scan import PREFIX
-from regraft.errors import Finding, RefusedError
+from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.names.keys import Group, fill_rows, group_names, in_order, tail_of
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
@@ -46,7 +47,8 @@ def write_factors(
     Leaf names in ``reclaimed`` go through ``target_parameters`` even where the module is a Linear, because PEFT
     would move them to the experts' parameters otherwise.
 
-    Raises ``RefusedError`` for what PEFT cannot hold.
+    Raises ``RefusedError`` for what PEFT cannot hold, ``BadInputError`` where no table says in which order a module
+    registers several of these parameters.
     """
     images = list(images)
     result = Result()
@@ -72,9 +74,16 @@ def write_factors(
                 continue
             nested[path][key.rpartition(".")[2]] = (key, image.kind, lora)
             templates[path] = templates.get(template) or side.parameters(modules)
+    findings = {
+        (finding.where, finding.fix): finding
+        for path, parameters in nested.items()
+        if len(parameters) > 1 and not set(parameters) <= set(templates[path] or ())
+        for finding in [untold_order(side, path, list(parameters))]
+    }
+    if findings:
+        raise BadInputError(list(findings.values()))
     for path, parameters in nested.items():
-        order = templates[path] or tuple(parameters)
-        names = sorted(parameters, key=lambda n: order.index(n) if n in order else len(order))
+        names = sorted(parameters, key=(templates[path] or tuple(parameters)).index)
         result.wrappers[path] = len(names)
         for depth, name in enumerate(reversed(names)):
             key, kind_name, lora = parameters[name]

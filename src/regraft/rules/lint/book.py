@@ -19,8 +19,8 @@ from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import Axis, Equation, Key, Term, axes_of, parse_key
 from regraft.errors import BadInputError, Finding
 from regraft.errors.codes import Status
-from regraft.rules.book import Book, Rule, load_book, read_book
-from regraft.rules.direction import Side
+from regraft.rules.book import Book, Rule, Unordered, load_book, read_book, table_of
+from regraft.rules.direction import SIDES, Side
 from regraft.rules.indices import given_names
 from regraft.rules.kinds import KINDS
 from regraft.rules.meet import covers, dims_meet, meet, segments_of, write_segment
@@ -380,6 +380,9 @@ def _named(book: Book) -> Iterator[Fault]:
             for name in table.names:
                 if not _spoken_of(book, side, parse_key(f"{table.module}.{name}")):
                     yield _nobody(book, side, f"{table.module}.{name}", table.where)
+    for side in SIDES:
+        for lacking in book.unordered(side):
+            yield _out_of_order(side, lacking)
     for module in book.specials:
         for side in module.sides:
             for name in module.tensors:
@@ -393,6 +396,19 @@ def _named(book: Book) -> Iterator[Fault]:
             fix="add the other",
         )
         yield Fault("warning", finding)
+
+
+def _out_of_order(side: Side, module: Unordered) -> Fault:
+    table = table_of(side, module.module, module.names)
+    finding = Finding(
+        "parameter-order",
+        f"{module.module} has {len(module.names)} stacked parameters ({', '.join(module.names)}), and no table gives "
+        "the order in which its class registers them: adapters of several of them are refused",
+        where=module.rule.where,
+        rule=module.rule.name,
+        fix=f"add these lines, with the names in that order: {'; '.join(table.splitlines())}",
+    )
+    return Fault("warning", finding, None, f"{module.module}.{module.names[0]}")
 
 
 def _spoken_of(book: Book, side: Side, key: Key) -> bool:
