@@ -1,6 +1,7 @@
 """Several sources on one command line: each by itself, and one verdict each."""
 
 import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import regraft
 from regraft.checking.check import check, check_with
 from regraft.cli import main
-from regraft.errors import BadInputError
+from regraft.errors import BadInputError, Finding
 from regraft.sources import find_sources
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.schema import schema_of
@@ -186,6 +187,28 @@ def test_one_base_for_all_is_not_that_of_each(tmp_path, capsys):
     assert status == 0
     assert [line["verdict"] for line in lines] == ["converted", "converted", "unchanged"]
     assert ["of mixtral" in line["why"] for line in lines] == [False, True, True]
+
+
+def test_what_mends_it_for_a_tool_can_be_run_as_it_is(tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(CASES / "mixtral__only_up", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    check_args = ["check", "one", "two", "--for", "vllm", "--json"]
+    assert main([*check_args, "--model", str(BASES / "mixtral")]) == 4
+    for line in capsys.readouterr().out.splitlines():
+        document = json.loads(line)
+        name, command = document["name"], shlex.split(document["fix"][0])
+        assert command[2:4] == [name, f"{name}-vllm"]
+        assert main([*command[1:], "--quiet"]) == 0
+    # The command names no base that nobody knows: what it needs is said.
+
+    def asks(*given, **named):
+        raise BadInputError(Finding("not-found", "no base", fix="give it with --model"))
+
+    monkeypatch.setattr("regraft.checking.for_tool.convert_adapter", asks)
+    assert main(check_args) == 4
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert "BASE" not in first["fix"][0] and "add --model" in first["hint"]
 
 
 def test_a_page_of_what_a_tool_does(tmp_path, capsys):

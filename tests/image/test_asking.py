@@ -67,7 +67,9 @@ def test_a_lora_is_checked_as_diffusers_takes_it(tmp_path):
     (verdict,) = regraft.check(src).verdicts
     assert verdict.layout == "kohya" and not verdict.healthy
     assert verdict.counts == {"dropped": 1, "lands": 5}
-    assert verdict.remedy == [f"regraft convert {src} OUT --to diffusers"]
+    assert verdict.remedy == [
+        f"regraft convert {src} {tmp_path / 'lora-diffusers.safetensors'} --to diffusers"
+    ]
     made = tmp_path / "made.safetensors"
     regraft.convert(src, made, to="diffusers")
     assert regraft.check(made).verdicts[0].healthy

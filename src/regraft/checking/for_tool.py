@@ -37,6 +37,10 @@ from regraft.storage.json_files import folder_with_config
 from regraft.storage.safetensors import TensorFile, read_header
 from regraft.values import replace
 
+_ASKS_FOR_BASE = (
+    "the command that mends it needs the base, too: add --model and the folder of the base model"
+)
+
 
 @dataclass(slots=True, repr=False)
 class ToolCheck(Shown):
@@ -81,6 +85,11 @@ class ToolCheck(Shown):
     def remedy(self) -> list[str]:
         """The command that mends it, where there is one."""
         return [self.fix] if self.fix else []
+
+    @property
+    def remedy_needs(self) -> str:
+        """What that command lacks; empty where it can be run as it is."""
+        return _ASKS_FOR_BASE if _ASKS_FOR_BASE in self.notes else ""
 
     @property
     def is_unproven(self) -> bool:
@@ -304,9 +313,9 @@ def _find_fix(
 ) -> None:
     """The command that makes it load, where there is one: the conversion is carried out, and nothing written."""
     base = str(model) if model is not None else None
-    words = ["regraft", "convert", result.source, "OUT", "--to", reader.to]
-    words += [] if files.family is None else ["--from", files.family]
-    words += ["--model", base or "BASE"]
+    end = [] if files.family is None else ["--from", files.family]
+    end += [] if base is None else ["--model", base]
+    by_file = False
     layout = layout_named(reader.to)
     try:
         opening = find_source(files.src)
@@ -316,7 +325,7 @@ def _find_fix(
             if by_itself is not None:
                 where = None if base is None else Path(base)
                 by_itself(layout, files.family, where, Options())
-                words = words[:-2] if base is None else words
+                by_file = True
                 continue
             foreign = InstalledTransformers()
             convert_adapter(opened, layout, files.model, None, None, foreign, into=into)
@@ -325,7 +334,20 @@ def _find_fix(
             first = error.findings[0]
             result.no_fix = first.message + (f"; {first.fix}" if first.fix else "")
             return
-    result.fix = shlex.join([*words, *rules_words()])
+        result.notes.append(_ASKS_FOR_BASE)
+    out = _beside(Path(result.source), result.tool, file=by_file)
+    result.fix = shlex.join(
+        ["regraft", "convert", result.source, str(out), "--to", reader.to, *end, *rules_words()]
+    )
+
+
+def _beside(src: Path, tool: str, *, file: bool) -> Path:
+    """Where a result for a tool goes: beside the adapter; of a single file, a ``file`` or a folder."""
+    whole = src.parent if src.is_file() and src.stem == "adapter_model" else src
+    if whole.is_file():
+        return whole.with_name(f"{whole.stem}-{tool}{'.safetensors' if file else ''}")
+    whole = whole.resolve() if whole.name in ("", "..") else whole
+    return whole.with_name(f"{whole.name}-{tool}")
 
 
 def _asks_for_base(error: RegraftError) -> bool:

@@ -42,7 +42,10 @@ def by_book(fired: dict[str, int]) -> dict[str, int]:
     books: dict[str, list[int]] = {}
     for rule, times in fired.items():
         books.setdefault(rule.partition("/")[0], []).append(times)
-    return {f"{book} ({len(times)} rules)": sum(times) for book, times in books.items()}
+    return {
+        f"{book} ({count_in_words(len(times), 'rule')})": sum(times)
+        for book, times in books.items()
+    }
 
 
 def _traffic(counts: Mapping[str, int]) -> str:
@@ -127,7 +130,11 @@ def show_verification(out: Output, result: Verification) -> None:
         words = f": {result.tensors} tensors, {show_size(result.bytes)}, every bit is accounted for"
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
-        out.show(Text.assemble(("Not equal", _BAD), f": {len(result.differences)} differences"))
+        out.show(
+            Text.assemble(
+                ("Not equal", _BAD), f": {count_in_words(len(result.differences), 'difference')}"
+            )
+        )
 
 
 def show_inspected_checkpoint(out: Output, result: CheckpointInspection) -> None:

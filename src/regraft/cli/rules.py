@@ -10,6 +10,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
+from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.rules.lint.book import Fault, Linted
@@ -135,12 +136,14 @@ def show_linted(out: Output, found: Linted) -> None:
     for fault in found.faults:
         _show_fault(out, fault)
     counts = [
-        f"{number} {kind}{'s' * (number != 1)}"
+        count_in_words(number, kind)
         for kind in ("error", "warning", "note")
         if (number := sum(fault.severity == kind for fault in found.faults))
     ]
-    against = f", compared with {found.keys} keys" if found.keys else ""
-    head = Text.assemble((visible(found.book), _NAME), f": {found.rules} rules{against}: ")
+    against = f", compared with {count_in_words(found.keys, 'key')}" if found.keys else ""
+    head = Text.assemble(
+        (visible(found.book), _NAME), f": {count_in_words(found.rules, 'rule')}{against}: "
+    )
     head.append(
         ", ".join(counts) or "nothing to say against it", _BAD if not found.sound else _GOOD
     )

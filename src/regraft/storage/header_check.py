@@ -264,8 +264,9 @@ def _check_layout(
         if end >= at:
             at, last = end, name
     if beyond:
+        counted = "1 tensor reaches" if len(beyond) == 1 else f"{len(beyond)} tensors reach"
         message = f"the tensors need {at} bytes of data and the file has {data_size}: it is cut off"
-        message += f", or its offsets are wrong ({len(beyond)} tensors reach past its end,"
+        message += f", or its offsets are wrong ({counted} past its end,"
         message += f" first {_show(beyond[0])})"
         findings.append(Finding("file-truncated", message, where=where, key=beyond[0], fix=_AGAIN))
     elif at < data_size and not broken:

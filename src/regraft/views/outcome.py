@@ -143,6 +143,8 @@ def checked(
         if not hint and verdict == "unknown":
             words = ["regraft", "check", str(path), *rules_words()]
             hint = f"{shlex.join(words)} --model BASE, with its base"
+    if isinstance(result, ToolCheck) and result.remedy_needs:
+        hint = result.remedy_needs
     return SourceOutcome(name, str(path), None, verdict, why, result, fix=result.remedy, hint=hint)
 
 

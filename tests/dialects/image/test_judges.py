@@ -1,6 +1,7 @@
 """`regraft check --for diffusers|comfyui|kohya`: traps that the loaders have, and the command that fixes the file."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -283,6 +284,10 @@ def test_the_command_that_fixes_it(tmp_path, capsys):
     src = tmp_path / "a.safetensors"
     write_tensors(src, kohya_flux()[0], {})
     assert main(["check", str(src), "--for", "diffusers"]) == 4
-    assert f"regraft convert {src} OUT --to diffusers" in capsys.readouterr().out.replace("\n", " ")
-    assert main(["convert", str(src), str(tmp_path / "b.safetensors"), "--to", "diffusers"]) == 0
-    assert main(["check", str(tmp_path / "b.safetensors"), "--for", "diffusers"]) == 0
+    assert main(["check", str(src), "--for", "diffusers", "--json"]) == 4
+    told = capsys.readouterr().out
+    command = shlex.split(json.loads(told[told.index("\n{") :])["fix"])
+    made = tmp_path / "a-diffusers.safetensors"
+    assert command == ["regraft", "convert", str(src), str(made), "--to", "diffusers"]
+    assert main(command[1:]) == 0
+    assert main(["check", str(made), "--for", "diffusers"]) == 0
