@@ -116,6 +116,7 @@ class ToolCheck(Shown):
             "notes": self.notes,
             "fix": self.fix,
             "no_fix": self.no_fix,
+            "of_another": self.of_another,
         }
 
 
