@@ -98,8 +98,8 @@ MUTANTS = [
     Mutant(
         "build: one name made twice is nothing",
         BUILD,
-        "if len(groups) < 2:",
-        "if len(groups) < 3:",
+        "if len(groups) < 2 or",
+        "if len(groups) < 3 or",
         PLAN,
     ),
     Mutant(

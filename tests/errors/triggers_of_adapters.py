@@ -53,15 +53,15 @@ def _(lab):
 
 @provokes("partial-weights")
 def _(lab):
-    name = START + "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-
     def save(tensors):
+        """Every expert's gate whole, and no expert's up."""
+        end = ".w1.lora_B.weight"
         rest = without(".w1.lora_")(tensors)
-        size = (
-            tensors[EXPERT.format(0, "w1", "B")].shape[0],
-            tensors[EXPERT.format(0, "w1", "A")].shape[1],
-        )
-        return rest | {name: np.ones(size, np.float32)}
+        for name in (name for name in tensors if name.endswith(end)):
+            rows = tensors[name].shape[0]
+            columns = tensors[name.replace("lora_B", "lora_A")].shape[1]
+            rest[name.removesuffix(end) + ".w1.weight"] = np.ones((rows, columns), np.float32)
+        return rest
 
     lab.convert_adapter(save, modules_to_save=["w1"])
 
