@@ -77,7 +77,7 @@ def test_hook(tmp_path, monkeypatch, capsys):
     ("adapters", "layout", "status"),
     [
         (["qwen3_moe__mts_router"], "transformers-v4", 0),
-        (["mixtral__gud_attn", "mixtral__rslora"], "vllm", 4),
+        (["mixtral__gud_attn", "mixtral__only_up"], "vllm", 4),
         ([], "transformers-v5", 1),
     ],
 )

@@ -258,7 +258,12 @@ def test_what_ends_many_is_a_line_too(number, loras, monkeypatch, capsys):
         return check_with(src, asked)
 
     monkeypatch.setattr("regraft.checking.check.check_with", ended)
-    assert main(["check", str(loras), "--json"]) == 128 + number
+    # What a shell starts in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["check", str(loras), "--json"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("name") for line in lines] == ["a", "deep/er", None]
     assert lines[-1]["error"]["kind"] == "interrupted"
