@@ -378,21 +378,21 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
         reading = read(opened, identity, BaseWeights.of(identity.known, identity.layout))
     except AmbiguousError:
         return
-    opened.check_complete(reading.adapter.headers.groups, identity.side())
-    _check_sizes(reading.adapter, identity, opened.where)
+    _check_unmoved(opened, reading.adapter, identity)
 
 
-def _check_sizes(adapter: Adapter, identity: Identity, where: str) -> None:
-    """Compare what stays in its layout with the base, as the rules that lead out of the layout do.
+def _check_unmoved(opened: Opened, adapter: Adapter, identity: Identity) -> None:
+    """Check what stays in its layout like what is planned: that it is complete, and that it fits the base.
 
-    Raises ``BadInputError``.
+    Sizes are compared as the rules that lead out of the layout do. Raises ``BadInputError``.
     """
-    known, edges = identity.known, identity.side().edges
-    if known.model is None or not edges:
+    known, side = identity.known, identity.side()
+    opened.check_complete(adapter.headers.groups, side)
+    if known.model is None or not side.edges:
         return
-    step = [edge for edge in edges if edge.target == edges[0].target]
+    step = [edge for edge in side.edges if edge.target == side.edges[0].target]
     try:
-        build_plan(adapter.headers, step, scopes=known.scopes, partial=True, where=where)
+        build_plan(adapter.headers, step, scopes=known.scopes, partial=True, where=opened.where)
     except RegraftError as error:
         # Whether all of it has a place in that other layout does not matter.
         odd = [finding for finding in error.findings if finding.code == "wrong-base"]
@@ -628,8 +628,7 @@ class _Conversion:
         self.packing = reading.packing or self.packing
         self.report.evidence += reading.evidence
         if not self.steps:
-            self.opened.check_complete(reading.adapter.headers.groups, self.identity.side())
-            _check_sizes(reading.adapter, self.identity, self.opened.where)
+            _check_unmoved(self.opened, reading.adapter, self.identity)
         return reading.adapter
 
     def remember(

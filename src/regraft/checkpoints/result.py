@@ -90,49 +90,26 @@ def write(
     Everything else is as in `write_prepared`.
     """
     with open_work(dst, file=name is not None) as work:
-        _carry_out(
-            work,
-            ready,
-            cutter,
-            jobs,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            finish=finish,
-        )
+        advance = advancing(work.dst.name, ready, progress)
+        try:
+            work.check_place(overwrite=overwrite)
+            work.begin(ready.job(), resume=resume)
+            ready.report.resumed = work.resumed
+            _check_space(work, ready)
+            for made in ready.layout.files:
+                (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
+            if cutter is None:
+                from regraft.checkpoints.stream import stream_into
 
-
-def _carry_out(
-    work: Work,
-    ready: Prepared,
-    cutter: Cutter | None,
-    jobs: int,
-    *,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress | None,
-    finish: Finish | None,
-) -> None:
-    advance = advancing(work.dst.name, ready, progress)
-    try:
-        work.check_place(overwrite=overwrite)
-        work.begin(ready.job(), resume=resume)
-        ready.report.resumed = work.resumed
-        _check_space(work, ready)
-        for made in ready.layout.files:
-            (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
-        if cutter is None:
-            from regraft.checkpoints.stream import stream_into
-
-            stream_into(work, ready, jobs, advance)
-        else:
-            Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
-        if finish is not None:
-            work.forget()
-            finish(work.new)
-        _place(work, ready, overwrite=overwrite)
-    except OSError as error:
-        raise cannot_write(work.dst, error) from error
+                stream_into(work, ready, jobs, advance)
+            else:
+                Engine(ready.source.files, ready.layout.files, cutter, work, jobs, advance).run()
+            if finish is not None:
+                work.forget()
+                finish(work.new)
+            _place(work, ready, overwrite=overwrite)
+        except OSError as error:
+            raise cannot_write(work.dst, error) from error
 
 
 def _place(work: Work, ready: Prepared, *, overwrite: bool) -> None:
