@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -456,9 +456,14 @@ _NAMED = "auto_mapping"
 """The field in which PEFT names the class of the base."""
 
 
-def is_of_another(finding: Finding) -> bool:
-    """Whether a problem is that an adapter belongs to another family than the base that was given."""
-    return finding.code == "wrong-base" and (finding.key or "").endswith(f": {_NAMED}")
+def why_of_another(findings: Iterable[Finding]) -> str | None:
+    """Why an adapter belongs to another family than the base that was given; ``None`` where no problem says that."""
+    of_another = (
+        finding.message
+        for finding in findings
+        if finding.code == "wrong-base" and (finding.key or "").endswith(f": {_NAMED}")
+    )
+    return next(of_another, None)
 
 
 def _check_explained(lookup: Lookup, hints: Hints, where: str) -> None:

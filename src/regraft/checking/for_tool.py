@@ -14,9 +14,9 @@ from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import (
     books_by_keys,
     find_books,
-    is_of_another,
     load_model,
     model_beside,
+    why_of_another,
 )
 from regraft.adapters.ranks import Options
 from regraft.bridges.transformers.files import InstalledTransformers
@@ -294,7 +294,7 @@ def _of_another(files: Files) -> str | None:
         if hasattr(opened, "hints") and hasattr(opened, "names"):
             find_books(opened.names(), opened.hints(), files.model, opened.where)
     except RegraftError as error:
-        return next((each.message for each in error.findings if is_of_another(each)), None)
+        return why_of_another(error.findings)
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from regraft.adapters.detect import is_of_another
+from regraft.adapters.detect import why_of_another
 from regraft.errors import Finding
 from regraft.errors.codes import Status
 from regraft.names.patterns import group_alike
@@ -154,8 +154,7 @@ class Check(Shown):
     @property
     def of_another(self) -> str | None:
         """Why the base that was given is of another family than an adapter; ``None`` where it is not."""
-        findings = (each for verdict in self.verdicts for each in verdict.findings)
-        return next((each.message for each in findings if is_of_another(each)), None)
+        return why_of_another(each for verdict in self.verdicts for each in verdict.findings)
 
     @property
     def status(self) -> Status:

@@ -133,14 +133,14 @@ def _convert_many(
 
 def _with_its_base(src: Path, dst: Path, asked: ConvertOptions) -> tuple[Report, str | None]:
     """Convert one of many; without the base that is given for all where it belongs to another, and why that is."""
-    from regraft.adapters.detect import is_of_another
+    from regraft.adapters.detect import why_of_another
     from regraft.api import convert_with
     from regraft.errors import BadInputError
 
     try:
         return convert_with(src, dst, asked), None
     except BadInputError as error:
-        other = next((each.message for each in error.findings if is_of_another(each)), None)
+        other = why_of_another(error.findings)
         if other is None or asked.merge:
             raise
     return convert_with(src, dst, replace(asked, model=None)), other
