@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from making import HEAD, book_of, equation_of
 
 import regraft
+from regraft.cli import main
 from regraft.errors import BadInputError
 from regraft.learning.making import order_questions, with_tables
-from regraft.rules.book import library
+from regraft.rules.book import library, load_book
 from regraft.rules.lint.book import lint_book
 from regraft.storage.safetensors import open_tensors, write_tensors
 
@@ -130,6 +133,92 @@ def test_a_learned_book_asks_for_the_order_or_has_it_from_the_live_class():
         )
     )
     orders = {f"m.{n}.x": ("up", "bias", "gate", "down") for n in range(2)}
-    told = with_tables(turned, orders)
+    told = with_tables(turned, lambda: orders)
     assert order_questions(turned) and not order_questions(told)
     assert [each.names for each in told.parameters] == [("up", "gate", "down")]
+
+
+class Experts(torch.nn.Module):
+    """Stacked experts of a class of one's own, which registers gate, then up."""
+
+    def __init__(self, names=("gate", "up")):
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(torch.rand(EXPERTS, SIZE, SIZE)))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"x": Experts(names)}) for _ in "ab")
+
+
+def split(state):
+    """Each expert by itself."""
+    return {
+        f"{module}.{expert}.{name}.weight": each
+        for key, stack in state.items()
+        for module, _, name in [key.rpartition(".")]
+        for expert, each in enumerate(stack)
+    }
+
+
+def join(state):
+    """The way back."""
+    stacks = {}
+    for key in state:
+        module, _, name, _ = key.rsplit(".", 3)
+        stacks.setdefault(f"{module}.{name}", []).append(state[key])
+    return {key: torch.stack(each) for key, each in stacks.items()}
+
+
+@pytest.mark.parametrize("names", [("gate", "up"), ("up", "gate")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_live_class_of_any_kind_is_asked_for_the_order(names, side):
+    with torch.device("meta"):
+        model = Model(names)
+    shapes = model.state_dict()
+    if side == "left":
+        book = regraft.learn_from(split, shapes, model=model)
+    else:
+        apart = {
+            key: np.empty(x.shape[-2:])
+            for key, x in split({k: torch.empty(v.shape) for k, v in shapes.items()}).items()
+        }
+        book = regraft.learn_from(join, apart, model=model)
+    assert [(table.sides, table.names) for table in book.parameters] == [((side,), names)]
+    assert {kind for rule in book.rules for _, kind in rule.side(side)} == {"experts"}
+    with pytest.raises(BadInputError) as caught:
+        regraft.learn({"a": np.zeros(2)}, {"b": np.zeros(2)}, model=model)
+    assert "neither side has a tensor of the model" in str(caught.value)
+
+
+def test_a_class_that_a_config_names_is_asked_for_the_order(tmp_path, capsys):
+    cls = transformers.Qwen3MoeForCausalLM
+    fields = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "num_experts": 3,
+        "moe_intermediate_size": 12,
+        "intermediate_size": 20,
+        "vocab_size": 33,
+    }
+    config = cls.config_class(**fields, architectures=[cls.__name__])
+    model = cls(config)
+    before = {key: x.detach().numpy() for key, x in model.state_dict().items()}
+    after = {f"mine.{key}": np.swapaxes(x, 1, 2) if x.ndim == 3 else x for key, x in before.items()}
+    for name, state in (("before", before), ("after", after)):
+        (tmp_path / name).mkdir()
+        write_tensors(
+            tmp_path / name / "model.safetensors",
+            {k: np.ascontiguousarray(x) for k, x in state.items()},
+            {},
+        )
+    (tmp_path / "before/config.json").write_text(json.dumps(config.to_dict()))
+    book = tmp_path / "book.toml"
+    assert main(["learn", str(tmp_path / "before"), str(tmp_path / "after"), "-o", str(book)]) == 0
+    (table,) = load_book(book).parameters
+    assert table.names == ("gate_up_proj", "down_proj") and table.sides == ("left",)

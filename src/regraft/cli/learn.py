@@ -98,6 +98,7 @@ def learn(
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
+        from regraft.bridges.transformers.probing import parameter_orders
         from regraft.cli.forms import tell
         from regraft.errors import BadInputError, Finding
         from regraft.learning.learn import learn_pairs, require_sound
@@ -120,7 +121,13 @@ def learn(
                 )
             else:
                 pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
-                found = learn_pairs(pairs, layouts=layouts, name=title, choose=asked.choose)
+                found = learn_pairs(
+                    pairs,
+                    layouts=layouts,
+                    name=title,
+                    choose=asked.choose,
+                    orders=lambda: parameter_orders(pairs[0].config),
+                )
         log_result(found)
         if not asked.partial:
             require_sound(found)
@@ -181,7 +188,7 @@ def _watched(
             layouts=layouts,
             name=name,
             kind_of=tell,
-            orders=known[0].parameters,
+            orders=lambda: known[0].parameters,
             source=f"regraft learn --with {command!r}",
             choose=choose,
         )

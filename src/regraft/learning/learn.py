@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from itertools import islice, product
-from typing import cast
+from typing import Any, TypedDict, cast
 
 from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import AmbiguousError, BadInputError, Finding
@@ -24,12 +24,13 @@ from regraft.learning.fitting import fits, is_there
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.layers import tell_layers
 from regraft.learning.loops import Looped, with_loops
-from regraft.learning.making import comment, make_book, order_questions, with_tables
+from regraft.learning.making import Orders, comment, make_book, order_questions, with_tables
 from regraft.learning.pairs import Pair, Source
 from regraft.learning.propose import check, plan_names
 from regraft.learning.relate import Names, carried
-from regraft.learning.roles import KindOf
+from regraft.learning.roles import KindOf, kinds_told
 from regraft.names.keys import group_names
+from regraft.names.live import skeleton_of_any
 from regraft.names.patterns import patterns
 from regraft.report import logged
 from regraft.rules.book import Book, Drop, load_book
@@ -106,6 +107,7 @@ def learn(
     model_types: Sequence[str] | None = None,
     partial: bool = False,
     choose: Sequence[str] = (),
+    model: Any = None,
 ) -> Book:
     """A rule book that leads from one file to another, learned from both.
 
@@ -120,6 +122,8 @@ def learn(
         partial: accept a book that does not explain everything.
         choose: answers to questions about readings that fit alike: ``AFTER=BEFORE`` for tensors that are equal to
             others, ``config.FIELD`` for sizes.
+        model: a torch module of any class that has the tensors before, or those after; on the meta device is enough.
+            It tells their kinds, and the order of a module's stacked parameters, which adapters of them need.
 
     >>> import numpy as np
     >>> q, k = np.arange(8.0).reshape(4, 2), np.arange(8.0, 12.0).reshape(2, 2)
@@ -134,10 +138,41 @@ def learn(
     given = [(before, after), *more]
     known = [*configs, *[None] * (len(given) - len(configs))]
     pairs = [Pair.of(a, b, config) for (a, b), config in zip(given, known, strict=True)]
-    found = learn_pairs(pairs, layouts=layouts, name=name, model_types=model_types, choose=choose)
+    found = learn_pairs(
+        pairs,
+        layouts=layouts,
+        name=name,
+        model_types=model_types,
+        choose=choose,
+        **asked_of(model, pairs),
+    )
     if not partial:
         require_sound(found)
     return found.book
+
+
+class Told(TypedDict, total=False):
+    """What a live model tells of the tensors of a side."""
+
+    kind_of: tuple[KindOf, KindOf]
+    orders: Orders
+
+
+def asked_of(model: Any, pairs: Sequence[Pair]) -> Told:
+    """What a model tells of a side of pairs; nothing where there is none.
+
+    Raises ``BadInputError`` where it is of neither side.
+    """
+    if model is None:
+        return {}
+    skeleton = skeleton_of_any(model)
+    sides = [(shapes_of(pair.before), shapes_of(pair.after)) for pair in pairs]
+    return {"kind_of": kinds_told(skeleton, sides), "orders": lambda: skeleton.parameters}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Their shapes by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def require_sound(found: Learned) -> None:
@@ -188,7 +223,7 @@ def learn_pairs(
     source: str = "regraft learn",
     naming: int = 2,
     choose: Sequence[str] = (),
-    orders: Mapping[str, Sequence[str]] | None = None,
+    orders: Orders | None = None,
 ) -> Learned:
     """A rule book from pairs of files; the first ``naming`` of them name its sizes, all of them verify it.
 
@@ -196,7 +231,7 @@ def learn_pairs(
     been the same by chance.
 
     ``kind_of`` tells kinds of tensors before and after, where live models say them, ``orders`` the parameters of
-    modules before in the order in which a live model registers them.
+    modules of either side in the order in which a live model registers them.
     """
     _check_pairs(pairs)
     pairs = joined(pairs)
@@ -250,7 +285,7 @@ def learn_pairs(
         kinds=kinds,
         source=source,
     )
-    book = with_tables(book, orders or {})
+    book = with_tables(book, orders)
     counts = len(shown.after) - len(first.odd), len(shown.after)
     loaded = load_book(cast(Traversable, _Text(write_book(book))), f"{name}.toml")
     verified = []

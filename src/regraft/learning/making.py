@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.learning.assemble import Drafted
@@ -19,6 +19,8 @@ from regraft.rules.templates import match_group
 from regraft.values import replace
 
 Tensors = Mapping[str, Tensor]
+Orders = Callable[[], Mapping[str, Sequence[str]]]
+"""Modules and their own parameters, in the order in which their class registers them, where a class can be asked."""
 
 
 def make_book(
@@ -73,20 +75,27 @@ def make_book(
     )
 
 
-def with_tables(book: Book, orders: Mapping[str, Sequence[str]]) -> Book:
-    """A book with a table for each module on the left whose parameters' order is known, by the module's path."""
+def with_tables(book: Book, orders: Orders | None) -> Book:
+    """A book with a table for each module whose parameters' order is known, by the module's path.
+
+    ``orders`` is only asked where the book has modules without one.
+    """
+    missing = [(side, module) for side in SIDES for module in book.unordered(side)]
+    if orders is None or not missing:
+        return book
     tables = list(book.parameters)
-    for module in book.unordered("left"):
+    known = orders()
+    for side, module in missing:
         key = parse_key(module.module)
         names = {
             tuple(listed)
-            for path, listed in orders.items()
+            for path, listed in known.items()
             if set(module.names) <= set(listed)
             and match_group(key, group_names([path])[0]) is not None
         }
         if len(names) == 1:
-            known = [name for name in names.pop() if name in module.names]
-            tables.append(Parameters(("left",), key, tuple(known)))
+            told = [name for name in names.pop() if name in module.names]
+            tables.append(Parameters((side,), key, tuple(told)))
     return replace(book, parameters=tuple(tables))
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from regraft.equation.notation import Term, axes_of
+from regraft.errors import BadInputError, Finding
 from regraft.learning.assemble import Drafted
 from regraft.names.keys import group_names
+from regraft.names.skeleton import Skeleton
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT
 from regraft.rules.templates import match_group
 
@@ -15,12 +17,51 @@ KindOf = Callable[[str], str | None]
 """The kind of a tensor by its name, where a live model says it."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def kinds_told(skeleton: Skeleton, sides: Sequence[tuple[Shapes, Shapes]]) -> tuple[KindOf, KindOf]:
+    """The kinds that a live model tells, on the side that has its tensors; ``sides`` are those of each size.
+
+    Where both sides have as many of its names, it is the one with its shapes.
+
+    Raises ``BadInputError`` where neither side has one of its tensors.
+    """
+    scores = [
+        max(
+            (
+                len(skeleton.tensors.keys() & shapes.keys()),
+                len(skeleton.tensors.items() & shapes.items()),
+            )
+            for shapes in side
+        )
+        for side in zip(*sides, strict=True)
+    ]
+    if not any(names for names, _ in scores):
+        raise BadInputError(
+            Finding(
+                "missing",
+                "neither side has a tensor of the model",
+                where="the model",
+                key=next(iter(skeleton.tensors), None),
+                fix="give a model whose state dict has the names before, or those after",
+            )
+        )
+    if scores[1] > scores[0]:
+        return _nothing, skeleton.kinds.get
+    return skeleton.kinds.get, _nothing
+
+
+def _nothing(_: str) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Kinds:
     """What is known of the kinds of tensors before and after."""
 
     told: tuple[KindOf, KindOf]
-    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]
+    shapes: tuple[Shapes, Shapes]
 
     def of_rename(self, before: str, after: str) -> tuple[str, str]:
         """The kinds of a tensor that only gets another name, before and after.
@@ -146,4 +187,4 @@ def _is_of(name: str, term: Term) -> bool:
     return term.key is not None and match_group(term.key, group_names([name])[0]) is not None
 
 
-__all__ = ["KindOf", "Kinds", "guess", "kinds_by_axes", "kinds_of"]
+__all__ = ["KindOf", "Kinds", "guess", "kinds_by_axes", "kinds_of", "kinds_told"]

@@ -15,6 +15,8 @@ from regraft.learning.content import content_of
 from regraft.learning.learn import (
     Config,
     Learned,
+    Told,
+    asked_of,
     learn_pairs,
     require_sound,
 )
@@ -38,12 +40,13 @@ def learn_from(
     partial: bool = False,
     choose: Sequence[str] = (),
     torch: bool | None = None,
+    model: Any = None,
 ) -> Book:
     """A rule book learned by calling a converter with labelled tensors.
 
     ``headers`` are names and shapes (or tensors, of which only the shapes count), one mapping or one for each of
     several sizes; ``convert`` gets and returns a state dict, of torch's tensors where torch is installed, unless
-    ``torch`` is false. Configs that belong to the sizes name them; ``choose`` is that of `learn`.
+    ``torch`` is false. Configs that belong to the sizes name them; ``choose`` and ``model`` are those of `learn`.
 
     >>> def convert(state):
     ...     return {"both": np.concatenate([state["a"], state["b"]])}
@@ -64,6 +67,7 @@ def learn_from(
         model_types=model_types,
         choose=choose,
         torch=torch,
+        model=model,
     )
     if not partial:
         require_sound(found)
@@ -82,6 +86,7 @@ def watch(
     torch: bool | None = None,
     kind_of: tuple[KindOf, KindOf] | None = None,
     source: str = "regraft.learn_from",
+    model: Any = None,
 ) -> Learned:
     """What `learn_from` finds, with its evidence."""
     many = [headers] if isinstance(headers, Mapping) else list(headers)
@@ -103,9 +108,9 @@ def watch(
         layouts=layouts,
         name=name,
         model_types=model_types,
-        kind_of=kind_of,
         source=source,
         choose=choose,
+        **(asked_of(model, pairs) if kind_of is None else Told(kind_of=kind_of)),
     )
 
 

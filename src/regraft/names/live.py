@@ -176,6 +176,19 @@ def skeleton_of(model: Any) -> Skeleton:
     )
 
 
+def skeleton_of_any(module: Any) -> Skeleton:
+    """The skeleton of a transformers model, or of a module of any other class, which has no models in it."""
+    live = walk(module)
+    if len(live.models) == 1 and not live.models[0].path:
+        return live.models[0].skeleton
+    modules = {
+        f"{path}.{name}" if path else name: each
+        for path, each in module.named_modules()
+        for name in each._parameters
+    }
+    return _skeleton((), module.state_dict(), modules, frozenset())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rest:
     """A module that is no model's, or is one in another place."""

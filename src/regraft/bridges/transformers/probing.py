@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from regraft.bridges.transformers.building import build, known_classes, make_config, model_class
@@ -96,8 +97,32 @@ def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outli
             for key in entry.keys(term).names():
                 old_shapes[key] = entry.shape(term)
                 old_kinds[key] = role
-    for carried in plan.carried:
-        for key in carried.group.names():
-            old_shapes[key] = shapes[key]
-            old_kinds[key] = kinds.get(key, "any")
-    return Outline(old_shapes, old_kinds, config)
+    carried = {key: None for each in plan.carried for key in each.group.names()}
+    for key in carried:
+        old_shapes[key] = shapes[key]
+        old_kinds[key] = kinds.get(key, "any")
+    # A module of which everything is carried is the class's own: it registers its parameters as there.
+    parameters = {
+        module: names
+        for module, names in skeleton.parameters.items()
+        if all(f"{module}.{name}" in carried for name in names)
+    }
+    return Outline(old_shapes, old_kinds, config, parameters)
+
+
+def parameter_orders(config: Mapping[str, Any] | None) -> Mapping[str, Sequence[str]]:
+    """Modules and their own parameters, in the order in which the class that a config names registers them.
+
+    Nothing where the installed transformers has no such class, or cannot build it.
+    """
+    if not config or find_spec("transformers") is None:
+        return {}
+    model = ModelConfig(config, "")
+    try:
+        names = known_classes(model, model.architectures())
+        if not names:
+            return {}
+        built = build(model_class(names[0]), make_config(model.model_type or "", config))
+        return skeleton_of(built).parameters
+    except Exception:  # what a class raises of a config that is not its own
+        return {}
