@@ -33,7 +33,10 @@ class Request:
 
 
 Fault = Callable[[Request], str | None]
-"""What goes wrong with a request: ``503``, ``drop``, ``short``, ``whole`` (the range is ignored), ``404``, ..."""
+"""What goes wrong with a request: ``503``, ``drop``, ``short``, ``whole`` (the range is ignored), ``404``, ...
+
+A status may be followed by what Retry-After says: ``503 after 7``.
+"""
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Objects:
     """The keys that could be seen, after each request that wrote."""
     fault: Fault | None = None
     delay: float = 0.0
+    date: str = ""
+    """What answers say that the time is; the clock's, where it is empty."""
     blocks: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Of a key the blocks that Azure has and no list took up."""
     committed: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
@@ -92,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return self.objects.date or super().date_time_string(timestamp)
+
     def setup(self) -> None:
         super().setup()
         self.timeout = 10
@@ -133,8 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return True
-        if fault is not None and fault.isdigit():
-            self._answer(int(fault), b"<Error><Code>SlowDown</Code></Error>")
+        status, _, after = (fault or "").partition(" after ")
+        if status.isdigit():
+            headers = {"Retry_After": after} if after else {}
+            self._answer(int(status), b"<Error><Code>SlowDown</Code></Error>", **headers)
             return True
         return False
 

@@ -139,7 +139,8 @@ class CheckpointReport:
     config: list[str] = field(default_factory=list)
     """What changed in ``config.json``."""
     traffic: dict[str, int] = field(default_factory=dict)
-    """What went over the network, where anything did: requests, bytes read and written, and retries."""
+    """What went over the network, where anything did: requests, bytes read and written, retries, and seconds
+    that were waited because a store asked for it, of all threads together."""
     memory: int = 0
     """The most memory it may take, in bytes, as announced before the work began."""
     resumed: bool = False

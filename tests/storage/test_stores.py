@@ -40,17 +40,23 @@ def test_reads_what_is_there(server):
         assert (found.key, found.size, bytes(first)) == ("x.bin", len(DATA), DATA[:100])
         assert bytes(client.read(found, 300, 700)) == DATA[300:700]
         assert client.first("y.bin", 10) is None
-        assert client.traffic.to_dict() == {"requests": 3, "read": 500, "written": 0, "retries": 0}
+        counted = {"requests": 3, "read": 500, "written": 0, "retries": 0, "waited": 0}
+        assert client.traffic.to_dict() == counted
     assert [row.key for row in open_store("s3://b/in").listed()] == ["x.bin"]
     assert open_store(f"{server.url}/b/in").listed() is None
+
+
+def failing(fault, times):
+    """Lets the next requests fail, but for those of one byte that ask a busy store how long it is busy."""
+    left = [None] * times
+    return lambda request: fault if request.range != (0, 0) and left and not left.pop() else None
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "drop", "short", "less", "more"])
 def test_asks_again_for_what_may_pass(server, fault):
     for client in stores(server):
         found, _ = client.first("x.bin", 1)
-        begun = len(server.requests)
-        server.fault = lambda request, begun=begun: fault if request.number < begun + 2 else None
+        server.fault = failing(fault, 2)
         assert bytes(client.read(found, 5, 905)) == DATA[5:905]
         assert client.traffic.retries == 2
         next_one = len(server.requests)
@@ -186,3 +192,103 @@ def test_addresses_that_are_none(address):
     with pytest.raises(BadInputError) as error:
         open_store(address)
     assert error.value.findings[0].code in ("bad-address", "package-missing")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits, none of which is waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(objects, "pause", lambda seconds: waited.append(round(seconds)) or True)
+    return waited
+
+
+IN_A_MINUTE = "Mon, 02 Jan 2023 00:01:00 GMT"
+
+
+@pytest.mark.parametrize("status", ["503", "429"])
+@pytest.mark.parametrize("after", ["60", IN_A_MINUTE])
+def test_leaves_a_busy_store_alone_for_as_long_as_it_asks(
+    server, waits, monkeypatch, status, after
+):
+    monkeypatch.setattr(objects.time, "time", lambda: 1672617600.0)
+    server.date = "Mon, 02 Jan 2023 00:00:00 GMT"
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        begun = len(server.requests)
+        # Each try of obstore's is followed by a request that asks how long.
+        fault = f"{status} after {after}"
+        server.fault = lambda r, begun=begun, fault=fault: fault if r.number < begun + 4 else None
+        assert bytes(client.read(found, 5, 905)) == DATA[5:905]
+        assert waits == [60, 60]
+        assert client.traffic.to_dict() == {
+            "requests": 6,
+            "read": 901,
+            "written": 0,
+            "retries": 2,
+            "waited": 120,
+        }
+        waits.clear()
+
+
+def test_gives_up_where_a_store_asks_for_too_long_a_wait(server, waits):
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        server.fault = lambda request: "503 after 3600"
+        with pytest.raises(BadInputError, match="alone for 3600 s, longer than the 300 s") as error:
+            client.read(found, 5, 905)
+        assert error.value.findings[0].code == "store-failed"
+        assert "after that time" in error.value.findings[0].fix
+        server.fault = None
+    assert not waits
+
+
+def test_what_says_nothing_is_asked_again_soon(server, waits):
+    for client in stores(server):
+        found, _ = client.first("x.bin", 1)
+        begun = len(server.requests)
+        server.fault = lambda request, begun=begun: "429" if request.number == begun else None
+        assert bytes(client.read(found, 5, 905)) == DATA[5:905]
+    assert waits == [0, 0]
+
+
+def test_waits_before_it_writes_again(server, waits):
+    client = open_store("s3://b/out")
+    server.fault = lambda request: "503 after 9" if request.number < 2 else None
+    client.put("x", b"data")
+    assert server.data["b/out/x"] == b"data"
+    assert waits == [9]
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({"retry-after": "12"}, 12),
+        ({"Retry-After": "1.5"}, 1.5),
+        ({"Retry-After": IN_A_MINUTE, "Date": "Mon, 02 Jan 2023 00:00:30 GMT"}, 30),
+        ({"Retry-After": "Sun, 01 Jan 2023 00:00:00 GMT", "Date": IN_A_MINUTE}, 0),
+        ({"RateLimit": '"resolvers";r=0;t=85'}, 85),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "-5"}, None),
+        ({"Retry-After": ""}, None),
+        ({"Retry-After": "Mon, 99 Jan 2023 00:00:00 GMT"}, None),
+        ({}, None),
+    ],
+)
+def test_reads_how_long_to_wait(headers, wait):
+    assert objects.asked_wait(headers) == wait
+
+
+def test_a_put_whose_answer_was_lost_is_no_other_object(server, monkeypatch):
+    client = open_store("s3://b/out")
+    put = type(client.store).put
+
+    def lost(store, key, data, *, create):
+        monkeypatch.setattr(type(client.store), "put", put)
+        put(store, key, data, create=create)
+        raise objects.StoreError("transient", "the connection broke off")
+
+    monkeypatch.setattr(type(client.store), "put", lost)
+    client.put("x", b"data", create=True)
+    with pytest.raises(BadInputError, match="exists already"):
+        client.put("x", b"other", create=True)
+    assert server.data["b/out/x"] == b"data"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress, pairwise
 from math import prod
@@ -26,6 +25,7 @@ from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 from regraft.storage.ranges import MOST, Ranges
 from regraft.storage.stamp import changed
+from regraft.storage.threads import Pool
 from regraft.values import replace
 
 Bytes = npt.NDArray[np.uint8]
@@ -280,7 +280,7 @@ def _run(tasks: Sequence[_Task], jobs: int, stop: threading.Event | None = None)
 
     if jobs == 1 or len(tasks) < 2:
         return sum(run(task) for task in tasks)
-    with ThreadPoolExecutor(jobs, "regraft-read") as pool:
+    with Pool(jobs, "regraft-read") as pool:
         # Short ones are more of Python than of reading: threads would only wait for one another.
         short = [task.is_short for task in tasks]
         shared = pool.map(run, compress(tasks, map(not_, short)))

@@ -17,7 +17,6 @@ of a result, and when, is what `regraft.checkpoints.upload` says: nothing before
 from __future__ import annotations
 
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import PurePosixPath
 
@@ -35,6 +34,7 @@ from regraft.report import PartReport
 from regraft.storage.objects import Client
 from regraft.storage.scheduler import Share
 from regraft.storage.stage import Job
+from regraft.storage.threads import Pool
 from regraft.storage.uploads import Parts, Uploads, open_uploads
 
 SIZE = 1 << 23
@@ -164,7 +164,7 @@ class RemoteStage:
 
     def look(self, *, make: bool = False) -> list[tuple[str, Parts] | None]:
         """The uploads of all files."""
-        with ThreadPoolExecutor(_AT_ONCE, "regraft-look") as pool:
+        with Pool(_AT_ONCE, "regraft-look") as pool:
             return list(
                 pool.map(lambda number: self.find(number, make=make), range(len(self.files)))
             )

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing
 from itertools import groupby
 from queue import SimpleQueue
@@ -24,6 +24,7 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.shares import Piece, cut
 from regraft.checkpoints.tiles import write_all
 from regraft.checkpoints.windows import Windows
+from regraft.storage.threads import Pool, stopped_by
 from regraft.storage.work import Work
 
 WINDOW = 8 << 20
@@ -52,12 +53,13 @@ class Stream:
         self.files = Files(ready.source.files)
         self.jobs, self.advance = jobs, advance
         self.reads = _AT_ONCE if ready.source.is_remote else 1
-        self._pool = ThreadPoolExecutor(jobs, "regraft-window")
+        self._pool = Pool(jobs, "regraft-window")
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._pool.stop.set()
         self._pool.shutdown(cancel_futures=True)
         self.files.close()
 
@@ -88,11 +90,12 @@ class Stream:
         def work() -> None:
             try:
                 while not stop.is_set():
-                    with lock:
+                    with lock, stopped_by(stop):
                         task = next(waiting, end)
                     if task is end:
                         return
-                    do(task)  # type: ignore[arg-type]
+                    with stopped_by(stop):
+                        do(task)  # type: ignore[arg-type]
                     finished.put(task)
             except BaseException:
                 stop.set()

@@ -54,8 +54,14 @@ def _traffic(counts: Mapping[str, int]) -> str:
         f"{counts['requests']} requests: {show_size(counts['read'])} read, "
         f"{show_size(counts['written'])} written"
     )
-    return sentence + (
-        f"; {counts['retries']} of them were sent again" if counts["retries"] else ""
+    return (
+        sentence
+        + (f"; {counts['retries']} of them were sent again" if counts["retries"] else "")
+        + (
+            f"; {counts['waited']} s were waited, of all workers together, because a server asked for it"
+            if counts["waited"]
+            else ""
+        )
     )
 
 

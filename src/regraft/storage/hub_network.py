@@ -18,7 +18,7 @@ from urllib.parse import quote
 from regraft.errors import BadInputError, Finding
 from regraft.errors.extras import install_line
 from regraft.storage.hub import is_offline, parse_id
-from regraft.storage.objects import Client, Found, Store, StoreError, Trouble
+from regraft.storage.objects import BUSY, Client, Found, Store, StoreError, Trouble, asked_wait
 
 _STATUS: dict[int, Trouble] = {
     401: "forbidden",
@@ -126,11 +126,14 @@ def trouble_of(error: Exception) -> StoreError:
     """Why the hub gave no answer."""
     line = str(error).strip().split("\n")[0] or type(error).__name__
     name = type(error).__name__
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    answer = getattr(error, "response", None)
+    status = getattr(answer, "status_code", None)
     if name in ("GatedRepoError", "DisabledRepoError"):
         return StoreError("forbidden", line)
     if name in ("OfflineModeIsEnabled", "LocalTokenNotFoundError"):
         return StoreError("forbidden", line)
+    if answer is not None and status in BUSY:
+        return StoreError("busy", line, asked_wait(answer.headers) or 0.0)
     # The hub says 401 of what does not exist, to those who may not know it.
     if status in _STATUS:
         return StoreError(_STATUS[status], line)

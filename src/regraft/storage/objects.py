@@ -7,13 +7,15 @@ version is checked here, for every answer and whatever the store's library says 
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from regraft.errors import BadInputError, Finding
+from regraft.storage.threads import pause
 
 _T = TypeVar("_T")
 TRIES = 6
@@ -21,18 +23,62 @@ TRIES = 6
 PAUSE = 0.1
 """Seconds before the second try; each further one waits about twice as long."""
 _LONGEST = 5.0
+LONGEST_ASKED = 300.0
+"""The most seconds that are waited because a store asks for it; the hub counts requests by five minutes."""
 _SMALL = 1 << 24
 
-Trouble = Literal["missing", "forbidden", "changed", "no-ranges", "exists", "transient", "unfit"]
-"""Why a store gave no answer; only what is ``transient`` is asked for again."""
+Trouble = Literal[
+    "missing", "forbidden", "changed", "no-ranges", "exists", "transient", "busy", "unfit"
+]
+"""Why a store gave no answer; only what is ``transient`` or ``busy`` is asked for again."""
+BUSY = (429, 503)
+"""The statuses of answers that may say when to ask again."""
 
 
 class StoreError(Exception):
     """A store gave no answer."""
 
-    def __init__(self, trouble: Trouble, message: str) -> None:
+    def __init__(self, trouble: Trouble, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.trouble, self.message = trouble, message
+        self.wait = wait
+        """The seconds after which it wants to be asked again, where it said so."""
+
+
+def asked_wait(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """The seconds after which a busy server wants to be asked again, by the headers of its answer.
+
+    It may say so in seconds or as a date (RFC 9110, 10.2.3), which is compared with the answer's own; or, as the hub
+    does, in seconds until its count of requests begins anew.
+
+    >>> asked_wait({"Retry-After": "7"})
+    7.0
+    >>> asked_wait({"RateLimit": '"api";r=0;t=120'})
+    120.0
+    """
+    named = {name.lower(): value.strip() for name, value in headers.items()}
+    after = named.get("retry-after", "")
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", after):
+        return float(after)
+    until = _seconds_of(after)
+    if until is not None:
+        begun = _seconds_of(named.get("date", ""))
+        begun = begun if begun is not None else time.time() if now is None else now
+        return max(until - begun, 0.0)
+    reset = re.search(r";\s*t=(\d{1,9})\b", named.get("ratelimit", ""))
+    return float(reset[1]) if reset is not None else None
+
+
+def _seconds_of(date: str) -> float | None:
+    """An HTTP date in seconds since 1970."""
+    if not date:
+        return None
+    from email.utils import parsedate_to_datetime  # slow to import, and seldom wanted
+
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +117,14 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
 
+    def busy_for(self, key: str) -> float | None:
+        """The seconds for which a store, which said that it is busy, wants to be left alone.
+
+        One request, for what the library that speaks to it does not tell; ``None`` where it does not say. Raises
+        nothing.
+        """
+        return None
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -82,20 +136,30 @@ class Traffic:
     """Bytes."""
     written: int = 0
     retries: int = 0
+    waited: float = 0.0
+    """Seconds, of all threads together, because the store asked for it."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, requests: int = 0, read: int = 0, written: int = 0, retries: int = 0) -> None:
+    def add(
+        self,
+        requests: int = 0,
+        read: int = 0,
+        written: int = 0,
+        retries: int = 0,
+        waited: float = 0.0,
+    ) -> None:
         """Count something; any thread may."""
         with self._lock:
             self.requests += requests
             self.read += read
             self.written += written
             self.retries += retries
+            self.waited += waited
 
     def to_dict(self) -> dict[str, int]:
         """Plain data."""
-        names = ("requests", "read", "written", "retries")
-        return {name: getattr(self, name) for name in names}
+        names = ("requests", "read", "written", "retries", "waited")
+        return {name: round(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,8 +223,14 @@ class Client:
         try:
             self.ask(key, lambda: self.store.put(key, data, create=create))
         except StoreError as error:
-            raise self.failed(key, error) from None
+            # A put whose answer was lost is sent again, and finds what it wrote itself.
+            if error.trouble != "exists" or not self._holds(key, data):
+                raise self.failed(key, error) from None
         self.traffic.add(written=len(data))
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        found = self.first(key, len(data) + 1)
+        return found is not None and found[1] == data
 
     def create(self, key: str, data: bytes) -> bytes:
         """Write a small object where there is none; what is there then, which somebody else may have written."""
@@ -199,17 +269,35 @@ class Client:
     def ask(self, key: str, once: Callable[[], _T]) -> _T:
         """Ask until there is an answer, or none can be had; each try is counted.
 
-        Raises `StoreError`.
+        A store that is busy is left alone for as long as it asks. Raises `StoreError`.
         """
         for attempt in range(TRIES):
             self.traffic.add(requests=1, retries=int(attempt > 0))
             try:
                 return once()
             except StoreError as error:
-                if error.trouble != "transient" or attempt + 1 == TRIES:
+                if error.trouble not in ("transient", "busy") or attempt + 1 == TRIES:
                     raise
-            time.sleep(min(PAUSE * 2**attempt, _LONGEST) * (0.5 + random.random()))
+                asked = self._asked_wait(key, error)
+                # Never all threads at the same moment.
+                own = min(PAUSE * 2**attempt, _LONGEST) * (0.5 + random.random())
+                if not pause(asked + own):
+                    raise
+                self.traffic.add(waited=asked)
         raise AssertionError("a last try returns or raises")
+
+    def _asked_wait(self, key: str, error: StoreError) -> float:
+        """The seconds for which a store asks to be left alone; 0 where it does not.
+
+        Raises `StoreError` where that is longer than anybody should wait without knowing.
+        """
+        asked = error.wait
+        if asked is None and error.trouble == "busy":
+            self.traffic.add(requests=1)
+            asked = self.store.busy_for(key)
+        if asked is not None and asked > LONGEST_ASKED:
+            raise StoreError("busy", error.message, asked)
+        return asked or 0.0
 
     def failed(self, key: str, error: StoreError) -> BadInputError:
         """The error for a request that was given up."""
@@ -241,6 +329,13 @@ class Client:
             )
         if error.trouble == "unfit":
             return BadInputError(Finding("bad-address", error.message, where=where))
+        if error.wait is not None and error.wait > LONGEST_ASKED:
+            message = (
+                f"the store is busy, and asks to be left alone for {error.wait:.0f} s, longer than the"
+                f" {LONGEST_ASKED:.0f} s that are waited: {error.message}"
+            )
+            fix = "run it again after that time, with fewer --jobs where it counts requests"
+            return BadInputError(Finding("store-failed", message, where=where, fix=fix))
         message = f"no answer in {TRIES} tries: {error.message}"
         fix = "check the network and the address, and run it again"
         return BadInputError(Finding("store-failed", message, where=where, fix=fix))

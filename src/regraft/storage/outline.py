@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import msgspec
 from regraft.errors import BadInputError, Finding
 from regraft.storage.objects import Client, Found, Traffic
 from regraft.storage.stand_ins import NAMES, STAND_INS, Remote, open_remote
+from regraft.storage.threads import Pool
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _TELLING = re.compile(
@@ -252,7 +252,7 @@ def _look(outline: Outline, keys: Sequence[str], sizes: Mapping[str, int]) -> di
     """Look into objects, several at once: small ones are kept, of weights the header. What is not there is left out."""
     if not keys:
         return {}
-    with ThreadPoolExecutor(min(_AT_ONCE, len(keys)), "regraft-look") as pool:
+    with Pool(min(_AT_ONCE, len(keys)), "regraft-look") as pool:
         heads = list(pool.map(lambda key: _head(outline.client, key, sizes.get(key, _HEAD)), keys))
     seen: dict[str, bytes] = {}
     for key, head in zip(keys, heads, strict=True):

@@ -16,10 +16,10 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from regraft.errors import BadInputError, Finding
-from regraft.storage.objects import Client, Found, Store, StoreError, Trouble
+from regraft.storage.objects import BUSY, Client, Found, Store, StoreError, Trouble, asked_wait
 
 _OBSTORE = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "http", "https"}
 _STATUS: dict[str, Trouble] = {
@@ -78,7 +78,7 @@ class _Obstore(Store):
         self._lib = library("obstore", url, "regraft[cloud]")
         self._errors = import_module("obstore.exceptions")
         self._is_http = urlsplit(url).scheme in ("http", "https")
-        # What is read is asked for again by the client, which counts it; of uploads each part is sent again here.
+        # The client asks again, and counts it; only the parts of an upload are sent again by obstore itself.
         self.opened = self._open(0)
 
     @cached_property
@@ -130,7 +130,7 @@ class _Obstore(Store):
         """Write a small object as a whole."""
         mode = "create" if create else "overwrite"
         try:
-            self._lib.put(self._write, key, data, mode=mode, use_multipart=False)
+            self._lib.put(self.opened, key, data, mode=mode, use_multipart=False)
         except Exception as error:
             raise self._trouble(error) from None
 
@@ -152,9 +152,31 @@ class _Obstore(Store):
     def delete(self, key: str) -> None:
         """Remove an object."""
         try:
-            self._lib.delete(self._write, key)
+            self._lib.delete(self.opened, key)
         except Exception as error:
             raise self._trouble(error) from None
+
+    def busy_for(self, key: str) -> float | None:
+        """The seconds for which a store wants to be left alone, by the headers of an answer, which obstore drops."""
+        from urllib.error import HTTPError
+        from urllib.request import Request, urlopen  # slow to import, and seldom wanted
+
+        try:
+            address = self._address(key)
+            with urlopen(Request(address, headers={"Range": "bytes=0-0"}), timeout=10):
+                return None
+        except HTTPError as error:
+            with error:
+                return asked_wait(dict(error.headers)) if error.code in BUSY else None
+        except Exception:
+            return None  # it is asked again as if it had said nothing
+
+    def _address(self, key: str) -> str:
+        """Where an object can be read by anybody, for a minute."""
+        if self._is_http:
+            folder, mark, query = self.url.partition("?")
+            return f"{folder}/{quote(key)}{mark}{query}" if key else self.url
+        return str(self._lib.sign(self.opened, "GET", key, timedelta(minutes=1)))
 
     def _trouble(self, error: Exception) -> StoreError:
         known = self._errors
@@ -173,8 +195,10 @@ class _Obstore(Store):
             error, (NotImplementedError, known.NotSupportedError, known.InvalidPathError)
         ):
             return StoreError("unfit", line)
-        status = re.search(r"status code: (4\d\d)", line)
-        if status is not None and status[1] not in ("408", "429"):
+        status = re.search(r"status code: ([45]\d\d)", line)
+        if status is not None and int(status[1]) in BUSY:
+            return StoreError("busy", line)
+        if status is not None and status[1] != "408" and status[1] < "500":
             return StoreError(_STATUS.get(status[1], "unfit"), line)
         if isinstance(error, (known.BaseError, OSError)):
             return StoreError("transient", line)
@@ -304,8 +328,12 @@ def _told(info: dict[str, Any], key: str) -> Found:
 
 def _trouble(error: Exception) -> StoreError:
     """Why a filesystem of fsspec's gave no answer."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    answer = getattr(error, "response", None)
+    status = getattr(answer, "status_code", None) or getattr(error, "status", None)
     name = type(error).__name__
+    if status in BUSY:
+        headers = getattr(answer, "headers", None) or getattr(error, "headers", None)
+        return StoreError("busy", _line(error), asked_wait(headers or {}) or 0.0)
     if isinstance(error, PermissionError) or status in (401, 403) or "Gated" in name:
         return StoreError("forbidden", _line(error))
     if isinstance(error, FileNotFoundError) or status == 404:

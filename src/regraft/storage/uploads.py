@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from regraft.errors import BadInputError, Finding
-from regraft.storage.objects import Client, StoreError, Trouble
+from regraft.storage.objects import BUSY, Client, StoreError, Trouble, asked_wait
 from regraft.storage.stores import library, obstore_at
 
 _TROUBLES: dict[int, Trouble] = {
@@ -28,7 +28,7 @@ _TROUBLES: dict[int, Trouble] = {
     403: "forbidden",
     404: "missing",
     408: "transient",
-    429: "transient",
+    **dict.fromkeys(BUSY, "busy"),
 }
 _TIMEOUT = 60
 """Seconds that an answer may take."""
@@ -163,8 +163,11 @@ class _S3(Uploads):
             try:
                 return getattr(self._s3, operation)(Bucket=self.bucket, Key=where, **options)
             except self._errors.ClientError as error:
-                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-                raise StoreError(_known(status), str(error)) from None
+                answer = error.response.get("ResponseMetadata", {})
+                wait = asked_wait(answer.get("HTTPHeaders", {})) or 0.0
+                raise StoreError(
+                    _known(answer.get("HTTPStatusCode", 0)), str(error), wait
+                ) from None
             except (self._errors.BotoCoreError, self._errors.HTTPClientError) as error:
                 denied = "Credential" in type(error).__name__
                 raise StoreError("forbidden" if denied else "transient", str(error)) from None
@@ -280,7 +283,8 @@ class _Azure(Uploads):
                 message = str(error).strip().split("\n")[0]
                 if error.error_code == "InvalidBlobOrBlock":
                     message = f"blocks that something else sent and did not commit lie at this name: {message}"
-                raise StoreError(_known(error.status_code or 0), message) from None
+                wait = asked_wait(getattr(error.response, "headers", {})) or 0.0
+                raise StoreError(_known(error.status_code or 0), message, wait) from None
             except self._errors.AzureError as error:
                 raise StoreError("transient", str(error)) from None
 
