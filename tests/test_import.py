@@ -79,3 +79,27 @@ def test_no_module_takes_the_place_of_a_public_function() -> None:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     assert [name for name in regraft.__all__ if not callable(getattr(regraft, name))] == []
+
+
+INTERRUPTED = """
+import sys
+from regraft.cli import main
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+print(*sorted(name for name in sys.modules if name.startswith("regraft")), flush=True)
+sys.meta_path.insert(0, Interrupting())
+sys.exit(main(["inspect", "nothing"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["regraft.cli.run", "regraft.errors.codes", "rich.text"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "regraft: interrupted")
+    # What is imported before `main` catches anything is next to nothing.
+    assert done.stdout.split() == ["regraft", "regraft.cli"]

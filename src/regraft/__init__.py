@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from regraft.errors import (
-    AmbiguousError,
-    BadInputError,
-    Finding,
-    NotEqualError,
-    RefusedError,
-    RegraftError,
-    UnmatchedKeysError,
-)
+TYPE_CHECKING = False
+"""As ``typing`` has it, which takes longer to import than all of this: the command line catches Ctrl-C from here on."""
 
 if TYPE_CHECKING:
+    from regraft import errors as errors
     from regraft.api import convert, inspect
     from regraft.arrays.anonymous import rearrange
     from regraft.bridges.peft.hook import install, installed, uninstall
@@ -24,6 +16,15 @@ if TYPE_CHECKING:
     from regraft.checkpoints.inspect import CheckpointInspection
     from regraft.dialects.image.inspect import ImageFolder, ImageSummary
     from regraft.dialects.peft.inspect import Inspection
+    from regraft.errors import (
+        AmbiguousError,
+        BadInputError,
+        Finding,
+        NotEqualError,
+        RefusedError,
+        RegraftError,
+        UnmatchedKeysError,
+    )
     from regraft.explaining.diff import diff
     from regraft.explaining.explain import explain
     from regraft.layouts.spelled import LayoutName
@@ -87,6 +88,13 @@ __all__ = [
 
 
 _LAZY = {
+    "AmbiguousError": "regraft.errors",
+    "BadInputError": "regraft.errors",
+    "Finding": "regraft.errors",
+    "NotEqualError": "regraft.errors",
+    "RefusedError": "regraft.errors",
+    "RegraftError": "regraft.errors",
+    "UnmatchedKeysError": "regraft.errors",
     "check": "regraft.checking.check",
     "convert": "regraft.api",
     "inspect": "regraft.api",
@@ -127,10 +135,12 @@ if (
 ):  # so that type checkers see the imports above, and refuse a name that is not there
 
     def __getattr__(name: str) -> object:
-        if name not in _LAZY:
-            raise AttributeError(f"module 'regraft' has no attribute {name!r}")
         from importlib import import_module
 
+        if name == "errors":
+            return import_module("regraft.errors")
+        if name not in _LAZY:
+            raise AttributeError(f"module 'regraft' has no attribute {name!r}")
         try:
             return getattr(import_module(_LAZY[name]), name)
         except ModuleNotFoundError as error:

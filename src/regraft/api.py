@@ -438,6 +438,7 @@ def _convert_checkpoint(
                 dry_run=asked.dry_run,
                 store=store,
                 staged=_staged(asked),
+                options=asked.given(),
                 **options,
             )
     if left := left_behind():

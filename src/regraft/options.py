@@ -40,6 +40,21 @@ class Option(Struct, frozen=True):
     """Whether the largest value itself is too large."""
     shown: bool = False
     """Whether the help shows the default."""
+    manner: bool = False
+    """Whether it says how the work is to be done, and has no say in what the result is."""
+
+
+def _word(value: Any) -> str:
+    """An option's value as a person would write it.
+
+    >>> _word(True), _word(["a", "b"]), _word(4)
+    ('yes', 'a, b', '4')
+    """
+    if value is True:
+        return "yes"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_word, value))
+    return str(getattr(value, "path", value))  # of a rule book, where it is from
 
 
 class Described(Struct, frozen=True):
@@ -89,6 +104,19 @@ class Options(Struct, frozen=True, kw_only=True):
         'base'
         """
         return {name: getattr(self, name) for name in self.__struct_fields__}
+
+    def given(self) -> dict[str, str]:
+        """What was asked for of the result, by the flags of the command line; not how it is to be made.
+
+        >>> ConvertOptions(to="transformers-v5", untie=True, jobs=2).given()
+        {'--to': 'transformers-v5', '--untie': 'yes'}
+        """
+        values = {
+            field.flag: getattr(self, field.name)
+            for field in described(type(self))
+            if not field.option.manner and getattr(self, field.name) != field.default
+        }
+        return {flag: _word(value) for flag, value in values.items() if value not in (None, ())}
 
     def check_for(self, subject: Subject) -> None:
         """Whether everything that was asked for is for adapters, or for checkpoints.
@@ -153,6 +181,7 @@ Budget = Annotated[
         only="adapters",
         least=0,
         shown=True,
+        manner=True,
     ),
 ]
 
@@ -173,8 +202,8 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
     model: Model = None
     architecture: Architecture = None
     rules: RuleBooks = ()
-    dry_run: Annotated[bool, Option("Run without writing.")] = False
-    overwrite: Annotated[bool, Option("Replace DST if it exists.")] = False
+    dry_run: Annotated[bool, Option("Run without writing.", manner=True)] = False
+    overwrite: Annotated[bool, Option("Replace DST if it exists.", manner=True)] = False
     shard_size: Annotated[
         str | int | None,
         Option(
@@ -200,10 +229,17 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             "N",
             only="checkpoints",
             least=1,
+            manner=True,
         ),
     ] = None
     resume: Annotated[
-        bool, Option("Continue what an interrupted run had begun.", only="checkpoints")
+        bool,
+        Option(
+            "Continue what an interrupted run had begun: a checkpoint, or several SRC. With other options than then it "
+            "is an error.",
+            only="checkpoints",
+            manner=True,
+        ),
     ] = False
     stage: Annotated[
         str | PathLike[str] | None,
@@ -213,6 +249,7 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             "DIR",
             "file",
             only="checkpoints",
+            manner=True,
         ),
     ] = None
     part: Annotated[
@@ -222,16 +259,25 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT say.",
             "I/N",
             only="checkpoints",
+            manner=True,
         ),
     ] = None
     commit: Annotated[
         bool,
-        Option("When all parts are done: check them, and let DST appear.", only="checkpoints"),
+        Option(
+            "When all parts are done: check them, and let DST appear.",
+            only="checkpoints",
+            manner=True,
+        ),
     ] = False
-    abort: Annotated[bool, Option("End what is staged in --stage, and remove it.")] = False
+    abort: Annotated[bool, Option("End what is staged in --stage, and remove it.", manner=True)] = (
+        False
+    )
     push: Annotated[
         str | None,
-        Option("Upload the result to a repository of Hugging Face's hub, too.", "ORG/NAME"),
+        Option(
+            "Upload the result to a repository of Hugging Face's hub, too.", "ORG/NAME", manner=True
+        ),
     ] = None
     runner: Annotated[
         Literal["ray"] | None,
@@ -239,11 +285,17 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
             "Hand out the parts to a running cluster, and commit: ray. --part /N says how many.",
             "ray",
             only="checkpoints",
+            manner=True,
         ),
     ] = None
     address: Annotated[
         str,
-        Option("Where the cluster is (auto: this machine's).", "ADDRESS", only="checkpoints"),
+        Option(
+            "Where the cluster is (auto: this machine's).",
+            "ADDRESS",
+            only="checkpoints",
+            manner=True,
+        ),
     ] = "auto"
     in_place: Annotated[
         bool,
@@ -287,6 +339,7 @@ class ConvertOptions(Options, frozen=True, kw_only=True):
         Option(
             "Compare what every target adds before and after, before anything is written.",
             only="adapters",
+            manner=True,
         ),
     ] = False
     verify_budget: Budget = 300.0

@@ -90,18 +90,50 @@ def test_a_fresh_run_clears_what_a_dead_one_left(src, wanted, tmp_path, monkeypa
     assert beside(tmp_path / "out") == ["out", "src", "wanted"]
 
 
-def test_resuming_other_work_starts_afresh(src, wanted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"shard_size": "400B"}, {}, "--shard-size is not given now, and was 400B"),
+        ({}, {"dtype": "bfloat16"}, "--dtype is bfloat16 now, and was not given"),
+        ({}, {"drop": ["lm_head.weight"]}, "--drop is lm_head.weight now, and was not given"),
+    ],
+)
+def test_resuming_other_work_names_the_option(src, tmp_path, monkeypatch, then, now, said):
     stop = Stopping(monkeypatch, 20, OSError(errno.EIO, "broken"))
     with pytest.raises(BadInputError):
-        regraft.convert(src, tmp_path / "out", to=V5, shard_size="400B")
+        regraft.convert(src, tmp_path / "out", to=V5, **then)
     stop.left = None
-    report = regraft.convert(src, tmp_path / "out", to=V5, resume=True)
-    assert not report.checkpoint.resumed
-    assert snapshot(tmp_path / "out") == wanted
+    with pytest.raises(BadInputError, match="other work") as caught:
+        regraft.convert(src, tmp_path / "out", to=V5, resume=True, **now)
+    assert caught.value.findings[0].code == "other-work"
+    assert said in str(caught.value)
+    # What was done stays until somebody decides.
+    assert regraft.convert(src, tmp_path / "out", to=V5, resume=True, **then).checkpoint.resumed
+
+
+def test_resuming_from_a_source_that_changed_names_it(src, tmp_path, monkeypatch):
+    stop = Stopping(monkeypatch, 20, OSError(errno.EIO, "broken"))
+    with pytest.raises(BadInputError):
+        regraft.convert(src, tmp_path / "out", to=V5)
+    stop.left = None
+    [first, *_] = sorted(src.glob("*.safetensors"))
+    os.utime(first, (1, 1))
+    with pytest.raises(BadInputError, match=f"written to since: .*{first.name}"):
+        regraft.convert(src, tmp_path / "out", to=V5, resume=True)
+
+
+def test_the_same_work_in_other_words_is_resumed(src, wanted, tmp_path, monkeypatch):
+    stop = Stopping(monkeypatch, 20, OSError(errno.EIO, "broken"))
+    with pytest.raises(BadInputError):
+        regraft.convert(src, tmp_path / "out", to=V5)
+    stop.left = None
+    report = regraft.convert(src, tmp_path / "out", to=V5, model=src, resume=True)
+    assert report.checkpoint.resumed and snapshot(tmp_path / "out") == wanted
 
 
 def test_resume_with_nothing_to_resume(src, wanted, tmp_path):
-    assert not regraft.convert(src, tmp_path / "out", to=V5, resume=True).checkpoint.resumed
+    report = regraft.convert(src, tmp_path / "out", to=V5, resume=True).checkpoint
+    assert not report.resumed and any("--resume found nothing" in note for note in report.notes)
     assert snapshot(tmp_path / "out") == wanted
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import regraft
+import regraft.api as convert_module
 from regraft.checking.check import check, check_with
 from regraft.cli import main
 from regraft.errors import BadInputError, Finding
@@ -48,7 +49,7 @@ def convert(capsys, *args):
 def test_each_is_converted_by_itself_and_a_table_says_what_became_of_it(loras, tmp_path, capsys):
     status, words, told = convert(capsys, loras, tmp_path / "out")
     assert status == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "deep", "model"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("[!.]*")) == ["a", "deep", "model"]
     assert (tmp_path / "out/deep/er/adapter_config.json").is_file()
     lines = [line for line in words.splitlines() if line[:1].isalpha() and line != "Fix:"]
     table = {line.split()[0]: line.split()[1] for line in lines}
@@ -388,3 +389,64 @@ def test_an_adapter_of_an_unknown_model_is_unknown_and_not_broken(tmp_path, caps
     assert main(["check", str(tmp_path), "--json"]) == 4
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["name"]: line["verdict"] for line in lines}["whose"] == "unknown"
+
+
+def stopped_at(monkeypatch, number):
+    """Let Ctrl-C come before source ``number`` is converted; the sources that were begun."""
+    begun = []
+    real = convert_module.convert_with
+
+    def convert_with(src, dst, asked):
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        begun.append(Path(src).name)
+        return real(src, dst, asked)
+
+    monkeypatch.setattr(convert_module, "convert_with", convert_with)
+    return begun
+
+
+def test_an_interrupted_folder_goes_on_where_it_was(loras, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 2)
+        status, _, told = convert(capsys, loras, tmp_path / "out")
+    assert status == 130 and "2 of 5 sources are done; the same command with --resume" in told
+    shutil.rmtree(loras / "torn"), shutil.rmtree(loras / "dora")
+    begun = stopped_at(monkeypatch, 99)
+    status, words, told = convert(capsys, loras, tmp_path / "out", "--resume")
+    assert status == 0, told
+    assert begun == ["model"]
+    assert "a: converted, transformers-v4 -> transformers-v5 (done by the run before)" in words
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "deep", "model"]
+
+
+def test_what_failed_is_tried_again_and_nothing_else(loras, tmp_path, capsys, monkeypatch):
+    status, words, _ = convert(capsys, loras, tmp_path / "out")
+    assert status == 1 and "with --resume tries those again that failed" in words
+    shutil.rmtree(loras / "torn")
+    shutil.copytree(loras / "a", loras / "torn")
+    begun = stopped_at(monkeypatch, 99)
+    status, words, _ = convert(capsys, loras, tmp_path / "out", "--resume")
+    assert status == 1 and begun == ["dora", "torn"]
+    assert "5 sources: 4 converted, 1 refused" in words
+
+
+def test_other_options_are_named_where_a_folder_is_resumed(loras, tmp_path, capsys):
+    convert(capsys, loras, tmp_path / "out")
+    status, _, told = convert(capsys, loras, tmp_path / "out", "--compact", "--resume")
+    assert status == 1 and "--compact is yes now, and was not given" in told
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_source_that_changed_is_not_taken_for_done(loras, tmp_path, capsys, overwrite):
+    convert(capsys, loras, tmp_path / "out")
+    config = loras / "a/adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    args = ["--resume", "--json", *["--overwrite"] * overwrite]
+    _, words, _ = convert(capsys, loras, tmp_path / "out", *args)
+    first = json.loads(words.splitlines()[0])
+    if overwrite:
+        assert first["verdict"] == "converted" and "before" not in first["why"]
+    else:
+        [finding] = first["error"]["findings"]
+        assert finding["code"] == "other-work" and "adapter_config.json" in finding["message"]

@@ -41,6 +41,21 @@ def _(lab):
     return lab.run("convert", BASES / "mixtral", lab.out, "--to", V5)
 
 
+@provokes("other-work")
+def _(lab):
+    """A run of other options was interrupted there."""
+    note = Work.note
+
+    def interrupted(work, units):
+        note(work, units or [(0, 0)])
+        raise KeyboardInterrupt
+
+    with lab.patch.context() as patch:
+        patch.setattr(Work, "note", interrupted)
+        lab.run("convert", BASES / "mixtral", lab.out, "--to", V5, "--shard-size", "400B")
+    return lab.run("convert", BASES / "mixtral", lab.out, "--to", V5, "--resume")
+
+
 @provokes("destination-exists")
 def _(lab):
     lab.out.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,12 +65,14 @@ def convert_checkpoint(
     progress: Progress | None = None,
     store: Client | None = None,
     staged: Staged | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> CheckpointReport:
     """Convert a checkpoint to another layout; ``dst`` appears whole or not at all.
 
     One weights file becomes one file, where ``dst`` is named like one, and else a folder. With a ``store`` the result
     is sent there, see `regraft.checkpoints.upload`; of ``dst`` only the name counts then. What is ``staged`` is one
-    part of the work, or putting the result of all in its place.
+    part of the work, or putting the result of all in its place. ``options`` are words for what was asked for, so that
+    a run that is to ``resume`` other work can say what differs.
 
     Raises what `regraft.convert` raises.
     """
@@ -165,6 +167,7 @@ def convert_checkpoint(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            options=options,
         )
     return report
 

@@ -17,6 +17,7 @@ from regraft.checkpoints.source import Source
 from regraft.checkpoints.units import UNIT
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport
+from regraft.storage.job import LocalJob
 from regraft.storage.stand_ins import named
 
 if TYPE_CHECKING:
@@ -72,13 +73,12 @@ class Prepared(Struct, frozen=True, eq=False):
             digest.update(file.head)
         return digest
 
-    def job(self) -> bytes:
-        """What identifies the work on this machine: the same job makes the same bytes."""
-        files = [
-            (named(str(f.path.resolve())), f.size, f.stamp.modified or f.stamp.version)
+    def job(self, options: Mapping[str, str]) -> LocalJob:
+        """The work on this machine; ``options`` are words for what was asked for."""
+        files = {
+            named(str(f.path.resolve())): (f.size, f.stamp.modified or f.stamp.version)
             for f in self.source.files
-        ]
-        out = [(file.name, file.size) for file in self.layout.files]
-        return json.dumps(
-            [regraft.__version__, UNIT, files, out, self._digest().hexdigest()], indent=1
-        ).encode()
+        }
+        digest = self._digest()
+        digest.update(json.dumps([UNIT, [(f.name, f.size) for f in self.layout.files]]).encode())
+        return LocalJob(regraft.__version__, files, dict(options), digest.hexdigest())

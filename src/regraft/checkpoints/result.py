@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regraft.checkpoints.convert import Progress, Staged
     from regraft.storage.objects import Client
 
+NOTHING_TO_RESUME = "--resume found nothing of a run before, so all of it was made now"
 Advance = Callable[[int], None]
 Finish = Callable[[Path], None]
 """Called with the folder of the weights files when they are written."""
@@ -82,9 +83,10 @@ def write(
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
+    options: Mapping[str, str] | None = None,
     finish: Finish | None = None,
 ) -> None:
-    """Write what was prepared, on this machine.
+    """Write what was prepared, on this machine; ``options`` are words for what was asked for.
 
     With a ``cutter`` each worker reads what its piece of the result is made of; without, sources are read in order.
     Everything else is as in `write_prepared`.
@@ -93,8 +95,10 @@ def write(
         advance = advancing(work.dst.name, ready, progress)
         try:
             work.check_place(overwrite=overwrite)
-            work.begin(ready.job(), resume=resume)
+            work.begin(ready.job(options or {}), resume=resume)
             ready.report.resumed = work.resumed
+            if resume and not work.resumed:
+                ready.report.notes.append(NOTHING_TO_RESUME)
             _check_space(work, ready)
             for made in ready.layout.files:
                 (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what is imported here is imported before Ctrl-C is caught
+    from collections.abc import Sequence
 
 __all__ = ["main"]
 
@@ -17,8 +20,8 @@ def main(args: Sequence[str] | None = None) -> int:
     An interrupted run leaves nothing behind, save the hidden work folder of a checkpoint, from which --resume
     continues.
     """
-    _open_streams()
     try:
+        _open_streams()
         if args is None:
             from regraft.import_path import leave_current_folder
 
@@ -26,7 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
         from regraft.cli.run import run
 
         return run(list(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there is anything that could say more
+        sys.stderr.write("regraft: interrupted\n")
         return 130
     finally:
         if args is None:

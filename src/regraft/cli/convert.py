@@ -17,6 +17,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
+    from regraft.cli.run_journal import RunJournal
     from regraft.report import Report
     from regraft.sources import Item
     from regraft.views.outcome import SourceOutcome
@@ -116,19 +117,53 @@ def _convert_many(
     told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
     """Each source into a folder or file of its own below DST."""
+    from regraft.checkpoints.source import is_checkpoint
     from regraft.cli.many import run_many
     from regraft.views.outcome import converted
 
     for_each = replace(asked, jobs=None, rules=())
 
     def work(item: Item) -> SourceOutcome:
+        job = None
+        if journal is not None:
+            if before := journal.before(item):
+                return before
+            job = journal.job(item)
         place = _place_of(item, dst, asked.to)
-        report, other = _with_its_base(item.path, place, for_each)
-        return converted(item.name, item.path, place, report, other)
+        resume = asked.resume and is_checkpoint(item.path)
+        report, other = _with_its_base(item.path, place, replace(for_each, resume=resume))
+        outcome = converted(item.name, item.path, place, report, other)
+        if journal is not None and job is not None:
+            journal.note(item, job, outcome)
+        return outcome
 
     with options.own_books(asked.rules):
-        jobs = asked.jobs or 1
-        return run_many(out, items, work, jobs=jobs, fail_fast=fail_fast, told=told)
+        journal, jobs = _journal(dst, asked), asked.jobs or 1
+        status = run_many(
+            out, items, work, jobs=jobs, fail_fast=fail_fast, told=told, resumes=journal is not None
+        )
+    if journal is not None and status == 0:
+        journal.end()
+    return status
+
+
+def _journal(dst: Path, asked: ConvertOptions) -> RunJournal | None:
+    """Where what is done of many sources is noted; nowhere for what writes nothing on this machine."""
+    from regraft.cli.run_journal import RunJournal
+    from regraft.places import address_of
+    from regraft.rules.book import rules_words
+
+    if asked.dry_run or address_of(dst) is not None:
+        if asked.resume and not asked.dry_run:
+            raise click.UsageError("--resume goes on with a folder of this machine")
+        return None
+    beside = [Path(name) for name in rules_words()[1::2]]
+    if asked.model is not None:
+        model = Path(asked.model)
+        whole = asked.merge or asked.via == "merge" or not model.is_dir()
+        beside.append(model if whole else model / "config.json")
+    given = asked.given()
+    return RunJournal(dst, given, beside, resume=asked.resume, overwrite=asked.overwrite)
 
 
 def _with_its_base(src: Path, dst: Path, asked: ConvertOptions) -> tuple[Report, str | None]:

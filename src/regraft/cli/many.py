@@ -40,25 +40,37 @@ def run_many(
     told: Callable[[Sequence[SourceOutcome]], None] | None = None,
     passes: Callable[[SourceOutcome], bool] = lambda outcome: outcome.good,
     bad: Status = Status.BAD_INPUT,
+    resumes: bool = False,
 ) -> int:
     """Do some work for each source; what fails does not keep the others from it, unless ``fail_fast``.
 
     With ``--json`` each outcome is a line of its own, as soon as it is there; ``told`` gets all of them. The exit
     status is 0 where all pass, which is where all went well, 1 where a source gave an error, and ``bad`` otherwise.
+    ``resumes`` says that --resume goes on with what is left.
     """
     done: list[SourceOutcome] = []
-    for outcome in _outcomes(items, work, jobs):
-        done.append(outcome)
-        if out.json:
-            out.line(outcome.to_dict())
-        elif not out.quiet:
-            out.show(_line(outcome))
-        if outcome.error is not None and not out.json:
-            show_findings(out, f"{outcome.name}: {outcome.verdict}", outcome.error.findings)
-        if fail_fast and not passes(outcome):
-            break
+    try:
+        for outcome in _outcomes(items, work, jobs):
+            done.append(outcome)
+            if out.json:
+                out.line(outcome.to_dict())
+            elif not out.quiet:
+                out.show(_line(outcome))
+            if outcome.error is not None and not out.json:
+                show_findings(out, f"{outcome.name}: {outcome.verdict}", outcome.error.findings)
+            if fail_fast and not passes(outcome):
+                break
+    except BaseException as error:
+        if resumes and done:
+            words = f"{len(done)} of {count_in_words(len(items), 'source')} are done"
+            error.add_note(f"{words}; the same command with --resume goes on with the others")
+        raise
     if not out.json and not out.quiet:
         _show_table(out, done, len(items))
+        if resumes and any(map(passes, done)) and not all(map(passes, done)):
+            out.show(
+                Text("The same command with --resume tries those again that failed, and no others.")
+            )
     if told is not None:
         told(done)
     if any(outcome.error is not None for outcome in done):

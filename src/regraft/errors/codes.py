@@ -700,6 +700,13 @@ class Code(Enum):
         "what a checkpoint's conversion has written so far; a run that left nothing says nothing",
         Status.INTERRUPTED,
     )
+    OTHER_WORK = (
+        "other-work",
+        Part.DESTINATION,
+        "what `--resume` is to go on with is other work",
+        "give the options of the run before, or leave out `--resume` to start afresh",
+        "the message names what differs: an option, a file that was written to since, regraft's release",
+    )
     DESTINATION_EXISTS = (
         "destination-exists",
         Part.DESTINATION,

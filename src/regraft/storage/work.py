@@ -25,6 +25,7 @@ from pathlib import Path
 
 from regraft.errors import BadInputError, Finding
 from regraft.report import show_size
+from regraft.storage.job import LocalJob
 from regraft.storage.safetensors import sync_path
 
 try:
@@ -56,20 +57,28 @@ class Work:
         """Whether there is something that need not be done again."""
         return bool(self.done)
 
-    def begin(self, job: bytes, *, resume: bool) -> None:
-        """Continue the same work where ``resume`` says so, or start afresh."""
+    def begin(self, job: LocalJob, *, resume: bool) -> None:
+        """Continue the same work where ``resume`` says so, or start afresh.
+
+        Raises ``BadInputError`` where there is other work to continue, and says what differs.
+        """
         file, journal = self.folder / "job", self.folder / "journal"
         same = False
         if resume:
             with suppress(OSError):
-                same = file.read_bytes() == job and self.new.is_dir() and _is_plain(self.new)
+                before = LocalJob.decode(file.read_bytes())
+                left = self.new.is_dir() and _is_plain(self.new)
+                same = left and before is not None and job.is_same(before)
+                if left and not same and before is not None and self.worth_keeping:
+                    fix = "give the same options as then, or leave out --resume to start afresh"
+                    raise job.other_work(before, str(self.folder), fix)
         if same:
             with suppress(OSError):
                 self.done = _read_journal(journal.read_bytes())
         else:
             self.empty()
             write_file(journal, b"")
-            write_file(file, job)
+            write_file(file, job.encode())
             sync_path(self.folder)
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | _NO_LINK)
         if same:
