@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from regraft.adapters.convert import Converted, convert_adapter
-from regraft.adapters.detect import load_model
 from regraft.adapters.form import not_finite
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
@@ -23,7 +22,7 @@ from regraft.dialects.opening import Opening, Target, find_source, reopened
 from regraft.errors import BadInputError, Finding, NotEqualError, RefusedError, RegraftError
 from regraft.layouts.names import Layout
 from regraft.options import ConvertOptions
-from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.report import Report
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder

@@ -9,10 +9,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import regraft
-from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.cli import main
 from regraft.errors import AmbiguousError, BadInputError
+from regraft.planning.model import load_model
 from regraft.rules.said import saying
 from regraft.storage.safetensors import open_tensors, write_tensors
 

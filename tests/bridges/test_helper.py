@@ -46,7 +46,7 @@ def imported_by_a_helper():
     """Every top-level module that a helper imports while it answers."""
     code = (
         "import sys\n"
-        "from regraft.adapters.detect import load_model\n"
+        "from regraft.planning.model import load_model\n"
         "from regraft.bridges.transformers.trial import Loading, attempt\n"
         "import regraft.bridges.peft.trial, regraft.bridges.transformers.files, peft\n"
         f"attempt(Loading(load_model({str(BASE)!r}), {str(BASE)!r}))\n"
@@ -59,7 +59,7 @@ def imported_by_a_helper():
 
 _ASK = """
 import sys
-from regraft.adapters.detect import load_model
+from regraft.planning.model import load_model
 from regraft.bridges.transformers.trial import Loading, try_checkpoint
 sys.path[:0] = ["", "."]
 try_checkpoint(Loading(load_model("."), "."))
@@ -164,8 +164,8 @@ def _base(tmp_path, **fields):
 
 @pytest.mark.parametrize("name", ["pipeline", "AutoModel", "AutoTokenizer", "PreTrainedModel"])
 def test_only_classes_of_models_are_built(tmp_path, name):
-    from regraft.adapters.detect import load_model
     from regraft.bridges.transformers.blank import classes_of
+    from regraft.planning.model import load_model
 
     with pytest.raises(BadInputError, match="no model in transformers") as caught:
         classes_of(load_model(_base(tmp_path, architectures=[name])), None, lambda: [])
@@ -174,8 +174,8 @@ def test_only_classes_of_models_are_built(tmp_path, name):
 
 def test_nothing_is_fetched(tmp_path):
     """A config that names a repository to load a part of the model from."""
-    from regraft.adapters.detect import load_model
     from regraft.bridges.transformers.trial import Loading
+    from regraft.planning.model import load_model
 
     config = {
         "model_type": "detr",
@@ -195,7 +195,7 @@ def test_nothing_is_fetched(tmp_path):
 
 @pytest.mark.parametrize("count", [2**31, 10**30, 10**400])
 def test_counts_that_no_model_has(tmp_path, count):
-    from regraft.adapters.detect import load_model
+    from regraft.planning.model import load_model
 
     folder = _base(tmp_path, num_local_experts=count, text_config={"num_hidden_layers": count})
     with pytest.raises(BadInputError) as caught:

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import regraft  # noqa: E402
-from regraft.adapters.detect import load_model  # noqa: E402
+from regraft.planning.model import load_model  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = GOLDEN / "bases" / "mixtral"

@@ -7,9 +7,9 @@ import numpy as np
 from errors.lab import EXPERT, QUERY, START, V4, V5, kept, provokes, renamed, without
 
 import regraft
-from regraft.adapters.detect import load_model
 from regraft.dialects import registry
 from regraft.dialects.peft.source import find_adapters
+from regraft.planning.model import load_model
 from regraft.rules import book as book_module
 from regraft.storage import expressions
 from regraft.storage.safetensors import write_tensors

@@ -14,10 +14,10 @@ from safetensors.torch import save_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import regraft  # noqa: E402
-from regraft.adapters.detect import load_model  # noqa: E402
 from regraft.bridges.peft import hook  # noqa: E402
 from regraft.bridges.peft.known import open_one  # noqa: E402
 from regraft.bridges.transformers import registry  # noqa: E402
+from regraft.planning.model import load_model  # noqa: E402
 from regraft.rules.said import saying  # noqa: E402
 
 CASE = CASES / "mixtral__gud_attn"

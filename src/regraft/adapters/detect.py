@@ -22,18 +22,17 @@ from regraft.planning.model import (
     ModelConfig,
     Scope,
     Told,
-    check_sizes,
+    load_model,
 )
 from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
-from regraft.rules.book import Book, books_for, is_complete, library, own_books
+from regraft.rules.book import Book, books_for, covers, library
 from regraft.rules.direction import SIDES
 from regraft.rules.releases import layouts_of
-from regraft.rules.said import said
 from regraft.rules.templates import match_group
 from regraft.storage.checkpoint import names_beside
-from regraft.storage.hub import find_cached, parse_id
-from regraft.storage.json_files import folder_with_config, load_json
+from regraft.storage.hub import find_cached
+from regraft.storage.json_files import folder_with_config
 from regraft.values import replace
 
 _TASKS = {
@@ -43,48 +42,6 @@ _TASKS = {
     "CAUSAL_LM": ("ForCausalLM",),
 }
 """What the classes are called that adapters are trained in, by the task that PEFT's configs name."""
-
-
-def load_model(path: Path | str) -> ModelConfig:
-    """The config of a base model from its folder or its ``config.json``.
-
-    Raises ``BadInputError``.
-    """
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not path.exists() and parse_id(str(path)) is None:
-        fix = "give the folder of the base model, or its config.json"
-        raise BadInputError(
-            Finding("not-found", "there is no such file or folder", where=str(path), fix=fix)
-        )
-    if not file.exists():
-        raise BadInputError(
-            Finding(
-                "no-config",
-                "there is no config.json of a base model here",
-                where=str(path),
-                fix="give the folder of the base model, or its config.json" + _how_to_get(path),
-            )
-        )
-    data = load_json(file)
-    if not isinstance(data.get("model_type"), str):
-        raise BadInputError(
-            Finding(
-                "no-model-type",
-                "this is no config of a transformers model: it has no model_type",
-                where=str(file),
-                fix="give the config.json of the base model, not the adapter's",
-            )
-        )
-    check_sizes(data, str(file))
-    return ModelConfig(data, str(file), architecture=said().architecture)
-
-
-def _how_to_get(path: Path) -> str:
-    named = parse_id(str(path))
-    return (
-        f"; a model of the hub is found after 'hf download {named[0]} config.json'" if named else ""
-    )
 
 
 class Known(Struct, frozen=True):
@@ -108,7 +65,6 @@ class Known(Struct, frozen=True):
         """Whether the book was made for just this model and this file."""
         return self.foreign is not None
 
-    @property
     def unmatched_fix(self) -> str:
         """What to do about keys that none of the books explains."""
         if self.model is None:
@@ -303,7 +259,7 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
     model = model or model_beside(hints)
     if model is not None:
         books = tuple(books_for(model.model_types()))
-        if not books or not covers(books, model):
+        if not books or not covers(books, model.model_types()):
             raise _unknown_model(model.model_types(), model.path, given=True)
         return books
     named = hints.model_type
@@ -313,15 +269,6 @@ def books_of(hints: Hints, model: ModelConfig | None, where: str) -> tuple[Book,
     if not books:
         raise _unknown_model([named], f"{where}/{hints.source}", given=False)
     return books
-
-
-def covers(books: Sequence[Book], model: ModelConfig) -> bool:
-    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
-    own = {id(book) for book in own_books() if not book.is_addition}
-    if is_complete() or any(id(book) in own for book in books):
-        return True
-    known = {name for book in books for name in book.model_types if book.tells == "both"}
-    return all(name in known for name in model.model_types())
 
 
 def base_names(names: Names) -> list[str]:
@@ -346,7 +293,7 @@ def _asked(
 
     Beside it, notes on names that nobody could be asked about.
     """
-    if not covers(books, model):
+    if not covers(books, model.model_types()):
         return _ask(foreign, names, hints, model), ()
     packed = [table.module for book in books for table in book.parameters]
     groups = _named(names, packed)

@@ -25,7 +25,6 @@ from regraft.adapters.detect import (
     base_names,
     detect_layout,
     find_books,
-    load_model,
 )
 from regraft.adapters.families.base import NoImageError
 from regraft.adapters.form import Array, Saved
@@ -58,7 +57,7 @@ from regraft.layouts.names import joined_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.compose import plan_along
-from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.plan import Headers
 from regraft.rules.book import library
 from regraft.rules.kinds import BATCH, KINDS

@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 
 from regraft.adapters.convert import Converted, convert_adapter
-from regraft.adapters.detect import Known, base_names, find_books, load_model
+from regraft.adapters.detect import Known, base_names, find_books
 from regraft.adapters.form import Array
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Opened
@@ -48,7 +48,7 @@ from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
 from regraft.options import CheckOptions
-from regraft.planning.model import ModelConfig
+from regraft.planning.model import ModelConfig, load_model
 from regraft.report import logged
 from regraft.rules.book import Rules, rules_words
 from regraft.rules.releases import layouts_of

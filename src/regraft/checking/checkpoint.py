@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 
-from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.bridges.transformers.release import installed_layout
 from regraft.bridges.transformers.trial import (
@@ -17,14 +17,16 @@ from regraft.bridges.transformers.trial import (
 from regraft.checking.verdict import Verdict, rows_of
 from regraft.checkpoints.companions import find_companions
 from regraft.checkpoints.convert import convert_checkpoint
-from regraft.checkpoints.detect import Detected, detect
 from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.errors import RegraftError
 from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
+from regraft.planning.identify import Detected, detect
+from regraft.planning.model import load_model
 from regraft.report import CheckpointReport
 from regraft.rules.book import rules_words
 from regraft.rules.mtp import WHY as MTP
@@ -76,7 +78,14 @@ def _alone(opened: Source) -> Detected | None:
         return None
     companions = find_companions(opened, None)
     try:
-        known = detect(companions.headers, None, opened.where, None, None, companions=companions)
+        known = detect(
+            companions.headers,
+            None,
+            opened.where,
+            None,
+            None,
+            unstack=partial(find_unstacked, companions),
+        )
     except RegraftError:
         return None
     return known if part_by_book(known.books) is not None else None

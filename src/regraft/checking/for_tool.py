@@ -14,7 +14,6 @@ from regraft.adapters.convert import convert_adapter
 from regraft.adapters.detect import (
     books_by_keys,
     find_books,
-    load_model,
     model_beside,
     why_of_another,
 )
@@ -29,7 +28,7 @@ from regraft.dialects.served import demands_apart, has_demands
 from regraft.dialects.tool_files import look_at
 from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
-from regraft.planning.model import ModelConfig
+from regraft.planning.model import ModelConfig, load_model
 from regraft.rules.book import rules_words
 from regraft.shown import Shown
 from regraft.storage.hub import how_to_find

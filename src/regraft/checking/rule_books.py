@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from regraft.adapters.detect import covers, load_model
 from regraft.checkpoints.source import is_checkpoint
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.errors.extras import install_line
 from regraft.explaining.subject import open_subject
 from regraft.names.keys import group_names
-from regraft.rules.book import Book, books_for, find_book, library, only_books
+from regraft.planning.model import load_model
+from regraft.rules.book import Book, books_for, covers, find_book, library, only_books
 from regraft.rules.lint.book import Linted, in_order, lint_book, lint_file
 from regraft.rules.lint.keys import Keys, lint_keys
 from regraft.rules.write import write_book
@@ -92,7 +92,7 @@ def export(model: str) -> str:
         books = subject.books
     elif path.exists():
         config = load_model(path)
-        books = books_for(config.model_types()) if covers(library(), config) else []
+        books = books_for(config.model_types()) if covers(library(), config.model_types()) else []
     else:
         books = books_for([model]) or [book for book in library() if book.name == model]
     if not books:

@@ -14,12 +14,12 @@ import numpy as np
 from msgspec import Struct
 
 from regraft.adapters.provenance import read_remembered
-from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.source import Source
 from regraft.equation.notation import parse_equation
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
+from regraft.planning.identify import Detected
 from regraft.planning.model import ModelConfig
 from regraft.planning.plan import Carried, Headers, Plan
 from regraft.rules.book import Book, Carry
@@ -109,11 +109,11 @@ def find_aside(source: Source, drop: Sequence[str], keep: Sequence[str]) -> Asid
     )
     if findings:
         raise BadInputError(findings)
-    there = set(names)
+    remembered = [read_remembered(file.metadata) for file in source.files]
+    there = set(names) if any(each.set_aside or each.dropped for each in remembered) else set()
     dropped, kept = list(found["--drop"]), dict(found["--keep"])
     gone: dict[str, None] = {}
-    for file in source.files:
-        before = read_remembered(file.metadata)
+    for before in remembered:
         kept.update((k, None) for k in before.set_aside if k in there and k not in dropped)
         gone.update((k, None) for k in before.dropped if k not in there)
     return Aside(tuple(dropped), tuple(kept), tuple(gone))

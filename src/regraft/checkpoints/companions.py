@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -55,6 +54,8 @@ _OF_PARAMETERS = {
 }
 """What the names of a stacked parameter's companions end in, the longest first, and the suffix that it is."""
 _ENDS = (*(f".{leaf}" for leaf in (*BESIDE, *PACKED)), *_OF_PARAMETERS, *STACKED)
+_KINDS_OF_ENDS = tuple(group.template for group in group_names(_ENDS))
+"""The same with a mark for each number."""
 _FIX = (
     "convert the model as it was before it was quantised, or with --dequantize (FP8, MXFP4, NVFP4)"
 )
@@ -94,7 +95,7 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
     """Tell companions from what rules speak of."""
     tensors = source.tensors
     found = _Found(source, config)
-    if any(map(str.endswith, tensors.names, repeat(_ENDS))):
+    if any(group.template.endswith(_KINDS_OF_ENDS) for group in tensors.groups):
         found.search()
     taken = {row for table in found.of.values() for row in table.values()}
     shapes, virtual = found.shapes, found.virtual
@@ -102,14 +103,14 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
     first = len(shapes)
     owners = {first + at: row for at, row in enumerate(named.values()) if row not in taken}
     shapes += [shapes[row] for row in named.values()]
-    own = [i for i in range(len(tensors)) if i not in taken]
-    kept = np.array([*own, *virtual.values(), *owners], dtype=np.int64)
-    names = [*tensors.names, *virtual, *named]
-    if len(kept) == len(names):
-        groups = group_names(names)
-    else:
+    if taken or virtual or named:
+        own = [i for i in range(len(tensors)) if i not in taken]
+        kept = np.array([*own, *virtual.values(), *owners], dtype=np.int64)
+        names = [*tensors.names, *virtual, *named]
         groups = group_names([names[i] for i in kept.tolist()])
         groups = [Group(g.template, kept[g.ids], g.numbers) for g in groups]
+    else:
+        groups = tensors.groups
     dtypes = [*tensors.dtypes, *("U8" for _ in virtual)]
     dtypes += [tensors.dtypes[row] for row in named.values()]
     return Companions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.companions import find_companions
-from regraft.checkpoints.detect import detect
 from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.wrappers import strip_wrappers
@@ -21,6 +22,7 @@ from regraft.dialects.peft.inspect import TensorPattern
 from regraft.errors import Finding, RegraftError
 from regraft.errors.codes import Status
 from regraft.names.patterns import group_alike
+from regraft.planning.identify import detect
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.rules.book import Book
 from regraft.shown import Shown
@@ -140,7 +142,12 @@ def _find_layout(
             return
         companions = find_companions(source, config.data if config is not None else None)
         known = detect(
-            companions.headers, config, source.where, None, foreign, companions=companions
+            companions.headers,
+            config,
+            source.where,
+            None,
+            foreign,
+            unstack=partial(find_unstacked, companions),
         )
     except RegraftError as error:
         result.problems += error.findings

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, takewhile
 
-from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.source import Source
 from regraft.names.keys import MARK
+from regraft.planning.identify import Detected
 from regraft.planning.lookup import Lookup
 from regraft.planning.plan import Headers
 from regraft.rules.book import Book

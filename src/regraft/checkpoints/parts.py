@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -98,7 +97,9 @@ class MovedPiece(Struct, frozen=True, eq=False):
 
 def is_parted(source: Source) -> bool:
     """Whether a checkpoint holds the parts of a pipeline: a folder of diffusers, or a file with a denoiser in it."""
-    return source.parted or any(map(str.startswith, source.tensors.names, repeat(DENOISER)))
+    return source.parted or any(
+        group.template.startswith(DENOISER) for group in source.tensors.groups
+    )
 
 
 def find_parts(source: Source, layout: str | None = None) -> Parted:
@@ -314,7 +315,7 @@ def part_source(source: Source, piece: Piece) -> Source:
 def _plan(piece: Piece, where: str, *, to_diffusers: bool) -> Plan:
     book = _book(piece.part.book)
     edge = Edge.to(book, DIFFUSERS) if to_diffusers else Edge.out_of(book, DIFFUSERS)
-    return build_plan(piece.headers, [edge], where=where, unmatched_fix=_UNUSED)
+    return build_plan(piece.headers, [edge], where=where, unmatched_fix=lambda: _UNUSED)
 
 
 def _of_version(piece: Piece, where: str, *, to_diffusers: bool) -> Piece:

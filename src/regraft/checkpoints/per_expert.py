@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
 
 from regraft.checkpoints.companions import Companions
 from regraft.checkpoints.quantization import Quantization
@@ -21,8 +20,9 @@ from regraft.errors import Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
 from regraft.planning.build import build_plan
+from regraft.planning.identify import Unstacked
 from regraft.planning.model import Scope
-from regraft.planning.plan import Carried, Entry, Headers, Plan
+from regraft.planning.plan import Carried, Entry, Headers
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.direction import Direction
 from regraft.rules.templates import match_group
@@ -31,41 +31,10 @@ from regraft.values import replace
 Flags = npt.NDArray[np.bool_]
 
 
-class Unstacked(Struct, frozen=True, eq=False):
-    """Experts that stay one by one in every layout."""
-
-    carried: tuple[Carried, ...] = ()
-    why: str = ""
-
-    def __len__(self) -> int:
-        return sum(len(item.group) for item in self.carried)
-
-    def carry_of(self, name: str) -> Carry | None:
-        """What says that a tensor stays; ``None`` for others."""
-        for item in self.carried:
-            if name in item.group.names():
-                return item.carry
-        return None
-
-    def without(self, headers: Headers) -> Headers:
-        """Everything but these experts."""
-        if not self.carried:
-            return headers
-        mine = np.concatenate([item.group.ids for item in self.carried])
-        groups = [group.take(~np.isin(group.ids, mine)) for group in headers.groups]
-        return Headers([g for g in groups if len(g)], headers.shapes, headers.dtypes)
-
-    def beside(self, plan: Plan, headers: Headers) -> Plan:
-        """A plan of everything else with these experts in it; ``headers`` are those of all tensors."""
-        if not self.carried:
-            return plan
-        return replace(plan, headers=headers, carried=(*plan.carried, *self.carried))
-
-
 def find_unstacked(
+    companions: Companions,
     books: Sequence[Book],
     scopes: Mapping[str, Scope],
-    companions: Companions,
     where: str,
 ) -> Unstacked:
     """The experts of a quantised checkpoint that its loader wants one by one.

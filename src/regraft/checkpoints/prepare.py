@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.detect import load_model
 from regraft.adapters.provenance import KEY
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.aside import Aside, check_kept, drop_rows, find_aside
@@ -21,7 +21,6 @@ from regraft.checkpoints.companions import (
 )
 from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
-from regraft.checkpoints.detect import Detected, detect, make_plan
 from regraft.checkpoints.misspelled import read_misspelled
 from regraft.checkpoints.moves import (
     finish,
@@ -31,6 +30,7 @@ from regraft.checkpoints.moves import (
 )
 from regraft.checkpoints.part_files import PartFiles, files_of_part, is_of_diffusers
 from regraft.checkpoints.parts import is_parted
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
@@ -53,7 +53,8 @@ from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.errors.extras import or_ask_transformers
 from regraft.names.keys import Group
 from regraft.names.patterns import patterns
-from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.identify import Detected, detect, make_plan
+from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.book import rules_words
@@ -170,12 +171,13 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     )
     spelled = read_spelling((file.metadata for file in source.files), to)
     rest = companions.headers
-    known = detect(rest, config, source.where, options.source_layout, foreign, spelled, companions)
+    unstack = partial(find_unstacked, companions)
+    known = detect(rest, config, source.where, options.source_layout, foreign, spelled, unstack)
     if to is not None and len(known.mtp):
         check_mtp(known.books, known.mtp, (known.layout or "", to), source.where)
     try:
-        fix = _way_out(Path(source.where), model)
-        plan = make_plan(rest, known, to, source.where, fix) if to is not None else None
+        way_out = partial(_way_out, Path(source.where), model)
+        plan = make_plan(rest, known, to, source.where, way_out) if to is not None else None
     except UnmatchedKeysError:
         spelled_right = None if repaired else read_misspelled(whole, rest, known)
         if spelled_right is None:

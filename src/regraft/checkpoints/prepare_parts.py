@@ -7,7 +7,6 @@ from pathlib import Path
 
 from regraft.checkpoints.aside import drop_rows, find_aside
 from regraft.checkpoints.casting import Cast, cast_dtypes
-from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.moves import Moves
 from regraft.checkpoints.part_files import PartFiles, files_beside
 from regraft.checkpoints.parts import (
@@ -24,6 +23,7 @@ from regraft.checkpoints.sharding import Layout, OutFile, lay_out
 from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding
 from regraft.names.patterns import patterns
+from regraft.planning.identify import Detected
 from regraft.report import CheckpointReport
 from regraft.values import replace
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, field, structs
 
 import regraft
-from regraft.checkpoints.detect import Detected
 from regraft.checkpoints.moves import Moves, Runs, Strided
 from regraft.checkpoints.sharding import Layout
 from regraft.checkpoints.source import Source
 from regraft.checkpoints.units import UNIT
+from regraft.planning.identify import Detected
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport
 from regraft.storage.job import LocalJob

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from msgspec import Struct, field
 
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
-from regraft.names.keys import Ints
+from regraft.names.keys import Group, Ints, group_names
 from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
@@ -84,7 +85,7 @@ def open_source(file: File) -> Ranges:
     return open_ranges(file.path, file.stamp)
 
 
-class Tensors(Struct, frozen=True, eq=False):
+class Tensors(Struct, frozen=True, eq=False, dict=True):
     """All tensors of a checkpoint, in columns; row i is the tensor ``names[i]``."""
 
     names: list[str]
@@ -98,6 +99,11 @@ class Tensors(Struct, frozen=True, eq=False):
     """Where the bytes begin, from the start of the file."""
     sizes: Ints
     """In bytes."""
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The names by template, with the rows as ids: what asks for a kind of name looks at a few dozen."""
+        return group_names(self.names)
 
     def __len__(self) -> int:
         return len(self.names)

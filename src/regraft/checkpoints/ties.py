@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from regraft.adapters.detect import covers
 from regraft.checkpoints.aside import drop_rows
 from regraft.checkpoints.source import CONFIG, Source, open_source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign, ModelConfig, TiedNames
-from regraft.rules.book import books_for
+from regraft.rules.book import books_for, covers
 from regraft.values import replace
 
 FIELD = "tie_word_embeddings"
@@ -64,7 +63,7 @@ def unequal_ties(source: Source, model: ModelConfig | None, foreign: Foreign | N
     """
     if model is not None and _says_tied(model.data) is False:
         return Ties()
-    known = model is not None and covers(books_for(model.model_types()), model)
+    known = model is not None and covers(books_for(model.model_types()), model.model_types())
     if model is not None and foreign is not None and not known:
         groups = foreign.tied(model, source.tensors.names, model.architectures())
         if groups is not None:

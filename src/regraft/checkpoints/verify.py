@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 
 from regraft.adapters.provenance import read_remembered
 from regraft.checkpoints.companions import find_companions
-from regraft.checkpoints.detect import detect
 from regraft.checkpoints.gather import Files
 from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.prepare import model_of, prepare
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
@@ -26,6 +27,7 @@ from regraft.checkpoints.units import Cutter, Run
 from regraft.errors import Finding
 from regraft.errors.codes import Status
 from regraft.names.keys import Ints
+from regraft.planning.identify import detect
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.report import Trace
 from regraft.rules.book import Rules, only_books
@@ -119,7 +121,11 @@ def _verify(
     config = model_of(other, told) or model_of(open_checkpoint(src), None)
     companions = find_companions(other, config.data if config is not None else None)
     target = detect(
-        companions.headers, config, other.where, foreign=foreign, companions=companions
+        companions.headers,
+        config,
+        other.where,
+        foreign=foreign,
+        unstack=partial(find_unstacked, companions),
     ).layout
     if target is None:
         target = _layout_beside(open_checkpoint(src), config, foreign)

@@ -24,10 +24,14 @@ def strip_wrappers(source: Source) -> tuple[Source, list[str]]:
     Raises ``BadInputError`` where two names would become one.
     """
     names = source.tensors.names
-    text = "\n".join(names)
+    templates = [group.template for group in source.tensors.groups]
+    gone = {w for w in _WRAPPERS if any(w in template for template in templates)}
+    in_front = any(template.startswith(f"{_MODULE}.") for template in templates)
+    if not gone and not in_front:
+        return source, []
     spoken = {word for book in own_books() for word in _words(book)}
-    gone = {w for w in _WRAPPERS if w not in spoken and w in text}
-    if _MODULE not in spoken and text.startswith(f"{_MODULE}."):
+    gone -= spoken
+    if in_front and _MODULE not in spoken:
         bare = (next((s for s in n.split(".") if s not in gone), "") for n in names)
         if all(first == _MODULE for first in bare):
             gone.add(_MODULE)
@@ -61,9 +65,11 @@ def refuse_adapters(source: Source) -> None:
 
     Their scale is nowhere in it, so the file alone does not say what the adapter adds.
     """
+    if not any(".base_layer." in group.template for group in source.tensors.groups):
+        return
     names = source.tensors.names
     inside = [name for name in names if ".lora_A." in name or ".lora_B." in name]
-    if inside and len(inside) < len(names) and any(".base_layer." in name for name in names):
+    if inside and len(inside) < len(names):
         raise BadInputError(
             Finding(
                 "adapter-inside",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters.convert import convert_adapter
-from regraft.adapters.detect import load_model
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.dialects.opening import find_source
 from regraft.errors import RegraftError
@@ -23,6 +22,7 @@ from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
 from regraft.places import check_there, locate, visiting
 from regraft.planning.compose import plan_along
+from regraft.planning.model import load_model
 from regraft.report import logged
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying

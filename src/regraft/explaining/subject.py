@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from regraft.adapters.convert import convert_adapter
-from regraft.adapters.detect import Known, detect_layout, find_books, load_model
+from regraft.adapters.detect import Known, detect_layout, find_books
 from regraft.adapters.families.base import Family
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Into, Opened
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.companions import find_companions
-from regraft.checkpoints.detect import detect
 from regraft.checkpoints.parts import find_parts
-from regraft.checkpoints.per_expert import Unstacked
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source as Checkpoint
@@ -30,7 +30,8 @@ from regraft.dialects.peft.source import names_of_scan
 from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
 from regraft.names.keys import Group, group_names
-from regraft.planning.model import ModelConfig, Scope
+from regraft.planning.identify import Unstacked, detect
+from regraft.planning.model import ModelConfig, Scope, load_model
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book
 from regraft.rules.templates import match_group
@@ -116,7 +117,7 @@ def _open_checkpoint(src: Path, config: ModelConfig | None, source: str | None) 
             opened.where,
             source,
             InstalledTransformers(),
-            companions=companions,
+            unstack=partial(find_unstacked, companions),
         )
     except RegraftError as error:
         found = error.findings

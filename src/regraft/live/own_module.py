@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from regraft.checkpoints.detect import detect, make_plan
 from regraft.errors import BadInputError, Finding
 from regraft.names.live import walk
+from regraft.planning.identify import detect, make_plan
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import own_books
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from regraft.arrays.apply import apply_plan
 from regraft.bridges.transformers.making import RIGHT
-from regraft.checkpoints.detect import detect_by_books, make_plan
 from regraft.errors import AmbiguousError
 from regraft.layouts.graph import Edge, edges_to
 from regraft.names.keys import group_names
 from regraft.names.live import LiveModel
 from regraft.names.skeleton import Skeleton
 from regraft.planning.build import build_plan
+from regraft.planning.identify import detect_by_books, make_plan
 from regraft.planning.model import ModelConfig, Scope
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book, books_for

@@ -372,7 +372,7 @@ def _below(part: Part, path: str) -> bool:
 
 def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedStateDict:
     """By the rule library alone."""
-    from regraft.checkpoints.detect import detect, make_plan
+    from regraft.planning.identify import detect, make_plan
 
     names = list(state_dict)
     _raise(_no_tensors(state_dict, names))

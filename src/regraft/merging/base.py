@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from regraft.adapters.form import Array
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
 from regraft.checkpoints.companions import Companions, find_companions
 from regraft.checkpoints.convert import file_name
-from regraft.checkpoints.detect import Detected, detect
 from regraft.checkpoints.moves import Moves, identity
 from regraft.checkpoints.parts import find_parts, is_parted
+from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, PIPELINES, part_by_book
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.prepared import Prepared
@@ -35,6 +36,7 @@ from regraft.errors import BadInputError, Finding, RegraftError, UnmatchedKeysEr
 from regraft.layouts.graph import Edge
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
+from regraft.planning.identify import Detected, detect
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Headers
 from regraft.report import CheckpointReport
@@ -222,7 +224,12 @@ def open_base(path: Path, source: str | None, foreign: Foreign | None) -> Base:
     companions = find_companions(opened, config.data if config is not None else None)
     try:
         known = detect(
-            companions.headers, config, opened.where, source, foreign, companions=companions
+            companions.headers,
+            config,
+            opened.where,
+            source,
+            foreign,
+            unstack=partial(find_unstacked, companions),
         )
     except UnmatchedKeysError:
         alone = _same_in_both(companions.headers) if config is None else None

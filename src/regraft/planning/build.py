@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,8 +36,13 @@ from regraft.rules.templates import (
 )
 from regraft.rules.terms import RuleTerm
 
-UNMATCHED_FIX = "check the prefix and the model, or add the key to a rule book"
-"""What to do about keys that nothing explains."""
+Advice = Callable[[], str]
+"""What to do about something, asked for where it is."""
+
+
+def unmatched_advice() -> str:
+    """What to do about keys that nothing explains."""
+    return "check the prefix and the model, or add the key to a rule book"
 
 
 def build_plan(
@@ -49,7 +54,7 @@ def build_plan(
     mixed: bool = False,
     guess: Guess | None = None,
     where: str | None = None,
-    unmatched_fix: str = UNMATCHED_FIX,
+    unmatched_fix: Advice = unmatched_advice,
 ) -> Plan:
     """Plan the conversion of some tensors along some edges, which all lead to one layout.
 
@@ -83,7 +88,7 @@ class _Builder:
         partial: bool,
         guess: Guess | None,
         where: str | None,
-        unmatched_fix: str,
+        unmatched_fix: Advice,
     ) -> None:
         self.unmatched_fix = unmatched_fix
         self.headers, self.edges = headers, edges
@@ -446,7 +451,7 @@ class _Builder:
                 f"no rule matches this key{_others(group)} (rule books: {books})",
                 where=self.where,
                 key=group.name(0),
-                fix=self.unmatched_fix,
+                fix=self.unmatched_fix(),
             )
         )
 

@@ -55,13 +55,22 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         groups: Sequence[Group],
         scopes: Mapping[str, Scope] | None = None,
         modules: Sequence[Group] = (),
+        known: Lookup | None = None,
     ) -> Lookup:
-        """Look keys up; where no scopes are given, every book speaks of the whole model."""
+        """Look keys up; where no scopes are given, every book speaks of the whole model.
+
+        What ``known`` says of the same groups in the same books is not looked up again.
+        """
+        said = {} if known is None else known.said
         layouts = tuple(dict.fromkeys(name for book in books for name in (book.left, book.right)))
         own = {id(book) for book in own_books()}
         parts = [(book, (scopes or {}).get(book.name, Scope())) for book in books]
         found = tuple(
-            tuple(_words(book, group) for book, scope in parts if scope.admits(group.template))
+            tuple(
+                said.get((id(book), id(group))) or _words(book, group)
+                for book, scope in parts
+                if scope.admits(group.template)
+            )
             for group in groups
         )
         named = tuple(
@@ -73,6 +82,15 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         )
         mine = tuple(book for book in books if id(book) in own)
         return Lookup(tuple(books), layouts, tuple(groups), found, named, mine)
+
+    @property
+    def said(self) -> dict[tuple[int, int], Words]:
+        """What was found, by the ids of book and group."""
+        return {
+            (id(words.book), id(group)): words
+            for group, found in zip(self.groups, self.found, strict=True)
+            for words in found
+        }
 
     @cached_property
     def unexplained(self) -> tuple[Group, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,9 @@ from msgspec import Struct, field
 from regraft.equation.notation import ConfigPath, ShapeOf
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book
+from regraft.rules.said import said
+from regraft.storage.hub import parse_id
+from regraft.storage.json_files import load_json
 
 _SUB_MODELS = {
     "text_config": "language_model",
@@ -168,6 +172,48 @@ class ModelConfig(Struct, frozen=True):
     def is_composite(self) -> bool:
         """Whether there are configs of other models inside."""
         return len(self.model_types()) > 1
+
+
+def load_model(path: Path | str) -> ModelConfig:
+    """The config of a base model from its folder or its ``config.json``.
+
+    Raises ``BadInputError``.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not path.exists() and parse_id(str(path)) is None:
+        fix = "give the folder of the base model, or its config.json"
+        raise BadInputError(
+            Finding("not-found", "there is no such file or folder", where=str(path), fix=fix)
+        )
+    if not file.exists():
+        raise BadInputError(
+            Finding(
+                "no-config",
+                "there is no config.json of a base model here",
+                where=str(path),
+                fix="give the folder of the base model, or its config.json" + _how_to_get(path),
+            )
+        )
+    data = load_json(file)
+    if not isinstance(data.get("model_type"), str):
+        raise BadInputError(
+            Finding(
+                "no-model-type",
+                "this is no config of a transformers model: it has no model_type",
+                where=str(file),
+                fix="give the config.json of the base model, not the adapter's",
+            )
+        )
+    check_sizes(data, str(file))
+    return ModelConfig(data, str(file), architecture=said().architecture)
+
+
+def _how_to_get(path: Path) -> str:
+    named = parse_id(str(path))
+    return (
+        f"; a model of the hub is found after 'hf download {named[0]} config.json'" if named else ""
+    )
 
 
 class Scope(Struct, frozen=True):

@@ -780,6 +780,15 @@ def is_complete() -> bool:
     return bool(given) and not {id(book) for book in built_in()} <= {id(book) for book in given}
 
 
+def covers(books: Sequence[Book], model_types: Iterable[str]) -> bool:
+    """Whether some books know a model with all its parts; a user's own are not asked for more than they say."""
+    own = {id(book) for book in own_books() if not book.is_addition}
+    if is_complete() or any(id(book) in own for book in books):
+        return True
+    known = {name for book in books for name in book.model_types if book.tells == "both"}
+    return all(name in known for name in model_types)
+
+
 def library() -> tuple[Book, ...]:
     """The rule books in force: those that come with regraft and with installed packages, or what stands in for them."""
     books, family = _given() or built_in(), said().family

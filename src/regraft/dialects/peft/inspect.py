@@ -15,7 +15,6 @@ from regraft.adapters.detect import (
     books_by_keys,
     detect_layout,
     find_books,
-    load_model,
 )
 from regraft.adapters.families.lora_variants import changes_base
 from regraft.adapters.form import Array, Factors
@@ -35,7 +34,7 @@ from regraft.errors.codes import Status
 from regraft.layouts.names import DEFAULT
 from regraft.names.keys import one_of_each
 from regraft.names.patterns import Pattern, group_alike
-from regraft.planning.model import Foreign, ModelConfig
+from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.side import Side
 from regraft.rules.book import Book
 from regraft.shown import Shown

@@ -1,14 +1,12 @@
-"""Finding out which layout a checkpoint is in, and planning what becomes of it."""
+"""What the tensors of a model are, by their rule books and layout, and the plan of what becomes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 from msgspec import Struct, field
 
-from regraft.adapters.detect import covers
-from regraft.checkpoints.companions import Companions
-from regraft.checkpoints.per_expert import Unstacked, find_unstacked
 from regraft.equation.notation import Key, Term
 from regraft.equation.sizes import SizeError, UnknownSizeError, solve_sizes
 from regraft.errors import (
@@ -22,18 +20,53 @@ from regraft.errors import (
 from regraft.errors.extras import lacking
 from regraft.layouts.graph import Edge, edges_to, route_between
 from regraft.names.keys import MARK, Group
-from regraft.planning.build import UNMATCHED_FIX, build_plan
+from regraft.planning.build import Advice, build_plan, unmatched_advice
 from regraft.planning.compose import plan_along
 from regraft.planning.detect import detect_layouts, names_tell, telling
 from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, unchecked_names
-from regraft.planning.plan import Headers, Plan
-from regraft.rules.book import Book, Rule, books_for, library
+from regraft.planning.plan import Carried, Headers, Plan
+from regraft.rules.book import Book, Carry, Rule, books_for, covers, library
 from regraft.rules.mtp import Counts, MtpKeys, find_mtp, with_mtp
 from regraft.rules.templates import match_group
 from regraft.values import replace
+
+
+class Unstacked(Struct, frozen=True, eq=False):
+    """Experts that stay one by one in every layout."""
+
+    carried: tuple[Carried, ...] = ()
+    why: str = ""
+
+    def __len__(self) -> int:
+        return sum(len(item.group) for item in self.carried)
+
+    def carry_of(self, name: str) -> Carry | None:
+        """What says that a tensor stays; ``None`` for others."""
+        for item in self.carried:
+            if name in item.group.names():
+                return item.carry
+        return None
+
+    def without(self, headers: Headers) -> Headers:
+        """Everything but these experts."""
+        if not self.carried:
+            return headers
+        mine = np.concatenate([item.group.ids for item in self.carried])
+        groups = [group.take(~np.isin(group.ids, mine)) for group in headers.groups]
+        return Headers([g for g in groups if len(g)], headers.shapes, headers.dtypes)
+
+    def beside(self, plan: Plan, headers: Headers) -> Plan:
+        """A plan of everything else with these experts in it; ``headers`` are those of all tensors."""
+        if not self.carried:
+            return plan
+        return replace(plan, headers=headers, carried=(*plan.carried, *self.carried))
+
+
+Unstack = Callable[[Sequence[Book], Mapping[str, Scope], str], Unstacked]
+"""What finds experts that stay one by one, by the books of a model and their scopes: its messages name the file."""
 
 
 class Detected(Struct, frozen=True):
@@ -65,29 +98,39 @@ def detect(
     source: str | None = None,
     foreign: Foreign | None = None,
     spelled: Sequence[str] = (),
-    companions: Companions | None = None,
+    unstack: Unstack | None = None,
 ) -> Detected:
     """The rule books for a checkpoint and the layout its names are of.
 
     Without a config, the names alone tell the book, where they do. ``foreign`` is asked for models that the
-    library does not know as a whole; ``spelled`` are names that the checkpoint once had. ``companions`` say what
-    is quantised: experts that the loader wants one by one tell no layout.
+    library does not know as a whole; ``spelled`` are names that the checkpoint once had. Experts that ``unstack``
+    finds tell no layout.
 
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several do
     and differ, ``BadInputError`` where names of two layouts stand together.
     """
     imported: Told | None = None
     unchecked: tuple[str, ...] = ()
+    lookup: Lookup | None = None
     if model is not None:
-        found_books = books_for(model.model_types())
+        model_types = model.model_types()
+        found_books = books_for(model_types)
         additions = tuple(book for book in found_books if book.is_addition)
         books = tuple(book for book in found_books if not book.is_addition)
-        imported, unchecked = _asked(headers, model, where, books, foreign, spelled)
+        counts = Counts.of(part for _, part in model.parts())
+        known = covers(books, model_types)
+        mtp = find_mtp(headers.groups, counts, where) if known else MtpKeys()
+        lookup = Lookup.of(
+            books,
+            mtp.without(headers.groups),
+            {book.name: model.scope_of(book.model_types) for book in books},
+        )
+        imported, unchecked = _asked(lookup, headers, model, foreign, spelled, known=known)
         if not books and imported is None and not additions:
             raise UnmatchedKeysError(
                 Finding(
                     "unknown-model",
-                    f"{', '.join(model.model_types())} has no built-in rules, and {_who_could_know()}",
+                    f"{', '.join(model_types)} has no built-in rules, and {_who_could_know()}",
                     where=model.path,
                     fix=f"{_how_to_ask()}, or write a rule book for it; `regraft rules list` shows what is built in",
                 )
@@ -100,26 +143,27 @@ def detect(
             scopes[imported.book.name] = Scope()
         books = (*books, *additions)
         scopes |= {book.name: model.scope_of(book.model_types) for book in additions}
-        told = f"the model is {', '.join(model.model_types())} ({model.path})"
+        told = f"the model is {', '.join(model_types)} ({model.path})"
         if imported is not None:
             told = f"{told}; {imported.evidence}"
+        if imported is not None or not known:
+            keys = (key for book in books for key in _own_keys(book))
+            mtp = find_mtp(headers.groups, counts, where, keys if imported is not None else ())
     else:
         book = _book_by_names(headers, where)
         books, scopes = (book,), {book.name: Scope()}
         told = f"the names are those of {book.title.split(':')[0]}"
-    keys = (key for book in books for key in _own_keys(book)) if imported is not None else ()
-    counts = Counts.of(part for _, part in model.parts()) if model is not None else Counts()
-    mtp = find_mtp(headers.groups, counts, where, keys)
-    if model is None:
-        unchecked = unchecked_names(Lookup.of(books, mtp.without(headers.groups)))
-    books = tuple(with_mtp(book, mtp) for book in books)
-    own = own_modules(Lookup.of(books, headers.groups, scopes), model, foreign)
+        mtp = find_mtp(headers.groups, Counts(), where)
+        lookup = Lookup.of(books, mtp.without(headers.groups))
+        unchecked = unchecked_names(lookup)
+    if mtp.groups:
+        books = tuple(with_mtp(book, mtp) for book in books)
+    lookup = Lookup.of(books, headers.groups, scopes, known=lookup)
+    own = own_modules(lookup, model, foreign)
     books, scopes = (*books, *own.books), {**scopes, **own.scopes}
-    unstacked = Unstacked()
-    if companions is not None:
-        unstacked = find_unstacked(books, scopes, companions, where)
+    unstacked = unstack(books, scopes, where) if unstack is not None else Unstacked()
     layout, evidence, mixed = _layout_of(
-        books, scopes, _without(mtp, unstacked.without(headers)), where, source
+        books, scopes, _without(mtp, unstacked.without(headers)), where, source, lookup
     )
     said = unchecked if own.note is None else (own.note, *unchecked)
     found = Detected(
@@ -139,16 +183,18 @@ def detect(
 
 
 def _asked(
+    lookup: Lookup,
     headers: Headers,
     model: ModelConfig,
-    where: str,
-    books: Sequence[Book],
     foreign: Foreign | None,
     spelled: Sequence[str],
+    *,
+    known: bool,
 ) -> tuple[Told | None, tuple[str, ...]]:
     """What the installed transformers says of a model, where books do not know all of it or lack words for names.
 
-    Beside it, notes on names that nobody could be asked about.
+    ``known`` says whether the books know all parts of the model. Beside it, notes on names that nobody could be
+    asked about.
     """
 
     def ask() -> Told | None:
@@ -161,16 +207,12 @@ def _asked(
         classes = model.architectures()
         return foreign.book(model, names, shapes, classes, adapter=False, spelled=spelled)
 
-    if any(_is_of(book, headers.groups) for book in books):
+    if any(_is_of(book, headers.groups) for book in lookup.books):
         return None, ()  # transformers knows nothing of another tool's names
-    if not covers(books, model):
+    if not known:
         return ask(), ()
-    if any(not book.model_types for book in books):
+    if any(not book.model_types for book in lookup.books):
         return None, ()
-    scopes = {book.name: model.scope_of(book.model_types) for book in books}
-    counts = Counts.of(part for _, part in model.parts())
-    own = find_mtp(headers.groups, counts, where).without(headers.groups)
-    lookup = Lookup.of(books, own, scopes)
     heads = strange_heads(lookup, model.architectures())
     return told_by_class(lookup, model, foreign, ask, heads)
 
@@ -212,6 +254,7 @@ def _layout_of(
     headers: Headers,
     where: str,
     given: str | None,
+    known: Lookup | None = None,
 ) -> tuple[str | None, str, tuple[str, ...]]:
     """The layout, ``None`` where it is not one only; what told it; and the layouts of parts that differ."""
     if given is not None:
@@ -219,7 +262,7 @@ def _layout_of(
             edges_to(books, given)
         return given, "its layout was given", ()
     books = telling(books, headers.groups)
-    told = detect_layouts(Lookup.of(books, headers.groups, scopes), where)
+    told = detect_layouts(Lookup.of(books, headers.groups, scopes, known=known), where)
     if told.layout is not None:
         return told.layout, f"layout: {told.layout} (found {told.evidence[told.layout]})", ()
     if told.mixed:
@@ -293,7 +336,11 @@ def _fits(rule: Rule, term: Term, shape: tuple[int, ...], scope: Scope) -> bool:
 
 
 def make_plan(
-    headers: Headers, known: Detected, target: str, where: str, unmatched_fix: str = UNMATCHED_FIX
+    headers: Headers,
+    known: Detected,
+    target: str,
+    where: str,
+    unmatched_fix: Advice = unmatched_advice,
 ) -> Plan | None:
     """The plan to a layout; ``None`` where the checkpoint is in it already, and spelled as usual.
 
