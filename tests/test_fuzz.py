@@ -1,6 +1,7 @@
 """The fuzz's oracle agrees with every conversion that is right, and notices those that are not."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,3 +114,13 @@ def test_notices_a_module_that_is_lost(tmp_path):
         AssertionError, match=r"only one side has .*layers\.1\.mlp\.experts\.0\.down"
     ):
         assert_same(source, tmp_path / "out")
+
+
+def test_lets_products_differ_that_float64_has_few_digits_for(tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(GOLDEN / "cases" / "mixtral__rslora", source)
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["lora_alpha"] = 1e-320
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    regraft.convert(source, tmp_path / "out", to="transformers-v5", model=BASE)
+    assert_same(source, tmp_path / "out")
