@@ -20,7 +20,7 @@ from regraft.dialects.names import layout_named
 from regraft.dialects.peft import unbound
 from regraft.dialects.peft.config import VARIANTS
 from regraft.dialects.peft.source import Source
-from regraft.errors import RefusedError, UnmatchedKeysError
+from regraft.errors import BadInputError, RefusedError, UnmatchedKeysError
 from regraft.planning.model import ModelConfig
 
 torch = pytest.importorskip("torch")
@@ -300,6 +300,23 @@ def test_what_is_missing_is_named(name, tmp_path, monkeypatch):
     with pytest.raises(RefusedError) as error:
         case.convert(via, weights=True)
     assert all(why in finding.message and finding.fix for finding in error.value.findings)
+
+
+RANKED = {
+    "LoHa": lambda: peft.LoHaConfig(r=2, alpha=3, init_weights=False),
+    "DeLoRA": lambda: peft.DeloraConfig(r=2, delora_lambda=3),
+    "PVeRA": lambda: peft.PveraConfig(r=2),
+    "HRA": lambda: peft.HRAConfig(r=2),
+    "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("title", RANKED)
+def test_tensors_have_the_rank_that_the_config_gives(title, tmp_path, monkeypatch):
+    case = Case(SHAPES["rename"][0], RANKED[title], tmp_path, monkeypatch)
+    case.config["r"] = 4
+    with pytest.raises(BadInputError, match=r"gives the rank 4, its tensors have 2"):
+        case.convert(None)
 
 
 # -- adapters that name no module

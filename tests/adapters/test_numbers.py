@@ -216,6 +216,10 @@ def test_patterns_count_in_the_order_of_the_file_there_and_back(tmp_path):
         ("trainable_token_indices", {"x": "y"}),
         ("auto_mapping", "x"),
         ("use_rslora", "yes"),
+        ("bias", "some"),
+        ("bias", ["all"]),
+        ("fan_in_fan_out", "yes"),
+        ("kasa_config", True),
     ],
 )
 def test_a_field_of_a_wrong_type_is_a_finding_in_every_command(field, value, tmp_path, capsys):
@@ -234,6 +238,27 @@ def test_a_field_of_a_wrong_type_is_a_finding_in_every_command(field, value, tmp
 def test_all_fields_are_reported_together():
     config = {"peft_type": "HRA", "r": None, "apply_GS": 1, "target_modules": 5}
     assert [f.key for f in check_fields(config, "a.json")] == ["r", "target_modules", "apply_GS"]
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "field", "fields"),
+    [
+        ("LORA", "layers_to_transform", {"target_modules": "q", "layers_to_transform": []}),
+        ("DELORA", "layers_to_transform", {"target_modules": "q", "layers_to_transform": [0]}),
+        ("MISS", "layers_pattern", {"target_modules": "q", "layers_pattern": []}),
+        ("LOHA", "layers_to_transform", {"target_modules": ["q"], "layers_pattern": "h"}),
+        ("LORA", "fan_in_fan_out", {"target_parameters": ["q"], "fan_in_fan_out": True}),
+    ],
+)
+def test_fields_that_peft_takes_not_beside_others(peft_type, field, fields):
+    sound = {"r": 1, "alpha": 1, "lora_alpha": 1, "delora_lambda": 1}
+    config = {"peft_type": peft_type, **sound, **fields}
+    assert [f.key for f in check_fields(config, "a.json")] == [field]
+
+
+def test_fields_that_only_some_types_keep_apart():
+    config = {"peft_type": "IA3", "target_modules": "q", "layers_pattern": "h"}
+    assert check_fields(config, "a.json") == []
 
 
 def test_needed_fields_are_those_of_the_family():

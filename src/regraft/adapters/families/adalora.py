@@ -5,7 +5,8 @@ Source: PEFT 0.21.2, ``peft/tuners/adalora/layer.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from regraft.adapters.families.base import (
     FAMILY,
@@ -41,6 +42,9 @@ class AdaLora(LowRank):
         reorder_in=FAMILY,
         rest=LORA,
     )
+
+    def check_rank(self, rank: int | None, settings: Mapping[str, Any]) -> None:
+        pass  # every module has what its budget left it
 
     def join_ranks(self, parts: Sequence[Part | None], sizes: Sequence[int], along: str) -> Part:
         raise self.refusal("all modules share one init_r, and ranks add where weights are joined")

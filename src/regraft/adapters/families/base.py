@@ -216,7 +216,20 @@ class Family:
             for size, name in zip(tensor.shape, dims, strict=True):
                 if name is not None and found.setdefault(name, size) != size:
                     raise UnreadableError(f"its tensors disagree on the size of {name}")
+        self.check_rank(found.get(RANK), settings)
         return found.get(OUT), found.get(IN)
+
+    def check_rank(self, rank: int | None, settings: Mapping[str, Any]) -> None:
+        """Raise ``UnreadableError`` where a module's tensors have another rank than the config gives them.
+
+        PEFT makes tensors of that rank before it loads a file. Families where a module's rank depends on the
+        training say nothing here.
+        """
+        told = settings.get("r", self.config.get("r"))
+        if rank is not None and told is not None and rank != told:
+            raise UnreadableError(
+                f"adapter_config.json gives the rank {told}, its tensors have {rank}"
+            )
 
     # -- following the base
 

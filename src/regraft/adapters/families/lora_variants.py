@@ -92,6 +92,7 @@ class LoraVariant(LowRank):
             raise UnreadableError(f"its ranks differ: A {list(a.shape)}, B {list(b.shape)}")
         if a.ndim < 3 or a.ndim != b.ndim:
             return super().sizes(tensors, settings)
+        self.check_rank(a.shape[0], settings)
         return b.shape[0], prod(a.shape[1:])  # a convolution: in has its kernel's dims, too
 
     def scale(self, part: Part) -> Scale:

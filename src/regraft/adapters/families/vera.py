@@ -18,6 +18,7 @@ from regraft.adapters.families.base import (
     NoImageError,
     Pair,
     Part,
+    UnreadableError,
     Weight,
     as_wide,
     cells,
@@ -47,6 +48,11 @@ class Vera(Family):
     def __init__(self, config: Mapping[str, Any], shared: Mapping[str, Array]) -> None:
         super().__init__(config, shared)
         self._largest = 0, 0
+
+    def check_rank(self, rank: int | None, settings: Mapping[str, Any]) -> None:
+        if rank is not None and rank % self.spread:
+            raise UnreadableError(f"{rank} numbers are no {self.spread} times a rank")
+        super().check_rank(None if rank is None else rank // self.spread, settings)
 
     def survey(self, parts: Mapping[str, Part]) -> None:
         self._largest = max(p.out for p in parts.values()), max(p.into for p in parts.values())

@@ -115,14 +115,16 @@ def _problems(config: Mapping[str, Any], peft_type: str) -> Iterator[tuple[str, 
         value = config.get(key)
         if (value is not None or key in needed) and not kind.accepts(value):
             yield key, kind.expected
-    if peft_type == "LORA":
-        # As PEFT's own checks of a LoRA's config.
-        expression = isinstance(config.get("target_modules"), str)
-        for key in ("layers_to_transform", "layers_pattern"):
-            if expression and config.get(key) not in (None, [], ""):
-                yield key, "nothing (target_modules is an expression)"
-        if config.get("layers_pattern") and not config.get("layers_to_transform"):
-            yield "layers_to_transform", "the layers that layers_pattern finds"
+    # As PEFT's own checks of a config.
+    expression = isinstance(config.get("target_modules"), str)
+    for key, types in _NOT_BESIDE_EXPRESSION.items():
+        if expression and peft_type in types and config.get(key) is not None:
+            yield key, "nothing (target_modules is an expression)"
+    patterned = peft_type in _LAYERS_BESIDE_PATTERN and config.get("layers_pattern")
+    if patterned and config.get("layers_to_transform") is None:
+        yield "layers_to_transform", "the layers that layers_pattern finds"
+    if peft_type == "LORA" and config.get("target_parameters") and config.get("fan_in_fan_out"):
+        yield "fan_in_fan_out", "false (PEFT loads no parameters of target_parameters with it)"
 
 
 def _shown(value: object) -> str:
@@ -236,6 +238,19 @@ _FIELDS: Mapping[str, _Type] = {
     "use_bdlora": _OBJECT,
     "arrow_config": _OBJECT,
     "init_lora_weights": _WORD,
+    "bias": _Type(
+        lambda value: (
+            isinstance(value, str) and (value in ("none", "all") or value.endswith("_only"))
+        ),
+        "none, all or what ends in _only",
+    ),
+    "fan_in_fan_out": _FLAG,
+    "eva_config": _OBJECT,
+    "corda_config": _OBJECT,
+    "lora_ga_config": _OBJECT,
+    "velora_config": _OBJECT,
+    "monteclora_config": _OBJECT,
+    "kasa_config": _OBJECT,
     # of one family or a few
     "init_r": _COUNT,
     "delora_lambda": _NUMBER,
@@ -279,6 +294,54 @@ _FIELDS: Mapping[str, _Type] = {
     ),
 }
 """Every field that a conversion reads, for all values of ``peft_type``: PEFT gives a name one meaning."""
+
+_NO_PATTERN_BESIDE_EXPRESSION = frozenset(
+    [
+        "ADALORA",
+        "C3A",
+        "DEFT",
+        "FOURIERFT",
+        "HIRA",
+        "HRA",
+        "LORA",
+        "MISS",
+        "PSOFT",
+        "SHADOW",
+        "UNILORA",
+        "WAVEFT",
+    ]
+)
+_NOT_BESIDE_EXPRESSION = {
+    "layers_to_transform": _NO_PATTERN_BESIDE_EXPRESSION | {"DELORA"},
+    "layers_pattern": _NO_PATTERN_BESIDE_EXPRESSION,
+}
+"""The types of which PEFT takes no such field beside an expression in ``target_modules`` (``__post_init__`` of each
+config of PEFT 0.21.2)."""
+_LAYERS_BESIDE_PATTERN = frozenset(
+    [
+        "ADALORA",
+        "BOFT",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "HRA",
+        "LILY",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "OFT",
+        "PEANUT",
+        "PSOFT",
+        "PVERA",
+        "SHADOW",
+        "TINYLORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
+)
+"""Those of which it takes no ``layers_pattern`` without ``layers_to_transform``."""
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "LORA": ("r", "lora_alpha"),
