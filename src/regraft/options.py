@@ -605,6 +605,14 @@ class ProbeOptions(Options, frozen=True, kw_only=True):
             "LAYOUT",
         ),
     ] = None
+    headers: Annotated[
+        str | PathLike[str] | None,
+        Option(
+            "A checkpoint of the model, for a type that transformers does not know: its names are taken, and its sizes "
+            "changed as the config says them. Not needed where it lies beside the config.",
+            "CHECKPOINT",
+        ),
+    ] = None
     settings: Annotated[
         Sequence[str],
         Option(

@@ -948,7 +948,7 @@ def test_digits_on_disk(folder):
         }
         save_file({k: x.copy() for k, x in made.items()}, folder / f"{path.name}.safetensors")
         pairs += [str(path), str(folder / f"{path.name}.safetensors")]
-    assert len(pairs) == 14
+    assert len(pairs) == 12
     assert main(["learn", *pairs, "-o", str(folder / "book.toml")]) == 0
     text = (folder / "book.toml").read_text()
     assert "Seen at 2 sizes" in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,7 @@ from regraft.cli.probe import fixed_fields, wrong_fields
 from regraft.options import LearnOptions, ProbeOptions
 
 if TYPE_CHECKING:
-    from regraft.bridges.transformers.probing import Outline
     from regraft.cli.progress import Mode
-    from regraft.learning.learn import Learned
     from regraft.views.documents import LearnedBook
 
 
@@ -84,6 +82,7 @@ def learn(
     progress: Mode,
     layout: str | None,
     settings: tuple[str, ...],
+    headers: str | None,
     **given: Any,
 ) -> Job:
     """Learn a rule book from checkpoints before and after a conversion, or by running a converter on probes.
@@ -98,9 +97,11 @@ def learn(
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
+        from regraft.bridges.transformers.commanded import Probes, learn_command
         from regraft.bridges.transformers.probing import parameter_orders
         from regraft.cli.forms import tell
         from regraft.errors import BadInputError, Finding
+        from regraft.learning.command import Command
         from regraft.learning.learn import learn_pairs, require_sound
         from regraft.learning.pairs import Pair
         from regraft.report import log_result
@@ -116,8 +117,12 @@ def learn(
         title = name or book.stem
         with out.waiting("learning"):
             if config is not None and command is not None:
-                found = _watched(
-                    config, command, layout, timeout, fields, layouts, title, asked.choose
+                found = learn_command(
+                    Probes(config, layout, fields, headers),
+                    Command(command, timeout),
+                    layouts=layouts,
+                    name=title,
+                    choose=asked.choose,
                 )
             else:
                 pairs = [Pair.of(a, b) for a, b in zip(files[::2], files[1::2], strict=True)]
@@ -146,67 +151,6 @@ def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
     if config is not None and files:
         yield click.UsageError("give files, or --config and --with")
     yield from wrong_fields(given)
-
-
-def _watched(
-    config: str,
-    command: str,
-    layout: str | None,
-    timeout: float,
-    fields: dict[str, object],
-    layouts: tuple[str, str],
-    name: str,
-    choose: Sequence[str],
-) -> Learned:
-    from regraft.bridges.transformers.outlines import outlines
-    from regraft.errors import BadInputError
-    from regraft.learning.command import Command
-    from regraft.learning.learn import learn_pairs, learn_telling
-    from regraft.learning.pairs import Pair
-    from regraft.learning.watch import pair_of
-    from regraft.values import replace
-
-    known = outlines(config, 3, layout, fields)
-    asked = Command(command, timeout)
-    asked.words()
-
-    def watched(outline: Outline, where: str) -> Pair:
-        first = outline is known[0]
-        pair = pair_of(
-            asked.on(outline.config),
-            outline.shapes,
-            outline.config,
-            with_torch=False,
-            where=where,
-            other_values=first,
-        )
-        return replace(pair, notes=(*pair.notes, *asked.notes()))
-
-    def found() -> Learned:
-        return learn_pairs(
-            pairs,
-            layouts=layouts,
-            name=name,
-            kind_of=tell,
-            orders=lambda: known[0].parameters,
-            source=f"regraft learn --with {command!r}",
-            choose=choose,
-        )
-
-    kinds = known[0].kinds
-    tell = (kinds.get, lambda _: None) if kinds else None
-    pairs = [watched(each, f"size {n}") for n, each in enumerate(known, 1)]
-
-    def more(changed: dict[str, int]) -> bool:
-        told = ", ".join(f"{field} = {value}" for field, value in changed.items())
-        try:
-            (outline,) = outlines(config, 1, layout, {**fields, **changed})
-            pairs.insert(1, watched(outline, f"size 1 with {told}"))
-        except BadInputError:
-            return False  # there is no such model
-        return True
-
-    return learn_telling(found, known[0].config, more)
 
 
 def show_learned(out: Output, found: LearnedBook) -> None:

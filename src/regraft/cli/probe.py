@@ -72,6 +72,7 @@ def probe(
     *,
     digits: bool,
     settings: tuple[str, ...],
+    headers: str | None,
     json: bool,
     quiet: bool,
 ) -> Job:
@@ -99,7 +100,7 @@ def probe(
             )
             raise BadInputError(finding)
         made = []
-        for number, outline in enumerate(outlines(model, sizes, layout, fields), 1):
+        for number, outline in enumerate(outlines(model, sizes, layout, fields, headers), 1):
             states = {f"size-{number}": probes.labels(outline.shapes, number)}
             if digits:
                 parts = probes.digits(outline.shapes, number)

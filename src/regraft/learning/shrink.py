@@ -47,13 +47,39 @@ _RULES = tuple((re.compile(pattern), sizes) for pattern, sizes in _TABLE)
 _EXPERTS, _MOST_EXPERTS = next(
     (re.compile(pattern), max(sizes)) for pattern, sizes in _TABLE if "num_experts" in pattern
 )
+_OWN = tuple(
+    (re.compile(pattern), sizes)
+    for pattern, sizes in (
+        (r"(d|dim)_?head|head_?width", (14, 22, 18)),
+        (r"(n|num)?_?(kv|kv_?heads?|query_groups|num_query_groups)", (3, 2, 4)),
+        (r"\w*n?_?heads?", _HEADS),
+        (r"dim|width|(model|emb|embedding)_(dim|size|width)|n_embed|n_model|embd?", (48, 120, 72)),
+        (
+            r"(n_)?(ffn?|mlp|feed_?forward|hidden|inner)(_(hidden|inner|size|dim|width))?",
+            (58, 74, 82),
+        ),
+        (r"(n_)?vocab\w*|n_tokens", (101, 131, 113)),
+        (r"\w*experts", (5, 7, 9)),
+        (r"\w*(layers|blocks|depth)", (2, 3, 4)),
+        (r"(context|seq|sequence|max)_?(len|length|seq)\w*|block_size", (61, 67, 71)),
+    )
+)
+"""What fields are called in configs of somebody's own, where the table has no such name."""
+_OWN_HEADS = ("num_heads", "n_heads", "heads", "nhead")
 _KEPT = re.compile(r"\w*(token|_)(id|index|ids)|vocab_size_per_layer_input")
 
 
 def shrink(
-    config: Mapping[str, Any], size: int, fixed: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    size: int,
+    fixed: Mapping[str, Any] | None = None,
+    *,
+    own: bool = False,
 ) -> dict[str, Any]:
     """The config of a small model; ``size`` counts from 0, ``fixed`` fields stay what they are told to be.
+
+    With ``own`` it is of a model type of somebody's own: more names of fields are read, and what is smaller than the
+    small sizes grows, so that every size is another one.
 
     >>> shrink({"hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-6}, 0)
     {'hidden_size': 48, 'num_attention_heads': 6, 'rms_norm_eps': 1e-06}
@@ -64,12 +90,14 @@ def shrink(
     layers = _layers(config, size)
     for name, value in config.items():
         if _is_config(value):
-            small[name] = shrink(value, size)
+            small[name] = shrink(value, size, own=own)
         elif isinstance(value, list) and name.endswith("layer_types") and layers is not None:
             small[name] = _some(value, layers)
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = (
-                _size(name, value, size, config) * others.get(name, 1) * grouped.get(name, 1)
+                _size(name, value, size, config, own=own)
+                * others.get(name, 1)
+                * grouped.get(name, 1)
             )
         elif _CHANNELS.fullmatch(name) and _is_sizes(value):
             small[name] = _channels(value, size)
@@ -194,19 +222,18 @@ def _groups(value: int, size: int, config: Mapping[str, Any]) -> int:
     return value
 
 
-def _size(name: str, value: int, size: int, config: Mapping[str, Any]) -> int:
+def _size(name: str, value: int, size: int, config: Mapping[str, Any], *, own: bool = False) -> int:
     if value <= 1 or _KEPT.fullmatch(name):
         return value if not _KEPT.fullmatch(name) or value < 100 else value % 50 + 40
     if _GROUPS.fullmatch(name):
         return _groups(value, size, config)
-    for pattern, sizes in _RULES:
+    for pattern, sizes in (*_RULES, *_OWN) if own else _RULES:
         if pattern.fullmatch(name):
             if "key_value" in name or "kv" in name:
-                heads = next(
-                    (v for k, v in config.items() if k in ("num_attention_heads", "n_head")), None
-                )
+                named = ("num_attention_heads", "n_head", *(_OWN_HEADS if own else ()))
+                heads = next((v for k, v in config.items() if k in named), None)
                 # As many as there are heads: so it is in the small model.
-                if heads == value and name.endswith("heads"):
+                if heads == value and (own or name.endswith("heads")):
                     sizes = _HEADS
-            return value if value < sizes[0] else sizes[size]
+            return value if value < sizes[0] and not own else sizes[size]
     return value

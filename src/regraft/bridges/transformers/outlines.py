@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
-from itertools import combinations
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import BadInputError, Finding
+from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.errors.extras import install_line
+from regraft.learning.content import open_content
+from regraft.learning.headers import resized
 from regraft.learning.probe import MOST
-from regraft.learning.relate import Names, isolated
+from regraft.learning.relate import Names
 from regraft.learning.shrink import shrink
 from regraft.storage.json_files import load_json
 
@@ -21,11 +23,17 @@ if TYPE_CHECKING:
 
 
 def outlines(
-    model: str, count: int, layout: str | None, fixed: Mapping[str, Any] | None = None
+    model: str,
+    count: int,
+    layout: str | None,
+    fixed: Mapping[str, Any] | None = None,
+    headers: str | PathLike[str] | None = None,
 ) -> list[Outline]:
     """Models of so many sizes with the names of a model: its config.json, its folder, or a class of transformers.
 
-    ``layout`` is that of the names, ``fixed`` are fields of the config that are not made small.
+    ``layout`` is that of the names, ``fixed`` are fields of the config that are not made small. Where ``headers`` names
+    a checkpoint, or transformers does not know the model, or most of the folder's weights have other names, the names
+    are those of the weights, and the last size is their own.
 
     Raises ``BadInputError``.
     """
@@ -37,22 +45,49 @@ def outlines(
             raise BadInputError(Finding("not-found", message, where=model, fix=fix))
         from regraft.bridges.transformers.probing import default_config
 
-        return _built(default_config(model), model, count, layout, fixed)
+        data = default_config(model)
+        if headers is not None:
+            return _from_headers(Path(headers), data, count, fixed)
+        return _built(data, model, count, layout, fixed)
     file = (
         path if path.suffix == ".json" else (path if path.is_dir() else path.parent) / "config.json"
     )
     data = load_json(file) if file.is_file() else {}
+    if headers is not None:
+        return _from_headers(Path(headers), data, count, fixed)
+    beside = file.parent if path == file else path
+    weights = _headers_of(beside)
     if data and find_spec("transformers") is not None:
         try:
-            return _built(data, str(file), count, layout, fixed)
+            built = _built(data, str(file), count, layout, fixed)
         except BadInputError:
-            if path == file:
+            if weights is None:
                 raise
-    if path == file:
+        else:
+            if weights is None or _are_named(weights, built[0].shapes):
+                return built
+    if weights is None and path == file:
         message = "a config alone needs transformers, which is not installed"
-        fix = f"{install_line('transformers')}, or give the model's folder with its weights"
+        fix = (
+            f"{install_line('transformers')}, or give a checkpoint of it, too: --headers CHECKPOINT"
+        )
         raise BadInputError(Finding("probe", message, where=str(file), fix=fix))
-    return _from_headers(path, data, count, fixed)
+    return _from_headers(beside, data, count, fixed)
+
+
+def _headers_of(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of a checkpoint; ``None`` where there is none that can be read."""
+    try:
+        return {name: t.shape for name, t in open_content(path).tensors.items()} or None
+    except RegraftError:
+        return None
+
+
+def _are_named(weights: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
+    """Whether at least some of a checkpoint's tensors are called as those of a model are."""
+    known = {template for template, _ in Names(names).split.values()}
+    mine = {template for template, _ in Names(weights).split.values()}
+    return 2 * len(mine & known) >= len(mine) or not mine
 
 
 def _built(
@@ -70,59 +105,25 @@ def _built(
 def _from_headers(
     path: Path, config: Mapping[str, Any], count: int, fixed: Mapping[str, Any] | None
 ) -> list[Outline]:
-    """The names of a checkpoint with small shapes, where its config says what its sizes are."""
+    """A checkpoint's names with other shapes, as far as its config says what its sizes are; last those that it has."""
     from regraft.bridges.transformers.probing import Outline
-    from regraft.learning.content import open_content
 
     shapes = {name: t.shape for name, t in open_content(path).tensors.items()}
-    made = []
+    every = []
     for size in range(count):
-        small = shrink(config, size, fixed)
-        made.append(Outline(_small(shapes, config, small), {}, small))
-    total = max(sum(map(prod, each.shapes.values())) for each in made)
-    if total > MOST:
-        message = f"its config does not say what its sizes are: with those that it says, {total} elements are left"
-        raise BadInputError(
-            Finding("probe", message, where=str(path), fix="give a checkpoint of a small model")
-        )
-    if len(made) > 1 and made[0].shapes == made[1].shapes:
-        return made[:1]
+        small_shapes, small = resized(shapes, config, size, fixed)
+        every.append(Outline(small_shapes, {}, small, from_headers=True))
+    made = [each for each in every if _elements(each) <= MOST and each.shapes != shapes]
+    own = Outline(shapes, {}, dict(config), from_headers=True)
+    if _elements(own) <= MOST and all(config.get(k) == v for k, v in (fixed or {}).items()):
+        made = [*made[: count - 1], own]
+    if not made:
+        left = min(map(_elements, every))
+        message = f"its config does not say what its sizes are: with those that it says, {left} elements are left"
+        fix = "give a checkpoint of a small model"
+        raise BadInputError(Finding("probe", message, where=str(path), fix=fix))
     return made
 
 
-def _small(
-    shapes: Mapping[str, tuple[int, ...]], old: Mapping[str, Any], new: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    sizes = _sizes(old, new)
-    layers = {
-        old[name]: new[name]
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-        if isinstance(old.get(name), int)
-    }
-    names = Names(shapes)
-    result = {}
-    for name, shape in shapes.items():
-        template, numbers = names[name]
-        alone = isolated(template)
-        if any(
-            n >= most
-            for n, single in zip(numbers, alone, strict=True)
-            if single
-            for total, most in layers.items()
-            if n < total
-        ):
-            continue
-        result[name] = tuple(sizes.get(n, n) for n in shape)
-    return result
-
-
-def _sizes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[int, int]:
-    """For sizes that the config's fields and their products say what they are in the small model."""
-    fields = [k for k, v in old.items() if isinstance(v, int) and not isinstance(v, bool) and v > 1]
-    changed: Sequence[str] = [k for k in fields if old[k] != new[k]]
-    table: dict[int, int] = {}
-    for one in changed:
-        table.setdefault(old[one], new[one])
-    for one, other in combinations(changed, 2):
-        table.setdefault(old[one] * old[other], new[one] * new[other])
-    return table
+def _elements(outline: Outline) -> int:
+    return sum(map(prod, outline.shapes.values()))

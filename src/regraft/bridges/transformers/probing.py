@@ -29,6 +29,8 @@ class Outline:
     config: dict[str, Any]
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Modules and their own parameters, in the order in which their class registers them, where it was asked."""
+    from_headers: bool = False
+    """Whether names and shapes are those of a checkpoint's headers: then nobody knows whether there is such a model."""
 
 
 def default_config(name: str) -> dict[str, Any]:
@@ -69,7 +71,10 @@ def outline_of(data: Mapping[str, Any], where: str, layout: str | None) -> Outli
         message = f"the installed transformers has no model of type {kind!r}"
         raise BadInputError(
             Finding(
-                "probe", message, where=where, fix="give a checkpoint, whose headers are enough"
+                "probe",
+                message,
+                where=where,
+                fix="give a checkpoint of it, whose headers are enough: --headers CHECKPOINT",
             )
         )
     try:
