@@ -54,7 +54,7 @@ def test_every_public_name_is_listed_and_found():
         (regraft.explain, ExplainOptions, set()),
         (regraft.merge, MergeOptions, {"progress"}),
         (regraft.extract, ExtractOptions, {"progress"}),
-        (regraft.learn, LearnOptions, {"layouts", "name", "configs", "model_types"}),
+        (regraft.learn, LearnOptions, {"layouts", "name", "configs", "model_types", "model"}),
         (regraft.slices, SlicesOptions, {"names", "box"}),
     ],
 )
