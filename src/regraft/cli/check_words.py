@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from regraft.checking.verdict import OUTCOMES, Row, Verdict
 from regraft.cli.output import Output, visible
+from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
 
 if TYPE_CHECKING:
@@ -62,7 +59,7 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
     if verdict.remedy:
         tried = " (tried: the result loads correctly)" if verdict.remedy_tried else ""
         out.show(Text.assemble((f"Fix{tried}:", GOOD)))
-        out.show(*(Padding(Text(visible(line), NAME), (0, 0, 0, 2)) for line in verdict.remedy))
+        out.show(*(Indented(Text(visible(line), NAME)) for line in verdict.remedy))
     elif verdict.no_remedy is not None:
         _line(out, "No fix is known", verdict.no_remedy, BAD)
 
@@ -101,17 +98,16 @@ def _summary(verdict: Verdict, result: Check) -> Text:
 
 def _table(rows: list[Row], width: int) -> Table:
     """A row for each pattern; names that do not fit beside what becomes of them are broken before dots."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=NAME)
     # Scales that are wrong are told in words, too.
     scaled = any(row.scale is not None for row in rows) and width >= _SCALED
     left = width - (24 if scaled else 9)
-    room = max(left // 2, left - max(18, *(len(_outcome(row)) for row in rows)))
-    table.add_column("target", overflow="fold", no_wrap=True)
-    table.add_column("count", justify="right", no_wrap=True)
-    if scaled:
-        table.add_column("rank", justify="right", no_wrap=True)
-        table.add_column("scale", justify="right", no_wrap=True)
-    table.add_column("what becomes of it", overflow="fold")
+    room = max(left // 2, left - max(18, *(len(_outcome(row).plain) for row in rows)))
+    numbers = ("count", "rank", "scale") if scaled else ("count",)
+    table = Table(
+        Column("target"),
+        *(Column(name, "right") for name in numbers),
+        Column("what becomes of it", wrapped=True),
+    )
     for row in rows:
         scales = [
             "" if row.rank is None else str(row.rank),
@@ -178,9 +174,7 @@ def show_tool(out: Output, result: ToolCheck) -> None:
     for note in result.notes:
         _line(out, "Note", note, WARNING)
     if result.fix:
-        out.show(
-            Text.assemble(("Fix:", GOOD)), Padding(Text(visible(result.fix), NAME), (0, 0, 0, 2))
-        )
+        out.show(Text.assemble(("Fix:", GOOD)), Indented(Text(visible(result.fix), NAME)))
     elif result.no_fix:
         # What can be done instead stands at its end.
         out.show(Text.assemble(("No fix is known: ", BAD), visible(result.no_fix)))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
 from regraft.cli.output import Output, visible
+from regraft.cli.styled import Column, Table, Text
 from regraft.cli.words import show_company, show_differences, show_notes
 from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
 from regraft.views.wording import LOSSLESS, count_in_words, what_changed
@@ -94,9 +92,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     fired = {rule: times for rule, times in checkpoint.rules.items() if times}
     merged = [adapter for adapter in report.adapters if adapter.targets or adapter.carried]
     if fired or (checkpoint.carried and not merged):
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
-        table.add_column("rule", overflow="fold")
-        table.add_column("times", justify="right", no_wrap=True)
+        table = Table(Column("rule", wrapped=True), Column("times", "right"))
         if len(fired) > _RULES:
             fired = by_book(fired)
         for rule, times in fired.items():
@@ -146,7 +142,7 @@ def show_verification(out: Output, result: Verification) -> None:
 def show_inspected_checkpoint(out: Output, result: CheckpointInspection) -> None:
     """What a checkpoint is."""
     name = visible(Path(result.source).name or result.source)
-    facts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    facts = Table(Column("", wrapped=True), Column("", wrapped=True), header=False)
     if result.layout is not None:
         facts.add_row("layout", Text(result.layout, _GOOD))
     elif result.layouts:
@@ -166,10 +162,9 @@ def show_inspected_checkpoint(out: Output, result: CheckpointInspection) -> None
     facts.add_row("weights", Text(", ".join(shown + [f"and {more} more"] * (more > 0))))
     for tied, owner in list(result.ties.items())[:_SHOWN]:
         facts.add_row("tied", Text(f"{visible(tied)} is {visible(owner)}"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
-    table.add_column("tensors", overflow="fold")
-    for column in ("count", "shape", "dtype"):
-        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
+    table = Table(
+        Column("tensors", wrapped=True), Column("count", "right"), Column("shape"), Column("dtype")
+    )
     for alike in result.patterns[:_SHOWN]:
         shape = " x ".join(map(str, alike.shape)) or "scalar"
         table.add_row(Text(visible(alike.pattern)), str(alike.count), shape, alike.dtype)

@@ -82,7 +82,7 @@ _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "d
 
 def show_diff(out: Output, found: Diff) -> None:
     """What two files have in common and what not."""
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     out.show(Text.assemble((visible(found.a), _NAME), " and ", (visible(found.b), _NAME)))
     if any(found.layouts):
@@ -121,7 +121,7 @@ def show_diff(out: Output, found: Diff) -> None:
 
 
 def _show_book(out: Output, found: Diff) -> None:
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     proof = (
         "carried out both ways, it gives the other file bit for bit"

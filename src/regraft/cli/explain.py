@@ -13,8 +13,7 @@ from regraft.cli.output import Output, visible
 from regraft.options import ExplainOptions
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
+    from regraft.cli.styled import Text
     from regraft.explaining.explanation import End, Explanation
 
 _PIECES = 8
@@ -67,7 +66,7 @@ _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "d
 
 def show_explanation(out: Output, found: Explanation) -> None:
     """The way of one key, drawn from top to bottom."""
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     layouts = f"{found.source_layout or 'unknown'} -> {found.target_layout}"
     out.show(Text.assemble((visible(found.key), _NAME), f": {found.kind}, {layouts}"))
@@ -93,7 +92,7 @@ def show_explanation(out: Output, found: Explanation) -> None:
 
 
 def _show_moved(out: Output, found: Explanation) -> None:
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     for end in found.sources:
         out.show(_end(end))
@@ -128,7 +127,7 @@ def _show_moved(out: Output, found: Explanation) -> None:
 
 
 def _end(end: End) -> Text:
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     shape = "" if end.shape is None else f"  [{', '.join(map(str, end.shape))}]"
     count = f"  x {end.count}" if end.count > 1 else ""
@@ -138,7 +137,7 @@ def _end(end: End) -> Text:
 
 
 def _show_near(out: Output, found: Explanation) -> None:
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     if found.near:
         out.show(Text(), Text("Rules that come close:"))

@@ -86,18 +86,14 @@ def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
 
 def show_extraction(out: Output, report: Extraction) -> None:
     """What became of each matrix, the worst first."""
-    from rich.table import Table
-    from rich.text import Text
-
+    from regraft.cli.styled import Column, Table, Text
     from regraft.cli.words import show_notes
     from regraft.views.wording import count_in_words
 
     name = visible(Path(report.tuned).name or report.tuned)
     out.show(Text.assemble((name, "bold"), f": extracted, {report.layout} -> {report.to}"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    for column in ("rank", "error", "mass"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("rank", "error", "mass")
+    table = Table(Column("tensor", wrapped=True), *(Column(name, "right") for name in numbers))
     worst = sorted(report.targets, key=lambda target: -target.error)
     for target in worst[:_SHOWN]:
         row = str(target.rank), f"{target.error:.3g}", f"{target.mass:.1%}"

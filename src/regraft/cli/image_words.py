@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.table import Table
-from rich.text import Text
-
 from regraft.cli.output import Output, visible
+from regraft.cli.styled import Column, Table, Text
 from regraft.dialects.image.inspect import ImageFolder, ImageSummary
 from regraft.report import show_size
 
@@ -18,7 +16,7 @@ _MOST = 3
 def show_image(out: Output, summary: ImageSummary) -> None:
     """One file."""
     out.show(Text(f"{summary.file}: LoRA for {summary.family or 'an unknown model'}", "bold"))
-    table = Table.grid(padding=(0, 2))
+    table = Table(Column("", wrapped=True), Column("", wrapped=True), header=False)
     for name, value in (
         ("dialect", summary.dialect),
         ("trainer", summary.trainer or "not said"),
@@ -38,8 +36,7 @@ def show_image(out: Output, summary: ImageSummary) -> None:
 def show_images(out: Output, folder: ImageFolder) -> None:
     """Many files, one a row."""
     summaries = folder.files
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
+    names = (
         "file",
         "family",
         "dialect",
@@ -49,8 +46,8 @@ def show_images(out: Output, folder: ImageFolder) -> None:
         "alpha",
         "text encoders",
         "base",
-    ):
-        table.add_column(name, overflow="fold")
+    )
+    table = Table(*(Column(name, wrapped=True) for name in names))
     for s in summaries:
         family = s.family or (f"? {s.problem}" if s.problem else "?")
         encoders = ", ".join(s.text_encoders)

@@ -42,7 +42,7 @@ def layouts(rules: tuple[str, ...], *, json: bool, quiet: bool) -> Job:
 
 def show_catalog(out: Output, found: Catalog) -> None:
     """All names, one a row."""
-    from rich.table import Table
+    from regraft.cli.styled import Column, Table
 
     rows = [
         ("layout", each.name, f"adapters: {each.adapters}; to {', '.join(each.leads_to)}")
@@ -52,9 +52,7 @@ def show_catalog(out: Output, found: Catalog) -> None:
         versions = f" ({', '.join(f'/{v}' for v in dialect.versions)})" if dialect.versions else ""
         rows.append(("dialect", dialect.name, dialect.title + versions))
     rows.append(("families", "", ", ".join(each.name for each in found.families)))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
+    table = Table(*(Column("", wrapped=True) for _ in range(3)), header=False)
     for kind, name, more in rows:
         table.add_row(kind, name, more)
     out.show(table)

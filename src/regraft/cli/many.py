@@ -9,11 +9,8 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from regraft.cli.output import Output, visible
+from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
@@ -113,9 +110,8 @@ def _line(outcome: SourceOutcome) -> Text:
 
 
 def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("source", "result", "why"):
-        table.add_column(title, overflow="fold", header_style=FAINT)
+    titles = ("source", "result", "why")
+    table = Table(*(Column(title, wrapped=True, style=FAINT) for title in titles))
     for outcome in done:
         verdict = Text(outcome.verdict, _COLORS.get(outcome.verdict, BAD))
         table.add_row(visible(outcome.name), verdict, visible(_short(outcome.why)))
@@ -132,7 +128,7 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
     if lines:
         out.show(Text("Fix:", GOOD))
     for line in lines[:_LOADS]:
-        out.show(Padding(line, (0, 0, 0, 2)))
+        out.show(Indented(line))
     if len(lines) > _LOADS:
         out.show(Text(f"… and {len(lines) - _LOADS} more: --json names them all", FAINT))
 

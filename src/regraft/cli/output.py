@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from regraft.cli.styled import plain_lines
 from regraft.storage.stand_ins import named
 
 if TYPE_CHECKING:
@@ -56,8 +57,12 @@ class Output:
         self.data(data, indent=None)
 
     def show(self, *parts: RenderableType, error: bool = False) -> None:
-        """Write what Rich can render, one part below the other."""
+        """Write what Rich can render, one part below the other; without Rich where plain text is all that is wanted."""
         stream = sys.stderr if error else sys.stdout
+        plain = None if _is_painted(stream) else plain_lines(parts, _UNBOUNDED)
+        if plain is not None:
+            _write(stream, "".join(line + "\n" for line in plain))
+            return
         console = _console(stream)
         with console.capture() as captured:
             for part in parts:
@@ -75,7 +80,7 @@ class Output:
     @property
     def width(self) -> int:
         """How many columns stdout has; as many as it takes where it is no terminal."""
-        return _console(sys.stdout).width
+        return _console(sys.stdout).width if _is_painted(sys.stdout) else _UNBOUNDED
 
     @contextmanager
     def waiting(self, verb: str, source: Path | None = None) -> Iterator[Tell | None]:
@@ -148,6 +153,11 @@ def _has_colors(stream: TextIO) -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     return _is_terminal(stream) or bool(os.environ.get("FORCE_COLOR"))
+
+
+def _is_painted(stream: TextIO) -> bool:
+    """Whether what is written there has colours, or is as wide as a terminal."""
+    return stream.isatty() or _has_colors(stream)
 
 
 def _console(stream: TextIO) -> Console:

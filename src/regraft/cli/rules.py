@@ -49,11 +49,14 @@ def list_books(*, json: bool, quiet: bool) -> Job:
 
 def show_list(out: Output, found: BookList) -> None:
     """One book a row."""
-    from rich.table import Table
+    from regraft.cli.styled import Column, Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_NAME)
-    for name in ("book", "rules", "model types", "what changes"):
-        table.add_column(name, justify="right" if name == "rules" else "left", overflow="fold")
+    table = Table(
+        Column("book", wrapped=True),
+        Column("rules", "right", wrapped=True),
+        Column("model types", wrapped=True),
+        Column("what changes", wrapped=True),
+    )
     for book in found.books:
         title = book.title.partition(": ")[2] or book.title
         table.add_row(book.name, str(book.rules), ", ".join(book.model_types), title)
@@ -131,7 +134,7 @@ def lint(
 
 def show_linted(out: Output, found: Linted) -> None:
     """What lint found, the worst first."""
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     for fault in found.faults:
         _show_fault(out, fault)
@@ -151,7 +154,7 @@ def show_linted(out: Output, found: Linted) -> None:
 
 
 def _show_fault(out: Output, fault: Fault) -> None:
-    from rich.text import Text
+    from regraft.cli.styled import Text
 
     finding = fault.finding
     head = Text.assemble(

@@ -132,8 +132,7 @@ def _cut(ready: Prepared, ranks: Ranks, plan: ParallelPlan) -> Slices:
 
 def show_slices(out: Output, found: RankSlices) -> None:
     """How much each rank reads, and what all of them hold; of one rank alone, of which files."""
-    from rich.text import Text
-
+    from regraft.cli.styled import Text
     from regraft.report import show_size
     from regraft.views.wording import count_in_words
 

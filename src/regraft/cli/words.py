@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from regraft.cli.output import Output, visible
+from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, show_size
@@ -111,7 +108,7 @@ def _targets(rows: Sequence[_Row], width: int) -> list[Table | Text]:
     parts: list[Table | Text] = []
     for same in [[], *groups.values()]:
         table = _table("target", *names)
-        table.show_header = not same
+        table.header = not same
         for column, fixed in zip(table.columns, (first, *widths), strict=True):
             column.width = fixed
         for row in same:
@@ -273,7 +270,7 @@ def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     common = places.pop() if len(places) == 1 else None
     if common is not None:
         head.append(f" in {visible(common)}")
-    parts: list[Text | Padding] = [head]
+    parts: list[Text | Indented] = [head]
     for number, (finding, keys) in enumerate(list(alike.items())[:_FINDINGS], 1):
         parts += _finding(finding, keys, number if len(alike) > 1 else None, common)
     if len(alike) > _FINDINGS:
@@ -284,7 +281,7 @@ def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
 
 def _finding(
     finding: Finding, keys: Sequence[str], number: int | None, common: str | None
-) -> list[Text | Padding]:
+) -> list[Text | Indented]:
     """What findings say that are alike but for their keys."""
     lines = []
     if finding.where is not None and finding.where != common:
@@ -298,10 +295,7 @@ def _finding(
     lead = "" if number is None else f"{number}. "
     lines[0] = Text.assemble(lead, lines[0])
     indent = len(lead)
-    return [
-        Padding(line, (0, 0, 0, 2 + (indent if at else 0)), expand=False)
-        for at, line in enumerate(lines)
-    ]
+    return [Indented(line, 2 + (indent if at else 0)) for at, line in enumerate(lines)]
 
 
 def show_inspection(out: Output, inspection: Inspection) -> None:
@@ -406,21 +400,15 @@ _NARROWEST = 20
 
 
 _RIGHT = frozenset({"count", "rank", "alpha", "scale"})
+_LONG = frozenset({"target", "other tensors", "how"})
 
 
 def _table(*names: str, header: bool = True) -> Table:
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=NAME, show_header=header
-    )
-    for name in names:
-        text = name in ("target", "other tensors", "how") or not header
-        table.add_column(
-            name,
-            justify="right" if name in _RIGHT else "left",
-            no_wrap=not text,
-            overflow="fold",
-        )
-    return table
+    columns = [
+        Column(name, "right" if name in _RIGHT else "left", wrapped=not header or name in _LONG)
+        for name in names
+    ]
+    return Table(*columns, header=header)
 
 
 def _cell(text: str, style: str = "") -> Text:
@@ -434,14 +422,14 @@ def _more(rows: int) -> list[Text]:
     return [Text(f"… and {rows - _ROWS} more; --json lists them all", WARNING)]
 
 
-def _bullets(lines: Iterable[str], style: str) -> list[Text | Padding]:
-    return [Padding(Text(visible(line), style), (0, 0, 0, 2), expand=False) for line in lines]
+def _bullets(lines: Iterable[str], style: str) -> list[Indented]:
+    return [Indented(Text(visible(line), style)) for line in lines]
 
 
 def show_notes(out: Output, notes: Iterable[str]) -> None:
     """Notes, each with its lines one below the other."""
     for note in notes:
-        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid = Table(Column("", wrapped=True), Column("", wrapped=True), header=False, gap=1)
         grid.add_row(Text("Note:", WARNING), Text(visible(note)))
         out.show(grid)
 
