@@ -23,6 +23,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _open_streams()
         if args is None:
+            # Most of what a command makes at its start stays. Python would go through it again and again.
+            gc.set_threshold(_OBJECTS)
             from regraft.import_path import leave_current_folder
 
             leave_current_folder()
@@ -36,6 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if args is None:
             # The process ends now. Python would go through every object of every module again to free it.
             gc.freeze()
+
+
+_OBJECTS = 100_000
+"""After so many new objects Python looks for those that only refer to each other; after 700 if nothing is said."""
 
 
 def _open_streams() -> None:
