@@ -96,7 +96,7 @@ sys.exit(main(["inspect", "nothing"]))
 """
 
 
-@pytest.mark.parametrize("module", ["regraft.cli.run", "regraft.errors.codes", "rich.text"])
+@pytest.mark.parametrize("module", ["regraft.cli.run", "regraft.errors.codes", "regraft.cli.words"])
 def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, module]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
