@@ -1,5 +1,6 @@
 """Importing regraft is light: the heavy libraries come in only where they are asked for."""
 
+import ast
 import importlib
 import json
 import pkgutil
@@ -103,3 +104,24 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module: str) -> None:
     assert (done.returncode, done.stderr.strip()) == (130, "regraft: interrupted")
     # What is imported before `main` catches anything is next to nothing.
     assert done.stdout.split() == ["regraft", "regraft.cli"]
+
+
+def _spelled(path: Path) -> set[str]:
+    """The strings of a module's code; docstrings and the comments below fields are prose."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in prose)
+    return {node.value for node in texts if isinstance(node.value, str)}
+
+
+def test_only_its_dialect_spells_pefts_names() -> None:
+    """Elsewhere PEFT is one dialect of several; messages may name it, and the proof of the demo, which stands alone."""
+    root = Path(regraft.__file__).parent
+    free = ("dialects/", "bridges/", "adapters/families/", "errors/codes", "demo/proof")
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if not path.relative_to(root).as_posix().startswith(free)
+        and any("lora_A" in text or "base_model.model" in text for text in _spelled(path))
+    }
+    assert not found, found

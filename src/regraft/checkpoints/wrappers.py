@@ -68,7 +68,11 @@ def refuse_adapters(source: Source) -> None:
     if not any(".base_layer." in group.template for group in source.tensors.groups):
         return
     names = source.tensors.names
-    inside = [name for name in names if ".lora_A." in name or ".lora_B." in name]
+    inside = [name for name in names if ".lora_" in name]
+    if inside:
+        from regraft.dialects.peft.without_config import split_factor
+
+        inside = [name for name in inside if split_factor(name)]
     if inside and len(inside) < len(names):
         raise BadInputError(
             Finding(

@@ -8,17 +8,23 @@ module counts with the same one.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from regraft.bridges.torch_tensors import state_of
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.without_config import (
+    configs_of,
+    outside,
+    split_factor,
+    with_one_a,
+)
 from regraft.layouts.names import Layout
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.names.modules import without_wrappers
 from regraft.names.resolve import Part, Resolved
-
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])\.(?:(?P<name>.+)\.)?weight")
 
 _STACK = 3
 """The dims of a stacked parameter: experts, and two more."""
@@ -58,7 +64,8 @@ def move_factors(
                 continue
             moved = _convert(mapping, part, tensors, layout)
             if layout is None:
-                moved = _with_one_a(mapping, part, moved)
+                state = state_of(mapping.live.root)
+                moved = with_one_a(moved, partial(_stacks, mapping, part), state)
             inserted = f".{name}.weight" if name else ".weight"
             for key, tensor in moved.items():
                 made[part.prefix + key.removesuffix(".weight") + inserted] = tensor
@@ -73,10 +80,10 @@ def _factors(part: Part, keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """For each adapter's name its factors among some keys: as PEFT's files spell them, and the key."""
     found: dict[str, dict[str, str]] = {}
     for key in keys:
-        match = _FACTOR.fullmatch(key[len(part.prefix) :]) if key.startswith(part.prefix) else None
-        if match is not None:
-            own = f"{_bare(match['module'])}.lora_{match['letter']}.weight"
-            found.setdefault(match["name"] or "", {})[own] = key
+        factor = split_factor(key[len(part.prefix) :]) if key.startswith(part.prefix) else None
+        if factor is not None:
+            module, end, name = factor
+            found.setdefault(name, {})[_bare(module) + end] = key
     return found
 
 
@@ -103,17 +110,8 @@ def _stacks(mapping: LiveMapping, part: Part, module: str) -> dict[str, tuple[in
 
 def _is_packed(mapping: LiveMapping, part: Part, key: str) -> bool:
     """Whether a key is that of a factor around a stacked parameter."""
-    match = _FACTOR.fullmatch(key[len(part.prefix) :]) if key.startswith(part.prefix) else None
-    if match is None:
-        return False
-    return bool(_stacks(mapping, part, _outside(_bare(match["module"]))))
-
-
-def _outside(module: str) -> str:
-    """A module without PEFT's nesting."""
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
+    factor = split_factor(key[len(part.prefix) :]) if key.startswith(part.prefix) else None
+    return factor is not None and bool(_stacks(mapping, part, outside(_bare(factor[0]))))
 
 
 def _convert(
@@ -127,107 +125,14 @@ def _convert(
         to_numpy,
         to_torch,
     )
-    from regraft.dialects.peft.scan import PREFIX
     from regraft.dialects.peft.source import Source
 
     base = mapping.live.models[part.model].module
     to = layout_in_memory(base) if layout is None else Layout(layout)
     made: dict[str, Any] = {}
-    for config, mine in _configs(mapping, part, factors):
+    for config, mine in configs_of(factors, partial(_stacks, mapping, part)):
         tensors = {PREFIX + key: to_numpy(factors[key]) for key in mine}
         source = Source("", "the LoRA in the state dict", config, tensors)
         done = convert_adapter(source, to, known_model(base), foreign=LiveTransformers(base))
         made |= {key.removeprefix(PREFIX): to_torch(t) for key, t in done.tensors.items()}
     return made
-
-
-def _configs(
-    mapping: LiveMapping, part: Part, factors: Mapping[str, Any]
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Configs under which PEFT would have factors, and which: those of modules, and those of stacked parameters."""
-    ranks = {
-        key.removesuffix(".lora_A.weight"): int(tensor.shape[0])
-        for key, tensor in factors.items()
-        if key.endswith(".lora_A.weight")
-    }
-    packed = [module for module in ranks if _stacks(mapping, part, _outside(module))]
-    modules = {module: rank for module, rank in ranks.items() if module not in packed}
-    if modules:
-        config = {"target_modules": sorted(modules)}
-        yield _with_ranks(config, modules), _keys_of(modules, factors)
-    around: dict[str, int] = {}
-    for module in packed:
-        around[_outside(module)] = around.get(_outside(module), 0) + 1
-    of_parameters: dict[str, int] = {}
-    for module, times in around.items():
-        stacks = _stacks(mapping, part, module)
-        targets = _targets(stacks, module, times, factors)
-        for depth, name in enumerate(reversed(targets)):
-            packed_rank = ranks.get(module + ".base_layer" * depth, 0)
-            of_parameters[name] = packed_rank // stacks[name][0]
-    if packed:
-        config = {"target_modules": [], "target_parameters": list(of_parameters)}
-        yield _with_ranks(config, of_parameters), _keys_of(packed, factors)
-
-
-def _with_ranks(config: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """A config with a scale of 1 for everything."""
-    most = max(ranks.values(), default=1)
-    other = {name: rank for name, rank in ranks.items() if rank != most}
-    patterns = {"rank_pattern": other, "alpha_pattern": other}
-    return {"peft_type": "LORA", "r": most, "lora_alpha": most, **patterns, **config}
-
-
-def _targets(
-    stacks: Mapping[str, tuple[int, ...]], module: str, times: int, factors: Mapping[str, Any]
-) -> list[str]:
-    """Which stacked parameters of a module have factors: all of them, or those that the factors' sizes fit."""
-    if times == len(stacks):
-        return list(stacks)
-    sizes = {
-        (factors[f"{m}.lora_A.weight"].shape[1], factors[f"{m}.lora_B.weight"].shape[0])
-        for m in (module, f"{module}.base_layer")
-        if f"{m}.lora_A.weight" in factors and f"{m}.lora_B.weight" in factors
-    }
-    return [n for n, (_, a, b) in stacks.items() if (a, b) in sizes or (b, a) in sizes]
-
-
-def _with_one_a(mapping: LiveMapping, part: Part, factors: Mapping[str, Any]) -> dict[str, Any]:
-    """Factors of stacks with one A where both projections had the same one, and the model's layers are made for one.
-
-    So they are after the way back: A (experts x 2 rank, in) has equal halves, those of B (out, 2 rank x experts)
-    have other rows.
-    """
-    from regraft.bridges.torch_tensors import state_of
-
-    made = dict(factors)
-    there = state_of(mapping.live.root)
-    for key, a in factors.items():
-        module = key.removesuffix(".lora_A.weight")
-        stacks = _stacks(mapping, part, _outside(module)) if module != key else {}
-        if not stacks:
-            continue
-        shapes = {tuple(t.shape) for name, t in there.items() if f"{module}.lora_A." in name}
-        if not shapes or tuple(a.shape) in shapes:
-            continue
-        experts = next(iter(stacks.values()))[0]
-        b = factors[f"{module}.lora_B.weight"]
-        rank = a.shape[0] // experts
-        one, two = (
-            a.reshape(experts, rank, -1)[:, : rank // 2],
-            a.reshape(experts, rank, -1)[:, rank // 2 :],
-        )
-        first, second = (
-            b.reshape(-1, rank, experts)[:, : rank // 2],
-            b.reshape(-1, rank, experts)[:, rank // 2 :],
-        )
-        if rank % 2 or not one.equal(two) or bool(((first != 0) & (second != 0)).any()):
-            continue
-        made[key] = one.reshape(-1, a.shape[1])
-        made[f"{module}.lora_B.weight"] = (first + second).reshape(b.shape[0], -1)
-    return made
-
-
-def _keys_of(modules: Iterable[str], factors: Mapping[str, Any]) -> list[str]:
-    names = [f"{module}.lora_{letter}.weight" for module in modules for letter in "AB"]
-    return [name for name in names if name in factors]

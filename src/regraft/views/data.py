@@ -171,9 +171,11 @@ def page_of_inspection(inspection: Inspection) -> Page:
 
 def _keys_of(findings: Iterable[Finding], state: str = "problem") -> dict[str, str]:
     """States by key; a LoRA's tensors stand for the weight that they adapt."""
+    from regraft.dialects.peft.scan import PREFIX
+
     states = {}
     for finding in findings:
-        key = (finding.key or "").removeprefix("base_model.model.")
+        key = (finding.key or "").removeprefix(PREFIX)
         for suffix in ("", ".weight"):
             states[key + suffix] = state
         module, found, _ = key.partition(".lora_")
