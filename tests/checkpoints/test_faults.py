@@ -18,6 +18,7 @@ from regraft.checkpoints import engine, tiles, units, workers
 from regraft.checkpoints import result as result_module
 from regraft.errors import BadInputError
 from regraft.storage import work
+from regraft.storage.work import Work
 
 V4, V5 = "transformers-v4", "transformers-v5"
 
@@ -305,12 +306,12 @@ def test_a_disk_that_is_really_full(tmp_path):
         (disk / "filler").write_bytes(bytes(1_600_000))
         with pytest.raises(BadInputError, match="free"):
             regraft.convert(src, disk / "out", to=V5)
-        before, result_module._check_space = result_module._check_space, lambda *args: None
+        before, Work.check_space = Work.check_space, lambda *args: None
         try:
             with pytest.raises(BadInputError, match="No space left"):
                 regraft.convert(src, disk / "out", to=V5)
         finally:
-            result_module._check_space = before
+            Work.check_space = before
         assert not (disk / "out").exists()
         (disk / "filler").unlink()
         regraft.convert(src, disk / "out", to=V5, resume=True)

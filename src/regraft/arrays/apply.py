@@ -10,10 +10,11 @@ import numpy as np
 
 from regraft.arrays.lazy import Lazy, apply_lazily
 from regraft.arrays.move import as_words, move, view_of
-from regraft.equation.lower import Copy, Nest, Padding, nest_of, strides_of
+from regraft.equation.lower import Nest, Padding, strides_of
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.planning.plan import Entry, Plan, index_grid, walk
+from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.planning.steps import Step, compared, steps_of
 
 
 def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -56,29 +57,17 @@ def _apply_entry(
         ids = entry.sources[0].reshape(-1).tolist()
         result.update(zip(keys[0], (tensors[i] for i in ids), strict=True))
         return
-    work = work_of(entry)
+    steps = steps_of(entry)
     for loop in range(len(entry)):
-        made = _apply_loop(entry, loop, plan, tensors, work, findings)
+        made = _apply_loop(entry, loop, plan, tensors, steps, findings)
         if made is None:
             continue
         for names, count, arrays in zip(keys, slots, made, strict=True):
             result.update(zip(names[loop * count : (loop + 1) * count], arrays, strict=True))
 
 
-Work = Sequence[tuple[int, int, Nest, list[int], list[int], list[int], list[int]]]
-"""The copies of an entry, ready to be carried out, whatever the loop value is."""
-
-
-def work_of(entry: Entry) -> Work:
-    """What carrying out an entry takes, of which nothing depends on its tensors."""
-    return [
-        (copy.source, copy.target, nest_of(copy, *_shapes(entry, copy)), *_steps(entry, copy))
-        for copy in entry.copies
-    ]
-
-
 def apply_loop(
-    entry: Entry, loop: int, plan: Plan, tensors: Sequence[Any], work: Work
+    entry: Entry, loop: int, plan: Plan, tensors: Sequence[Any], steps: Sequence[Step]
 ) -> list[list[Any]]:
     """What one loop value of an entry makes: for every term that is written, its tensors in order.
 
@@ -87,7 +76,7 @@ def apply_loop(
     if entry.renames:
         return [[tensors[i] for i in entry.sources[0][loop].reshape(-1).tolist()]]
     findings: list[Finding] = []
-    made = _apply_loop(entry, loop, plan, tensors, work, findings)
+    made = _apply_loop(entry, loop, plan, tensors, steps, findings)
     if made is None:
         mixed = all(finding.code == "mixed-dtypes" for finding in findings)
         raise (RefusedError if mixed else BadInputError)(findings)
@@ -99,7 +88,7 @@ def _apply_loop(
     loop: int,
     plan: Plan,
     tensors: Sequence[Any],
-    work: Work,
+    steps: Sequence[Step],
     findings: list[Finding],
 ) -> list[list[Any]] | None:
     """The same; ``None`` and a finding where something is wrong."""
@@ -125,14 +114,14 @@ def _apply_loop(
     ]
     for padding in entry.paddings(written=True):
         pad(entry, padding, made[padding.term])
-    for source, target, nest, from_slots, to_slots, from_at, to_at in work:
-        for i in range(len(from_slots)):
+    for step in steps:
+        for source, target, source_at, target_at in step.places:
             _move(
-                nest,
-                tensors[used[source][from_slots[i]]],
-                made[target][to_slots[i]],
-                from_at[i],
-                to_at[i],
+                step.nest,
+                tensors[used[step.source][source]],
+                made[step.target][target],
+                source_at,
+                target_at,
             )
     return made
 
@@ -154,25 +143,6 @@ def _check_reads(
     return False
 
 
-def _shapes(entry: Entry, copy: Copy) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (
-        entry.flat_shape(entry.read[copy.source]),
-        entry.flat_shape(entry.written[copy.target]),
-    )
-
-
-def _steps(entry: Entry, copy: Copy) -> tuple[list[int], list[int], list[int], list[int]]:
-    """For every value of the axes that stand in a key: source slot, target slot, and the offsets there."""
-    axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-    slots, offsets = [], []
-    for target, shape in enumerate(_shapes(entry, copy)):
-        terms = entry.written if target else entry.read
-        slot, dims = walk(entry, copy, axes, terms, target=bool(target))
-        slots.append(slot.tolist())
-        offsets.append((np.array(strides_of(shape), dtype=np.int64) @ dims).tolist())
-    return slots[0], slots[1], offsets[0], offsets[1]
-
-
 FIXES = {
     "copies-differ": "make them equal, or give them to a layout that has each of them",
     "padding": "correct the tensor, or the sizes in the rule: what is cut off must be padding",
@@ -187,33 +157,20 @@ def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
 
     ``tensors`` are those of every term of the side that is read, numpy's or torch's.
     """
-    for copy in entry.repeats:
-        shapes = [entry.flat_shape(entry.read[n]) for n in (copy.source, copy.target)]
-        nest = nest_of(copy, *shapes)
-        axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-        walked = [walk(entry, copy, axes, entry.read, target=bool(target)) for target in range(2)]
-        at = [
-            np.array(strides_of(s), dtype=np.int64) @ w[1]
-            for s, w in zip(shapes, walked, strict=True)
-        ]
-        for i in range(len(walked[0][0])):
-            slots = int(walked[0][0][i]), int(walked[1][0][i])
-            one = tensors[copy.source][slots[0]]
-            other = tensors[copy.target][slots[1]]
-            if one is other and nest.source_offset + at[0][i] == nest.target_offset + at[1][i]:
+    for step in compared(entry):
+        nest = step.nest
+        for slot, other_slot, at, other_at in step.places:
+            one, other = tensors[step.source][slot], tensors[step.target][other_slot]
+            offsets = nest.source_offset + at, nest.target_offset + other_at
+            if one is other and offsets[0] == offsets[1]:
                 continue
-            offsets = nest.source_offset + int(at[0][i]), nest.target_offset + int(at[1][i])
             views = (
                 _view(one, nest.sizes, nest.source_strides, offsets[0]),
                 _view(other, nest.sizes, nest.target_strides, offsets[1]),
             )
             if one.dtype != other.dtype or not bool((views[0] == views[1]).all()):
-                return (
-                    "copies-differ",
-                    "it is not equal to the others that become one tensor",
-                    copy.target,
-                    slots[1],
-                )
+                message = "it is not equal to the others that become one tensor"
+                return "copies-differ", message, step.target, other_slot
     for padding in entry.paddings(written=False):
         for slot, view in padded(entry, entry.read, padding, tensors[padding.term]):
             if not bool((view == _value_bits(padding.value, tensors[padding.term][slot])).all()):

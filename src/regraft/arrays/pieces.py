@@ -18,12 +18,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from regraft.arrays.apply import Work, apply_loop, work_of
+from regraft.arrays.apply import apply_loop
 from regraft.equation.lower import Copy, lower
 from regraft.equation.notation import REST, Axis, Expr, Product, Sum, Term, axes_of
 from regraft.equation.sizes import extent
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, Plan
+from regraft.planning.steps import Step, steps_of
 from regraft.values import replace
 
 Wide = npt.NDArray[np.float64]
@@ -51,7 +52,7 @@ def every_entry(keys: Sequence[str]) -> Want:
     return "entries"
 
 
-_Lowered = dict[tuple[int, ...], tuple[tuple[Copy, ...], Work]]
+_Lowered = dict[tuple[int, ...], tuple[tuple[Copy, ...], list[Step]]]
 _Windows = Mapping[str, tuple[int, int]]
 
 
@@ -254,7 +255,7 @@ def _carry_one(
     shapes = [entry.shape(term) for term in entry.written]
     for windows in _windows(entry, sizes, held):
         small = {**sizes, **{name: stop - start for name, (start, stop) in windows.items()}}
-        part, work = _part(entry, loop, small, lowered)
+        part, steps = _part(entry, loop, small, lowered)
         tensors: list[Wide] = []
         sources: list[Ints] = []
         for term, ids in zip(entry.read, entry.sources, strict=True):
@@ -271,7 +272,7 @@ def _carry_one(
                 tensors.append(absent)
             sources.append(places.reshape(1, *some.shape))
         part = replace(part, sources=tuple(sources))
-        done = apply_loop(part, 0, plan, tensors, work)
+        done = apply_loop(part, 0, plan, tensors, steps)
         del tensors
         for number, term in enumerate(entry.written):
             takes = _takes(term, entry, windows, combined)
@@ -288,7 +289,9 @@ def _carry_one(
                 )
 
 
-def _part(entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered) -> tuple[Entry, Work]:
+def _part(
+    entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered
+) -> tuple[Entry, list[Step]]:
     """One loop value of an entry whose axes have other sizes, and what carries it out."""
     key = tuple(sizes.values())
     found = lowered.get(key)
@@ -299,7 +302,7 @@ def _part(entry: Entry, loop: int, sizes: dict[str, int], lowered: _Lowered) -> 
     )
     part = replace(entry, loops=entry.loops[loop : loop + 1], sizes=sizes, copies=copies)
     if found is None:
-        found = lowered[key] = copies, () if part.renames else work_of(part)
+        found = lowered[key] = copies, [] if part.renames else steps_of(part)
     return part, found[1]
 
 

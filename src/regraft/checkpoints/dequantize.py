@@ -31,7 +31,7 @@ from regraft.checkpoints.convert import Progress, convert_checkpoint
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.quantization import block_step
 from regraft.checkpoints.sharding import make_head
-from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint, open_source
+from regraft.checkpoints.source import CONFIG, INDEX, SINGLE, Source, open_checkpoint
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
 from regraft.planning.model import Foreign
@@ -40,6 +40,7 @@ from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import check_destination, copy_file, staged_folder
 from regraft.storage.json_files import load_json
+from regraft.storage.weights import open_source
 
 Wide = npt.NDArray[np.float32]
 

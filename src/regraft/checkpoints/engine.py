@@ -17,12 +17,12 @@ import numpy as np
 
 from regraft.checkpoints.flush import begin_writing
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import File, open_source
 from regraft.checkpoints.tiles import Mover, read_into, write_all
 from regraft.checkpoints.units import Cutter, Op, Run
 from regraft.checkpoints.workers import buffer_size
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
+from regraft.storage.weights import File, open_source
 from regraft.storage.work import Work, cannot_write
 
 _REFUSED = {

@@ -19,13 +19,14 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from regraft.arrays.transpose import copy_strided
-from regraft.checkpoints.source import File, Tensors, open_source
+from regraft.checkpoints.source import Tensors
 from regraft.checkpoints.tiles import has_gaps, measure_side, parts_of, read_into, tile_of
 from regraft.names.keys import Ints
 from regraft.planning.slices import Strips
 from regraft.storage.ranges import MOST, Ranges
 from regraft.storage.stamp import changed
 from regraft.storage.threads import Pool
+from regraft.storage.weights import File, open_source
 from regraft.values import replace
 
 Bytes = npt.NDArray[np.uint8]

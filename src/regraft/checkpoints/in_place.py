@@ -11,13 +11,14 @@ from typing import Any
 
 from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.sharding import make_head, make_index, rename_aliases
-from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED, File
+from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED
 from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.model import Foreign
 from regraft.report import CheckpointReport
 from regraft.storage.beside import check_files
 from regraft.storage.safetensors import sync_path
+from regraft.storage.weights import File
 from regraft.storage.work import cannot_write, try_lock, write_file
 
 _PARTIAL = UNFINISHED + ".tmp"

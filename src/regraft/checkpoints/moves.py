@@ -13,11 +13,12 @@ import numpy as np
 from msgspec import Struct, field
 
 from regraft.checkpoints.source import Tensors
-from regraft.equation.lower import Copy, Nest, nest_of, strides_of
+from regraft.equation.lower import Copy, Nest
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints
-from regraft.planning.plan import Entry, Plan, index_grid, walk
+from regraft.planning.plan import Entry, Plan, index_grid
 from regraft.planning.slices import Slicer
+from regraft.planning.steps import steps_of
 from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
 
@@ -146,27 +147,21 @@ def add_entry(
 ) -> None:
     """Add what an entry makes; ``sizes`` and ``copies`` may be those of another grid than its own."""
     entry = replace(entry, sizes=sizes, copies=tuple(copies), sources=tuple(sources))
-    loops = np.arange(len(entry), dtype=np.int64)[:, None]
+    count = len(entry)
+    shapes = [entry.shape(term) for term in entry.written]
+    steps = steps_of(entry)
+    loops = np.arange(count, dtype=np.int64)[:, None]
     moves.whole = False
     bases, slots = [], []
-    for term, group in zip(entry.written, keys, strict=True):
-        bases.append(moves.add(group.names(), entry.shape(term), len(group)))
-        slots.append(len(group) // len(entry))
+    for shape, group in zip(shapes, keys, strict=True):
+        bases.append(moves.add(group.names(), shape, len(group)))
+        slots.append(len(group) // count)
     moves.made.append((entry, bases))
-    for copy in entry.copies:
-        shapes = (
-            entry.flat_shape(entry.read[copy.source]),
-            entry.flat_shape(entry.written[copy.target]),
-        )
-        axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
-        from_slots, from_dims = walk(entry, copy, axes, entry.read, target=False)
-        to_slots, to_dims = walk(entry, copy, axes, entry.written, target=True)
-        from_at = np.array(strides_of(shapes[0]), dtype=np.int64) @ from_dims
-        to_at = np.array(strides_of(shapes[1]), dtype=np.int64) @ to_dims
-        ids = sources[copy.source].reshape(len(entry), -1)[:, from_slots]
-        targets = bases[copy.target] + loops * slots[copy.target] + to_slots[None, :]
-        rows = (ids.reshape(-1), np.tile(from_at, len(entry)), targets.reshape(-1))
-        _add_nest(moves, nest_of(copy, *shapes), *rows, np.tile(to_at, len(entry)), tensors)
+    for step in steps:
+        ids = sources[step.source].reshape(count, -1)[:, step.source_slots]
+        targets = bases[step.target] + loops * slots[step.target] + step.target_slots[None, :]
+        rows = ids.reshape(-1), np.tile(step.source_at, count), targets.reshape(-1)
+        _add_nest(moves, step.nest, *rows, np.tile(step.target_at, count), tensors)
 
 
 def _add_nest(

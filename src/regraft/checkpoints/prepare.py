@@ -52,13 +52,12 @@ from regraft.checkpoints.wrappers import refuse_adapters, strip_wrappers
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
 from regraft.errors.extras import or_ask_transformers
 from regraft.names.keys import Group
-from regraft.names.patterns import patterns
 from regraft.planning.identify import Detected, detect, make_plan
 from regraft.planning.model import Foreign, ModelConfig, load_model
+from regraft.planning.notes import notes_of
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.book import rules_words
-from regraft.rules.mtp import WHY as MTP
 from regraft.rules.mtp import check_mtp
 from regraft.storage.json_files import load_json
 from regraft.values import Struct, replace
@@ -171,9 +170,9 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     )
     spelled = read_spelling((file.metadata for file in source.files), to)
     rest = companions.headers
-    unstack = partial(find_unstacked, companions)
+    unstack = partial(find_unstacked, companions) if companions.quantization is not None else None
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, unstack)
-    if to is not None and len(known.mtp):
+    if to is not None and known.mtp.groups:
         check_mtp(known.books, known.mtp, (known.layout or "", to), source.where)
     try:
         way_out = partial(_way_out, Path(source.where), model)
@@ -227,6 +226,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     part = None if name is not None else part
     stem = part.stem if part is not None else None
     layout = lay_out(source, moves, dtypes, options.shard_size, name, note, stem)
+    rules, notes = ({}, []) if plan is None else (plan.fired(), notes_of(plan, known))
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -236,7 +236,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         bytes=layout.size,
         files=[file.name for file in layout.files],
         others=[str(path) for path in source.others],
-        rules=plan.fired() if plan is not None else {},
+        rules=rules,
         carried=sum(len(c.group) for c in plan.carried) if plan is not None else len(tensors),
         renamed=len(moves.kept),
         casts=changed,
@@ -254,22 +254,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         report.others += [*files.written, *files.copied]
         report.notes += files.notes
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
-    report.notes += [*known.notes, *source.notes, *said, *aside.words()]
-    if len(known.mtp) and plan is not None:
-        report.notes.append(
-            f"{len(known.mtp)} tensors under {', '.join(known.mtp.roots)} are those of {MTP}; they are converted "
-            "like its own layers"
-        )
-    report.notes += [] if plan is None else _words(plan)
-    report.notes += [
-        f"rule book {book.name} comes with the installed package {book.package}"
-        for book in (() if plan is None else plan.books)
-        if book.package
-    ]
-    if plan is not None and len(known.unstacked):
-        report.notes.append(
-            f"{len(known.unstacked)} expert weights stay one by one: {known.unstacked.why}"
-        )
+    report.notes += [*known.notes, *source.notes, *said, *aside.words(), *notes]
     if untied:
         report.notes.append(
             "these were other names of tensors and have bytes of their own now: "
@@ -335,29 +320,6 @@ def _note(
             if rename_fields(after, plan.source_layout)[0] == before:
                 before = after
     return write_note(groups, plan.source_layout, to, before, after, aside.dropped, aside.kept)
-
-
-def _words(plan: Plan) -> list[str]:
-    """What was dropped, and what is not there."""
-    dropped: dict[str, list[str]] = {}
-    lacking: dict[str, list[str]] = {}
-    for item in plan.dropped:
-        dropped.setdefault(item.drop.why, []).extend(item.group.names())
-    for drop in plan.lacking():
-        lacking.setdefault(drop.why, []).append(str(drop.key))
-    notes = [
-        f"the last {count} of {name} are padding that no value depends on, and are left"
-        for entry in dict.fromkeys((*plan.entries, *plan.demands))
-        for name, count in entry.cut.items()
-    ]
-    for why, names in dropped.items():
-        shown = ", ".join(pattern for pattern, _ in patterns(names))
-        notes.append(f"dropped {len(names)} tensors: {shown}: {why}")
-    for why, names in lacking.items():
-        notes.append(
-            f"{plan.target_layout} has these, too, and they are not made: {', '.join(names)}: {why}"
-        )
-    return notes
 
 
 def model_of(source: Source, model: Path | None) -> ModelConfig | None:

@@ -76,7 +76,7 @@ class Prepared(Struct, frozen=True, eq=False):
     def job(self, options: Mapping[str, str]) -> LocalJob:
         """The work on this machine; ``options`` are words for what was asked for."""
         files = {
-            named(str(f.path.resolve())): (f.size, f.stamp.modified or f.stamp.version)
+            named(str(f.path.resolve())): (f.stamp.size, f.stamp.modified or f.stamp.version)
             for f in self.source.files
         }
         digest = self._digest()

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from regraft.arrays.apply import FIXES, check_read, padded
-from regraft.checkpoints.source import Source, open_source
+from regraft.checkpoints.source import Source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.plan import Entry, Plan
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
+from regraft.storage.weights import open_source
 
 Array = npt.NDArray[Any]
 

@@ -94,12 +94,13 @@ def write(
     with open_work(dst, file=name is not None) as work:
         advance = advancing(work.dst.name, ready, progress)
         try:
+            job, size = ready.job(options or {}), _size_of(ready)
             work.check_place(overwrite=overwrite)
-            work.begin(ready.job(options or {}), resume=resume)
+            work.begin(job, resume=resume)
             ready.report.resumed = work.resumed
             if resume and not work.resumed:
                 ready.report.notes.append(NOTHING_TO_RESUME)
-            _check_space(work, ready)
+            work.check_space(size)
             for made in ready.layout.files:
                 (work.new / made.name).parent.mkdir(parents=True, exist_ok=True)
             if cutter is None:
@@ -189,13 +190,12 @@ def advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance:
     return advance
 
 
-def _check_space(work: Work, ready: Prepared) -> None:
+def _size_of(ready: Prepared) -> int:
+    """How many bytes the result has, with everything beside the weights."""
     others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
     others += sum(path.stat().st_size for path in ready.copied.values())
     others += sum(map(len, ready.written.values()))
-    needed = ready.layout.size + others + len(ready.layout.index or b"")
-    done = sum(path.stat().st_blocks * 512 for path in work.new.rglob("*") if path.is_file())
-    work.check_space(needed - done)
+    return ready.layout.size + others + len(ready.layout.index or b"")
 
 
 def _write_others(work: Work, ready: Prepared) -> None:

@@ -25,14 +25,11 @@ from regraft.names.patterns import patterns
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.formats import find_form, is_torch
-from regraft.storage.header import TensorInfo, first_names, read_header
+from regraft.storage.header import TensorInfo, first_names
 from regraft.storage.hub import how_to_find
 from regraft.storage.json_files import load_json
-from regraft.storage.probe import open_regular
-from regraft.storage.ranges import Ranges, open_ranges
-from regraft.storage.stamp import Stamp
 from regraft.storage.stand_ins import remote_at
-from regraft.storage.training import KEY, left_words
+from regraft.storage.weights import OF_TORCH, File, read_file
 from regraft.values import replace
 
 CONFIG = "config.json"
@@ -48,7 +45,7 @@ PIPELINE = "model_index.json"
 _PART = "diffusion_pytorch_model"
 """What diffusers calls the weights of a part."""
 _PART_INDEX = f"{_PART}.safetensors.index.json"
-_TORCH_ONLY = (".pt", ".pth", ".ckpt")
+_TORCH_ONLY = OF_TORCH[1:]
 """What torch's files are called elsewhere: read where they are given by name."""
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.(safetensors|bin)")
 ADAPTER = "adapter_config.json"
@@ -58,31 +55,6 @@ _OTHER_WEIGHTS = re.compile(
 )
 _MAX_INDEX_BYTES = 100_000_000
 _SHOWN = 20
-
-
-class File(Struct, frozen=True):
-    """One file of a checkpoint, as it was when its header was read."""
-
-    path: Path
-    name: str
-    stamp: Stamp
-    """What it should still be."""
-    metadata: Mapping[str, str]
-    data_start: int
-    """Where the data begins; 0 where there is no such place."""
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.stamp.size
-
-
-def open_source(file: File) -> Ranges:
-    """Open a source file, which must be what it was when its header was read.
-
-    Raises ``BadInputError``.
-    """
-    return open_ranges(file.path, file.stamp)
 
 
 class Tensors(Struct, frozen=True, eq=False, dict=True):
@@ -138,7 +110,7 @@ class Source(Struct, frozen=True):
     @property
     def is_bin(self) -> bool:
         """Whether torch wrote it."""
-        return self.files[0].path.suffix in (".bin", *_TORCH_ONLY)
+        return self.files[0].path.suffix in OF_TORCH
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -148,7 +120,7 @@ def is_checkpoint(path: Path) -> bool:
             return False
         if path.suffix in _TORCH_ONLY and (path.stat().st_size == 0 or not is_torch(path)):
             return False
-        if path.suffix not in (".safetensors", ".bin", *_TORCH_ONLY) or sniffed(path):
+        if path.suffix not in (".safetensors", *OF_TORCH) or sniffed(path):
             return False
         return path.suffix != ".safetensors" or not _is_lora(path)
     if (path / ADAPTER).is_file() or any(path.glob("adapter_model*")):
@@ -216,10 +188,11 @@ def open_checkpoint(path: Path) -> Source:
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:
         try:
-            opened, tensors = _open_file(file, notes)
+            opened, tensors, said = read_file(file)
         except RegraftError as error:
             findings += error.findings
             continue
+        notes += said
         files.append(opened)
         parts.append((tensors, opened.data_start))
     if not findings:
@@ -228,8 +201,17 @@ def open_checkpoint(path: Path) -> Source:
         raise BadInputError(findings)
     metadata = index.metadata if index is not None else None
     columns = _columns(parts)
-    said = tuple(notes)
-    return Source(str(path), root, tuple(files), columns, config, metadata, others, left_out, said)
+    return Source(
+        str(path),
+        root,
+        tuple(files),
+        columns,
+        config,
+        metadata,
+        others,
+        left_out,
+        tuple(notes),
+    )
 
 
 def _open_pipeline(root: Path) -> Source:
@@ -279,18 +261,20 @@ def open_weights(paths: Iterable[Path]) -> Source:
     notes: list[str] = []
     for path in paths:
         try:
-            opened, tensors = _open_file(path, notes)
+            opened, tensors, said = read_file(path)
         except RegraftError as error:
             findings += error.findings
             continue
+        notes += said
         files.append(opened)
         parts.append((tensors, opened.data_start))
     root = files[0].path.parent if files else Path()
     findings = findings or _check_names(root, files, [part for part, _ in parts], None, [])
     if findings:
         raise BadInputError(findings)
-    said = tuple(notes)
-    return Source(str(root), root, tuple(files), _columns(parts), None, None, (), notes=said)
+    return Source(
+        str(root), root, tuple(files), _columns(parts), None, None, (), notes=tuple(notes)
+    )
 
 
 class _Index(msgspec.Struct):
@@ -391,7 +375,7 @@ def _only_of_torch(root: Path, notes: list[str]) -> str:
 
     Raises ``BadInputError`` where there is none, and where there are several.
     """
-    names = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", *_TORCH_ONLY))
+    names = sorted(p.name for p in root.iterdir() if p.suffix in OF_TORCH)
     names = [name for name in names if (root / name).is_file() and is_torch(root / name)]
     if not names:
         message = f"there are no weights here: neither {SINGLE} nor {INDEX}"
@@ -454,25 +438,6 @@ def _list_others(root: Path, weights: Iterable[str]) -> tuple[tuple[Path, ...], 
                 names.remove(name)
                 left_out.append(str(inside / name))
     return tuple(others), tuple(left_out)
-
-
-def _open_file(path: Path, notes: list[str]) -> tuple[File, Mapping[str, TensorInfo]]:
-    file, _ = open_regular(path)
-    with file:
-        stamp = Stamp.of(path, file)
-    if path.suffix in (".bin", *_TORCH_ONLY):
-        from regraft.storage.torch_file import read_run
-
-        tensors: Mapping[str, TensorInfo]
-        tensors, left = read_run(path, KEY.get())
-        notes += [left_words(left)] if left else []
-        metadata: Mapping[str, str] = {"format": "pt"}
-        data_start = 0
-    else:
-        header = read_header(path)
-        tensors, metadata, data_start = header.tensors, header.metadata, header.data_start
-    stamp.check()
-    return File(path, path.name, stamp, metadata, data_start), tensors
 
 
 def _check_names(

@@ -18,11 +18,12 @@ import numpy as np
 from msgspec import Struct
 
 from regraft.checkpoints.aside import drop_rows
-from regraft.checkpoints.source import CONFIG, Source, open_source
+from regraft.checkpoints.source import CONFIG, Source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.model import Foreign, ModelConfig, TiedNames
 from regraft.rules.book import books_for, covers
+from regraft.storage.weights import open_source
 from regraft.values import replace
 
 FIELD = "tie_word_embeddings"

@@ -19,7 +19,7 @@ from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.prepare import model_of, prepare
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import OutFile
-from regraft.checkpoints.source import Source, open_checkpoint, open_source
+from regraft.checkpoints.source import Source, open_checkpoint
 from regraft.checkpoints.stream import WINDOW, Stream
 from regraft.checkpoints.ties import FIELD, unequal_ties
 from regraft.checkpoints.tiles import Mover, read_into
@@ -36,6 +36,7 @@ from regraft.shown import Shown
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
 from regraft.storage.stand_ins import named
+from regraft.storage.weights import open_source
 from regraft.values import replace
 
 _BUFFER = 4 << 20

@@ -290,6 +290,12 @@ class Equation(Struct, frozen=True, cache_hash=True, dict=True):
         """Indices that take any values, gaps allowed."""
         return tuple(name for name in self.indices if name not in self.givens)
 
+    @cached_property
+    def asked(self) -> tuple[ConfigPath | ShapeOf, ...]:
+        """What the sizes of its axes are told by beyond the tensors' shapes."""
+        values = (value for clause in self.where for _, value in clause.values)
+        return tuple(dict.fromkeys(v for v in values if isinstance(v, ConfigPath | ShapeOf)))
+
     def __str__(self) -> str:
         sides = " == ".join(", ".join(map(str, side)) for side in (self.left, self.right))
         copied = [f"copies {axis}" for axis in self.copies]

@@ -46,12 +46,12 @@ class Edge(Struct, frozen=True, dict=True):
     @cached_property
     def source(self) -> str:
         """The layout that is read."""
-        return self.book.layout(self.direction.read)
+        return self.book.left if self.reads == "left" else self.book.right
 
     @cached_property
     def target(self) -> str:
         """The layout that is written."""
-        return self.book.layout(self.direction.written)
+        return self.book.left if self.writes == "left" else self.book.right
 
     @cached_property
     def reads(self) -> Side:

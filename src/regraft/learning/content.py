@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from regraft.checkpoints.source import File, is_checkpoint, open_checkpoint, open_source
+from regraft.checkpoints.source import is_checkpoint, open_checkpoint
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.opening import find_source
 from regraft.storage.dtypes import DTYPES, match_dtype
 from regraft.storage.stamp import changed
+from regraft.storage.weights import File, open_source
 
 Bits = npt.NDArray[Any]
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

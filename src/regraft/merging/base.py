@@ -27,7 +27,7 @@ from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.result import write_prepared
 from regraft.checkpoints.sharding import Layout, OutFile, lay_out
-from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint, open_source
+from regraft.checkpoints.source import CONFIG, Source, Tensors, open_checkpoint
 from regraft.checkpoints.ties import without_ties
 from regraft.checkpoints.tiles import read_into
 from regraft.dialects.image.families import DENOISER, Family, family_named
@@ -44,6 +44,7 @@ from regraft.rules.book import Book, built_in, library
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.json_files import load_json
 from regraft.storage.ranges import Ranges
+from regraft.storage.weights import open_source
 from regraft.values import replace
 
 

@@ -117,6 +117,12 @@ class Family:
             rows[claim.term].append((loops, found.stacked, claim.ids()))
         self.rows = [_join(parts) for parts in rows]
         self.ids = claims[0].ids()
+        asked = rule.equation.asked
+        self.told: dict[ConfigPath | ShapeOf, int | None] = {
+            value: scope.look_up(value) for value in asked if isinstance(value, ConfigPath)
+        }
+        """What the config says of sizes, the same for all loop values."""
+        self.shapes_asked = [value for value in asked if isinstance(value, ShapeOf)]
         self.most: dict[Expr, int] = {}
         """The most values that an index has for any loop values."""
 
@@ -158,22 +164,14 @@ class Family:
 
     def _target_sizes(self, loops: Ints) -> list[Ints]:
         """What each ``shape(KEY, dim)`` is for every loop value, -1 where the target has no such tensor."""
-        values = [
-            value
-            for clause in self.rule.equation.where
-            for _, value in clause.values
-            if isinstance(value, ShapeOf)
-        ]
         columns = []
-        for value in values:
-            sizes = [self._look_up(value, loop) for loop in loops]
+        for value in self.shapes_asked:
+            sizes = [self._target_size(value, loop) for loop in loops]
             columns.append(np.array([-1 if s is None else s for s in sizes], dtype=np.int64))
         return columns
 
-    def _look_up(self, value: ConfigPath | ShapeOf, loop: Ints) -> int | None:
-        """A size that the config or the target says."""
-        if isinstance(value, ConfigPath):
-            return self.scope.look_up(value)
+    def _target_size(self, value: ShapeOf, loop: Ints) -> int | None:
+        """A size that a tensor of the target says."""
         marks = sum(text.count(MARK) for text in self.rests)
         columns = {name: marks + i for i, name in enumerate(self.loop_names)}
         holes = [columns[h.name] for h in value.key.holes if isinstance(h, Axis)]
@@ -227,9 +225,9 @@ class Family:
         if not whole:
             return None
         sizes |= self.givens
+        copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
         if not self._check_numbers(loops[members], sizes):
             return None
-        copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
         return entry_of(
             self.way,
             self.rests,
@@ -243,12 +241,11 @@ class Family:
     def _solve(
         self, shapes: list[tuple[Term, tuple[int, ...]]], seen: list[list[int]], loop: Ints
     ) -> tuple[dict[str, int], tuple[int, ...]]:
-        def look_up(value: ConfigPath | ShapeOf) -> int | None:
-            return self._look_up(value, loop)
-
         equation = self.rule.equation
+        told = dict(self.told)
+        told.update((value, self._target_size(value, loop)) for value in self.shapes_asked)
         try:
-            return solve_sizes(equation, shapes, lookup=look_up)
+            return solve_sizes(equation, shapes, lookup=told.get)
         except UnknownSizeError as error:
             counts: list[tuple[Expr, int]] = []
             unknown = set(error.axes)
@@ -265,7 +262,7 @@ class Family:
             most_of: dict[Expr, int] = {}
             for hole, number in counts:
                 most_of[hole] = max(most_of.get(hole, 0), number)
-            return solve_sizes(equation, shapes, most_of.items(), lookup=look_up)
+            return solve_sizes(equation, shapes, most_of.items(), lookup=told.get)
 
     def _check_numbers(self, loops: Ints, sizes: dict[str, int]) -> bool:
         """Whether the keys that are written lead back to the indices that they were computed from."""

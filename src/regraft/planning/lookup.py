@@ -97,7 +97,7 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         """The parts of groups that no book has a word for, bounds aside."""
         left = []
         for group, found in zip(self.groups, self.found, strict=True):
-            free = np.ones(len(group), dtype=bool)
+            free = np.ones(group.ids.shape, dtype=bool)
             for words in found:
                 for _, match in words.keys:
                     free[match.rows] = False

@@ -94,11 +94,12 @@ class Work:
         self.new.mkdir()  # nobody else gets into the folder above until it is in its place
 
     def check_space(self, size: int) -> None:
-        """Check that there is room for so many bytes and what the file system keeps of them.
+        """Check that there is room for a result of so many bytes and what the file system keeps of them.
 
-        Raises ``BadInputError``.
+        What is there of it already takes no more room. Raises ``BadInputError``.
         """
-        check_room(self.folder, size, self.dst)
+        there = sum(path.stat().st_blocks * 512 for path in self.new.rglob("*") if path.is_file())
+        check_room(self.folder, size - there, self.dst)
 
     def check_place(self, *, overwrite: bool) -> None:
         """Check that nothing is in the result's place, unless it may be replaced.
