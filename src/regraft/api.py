@@ -291,10 +291,10 @@ def _do_part(
 
 def _anywhere(path: str | os.PathLike[str]) -> str:
     """A path as another process names it; an address, and an id of the hub, stay as they are."""
-    text = address_of(path)
-    if text is None and (os.path.lexists(path) or find_cached(os.fspath(path)) is None):
+    text = os.fspath(path)
+    if address_of(path) is None and (os.path.lexists(path) or find_cached(text) is None):
         return str(Path(path).absolute())
-    return text or os.fspath(path)
+    return text
 
 
 def _book_anywhere(book: Any) -> Any:
@@ -334,7 +334,7 @@ def _abort(
             there = stages.abort(Path(stage))
         except OSError as error:
             raise cannot_write(Path(stage), error) from error
-    report = Report(os.fspath(src), os.fspath(dst), written=False)
+    report = Report(address_of(src) or os.fspath(src), target or os.fspath(dst), written=False)
     report.ended = address or os.fspath(stage) if there else ""
     return report
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 from weakref import finalize
 
 from regraft.errors import BadInputError, Finding, RegraftError
@@ -35,7 +36,8 @@ _FILE = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|ckpt|json|gguf)")
 def address_of(path: str | os.PathLike[str]) -> str | None:
     """The address that somebody named; ``None`` where it is a path of this machine.
 
-    A path swallows one of an address's slashes, which comes back here.
+    A path swallows one of an address's slashes, which comes back here. What follows the ``?`` of a web address may sign
+    it: it is kept for `store_for`, and no part of what is shown.
 
     >>> address_of(Path("s3://bucket/model")), address_of("model")
     ('s3://bucket/model', None)
@@ -44,7 +46,13 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
     match = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.+)", text, re.S | re.I)
     if match is None or os.path.lexists(text):
         return None
-    return f"{match[1].lower()}://{match[2].rstrip('/')}"
+    scheme, place, query = match[1].lower(), match[2], ""
+    if scheme in ("http", "https"):
+        place, _, query = place.partition("?")
+    address = f"{scheme}://{place.rstrip('/')}"
+    if query:
+        _QUERIES[address] = query
+    return address
 
 
 _PARTS = ("shard-*-model-*.safetensors", "model_world_size_*_rank_*.pt")
@@ -53,6 +61,8 @@ _FSDP = ("pytorch_model_fsdp_0", "model")
 """The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
 _OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
 _OPEN: list[Outline | Joined] = []
+_QUERIES: dict[str, str] = {}
+"""What follows the ``?`` of the web addresses that were named."""
 
 
 def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
@@ -83,7 +93,7 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     if known is None:
         from regraft.storage.outline import draw
 
-        outline = draw(address, store_for(address), whole=whole)
+        outline = draw(address, store_for(address), file_named(address), whole=whole)
         _OPEN.append(outline)
         if _is_adapter(outline):
             outline.fetch()
@@ -184,8 +194,14 @@ def left_behind() -> list[str]:
 
 
 def file_named(address: str) -> str | None:
-    """The name of the file that an address is of; ``None`` where it is a folder's."""
+    """The name of the file that an address is of; ``None`` where it is a folder's.
+
+    >>> file_named("https://host/my%20model.safetensors"), file_named("s3://bucket/folder")
+    ('my model.safetensors', None)
+    """
     name = address.rpartition("/")[2]
+    if address.startswith(("http://", "https://")):
+        name = unquote(name)
     return name if _FILE.fullmatch(name) else None
 
 
@@ -195,7 +211,8 @@ def store_for(address: str) -> Client:
 
     if _OFFLINE.get():
         raise BadInputError(Finding("offline", _forbidden(), where=address))
-    return open_store(address if file_named(address) is None else address.rpartition("/")[0])
+    folder = address if file_named(address) is None else address.rpartition("/")[0]
+    return open_store(folder, _QUERIES.get(address, ""))
 
 
 def _is_adapter(outline: Outline) -> bool:

@@ -337,3 +337,44 @@ def test_slices_are_read_from_a_store(base, server, tmp_path):
     assert there.runs == here.runs
     assert np.array_equal(there.read()[name], here.read()[name])
     del there, here
+
+
+def test_every_letter_of_a_name_counts(base, server, tmp_path):
+    local = files_of(tmp_path / "local")
+    name = "b/run #3/50%25 a?b=c;{é}"
+    regraft.convert(base, f"s3://{name}", to=V5)
+    assert server.folder(name) == local
+    web = f"{server.url}/b/run%20%233/50%2525%20a%3Fb=c;%7B%C3%A9}}"
+    for number, source in enumerate((f"s3://{name}", web)):
+        regraft.convert(source, tmp_path / f"{number}", to=V5)
+        assert files_of(tmp_path / f"{number}") == local
+    for address in ("s3://b//out", "s3://b/in/../out", f"{server.url}/b/in#3"):
+        with pytest.raises(BadInputError) as error:
+            regraft.inspect(address)
+        assert error.value.findings[0].code == "bad-address" and error.value.findings[0].fix
+
+
+def test_web_addresses_that_are_signed(base, server, tmp_path):
+    """A signature goes with every request, and nothing shows it; one of a file is good for that file alone."""
+    folder = write_folder(tmp_path / "one", mixtral(), shards=1)
+    server.data["b/my dir/my model.safetensors"] = (folder / "model.safetensors").read_bytes()
+
+    def fault(request):
+        good = request.query.get("sig") == ["se/cret="] and not request.key.endswith(
+            "r/config.json"
+        )
+        return None if good else "403"
+
+    server.fault = fault
+    signed = "?sv=1&sig=se%2Fcret%3D"
+    report = regraft.convert(f"{server.url}/b/in{signed}", tmp_path / "signed", to=V5)
+    assert files_of(tmp_path / "signed") == files_of(tmp_path / "local")
+    assert report.source == f"{server.url}/b/in" and "cret" not in str(report.to_dict())
+    file = f"{server.url}/b/my%20dir/my%20model.safetensors"
+    regraft.convert(f"{file}{signed}", tmp_path / "file", to=V5, model=folder / "config.json")
+    regraft.convert(folder, tmp_path / "want", to=V5)
+    made, want = files_of(tmp_path / "file"), files_of(tmp_path / "want")
+    assert made["my model.safetensors"] == want["model.safetensors"]
+    with pytest.raises(BadInputError) as error:
+        regraft.inspect(f"{file}?sig=wrongcret")
+    assert error.value.findings[0].code == "store-denied" and "cret" not in str(error.value)

@@ -266,11 +266,39 @@ def test_tokens_of_google(src, server, monkeypatch):
     assert codes(caught) == {"store-denied"}
 
 
+def test_every_letter_of_a_name_counts(src, wanted, server):
+    name = "run #3/50%25 a?b=c;{é}"
+    for one in (server.data, server.uploads, server.blocks):
+        one.clear()
+    out = f"{server.out.rpartition('/')[0]}/{name}"
+    options = {**server.options, "stage": f"{out}.stage"}
+    regraft.convert(src, out, part="0/1", **options)
+    regraft.convert(src, out, commit=True, **options)
+    assert server.folder(f"b/{name}") == wanted
+    assert set(server.data) == {*(f"b/{name}/{key}" for key in wanted), f"b/{name}.stage/committed"}
+    assert regraft.verify(src, out).equal
+
+
 @pytest.mark.parametrize("server", ["az"], indirect=True)
-def test_names_that_azure_cannot_sign(server):
-    with pytest.raises(BadInputError, match="spaces") as caught:
-        open_uploads(open_store(server.out)).send("a b", "id", 1, b"x")
+def test_names_that_azure_cannot_sign(server, monkeypatch):
+    uploads = open_uploads(open_store(server.out))
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    with pytest.raises(BadInputError, match="with a space") as caught:
+        uploads.send("a b", "id", 1, b"x")
     assert codes(caught) == {"bad-address"}
+
+
+@pytest.mark.parametrize("server", ["az"], indirect=True)
+def test_a_shared_access_signature(src, wanted, server, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "?sv=1&sig=se%2Fcret%3D")
+    part(server, src, "0/1")
+    commit(server, src)
+    assert server.folder("b/out") == wanted
+    assert all(request.query["sig"] == ["se/cret="] for request in server.requests)
+    with pytest.raises(BadInputError, match="no part of such an address") as caught:
+        open_store(f"{server.out}?sv=1&sig=secret")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("server", ["s3", "az"], indirect=True)

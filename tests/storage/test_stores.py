@@ -146,7 +146,7 @@ def test_writes_whole_objects(server):
 
 
 def test_a_file_that_stands_for_an_object(server):
-    outline = draw("s3://b/in/x.bin", open_store("s3://b/in"), whole=False)
+    outline = draw("s3://b/in/x.bin", open_store("s3://b/in"), "x.bin", whole=False)
     try:
         assert remote_at(outline.path).where == "s3://b/in/x.bin"
         file, size = open_regular(outline.path)
@@ -171,7 +171,7 @@ def test_a_file_that_stands_for_an_object(server):
 
 
 def test_names_that_lead_out_are_refused(server):
-    outline = draw("s3://b/in", open_store("s3://b/in"), whole=False)
+    outline = draw("s3://b/in", open_store("s3://b/in"), None, whole=False)
     try:
         with pytest.raises(BadInputError, match="leads out of its folder"):
             outline.keep("../../x", b"1")

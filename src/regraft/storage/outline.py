@@ -139,7 +139,7 @@ class Outline:
         shutil.rmtree(self.root.parent, ignore_errors=True)
 
 
-def draw(url: str, client: Client, *, whole: bool) -> Outline:
+def draw(url: str, client: Client, name: str | None, *, whole: bool) -> Outline:
     """Make the outline of what is at an address; ``client`` is its store, or that of its folder where it is a file.
 
     At most one request for each file that is looked into, and one to list them.
@@ -147,11 +147,11 @@ def draw(url: str, client: Client, *, whole: bool) -> Outline:
     Args:
         url: the address.
         client: the store.
+        name: the file in it, where the address is of one.
         whole: whether everything beside the weights is wanted, too, where a store cannot list.
 
     Raises ``BadInputError`` where there is nothing, or no answer can be had.
     """
-    name = url.removeprefix(client.store.url).strip("/")
     above = Path(tempfile.mkdtemp(prefix="regraft-"))
     root = above / (_safe(client.store.url.rpartition("/")[2]) or "store")
     root.mkdir()
@@ -173,10 +173,8 @@ def _safe(name: str) -> str:
 
 
 def _draw_file(outline: Outline, name: str) -> None:
-    wanted = [name]
-    if name.endswith(_WEIGHTS):
-        wanted += ["config.json", "adapter_config.json"]
-    found = _look(outline, wanted, {})
+    beside = ["config.json", "adapter_config.json"] if name.endswith(_WEIGHTS) else []
+    found = _look(outline, [name, *beside], {}, maybe=beside)
     if name not in found:
         raise _nothing(outline)
 
@@ -248,12 +246,27 @@ class _Names(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _look(outline: Outline, keys: Sequence[str], sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """Look into objects, several at once: small ones are kept, of weights the header. What is not there is left out."""
+def _look(
+    outline: Outline, keys: Sequence[str], sizes: Mapping[str, int], *, maybe: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """Look into objects, several at once: small ones are kept, of weights the header.
+
+    What is not there is left out, and so is what is beside a file and nobody may see (``maybe``): a signature may be
+    good for one file, and stores say the same of what is not there to those who may not know it.
+    """
     if not keys:
         return {}
+
+    def look(key: str) -> tuple[Found, bytes] | None:
+        try:
+            return _head(outline.client, key, sizes.get(key, _HEAD))
+        except BadInputError as error:
+            if key in maybe and error.findings[0].code == "store-denied":
+                return None
+            raise
+
     with Pool(min(_AT_ONCE, len(keys)), "regraft-look") as pool:
-        heads = list(pool.map(lambda key: _head(outline.client, key, sizes.get(key, _HEAD)), keys))
+        heads = list(pool.map(look, keys))
     seen: dict[str, bytes] = {}
     for key, head in zip(keys, heads, strict=True):
         if head is None:

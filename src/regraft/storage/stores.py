@@ -36,8 +36,12 @@ _SENDING = 4
 """Parts that are under way at a time."""
 
 
-def open_store(url: str) -> Client:
+def open_store(url: str, query: str = "") -> Client:
     """The store at an address, a folder of objects. Nothing is asked of it yet.
+
+    Args:
+        url: the address. Of a web address it is read as such, with escapes; of others every letter is one of the name.
+        query: what follows the ``?`` of a web address, such as its signature; it is sent with every request.
 
     Raises ``BadInputError`` where the library that speaks to it is not installed, or the address is none.
     """
@@ -46,7 +50,7 @@ def open_store(url: str) -> Client:
         from regraft.storage.hub_network import HubStore
 
         return Client(HubStore(url))
-    return Client(_Obstore(url) if scheme in _OBSTORE else _Fsspec(url))
+    return Client(_Obstore(url, query) if scheme in _OBSTORE else _Fsspec(url))
 
 
 def obstore_at(url: str) -> Any:
@@ -73,8 +77,8 @@ def library(name: str, url: str, extra: str) -> Any:
 class _Obstore(Store):
     """A store of obstore's."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, query: str = "") -> None:
+        self.url, self._query = url.rstrip("/"), query
         self._lib = library("obstore", url, "regraft[cloud]")
         self._errors = import_module("obstore.exceptions")
         self._is_http = urlsplit(url).scheme in ("http", "https")
@@ -89,9 +93,11 @@ class _Obstore(Store):
         options: dict[str, Any] = {"timeout": timedelta(seconds=60)}
         if _is_insecure(self.url):
             options["allow_http"] = True
-        make = import_module("obstore.store").from_url
+        stores = import_module("obstore.store")
+        make = stores.HTTPStore.from_url if self._is_http else stores.from_url
+        address = _web_address(self.url, self._query) if self._is_http else _escaped(self.url)
         try:
-            return make(self.url, client_options=options, retry_config={"max_retries": retries})
+            return make(address, client_options=options, retry_config={"max_retries": retries})
         except (self._errors.BaseError, ValueError) as error:
             raise BadInputError(
                 Finding("bad-address", _line(error), where=self.url, fix="check the address")
@@ -174,8 +180,7 @@ class _Obstore(Store):
     def _address(self, key: str) -> str:
         """Where an object can be read by anybody, for a minute."""
         if self._is_http:
-            folder, mark, query = self.url.partition("?")
-            return f"{folder}/{quote(key)}{mark}{query}" if key else self.url
+            return _web_address(f"{self.url}/{quote(key)}" if key else self.url, self._query)
         return str(self._lib.sign(self.opened, "GET", key, timedelta(minutes=1)))
 
     def _trouble(self, error: Exception) -> StoreError:
@@ -203,6 +208,41 @@ class _Obstore(Store):
         if isinstance(error, (known.BaseError, OSError)):
             return StoreError("transient", line)
         raise error
+
+
+def _web_address(url: str, query: str) -> str:
+    """A web address with its query.
+
+    Raises ``BadInputError`` for a fragment, which no server gets to see.
+    """
+    if "#" in url or "#" in query:
+        message = "what follows a # is no part of what a web server is asked for"
+        fix = "write %23 where it is a part of a name, and leave it out otherwise"
+        raise BadInputError(Finding("bad-address", message, where=url, fix=fix))
+    return f"{url}?{query}" if query else url
+
+
+def _escaped(url: str) -> str:
+    """The address of a bucket and what is in it, whose every letter is a part of the name, as a URL has it.
+
+    Raises ``BadInputError`` for names that URLs do not keep.
+
+    >>> _escaped("s3://bucket/run #3/50%25")
+    's3://bucket/run%20%233/50%2525'
+    """
+    scheme, _, place = url.partition("://")
+    bucket, slash, path = place.partition("/")
+    if re.search(r"[?&]sig=", url):
+        message = "a shared access signature is no part of such an address"
+        fix = (
+            "put it into the environment (AZURE_STORAGE_SAS_TOKEN), and leave it out of the address"
+        )
+        raise BadInputError(Finding("bad-address", message, where=url.partition("?")[0], fix=fix))
+    if slash and {"", ".", ".."} & set(path.split("/")):
+        message = "an empty part of a name, '.' and '..' mean nothing in a store"
+        fix = "give the name without them"
+        raise BadInputError(Finding("bad-address", message, where=url, fix=fix))
+    return f"{scheme}://{bucket}{slash}{quote(path)}"
 
 
 class _Parts:

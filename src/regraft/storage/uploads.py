@@ -14,10 +14,11 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.objects import BUSY, Client, StoreError, Trouble, asked_wait
@@ -36,6 +37,11 @@ _SIGNED = timedelta(hours=6)
 """How long an address that Azure's blobs are written at is good for."""
 _RENEWED = 3600.0
 """After how many seconds another is made."""
+_SAS_TOKENS = ("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY")
+_ACCOUNT_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY")
+_ACCOUNTS = ("AZURE_STORAGE_ACCOUNT_NAME",)
+_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+"""The variables by which obstore is told of Azure (https://docs.rs/object_store, `AzureConfigKey`)."""
 _GOOGLE = "https://storage.googleapis.com"
 _GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -228,7 +234,8 @@ def _google_token(url: str) -> Callable[[], str]:
 class _Azure(Uploads):
     """Blocks of blobs in Azure, by azure-storage-blob; an upload is what the ids of its blocks begin with.
 
-    Addresses are signed by obstore, so that credentials are found as they are for everything else. Azure has nothing
+    Addresses are signed by obstore, so that credentials are found as they are for everything else, but where it
+    cannot: with a token of somebody's own, or for names that addresses escape. Azure has nothing
     that ends an upload: blocks that no list took up go after a week, or when somebody else writes or removes the blob.
     """
 
@@ -295,23 +302,51 @@ class _Azure(Uploads):
         with self._lock:
             made, blob = self._blobs.get((key, method), (0.0, None))
             if blob is None or time.monotonic() - made > _RENEWED:
-                options: dict[str, Any] = {"retry_total": 0, "read_timeout": _TIMEOUT}
-                blob = self._lib.BlobClient.from_blob_url(self._signed(key, method), **options)
+                blob = self._open(key, method)
                 self._blobs[key, method] = time.monotonic(), blob
             return blob
 
+    def _open(self, key: str, method: str) -> Any:
+        options: dict[str, Any] = {"retry_total": 0, "read_timeout": _TIMEOUT}
+        token = _first_of(_SAS_TOKENS)
+        if token:  # with which obstore signs no address
+            address = f"{self._address(key)}?{token.removeprefix('?')}"
+            return self._lib.BlobClient.from_blob_url(address, **options)
+        signed = self._signed(key, method)
+        # What is escaped in an address is signed as it is escaped, which Azure does not take.
+        if re.search(r"[%;]", signed.partition("?")[0]) is None:
+            return self._lib.BlobClient.from_blob_url(signed, **options)
+        secret = _first_of(_ACCOUNT_KEYS)
+        if not secret:
+            message = (
+                "without an account's key, work in parts writes to no names in Azure that addresses escape"
+                " (with a space, one of %#?;{}<>, a letter beyond ASCII): choose another name, or convert"
+                " without --stage"
+            )
+            raise StoreError("unfit", message)
+        credential = {"account_name": self._account(), "account_key": secret}
+        return self._lib.BlobClient.from_blob_url(self._address(key), credential, **options)
+
     def _signed(self, key: str, method: str) -> str:
         try:
-            signed = str(self._obstore.sign(self._store, method, key, _SIGNED))
+            return str(self._obstore.sign(self._store, method, key, _SIGNED))
         except import_module("obstore.exceptions").BaseError as error:
             line = str(error).strip().split("\n")[0]
             raise StoreError("forbidden", line) from None
-        # What is escaped in an address is signed as it is escaped, which Azure does not take.
-        strange = re.search(r"[%;]", signed.partition("?")[0])
-        if strange is not None:
-            message = "work in parts writes to no names in Azure with spaces, semicolons or letters beyond ASCII"
-            raise StoreError("unfit", f"{message}: choose another name, or convert without --stage")
-        return signed
+
+    def _account(self) -> str:
+        return str(self._store.config.get("account_name") or _first_of(_ACCOUNTS))
+
+    def _address(self, key: str) -> str:
+        """Where a blob is, by what the environment says as obstore reads it."""
+        endpoint = _first_of(_ENDPOINTS) or f"https://{self._account()}.blob.core.windows.net"
+        path = "/".join(filter(None, (self._store.prefix, key)))
+        return f"{endpoint.rstrip('/')}/{self._store.config['container_name']}/{quote(path)}"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first variable that says something."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def _block(upload: str, number: int) -> str:
