@@ -288,16 +288,10 @@ def test_an_adapters_plan_may_have_holes_and_counts_them():
     assert sum(e["sources"][0]["absent"] for e in plan.to_dict()["entries"]) == 6
 
 
-def test_a_guess_is_asked_for_what_only_absent_tensors_would_tell():
-    book, asked = rule_book(STACK), []
-
-    def guess(rule, axis, seen):
-        asked.append((rule.name, axis, seen))
-        return 7
-
-    plan = plan_of(book, {"m.0.experts.2.w": (2, 3)}, partial=True, guess=guess)
-    assert asked == [("rule 0", "e", 3)]
-    assert plan.entries[0].sizes["e"] == 7
+def test_the_last_one_seen_tells_a_size_only_where_it_is_the_last_there_is():
+    book = rule_book(STACK)
+    plan = plan_of(book, {"m.0.experts.2.w": (2, 3)}, partial=True, all_seen=True)
+    assert plan.entries[0].sizes["e"] == 3
     (finding,) = fails(book, {"m.0.experts.2.w": (2, 3)}, partial=True)
     assert finding.code == "unknown-size"
 

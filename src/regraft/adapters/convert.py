@@ -315,9 +315,10 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
     """Why an adapter cannot be of a layout and be converted to another, ``None`` where it can."""
     identity = Identity(known, layout, None, ())
     try:
-        adapter = read(opened, identity, BaseWeights.of(known, layout)).adapter
-        plan_step(opened, adapter, identity, route_of(identity, target, opened.where).steps[0])
-        move_rest(opened, identity, target)
+        reading = read(opened, identity, BaseWeights.of(known, layout))
+        step = route_of(identity, target, opened.where).steps[0]
+        plan_step(reading.adapter, identity, step, opened.where, all_seen=reading.all_seen)
+        move_rest(opened, reading, identity, target)
     except RefusedError:
         return None
     except RegraftError as error:
@@ -382,12 +383,11 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
 
 
 def _check_unmoved(opened: Opened, adapter: Adapter, identity: Identity) -> None:
-    """Check what stays in its layout like what is planned: that it is complete, and that it fits the base.
+    """Check that what stays in its layout fits the base, as what is planned does.
 
     Sizes are compared as the rules that lead out of the layout do. Raises ``BadInputError``.
     """
     known, side = identity.known, identity.side()
-    opened.check_complete(adapter.headers.groups, side)
     if known.model is None or not side.edges:
         return
     step = [edge for edge in side.edges if edge.target == side.edges[0].target]
@@ -413,31 +413,24 @@ def route_of(identity: Identity, target: str, where: str) -> Route:
 
 
 def plan_step(
-    opened: Opened,
-    adapter: Adapter,
-    identity: Identity,
-    edges: Sequence[Edge],
-    *,
-    first: bool = True,
+    adapter: Adapter, identity: Identity, edges: Sequence[Edge], where: str, *, all_seen: bool
 ) -> Plan:
     """What one step of a conversion does to every adapted tensor of the base.
 
-    Where a size is not known that it needs, raises an error that asks for it.
+    ``all_seen`` is the reading's. Where a size is not known that it needs, raises an error that asks for it.
     """
     known = identity.known
     try:
-        plan = build_plan(
+        return build_plan(
             adapter.headers,
             edges,
             scopes=known.scopes,
             partial=True,
             mixed=bool(identity.also),
-            guess=opened.guess(),
-            where=opened.where,
+            all_seen=all_seen,
+            where=where,
             unmatched_fix=known.unmatched_fix,
         )
-        if first:
-            opened.check_complete(adapter.headers.groups, identity.side())
     except BadInputError:
         modules = adapter.modules
         if modules is None or not modules.unknown:
@@ -446,29 +439,31 @@ def plan_step(
             Finding(
                 "unknown-size",
                 "the size of this weight is told neither by the adapter's tensors nor by the base's config",
-                where=opened.where,
+                where=where,
                 key=modules.headers.name(min(modules.unknown)),
                 fix="give the base's folder with its weights as --model",
             )
         ) from None
-    return plan
 
 
 # -- move
 
 
-def move_rest(opened: Opened, identity: Identity, target: str | None) -> list[Saved]:
+def move_rest(
+    opened: Opened, reading: Reading, identity: Identity, target: str | None
+) -> list[Saved]:
     """Everything that is not a delta, in a layout; as it is where ``target`` is ``None``.
 
     Raises ``RefusedError``, ``UnmatchedKeysError``.
     """
-    unbound = [Saved(name, name, tensor, bound=False) for name, tensor in opened.unbound()]
-    groups = opened.saved()
-    if not groups:
+    unbound = [Saved(name, name, x, bound=False) for name, x in reading.unbound.items()]
+    if not reading.saved:
         return unbound
     tensors = list(opened.tensors.values())
     known, side = identity.known, identity.side()
-    return unbound + move_saved(groups, tensors, known, side, target, opened.kind, opened.where)
+    return unbound + move_saved(
+        reading.saved, tensors, known, side, target, opened.kind, opened.where
+    )
 
 
 def factors_after(made: Iterable[Images], plan: Plan) -> Factors:
@@ -579,6 +574,8 @@ class _Conversion:
         self.target = None if identity.layout == to.name and not identity.also else to.name
         """The layout to move to; ``None`` where nothing moves."""
         self.packing = identity.packing
+        self.all_seen = False
+        """The reading's."""
         self.steps: tuple[tuple[Edge, ...], ...] = ()
         """The steps of the way; none where nothing moves."""
         self.report = _report(opened, to, identity)
@@ -601,8 +598,8 @@ class _Conversion:
 
     def plan(self, adapter: Adapter, number: int) -> Plan:
         """A step of the way."""
-        step = self.steps[number]
-        return plan_step(self.opened, adapter, self.identity, step, first=number == 0)
+        step, where = self.steps[number], self.opened.where
+        return plan_step(adapter, self.identity, step, where, all_seen=self.all_seen)
 
     def move_factors(
         self, factors: Factors, record: Record, first: int = 0
@@ -622,14 +619,15 @@ class _Conversion:
         for rule, times in plan.fired().items():
             self.report.rules[rule] = self.report.rules.get(rule, 0) + times
 
-    def read(self, base: BaseWeights) -> Adapter:
-        """The adapter; how it is packed is noted."""
+    def read(self, base: BaseWeights) -> Reading:
+        """All of the adapter; how it is packed is noted."""
         reading = read(self.opened, self.identity, base)
         self.packing = reading.packing or self.packing
+        self.all_seen = reading.all_seen
         self.report.evidence += reading.evidence
         if not self.steps:
             _check_unmoved(self.opened, reading.adapter, self.identity)
-        return reading.adapter
+        return reading
 
     def remember(
         self, before: Mapping[str, Any], blob: Blob, record: Record, kept: Kept, plan: Plan | None
@@ -699,11 +697,11 @@ class _LoraConversion(_Conversion):
             )
             self.notes += [returned.note] if returned.note else []
         opened = self.opened
-        adapter = self.read(BaseWeights.of(self.known, self.identity.layout))
-        read_factors = adapter.factors
+        reading = self.read(BaseWeights.of(self.known, self.identity.layout))
+        read_factors = reading.adapter.factors
         assert read_factors is not None
         made, plan, factors = self.move_factors(read_factors, record)
-        moved = move_rest(opened, self.identity, self.target)
+        moved = move_rest(opened, reading, self.identity, self.target)
         direct = len(self.steps) < 2
         if not direct:
             record = Record()
@@ -771,10 +769,11 @@ class _FamilyConversion(_Conversion):
         """All steps in order."""
         opened, target = self.opened, self.target
         base = BaseWeights.of(self.known, self.identity.layout)
-        adapter = self.read(base)
+        reading = self.read(base)
+        adapter = reading.adapter
         modules, family = adapter.modules, adapter.family
         assert modules is not None and family is not None
-        moved = move_rest(opened, self.identity, target)
+        moved = move_rest(opened, reading, self.identity, target)
         writer = self.writer(opened)
         ladder = Ladder(
             family,

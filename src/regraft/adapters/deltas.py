@@ -39,7 +39,7 @@ class Deltas:
         self.base = BaseWeights.of(known, layout)
         identity = Identity(known, layout, packing, ())
         self.side = identity.side()
-        reading = read(source, identity, self.base)
+        self.reading = reading = read(source, identity, self.base)
         self.tuned, self.tuner = reading.adapter.modules, reading.adapter.family
         self.headers = reading.adapter.headers
         self.ids: dict[str, int] = {}
@@ -176,8 +176,8 @@ class Deltas:
     def others(self) -> dict[str, Array]:
         """Tensors that are no part of a delta, by the base tensors that they stand for."""
         tensors = list(self.source.tensors.values())
-        found = dict(self.source.unbound())
-        for group in self.source.saved():
+        found = dict(self.reading.unbound)
+        for group in self.reading.saved:
             ids = group.keys.ids.tolist()
             names = group.keys.names()
             found.update((name, tensors[i]) for name, i in zip(names, ids, strict=True))
@@ -186,7 +186,9 @@ class Deltas:
     def moved_others(self, target: str) -> list[Saved]:
         """The same in a layout."""
         identity = Identity(self.known, self.layout, None, ())
-        return move_rest(self.source, identity, None if target == self.layout else target)
+        return move_rest(
+            self.source, self.reading, identity, None if target == self.layout else target
+        )
 
 
 __all__ = ["Deltas"]

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from regraft.adapters.provenance import Remembered
     from regraft.adapters.tuned import TunedModules
     from regraft.layouts.names import Layout
-    from regraft.planning.families import Guess
     from regraft.planning.model import ModelConfig
     from regraft.planning.plan import Plan
     from regraft.planning.side import Side
@@ -89,12 +88,19 @@ class Hints(Struct, frozen=True):
 
 
 class Reading(Struct, frozen=True, eq=False):
-    """An adapter in the internal form, and what reading it told."""
+    """All of an adapter in the internal form, and what reading it told."""
 
     adapter: Adapter
+    """What it adds to tensors of the base."""
     packing: str | None = None
     """How stacked experts are packed, as far as it is known."""
     evidence: tuple[str, ...] = ()
+    saved: tuple[SavedGroup, ...] = ()
+    """Tensors that stand for tensors of the base."""
+    unbound: Mapping[str, Array] = {}
+    """Tensors that belong to no module of the base, by their names."""
+    all_seen: bool = False
+    """Whether the last expert in it is the last of the base, where no config says how many there are."""
 
 
 class Spelling(Protocol):
@@ -206,26 +212,11 @@ class Opened(Protocol):
         packing: str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Reading:
-        """The internal form; ``shapes`` are those of base weights, where sizes are told by nothing else.
+        """All of it; ``shapes`` are those of base weights, where sizes are told by nothing else.
 
-        Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where a packing cannot be told.
+        Raises ``BadInputError`` with everything that is wrong, with what its config promises and it has not among it,
+        ``AmbiguousError`` where a packing cannot be told.
         """
-        ...
-
-    def saved(self) -> tuple[SavedGroup, ...]:
-        """Tensors that stand for tensors of the base. Raises ``BadInputError``."""
-        ...
-
-    def unbound(self) -> list[tuple[str, Array]]:
-        """Tensors that belong to no module of the base, by their names."""
-        ...
-
-    def guess(self) -> Guess:
-        """Sizes that only absent tensors would tell, where the config makes them sure."""
-        ...
-
-    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
-        """Raise ``BadInputError`` where the config promises what is not among the adapted tensors of the base."""
         ...
 
     def shown(self, item: Saved) -> tuple[str, str]:

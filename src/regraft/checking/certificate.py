@@ -666,7 +666,7 @@ def carried(
             edges,
             scopes=known.scopes,
             partial=True,
-            guess=lambda rule, axis, seen: seen,
+            all_seen=True,
             where=before.source.where,
             unmatched_fix=known.unmatched_fix,
         )

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from regraft.adapters.ladder import Carried
     from regraft.adapters.tuned import TunedModules
     from regraft.layouts.names import Layout
-    from regraft.planning.families import Guess
     from regraft.planning.model import ModelConfig
     from regraft.planning.side import Side
     from regraft.rules.book import Shared
@@ -283,9 +282,9 @@ class PlainFile(Struct):
             [lora.scale for lora in loras],
             kinds,
         )
-        return Reading(Adapter(factors))
+        return Reading(Adapter(factors), saved=self._saved())
 
-    def saved(self) -> tuple[SavedGroup, ...]:
+    def _saved(self) -> tuple[SavedGroup, ...]:
         """Tensors that take the place of the base's."""
         place = {name: number for number, name in enumerate(self.tensors)}
         names = list(self.replaced)
@@ -295,20 +294,9 @@ class PlainFile(Struct):
             for g in group_names(names)
         )
 
-    def unbound(self) -> list[tuple[str, Array]]:
-        """Nothing."""
-        return []
-
     def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
         """It names each module once."""
         return self, []
-
-    def guess(self) -> Guess:
-        """No size is sure that the file does not show."""
-        return lambda rule, axis, seen: None
-
-    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
-        """Nothing is promised."""
 
     def shown(self, item: Saved) -> tuple[str, str]:
         """A saved tensor before and after."""

@@ -76,7 +76,8 @@ class DoraFile(PlainFile):
         ]
         modules = TunedModules(headers, parts, kinds, forms)
         family = TokenDora if "embedding" in by_id.values() else Dora
-        return Reading(Adapter(modules=modules, family=family(self.config, {})))
+        own = Adapter(modules=modules, family=family(self.config, {}))
+        return replace(reading, adapter=own)
 
     def as_lora(self) -> DoraFile:
         """The same without magnitudes."""

@@ -51,6 +51,7 @@ from regraft.planning.side import Side
 from regraft.storage.folder import copy_file
 from regraft.storage.formats import GGUF as FORM
 from regraft.storage.gguf_file import GgufHead, read_gguf_head, read_gguf_tensor
+from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.adapters.convert import Converted
@@ -177,7 +178,7 @@ class GgufFile(PlainFile):
             )
         if self.norms:
             told.append(f"{self.norms} weights of norms are left out: llama.cpp ignores them, too")
-        return Reading(reading.adapter, reading.packing, tuple(told))
+        return replace(reading, evidence=tuple(told))
 
 
 class GgufWriter(PlainWriter):

@@ -167,7 +167,7 @@ class ToolSource(Source):
             raise AmbiguousError(
                 replace(f, choices=choices or f.choices) for f in error.findings
             ) from None
-        return Reading(reading.adapter, reading.packing, (*self.told, *reading.evidence))
+        return replace(reading, evidence=(*self.told, *reading.evidence))
 
     def writer(self, known: Known, to: Layout) -> Writer:
         """What writes the result in the dialect that it was opened by."""

@@ -46,7 +46,6 @@ def language_addend(
     target = base.layout or base.any_layout
     here, known, evidence = source_layout(opened, Layout(target), base.model, given.layout, foreign)
     before = opened.deltas(known, here)
-    opened.check_complete(before.headers.groups, before.side)
     check_biases(before)
     addend = Addend(
         str(opening.src),

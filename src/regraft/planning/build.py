@@ -24,7 +24,7 @@ from regraft.equation.sizes import (
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, distinct_rows
-from regraft.planning.families import Claim, Family, Guess, Sources
+from regraft.planning.families import Claim, Family, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
@@ -52,15 +52,15 @@ def build_plan(
     scopes: Mapping[str, Scope] | None = None,
     partial: bool = False,
     mixed: bool = False,
-    guess: Guess | None = None,
+    all_seen: bool = False,
     where: str | None = None,
     unmatched_fix: Advice = unmatched_advice,
 ) -> Plan:
     """Plan the conversion of some tensors along some edges, which all lead to one layout.
 
     ``scopes`` gives each book's config; ``partial`` allows tensors to be absent (an adapter need not adapt
-    everything), then ``guess`` is asked for sizes that only the absent ones would tell; ``where`` names the file
-    in messages, ``unmatched_fix`` what to do about keys that nothing explains.
+    everything), and ``all_seen`` says that of every stack whose size nothing tells the last one is there; ``where``
+    names the file in messages, ``unmatched_fix`` what to do about keys that nothing explains.
 
     Raises ``UnmatchedKeysError`` where only unexplained keys are wrong, ``RefusedError`` where all is well but for
     keys that the target has no place for, otherwise ``BadInputError``.
@@ -70,7 +70,7 @@ def build_plan(
         tuple(edges),
         scopes or {},
         partial=partial,
-        guess=guess,
+        all_seen=all_seen,
         where=where,
         unmatched_fix=unmatched_fix,
     )
@@ -86,7 +86,7 @@ class _Builder:
         scopes: Mapping[str, Scope],
         *,
         partial: bool,
-        guess: Guess | None,
+        all_seen: bool,
         where: str | None,
         unmatched_fix: Advice,
     ) -> None:
@@ -94,7 +94,7 @@ class _Builder:
         self.headers, self.edges = headers, edges
         self.books = tuple(edge.book for edge in edges)
         self.scopes, self.where = scopes, where
-        self.sources = Sources(headers, partial=partial, guess=guess, where=where)
+        self.sources = Sources(headers, partial=partial, all_seen=all_seen, where=where)
         self.unmatched: list[Finding] = []
         self.refused: list[Finding] = []
         count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
@@ -490,7 +490,7 @@ def _others(group: Group) -> str:
     return f" (and {len(group) - 1} more)" if len(group) > 1 else ""
 
 
-__all__ = ["Guess", "build_plan"]
+__all__ = ["build_plan"]
 
 
 def _layers(hole: Expr, numbers: Ints) -> Ints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,6 @@ from regraft.rules.direction import Direction
 from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import Match, match_group, write_group
 from regraft.values import replace
-
-Guess = Callable[[Rule, str, int], int | None]
-"""How many values a stacked index has where nothing else says so: rule, axis, and how many were seen."""
 
 
 class Claim(Struct, frozen=True, eq=False):
@@ -70,9 +67,9 @@ class Sources:
     """The tensors that a plan reads, their shapes as codes, and what is wrong with them."""
 
     def __init__(
-        self, headers: Headers, *, partial: bool, guess: Guess | None, where: str | None
+        self, headers: Headers, *, partial: bool, all_seen: bool, where: str | None
     ) -> None:
-        self.headers, self.partial, self.guess, self.where = headers, partial, guess, where
+        self.headers, self.partial, self.all_seen, self.where = headers, partial, all_seen, where
         self.findings: list[Finding] = []
         codes = {shape: code for code, shape in enumerate(dict.fromkeys(headers.shapes))}
         self.shape_code = np.array([codes[shape] for shape in headers.shapes], dtype=np.int64)
@@ -252,13 +249,10 @@ class Family:
             for holes, counts_here in zip(self.holes, seen, strict=True):
                 for hole, found in zip(holes, counts_here, strict=True):
                     if found and unknown & set(axes_of(hole)):
-                        number: int | None = found
-                        if self.sources.partial:
-                            guess = self.sources.guess
-                            most = self.most.get(hole, found)
-                            number = guess(self.rule, next(axes_of(hole)), most) if guess else None
-                        if number is not None:
-                            counts.append((hole, number))
+                        if not self.sources.partial:
+                            counts.append((hole, found))
+                        elif self.sources.all_seen:
+                            counts.append((hole, self.most.get(hole, found)))
             most_of: dict[Expr, int] = {}
             for hole, number in counts:
                 most_of[hole] = max(most_of.get(hole, 0), number)

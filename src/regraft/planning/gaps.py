@@ -11,7 +11,6 @@ from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import axes_of
 from regraft.equation.sizes import evaluate
 from regraft.names.keys import Group, Ints, distinct_rows
-from regraft.planning.families import Guess
 from regraft.planning.model import Scope
 from regraft.planning.plan import keys_of
 from regraft.planning.side import Side
@@ -20,11 +19,11 @@ from regraft.rules.templates import match_group
 from regraft.rules.terms import RuleTerm
 
 
-def gaps_in(groups: Iterable[Group], side: Side, guess: Guess) -> Iterator[Group]:
+def gaps_in(groups: Iterable[Group], side: Side, *, all_seen: bool) -> Iterator[Group]:
     """The keys that are not there of stacks that are there in part, by kind; their ``ids`` mean nothing.
 
     Whatever the keys are converted to, and if to nothing at all: a list of experts has a gap or it has none.
-    ``guess`` is asked how many there are where the base's config does not say it.
+    Where the base's config does not say how many there are, it is told where ``all_seen``: the last one is there.
 
     Example: of ``layers.0.experts.{0,2}.w1`` and ``layers.1.experts.{0..2}.w1`` the gap is ``layers.0.experts.1.w1``.
     """
@@ -37,7 +36,7 @@ def gaps_in(groups: Iterable[Group], side: Side, guess: Guess) -> Iterator[Group
     for each in stacks:
         rule = each.term.rule
         sizes = [
-            _told_size(rule, axis, each.scope) or guess(rule, axis, seen[rule, axis])
+            _told_size(rule, axis, each.scope) or (seen[rule, axis] if all_seen else None)
             for axis in each.axes
         ]
         known = [size for size in sizes if size is not None]

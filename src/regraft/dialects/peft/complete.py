@@ -9,10 +9,8 @@ from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group
-from regraft.planning.build import Guess
 from regraft.planning.gaps import gaps_in
 from regraft.planning.side import Side
-from regraft.rules.book import Rule
 
 
 def named_everywhere(config: Mapping[str, Any]) -> list[str] | None:
@@ -22,20 +20,12 @@ def named_everywhere(config: Mapping[str, Any]) -> list[str] | None:
     return entries if isinstance(entries, list) and not filtered else None
 
 
-def guess_count(config: Mapping[str, Any]) -> Guess:
-    """How many values an index has: as many as were seen, if the config would have named one more.
-
-    A config that names modules by leaf names adapts every expert there is, so the last one seen is the last.
-    """
+def names_all(config: Mapping[str, Any]) -> bool:
+    """Whether the last expert that was seen is the last: a config of leaf names adapts every one that there is."""
     entries = named_everywhere(config)
-    sure = entries is not None and not any(
+    return entries is not None and not any(
         part.isdigit() for entry in entries for part in entry.split(".")
     )
-
-    def guess(rule: Rule, axis: str, seen: int) -> int | None:
-        return seen if sure else None
-
-    return guess
 
 
 def check_complete(
@@ -52,7 +42,7 @@ def check_complete(
     if entries is None:
         return
     findings = []
-    for gap in gaps_in(groups, side, guess_count(config)):
+    for gap in gaps_in(groups, side, all_seen=names_all(config)):
         modules = [name.removesuffix(".weight") for name in gap.names()]
         lost = [module for module in modules if targets_module(entries, module)]
         if lost:

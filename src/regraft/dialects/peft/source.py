@@ -16,7 +16,7 @@ from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
 from regraft.adapters.protocol import Hints, Names, Reading, Writer
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.dialects.base import Found
-from regraft.dialects.peft.complete import check_complete, guess_count
+from regraft.dialects.peft.complete import check_complete, names_all
 from regraft.dialects.peft.config import patterns_of, targets_module
 from regraft.dialects.peft.config_check import check_fields
 from regraft.dialects.peft.family_config import lora_config
@@ -39,8 +39,7 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts.names import Layout, layout_of_packing
-from regraft.names.keys import Group, one_of_each
-from regraft.planning.families import Guess
+from regraft.names.keys import one_of_each
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.book import Shared
@@ -263,7 +262,19 @@ class Source:
         packing: str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Reading:
-        """The internal form. Raises ``BadInputError``, ``AmbiguousError``."""
+        """All of it in the internal form. Raises ``BadInputError``, ``AmbiguousError``."""
+        reading = self._deltas(side, packing, shapes)
+        adapted = reading.adapter.factors or reading.adapter.modules
+        assert adapted is not None
+        check_complete(adapted.headers.groups, side, self.config, self.where)
+        return replace(
+            reading, saved=self.saved(), unbound=self._unbound(), all_seen=names_all(self.config)
+        )
+
+    def _deltas(
+        self, side: Side, packing: str | None, shapes: Mapping[str, tuple[int, ...]] | None
+    ) -> Reading:
+        """What it adds to tensors of the base."""
         family = self.family
         if family is not None:
             shared = {name: x for name, x in self.tensors.items() if family.shares(name)}
@@ -305,23 +316,15 @@ class Source:
             )
         return saved_groups(self.scan().others)
 
-    def unbound(self) -> list[tuple[str, Array]]:
+    def _unbound(self) -> dict[str, Array]:
         """Tensors that belong to no module of the base, by their names."""
         tensors = list(self.tensors.values())
-        return [
-            (name, tensors[i])
+        return {
+            name: tensors[i]
             for o in self.scan().others
             if not o.prefix
             for name, i in zip(o.keys.names(), o.keys.ids.tolist(), strict=True)
-        ]
-
-    def guess(self) -> Guess:
-        """Sizes that only absent tensors would tell, where ``target_modules`` makes them sure."""
-        return guess_count(self.config)
-
-    def check_complete(self, adapted: Iterable[Group], side: Side) -> None:
-        """Raise ``BadInputError`` where ``target_modules`` promises what the file does not have."""
-        check_complete(adapted, side, self.config, self.where)
+        }
 
     def shown(self, item: Saved) -> tuple[str, str]:
         """The names of a saved tensor before and after, for reports."""
