@@ -133,10 +133,10 @@ class _Conversion(Struct, frozen=True, dict=True):
         """One of them. Raises what `convert_adapter` raises."""
         request = self.request
         asked, given = request.asked, request.given
-        ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         # What its files are now, to be compared when the result is written.
         stamps = tuple(map(Stamp.of, self.opening.files(folder)))
         opened = self.opening.open(folder)
+        ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:
             with only_image_family(_family_of(request.model)):

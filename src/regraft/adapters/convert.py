@@ -23,7 +23,15 @@ from regraft.adapters.form import Adapter, Array, Blob, Factors, Images, Lora, S
 from regraft.adapters.ladder import Carried, Ladder, unmoved_images
 from regraft.adapters.move import images
 from regraft.adapters.protocol import Into, Opened, Reading, Writer
-from regraft.adapters.provenance import KEY, Asked, KeptTable, Origin, digest_all, write_remembered
+from regraft.adapters.provenance import (
+    KEY,
+    Asked,
+    KeptTable,
+    Origin,
+    digest_all,
+    read_remembered,
+    write_remembered,
+)
 from regraft.adapters.ranks import Options, compact, make_uniform, tighten
 from regraft.adapters.roundtrip import (
     Returned,
@@ -506,35 +514,11 @@ def modules_after(carried: Carried, plan: Plan) -> TunedModules:
 class _Adjusted(Struct, frozen=True, eq=False):
     """What is to be written, after what only the base's weights or an option can change."""
 
+    writer: Writer
     made: list[Images]
     saved: list[Saved]
     kept: Kept
     entries: list[str]
-    notes: list[str]
-
-
-def _use_base(
-    opened: Opened,
-    known: Known,
-    target: str,
-    writer: Writer,
-    made: Sequence[Images],
-    saved: Sequence[Saved],
-) -> _Adjusted:
-    """Add what only the base's own weights can supply."""
-    base = BaseWeights.of(known, target)
-    entries = list(writer.entries(saved))
-    images_left, tensors, kept = keep_uncalled(
-        made, saved, known, target, base, writer, opened.where
-    )
-    tensors = fill_saved(tensors, entries, known, target, base, kept, writer, opened.where)
-    notes = []
-    if kept.entries:
-        notes.append(
-            f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
-            f"place ({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
-        )
-    return _Adjusted(images_left, tensors, kept, [*entries, *kept.entries], notes)
 
 
 def _change_ranks(options: Options, made: Sequence[Images]) -> tuple[bool, list[str]]:
@@ -595,6 +579,20 @@ class _Conversion:
         if self.into is not None:
             return self.into.dialect.writer(opened, self.known, self.to)
         return opened.writer(self.known, self.to)
+
+    def use_base(self, opened: Opened, made: Sequence[Images], saved: Sequence[Saved]) -> _Adjusted:
+        """Add what only the base's own weights can supply."""
+        known, target, where = self.known, self.to.name, opened.where
+        writer, base = self.writer(opened), BaseWeights.of(known, target)
+        entries = list(writer.entries(saved))
+        left, tensors, kept = keep_uncalled(made, saved, known, target, base, writer, where)
+        tensors = fill_saved(tensors, entries, known, target, base, kept, writer, where)
+        if kept.entries:
+            self.notes.append(
+                f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
+                f"place ({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
+            )
+        return _Adjusted(writer, left, tensors, kept, [*entries, *kept.entries])
 
     def plan(self, adapter: Adapter, number: int) -> Plan:
         """A step of the way."""
@@ -691,7 +689,9 @@ class _LoraConversion(_Conversion):
         source, returned = self.opened, Returned({})
         record = Record()
         if self.returns:
-            record = source.provenance().record(rslora=bool(source.config.get("use_rslora")))
+            record = read_remembered(source.metadata).record(
+                rslora=bool(source.config.get("use_rslora"))
+            )
             self.opened, returned = take_back(
                 source, BaseWeights.of(self.known, self.identity.layout)
             )
@@ -705,9 +705,7 @@ class _LoraConversion(_Conversion):
         direct = len(self.steps) < 2
         if not direct:
             record = Record()
-        writer = self.writer(opened)
-        done = _use_base(opened, self.known, self.to.name, writer, made, moved)
-        self.notes += done.notes
+        done = self.use_base(opened, made, moved)
         made, kept = done.made, done.kept
         via = self.options.via
         errors = tighten(made, via) if via is not None and via != "dense" else {}
@@ -715,13 +713,15 @@ class _LoraConversion(_Conversion):
         self.notes += notes
         if changed or errors:
             record = Record()
-        blob = writer.write_lora(made, done.saved, done.entries, returned.tensors, returned.written)
+        blob = done.writer.write_lora(
+            made, done.saved, done.entries, returned.tensors, returned.written
+        )
         self.check_left(kept, blob, returned)
         if not changed and not errors and self.into is None and direct:
             self.keep_bits(made, factors, kept, blob)
         if self.returns:
             put_back(blob, source)
-        self.notes += writer.notes(blob, made)
+        self.notes += blob.notes
         self.note_scales(made)
         rung = "svd" if errors else "family"
         self.report.targets = _targets(blob.written, made, plan, rung, errors)
@@ -827,10 +827,8 @@ class _FamilyConversion(_Conversion):
         """The family in its own form."""
         opened = self.opened
         self.notes += opened.warnings(self.to.name)
-        writer = self.writer(opened)
-        done = _use_base(opened, self.known, self.to.name, writer, [], moved)
-        self.notes += done.notes
-        blob, checked = writer.write_family(
+        done = self.use_base(opened, [], moved)
+        blob, checked = done.writer.write_family(
             carried, plan, modules, ladder.family, done.saved, done.entries
         )
         if not checked:
@@ -849,14 +847,12 @@ class _FamilyConversion(_Conversion):
         own = [item for item in moved if not family.shares(item.old)]
         made, plan, _ = self.move_factors(factors, Record(), first)
         plain = self.opened.as_lora()
-        writer = self.writer(plain)
-        done = _use_base(plain, self.known, self.to.name, writer, made, own)
-        self.notes += done.notes
+        done = self.use_base(plain, made, own)
         errors = tighten(done.made, self.options.via)
         _, notes = _change_ranks(self.options, done.made)
         self.notes += notes
-        blob = writer.write_lora(done.made, done.saved, done.entries, {}, ())
-        self.notes += writer.notes(blob, done.made)
+        blob = done.writer.write_lora(done.made, done.saved, done.entries, {}, ())
+        self.notes += blob.notes
         self.note_scales(done.made)
         rung = "svd" if errors else carried.rung
         self.report.targets = _targets(blob.written, done.made, plan, rung, errors)

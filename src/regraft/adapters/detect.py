@@ -319,7 +319,7 @@ def _ask(foreign: Foreign | None, names: Names, hints: Hints, model: ModelConfig
     """What the installed transformers knows of an adapter's base."""
     if foreign is None:
         return None
-    keys = [*hints.spelled, *base_names(names)]
+    keys = [*hints.spelled, *hints.remembered.names, *base_names(names)]
     classes = [*hints.classes, *model.architectures()]
     return foreign.book(model, keys, {}, classes, adapter=True, task=hints.task)
 
@@ -543,10 +543,10 @@ def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str)
             None, [f"its parts are of several layouts: {shown}"], by_names=True, mixed=told.mixed
         )
     known = told.possible or tuple(known_layouts())
-    if hints.layout in known:
-        layout = hints.layout
-        shown = f"its names are {layout}'s" if hints.by_form else f"regraft wrote it as {layout}"
-        return Detected(layout, [shown], possible=known)
+    form, wrote = hints.layout, hints.remembered.layout
+    if (form or wrote) in known:
+        shown = f"its names are {form}'s" if form else f"regraft wrote it as {wrote}"
+        return Detected(form or wrote, [shown], possible=known)
     # Names that a layout shares with another tool's are of the one in which adapters usually are.
     usual = tuple(name for name in known if any(book.adapters(name) for book in books))
     known = usual or known

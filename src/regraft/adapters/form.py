@@ -279,3 +279,5 @@ class Blob(Struct, frozen=True, eq=False):
     sidecar: dict[str, Array] = field(default_factory=dict)
     """Factors that the layout cannot hold, for a file beside the result."""
     written: tuple[Written, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""

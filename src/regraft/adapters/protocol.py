@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from msgspec import Struct
 
+from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.names.keys import Group
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from regraft.adapters.families.base import Family
     from regraft.adapters.form import Adapter, Array, Blob, Images, Saved, SavedGroup
     from regraft.adapters.ladder import Carried
-    from regraft.adapters.provenance import Remembered
     from regraft.adapters.tuned import TunedModules
     from regraft.layouts.names import Layout
     from regraft.planning.model import ModelConfig
@@ -78,13 +78,18 @@ class Hints(Struct, frozen=True):
     replicated: object = None
     """Ranges of layers that the base was built of, one after the other."""
     spelled: tuple[str, ...] = ()
-    """Names of base tensors as the adapter once had them."""
+    """Names of base tensors that something else has, which is of the same base."""
     layout: str | None = None
-    """The layout that regraft wrote it in, or that its file's form tells."""
-    by_form: bool = False
-    """Whether the form of the file tells the layout, and no record of regraft's."""
+    """The layout that the form of its file tells."""
     likely: tuple[str, str] | None = None
     """A layout that something else makes likely, and what."""
+    metadata: Mapping[str, str] = {}
+    """That of its file, where regraft may have written what it was made of."""
+
+    @property
+    def remembered(self) -> Remembered:
+        """What regraft wrote when it made the file; empty where it did not."""
+        return read_remembered(self.metadata)
 
 
 class Reading(Struct, frozen=True, eq=False):
@@ -165,10 +170,6 @@ class Opened(Protocol):
     @property
     def family(self) -> type[Family] | None:
         """The family; ``None`` for plain LoRA, and for what is bound to no module."""
-        ...
-
-    def provenance(self) -> Remembered:
-        """What regraft wrote into the metadata when it made this file; empty where it did not."""
         ...
 
     def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Opened:
@@ -327,7 +328,7 @@ class Writer(Protocol):
         returned: Mapping[str, Array],
         written: Sequence[Any],
     ) -> Blob:
-        """A plain LoRA; ``returned`` are factors that come back under the names they had."""
+        """A plain LoRA, with what is to be said of it; ``returned`` are factors that come back under their names."""
         ...
 
     def write_family(
@@ -340,8 +341,4 @@ class Writer(Protocol):
         entries: Sequence[str],
     ) -> tuple[Blob, bool]:
         """A family's modules; whether the config is one that was checked before."""
-        ...
-
-    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
-        """What the user should know of changes to the config."""
         ...

@@ -15,7 +15,7 @@ from msgspec import Struct
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.form import Array, Blob, Factors, Images, Lora, Written, delta
 from regraft.adapters.protocol import Opened
-from regraft.adapters.provenance import Asked, KeptModule, digest, digest_all
+from regraft.adapters.provenance import Asked, KeptModule, digest, digest_all, read_remembered
 from regraft.adapters.scale import Scale
 from regraft.adapters.uncalled import Kept
 from regraft.errors import RegraftError
@@ -43,7 +43,7 @@ class Returned(Struct, frozen=True, eq=False):
 
 def comes_back(opened: Opened, layout: str) -> bool:
     """Whether regraft made an adapter from one of the layout that it goes to now."""
-    return opened.provenance().source.layout == layout
+    return read_remembered(opened.metadata).source.layout == layout
 
 
 def restore(opened: Opened, again: Callable[[Opened, Asked], Converted]) -> tuple[Blob | None, str]:
@@ -52,7 +52,7 @@ def restore(opened: Opened, again: Callable[[Opened, Asked], Converted]) -> tupl
     What the metadata says is no proof: anybody can write it, and the file beside. So what is kept is converted
     ``again``, and has to give the tensors and the config that are there.
     """
-    remembered, sidecar = opened.provenance(), opened.sidecar
+    remembered, sidecar = read_remembered(opened.metadata), opened.sidecar
     before, kept = remembered.config_before(opened.config), remembered.kept
     if not kept.whole or before is None or not sidecar:
         return None, ""
@@ -79,7 +79,7 @@ def take_back(opened: AnyOpened, base: BaseWeights) -> tuple[AnyOpened, Returned
     What was changed since (its digest differs), and what the base's weights do not confirm, is left as it is: a saved
     sum of base and delta means the same as the LoRA that was kept aside.
     """
-    table, spelling = opened.provenance().kept, opened.spelling
+    table, spelling = read_remembered(opened.metadata).kept, opened.spelling
     tensors, sidecar = opened.tensors, opened.sidecar
     drop: set[str] = set()
     factors: dict[str, Array] = {}
@@ -209,7 +209,7 @@ def put_back(blob: Blob, source: Opened) -> None:
     They mean what they did only under the config that they had: with another alpha or packing the same numbers are
     another delta.
     """
-    remembered, sidecar = source.provenance(), source.sidecar
+    remembered, sidecar = read_remembered(source.metadata), source.sidecar
     if not remembered.kept.changed or remembered.config_before(source.config) != blob.config:
         return
     if digest_all(source.tensors) != remembered.kept.changed:

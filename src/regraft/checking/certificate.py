@@ -286,7 +286,7 @@ def _layouts(
 ) -> tuple[Known, tuple[str, str]]:
     names = [source.names() for source in (one, other)]
     hints = one.hints()
-    spelled = (*base_names(names[1]), *hints.spelled, *other.hints().spelled)
+    spelled = (*base_names(names[1]), *other.hints().remembered.names)
     known = find_books(names[0], replace(hints, spelled=spelled), model, one.where, foreign)
     found = [
         detect_layout(each, source.hints(), known.books, source.where)

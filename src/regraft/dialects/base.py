@@ -33,7 +33,6 @@ from regraft.adapters.form import (
 )
 from regraft.adapters.form import SavedGroup as SavedGroup
 from regraft.adapters.protocol import Hints, Names, Opened, Reading, Spelling, Writer
-from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.ranks import make_uniform
 from regraft.adapters.scale import is_finite
 from regraft.dialects.registry import Evidence, dialect_of, dialects, sniffed
@@ -210,10 +209,6 @@ class PlainFile(Struct):
         """Plain LoRA."""
         return None
 
-    def provenance(self) -> Remembered:
-        """What regraft wrote into the metadata."""
-        return read_remembered(self.metadata)
-
     def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Self:
         """Plain LoRA stands in for nothing. Raises ``BadInputError``."""
         message = "a file of this form stands in for no other adapter"
@@ -228,13 +223,7 @@ class PlainFile(Struct):
 
     def hints(self) -> Hints:
         """What the file says of the base."""
-        remembered = self.provenance()
-        return replace(
-            self.said,
-            layout=self.said.layout or remembered.layout or None,
-            by_form=self.said.layout is not None,
-            spelled=tuple(remembered.names),
-        )
+        return replace(self.said, metadata=self.metadata)
 
     def stands_alone(self, model: ModelConfig | None) -> bool:
         """Every layout may change it."""
@@ -462,8 +451,9 @@ class PlainWriter:
         self.check(deltas, saved)
         self.narrow_doubles(deltas)
         blob = self.blob(deltas, saved)
+        notes = tuple(self.notes(blob, made))
         tensors = {**blob.tensors, **returned}
-        return replace(blob, tensors=tensors, written=(*written_of(deltas), *written))
+        return replace(blob, tensors=tensors, written=(*written_of(deltas), *written), notes=notes)
 
     def write_family(
         self,

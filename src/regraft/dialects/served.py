@@ -214,7 +214,8 @@ class ServedWriter(PlainWriter):
         self.pieces = pieces = self.split(made)
         self.complete(pieces)
         blob = self.put(pieces, returned, written)
-        return self.put_saved(blob, saved) if saved else blob
+        blob = self.put_saved(blob, saved) if saved else blob
+        return replace(blob, notes=tuple(self.notes(blob, made)))
 
     def put_saved(self, blob: Blob, saved: Sequence[Saved]) -> Blob:
         """Add saved tensors that can be written."""

@@ -39,6 +39,7 @@ from regraft.dialects.tool_files import (
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
 from regraft.storage.json_files import folder_with_config, load_json
+from regraft.values import replace
 
 FLAT, RECORD, FIXED = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
 RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"
@@ -226,13 +227,8 @@ class UnslothWriter(PeftWriter, frozen=True):
         named = {name: n for name, n in experts.items() if name in (INNER, OUTER)}
         if named:
             config |= {FLAT: RANK_MAJOR, RECORD: record_of(named)}
-        return Blob(
-            config,
-            blob.tensors,
-            {**blob.metadata, WRITTEN_BY: "unsloth"},
-            blob.sidecar,
-            blob.written,
-        )
+        metadata = {**blob.metadata, WRITTEN_BY: "unsloth"}
+        return replace(blob, config=config, metadata=metadata)
 
 
 def record_of(experts: Mapping[str, int]) -> dict[str, Any]:

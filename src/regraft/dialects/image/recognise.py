@@ -5,14 +5,13 @@ Every adapter's folder is asked, and few are of these models, so what takes the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import BadInputError
 from regraft.storage.header import Header, first_names, read_header
-from regraft.storage.json_files import load_json
 
 if TYPE_CHECKING:
     from regraft.dialects.image.grouping import Grouped, ModuleTensors
@@ -159,13 +158,13 @@ def weights_in(src: Path) -> Path | None:
     return path if _is_of_a_denoiser(header.tensors, said=library is not None) else None
 
 
-def config_beside(path: Path) -> dict[str, Any] | None:
+def config_beside(path: Path) -> Mapping[str, Any] | None:
     """PEFT's config in the folder of a weights file; ``None`` where there is none."""
-    try:
-        data = load_json(path.parent / CONFIG)
-    except BadInputError:
-        return None
-    return data if isinstance(data.get("peft_type"), str) else None
+    from regraft.dialects.tool_files import look_at
+
+    look = look_at(path)
+    config = look.config if look is not None else None
+    return config if config is not None and isinstance(config.get("peft_type"), str) else None
 
 
 def _is_elsewhere(name: str) -> bool:

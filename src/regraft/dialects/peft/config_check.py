@@ -89,8 +89,7 @@ def check_fields(config: Mapping[str, Any], where: str) -> list[Finding]:
     """
     peft_type = config.get("peft_type")
     findings = []
-    known = PEFT_TYPES.union(*(family.types for family in added_families()))
-    if not isinstance(peft_type, str) or peft_type not in known:
+    if not isinstance(peft_type, str) or not _is_known(peft_type):
         findings.append(
             Finding(
                 "peft-type",
@@ -104,6 +103,10 @@ def check_fields(config: Mapping[str, Any], where: str) -> list[Finding]:
         message = f"expected {expected}, found {_shown(config.get(key))}"
         findings.append(Finding("config", message, where=where, key=key, fix=_AGAIN))
     return findings
+
+
+def _is_known(peft_type: str) -> bool:
+    return peft_type in PEFT_TYPES or any(peft_type in each.types for each in added_families())
 
 
 def _problems(config: Mapping[str, Any], peft_type: str) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from regraft.adapters.families.lora_variants import changes_base
 from regraft.adapters.form import Array, Factors
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Names, Opened
+from regraft.adapters.provenance import read_remembered
 from regraft.dialects.base import Dialect
 from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, find_source
@@ -254,6 +255,9 @@ def _inspect_other(
     elif hints.layout is not None:
         result.layouts = [hints.layout]
         result.evidence.append(f"layout: {hints.layout} (the form of the file)")
+    elif hints.remembered.layout:
+        result.layouts = [hints.remembered.layout]
+        result.evidence.append(f"layout: {hints.remembered.layout} (regraft wrote it)")
     here = known.books if known is not None else ()
     scopes = known.scopes if known is not None else {}
     side = Side(here, result.layout or next((book.left for book in here), ""), scopes)
@@ -311,8 +315,9 @@ def inspect_adapter(
         _note_idle(scan, tensors, result)
     if source.family is not None and not result.problems:
         _read_family(source, known, result)
-    if source.provenance().layout:
-        result.notes.append(f"regraft wrote it, from {source.provenance().source.layout}")
+    remembered = read_remembered(source.metadata)
+    if remembered.layout:
+        result.notes.append(f"regraft wrote it, from {remembered.source.layout}")
     return result
 
 

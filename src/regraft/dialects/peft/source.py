@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from msgspec import Struct
+
 from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import Family
 from regraft.adapters.families.table import family_of
 from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
 from regraft.adapters.protocol import Hints, Names, Reading, Writer
-from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.dialects.base import Found
 from regraft.dialects.peft.complete import check_complete, names_all
 from regraft.dialects.peft.config import patterns_of, targets_module
@@ -142,10 +143,6 @@ class Source:
         """Whether it is a LoRA and nothing more."""
         return self.peft_type == "LORA" and self.family is None
 
-    def provenance(self) -> Remembered:
-        """What regraft wrote into the metadata when it made this file; empty where it did not."""
-        return read_remembered(self.metadata)
-
     def before(self, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Source:
         """The adapter that this one says that it was made of. Raises ``BadInputError``."""
         made = Source(self.name, self.where, dict(config), tensors)
@@ -179,7 +176,7 @@ class Source:
 
     def hints(self) -> Hints:
         """What its config and metadata say of the base."""
-        hints = hints_of(self.config, self.provenance())
+        hints = hints_of(self.config, self.metadata)
         beside = Path(self.where) / "config.json"
         if folder_with_config(hints.base) is None and beside.is_file():
             return replace(
@@ -410,8 +407,8 @@ def names_of_scan(scan: Scan) -> Names:
     )
 
 
-def hints_of(config: Mapping[str, Any], remembered: Remembered) -> Hints:
-    """What ``adapter_config.json`` and regraft's own record say of the base."""
+def hints_of(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Hints:
+    """What ``adapter_config.json`` and the metadata say of the base."""
     mapping = config.get("auto_mapping")
     mapping = mapping if isinstance(mapping, Mapping) else {}
     library, named = mapping.get("parent_library"), mapping.get("base_model_class")
@@ -430,9 +427,8 @@ def hints_of(config: Mapping[str, Any], remembered: Remembered) -> Hints:
         task=task if isinstance(task, str) else None,
         base=base if isinstance(base, str) else None,
         replicated=config.get("layer_replication"),
-        spelled=tuple(remembered.names),
-        layout=remembered.layout or None,
         likely=likely,
+        metadata=metadata,
     )
 
 
@@ -573,59 +569,15 @@ def open_adapter(
 
     Raises ``BadInputError``; ``RefusedError`` where it is sound, but in another tool's form.
     """
-    start_file(str(folder / CONFIG))
-    findings: list[Finding] = []
-    config: dict[str, Any] = {}
-    try:
-        config = load_json(folder / CONFIG)
-        findings += check_fields(config, str(folder / CONFIG))
-    except RegraftError as error:
-        findings += error.findings
-    tensors: Mapping[str, Array] = {}
-    aside: dict[str, Array] = {}
-    metadata: dict[str, str] = {}
-    file = weights
-    if file is None:
-        file = next((p for p in (folder / WEIGHTS, folder / WEIGHTS_BIN) if p.is_file()), None)
-    try:
-        if file is None:
-            findings.append(
-                Finding(
-                    "no-weights",
-                    f"the weights are missing: there is neither {WEIGHTS} nor {WEIGHTS_BIN}",
-                    where=str(folder),
-                    fix="copy the weights file here, or save the adapter again",
-                )
-            )
-        elif file.suffix == ".bin":
-            from regraft.storage.torch_file import open_torch
-
-            tensors = open_torch(file)
-        elif by_tensor:
-            tensors = TensorFile(file)
-            metadata = dict(tensors.header.metadata)
-        else:
-            header = read_header(file)
-            metadata = dict(header.metadata)
-            tensors = open_tensors(file, header)
-        if file is not None and not tensors:
-            findings.append(
-                Finding(
-                    "empty",
-                    "the adapter is empty: its weights file has no tensors",
-                    where=str(file),
-                    fix="save the adapter again; a sharded (ZeRO, FSDP) state must be gathered first",
-                )
-            )
-        if (folder / ASIDE).is_file():
-            aside = open_tensors(folder / ASIDE)
-    except RegraftError as error:
-        findings += error.findings
+    files = _read_files(folder, weights, by_tensor=by_tensor)
+    config, tensors = files.config, files.tensors
+    findings = check_fields(config, str(folder / CONFIG)) if config is not None else []
+    findings += files.findings
     few = one_of_each(tensors)
-    findings += _check_names(tensors, few, str(file))
+    findings += _check_names(tensors, few, str(files.weights))
     if not findings:
-        findings += _find_slow(config, tensors)
-    if findings:
+        findings += _find_slow(config or {}, tensors)
+    if findings or config is None:
         raise BadInputError(findings)
     dialect = None if foreign else find_dialect(config, few, tensors, folder)
     if dialect is not None:
@@ -638,4 +590,67 @@ def open_adapter(
     config, tensors, told = unmerged(config, tensors, str(folder))
     name = str(folder.relative_to(root))
     name = "" if name == "." else name
-    return Source(name, str(folder), config, tensors, metadata, file, aside, stripped, told)
+    metadata, aside = files.metadata, files.aside
+    return Source(
+        name, str(folder), config, tensors, metadata, files.weights, aside, stripped, told
+    )
+
+
+class _Files(Struct):
+    """What an adapter's files hold, as far as they can be read."""
+
+    weights: Path | None
+    findings: list[Finding]
+    """What is wrong with the files themselves."""
+    config: dict[str, Any] | None = None
+    tensors: Mapping[str, Array] = {}
+    metadata: dict[str, str] = {}
+    aside: dict[str, Array] = {}
+
+
+def _read_files(folder: Path, weights: Path | None, *, by_tensor: bool) -> _Files:
+    """Read config and weights; tensors are views, or, with ``by_tensor``, are read one by one."""
+    file = weights
+    if file is None:
+        file = next((p for p in (folder / WEIGHTS, folder / WEIGHTS_BIN) if p.is_file()), None)
+    read = _Files(file, [])
+    start_file(str(folder / CONFIG))
+    try:
+        read.config = load_json(folder / CONFIG)
+    except RegraftError as error:
+        read.findings += error.findings
+    try:
+        if file is None:
+            read.findings.append(
+                Finding(
+                    "no-weights",
+                    f"the weights are missing: there is neither {WEIGHTS} nor {WEIGHTS_BIN}",
+                    where=str(folder),
+                    fix="copy the weights file here, or save the adapter again",
+                )
+            )
+        elif file.suffix == ".bin":
+            from regraft.storage.torch_file import open_torch
+
+            read.tensors = open_torch(file)
+        elif by_tensor:
+            read.tensors = by_name = TensorFile(file)
+            read.metadata = dict(by_name.header.metadata)
+        else:
+            header = read_header(file)
+            read.metadata = dict(header.metadata)
+            read.tensors = open_tensors(file, header)
+        if file is not None and not read.tensors:
+            read.findings.append(
+                Finding(
+                    "empty",
+                    "the adapter is empty: its weights file has no tensors",
+                    where=str(file),
+                    fix="save the adapter again; a sharded (ZeRO, FSDP) state must be gathered first",
+                )
+            )
+        if (folder / ASIDE).is_file():
+            read.aside = open_tensors(folder / ASIDE)
+    except RegraftError as error:
+        read.findings += error.findings
+    return read

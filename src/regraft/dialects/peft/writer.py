@@ -13,6 +13,7 @@ from regraft.adapters.detect import Known
 from regraft.adapters.families.base import Family
 from regraft.adapters.form import Array, Blob, Images, Saved, Written
 from regraft.adapters.ladder import Carried, sources_of
+from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.tuned import TunedModules
 from regraft.dialects.peft.config_before import (
     is_sound,
@@ -58,12 +59,16 @@ class PeftWriter(Struct, frozen=True, dict=True):
     def packing(self) -> str:
         """How stacked experts are to be packed: as asked for, as they came, or as is usual."""
         if self.to.packing is None and self._comes_back:
-            return self.source.provenance().source.packing or self.to.usual_packing
+            return self._remembered.source.packing or self.to.usual_packing
         return self.to.usual_packing
+
+    @cached_property
+    def _remembered(self) -> Remembered:
+        return read_remembered(self.source.metadata)
 
     @property
     def _comes_back(self) -> bool:
-        return self.source.provenance().source.layout == self.to.name
+        return self._remembered.source.layout == self.to.name
 
     def holds(self, family: Family) -> bool:
         """What PEFT has."""
@@ -115,7 +120,8 @@ class PeftWriter(Struct, frozen=True, dict=True):
             result.wrappers[item.module] = 1
         config = self._lora_config(result, saved, entries)
         result.tensors.update(write_saved(saved, result.wrappers))
-        return Blob(config, result.tensors, written=tuple(result.written))
+        written, notes = tuple(result.written), self._notes(config)
+        return Blob(config, result.tensors, written=written, notes=tuple(notes))
 
     def _lora_config(
         self, result: Result, saved: Sequence[Saved], entries: Sequence[str]
@@ -172,7 +178,7 @@ class PeftWriter(Struct, frozen=True, dict=True):
         self, result: Result, config: Mapping[str, Any], saved: Sequence[Saved]
     ) -> dict[str, Any] | None:
         """The config that this adapter had in the target layout, where it says the truth of the result."""
-        remembered = self.source.provenance()
+        remembered = self._remembered
         if not self._comes_back or remembered.source.packing not in (None, self.packing):
             return None
         before = remembered.config_before(self.source.config)
@@ -222,7 +228,7 @@ class PeftWriter(Struct, frozen=True, dict=True):
         config: Mapping[str, Any],
         saved: Sequence[Saved],
     ) -> dict[str, Any] | None:
-        remembered = self.source.provenance()
+        remembered = self._remembered
         before = remembered.config_before(self.source.config) if self._comes_back else None
         own = {name for pair in family.fields.items() for name in pair if name is not None}
         if before is None or carried.moved or not is_sound(before, config, own):
@@ -234,12 +240,11 @@ class PeftWriter(Struct, frozen=True, dict=True):
         targeted = targets_all(before, ((path, "") for path in parts))
         return before if targeted and saves_the_same(before, config, saved) else None
 
-    def notes(self, blob: Blob, made: Sequence[Images]) -> list[str]:
+    def _notes(self, after: Mapping[str, Any]) -> list[str]:
         """What the user should know of changes to the config."""
         if self.fresh:
             return []
-        before, after = self.source.config, blob.config
-        notes = []
+        before, notes = self.source.config, []
         if before.get("lora_dropout") and not after.get("lora_dropout"):
             notes.append(
                 f"lora_dropout {before['lora_dropout']} became 0: PEFT takes no dropout on target_parameters "
