@@ -119,7 +119,10 @@ class _Conversion(Struct, frozen=True, dict=True):
                 failed.append(error)
                 continue
             if not one.result.report.copied or not asked.dry_run:
-                _note_values(one)
+                one.result.report.notes += [
+                    f"{name} holds {count} values that are NaN or infinite; they were kept"
+                    for name, count in not_finite(one.opened.tensors).items()
+                ]
             if budget is not None:
                 self.certify(one, budget)
             moved.append(one)
@@ -135,18 +138,18 @@ class _Conversion(Struct, frozen=True, dict=True):
         asked, given = request.asked, request.given
         # What its files are now, to be compared when the result is written.
         stamps = tuple(map(Stamp.of, self.opening.files(folder)))
-        opened = self.opening.open(folder)
+        opened, base = self.opening.open(folder), self.base
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
             return _Moved(opened, result, stamps, by_itself=True)
-        opened, note = at_home(opened, self.base, request.foreign)
+        opened, note = at_home(opened, base, request.foreign)
         result = convert_adapter(
             opened,
             request.to,
-            self.base,
+            base,
             given.layout,
             ranks,
             request.foreign,
@@ -317,13 +320,6 @@ def _note_company(report: Report, results: list[Converted]) -> None:
         report.adapters[0].notes.append(
             "these adapters name different target_parameters: load each on a model of its own, because PEFT "
             "does not hold two such adapters on one model"
-        )
-
-
-def _note_values(moved: _Moved) -> None:
-    for name, count in not_finite(moved.opened.tensors).items():
-        moved.result.report.notes.append(
-            f"{name} holds {count} values that are NaN or infinite; they were kept"
         )
 
 

@@ -24,7 +24,7 @@ from regraft.places import (
     traffic,
 )
 from regraft.report import PartReport, Report, log_report, logged
-from regraft.rules.book import Rules, own_rules
+from regraft.rules.book import Rules
 from regraft.sources import Resolved, resolved
 from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
@@ -200,7 +200,7 @@ def convert_with(
             report = _convert_adapters(found, dst, asked, progress)
         else:
             report = _convert_checkpoint(found, dst, asked, tell, progress)
-        report.own_rules = own_rules()
+        report.own_rules = list(found.own_rules)
         log_report(report)
         return report
 

@@ -24,7 +24,7 @@ from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts.names import Layout
 from regraft.places import adapter_of, check_there, locate, visiting
-from regraft.rules.book import Rules, only_books
+from regraft.rules.book import Rules, only_books, own_rules
 from regraft.rules.said import saying
 from regraft.storage.formats import is_run
 from regraft.values import replace
@@ -55,6 +55,8 @@ class Resolved(Struct, frozen=True):
     """``None`` where nothing was named."""
     beside: tuple[Path, ...] = ()
     """Other sources."""
+    own_rules: tuple[str, ...] = ()
+    """Where rule books are from that are not regraft's own."""
 
 
 @contextmanager
@@ -77,8 +79,10 @@ def resolved(
     """
     with ExitStack() as stack:
         told: list[RegraftError] = []
+        own: tuple[str, ...] = ()
         with _noted(told):
             stack.enter_context(only_books(rules))
+            own = tuple(own_rules())
         books = not told
         stack.enter_context(visiting())
         path, base, layout, given = Path(src), None, None, SourceName()
@@ -106,7 +110,7 @@ def resolved(
             raise BadInputError(finding for error in told for finding in error.findings)
         said = saying(architecture=architecture, family=given.family, via=given.via)
         stack.enter_context(said)
-        yield Resolved(path, adapter, given, base, layout, tuple(others))
+        yield Resolved(path, adapter, given, base, layout, tuple(others), own)
 
 
 @contextmanager

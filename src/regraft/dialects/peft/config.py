@@ -38,6 +38,13 @@ class LoraConfig:
         self.ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
         self.alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
 
+    @property
+    def common(self) -> Scale | None:
+        """The scale of every module; ``None`` where patterns give some of them another."""
+        if self.ranks or self.alphas:
+            return None
+        return Scale(self.data["r"], self.data["lora_alpha"], self.rslora)
+
     def scale(self, path: str) -> Scale:
         """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
         rank = self.ranks.find(path)

@@ -74,7 +74,9 @@ def _unsaved(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]
     said where they are read. Where the base's names are not at hand, nothing is said.
     """
     entries = source.config.get("modules_to_save") or []
-    modules = {path for name in base.names() for path in _paths(name)} if entries else ()
+    if not entries:
+        return
+    modules = {path for name in base.names() for path in _paths(name)}
     there = {
         spelled
         for group in (source.saved() if modules else ())

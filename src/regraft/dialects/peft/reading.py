@@ -191,8 +191,9 @@ class FactorReader:
 
     def _scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
         twice = 2 if pairs.attention == "out" else 1
-        if not self.lora.ranks and not self.lora.alphas:
-            return [self.lora.scale("").times(twice)] * len(keys)
+        common = self.lora.common
+        if common is not None:
+            return [common.times(twice)] * len(keys)
         entries = self.config.get("target_parameters")
         paths = pairs.owners()
         cache: dict[tuple[int, Any], Scale] = {}

@@ -571,9 +571,9 @@ def open_adapter(
     """
     files = _read_files(folder, weights, by_tensor=by_tensor)
     config, tensors = files.config, files.tensors
+    few = one_of_each(tensors)
     findings = check_fields(config, str(folder / CONFIG)) if config is not None else []
     findings += files.findings
-    few = one_of_each(tensors)
     findings += _check_names(tensors, few, str(files.weights))
     if not findings:
         findings += _find_slow(config or {}, tensors)

@@ -309,8 +309,8 @@ def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[
     if not written:
         return []
     lora = LoraConfig(config)
-    if not lora.ranks and not lora.alphas:
-        common = lora.scale("")
+    common = lora.common
+    if common is not None:
         return [
             w.path
             for w in written
