@@ -138,7 +138,7 @@ class _Conversion(Struct, frozen=True, dict=True):
         asked, given = request.asked, request.given
         # What its files are now, to be compared when the result is written.
         stamps = tuple(map(Stamp.of, self.opening.files(folder)))
-        opened, base = self.opening.open(folder), self.base
+        base, opened = self.base, self.opening.open(folder)
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:

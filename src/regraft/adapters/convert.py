@@ -326,6 +326,7 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
         reading = read(opened, identity, BaseWeights.of(known, layout))
         step = route_of(identity, target, opened.where).steps[0]
         plan_step(reading.adapter, identity, step, opened.where, all_seen=reading.all_seen)
+        reading.check_whole()
         move_rest(opened, reading, identity, target)
     except RefusedError:
         return None
@@ -387,15 +388,16 @@ def _check_readable(opened: Opened, identity: Identity) -> None:
         reading = read(opened, identity, BaseWeights.of(identity.known, identity.layout))
     except AmbiguousError:
         return
-    _check_unmoved(opened, reading.adapter, identity)
+    _check_unmoved(opened, reading, identity)
 
 
-def _check_unmoved(opened: Opened, adapter: Adapter, identity: Identity) -> None:
-    """Check that what stays in its layout fits the base, as what is planned does.
+def _check_unmoved(opened: Opened, reading: Reading, identity: Identity) -> None:
+    """Check what stays in its layout like what is planned: that it is whole, and that it fits the base.
 
     Sizes are compared as the rules that lead out of the layout do. Raises ``BadInputError``.
     """
-    known, side = identity.known, identity.side()
+    reading.check_whole()
+    known, side, adapter = identity.known, identity.side(), reading.adapter
     if known.model is None or not side.edges:
         return
     step = [edge for edge in side.edges if edge.target == side.edges[0].target]
@@ -558,8 +560,7 @@ class _Conversion:
         self.target = None if identity.layout == to.name and not identity.also else to.name
         """The layout to move to; ``None`` where nothing moves."""
         self.packing = identity.packing
-        self.all_seen = False
-        """The reading's."""
+        self.reading: Reading | None = None
         self.steps: tuple[tuple[Edge, ...], ...] = ()
         """The steps of the way; none where nothing moves."""
         self.report = _report(opened, to, identity)
@@ -596,8 +597,12 @@ class _Conversion:
 
     def plan(self, adapter: Adapter, number: int) -> Plan:
         """A step of the way."""
-        step, where = self.steps[number], self.opened.where
-        return plan_step(adapter, self.identity, step, where, all_seen=self.all_seen)
+        reading, step, where = self.reading, self.steps[number], self.opened.where
+        assert reading is not None
+        plan = plan_step(adapter, self.identity, step, where, all_seen=reading.all_seen)
+        if number == 0:
+            reading.check_whole()
+        return plan
 
     def move_factors(
         self, factors: Factors, record: Record, first: int = 0
@@ -619,12 +624,11 @@ class _Conversion:
 
     def read(self, base: BaseWeights) -> Reading:
         """All of the adapter; how it is packed is noted."""
-        reading = read(self.opened, self.identity, base)
+        self.reading = reading = read(self.opened, self.identity, base)
         self.packing = reading.packing or self.packing
-        self.all_seen = reading.all_seen
         self.report.evidence += reading.evidence
         if not self.steps:
-            _check_unmoved(self.opened, reading.adapter, self.identity)
+            _check_unmoved(self.opened, reading, self.identity)
         return reading
 
     def remember(

@@ -40,6 +40,7 @@ class Deltas:
         identity = Identity(known, layout, packing, ())
         self.side = identity.side()
         self.reading = reading = read(source, identity, self.base)
+        reading.check_whole()
         self.tuned, self.tuner = reading.adapter.modules, reading.adapter.family
         self.headers = reading.adapter.headers
         self.ids: dict[str, int] = {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from msgspec import Struct
 
 from regraft.adapters.provenance import Remembered, read_remembered
+from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group
 
 if TYPE_CHECKING:
@@ -106,6 +107,13 @@ class Reading(Struct, frozen=True, eq=False):
     """Tensors that belong to no module of the base, by their names."""
     all_seen: bool = False
     """Whether the last expert in it is the last of the base, where no config says how many there are."""
+    lost: tuple[Finding, ...] = ()
+    """What its config promises and it has not."""
+
+    def check_whole(self) -> None:
+        """Raise ``BadInputError`` where something of it was lost; what the base makes of it is said before."""
+        if self.lost:
+            raise BadInputError(self.lost)
 
 
 class Spelling(Protocol):
@@ -215,8 +223,7 @@ class Opened(Protocol):
     ) -> Reading:
         """All of it; ``shapes`` are those of base weights, where sizes are told by nothing else.
 
-        Raises ``BadInputError`` with everything that is wrong, with what its config promises and it has not among it,
-        ``AmbiguousError`` where a packing cannot be told.
+        Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where a packing cannot be told.
         """
         ...
 

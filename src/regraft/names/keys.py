@@ -193,14 +193,3 @@ def in_order(path: str) -> list[tuple[int, str]]:
     ['l.9.q', 'l.10.q']
     """
     return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
-
-
-def tail_of(path: str) -> str:
-    """What follows the last number of a path.
-
-    >>> tail_of("model.layers.0.mlp.experts.gate_up_proj")
-    'mlp.experts.gate_up_proj'
-    """
-    segments = path.split(".")
-    last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
-    return ".".join(segments[last + 1 :]) or path

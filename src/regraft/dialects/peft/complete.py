@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from regraft.dialects.peft.config import targets_module
 from regraft.dialects.peft.scan import PREFIX
-from regraft.errors import BadInputError, Finding
+from regraft.errors import Finding
 from regraft.names.keys import Group
 from regraft.planning.gaps import gaps_in
 from regraft.planning.side import Side
@@ -28,36 +28,27 @@ def names_all(config: Mapping[str, Any]) -> bool:
     )
 
 
-def check_complete(
+def find_lost(
     groups: Iterable[Group], side: Side, config: Mapping[str, Any], where: str
-) -> None:
+) -> Iterator[Finding]:
     """Where a listed name adapts every expert, an expert that is not in the file was lost.
 
     That is the file's fault, whatever is made of it; experts that no listed name speaks of are not adapted, and
     are zeros where a layout stacks them.
-
-    Raises ``BadInputError``.
     """
     entries = named_everywhere(config)
     if entries is None:
         return
-    findings = []
     for gap in gaps_in(groups, side, all_seen=names_all(config)):
         modules = [name.removesuffix(".weight") for name in gap.names()]
         lost = [module for module in modules if targets_module(entries, module)]
         if lost:
             more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-            findings.append(
-                Finding(
-                    "missing",
-                    "target_modules names it and the base model has it, but the file has no "
-                    f"factors for it{more}",
-                    where=where,
-                    key=PREFIX + lost[0],
-                    fix="check that --model is the base it was trained on, otherwise save it again; if "
-                    "it was left out on purpose, name the modules that are there one by one in "
-                    "target_modules",
-                )
+            yield Finding(
+                "missing",
+                f"target_modules names it and the base model has it, but the file has no factors for it{more}",
+                where=where,
+                key=PREFIX + lost[0],
+                fix="check that --model is the base it was trained on, otherwise save it again; if it was left out "
+                "on purpose, name the modules that are there one by one in target_modules",
             )
-    if findings:
-        raise BadInputError(findings)

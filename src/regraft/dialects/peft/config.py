@@ -37,11 +37,12 @@ class LoraConfig:
         self.rslora = bool(data.get("use_rslora"))
         self.ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
         self.alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
+        self.is_uniform = not self.ranks and not self.alphas
 
     @property
     def common(self) -> Scale | None:
         """The scale of every module; ``None`` where patterns give some of them another."""
-        if self.ranks or self.alphas:
+        if not self.is_uniform:
             return None
         return Scale(self.data["r"], self.data["lora_alpha"], self.rslora)
 
@@ -87,6 +88,17 @@ def targets_module(target_modules: str | Sequence[str] | None, path: str) -> boo
             return True
         return expression(target_modules, "target_modules").fullmatch(path) is not None
     return any(path == target or path.endswith("." + target) for target in target_modules)
+
+
+def tail_of(path: str) -> str:
+    """What follows the last number of a path: an entry that is the same in every layer.
+
+    >>> tail_of("model.layers.0.mlp.experts.gate_up_proj")
+    'mlp.experts.gate_up_proj'
+    """
+    segments = path.split(".")
+    last = next((i for i in range(len(segments) - 1, -1, -1) if segments[i].isdigit()), -1)
+    return ".".join(segments[last + 1 :]) or path
 
 
 def targets_parameter(target_parameters: Iterable[str] | None, name: str) -> bool:

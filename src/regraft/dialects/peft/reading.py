@@ -73,8 +73,9 @@ class FactorReader:
         dtypes: list[str] = []
         wrapped: dict[str, list[Pairs]] = {}
         for pairs in self.scan.pairs:
-            stacked = self._parameters(pairs.modules) or pairs.depth
-            if stacked and not pairs.attention:
+            listed = self.side.parameters(pairs.modules)
+            stacked = self._unlisted(pairs.modules) if listed is None else listed
+            if (stacked or pairs.depth) and not pairs.attention:
                 wrapped.setdefault(pairs.modules.template, []).append(pairs)
                 continue
             for part, as_parameter in self._split(pairs):
@@ -177,10 +178,12 @@ class FactorReader:
                 self.names[int(pairs.a[0])],
                 "use the config that was saved with these weights",
             )
-        scales = self._scales(pairs, keys)
+        scales = self._scales(pairs)
+        if pairs.attention == "out":
+            scales = [scale.times(2) for scale in scales]
         flat = any(x.ndim > 2 for x in a) and self.side.carried_kind(keys)
         stored = self._check_pairs(pairs, a, b, scales, flat or kind)
-        self._check_targets(pairs, keys)
+        self._check_targets(pairs)
         factors.a += a
         factors.b += b
         factors.scales += scales
@@ -189,18 +192,17 @@ class FactorReader:
         dtypes += map(dtype_name, map(_DTYPE, a))
         factors.kinds.append((keys, kind))
 
-    def _scales(self, pairs: Pairs, keys: Group) -> list[Scale]:
-        twice = 2 if pairs.attention == "out" else 1
+    def _scales(self, pairs: Pairs) -> list[Scale]:
         common = self.lora.common
         if common is not None:
-            return [common.times(twice)] * len(keys)
+            return [common] * len(pairs.a)
         entries = self.config.get("target_parameters")
         paths = pairs.owners()
         cache: dict[tuple[int, Any], Scale] = {}
         result = []
         for path in paths:
             name = path + ".weight" if targets_parameter(entries, path + ".weight") else path
-            scale = self.lora.scale(name).times(twice)
+            scale = self.lora.scale(name)
             result.append(cache.setdefault((scale.rank, scale.alpha), scale))
         return result
 
@@ -240,20 +242,20 @@ class FactorReader:
             "save the adapter unquantised",
         )
 
-    def _check_targets(self, pairs: Pairs, keys: Group) -> None:
+    def _check_targets(self, pairs: Pairs) -> None:
         if self.targeting.leaves_out:
             named = self.config.get("target_parameters")
             paths = [p for p in pairs.owners() if not targets_parameter(named, p + ".weight")]
             key = PREFIX + "{}." + ("lora_embedding_A" if pairs.embedding else "lora_A.weight")
             found = untargeted(paths, self.targeting, self.where, key)
             if found is not None:
-                self.targeted += len(keys)
+                self.targeted += len(pairs.a)
                 self.findings.append(found)
                 return
         modules = self.config.get("target_modules")
         parameters = self.config.get("target_parameters")
         if modules is None and not parameters:
-            self.targeted += len(keys)
+            self.targeted += len(pairs.a)
             if self.config.get("peft_type") == "LORA" and not self.untold:
                 self.untold = True
                 self.findings.append(
@@ -270,7 +272,7 @@ class FactorReader:
         if not isinstance(modules, str) and modules is not None:
             leaf = pairs.modules.template.rsplit(".", 1)[-1]
             if "\0" not in leaf and leaf in modules and not pairs.attention:
-                self.targeted += len(keys)
+                self.targeted += len(pairs.a)
                 return
         missing = None
         for path in pairs.owners():
@@ -306,8 +308,10 @@ class FactorReader:
                 ids = int(pairs.a[row]), int(pairs.b[row])
                 by_module.setdefault(numbers, {})[pairs.depth] = ids
         template = same[0].modules.template
-        names = self._parameters(same[0].modules) or ("weight",)
-        if len(names) > 1 and self.side.parameters(same[0].modules) is None:
+        listed = self.side.parameters(same[0].modules)
+        names = self._unlisted(same[0].modules) if listed is None else listed
+        names = names or ("weight",)
+        if len(names) > 1 and listed is None:
             path = same[0].modules.name(0)
             self.findings.append(untold_order(self.side, path, names, self.where))
             return
@@ -343,14 +347,11 @@ class FactorReader:
         for name, rows in found.items():
             self._add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
 
-    def _parameters(self, modules: Group) -> tuple[str, ...]:
-        """The parameters of modules that have their own: as a table says, or else the one that rules and config name.
+    def _unlisted(self, modules: Group) -> tuple[str, ...]:
+        """The parameters of modules that no table gives: those that rules and config name.
 
-        Several that no table gives are in no order that means something.
+        Several of them are in no order that means something.
         """
-        listed = self.side.parameters(modules)
-        if listed is not None:
-            return listed
         module = modules.name(0)
         names: dict[str, None] = {}
         for entry in self.config.get("target_parameters") or ():

@@ -13,8 +13,9 @@ from typing import Any
 from msgspec import Struct
 
 from regraft.adapters.form import Saved, SavedGroup
+from regraft.dialects.peft.config import tail_of
 from regraft.dialects.peft.scan import PREFIX, Others
-from regraft.names.keys import Group, tail_of
+from regraft.names.keys import Group
 from regraft.planning.side import Side
 
 TOKENS = ".token_adapter.trainable_tokens_delta"

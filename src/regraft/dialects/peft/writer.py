@@ -15,6 +15,7 @@ from regraft.adapters.form import Array, Blob, Images, Saved, Written
 from regraft.adapters.ladder import Carried, sources_of
 from regraft.adapters.provenance import Remembered, read_remembered
 from regraft.adapters.tuned import TunedModules
+from regraft.dialects.peft.config import tail_of
 from regraft.dialects.peft.config_before import (
     is_sound,
     saves_the_same,
@@ -33,7 +34,6 @@ from regraft.dialects.peft.writing import (
 )
 from regraft.errors import Finding, RegraftError
 from regraft.layouts.names import Layout
-from regraft.names.keys import tail_of
 from regraft.planning.plan import Plan
 from regraft.planning.side import Side
 

@@ -16,12 +16,12 @@ from msgspec import Struct, field
 from regraft.adapters.form import Array, Images, Lora, Written
 from regraft.adapters.scale import Scale
 from regraft.dialects.peft.attention import join_attentions
-from regraft.dialects.peft.config import LoraConfig, targets_module
+from regraft.dialects.peft.config import LoraConfig, tail_of, targets_module
 from regraft.dialects.peft.nesting import untold_order
 from regraft.dialects.peft.packing import BEFORE, SINCE, pack, swaps
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.names.keys import Group, fill_rows, group_names, in_order, tail_of
+from regraft.names.keys import Group, fill_rows, group_names, in_order
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
