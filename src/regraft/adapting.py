@@ -135,10 +135,10 @@ class _Conversion(Struct, frozen=True, dict=True):
     def move(self, folder: Path) -> _Moved:
         """One of them. Raises what `convert_adapter` raises."""
         request = self.request
-        asked, given = request.asked, request.given
+        asked, given, base = request.asked, request.given, self.base
         # What its files are now, to be compared when the result is written.
         stamps = tuple(map(Stamp.of, self.opening.files(folder)))
-        base, opened = self.base, self.opening.open(folder)
+        opened = self.opening.open(folder)
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:

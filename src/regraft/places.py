@@ -75,10 +75,10 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
     Raises ``BadInputError`` where there is nothing at an address.
     """
     address = address_of(path)
-    if not os.path.lexists(path) and (cached := find_cached(address or os.fspath(path))):
-        return _joined(cached)
-    if address is None:
-        address = _hub_address(path)
+    if not os.path.lexists(path):
+        if cached := find_cached(address or os.fspath(path)):
+            return _joined(cached)
+        address = address or _hub_address(path)
     if address is None:
         return _joined(adapter_of(Path(path)))
     if _OFFLINE.get() or (address.startswith("hf://") and is_offline()):
@@ -130,10 +130,9 @@ def check_there(*paths: Path, model: Path | None = None) -> None:
 
 
 def _hub_address(path: str | os.PathLike[str]) -> str | None:
-    """The address at the hub that an id names, where it names nothing on this machine and the hub may be asked."""
+    """The address at the hub that an id names, of which nothing is on this machine, where the hub may be asked."""
     text = os.fspath(path)
-    named = parse_id(text)
-    if named is None or os.path.lexists(path) or Path(text).parent.exists():
+    if parse_id(text) is None or Path(text).parent.exists():
         return None
     if _OFFLINE.get() or is_offline():
         return None
