@@ -195,7 +195,7 @@ def convert_with(
         rules=asked.rules,
         whole=not asked.dry_run,
     ) as found:
-        asked.check_for("adapters" if found.is_adapter else "checkpoints")
+        _check_subject(asked, is_adapter=found.is_adapter)
         if found.is_adapter:
             report = _convert_adapters(found, dst, asked, progress)
         else:
@@ -517,6 +517,23 @@ def inspected(
 
     with resolved(src, **asked.values()) as found:
         return inspect_source(found, InstalledTransformers(), each)
+
+
+def _check_subject(asked: ConvertOptions, *, is_adapter: bool) -> None:
+    """Raise ``BadInputError`` for options that are for the other kind of source only."""
+    subject, other, one = (
+        ("adapters", "checkpoints", "an adapter")
+        if is_adapter
+        else ("checkpoints", "adapters", "a checkpoint")
+    )
+    wrong = [
+        field.flag
+        for field in described(ConvertOptions)
+        if field.option.only not in (None, subject) and getattr(asked, field.name) != field.default
+    ]
+    if wrong:
+        message = f"{' and '.join(wrong)}: only for {other}, and SRC is {one}"
+        raise BadInputError(Finding("option", message))
 
 
 def _check_unused(asked: ConvertOptions, names: Collection[str], why: str) -> None:

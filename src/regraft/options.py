@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from msgspec import NODEFAULT, Struct
 
-from regraft.errors import BadInputError, Finding
-
 if TYPE_CHECKING:
     from regraft.rules.book import Rules
 
@@ -117,26 +115,6 @@ class Options(Struct, frozen=True, kw_only=True):
             if not field.option.manner and getattr(self, field.name) != field.default
         }
         return {flag: _word(value) for flag, value in values.items() if value not in (None, ())}
-
-    def check_for(self, subject: Subject) -> None:
-        """Whether everything that was asked for is for adapters, or for checkpoints.
-
-        Raises ``BadInputError`` that names the options that are not.
-        """
-        wrong = [
-            field.flag
-            for field in described(type(self))
-            if field.option.only not in (None, subject)
-            and getattr(self, field.name) != field.default
-        ]
-        if wrong:
-            other, one = (
-                ("checkpoints", "an adapter")
-                if subject == "adapters"
-                else ("adapters", "a checkpoint")
-            )
-            message = f"{' and '.join(wrong)}: only for {other}, and SRC is {one}"
-            raise BadInputError(Finding("option", message))
 
 
 Model = Annotated[
