@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.complete import check_whole
 from regraft.adapters.components import Record
 from regraft.adapters.detect import Detected, Known, detect_layout, find_books
 from regraft.adapters.families.base import Family
@@ -326,7 +327,7 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
         reading = read(opened, identity, BaseWeights.of(known, layout))
         step = route_of(identity, target, opened.where).steps[0]
         plan_step(reading.adapter, identity, step, opened.where, all_seen=reading.all_seen)
-        reading.check_whole()
+        check_whole(opened, reading, identity.side())
         move_rest(opened, reading, identity, target)
     except RefusedError:
         return None
@@ -396,8 +397,8 @@ def _check_unmoved(opened: Opened, reading: Reading, identity: Identity) -> None
 
     Sizes are compared as the rules that lead out of the layout do. Raises ``BadInputError``.
     """
-    reading.check_whole()
     known, side, adapter = identity.known, identity.side(), reading.adapter
+    check_whole(opened, reading, side)
     if known.model is None or not side.edges:
         return
     step = [edge for edge in side.edges if edge.target == side.edges[0].target]
@@ -601,7 +602,7 @@ class _Conversion:
         assert reading is not None
         plan = plan_step(adapter, self.identity, step, where, all_seen=reading.all_seen)
         if number == 0:
-            reading.check_whole()
+            check_whole(self.opened, reading, self.identity.side())
         return plan
 
     def move_factors(

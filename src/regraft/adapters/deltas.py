@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from regraft.adapters.base_weights import BaseWeights
+from regraft.adapters.complete import check_whole
 from regraft.adapters.convert import Identity, move_rest, read
 from regraft.adapters.detect import Known
 from regraft.adapters.families.base import NoImageError
@@ -40,7 +41,7 @@ class Deltas:
         identity = Identity(known, layout, packing, ())
         self.side = identity.side()
         self.reading = reading = read(source, identity, self.base)
-        reading.check_whole()
+        check_whole(source, reading, self.side)
         self.tuned, self.tuner = reading.adapter.modules, reading.adapter.family
         self.headers = reading.adapter.headers
         self.ids: dict[str, int] = {}

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from msgspec import Struct
 
 from regraft.adapters.provenance import Remembered, read_remembered
-from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Group
 
 if TYPE_CHECKING:
@@ -93,6 +92,19 @@ class Hints(Struct, frozen=True):
         return read_remembered(self.metadata)
 
 
+class Promise(Struct, frozen=True):
+    """That an adapter has every module of the base whose path ends in one of some names."""
+
+    ends: tuple[str, ...]
+    field: str
+    """What says so, for messages."""
+
+    @property
+    def all_seen(self) -> bool:
+        """Whether the last expert that was seen is the last: names without numbers are of every one that there is."""
+        return not any(part.isdigit() for end in self.ends for part in end.split("."))
+
+
 class Reading(Struct, frozen=True, eq=False):
     """All of an adapter in the internal form, and what reading it told."""
 
@@ -105,15 +117,13 @@ class Reading(Struct, frozen=True, eq=False):
     """Tensors that stand for tensors of the base."""
     unbound: Mapping[str, Array] = {}
     """Tensors that belong to no module of the base, by their names."""
-    all_seen: bool = False
-    """Whether the last expert in it is the last of the base, where no config says how many there are."""
-    lost: tuple[Finding, ...] = ()
-    """What its config promises and it has not."""
+    promise: Promise | None = None
+    """``None`` where it does not say that it has every module of a name."""
 
-    def check_whole(self) -> None:
-        """Raise ``BadInputError`` where something of it was lost; what the base makes of it is said before."""
-        if self.lost:
-            raise BadInputError(self.lost)
+    @property
+    def all_seen(self) -> bool:
+        """Whether the last expert in it is the last of the base, where no config says how many there are."""
+        return self.promise is not None and self.promise.all_seen
 
 
 class Spelling(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from regraft.adapters.families.settings import Patterns, whole_path
+from regraft.adapters.protocol import Promise
 from regraft.adapters.scale import Scale
 from regraft.storage.expressions import expression
 
@@ -88,6 +89,15 @@ def targets_module(target_modules: str | Sequence[str] | None, path: str) -> boo
             return True
         return expression(target_modules, "target_modules").fullmatch(path) is not None
     return any(path == target or path.endswith("." + target) for target in target_modules)
+
+
+def promise_of(config: Mapping[str, Any]) -> Promise | None:
+    """That every module with a listed name was adapted; ``None`` where something filters them."""
+    entries = config.get("target_modules")
+    filtered = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if not isinstance(entries, list) or filtered:
+        return None
+    return Promise(tuple(entries), "target_modules")
 
 
 def tail_of(path: str) -> str:

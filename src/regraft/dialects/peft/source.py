@@ -17,8 +17,7 @@ from regraft.adapters.families.table import family_of
 from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
 from regraft.adapters.protocol import Hints, Names, Reading, Writer
 from regraft.dialects.base import Found
-from regraft.dialects.peft.complete import find_lost, names_all
-from regraft.dialects.peft.config import patterns_of, targets_module
+from regraft.dialects.peft.config import patterns_of, promise_of, targets_module
 from regraft.dialects.peft.config_check import check_fields
 from regraft.dialects.peft.family_config import lora_config
 from regraft.dialects.peft.merged import unmerged
@@ -261,14 +260,11 @@ class Source:
     ) -> Reading:
         """All of it in the internal form. Raises ``BadInputError``, ``AmbiguousError``."""
         reading = self._deltas(side, packing, shapes)
-        adapted = reading.adapter.factors or reading.adapter.modules
-        assert adapted is not None
         return replace(
             reading,
             saved=self.saved(),
             unbound=self._unbound(),
-            all_seen=names_all(self.config),
-            lost=tuple(find_lost(adapted.headers.groups, side, self.config, self.where)),
+            promise=promise_of(self.config),
         )
 
     def _deltas(
