@@ -1,5 +1,7 @@
 """Writes site/tables.js: what the page that inspects files in a browser has to know of dialects and rule books.
 
+Writes the heads of the rule books, too, into the one file that every command reads.
+
     python scripts/make_site.py          write it
     python scripts/make_site.py --check  fail where it is not what would be written
 
@@ -59,7 +61,7 @@ from regraft.dialects.peft import (
 )
 from regraft.equation.notation import Hole, Key, Segments
 from regraft.layouts.names import known_layouts, layout_of_packing
-from regraft.rules.book import Book, Parameters, Rule, library
+from regraft.rules.book import HEADS, Book, Parameters, Rule, heads_of_library, library
 from regraft.storage import formats
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.header import MAX_HEADER_BYTES
@@ -363,10 +365,9 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    made = tables()
-    if "--check" in sys.argv[1:]:
-        if not TABLES.exists() or TABLES.read_text(encoding="utf-8") != made:
-            sys.exit(f"{TABLES} is not what the books and dialects say; run scripts/make_site.py")
-    else:
-        TABLES.write_text(made, encoding="utf-8")
-        print(f"{TABLES}: {len(made)} characters")
+    for file, made in ((HEADS, heads_of_library()), (TABLES, tables())):
+        if "--check" not in sys.argv[1:]:
+            file.write_text(made, encoding="utf-8")
+            print(f"{file}: {len(made)} characters")
+        elif not file.exists() or file.read_text(encoding="utf-8") != made:
+            sys.exit(f"{file} is not what the books and dialects say; run scripts/make_site.py")

@@ -14,6 +14,8 @@ from drawings import DRAWINGS  # noqa: E402
 from json_page import json_page  # noqa: E402
 from make_site import TABLES, tables  # noqa: E402
 
+from regraft.rules.book import HEADS, heads_of_library  # noqa: E402
+
 
 def test_page_of_json():
     assert (DOCS / "json.md").read_text(encoding="utf-8") == json_page(), "run `make pictures`"
@@ -21,6 +23,10 @@ def test_page_of_json():
 
 def test_tables_of_the_inspector():
     assert TABLES.read_text(encoding="utf-8") == tables(), "run scripts/make_site.py"
+
+
+def test_heads_of_rule_books():
+    assert HEADS.read_text(encoding="utf-8") == heads_of_library(), "run scripts/make_site.py"
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

@@ -1,8 +1,11 @@
+import re
+
 import pytest
 
-from regraft.equation import check_equation, parse_equation, parse_key
+from regraft.equation import check_equation, notation, parse_equation, parse_key
 from regraft.equation.lower import lower
 from regraft.errors import BadInputError
+from regraft.rules.book import library
 from regraft.values import replace
 
 BAD = [
@@ -141,3 +144,35 @@ def test_copies_come_in_the_order_of_the_side_that_is_written():
     equation = parse_equation("b i, a i == (a + b) i")
     assert [c.source for c in lower(equation, {"a": 1, "b": 2, "i": 1})] == [1, 0]
     assert [c.target for c in lower(equation, {"a": 1, "b": 2, "i": 1}, reverse=True)] == [0, 1]
+
+
+SHIPPED_EQUATIONS = [
+    equation.text
+    for book in library()
+    for equation in (*(r.equation for r in book.rules), *(c.equation for c in book.carries))
+]
+ODD = [
+    "a.{l} : i j == b.{l} : i j where i = j",
+    "a :\n== b :",
+    "a : i,b : j == c : i ... where",
+    "a : where == b : where",
+    "a : i==b : i",
+    "{0} : i == b : i",
+    "a : i == b : i wherever",
+    "a{b : i == c : i",
+    "a : 1 == b : 1",
+]
+
+
+def outcome(text):
+    try:
+        return parse_equation.__wrapped__(text)
+    except BadInputError as error:
+        return str(error)
+
+
+def test_a_term_that_is_read_in_one_piece_is_the_same_letter_by_letter(monkeypatch):
+    texts = [*SHIPPED_EQUATIONS[::7], *ODD]
+    quick = [outcome(text) for text in texts]
+    monkeypatch.setattr(notation, "_plain_term", lambda stop: re.compile("(?!)"))
+    assert quick == [outcome(text) for text in texts]

@@ -1,3 +1,4 @@
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -251,6 +252,24 @@ def test_only_the_heads_of_shipped_books_are_read_until_a_rule_is_asked_for(monk
             read.clear()
     finally:
         book_module._shipped.cache_clear()
+
+
+def test_a_book_that_was_edited_since_its_head_was_kept_is_read_itself(monkeypatch, tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "library")
+    edited = tmp_path / "library" / "mixtral.toml"
+    edited.write_text(edited.read_text().replace('"minimax_m2"]', '"minimax_m2", "mine"]', 1))
+    (tmp_path / "library" / "flux.toml").unlink()
+    shutil.copy(edited, tmp_path / "library" / "added.toml")
+    monkeypatch.setattr(book_module, "_LIBRARY", tmp_path / "library")
+    monkeypatch.setattr(book_module, "HEADS", tmp_path / "library" / "heads.json")
+    book_module._shipped.cache_clear()
+    try:
+        books = {book.path: book for book in book_module._shipped()}
+    finally:
+        book_module._shipped.cache_clear()
+    assert "mine" in books["mixtral.toml"].model_types
+    assert "mine" in books["added.toml"].model_types
+    assert "flux.toml" not in books
 
 
 def test_no_rule_of_the_library_takes_modules_that_it_does_not_name():

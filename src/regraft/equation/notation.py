@@ -424,6 +424,36 @@ def _marks_of(words: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("[:{},\n" + re.escape("".join(word[0] for word in words)) + "]")
 
 
+_PLAIN_NAME = "[A-Za-z_][A-Za-z0-9_]*"
+
+
+@cache
+def _plain_term(stop: str) -> re.Pattern[str]:
+    """Most terms, in one piece: a key whose holes are names, and dims that are names; ``stop`` may follow it.
+
+    Where this does not match, the scanner reads a term letter by letter, and can say what is wrong with it.
+    """
+    end = rf"[ ]+{stop}\s" if stop.isalpha() else rf"[ ]*{re.escape(stop)}"
+    return re.compile(
+        rf"((?:[A-Za-z0-9_.-]|\{{{_PLAIN_NAME}\}})+)[ ]*:"
+        rf"((?:[ ]+(?!where\b){_PLAIN_NAME})*(?:[ ]+\.\.\.)?)"
+        rf"(?=[ ]*(?:[,\n]|\Z)|{end})"
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plain_key(text: str) -> Key:
+    """A key whose holes are names."""
+    parts = re.split(r"\{(\w+)\}", text)
+    each = (Hole(_axis(part)) if at % 2 else part for at, part in enumerate(parts))
+    return Key(tuple(part for part in each if part))
+
+
+@cache
+def _axis(name: str) -> Axis:
+    return Axis(name)
+
+
 class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -486,6 +516,10 @@ class _Scanner:
 
     def term(self, stops: tuple[str, ...]) -> Term:
         start = self.at
+        plain = _plain_term(stops[0]).match(self.text, start)
+        if plain is not None:
+            self.at = plain.end()
+            return Term(_plain_key(plain[1]), tuple(map(_axis, plain[2].split())), start)
         key: Key | None = None
         if self._has_key(stops):
             key = self.key()
