@@ -6,6 +6,9 @@ from making import plan_of
 
 from regraft import AmbiguousError, BadInputError, learn_from
 from regraft.arrays.apply import apply_plan
+from regraft.learning.learn import learn_pairs, learn_telling
+from regraft.learning.pairs import Pair
+from regraft.learning.probe import labels
 
 
 def config(hidden, inner, layers, dense):
@@ -152,8 +155,94 @@ def test_numbers_that_no_field_says_are_asked():
     converter = Converter(turned, odd, [config(6, 10, 4, 1), config(9, 14, 4, 2)])
     with pytest.raises(AmbiguousError, match="which layers are meant"):
         converter.learned()
-    with pytest.raises(BadInputError):
-        Converter(turned, odd, SIZES).learned()
+
+
+def every(turns, *rest):
+    return lambda n, of: n % turns in (rest or (turns - 1,))
+
+
+def halved(n, w, v, special):
+    return {
+        f"{'slow' if special else 'fast'}.{n // 2}.{k}.weight": x for k, x in (("w", w), ("v", v))
+    }
+
+
+def of_layers(*counts):
+    return [config(6 + 3 * n, 10 + 4 * n, count, 7) for n, count in enumerate(counts)]
+
+
+@pytest.mark.parametrize(
+    ("how", "special", "counts"),
+    [
+        (turned, odd, (4, 6)),
+        (turned, every(3), (4, 6)),
+        (turned_in_place, odd, (2, 5)),
+        (called_otherwise, odd, (4, 7)),
+        (called_otherwise, every(3), (2, 9)),
+        (called_otherwise, every(4, 1, 2), (8, 12)),
+        (joined, every(4), (4, 8)),
+        (halved, odd, (4, 6)),
+    ],
+)
+def test_layers_that_come_again_are_told_by_their_turn(how, special, counts):
+    book = Converter(how, special, of_layers(*counts)).learned()
+    assert holds_elsewhere(book, how, special) == 0
+
+
+@pytest.mark.parametrize("how", [turned, called_otherwise])
+@pytest.mark.parametrize(
+    ("special", "counts"),
+    [
+        (every(4), (4, 6)),  # the fourth of six: or every fourth
+        (every(4), (2, 3, 4)),
+        (lambda n, of: n >= 2 and n % 2 == 0, (2, 3, 4)),
+        (lambda n, of: (n * n + of["num_hidden_layers"]) % 5 == 1, (5, 9)),
+    ],
+)
+def test_layers_of_which_nothing_says_which_they_are_make_no_book(how, special, counts):
+    with pytest.raises((AmbiguousError, BadInputError)):
+        Converter(how, special, of_layers(*counts)).learned()
+
+
+@pytest.mark.parametrize("fields", [{"types": "fsfsfsfsf"}, {"full_interval": 2}])
+def test_what_the_config_says_of_layers_is_not_taken_for_their_turn(fields):
+    sizes = of_layers(4, 6)
+    for size in sizes:
+        size |= {
+            k: list(v)[: size["num_hidden_layers"]] if k == "types" else v
+            for k, v in fields.items()
+        }
+    with pytest.raises(AmbiguousError, match="which layers are meant"):
+        Converter(turned, odd, sizes).learned()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_layers_that_a_small_size_has_none_of(start):
+    book = Converter(turned, lambda n, of: n >= start, of_layers(start, 9)).learned()
+    assert holds_elsewhere(book, turned, lambda n, of: n >= start) == 0
+
+
+def test_a_probe_with_many_layers_tells_what_comes_again():
+    sizes = of_layers(2, 3, 4)
+
+    def learned():
+        pairs = [
+            Pair.of(state, Converter(turned, every(4), [of])(state), of)
+            for of, state in drawn(sizes)
+        ]
+        return learn_pairs(pairs, layouts=("before", "after"))
+
+    def probe(changed):
+        sizes.insert(1, {**sizes[0], **changed})
+        return True
+
+    found = learn_telling(learned, sizes[0], probe)
+    assert len(sizes) == 4 and not found.questions
+    assert holds_elsewhere(found.book, turned, every(4)) == 0
+
+
+def drawn(sizes):
+    return [(of, labels(shapes(of), number)) for number, of in enumerate(sizes)]
 
 
 def test_numbers_that_count_nothing_are_asked_nothing():

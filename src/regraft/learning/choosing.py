@@ -10,6 +10,7 @@ from typing import Any
 
 from regraft.errors import BadInputError, Choice, Finding
 from regraft.learning.blocks import natural
+from regraft.learning.shrink import layer_fields
 
 OPTION = "--choose"
 
@@ -145,6 +146,9 @@ class Doubts:
         The most telling ones come first; not every one of them needs to be possible.
         """
         doubts = {doubt.fields: doubt for doubt in self.sizes}.values()
+        if any(OTHERS in doubt.fields for doubt in doubts):
+            layers = layer_fields(config)
+            yield from [dict.fromkeys(layers, _MANY_LAYERS)] if layers else []
         open_ = [doubt.fields for doubt in doubts if not doubt.sure] or [d.fields for d in doubts]
         names = dict.fromkeys(f for readings in open_ for each in readings for f in fields_in(each))
         values = {name: value for name in names if (value := value_of(config, name))}
@@ -173,6 +177,8 @@ def _apart(
     return sum(len(found) - 1 for found in sizes)
 
 
+_MANY_LAYERS = 9
+"""So many show what comes again after up to four of them."""
 OTHERS = "others"
 """A reading that no pair contradicts, and that cannot be written: every second layer, for one."""
 AXIS = "axis."

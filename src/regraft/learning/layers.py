@@ -16,12 +16,11 @@ from regraft.learning.assemble import Drafted, Written
 from regraft.learning.choosing import OTHERS, Chosen, Doubt, value_of
 from regraft.learning.clauses import paths_of
 from regraft.learning.infer import Inferred
+from regraft.learning.loops import LAYER
 from regraft.learning.pairs import Pair
 from regraft.learning.relate import Names, isolated
 from regraft.values import replace
 
-LAYER = "layer"
-"""The axis that counts layers, in rules for some of them."""
 LAST = "last"
 
 _Place = tuple[int, str, int]
@@ -79,14 +78,32 @@ class _Rival:
         return self.stacked or self.form.dropped
 
     @property
+    def everywhere(self) -> bool:
+        """Whether there is something of it in every pair."""
+        return all(self.values)
+
+    @property
+    def seen(self) -> list[frozenset[int]]:
+        """The numbers of its layers, in the pairs that have some."""
+        return [each for each in self.values if each]
+
+    @property
     def single(self) -> bool:
         """Whether it is about one layer wherever it was seen."""
-        return all(len(each) == 1 for each in self.values)
+        return all(len(each) == 1 for each in self.seen)
 
     @property
     def fixed(self) -> bool:
-        """Whether it is about the same layer everywhere."""
-        return self.single and len(set(self.values)) == 1
+        """Whether it is about the same layer wherever it was seen."""
+        return self.single and len(set(self.seen)) == 1
+
+    def is_late(self, everything: Sequence[set[int]]) -> bool:
+        """Whether the pairs that have nothing of it have too few layers for it."""
+        first = min(map(min, self.seen))
+        return all(
+            values or max(known, default=-1) < first
+            for values, known in zip(self.values, everything, strict=True)
+        )
 
 
 def tell_layers(found: Sequence[Inferred], pairs: Sequence[Pair], chosen: Chosen) -> list[Doubt]:
@@ -101,15 +118,31 @@ def tell_layers(found: Sequence[Inferred], pairs: Sequence[Pair], chosen: Chosen
     forms = _forms(found, names)
     doubts: list[Doubt] = []
     done: set[int] = set()
+    turned: dict[int, int] = {}
     for place, rivals in _rivals(forms, names):
         if any(id(rival.form) in done for rival in rivals):
-            continue  # their other side told them apart
+            # Their other side told them apart, which no clause needs to say again.
+            for known in {turned[id(rival.form)] for rival in rivals if id(rival.form) in turned}:
+                for rival in rivals:
+                    if id(rival.form) not in done:
+                        _put(rival.form, _in_turn(rival, place, known), found)
+                        done.add(id(rival.form))
+            continue
         all_of_them = [
             {names[n][1][place[2]] for n in side if names[n][0] == place[1]}
             for side in ((pair.before, pair.after)[place[0]] for pair in pairs)
         ]
         if _count_layers(place, all_of_them):
-            picks = _picked(rivals, all_of_them, pairs, chosen)
+            late = all(rival.is_late(all_of_them) for rival in rivals)
+            picks = _picked(rivals, all_of_them, pairs, chosen) if late else []
+            turns = None if picks else _turns(rivals, all_of_them, pairs)
+            if turns is not None:
+                for rival in rivals:
+                    _put(rival.form, _in_turn(rival, place, turns), found)
+                    done.add(id(rival.form))
+                    turned[id(rival.form)] = turns
+                doubts += [] if turns > 1 else _unknown(rivals, chosen)
+                continue
         else:
             picks = [(rival, _Pick(None)) for rival in rivals if rival.fixed and not rival.whole]
         for rival, pick in picks:
@@ -133,7 +166,7 @@ def _count_layers(place: _Place, numbers: Sequence[set[int]]) -> bool:
 
 
 def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
-    """All forms that are in every pair."""
+    """All forms; in pairs of few layers there may be nothing of one."""
     table: dict[object, list[list[Drafted]]] = defaultdict(lambda: [[] for _ in found])
     for number, each in enumerate(found):
         for member in each.drafts:
@@ -153,7 +186,6 @@ def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
     return [
         _Form(members, kept=key[0] == "kept", dropped=key[0] == "dropped")  # type: ignore[index]
         for key, members in table.items()
-        if all(members)
     ]
 
 
@@ -236,6 +268,120 @@ def _picked(
     return [(rivals[n], pick) for n in told if (pick := options[n]) is not None]
 
 
+_MOST_TURNS = 8
+_TURN_WORDS = ("interval", "freq", "every", "step", "period", "pattern", "stride")
+
+
+def _turns(
+    rivals: Sequence[_Rival], everything: Sequence[set[int]], pairs: Sequence[Pair]
+) -> int | None:
+    """After how many layers the forms come again in the same order; 1 where nothing says which layers are whose.
+
+    ``None`` where no two forms have other layers at other sizes, so that the one is about what the other leaves, unless
+    there is a size that has nothing of it.
+    Nothing says it, either, where the config may: in a list with something for each layer, or a number of layers.
+    """
+    differ = [rival for rival in rivals if len(set(rival.values)) > 1 and not rival.whole]
+    if len(differ) < 2 and all(rival.everywhere for rival in rivals):
+        return None
+    if len(differ) < len(rivals):
+        return 1
+    for turns in range(2, _MOST_TURNS + 1):
+        rests = [{n % turns for values in rival.values for n in values} for rival in rivals]
+        apart = sum(map(len, rests)) == len(set().union(*rests)) == turns
+        if apart and max(map(len, everything)) >= 2 * turns:
+            return 1 if _may_be_told(turns, everything, pairs) else turns
+    return 1
+
+
+def _may_be_told(turns: int, everything: Sequence[set[int]], pairs: Sequence[Pair]) -> bool:
+    """Whether a config says something of every layer, or has a number of layers that is called as one of turns."""
+    configs = [pair.config or {} for pair in pairs]
+    lists = (
+        name
+        for name, value in configs[0].items()
+        if isinstance(value, list) and len(set(map(str, value))) > 1
+    )
+    if any(
+        all(
+            isinstance(config.get(name), list) and len(config[name]) == max(known, default=-1) + 1
+            for config, known in zip(configs, everything, strict=True)
+        )
+        for name in lists
+    ):
+        return True
+    return any(
+        any(word in path for word in _TURN_WORDS)
+        and all(value_of(config, path) == turns for config in configs)
+        for path in paths_of(configs[0])
+    )
+
+
+def _unknown(rivals: Sequence[_Rival], chosen: Chosen) -> list[Doubt]:
+    """The question which layers are meant, where all numbers are spelled out."""
+    few = min(rivals, key=lambda rival: sum(map(len, rival.values)))
+    reading = ", ".join(map(str, sorted(set().union(*few.values))))
+    if reading in chosen.fields:
+        return []
+    return [Doubt(LAYER, _text(few.form.some), (reading, OTHERS), verb="is")]
+
+
+def _in_turn(rival: _Rival, place: _Place, turns: int) -> list[list[Drafted]]:
+    """The members with numbers that are told from the turn; spelled out where there are no turns."""
+    form = rival.form
+    layers = form.numbers(place[0], rival.at, place[2])
+    parts: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for pair, numbers in enumerate(layers):
+        for at, number in enumerate(numbers):
+            parts[number % turns if turns > 1 else number].append((pair, at))
+    made = [list(members) for members in form.members]
+    for rest, where in parts.items():
+        known = [layers[pair][at] for pair, at in where]
+        some = [form.members[pair][at] for pair, at in where]
+        holes = {
+            (side, at, column): text
+            for side, at, term in form.terms()
+            for column in range(len(term.numbers))
+            if column not in {c for c, _ in term.holes}
+            if (text := _of_turn([_number(m, side, at, column) for m in some], known, turns, rest))
+        }
+        for (pair, at), member in zip(where, some, strict=True):
+            made[pair][at] = replace(
+                member,
+                left=tuple(_filled(member.left, 0, holes)),
+                right=tuple(_filled(member.right, 1, holes)),
+            )
+    return made
+
+
+def _number(member: Drafted, side: int, at: int, column: int) -> int:
+    return (member.left, member.right)[side][at].numbers[column]
+
+
+def _of_turn(values: Sequence[int], layers: Sequence[int], turns: int, rest: int) -> str | None:
+    """A number that goes with the layer's: by as much, or by one with each turn; ``None`` for another one."""
+    if turns == 1:
+        return str(values[0]) if len(set(values)) == 1 else None
+    for step in (turns, 1):
+        away = {
+            value - (layer - rest) // turns * step
+            for value, layer in zip(values, layers, strict=True)
+        }
+        if len(away) == 1 and len(set(values)) > 1:
+            (more,) = away
+            times = LAYER if step == 1 else f"{step} {LAYER}"
+            return times + (f" {'-' if more < 0 else '+'} {abs(more)}" if more else "")
+    return None
+
+
+def _filled(
+    terms: Sequence[Written], side: int, holes: Mapping[tuple[int, int, int], str]
+) -> Iterator[Written]:
+    for at, term in enumerate(terms):
+        mine = ((column, text) for (s, t, column), text in holes.items() if (s, t) == (side, at))
+        yield replace(term, holes=(*term.holes, *mine))
+
+
 def _spelled(
     rivals: Sequence[_Rival], everything: Sequence[set[int]], chosen: Chosen
 ) -> list[tuple[_Rival, _Pick]]:
@@ -259,7 +405,12 @@ def _of_one(
     rival: _Rival, everything: Sequence[set[int]], pairs: Sequence[Pair], chosen: Chosen
 ) -> _Pick | None:
     """What says the number of a single layer; ``None`` where nothing does."""
-    wanted = [min(values) for values in rival.values]
+    if rival.fixed:
+        wanted = [min(rival.seen[0])] * len(pairs)
+    elif rival.everywhere:
+        wanted = [min(values) for values in rival.values]
+    else:
+        return None
     last = all(
         number == max(known) and len(known) > 1
         for number, known in zip(wanted, everything, strict=True)
@@ -269,6 +420,11 @@ def _of_one(
         readings += _amounts(wanted, pairs, before_one=True)
     if last and not any("config." in each for each in readings):
         readings.append(LAST)
+    if rival.fixed and len(readings) == 1 and readings[0] not in chosen.fields:
+        # As every fourth layer, it would come again, where no pair has so many.
+        (layer,) = rival.seen[0]
+        if layer and max(map(len, everything)) <= 2 * layer + 1:
+            readings.append(OTHERS)
     return _pick(readings, "is", chosen, last=last)
 
 
@@ -276,7 +432,10 @@ def _beginning(
     rival: _Rival, rest: Sequence[set[int]], pairs: Sequence[Pair], chosen: Chosen
 ) -> _Pick | None:
     """What says where layers begin that are all from there on; ``None`` where they are not, or begin with the first."""
-    starts = [min(values) for values in rival.values]
+    begun = {min(values) for values in rival.seen}
+    if not rival.everywhere and len(begun) > 1:
+        return None
+    starts = [min(values or begun) for values in rival.values]
     whole = all(
         values == {n for n in known if n >= start}
         for values, known, start in zip(rival.values, rest, starts, strict=True)

@@ -23,7 +23,7 @@ from regraft.learning.content import Tensor
 from regraft.learning.fitting import fits, is_there
 from regraft.learning.infer import Inferred, infer
 from regraft.learning.layers import tell_layers
-from regraft.learning.loops import Looped, with_loops
+from regraft.learning.loops import Looped, is_told, with_loops
 from regraft.learning.making import Orders, comment, make_book, order_questions, with_tables
 from regraft.learning.pairs import Pair, Source
 from regraft.learning.propose import check, plan_names
@@ -396,7 +396,12 @@ def _matched(keys: Iterable[Key], among: Iterable[str]) -> set[str]:
 
 
 def _is_made(one: Looped, rules: Sequence[tuple[str, Drafted]]) -> bool:
-    """Whether rules make all targets of an equation already: another size has layers that the first has not."""
+    """Whether rules make all targets of an equation already: another size has layers that the first has not.
+
+    What says of which layers it is, is made by nothing but itself.
+    """
+    if is_told(one.members[0]):
+        return any(text.startswith(one.sides + "\n") for text, _ in rules)
     targets = {name for member in one.members for name in member.names[1]}
     equations = [parse_equation(text) for text, _ in rules]
     return not targets - _matched([t.key for e in equations for t in e.right if t.key], targets)

@@ -16,6 +16,8 @@ from regraft.names.keys import Ints, group_names
 from regraft.rules.meet import dims_meet
 from regraft.rules.templates import match_group
 
+LAYER = "layer"
+"""The axis that counts layers, in rules for some of them."""
 _LOOPS = ("l", "e", "r", "l1", "e1", "r1", "l2", "e2", "r2")
 _LARGEST = 16
 """Factors of computed numbers up to which one believes them."""
@@ -51,8 +53,8 @@ def with_loops(drafts: Sequence[Drafted]) -> Iterator[Looped]:
     found = [each for same in groups.values() for each in _loop(same)]
     found.sort(key=lambda each: -len(each.members))
     # Those that say of which layers they are come before the others, which are about the rest.
-    yield from (each for each in found if _is_told(each.members[0]))
-    found = [each for each in found if not _is_told(each.members[0])]
+    yield from (each for each in found if is_told(each.members[0]))
+    found = [each for each in found if not is_told(each.members[0])]
     for number, one in enumerate(found):
         if any(_collide(one, other) for other in found[:number]):
             # A layer that differs from the others: its numbers are spelled out, which is closer.
@@ -61,10 +63,10 @@ def with_loops(drafts: Sequence[Drafted]) -> Iterator[Looped]:
             yield one
 
 
-def _is_told(each: Drafted) -> bool:
-    """Whether it says of which layers it is: by a clause, or by a number."""
-    terms = (*each.left, *each.right)
-    return bool(each.ranges) or any(hole.isdigit() for term in terms for _, hole in term.holes)
+def is_told(each: Drafted) -> bool:
+    """Whether it says of which layers it is: by a clause, by a number, or by their turn."""
+    holes = [hole for term in (*each.left, *each.right) for _, hole in term.holes]
+    return bool(each.ranges) or any(hole.isdigit() or LAYER in hole.split() for hole in holes)
 
 
 def _collide(one: Looped, other: Looped) -> bool:

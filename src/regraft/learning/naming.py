@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ _STACKED = {
 }
 """The dims of kinds that are no modules' weights."""
 _HAVE_BIASES = ("linear", "conv", "conv1d")
+
+
+_COMPUTED = re.compile(r"\{[^}*]*[ (]")
+"""A hole with more than one name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,11 @@ class Rename:
             return None
         where = f"\nwhere {', '.join(each.ranges)}" if each.ranges else ""
         return Rename(str(left.key), str(right.key), each.names[0][0], each.names[1][0], where)
+
+    @property
+    def of_some(self) -> bool:
+        """Whether it is of some layers only: a clause says it, or their numbers are computed, as every second is."""
+        return bool(self.where) or _COMPUTED.search(self.left) is not None
 
     @property
     def dims(self) -> str:
@@ -164,9 +174,9 @@ def _by_prefix(
 ) -> Iterator[tuple[tuple[str, str] | None, list[Rename]]]:
     """Renames that only exchange the first segments, where nothing else begins with them; and the others."""
     groups: dict[tuple[str, str], list[Rename]] = defaultdict(list)
-    alone = [each for each in renames if each.where]
+    alone = [each for each in renames if each.of_some]
     for each in renames:
-        if not each.where:
+        if not each.of_some:
             groups[_prefixes(each.left, each.right)].append(each)
     for prefixes, same in groups.items():
         long = any(each.left.count(".") - _dots(prefixes[0]) > 0 for each in same)

@@ -202,6 +202,24 @@ def _layers(config: Mapping[str, Any], size: int) -> int | None:
     return None
 
 
+def layer_fields(config: Mapping[str, Any]) -> list[str]:
+    """The fields that count layers.
+
+    >>> layer_fields({"num_hidden_layers": 2, "hidden_size": 8})
+    ['num_hidden_layers']
+    """
+    return [
+        name
+        for name, value in config.items()
+        if _LAYERS.fullmatch(name) and isinstance(value, int) and not isinstance(value, bool)
+    ]
+
+
+_LAYERS = re.compile(
+    r"num_hidden_layers|num_layers|n_layers?|(n|num)_blocks|depth|(encoder|decoder)_layers"
+)
+
+
 def _some(values: list[Any], count: int) -> list[Any]:
     """The first and, where they differ, the last kinds of layers."""
     kinds = list(dict.fromkeys(map(str, values)))
