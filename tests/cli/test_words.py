@@ -126,3 +126,36 @@ def test_progress_has_rate_and_time_left(monkeypatch):
 def test_no_progress_where_none_is_wanted(out, monkeypatch):
     with out.waiting("converting") as tell:
         assert tell is None
+
+
+def test_a_problem_shows_its_code_and_where_there_is_more(tmp_path, capsys):
+    args = ["convert", str(CASES / "mixtral__dora"), str(tmp_path / "out"), "--to", "transformers-v5"]  # fmt: skip
+    assert main(args) == 3
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "More: regraft errors no-image"
+    assert sum(line.endswith("[no-image]") for line in told) == 2
+    assert main(["inspect", str(tmp_path / "none")]) == 1
+    told = capsys.readouterr().err
+    assert "[not-found]" in told and told.endswith("More: regraft errors not-found\n")
+    assert main(["errors", "not-found"]) == 0
+
+
+def test_usage_needs_no_code(capsys):
+    assert main(["convert", "--nonsense"]) == 2
+    told = capsys.readouterr().err
+    assert "[usage]" not in told and "More:" not in told
+
+
+def test_check_shows_the_codes_of_its_problems(capsys):
+    assert (
+        main(
+            [
+                "check",
+                str(CASES / "mixtral__gud_attn"),
+                "--model",
+                str(CASES.parent / "bases/gpt_oss"),
+            ]
+        )
+        != 0
+    )
+    assert "[wrong-base]" in "".join(capsys.readouterr())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from regraft.checking.verdict import OUTCOMES, Row, Verdict
 from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Indented, Table, Text
-from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name
+from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, break_name, show_problem
 
 if TYPE_CHECKING:
     from regraft.checking.for_tool import ToolCheck
@@ -47,7 +47,7 @@ def _show_verdict(out: Output, verdict: Verdict, result: Check) -> None:
     for cause in verdict.causes:
         _line(out, "Cause", cause, WARNING)
     for finding in verdict.findings[:_FINDINGS]:
-        out.show(Text.assemble(("Problem: ", BAD), visible(str(finding))))
+        show_problem(out, finding)
     if len(verdict.findings) > _FINDINGS:
         left = len(verdict.findings) - _FINDINGS
         out.show(Text(f"… and {left} more; --json lists them all", WARNING))

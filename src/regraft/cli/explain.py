@@ -68,6 +68,8 @@ def show_explanation(out: Output, found: Explanation) -> None:
     """The way of one key, drawn from top to bottom."""
     from regraft.cli.styled import Text
 
+    from regraft.cli.words import show_problem
+
     layouts = f"{found.source_layout or 'unknown'} -> {found.target_layout}"
     out.show(Text.assemble((visible(found.key), _NAME), f": {found.kind}, {layouts}"))
     for line in found.evidence:
@@ -88,7 +90,7 @@ def show_explanation(out: Output, found: Explanation) -> None:
         out.show(Text("it goes nowhere: no rule matches it", _BAD))
     _show_near(out, found)
     for finding in found.problems:
-        out.show(Text.assemble(("Problem: ", _BAD), visible(str(finding))))
+        show_problem(out, finding)
 
 
 def _show_moved(out: Output, found: Explanation) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Indented, Table, Text
-from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, show_findings
+from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, explain_codes, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
 from regraft.views.outcome import SourceOutcome, failure
@@ -54,7 +54,8 @@ def run_many(
             elif not out.quiet:
                 out.show(_line(outcome))
             if outcome.error is not None and not out.json:
-                show_findings(out, f"{outcome.name}: {outcome.verdict}", outcome.error.findings)
+                title = f"{outcome.name}: {outcome.verdict}"
+                show_findings(out, title, outcome.error.findings, more=False)
             if fail_fast and not passes(outcome):
                 break
     except BaseException as error:
@@ -68,6 +69,8 @@ def run_many(
             out.show(
                 Text("The same command with --resume tries those again that failed, and no others.")
             )
+        wrong = [each for one in done if one.error is not None for each in one.error.findings]
+        out.show(*explain_codes(wrong))
     if told is not None:
         told(done)
     if any(outcome.error is not None for outcome in done):

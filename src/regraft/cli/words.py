@@ -256,8 +256,10 @@ def _keys(keys: Sequence[str]) -> list[Text]:
     return found[:_FINDINGS] + ([Text(f"… and {left} more patterns")] if left > 0 else [])
 
 
-def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
-    """Every problem, with where it is and what to do, on stderr."""
+def show_findings(
+    out: Output, title: str, findings: Sequence[Finding], *, more: bool = True
+) -> None:
+    """Every problem, with where it is, its code and what to do, on stderr; the last line says where ``more`` stands."""
     head = Text.assemble(("regraft: ", NAME), (title, BAD))
     alike: dict[Finding, list[str]] = {}
     for finding in findings:
@@ -276,7 +278,37 @@ def show_findings(out: Output, title: str, findings: Sequence[Finding]) -> None:
     if len(alike) > _FINDINGS:
         left = len(alike) - _FINDINGS
         parts.append(Text(f"… and {left} kinds more; --json lists them all", WARNING))
+    if more:
+        parts += explain_codes(findings)
     out.show(*parts, error=True)
+
+
+_PLAIN = frozenset({"usage", "left"})
+"""Codes of which there is no more to say than the message does."""
+
+
+def explain_codes(findings: Iterable[Finding]) -> list[Text]:
+    """A line with the command that explains the codes of findings, where that says more than they do.
+
+    >>> [str(line) for line in explain_codes([Finding("wrong-base", "it is another's")])]
+    ['More: regraft errors wrong-base']
+    """
+    codes = dict.fromkeys(finding.code for finding in findings if finding.code not in _PLAIN)
+    if not codes:
+        return []
+    command = f"regraft errors {'CODE' if len(codes) > 1 else next(iter(codes))}"
+    rest = ", for each code in brackets" if len(codes) > 1 else ""
+    return [Text.assemble(("More: ", FAINT), command, (rest, FAINT))]
+
+
+def code_of(finding: Finding) -> Text:
+    """Its code in brackets, as it stands behind what is wrong; nothing where that says no more."""
+    return Text("" if finding.code in _PLAIN else f" [{finding.code}]", FAINT)
+
+
+def show_problem(out: Output, finding: Finding) -> None:
+    """A problem in a line of its own, among others of a result."""
+    out.show(Text.assemble(("Problem", BAD), code_of(finding), (": ", BAD), visible(str(finding))))
 
 
 def _finding(
@@ -287,7 +319,7 @@ def _finding(
     if finding.where is not None and finding.where != common:
         lines.append(Text(visible(finding.where)))
     lines += _keys(keys)
-    lines.append(Text(visible(finding.message)))
+    lines.append(Text.assemble(visible(finding.message), code_of(finding)))
     if finding.rule is not None:
         lines.append(Text(f"rule: {visible(finding.rule)}", FAINT))
     if finding.fix is not None:
