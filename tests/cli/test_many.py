@@ -450,3 +450,50 @@ def test_a_source_that_changed_is_not_taken_for_done(loras, tmp_path, capsys, ov
     else:
         [finding] = first["error"]["findings"]
         assert finding["code"] == "other-work" and "adapter_config.json" in finding["message"]
+
+
+def verify(capsys, *args):
+    status = main(["verify", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def test_a_folder_is_verified_one_by_one(loras, tmp_path, capsys):
+    shutil.rmtree(loras / "torn"), shutil.rmtree(loras / "dora")
+    assert convert(capsys, loras, tmp_path / "out")[0] == 0
+    status, words, _ = verify(capsys, loras, tmp_path / "out")
+    assert status == 0 and "3 sources: 3 equal" in words
+    shutil.rmtree(tmp_path / "out/a")
+    shutil.copytree(CASES / "mixtral__gud_attn", tmp_path / "out/new")
+    (tmp_path / "out/model/model.safetensors").write_bytes(b"nothing")
+    page = tmp_path / "page.html"
+    status, words, _ = verify(capsys, loras, tmp_path / "out", "--json", "--html", page)
+    found = [json.loads(line) for line in words.splitlines()]
+    for line in found:
+        jsonschema.validate(line, schema_of("verify"))
+    assert status == 1  # one of them cannot be read
+    assert [(one["name"], one["verdict"]) for one in found] == [
+        ("a", "not equal"), ("deep/er", "equal"), ("model", "failed"), ("new", "not equal"),
+    ]  # fmt: skip
+    assert data_of(page)["verdict"]["value"] == "2 not equal, 1 equal, 1 failed"
+    shutil.rmtree(tmp_path / "out/model"), shutil.rmtree(loras / "model")
+    assert verify(capsys, loras, tmp_path / "out")[0] == 4
+
+
+def test_every_adapter_of_a_folder_is_told_apart(loras, tmp_path):
+    shutil.copytree(loras / "a", tmp_path / "set")
+    shutil.copytree(loras / "a", tmp_path / "set/second")
+    regraft.convert(tmp_path / "set", tmp_path / "out", to="transformers-v5")
+    found = regraft.verify(tmp_path / "set", tmp_path / "out")
+    assert found.equal and {target.adapter for target in found.targets} == {".", "second"}
+    shutil.rmtree(tmp_path / "out/second")
+    found = regraft.verify(tmp_path / "set", tmp_path / "out")
+    [missing] = found.differences
+    assert missing.code == "missing" and missing.where == str(tmp_path / "out/second")
+    assert found.targets and {target.adapter for target in found.targets} == {"."}
+
+
+def test_a_page_of_a_run_that_was_resumed(loras, tmp_path, capsys):
+    convert(capsys, loras, tmp_path / "out")
+    page = tmp_path / "page.html"
+    assert convert(capsys, loras, tmp_path / "out", "--resume", "--html", page)[0] == 1
+    assert data_of(page)["verdict"]["value"] == "3 converted, 1 refused, 1 failed"

@@ -84,6 +84,8 @@ class Compared:
     error: float
     """The largest relative error of its matrices."""
     matrices: int = 1
+    adapter: str = ""
+    """The folder of its adapter, relative to the source, where that holds several."""
 
 
 @dataclass(slots=True, repr=False)
@@ -181,6 +183,7 @@ def verify_adapters(
     first, second = opened.found, there_opened.found
     config = load_model(model) if model is not None else None
     result: AdapterVerification | None = None
+    missing: list[Finding] = []
     there = {str(folder.relative_to(second.root)): folder for folder in second.folders}
     for number, folder in enumerate(first.folders):
         if progress is not None:
@@ -190,15 +193,16 @@ def verify_adapters(
         if other is None and len(first.folders) == len(second.folders) == 1:
             other = there.popitem()[1]
         if other is None:
-            raise BadInputError(
-                Finding("not-found", "this adapter is not there", where=str(dst / name))
-            )
+            missing.append(Finding("missing", "this adapter is not there", where=str(dst / name)))
+            continue
         pair = [
             at_home(_open_for_reading(opening, each), config, foreign)[0]
             for opening, each in ((opened, folder), (there_opened, other))
         ]
         share = Budget(max(0.0, left.left() / (len(first.folders) - number)))
         done = compare(pair[0], pair[1], config, tolerance, foreign, share, packing)
+        for target in done.targets if len(first.folders) > 1 else ():
+            target.adapter = name
         if result is None:
             result = done
         else:
@@ -206,8 +210,10 @@ def verify_adapters(
             result.differences += done.differences
             result.others += done.others
             result.sampled += done.sampled
-    assert result is not None
+    if result is None:  # none of them is there
+        raise BadInputError(missing)
     result.source, result.destination = str(src), str(dst)
+    result.differences += missing
     result.differences += [
         Finding("extra", "nothing in the source leads to this adapter", where=str(folder))
         for folder in there.values()

@@ -129,7 +129,8 @@ def show_verification(out: Output, result: Verification) -> None:
     """Whether two checkpoints are one."""
     show_differences(out, result.differences)
     if result.equal:
-        words = f": {result.tensors} tensors, {show_size(result.bytes)}, every bit is accounted for"
+        counted = count_in_words(result.tensors, "tensor")
+        words = f": {counted} with {show_size(result.bytes)} of numbers, every bit is accounted for"
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
         out.show(

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from regraft.sources import Item
 
 _LOADS = 20
-_COLORS = {"converted": GOOD, "healthy": GOOD, "unchanged": FAINT, "refused": WARNING}
+_COLORS = {
+    "converted": GOOD,
+    "healthy": GOOD,
+    "equal": GOOD,
+    "unchanged": FAINT,
+    "refused": WARNING,
+}
 _WHY = 100
 _SHOWN = 3
 """How many folders that were not looked into are named."""

@@ -7,21 +7,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from regraft.checking.certificate import AdapterVerification
 from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
+from regraft.checkpoints.verify import Verification
 from regraft.report import Report
-from regraft.views.data import page_of_check, page_of_failure, page_of_report, page_of_tool_check
+from regraft.views.data import (
+    page_of_adapter_verification,
+    page_of_check,
+    page_of_failure,
+    page_of_report,
+    page_of_tool_check,
+    page_of_verification,
+)
 from regraft.views.model import Fact, Flow, Page, Row, Side, Tone
 from regraft.views.outcome import SourceOutcome
 
 _TONES: dict[str, Tone] = {
     "converted": "good",
     "healthy": "good",
+    "equal": "good",
     "unchanged": "plain",
     "refused": "warning",
     "unknown": "warning",
 }
-_WANTED = {"convert": "converted", "check": "healthy"}
+_WANTED = {"convert": "converted", "check": "healthy", "verify": "equal"}
 """What each source should be, by the command."""
 
 
@@ -72,8 +82,13 @@ def _page_of(outcome: SourceOutcome, command: str) -> Page:
         return page_of_check(result)
     if isinstance(result, ToolCheck):
         return page_of_tool_check(result)
-    assert outcome.error is not None
-    return page_of_failure(command, outcome.source, outcome.error)
+    if isinstance(result, Verification):
+        return page_of_verification(result)
+    if isinstance(result, AdapterVerification):
+        return page_of_adapter_verification(result)
+    if outcome.error is not None:
+        return page_of_failure(command, outcome.source, outcome.error)
+    return Page(title=outcome.name, command=command, verdict=_line_of(outcome))
 
 
 def _line_of(outcome: SourceOutcome) -> Fact:

@@ -8,15 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from regraft.checking.certificate import AdapterVerification
 from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
+from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
 from regraft.report import SCHEMA_VERSION, AdapterReport, Report
 from regraft.rules.book import rules_words
 from regraft.views.loading import how_to_load
+from regraft.views.wording import count_in_words
 
 Verdict = Literal[
-    "converted", "unchanged", "healthy", "not healthy", "refused", "unknown", "failed"
+    "converted",
+    "unchanged",
+    "healthy",
+    "not healthy",
+    "equal",
+    "not equal",
+    "refused",
+    "unknown",
+    "failed",
 ]
 
 
@@ -51,7 +62,7 @@ class SourceOutcome:
     """``unknown``: regraft has to be told more about it."""
     why: str = ""
     """In a few words."""
-    report: Report | Check | ToolCheck | None = None
+    report: Report | Check | ToolCheck | Verification | AdapterVerification | None = None
     """What the command prints where this is its only source."""
     error: Problem | None = None
     load: str = ""
@@ -64,7 +75,7 @@ class SourceOutcome:
     @property
     def good(self) -> bool:
         """Whether nothing is left to do."""
-        return self.verdict in ("converted", "unchanged", "healthy")
+        return self.verdict in ("converted", "unchanged", "healthy", "equal")
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
@@ -146,6 +157,21 @@ def checked(
     if isinstance(result, ToolCheck) and result.remedy_needs:
         hint = result.remedy_needs
     return SourceOutcome(name, str(path), None, verdict, why, result, fix=result.remedy, hint=hint)
+
+
+def verified(
+    name: str, path: Path, place: Path, result: Verification | AdapterVerification
+) -> SourceOutcome:
+    """A source that was compared with what stands at ``place``."""
+    verdict: Verdict = "equal" if result.equal else "not equal"
+    if isinstance(result, Verification):
+        why = count_in_words(result.tensors, "tensor")
+    else:
+        why = f"{count_in_words(len(result.targets), 'target')}, error {result.error:.2g}"
+    if not result.equal:
+        more = len(result.differences) - 1
+        why = result.differences[0].message + (f" (and {more} more)" if more else "")
+    return SourceOutcome(name, str(path), str(place), verdict, why, result)
 
 
 def failure(name: str, path: Path, error: RegraftError) -> SourceOutcome:

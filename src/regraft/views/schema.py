@@ -47,7 +47,7 @@ class Failure:
 DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "convert": (Report, SourceOutcome),
     "inspect": (Inspection, CheckpointInspection, ImageSummary),
-    "verify": (Verification, AdapterVerification),
+    "verify": (Verification, AdapterVerification, SourceOutcome),
     "merge": (Report,),
     "extract": (Extraction,),
     "check": (Check, ToolCheck, SourceOutcome),
