@@ -130,7 +130,7 @@ def show_verification(out: Output, result: Verification) -> None:
     show_differences(out, result.differences)
     if result.equal:
         counted = count_in_words(result.tensors, "tensor")
-        words = f": {counted} with {show_size(result.bytes)} of numbers, every bit is accounted for"
+        words = f": {counted}, {show_size(result.bytes)} of numbers, every bit is accounted for"
         out.show(Text.assemble(("Equal", _GOOD), words))
     else:
         out.show(
