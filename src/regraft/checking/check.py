@@ -42,7 +42,14 @@ from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
-from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, is_unknown
+from regraft.errors import (
+    BadInputError,
+    Finding,
+    RefusedError,
+    RegraftError,
+    is_unknown,
+    is_unreadable,
+)
 from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.layouts.spelled import LayoutName
@@ -139,11 +146,28 @@ def check_with(
             return check_for(path, asked.to, base, family)
         if checkpoint and is_image(path):
             return _check_image_model(path, base, asked.to)
-        if is_tool(asked.to):
-            return check_for(path, asked.to, base)
+        if (why := passed_over(path, asked.to)) is not None:
+            fix = "leave --for out: whether transformers loads it is told then"
+            raise BadInputError(Finding("not-an-adapter", why, where=str(path), fix=fix))
         if not checkpoint and dialect_of(path).name in IMAGE:
             return _check_image(path, base, asked.to, family)
         return _check(path, base, asked.to, peft)
+
+
+def passed_over(src: Path, to: str) -> str | None:
+    """Why a checkpoint is not checked for a tool; ``None`` for what is."""
+    if not is_tool(to) or not is_checkpoint(src):
+        return None
+    name = to.partition("@")[0]
+    if is_image(src):
+        if name in _IMAGE_LOADERS:
+            return None
+        return f"nothing is known of how {name} takes a checkpoint of an image or video model"
+    return f"it is a checkpoint: --for {name} tells what {name} does with adapters"
+
+
+_IMAGE_LOADERS = ("diffusers", "comfyui")
+"""The tools of which it is known how they take checkpoints of image models."""
 
 
 def _check_image_model(src: Path, model: Path | None, to: str) -> Check:
@@ -152,7 +176,7 @@ def _check_image_model(src: Path, model: Path | None, to: str) -> Check:
     Raises ``RefusedError`` for tools of which nothing is known.
     """
     tool = _DIFFUSERS if to == _USUAL else to.partition("@")[0]
-    if tool not in (_DIFFUSERS, "comfyui"):
+    if tool not in _IMAGE_LOADERS:
         message = f"nothing is known of how {to} takes a checkpoint of an image or video model"
         fix = "say --for diffusers or --for comfyui; regraft inspect tells what it is"
         raise RefusedError(Finding("dialect", message, where=str(src), fix=fix))
@@ -224,7 +248,10 @@ def _check(
         try:
             source = opening.open(folder)
         except RegraftError as error:
+            if is_unreadable(error) and len(found.folders) == 1:
+                raise
             verdict = Verdict(name, "adapter", healthy=False, findings=list(error.findings))
+            verdict.unreadable = is_unreadable(error)
             verdict.no_remedy = "its files are wrong in themselves"
             result.verdicts.append(verdict)
             continue
@@ -472,9 +499,11 @@ class _Checker:
                 for t in inspected.targets
             ]
         else:
-            outcome = "lands" if fits else "elsewhere"
+            lands = {t.key for t in targets} if fits else _staying(source, converted)
+            outcomes = ("lands" if t.key in lands else "elsewhere" for t in targets)
             verdict.rows = rows_of(
-                (t.key, {"outcome": outcome, "rank": t.rank, "scale": t.scale}) for t in targets
+                (t.key, {"outcome": outcome, "rank": t.rank, "scale": t.scale})
+                for t, outcome in zip(targets, outcomes, strict=True)
             )
         if not fits:
             verdict.causes.append(
@@ -504,14 +533,48 @@ def _same(source: Source, converted: Converted) -> bool:
     """Whether a conversion changed neither names nor values, nor what the config means."""
     return (
         source.tensors.keys() == converted.tensors.keys()
-        and all(
-            x.dtype == converted.tensors[name].dtype
-            and x.shape == converted.tensors[name].shape
-            and np.array_equal(_bits(x), _bits(converted.tensors[name]))
-            for name, x in source.tensors.items()
-        )
+        and all(_is_kept(source, converted, name) for name in source.tensors)
         and _means_the_same(source.config, converted)
     )
+
+
+def _is_kept(source: Source, converted: Converted, name: str) -> bool:
+    """Whether a tensor of the result has the same name and the same values in the source."""
+    old, new = source.tensors.get(name), converted.tensors[name]
+    return (
+        old is not None
+        and old.dtype == new.dtype
+        and old.shape == new.shape
+        and np.array_equal(_bits(old), _bits(new))
+    )
+
+
+def _staying(source: Source, converted: Converted) -> set[str]:
+    """The targets of which a conversion left the tensors as they are, with the same scale."""
+    by_module: dict[str, list[str]] = {}
+    for name in converted.tensors:
+        path = name.removeprefix(PREFIX)
+        for _ in range(_FACTOR_PARTS):
+            path = path.rpartition(".")[0]
+            by_module.setdefault(path, []).append(name)
+    config, staying = source.config, set[str]()
+    scales = LoraConfig(config) if config["peft_type"] == "LORA" else None
+    for target in converted.report.targets:
+        if target.parameter:
+            continue  # its factors have one name in each layout, whatever parameter of the module they are for
+        path = target.key.rpartition(".")[0]
+        same_scale = scales is None or (
+            targets_module(config.get("target_modules") or [], path)
+            and isclose(scales.scale(path).value, target.scale)
+        )
+        names = by_module.get(path, [])
+        if names and same_scale and all(_is_kept(source, converted, name) for name in names):
+            staying.add(target.key)
+    return staying
+
+
+_FACTOR_PARTS = 3
+"""At most so many parts of a tensor's name follow its module: ``lora_A.default.weight``."""
 
 
 def _bits(array: Array) -> Array:

@@ -22,7 +22,7 @@ from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
 from regraft.checkpoints.prepare import model_of
 from regraft.checkpoints.source import Source, open_checkpoint
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, is_unreadable
 from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.planning.identify import Detected, detect
@@ -36,7 +36,7 @@ from regraft.rules.mtp import mtp_among
 def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
     """What a loader of a layout would make of a checkpoint; ``told`` is the model's folder or config.
 
-    Raises ``BadInputError`` where ``told`` is no config.
+    Raises ``BadInputError`` where ``told`` is no config, or a file cannot be read at all.
     """
     verdict = Verdict("", "checkpoint", healthy=False)
     report: CheckpointReport | None = None
@@ -46,6 +46,8 @@ def check_checkpoint(path: Path, told: Path | None, to: Layout) -> Verdict:
         )
         verdict.layout = report.source_layout
     except RegraftError as error:
+        if is_unreadable(error):
+            raise
         verdict.findings = list(error.findings)
     place = told if told is not None else path if path.is_dir() else path.parent
     if is_there() and installed_layout() == to.name:

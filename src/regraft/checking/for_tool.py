@@ -26,7 +26,7 @@ from regraft.dialects.opening import Target, find_source
 from regraft.dialects.peft.source import CONFIG, WEIGHTS
 from regraft.dialects.served import demands_apart, has_demands
 from regraft.dialects.tool_files import look_at
-from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError
+from regraft.errors import AmbiguousError, BadInputError, Finding, RegraftError, is_unreadable
 from regraft.errors.codes import Status
 from regraft.planning.model import ModelConfig, load_model
 from regraft.rules.book import rules_words
@@ -197,6 +197,7 @@ def _files(src: Path, model: str | os.PathLike[str] | None, own: str) -> Files:
                 fix=how_to_find(str(src)),
             )
         )
+    _check_readable(src)
     dialect = _dialect(src, own)
     look = look_at(src)
     weights = src if src.is_file() else _weights_in(src)
@@ -219,6 +220,17 @@ def _files(src: Path, model: str | os.PathLike[str] | None, own: str) -> Files:
         tensors, metadata = opened.tensors, opened.metadata
     base = load_model(Path(model)) if model is not None else _named_base(src, config)
     return Files(src, config, tensors, dialect, base, metadata)
+
+
+def _check_readable(src: Path) -> None:
+    """Raises ``BadInputError`` where a file cannot be read at all: that is no answer of the tool's."""
+    try:
+        opening = find_source(src)
+        for _ in opening:
+            pass
+    except RegraftError as error:
+        if is_unreadable(error):
+            raise
 
 
 def _dialect(src: Path, own: str) -> str:

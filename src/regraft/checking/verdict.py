@@ -92,6 +92,8 @@ class Verdict:
     """Why there is none."""
     findings: list[Finding] = field(default_factory=list)
     """What is wrong with it, or why it cannot be converted."""
+    unreadable: bool = False
+    """Whether a file of it cannot be read at all."""
     warnings: list[str] = field(default_factory=list)
     """What the loader says."""
     notes: list[str] = field(default_factory=list)
@@ -159,6 +161,8 @@ class Check(Shown):
     @property
     def status(self) -> Status:
         """The exit status of the command that found it."""
+        if any(verdict.unreadable for verdict in self.verdicts):
+            return Status.BAD_INPUT
         return Status.DONE if self.healthy else Status.NO
 
     def to_dict(self) -> dict[str, Any]:

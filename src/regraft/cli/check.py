@@ -120,14 +120,16 @@ def _check_many(
     lenient: bool,
     told: Callable[[Sequence[SourceOutcome]], None],
 ) -> int:
-    from regraft.checking.check import check_with
+    from regraft.checking.check import check_with, passed_over
     from regraft.checking.for_tool import ToolCheck
     from regraft.checking.verdict import Check
     from regraft.cli.many import run_many
     from regraft.errors.codes import Status
-    from regraft.views.outcome import checked
+    from regraft.views.outcome import SourceOutcome, checked
 
     def work(item: Item) -> SourceOutcome:
+        if (why := passed_over(item.path, asked.to)) is not None:
+            return SourceOutcome(item.name, str(item.path), None, "skipped", why)
         result = check_with(item.path, asked)
         other = result.of_another
         if other is not None:

@@ -26,6 +26,7 @@ _COLORS = {
     "healthy": GOOD,
     "equal": GOOD,
     "unchanged": FAINT,
+    "skipped": FAINT,
     "refused": WARNING,
 }
 _WHY = 100

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from regraft.errors.codes import CODES, Status
+from regraft.errors.codes import CODES, Part, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,16 @@ def is_unknown(error: RegraftError) -> bool:
     True
     """
     return isinstance(error, AmbiguousError) or {f.code for f in error.findings} <= _UNKNOWN
+
+
+def is_unreadable(error: RegraftError) -> bool:
+    """Whether a file could not be read at all, so that nothing is known of what it holds.
+
+    >>> is_unreadable(BadInputError(Finding("not-json", "not JSON")))
+    True
+    """
+    unreadable = (Part.FILES, Part.HEADERS)
+    return bool(error.findings) and all(CODES[f.code].part in unreadable for f in error.findings)
 
 
 class BadInputError(RegraftError):

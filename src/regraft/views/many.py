@@ -28,6 +28,7 @@ _TONES: dict[str, Tone] = {
     "healthy": "good",
     "equal": "good",
     "unchanged": "plain",
+    "skipped": "plain",
     "refused": "warning",
     "unknown": "warning",
 }

@@ -25,6 +25,7 @@ Verdict = Literal[
     "not healthy",
     "equal",
     "not equal",
+    "skipped",
     "refused",
     "unknown",
     "failed",
@@ -59,7 +60,7 @@ class SourceOutcome:
     source: str
     destination: str | None
     verdict: Verdict
-    """``unknown``: regraft has to be told more about it."""
+    """``unknown``: regraft has to be told more about it. ``skipped``: it is not what the command is for."""
     why: str = ""
     """In a few words."""
     report: Report | Check | ToolCheck | Verification | AdapterVerification | None = None
@@ -75,7 +76,7 @@ class SourceOutcome:
     @property
     def good(self) -> bool:
         """Whether nothing is left to do."""
-        return self.verdict in ("converted", "unchanged", "healthy", "equal")
+        return self.verdict in ("converted", "unchanged", "healthy", "equal", "skipped")
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as plain data."""
