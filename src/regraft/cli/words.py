@@ -290,7 +290,7 @@ _PLAIN = frozenset({"usage", "left"})
 def explain_codes(findings: Iterable[Finding]) -> list[Text]:
     """A line with the command that explains the codes of findings, where that says more than they do.
 
-    >>> [str(line) for line in explain_codes([Finding("wrong-base", "it is another's")])]
+    >>> [line.plain for line in explain_codes([Finding("wrong-base", "it is another's")])]
     ['More: regraft errors wrong-base']
     """
     codes = dict.fromkeys(finding.code for finding in findings if finding.code not in _PLAIN)
