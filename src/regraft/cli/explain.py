@@ -67,7 +67,6 @@ _GOOD, _WARNING, _BAD, _NAME, _FAINT = "green", "yellow", "bold red", "bold", "d
 def show_explanation(out: Output, found: Explanation) -> None:
     """The way of one key, drawn from top to bottom."""
     from regraft.cli.styled import Text
-
     from regraft.cli.words import show_problem
 
     layouts = f"{found.source_layout or 'unknown'} -> {found.target_layout}"
