@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from regraft.checkpoints.moves import Moves, is_whole
+from regraft.checkpoints.moves import Moves
 from regraft.checkpoints.source import Source, Tensors
 from regraft.names.keys import Group, Ints
 from regraft.planning.plan import Entry, Plan
@@ -44,7 +44,7 @@ def use_owners(plan: Plan, owners: Mapping[int, int]) -> Plan:
 
     def resolved(entries: Sequence[Entry]) -> tuple[Entry, ...]:
         return tuple(
-            entry if is_whole(entry) else replace(entry, sources=tuple(map(resolve, entry.sources)))
+            entry if entry.renames else replace(entry, sources=tuple(map(resolve, entry.sources)))
             for entry in entries
         )
 
@@ -67,7 +67,7 @@ def add_aliases(moves: Moves, plan: Plan, owners: Mapping[int, int], tensors: Te
             renamed[int(ids[at])] = keys.name(at)
 
     for entry in plan.entries:
-        if is_whole(entry):
+        if entry.renames:
             note(entry.keys(entry.written[0]), entry.sources[0].reshape(-1))
     for carried in plan.carried:
         note(carried.group, carried.group.ids)

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.config import V4, V5
-from regraft.checkpoints.moves import Moves, Runs, Strided, add_entry, is_whole
+from regraft.checkpoints.moves import Moves, Runs, Strided, add_entry
 from regraft.checkpoints.quantization import (
     BESIDE,
     BITSANDBYTES,
@@ -308,9 +308,9 @@ def _read(source: Source, row: int, limit: int) -> bytes:
     return bytes(data)
 
 
-def check_step_by_step(companions: Companions, where: str) -> None:
+def check_step_by_step(plan: Plan, companions: Companions, where: str) -> None:
     """Raises ``RefusedError`` for quantised weights on a way over several layouts: scales move along one step only."""
-    if companions.rows():
+    if companions.rows() and plan.is_composed:
         raise RefusedError(
             Finding(
                 "companion",
@@ -338,7 +338,7 @@ def check_quantised(plan: Plan, companions: Companions) -> None:
             continue
         packed = next((i for i in used.tolist() if i in companions.packed), None)
         target = _unread(entry, plan)
-        if is_whole(entry):
+        if entry.renames:
             if told.method in _NAMED_IN_METADATA and entry.read[0].key != entry.written[0].key:
                 why = "the file's metadata names its tensors, and they get other names"
                 findings.append(_refused(int(used[0]), "packed", why, entry, plan, told))
@@ -386,7 +386,7 @@ def add_companions(moves: Moves, plan: Plan, companions: Companions, source: Sou
     findings: list[Finding] = []
     for entry in plan.entries:
         for suffix, table in companions.of.items():
-            if is_whole(entry):
+            if entry.renames:
                 keys = entry.keys(entry.written[0])
                 _add_whole(moves, keys, entry.sources[0].reshape(-1), suffix, table, source)
                 continue

@@ -111,7 +111,7 @@ def moves_of(plan: Plan, tensors: Tensors) -> Moves:
     moves = Moves()
     findings: list[Finding] = []
     for entry in plan.entries:
-        if is_whole(entry):
+        if entry.renames:
             ids = entry.sources[0].reshape(-1)
             moves.add_whole(*_real(entry.keys(entry.written[0]), ids, tensors), tensors)
         else:
@@ -129,11 +129,6 @@ def moves_of(plan: Plan, tensors: Tensors) -> Moves:
 def _real(keys: Group, ids: Ints, tensors: Tensors) -> tuple[list[str], Ints]:
     real = ids < len(tensors)
     return (keys if real.all() else keys.take(real)).names(), ids[real]
-
-
-def is_whole(entry: Entry) -> bool:
-    """Whether an entry only renames."""
-    return entry.renames
 
 
 def add_entry(

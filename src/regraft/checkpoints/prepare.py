@@ -210,8 +210,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         beside = [(name, name) for name in kept]
     else:
         check_quantised(plan, companions)
-        if plan.is_composed:
-            check_step_by_step(companions, source.where)
+        check_step_by_step(plan, companions, source.where)
         named, plan = plan, use_owners(plan, companions.aliases)
         moves = moves_of(plan, tensors)
         untied = add_aliases(moves, named, companions.aliases, tensors)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 from msgspec import Struct
 
@@ -33,7 +34,7 @@ class Edge(Struct, frozen=True, dict=True):
 
         Raises ``BadInputError`` where the layout is neither of the book's.
         """
-        return Edge(book, _direction(book, layout, target=True))
+        return _edge(book, layout, "target")
 
     @staticmethod
     def out_of(book: Book, layout: str) -> Edge:
@@ -41,7 +42,7 @@ class Edge(Struct, frozen=True, dict=True):
 
         Raises ``BadInputError`` where the layout is neither of the book's.
         """
-        return Edge(book, _direction(book, layout, target=False))
+        return _edge(book, layout, "source")
 
     @cached_property
     def source(self) -> str:
@@ -208,10 +209,12 @@ def _loses(edge: Edge) -> bool:
     return any(edge.reads in drop.sides for drop in edge.book.drops)
 
 
-def _direction(book: Book, layout: str, *, target: bool) -> Direction:
+def _edge(book: Book, layout: str, end: Literal["source", "target"]) -> Edge:
+    """The edge of a book that has a layout at one of its ends."""
     for direction in Direction:
-        if book.layout(direction.written if target else direction.read) == layout:
-            return direction
+        edge = Edge(book, direction)
+        if layout == (edge.source if end == "source" else edge.target):
+            return edge
     raise BadInputError(
         Finding(
             "other-layouts",

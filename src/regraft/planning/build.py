@@ -97,8 +97,8 @@ class _Builder:
         self.sources = Sources(headers, partial=partial, all_seen=all_seen, where=where)
         self.unmatched: list[Finding] = []
         self.refused: list[Finding] = []
-        count = 1 + max((int(g.ids.max()) for g in headers.groups if len(g)), default=-1)
-        self.owner = np.full(count, -1, dtype=np.int64)
+        self.owner = np.full(len(headers.shapes), -1, dtype=np.int64)
+        """For every id the number of the claim that has it."""
         self.dropped: list[Dropped] = []
         self.mixed = False
         self.lasts: dict[tuple[Rule, str, tuple[str, ...]], int] = {}
@@ -122,12 +122,10 @@ class _Builder:
         found: list[tuple[Specificity, Claim]] = []
         for edge in self.edges:
             scope = self.scopes.get(edge.book.name, Scope())
+            admitted = [g for g in self.headers.groups if scope.admits(g.template)]
             terms = edge.book.terms(edge.reads)
             matches = [
-                (term, group, match)
-                for group in self.headers.groups
-                if scope.admits(group.template)
-                for term, match in terms.matching(group)
+                (term, group, match) for group in admitted for term, match in terms.matching(group)
             ]
             for term, group, match in sorted(matches, key=lambda each: each[0].place):
                 claim = self.claim(term, group, match, scope)
@@ -160,12 +158,9 @@ class _Builder:
                 ids = claim.ids()
             book = next(b for b in self.books if claim.rule in b.rules)
             scope = self.scopes.get(book.name, Scope())
+            loops = claim.indices.loops
             self.check_bounds(
-                claim.rule.equation,
-                scope,
-                claim.group.take(claim.match.rows),
-                claim.indices.loops,
-                claim.rule,
+                claim.rule.equation, scope, claim.group, claim.match, loops, claim.rule
             )
             self.owner[ids] = len(taken)
             digits[ids] = ranks[spelled]
@@ -307,9 +302,8 @@ class _Builder:
                     match = match_group(carry.term.key, left)
                     if match is None or not scope.admits(left.template):
                         continue
-                    taken = left.take(match.rows)
-                    self.check_carried(book, taken, carry, match)
-                    carried.append(Carried(taken, carry))
+                    self.check_carried(book, left, carry, match)
+                    carried.append(Carried(left.take(match.rows), carry))
                     rest = np.ones(len(left), dtype=bool)
                     rest[match.rows] = False
                     left = left.take(rest)
@@ -357,8 +351,15 @@ class _Builder:
         return group
 
     def check_bounds(
-        self, equation: Equation, scope: Scope, group: Group, loops: Ints, where: Rule | str
+        self,
+        equation: Equation,
+        scope: Scope,
+        group: Group,
+        match: Match,
+        loops: Ints,
+        where: Rule | str,
     ) -> None:
+        """Note a key of those that match whose index, in a row of ``loops``, the base model has not."""
         for bound in equation.bounds:
             limit = limit_of(bound, scope.look_up)
             if limit is None:
@@ -369,7 +370,7 @@ class _Builder:
                     "wrong-base",
                     f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
                     f"{over.sum()} keys are beyond",
-                    key=group.name(int(np.flatnonzero(over)[0])),
+                    key=group.name(int(match.rows[over][0])),
                     rule=str(where),
                     fix="give the base model that it was trained on",
                 )
@@ -379,8 +380,9 @@ class _Builder:
         place = f"{book.name} ({carry.where})"
         assert carry.term.key is not None
         found, _ = reading_of(carry.equation, carry.term.key).read(match.holes, {})
-        self.check_bounds(carry.equation, scope, group, found.loops, place)
-        codes, first = np.unique(self.sources.shape_code[group.ids], return_index=True)
+        self.check_bounds(carry.equation, scope, group, match, found.loops, place)
+        ids = group.ids[match.rows]
+        codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
         for code, row in zip(codes.tolist(), first.tolist(), strict=True):
             shape = self.sources.shape_list[code]
             try:
@@ -395,7 +397,7 @@ class _Builder:
                 self.sources.report(
                     "wrong-base",
                     f"its shape is {list(shape)}, which does not fit the base model: {error}",
-                    key=group.name(int(row)),
+                    key=group.name(int(match.rows[row])),
                     rule=place,
                     fix="give the base model that it was trained on",
                 )
