@@ -25,7 +25,7 @@ def left_out(target: Mapping, resolved: Resolved) -> tuple[dict[str, str], dict[
     """
     quiet: dict[str, str] = {}
     loud: dict[str, str] = {}
-    for part in resolved.parts:
+    for part in resolved.parts if resolved.unmatched else ():
         model, imported = target.live.models[part.model], target.imported[part.model]
         outer = _around(part, model)
         mtp = mtp_of(imported, part, resolved)
@@ -47,6 +47,8 @@ def left_out(target: Mapping, resolved: Resolved) -> tuple[dict[str, str], dict[
 def mtp_of(imported: Imported | Ruled, part: Part, resolved: Resolved) -> dict[str, str]:
     """The unmatched keys of a part that are of layers for predicting further tokens: as they are without wrappers."""
     left = [key for key in resolved.unmatched if key.startswith(part.prefix)]
+    if not left:
+        return {}
     bare = {key: without_wrappers(key[len(part.prefix) :]) for key in left}
     found = imported.mtp_among(list(bare.values())).names()
     return {key: name for key, name in bare.items() if name in found}

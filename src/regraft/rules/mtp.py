@@ -187,7 +187,7 @@ def check_mtp(books: Iterable[Book], keys: MtpKeys, layouts: Collection[str], wh
 
 def with_mtp(book: Book, keys: MtpKeys) -> Book:
     """A book that says of the MTP layers of a file what it says of the others, and carries over the rest of them."""
-    if not len(keys):
+    if not keys.groups:
         return book
     twins = {str(t.equation): t for rule in book.rules for t in _twins(rule, keys)}
     carries = [_carry(f"{root}.{{*q}}", book) for root in keys.roots]

@@ -225,9 +225,11 @@ class Imported:
 
     def mtp_among(self, keys: Sequence[str]) -> MtpKeys:
         """The layers for predicting further tokens among keys, of which the model has none."""
+        left = [key for key, lands in zip(keys, self.lands(keys), strict=True) if not lands]
+        if not left:
+            return MtpKeys()
         config = self.skeleton.submodels[0].config
         data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-        left = [key for key, lands in zip(keys, self.lands(keys), strict=True) if not lands]
         return mtp_among(left, (part for _, part in ModelConfig(data, "").parts()))
 
     def lands(self, keys: Sequence[str]) -> list[bool]:
