@@ -28,7 +28,7 @@ from regraft.planning.families import Claim, Family, Sources
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
 from regraft.rules.book import Book, Carry, Rule
-from regraft.rules.indices import Givens, reading_of
+from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import (
     Match,
     Specificity,
@@ -158,9 +158,8 @@ class _Builder:
                 ids = claim.ids()
             book = next(b for b in self.books if claim.rule in b.rules)
             scope = self.scopes.get(book.name, Scope())
-            loops = claim.indices.loops
             self.check_bounds(
-                claim.rule.equation, scope, claim.group, claim.match, loops, claim.rule
+                claim.rule.equation, scope, claim.group, claim.match, claim.indices, claim.rule
             )
             self.owner[ids] = len(taken)
             digits[ids] = ranks[spelled]
@@ -174,7 +173,7 @@ class _Builder:
         givens = self.givens(rule, term, group, match, scope)
         if givens is None:
             return None
-        indices, fits = of.reading.read(match.holes, givens)
+        indices, fits = match.indices(of.reading, givens)
         claim = Claim(rule, of.number, term, group, match, indices, givens)
         if not fits.all():
             if not fits.any():
@@ -191,7 +190,7 @@ class _Builder:
                     fix="give the base model with --model, with a config that says it",
                 )
                 return None
-            fits = claim.indices.loops[:, rule.equation.loops.index(begin.axis)] >= first
+            fits = claim.indices.of_loop(rule.equation, begin.axis) >= first
             if not fits.any():
                 return None
             claim = claim if fits.all() else claim.keep(fits)
@@ -356,15 +355,16 @@ class _Builder:
         scope: Scope,
         group: Group,
         match: Match,
-        loops: Ints,
+        indices: Indices,
         where: Rule | str,
     ) -> None:
-        """Note a key of those that match whose index, in a row of ``loops``, the base model has not."""
+        """Note a key of those that match whose index the base model has not."""
         for bound in equation.bounds:
+            index = indices.of_loop(equation, bound.axis)
             limit = limit_of(bound, scope.look_up)
             if limit is None:
                 continue
-            over = loops[:, equation.loops.index(bound.axis)] >= limit
+            over = index >= limit
             if over.any():
                 self.sources.report(
                     "wrong-base",
@@ -380,7 +380,7 @@ class _Builder:
         place = f"{book.name} ({carry.where})"
         assert carry.term.key is not None
         found, _ = reading_of(carry.equation, carry.term.key).read(match.holes, {})
-        self.check_bounds(carry.equation, scope, group, match, found.loops, place)
+        self.check_bounds(carry.equation, scope, group, match, found, place)
         ids = group.ids[match.rows]
         codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
         for code, row in zip(codes.tolist(), first.tolist(), strict=True):

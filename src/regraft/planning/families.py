@@ -110,8 +110,7 @@ class Family:
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
         for claim in claims:
             found = claim.indices
-            loops = np.concatenate([claim.match.rest_numbers, found.loops], axis=1)
-            rows[claim.term].append((loops, found.stacked, claim.ids()))
+            rows[claim.term].append((found.loops, found.stacked, claim.ids()))
         self.rows = [_join(parts) for parts in rows]
         self.ids = claims[0].ids()
         asked = rule.equation.asked

@@ -68,11 +68,10 @@ def _stacks(group: Group, side: Side) -> Iterator[_Stacks]:
     match = match_group(term.key, group) if axes and scope.admits(group.template) else None
     if match is None or any(len(names) != 1 for names in axes):
         return
-    found, fits = term.reading.read(match.holes, {})
+    found, fits = match.indices(term.reading, {})
     if fits.all():
-        loops = np.concatenate([match.rest_numbers, found.loops], axis=1)
         counted = tuple(name for (name,) in axes)
-        yield _Stacks(term, scope, match.rests, counted, loops, found.stacked)
+        yield _Stacks(term, scope, match.rests, counted, found.loops, found.stacked)
 
 
 def _gaps(stacks: _Stacks, sizes: list[int]) -> Iterator[Group]:

@@ -21,9 +21,13 @@ class Indices(Struct, frozen=True, eq=False):
     """What the numbers in the holes of some keys say."""
 
     loops: Ints
-    """(keys, loops)."""
+    """(keys, loops), behind the numbers in rests where these count."""
     stacked: Ints
     """(keys, stacked holes)."""
+
+    def of_loop(self, equation: Equation, axis: str) -> Ints:
+        """The values of one loop's index, key by key."""
+        return self.loops[:, equation.loops.index(axis) - len(equation.loops)]
 
 
 class Reading(Struct, frozen=True):

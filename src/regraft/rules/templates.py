@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from regraft.equation.notation import Equation, Hole, Key, Segments, Term
 from regraft.names.keys import MARK, Group, Ints
-from regraft.rules.indices import given_names
+from regraft.rules.indices import Givens, Indices, Reading, given_names
 from regraft.values import replace
 
 _DIGITS = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")
@@ -45,6 +45,12 @@ class Match(Struct, frozen=True, eq=False, dict=True):
     def holes(self) -> Ints:
         """(rows, holes): the index in each hole."""
         return self.numbers[:, self.hole_columns]
+
+    def indices(self, reading: Reading, givens: Givens) -> tuple[Indices, npt.NDArray[np.bool_]]:
+        """What the numbers say, those in rests before the loops, and which rows say anything; see `Reading.read`."""
+        found, fits = reading.read(self.holes, givens)
+        loops = np.concatenate([self.rest_numbers, found.loops], axis=1)
+        return Indices(loops, found.stacked), fits
 
     def take(self, rows: npt.NDArray[Any]) -> Match:
         """Some of the rows."""
