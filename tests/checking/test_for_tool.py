@@ -346,3 +346,36 @@ def test_faults_of_a_dense_adapter(tool, change, fields, verdict, reason, tmp_pa
     check = regraft.check(mine, tool=tool, model=base)
     assert check.verdict == verdict, check
     assert reason in " ".join([*check.failures, *(t.reason for t in check.targets)])
+
+
+@pytest.mark.parametrize(
+    ("extra", "verdict"),
+    [
+        (("score.weight",), "full"),
+        (("classifier.weight", "classifier.bias"), "full"),
+        (("underscore.weight",), "fails"),
+        (("a.weight", "score.weight"), "fails"),
+        (("classifier.weight", "lm_head.weight"), "fails"),
+    ],
+)
+def test_vllm_takes_weights_and_biases_of_classifiers_heads_only(tmp_path, extra, verdict):
+    base = make_base(tmp_path / "base", "llama")
+    src = make_adapter(tmp_path / "lora", ATTENTION | MLP)
+    whole = {f"base_model.model.{name}": np.ones((2, 2), np.float32) for name in extra}
+    mine = rewrite(src, tmp_path / "src", lambda t: t | whole, target_modules=NAMED)
+    check = regraft.check(mine, tool="vllm", model=base)
+    assert check.verdict == verdict, check
+    told = [f for f in check.failures if "no key that it knows" in f]
+    assert len(told) == (verdict == "fails")
+
+
+def test_what_is_converted_for_vllm_with_a_head_and_its_bias_is_healthy(tmp_path):
+    """`convert --to vllm` and `check --for vllm` agree about a classifier's bias."""
+    base = make_base(tmp_path / "base", "llama")
+    src = make_adapter(tmp_path / "lora", ATTENTION)
+    head = {"classifier.weight": np.ones((2, 16)), "classifier.bias": np.ones(2)}
+    whole = {f"base_model.model.{name}": x.astype(np.float32) for name, x in head.items()}
+    fields = {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+    mine = rewrite(src, tmp_path / "src", lambda t: t | whole, **fields)
+    regraft.convert(mine, tmp_path / "made", to="vllm", model=base)
+    assert regraft.check(tmp_path / "made", tool="vllm", model=base).verdict == "full"

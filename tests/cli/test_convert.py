@@ -56,6 +56,18 @@ def test_the_last_line_names_the_tool(
     assert str(tmp_path / "out") in line
 
 
+def test_a_tool_that_takes_one_file_is_given_the_file_in_the_folder(
+    lora: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """llama.cpp opens what --lora names; a folder is no file, whatever else was copied into it."""
+    (lora / "README.md").write_text("mine")
+    out = tmp_path / "out"
+    assert main(["convert", str(lora), str(out), "--to", "gguf"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f"--lora {out / 'adapter.gguf'}")
+    assert (out / "README.md").is_file()
+
+
 def test_converts_and_says_how_to_load(lora: Path, tmp_path: Path, capsys: Capture) -> None:
     (lora / "README.md").write_text("mine")
     out = tmp_path / "out"

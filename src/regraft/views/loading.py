@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from itertools import islice
 from pathlib import Path
 
 from regraft.report import Report
@@ -54,11 +53,12 @@ def _usage(layout: str) -> str:
 
 
 def _file_of(destination: str) -> str:
-    """The result where it is one file, in a folder or not; otherwise the folder."""
+    """The result where it is one file, in a folder or not (with a README, say); otherwise the folder."""
     folder = Path(destination)
-    inside = list(islice(folder.iterdir(), 2)) if folder.is_dir() else []
-    alone = len(inside) == 1 and inside[0].suffix == ".safetensors"
-    return str(inside[0]) if alone else destination
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    weights = [path for path in inside if path.suffix in (".safetensors", ".gguf")]
+    alone = len(weights) == 1 and not any(path.suffix == ".json" for path in inside)
+    return str(weights[0]) if alone else destination
 
 
 def _quote(text: str) -> str:

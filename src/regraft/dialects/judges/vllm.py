@@ -39,6 +39,18 @@ _PLAIN_TEXT = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 """Text models whose names in a vision-language model are found as well."""
 
 
+_HEADS = ("score", "classifier")
+"""Heads of classifiers, whose whole weights and biases vLLM takes."""
+_PASSED_OVER = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+
+
+def _whole(name: str) -> bool:
+    """Whether vLLM takes a tensor that is no factor, or passes over it (``parse_fine_tuned_lora_name``)."""
+    module, _, leaf = name.rpartition(".")
+    head = module.rpartition(".")[2] in _HEADS and leaf in ("weight", "bias")
+    return head or name.endswith(_PASSED_OVER)
+
+
 class VllmReader:
     """vLLM's LoRA loader, with the flags it has if none is given."""
 
@@ -54,10 +66,9 @@ class VllmReader:
             return judged
         source = PeftLike.of(files)
         judged.failures += self._config_failures(source.config)
+        unknown = [name for name in source.others if not _whole(name)]
         judged.failures += [
-            f"{name} is no key that it knows (unsupported LoRA weight)"
-            for name in source.others[:1]
-            if not name.endswith(("score.weight", "classifier.weight", ".base_layer.weight"))
+            f"{name} is no key that it knows (unsupported LoRA weight)" for name in unknown[:1]
         ]
         types = files.types
         demands = demands_table("vllm").for_model(types)
@@ -90,7 +101,7 @@ class VllmReader:
         ):
             if config.get(name):
                 told.append(f"it does not have {what}")
-        saved = [m for m in config.get("modules_to_save") or [] if m not in ("score", "classifier")]
+        saved = [m for m in config.get("modules_to_save") or [] if m not in _HEADS]
         if saved:
             told.append(
                 f"it takes no modules_to_save but score and classifier ({', '.join(saved)})"
