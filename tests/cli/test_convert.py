@@ -62,7 +62,8 @@ def test_a_tool_that_takes_one_file_is_given_the_file_in_the_folder(
     """llama.cpp opens what --lora names; a folder is no file, whatever else was copied into it."""
     (lora / "README.md").write_text("mine")
     out = tmp_path / "out"
-    assert main(["convert", str(lora), str(out), "--to", "gguf"]) == 0
+    asked = ["convert", str(lora), str(out), "--to", "gguf", "--model", str(BASE)]
+    assert main(asked) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.endswith(f"--lora {out / 'adapter.gguf'}")
     assert (out / "README.md").is_file()
