@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dialects.test_tools import make_base
 
 import regraft
 from regraft.storage.safetensors import open_tensors, read_header, write_tensors
@@ -544,3 +545,26 @@ def test_a_parameters_factors_where_the_config_says_an_embedding(tmp_path):
             regraft.convert(src, tmp_path / "out", to=to, model=golden / "bases/mixtral")
         assert told.value.findings[0].key.endswith("embed_tokens.lora_A.weight")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "advice"),
+    [
+        ("the folder", "{base} (mixtral); the one given is llama"),
+        ("org/elsewhere", "trained on (it names org/elsewhere); the one given is llama"),
+        (None, "trained on; the one given is llama, and the names are those of mixtral"),
+    ],
+)
+def test_a_base_of_another_type_is_told_by_what_the_adapter_says(tmp_path, named, advice):
+    """PEFT names no class where a task is set; then the base that it names, or the names, tell the family."""
+    case, base = GOLDEN / "cases/mixtral__gud_attn", GOLDEN / "bases/mixtral"
+    src = tmp_path / "src"
+    shutil.copytree(case, src)
+    config = json.loads((src / "adapter_config.json").read_text()) | {"auto_mapping": None}
+    config["base_model_name_or_path"] = str(base) if named == "the folder" else named
+    (src / "adapter_config.json").write_text(json.dumps(config))
+    llama = make_base(tmp_path / "llama", "llama")
+    with pytest.raises(regraft.UnmatchedKeysError) as caught:
+        regraft.convert(src, tmp_path / "out", to="transformers-v5", model=llama)
+    (advised,) = {finding.fix for finding in caught.value.findings}
+    assert advice.format(base=base) in advised

@@ -59,6 +59,10 @@ class Known(Struct, frozen=True):
     """What the user should know besides."""
     architecture: str | None = None
     """The class that the base was taken for, where it matters."""
+    names: Names | None = None
+    """The adapter's own, to tell whose they are where the base does not explain them."""
+    hints: Hints | None = None
+    """What the adapter says of its base."""
 
     @property
     def imported(self) -> bool:
@@ -69,9 +73,26 @@ class Known(Struct, frozen=True):
         """What to do about keys that none of the books explains."""
         if self.model is None:
             return "give the base model with --model (its folder or its config.json)"
+        if (told := self._other_base()) is not None:
+            return told
         return (
             f"check the prefix and the model, or add the key to a rule book{or_ask_transformers()}"
         )
+
+    def _other_base(self) -> str | None:
+        """To give another base, where the adapter itself tells that it was trained on one of another type."""
+        if self.hints is None or self.names is None or self.model is None:
+            return None
+        given = f"the one given is {self.model.model_type or 'another'}"
+        named = model_beside(self.hints)
+        if named is not None and named.model_type != self.model.model_type:
+            return f"give the base that it was trained on, {self.hints.base} ({named.model_type}); {given}"
+        others = _families_explaining(self.names)
+        if not others:
+            return None
+        says = f" (it names {self.hints.base})" if self.hints.base else ""
+        whose = f", and the names are those of {', '.join(others)}" if len(others) <= _SOME else ""
+        return f"give the base that it was trained on{says}; {given}{whose}"
 
 
 def find_books(
@@ -88,7 +109,8 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    return _with_own(_find_books(names, hints, model, where, foreign), names, foreign)
+    known = _with_own(_find_books(names, hints, model, where, foreign), names, foreign)
+    return replace(known, names=names, hints=hints)
 
 
 def _with_own(known: Known, names: Names, foreign: Foreign | None) -> Known:
@@ -206,6 +228,19 @@ def _by_family(fitting: Sequence[Book]) -> list[tuple[Book, ...]]:
             mine = tuple(b for b in same if b in fitting or frozenset(b.layouts) not in ends)
             found.setdefault(tuple(b.name for b in mine), mine)
     return list(found.values())
+
+
+_SOME = 4
+"""Where more families fit, none is named."""
+
+
+def _families_explaining(names: Names) -> list[str]:
+    """The model types of the library whose books explain every module of an adapter."""
+    found: dict[str, None] = {}
+    for books in _by_family(books_by_keys(names)):
+        if books and not names.lookup(books).unknown_modules:
+            found |= dict.fromkeys(books[0].model_types)
+    return list(found)
 
 
 def _undecided(
