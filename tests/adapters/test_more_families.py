@@ -319,6 +319,34 @@ def test_tensors_have_the_rank_that_the_config_gives(title, tmp_path, monkeypatc
         case.convert(None)
 
 
+# -- copies of saved biases
+
+BIAS_TURNED = "m.{l}.r.bias : (h t) == m.{l}.r.bias : (t h) where h = 2, t = 3"
+
+
+def biases(monkeypatch, equation):
+    rule = book_of(equation_of(RENAME) + equation_of(equation, "bias"), head=HEAD)
+    names = ("m.0.r.bias", "m.0.r.original_module.bias")
+    tensors = {f"base_model.model.{name}": np.arange(6, dtype=np.float32) for name in names}
+    tensors |= {
+        "base_model.model.m.0.q.lora_A.weight": np.ones((1, 16), np.float32),
+        "base_model.model.m.0.q.lora_B.weight": np.ones((8, 1), np.float32),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"], "bias": "all"}
+    return convert(config, tensors, rule, monkeypatch)
+
+
+def test_a_copy_of_a_bias_gets_its_new_name(monkeypatch):
+    done = biases(monkeypatch, "m.{l}.r.bias : o == m.{l}.s.bias : o where o = 6")
+    names = {name.removeprefix("base_model.model.m.0.") for name in done.tensors}
+    assert names == {"z.lora_A.weight", "z.lora_B.weight", "s.bias", "s.original_module.bias"}
+
+
+def test_a_copy_of_a_bias_stands_on_what_stays(monkeypatch):
+    with pytest.raises(RefusedError, match="a copy of is stored differently"):
+        biases(monkeypatch, BIAS_TURNED)
+
+
 # -- adapters that name no module
 
 ROTATED = """m.{l}.k_proj.weight : (h d t) i == m.{l}.k_proj.weight : (h t d) i

@@ -154,6 +154,30 @@ def test_two_saved_modules_of_which_one_is_inside_the_other_now_are_one_entry(tm
     assert tensors.keys() == source.keys()
 
 
+def with_copies(module, bias):
+    """A saved module as PEFT writes it with ``bias = "all"``: its bias, and that of both of its copies."""
+    return {
+        f"{PREFIX}{module}.weight": np.ones((4, HIDDEN), np.float32),
+        f"{PREFIX}{module}.bias": bias,
+        f"{PREFIX}{module}.modules_to_save.bias": bias,
+        f"{PREFIX}{module}.original_module.bias": bias + 1,
+    }
+
+
+@pytest.mark.parametrize(("there", "back"), [(V4, V5), (V5, V4)])
+def test_copies_of_a_saved_bias_go_with_it(tmp_path, there, back):
+    source = attention()
+    for layer in range(2):
+        source |= with_copies(f"model.layers.{layer}.mlp.router", np.arange(4, dtype=np.float32))
+    adapter = write(tmp_path / "in", source, "gpt_oss", modules_to_save=["router"], bias="all")
+    base = BASES / "gpt_oss"
+    regraft.convert(adapter, tmp_path / "out", to=there, source=back, model=base, verify=True)
+    tensors, config = read(tmp_path / "out")
+    assert config["modules_to_save"] == ["router"]
+    assert all(np.array_equal(tensors[key], source[key]) for key in source)
+    assert tensors.keys() == source.keys()
+
+
 def test_nothing_is_left_of_a_lora_on_a_module_that_is_not_called(tmp_path):
     source = lora("model.layers.0.mamba.dt_proj", 2 * HIDDEN, 2)
     adapter = write(tmp_path / "in", source, "jamba", target_modules=["dt_proj"])

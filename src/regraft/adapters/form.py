@@ -222,6 +222,8 @@ class SavedGroup(Struct, frozen=True, eq=False):
     """Whether each holds some rows of its base tensor only (trained tokens of an embedding)."""
     style: object = None
     """How the dialect spells them; nobody else reads it."""
+    copy_of: Group | None = None
+    """The base tensors of which these are further copies, held one module deeper; they go where those go."""
 
 
 class Saved(Struct, frozen=True):

@@ -47,10 +47,34 @@ def move_saved(
             for name, i in zip(group.keys.names(), group.keys.ids.tolist(), strict=True)
         ]
     rows = [group for group in groups if group.rows]
-    whole = [group for group in groups if not group.rows]
-    _refuse_changed(whole, side, kind, where)
+    copies = [group for group in groups if group.copy_of is not None]
+    whole = [group for group in groups if not group.rows and group.copy_of is None]
+    _refuse_changed(whole, known, side, target, kind, where)
     moved = _move_rows(rows, tensors, known, side, target, where) if rows else []
+    if copies:
+        moved += _move_copies(copies, tensors, known, side, target, where)
     return moved + (_move_whole(whole, tensors, known, side, target, where) if whole else [])
+
+
+def _move_copies(
+    groups: Sequence[SavedGroup],
+    tensors: Sequence[Array],
+    known: Known,
+    side: Side,
+    target: str,
+    where: str,
+) -> list[Saved]:
+    """Further copies of base tensors go where those go, each as a whole."""
+    moved = []
+    for group in groups:
+        assert group.copy_of is not None
+        why = "the weight that it is a copy of is stored differently there, and PEFT has no place for it"
+        place = _places([group.copy_of], tensors, known, side, target, where, why)
+        for name, i in zip(group.keys.names(), group.keys.ids.tolist(), strict=True):
+            module, _, leaf = place[i].rpartition(".")
+            new = f"{module}.{name.split('.')[-2]}.{leaf}"
+            moved.append(Saved(name, new, tensors[i], style=group.style))
+    return moved
 
 
 def _move_rows(
@@ -62,13 +86,31 @@ def _move_rows(
     where: str,
 ) -> list[Saved]:
     """Rows of an embedding go where the embedding goes, whole."""
-    headers = Headers(
-        [group.keys for group in groups],
-        [t.shape for t in tensors],
-        [t.dtype.name for t in tensors],
-    )
-    plan = _plan(headers, known, side, target, where)
     style = {i: group.style for group in groups for i in group.keys.ids.tolist()}
+    why = "the embedding is stored differently there, so its rows are not rows any more"
+    keys = [group.keys for group in groups]
+    place = _places(keys, tensors, known, side, target, where, why)
+    old = {
+        i: name for each in keys for name, i in zip(each.names(), each.ids.tolist(), strict=True)
+    }
+    return [Saved(old[i], name, tensors[i], rows=True, style=style[i]) for i, name in place.items()]
+
+
+def _places(
+    keys: Sequence[Group],
+    tensors: Sequence[Array],
+    known: Known,
+    side: Side,
+    target: str,
+    where: str,
+    why: str,
+) -> dict[int, str]:
+    """The names that base tensors have in a layout, by their ids.
+
+    Raises ``RefusedError`` with ``why`` where one is more than renamed.
+    """
+    headers = Headers(keys, [t.shape for t in tensors], [t.dtype.name for t in tensors])
+    plan = _plan(headers, known, side, target, where)
     place: dict[int, str] = {}
     for entry in plan.entries:
         ids = [int(i) for found in entry.sources for i in found.flat if i >= 0]
@@ -76,7 +118,7 @@ def _move_rows(
             raise RefusedError(
                 Finding(
                     "no-image",
-                    "the embedding is stored differently there, so its rows are not rows any more",
+                    why,
                     where=where,
                     key=plan.headers.name(ids[0]),
                     rule=str(entry.rule),
@@ -86,10 +128,7 @@ def _move_rows(
         place.update(zip(ids, entry.keys(entry.written[0]).names(), strict=True))
     for carried in plan.carried:
         place.update(zip(carried.group.ids.tolist(), carried.group.names(), strict=True))
-    return [
-        Saved(plan.headers.name(i), name, tensors[i], rows=True, style=style[i])
-        for i, name in place.items()
-    ]
+    return place
 
 
 def _move_whole(
@@ -157,12 +196,18 @@ def _plan(headers: Headers, known: Known, side: Side, target: str, where: str) -
         ) from None
 
 
-def _refuse_changed(groups: Iterable[SavedGroup], side: Side, tuner: str, where: str) -> None:
-    """Refuse tensors of families that have no rule where the base weight they stand on changes."""
+def _refuse_changed(
+    groups: Iterable[SavedGroup], known: Known, side: Side, target: str, tuner: str, where: str
+) -> None:
+    """Refuse tensors of families that have no rule where the base weight they stand on changes on the way."""
     opaque = [other for other in groups if side.find(other.keys) is None]
+    if not opaque:
+        return
+    route = route_between(known.books, side.layout, target, where)
+    on_the_way = {edge.book.name for edge in route.edges}
     findings = []
-    for told in side.terms if opaque else ():
-        if changes_nothing(told.rule):
+    for told in side.terms:
+        if told.rule.book not in on_the_way or changes_nothing(told.rule):
             continue
         below = parse_key(str(told.key).removesuffix(".weight") + ".{*adapter_tensor}")
         for other in opaque:

@@ -38,10 +38,23 @@ def saved_groups(others: Iterable[Others]) -> tuple[SavedGroup, ...]:
             Group(base_key(o.keys.template), o.keys.ids, o.keys.numbers),
             o.keys.template.endswith(TOKENS),
             Style(o.wrapped, o.holder),
+            _copy_of(o.keys),
         )
         for o in others
         if o.prefix
     )
+
+
+_COPIES = ("modules_to_save", "original_module")
+"""Where PEFT holds the two copies of a module that is saved; with ``bias="all"`` it saves their biases as well."""
+
+
+def _copy_of(keys: Group) -> Group | None:
+    """The base tensors of which keys are copies: ``router.bias`` of ``router.original_module.bias``."""
+    segments = keys.template.split(".")
+    if len(segments) < 3 or segments[-2] not in _COPIES:
+        return None
+    return Group(".".join([*segments[:-2], segments[-1]]), keys.ids, keys.numbers)
 
 
 def base_key(name: str) -> str:
