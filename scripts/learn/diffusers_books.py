@@ -9,26 +9,17 @@ UNet's own config. Prints how many tensors are explained, of how many.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as files
+from sizes import out_folder, write_book
 
 from regraft.learning.learn import learn_pairs
 from regraft.learning.watch import pair_of
 
 SOURCE = "diffusers 0.42.1, loaders/single_file_utils.py:"
-
-
-def report(name, found, out):
-    """Write a book, and say what it is worth."""
-    (out / f"{name}.toml").write_text(found.text)
-    verified = ", ".join("equal" if each.equal else "NOT equal" for each in found.verified)
-    print(f"{name}: {found.explained} of {found.total} tensors explained; {verified}")
-    for key, why in list(found.odd.items())[:5]:
-        print(f"  {key}: {why}")
 
 
 FLUX_WIDTH, FLUX_INNER = 3072, 12288
@@ -87,7 +78,7 @@ def flux(out):
         model_types=["flux"],
         source=SOURCE + "convert_flux_transformer_checkpoint_to_diffusers",
     )
-    report("flux", found, out)
+    write_book(out / "flux.toml", found)
 
 
 def unet_config(width):
@@ -140,7 +131,7 @@ def sdxl(out):
         model_types=["sdxl_unet"],
         source=SOURCE + "convert_ldm_unet_checkpoint",
     )
-    report("sdxl_unet", found, out)
+    write_book(out / "sdxl_unet.toml", found)
 
 
 _RESNET = {
@@ -195,8 +186,7 @@ def ldm_name(key):
 
 def main():
     """Learn the books that are asked for."""
-    out, wanted = Path(sys.argv[1]), sys.argv[2:] or ["flux", "sdxl"]
-    out.mkdir(parents=True, exist_ok=True)
+    out, wanted = out_folder(), sys.argv[2:] or ["flux", "sdxl"]
     np.seterr(all="ignore")
     for name in wanted:
         {"flux": flux, "sdxl": sdxl}[name](out)

@@ -12,30 +12,10 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
-from sizes import learn_config
+from sizes import LLAMA, MIXTRAL, write_books
 
 TOKENIZERS = ("base", "multimodal", "tekken", "sentencepiece")
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
-CONFIGS = {
-    "llama": LLAMA,
-    "mixtral": {
-        **LLAMA,
-        "model_type": "mixtral",
-        "architectures": ["MixtralForCausalLM"],
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-}
+CONFIGS = {"llama": LLAMA, "mixtral": MIXTRAL}
 
 
 def load_converter(where):
@@ -70,20 +50,14 @@ def converter(module, config):
 
 def main():
     """Learn one book for each config."""
-    out, module = Path(sys.argv[1]), load_converter(Path(sys.argv[2]))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in CONFIGS.items():
-        found = learn_config(
-            name,
-            data,
-            lambda config: converter(module, config),
-            "gguf",
-            with_torch=True,
-            source="llama.cpp in llama-cpp-python 0.3.16, run on labels by scripts/learn/gguf_books.py",
-        )
-        (out / f"gguf_{name}.toml").write_text(found.text)
-        seen = [(v.equal, v.learned_from) for v in found.verified]
-        print(f"{name}: {found.explained} of {found.total} tensors, verified {seen}", found.odd)
+    module = load_converter(Path(sys.argv[2]))
+    write_books(
+        "gguf",
+        CONFIGS,
+        lambda config: converter(module, config),
+        with_torch=True,
+        source="llama.cpp in llama-cpp-python 0.3.16, run on labels by scripts/learn/gguf_books.py",
+    )
 
 
 if __name__ == "__main__":

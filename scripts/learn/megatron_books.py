@@ -19,22 +19,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-from sizes import learn_config
+from sizes import LLAMA, write_books
 
 REAL = ("megatron.bridge.models.conversion.param_mapping", ("_bridge", "deepseek.common"))
 """Modules that are run; the rest of the package is stood in for."""
 CONFIGS = {
-    "llama": {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
+    "llama": LLAMA,
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -165,21 +155,14 @@ def converter(name, config):
 
 def main():
     """Learn one book for each config."""
-    out, where = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.meta_path.insert(0, StandIns(where))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in CONFIGS.items():
-        found = learn_config(
-            name,
-            data,
-            lambda config, name=name: converter(name, config),
-            "megatron",
-            with_torch=True,
-            source="megatron-bridge 0.3.1, its mappings on one rank, run on labels by scripts/learn/megatron_books.py",
-        )
-        (out / f"megatron_{name}.toml").write_text(found.text)
-        seen = [(v.equal, v.learned_from) for v in found.verified]
-        print(f"{name}: {found.explained} of {found.total} tensors, verified {seen}", found.odd)
+    sys.meta_path.insert(0, StandIns(Path(sys.argv[2])))
+    write_books(
+        "megatron",
+        CONFIGS,
+        lambda config: converter(config["model_type"], config),
+        with_torch=True,
+        source="megatron-bridge 0.3.1, its mappings on one rank, run on labels by scripts/learn/megatron_books.py",
+    )
 
 
 if __name__ == "__main__":

@@ -7,22 +7,8 @@ Meta publishes no converter to transformers, so what is learned from is the func
 (as in `permute` of transformers' convert_llama_weights_to_hf.py, the other way round).
 """
 
-import sys
-from pathlib import Path
+from sizes import LLAMA, write_books
 
-from sizes import learn_config
-
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
 NAMES = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
@@ -64,19 +50,13 @@ def converter_of(config):
 
 def main():
     """Write the book, and say what it is worth."""
-    out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
-    found = learn_config(
-        "llama",
-        LLAMA,
-        converter_of,
+    write_books(
         "meta",
+        {"llama": LLAMA},
+        converter_of,
         with_torch=False,
         source="by hand: meta-llama/llama, llama/model.py; scripts/learn/meta_books.py",
     )
-    (out / "meta_llama.toml").write_text(found.text)
-    equal = sum(each.equal for each in found.verified)
-    print(f"meta llama: {found.explained} of {found.total} tensors, equal at {equal} sizes")
 
 
 if __name__ == "__main__":

@@ -4,43 +4,13 @@ pip install mlx-lm==0.32.2 mlx==0.32.4 mlx-cpu==0.32.4
 python scripts/learn/mlx_books.py OUT
 """
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from sizes import learn_config
+from sizes import LLAMA, MIXTRAL, write_books
 
-CONFIGS = {
-    "llama": {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "vocab_size": 32000,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
-    "mixtral": {
-        "model_type": "mixtral",
-        "architectures": ["MixtralForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32000,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-    },
-}
+CONFIGS = {"llama": LLAMA, "mixtral": MIXTRAL}
 
 
 def converter(config):
@@ -58,20 +28,9 @@ def converter(config):
 
 def main():
     """Learn one book for each config."""
-    out = Path(sys.argv[1])
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in CONFIGS.items():
-        found = learn_config(
-            name,
-            data,
-            converter,
-            "mlx",
-            with_torch=False,
-            source=f"mlx-lm 0.32.2, mlx_lm/models/{name}.py: Model.sanitize",
-        )
-        (out / f"mlx_{name}.toml").write_text(found.text)
-        verified = ", ".join("equal" if each.equal else "NOT equal" for each in found.verified)
-        print(f"mlx {name}: {found.explained} of {found.total} tensors explained; {verified}")
+    for name, config in CONFIGS.items():
+        source = f"mlx-lm 0.32.2, mlx_lm/models/{name}.py: Model.sanitize"
+        write_books("mlx", {name: config}, converter, with_torch=False, source=source)
 
 
 if __name__ == "__main__":

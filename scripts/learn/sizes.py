@@ -1,8 +1,10 @@
-"""Learning a book from one config at three sizes, of which one is only checked; for converters of state dicts."""
+"""What the scripts that learn books have in common: configs, three sizes of which one is only checked, the files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from regraft.bridges.transformers.probing import outline_of
@@ -10,11 +12,60 @@ from regraft.learning.learn import learn_pairs
 from regraft.learning.shrink import shrink
 from regraft.learning.watch import pair_of
 
+Config = dict[str, Any]
+ConverterOf = Callable[[Config], Callable[..., Any]]
+"""Makes the converter of state dicts that go with a config."""
+
+LLAMA: Config = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+MIXTRAL: Config = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def write_books(
+    tool: str, configs: Mapping[str, Config], converter_of: ConverterOf, **how: Any
+) -> None:
+    """Learn a book of each config into the folder that the command line names first, and say what it is worth."""
+    out = out_folder()
+    for name, config in configs.items():
+        found = learn_config(name, config, converter_of, tool, **how)
+        write_book(out / f"{tool}_{name}.toml", found)
+
+
+def out_folder() -> Path:
+    """The folder that the command line names first."""
+    out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_book(path: Path, found: Any) -> None:
+    """Write a learned book, and print how much it explains and where it was equal."""
+    path.write_text(found.text)
+    verified = ", ".join("equal" if each.equal else "NOT equal" for each in found.verified)
+    print(f"{path.stem}: {found.explained} of {found.total} tensors explained; {verified}")
+    for key, why in list(found.odd.items())[:5]:
+        print(f"  {key}: {why}")
+
 
 def learn_config(
     name: str,
-    config: dict[str, Any],
-    converter_of: Callable[[dict[str, Any]], Callable[..., Any]],
+    config: Config,
+    converter_of: ConverterOf,
     tool: str,
     *,
     with_torch: bool,

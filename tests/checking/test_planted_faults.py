@@ -183,6 +183,26 @@ def test_a_misspelt_rule_never_fires(tmp_path, capsys):
     assert status == 4
 
 
+def test_a_module_is_dead_where_nothing_of_it_is_there(tmp_path, capsys):
+    """Mixtral has no biases, which a rule for modules would move."""
+    part = """
+[[module]]
+name = "{name}"
+left = "{{*p}}.layers.{{l}}.{module}"
+right = "{{*p}}.layers.{{l}}.x.{module}"
+kind = "linear"
+"""
+    text = (LIBRARY / "mixtral.toml").read_text()
+    text += part.format(name="of all", module="self_attn.q_proj")
+    text += part.format(name="of none", module="self_attn.qq_proj")
+    shutil.copy(LIBRARY / "_decoder.toml", tmp_path)
+    file = tmp_path / "mixtral.toml"
+    file.write_text(text)
+    _, faults = lint(capsys, file, "--keys", BASE)
+    dead = [f["finding"]["rule"] for f in faults if f["finding"]["code"] == "dead-rule"]
+    assert "of none" in dead and not any("of all" in (rule or "") for rule in dead)
+
+
 def copy_base(tmp_path, change):
     folder = tmp_path / "base"
     shutil.copytree(BASE, folder)

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
-from regraft.equation.notation import Hole, Key, Term
+from regraft.equation.notation import Affine, Hole, Key, Term
 
 _NUMBER = re.compile(r"((?:0|[1-9][0-9]*)(?![0-9]))")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Every so many-th number, from one on: ``{3 l + 2}``."""
+
+    step: int
+    first: int
+
+    def has(self, number: int) -> bool:
+        """Whether it is one of them."""
+        return number >= self.first and (number - self.first) % self.step == 0
+
+    def common(self, other: Turn) -> int | None:
+        """The smallest number of both."""
+        first, second = sorted((self, other), key=lambda turn: turn.first)
+        within = range(second.first, second.first + first.step * second.step, second.step)
+        return next(filter(first.has, within), None)
+
 
 Token = str | int | None
 """Letters, a number, or ``None`` for any number."""
 Segment = tuple[Token, ...] | None
 """What stands between two dots; ``None`` for any number of segments."""
+_Token = Token | Turn
+_Segment = tuple[_Token, ...] | None
 
 
-@lru_cache(maxsize=4096)
 def segments_of(key: Key) -> tuple[Segment, ...]:
     """A template between its dots.
 
@@ -23,12 +45,23 @@ def segments_of(key: Key) -> tuple[Segment, ...]:
     >>> segments_of(parse_key("{*p}.l.{e}.w1"))
     (None, ('l',), (None,), ('w', 1))
     """
-    segments: list[Segment] = []
-    open_one: list[Token] | None = []
+    return tuple(
+        None
+        if segment is None
+        else tuple(None if isinstance(token, Turn) else token for token in segment)
+        for segment in _segments_of(key)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _segments_of(key: Key) -> tuple[_Segment, ...]:
+    """The same, with what is known of computed numbers."""
+    segments: list[_Segment] = []
+    open_one: list[_Token] | None = []
     for part in key.parts:
         if isinstance(part, Hole):
             assert open_one is not None
-            open_one.append(None)
+            open_one.append(_turn(part))
         elif isinstance(part, str):
             for number, text in enumerate(part.split(".")):
                 if number:
@@ -43,6 +76,14 @@ def segments_of(key: Key) -> tuple[Segment, ...]:
     if open_one is not None:
         segments.append(tuple(open_one))
     return tuple(segments)
+
+
+def _turn(hole: Hole) -> Turn | None:
+    """What is known of a hole's numbers: nothing of an axis alone, or of several."""
+    match hole.expr:
+        case Affine(((step, _),), first) if step > 0 and first >= 0:
+            return Turn(step, first)
+    return None
 
 
 def tokens_of(text: str) -> list[Token]:
@@ -73,8 +114,10 @@ def meet(one: Key, other: Key) -> str | None:
     >>> from regraft.equation.notation import parse_key
     >>> meet(parse_key("{*p}.l.{e}.w"), parse_key("{*p}.l.3.w")), meet(parse_key("{*p}.l.w"), parse_key("{*p}.n.{*q}"))
     ('l.3.w', None)
+    >>> meet(parse_key("l.{2 e}"), parse_key("l.{2 e + 1}")), meet(parse_key("l.{2 e}"), parse_key("l.{3 e + 1}"))
+    (None, 'l.4')
     """
-    left, right = segments_of(one), segments_of(other)
+    left, right = _segments_of(one), _segments_of(other)
     seen: set[tuple[int, int, bool, int]] = set()
 
     def walk(i: int, j: int, *, common: bool, holder: int) -> list[str] | None:
@@ -98,33 +141,60 @@ def meet(one: Key, other: Key) -> str | None:
             found = walk(i + 1, j, common=common, holder=holder)
             if found is None and b is not None and b != () and holder >= 0:
                 rest = walk(i, j + 1, common=common, holder=1)
-                found = None if rest is None else [write_segment(b, "0"), *rest]
+                found = None if rest is None else [_least(b), *rest]
             if found is not None or b is not None:
                 return found
         found = walk(i, j + 1, common=common, holder=holder)
         if found is None and a is not None and a != () and holder <= 0:
             rest = walk(i + 1, j, common=common, holder=-1)
-            found = None if rest is None else [write_segment(a, "0"), *rest]
+            found = None if rest is None else [_least(a), *rest]
         return found
 
     found = walk(0, 0, common=False, holder=0)
     return None if found is None else ".".join(found)
 
 
-def _unify(a: tuple[Token, ...], b: tuple[Token, ...]) -> str | None:
+def _least(segment: Sequence[_Token]) -> str:
+    """The first that a segment holds."""
+    return "".join("0" if token is None else str(_first(token)) for token in segment)
+
+
+def _first(token: str | int | Turn) -> str | int:
+    return token.first if isinstance(token, Turn) else token
+
+
+def _unify(a: Sequence[_Token], b: Sequence[_Token]) -> str | None:
     if len(a) != len(b):
         return None
-    text = ""
-    for one, other in zip(a, b, strict=True):
-        if one == other:
-            text += "0" if one is None else str(one)
-        elif one is None and isinstance(other, int):
-            text += str(other)
-        elif other is None and isinstance(one, int):
-            text += str(one)
-        else:
-            return None
-    return text
+    found = [_both(one, other) for one, other in zip(a, b, strict=True)]
+    return None if None in found else "".join(map(str, found))
+
+
+def _both(one: _Token, other: _Token) -> str | int | None:
+    """A number, or the letters, that two tokens have in common."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one if one == other and isinstance(one, str) else None
+    if one is None or other is None:
+        rest = other if one is None else one
+        return rest.first if isinstance(rest, Turn) else rest or 0
+    if isinstance(one, Turn):
+        if isinstance(other, Turn):
+            return one.common(other)
+        return other if one.has(other) else None
+    if isinstance(other, Turn):
+        return one if other.has(one) else None
+    return one if one == other else None
+
+
+def _holds(one: _Token, other: _Token) -> bool:
+    """Whether all that the second token stands for is of the first, too."""
+    if one is None or isinstance(one, str) or isinstance(other, str) or other is None:
+        return one == other or (one is None and not isinstance(other, str))
+    if isinstance(one, Turn):
+        if isinstance(other, Turn):
+            return one.has(other.first) and other.step % one.step == 0
+        return one.has(other)
+    return one == other
 
 
 def covers(general: Key, special: Key) -> bool:
@@ -133,8 +203,10 @@ def covers(general: Key, special: Key) -> bool:
     >>> from regraft.equation.notation import parse_key
     >>> covers(parse_key("{*p}.l.{*q}"), parse_key("{*p}.l.{e}.w")), covers(parse_key("l.3"), parse_key("l.{e}"))
     (True, False)
+    >>> covers(parse_key("l.{e}"), parse_key("l.{2 e}")), covers(parse_key("l.{2 e}"), parse_key("l.{4 e + 1}"))
+    (True, False)
     """
-    left, right = segments_of(general), segments_of(special)
+    left, right = _segments_of(general), _segments_of(special)
 
     def walk(i: int, j: int) -> bool:
         if i == len(left):
@@ -145,7 +217,7 @@ def covers(general: Key, special: Key) -> bool:
         b = right[j] if j < len(right) else None
         if b is None or len(a) != len(b):
             return False
-        fits = all(x == y or (x is None and isinstance(y, int)) for x, y in zip(a, b, strict=True))
+        fits = all(map(_holds, a, b))
         return fits and walk(i + 1, j + 1)
 
     return walk(0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -35,7 +35,8 @@ class Keys:
 def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
     """How many keys every rule claims, and what is wrong between the book and the keys.
 
-    A rule is dead where it claims no key on either side, so the layout need not be known.
+    A rule is dead where it claims no key on either side, so the layout need not be known; a module's rule where none of
+    its parts does: a model without biases has no use for one of them.
     """
     hits: dict[str, Counter[Side]] = {str(rule): Counter() for rule in book.rules}
     faults: list[Fault] = []
@@ -56,13 +57,16 @@ def lint_keys(book: Book, keys: Keys) -> tuple[dict[str, int], list[Fault]]:
                 explained |= ids
                 lines[carry.where] += len(ids)
     fired = {name: max(counts.values(), default=0) for name, counts in hits.items()}
+    parts: dict[tuple[str, str], list[Rule]] = defaultdict(list)
     for rule in book.rules:
-        if not fired[str(rule)]:
+        parts[rule.where, rule.module or str(rule)].append(rule)
+    for same in parts.values():
+        if not any(fired[str(rule)] for rule in same):
             finding = Finding(
                 "dead-rule",
                 f"it claims none of the {len(keys)} keys, in either layout",
-                where=rule.where,
-                rule=rule.name,
+                where=same[0].where,
+                rule=same[0].module or same[0].name,
                 fix="correct its keys, or remove it if no model has them",
             )
             faults.append(Fault("warning", finding))
