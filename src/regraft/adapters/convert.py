@@ -562,14 +562,14 @@ class _Conversion:
         """The layout to move to; ``None`` where nothing moves."""
         self.packing = identity.packing
         self.reading: Reading | None = None
-        self.steps: tuple[tuple[Edge, ...], ...] = ()
-        """The steps of the way; none where nothing moves."""
-        self.report = _report(opened, to, identity)
+        route = None
         if self.target is not None:
             route = route_of(identity, self.target, opened.where)
-            self.steps = route.steps
-            if len(self.steps) > 1:
-                self.report.evidence.append(f"the way is {route}")
+        self.steps = route.steps if route is not None else ()
+        """The steps of the way; none where nothing moves."""
+        self.report = _report(opened, str(to), identity)
+        if len(self.steps) > 1:
+            self.report.evidence.append(f"the way is {route}")
         self.notes = self.report.notes
 
     def run(self) -> Converted:
@@ -614,13 +614,13 @@ class _Conversion:
         for number in range(first, len(self.steps)):
             factors = factors if plan is None else factors_after(made, plan)
             plan = self.plan(Adapter(factors), number)
-            self.count(plan)
+            self.count(plan.fired())
             made = list(_images(plan, factors, record))
         return made, plan, factors
 
-    def count(self, plan: Plan) -> None:
+    def count(self, fired: Mapping[str, int]) -> None:
         """Note how often rules fired."""
-        for rule, times in plan.fired().items():
+        for rule, times in fired.items():
             self.report.rules[rule] = self.report.rules.get(rule, 0) + times
 
     def read(self, base: BaseWeights) -> Reading:
@@ -793,14 +793,14 @@ class _FamilyConversion(_Conversion):
         carried = ladder.carry(plan, modules, self.options.via)
         number = 1
         while carried.factors is None and plan is not None and number < len(self.steps):
-            self.count(plan)
+            self.count(plan.fired())
             modules = modules_after(carried, plan)
             plan = self.plan(Adapter(modules=modules, family=family), number)
             carried = ladder.carry(plan, modules, self.options.via)
             number += 1
         if carried.factors is None:
             if plan is not None:
-                self.count(plan)
+                self.count(plan.fired())
             blob, done = self.write_family(ladder, carried, plan, modules, moved)
             rslora = bool(opened.config.get("use_rslora"))
             self.report.targets = _family_targets(carried, plan, rslora=rslora)
@@ -893,12 +893,12 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _report(opened: Opened, to: Layout, identity: Identity) -> AdapterReport:
+def _report(opened: Opened, to: str, identity: Identity) -> AdapterReport:
     return AdapterReport(
         opened.name,
         opened.kind,
         identity.layout,
-        str(to),
+        to,
         list(identity.evidence),
         tensors_in=len(opened.tensors),
         notes=list(identity.known.notes),
@@ -906,7 +906,7 @@ def _report(opened: Opened, to: Layout, identity: Identity) -> AdapterReport:
 
 
 def _copy(opened: Opened, to: Layout, identity: Identity, why: str | None = None) -> Converted:
-    report = _report(opened, to, identity)
+    report = _report(opened, str(to), identity)
     report.copied = True
     report.tensors_out = report.carried = report.tensors_in
     report.trace = _trace_of(opened.tensors)
@@ -916,7 +916,7 @@ def _copy(opened: Opened, to: Layout, identity: Identity, why: str | None = None
 
 
 def _restored(opened: Opened, to: Layout, identity: Identity, back: Blob) -> Converted:
-    report = _report(opened, to, identity)
+    report = _report(opened, str(to), identity)
     report.notes.append("the adapter that this one was made of is back, bit for bit")
     report.carried = report.tensors_out = len(back.tensors)
     report.peft_type = str(back.config.get("peft_type"))

@@ -266,11 +266,6 @@ class Written(Struct, frozen=True, gc=False):
     """The parameter's name where the dialect adapts parameters apart from modules."""
     scale: Scale
 
-    @property
-    def path(self) -> str:
-        """The module, or the parameter by its module's path."""
-        return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
-
 
 class Blob(Struct, frozen=True, eq=False):
     """An adapter as a dialect writes it: a config, tensors by their names in the file, and the file's metadata."""

@@ -29,7 +29,7 @@ from regraft.dialects.judging import ToolReader
 from regraft.dialects.peft.dialect import PeftFiles
 from regraft.dialects.peft.packing import BEFORE, SINCE
 from regraft.dialects.peft.source import Source, open_adapter
-from regraft.dialects.peft.writing import PEFT_VERSION
+from regraft.dialects.peft.writing import PEFT_VERSION, path_of
 from regraft.dialects.served import Pieces, ServedWriter
 from regraft.dialects.tool_files import (
     PACKED,
@@ -280,7 +280,7 @@ class NemoWriter(ServedWriter):
             # It reads none of this file's fields; other readers learn the family of the base here alone.
             config["auto_mapping"] = made["auto_mapping"]
         modules = [w.module for w in written if w.parameter is None]
-        parameters = [w.path for w in written if w.parameter is not None]
+        parameters = [path_of(w) for w in written if w.parameter is not None]
         config["target_modules"] = sorted(modules, key=in_order)
         if parameters:
             config["target_parameters"] = sorted(parameters, key=in_order)

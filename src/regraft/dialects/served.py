@@ -26,7 +26,7 @@ from regraft.adapters.scale import Scale
 from regraft.dialects.base import Capabilities, PlainWriter, adjust
 from regraft.dialects.peft.packing import SINCE, fast_experts
 from regraft.dialects.peft.source import PeftNames
-from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result
+from regraft.dialects.peft.writing import PEFT_VERSION, ConfigWriter, Result, path_of
 from regraft.dialects.tool_files import INNER, OUTER, PREFIX, SPLIT, WRITTEN_BY
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.names import Layout
@@ -459,12 +459,12 @@ class ServedWriter(PlainWriter):
         """``adapter_config.json``: what PEFT would need, so that PEFT reads the file as well."""
         hints = self.opened.hints()
         fresh = {"r": 1, "lora_alpha": 1}
-        scales = {w.path: w.scale for w in written}
+        scales = {path_of(w): w.scale for w in written}
         numbers = ConfigWriter(fresh, Result(written=list(written)), self.known.model, self.side)
         rank, alpha, ranks, alphas = numbers.patterns(scales)
         rslora = any(w.scale.rslora for w in written)
         modules = [w.module for w in written if w.parameter is None]
-        parameters = [w.path for w in written if w.parameter is not None]
+        parameters = [path_of(w) for w in written if w.parameter is not None]
         made: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": hints.task,

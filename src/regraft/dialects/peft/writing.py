@@ -99,6 +99,12 @@ def write_factors(
     return result
 
 
+def path_of(written: Written) -> str:
+    """What a config says that a delta is of: a module, or a parameter by its module's path."""
+    module, parameter = written.module, written.parameter
+    return module if parameter is None else f"{module}.{parameter}"
+
+
 def _is_joined(side: Side, key: str) -> bool:
     """Whether the tensor of this name is made of several of the other layout.
 
@@ -170,7 +176,7 @@ class ConfigWriter:
     def write(self, packing: str) -> dict[str, Any]:
         """The new config; every target's rank and scale resolve to what its factors need."""
         config = dict(self.source)
-        scales = {w.path: w.scale for w in self.result.written}
+        scales = {path_of(w): w.scale for w in self.result.written}
         rank, alpha, ranks, alphas = self.patterns(scales)
         config["r"], config["lora_alpha"] = rank, alpha
         config["rank_pattern"], config["alpha_pattern"] = ranks, alphas
@@ -178,7 +184,7 @@ class ConfigWriter:
         if scales and bool(config.get("use_rslora")) != rslora:
             config["use_rslora"] = rslora
         modules = [w.module for w in self.result.written if w.parameter is None]
-        parameters = [w.path for w in self.result.written if w.parameter is not None]
+        parameters = [path_of(w) for w in self.result.written if w.parameter is not None]
         config["target_modules"] = self.target_modules(modules)
         if parameters or self.source.get("target_parameters"):
             config["target_parameters"] = self.shorten(parameters) or None
@@ -312,16 +318,16 @@ def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[
     common = lora.common
     if common is not None:
         return [
-            w.path
+            path_of(w)
             for w in written
             if common.rank != w.scale.rank or common.ratio_to(w.scale) != 1.0
         ]
     wrong = []
     for w in written:
-        scale = lora.scale(w.path)
+        scale = lora.scale(path_of(w))
         if scale.rank != w.scale.rank or scale.ratio_to(w.scale) != 1.0:
-            wrong.append(w.path)
+            wrong.append(path_of(w))
     return wrong
 
 
-__all__ = ["ConfigWriter", "Result", "Written", "check_config", "write_factors"]
+__all__ = ["ConfigWriter", "Result", "Written", "check_config", "path_of", "write_factors"]
