@@ -136,7 +136,6 @@ def convert_adapter(
         if packing is not None and identity.packing is None:
             identity = replace(identity, packing=packing)
         asked = options or Options()
-        opened.check_fit(known, BaseWeights.of(known, identity.layout))
         there = identity.layout == to.name and not asked.asks and into is None
         if there and opened.is_ready(to, known, identity.packing):
             _check_readable(opened, identity)
@@ -341,12 +340,8 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
 
 def read(opened: Opened, identity: Identity, base: BaseWeights) -> Reading:
     """The internal form; sizes that neither tensors nor config tell come from the base's weights."""
-    side = identity.side()
-    reading = opened.read(side, identity.packing)
+    reading = opened.read(identity.side(), identity.packing, base)
     modules = reading.adapter.modules
-    if modules is not None and modules.unknown and base.weights is not None:
-        reading = opened.read(side, identity.packing, base.shapes())
-        modules = reading.adapter.modules
     if modules is not None and reading.adapter.family is not None:
         reading.adapter.family.survey(
             {

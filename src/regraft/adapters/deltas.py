@@ -55,7 +55,6 @@ class Deltas:
             self._kinds.update(dict.fromkeys(ids, kind))
         self._last: tuple[int, Wide] | None = None
         self._take_factors(reading)
-        source.check_fit(known, self.base)
 
     def _take_factors(self, reading: Reading) -> None:
         """Keep the factors of a plain LoRA."""

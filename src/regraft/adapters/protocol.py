@@ -210,10 +210,6 @@ class Opened(Protocol):
         """Raise ``RefusedError`` for what can be read but not converted."""
         ...
 
-    def check_fit(self, known: Known, base: BaseWeights) -> None:
-        """Raise ``BadInputError`` where tensors do not fit the base, wherever no rule looks."""
-        ...
-
     def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
@@ -229,9 +225,9 @@ class Opened(Protocol):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
-        """All of it; ``shapes`` are those of base weights, where sizes are told by nothing else.
+        """All of it; the ``base`` tells sizes that nothing else does, and has to fit where no rule looks.
 
         Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where a packing cannot be told.
         """
@@ -258,7 +254,7 @@ class Opened(Protocol):
         ...
 
     def without(self, names: Iterable[str]) -> Self:
-        """The same with fewer tensors."""
+        """The same without tensors that only stand for something else."""
         ...
 
     def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:

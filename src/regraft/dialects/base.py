@@ -232,9 +232,6 @@ class PlainFile(Struct):
     def check_convertible(self) -> None:
         """There is nothing that can only be read."""
 
-    def check_fit(self, known: Known, base: BaseWeights) -> None:
-        """Sizes are compared by the rules."""
-
     def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """Where all names are the same, it is in the layout that is asked for."""
         return to, None
@@ -247,7 +244,7 @@ class PlainFile(Struct):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """The factors by base tensor, with the kinds that the books give."""
         keys = list(self.loras)

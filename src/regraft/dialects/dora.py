@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import field
 
+from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.families.base import Family, Part
 from regraft.adapters.families.lora.dora import Dora, TokenDora
 from regraft.adapters.form import Adapter, Array, Blob, Lora, Saved
@@ -48,10 +49,10 @@ class DoraFile(PlainFile):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """The modules by base tensor."""
-        reading = super().read(side, packing, shapes)
+        reading = super().read(side, packing, base)
         if not self.magnitudes:
             return reading
         factors = reading.adapter.factors

@@ -54,6 +54,7 @@ from regraft.storage.gguf_file import GgufHead, read_gguf_head, read_gguf_tensor
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from regraft.adapters.base_weights import BaseWeights
     from regraft.adapters.convert import Converted
     from regraft.adapters.detect import Known
     from regraft.dialects.judging import ToolReader
@@ -166,10 +167,10 @@ class GgufFile(PlainFile):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """The factors; that they were quantised is told, and what llama.cpp ignores."""
-        reading = super().read(side, packing, shapes)
+        reading = super().read(side, packing, base)
         told = list(reading.evidence)
         if self.quantised:
             kinds = ", ".join(sorted(set(self.quantised.values())))

@@ -44,6 +44,7 @@ from regraft.storage.probe import open_regular
 from regraft.values import replace
 
 if TYPE_CHECKING:
+    from regraft.adapters.base_weights import BaseWeights
     from regraft.adapters.convert import Converted
     from regraft.adapters.detect import Known
     from regraft.layouts.names import Layout
@@ -163,11 +164,11 @@ class LitgptFile(PlainFile):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """The factors, those of qkv as one block diagonal LoRA of the whole tensor."""
         if not self.fused:
-            return PlainFile.read(self, side, packing, shapes)
+            return PlainFile.read(self, side, packing, base)
         rows = self.rows or _rows_of(next((s.config for s in side.scopes.values() if s.config), {}))
         if rows is None:
             raise BadInputError(
@@ -184,7 +185,7 @@ class LitgptFile(PlainFile):
             chosen = self._parts(key, a, b, rows, parts)
             loras[key] = _block_diagonal(a, b, chosen, rows, self.rank, self.alpha)
         whole_file = replace(self, loras=loras, fused={})
-        return PlainFile.read(whole_file, side, packing, shapes)
+        return PlainFile.read(whole_file, side, packing, base)
 
     def _parts(self, key: str, a: Array, b: Array, rows: Rows, said: str | None) -> str:
         """Which of q, k and v two factors are for: what was said, or what their sizes allow."""

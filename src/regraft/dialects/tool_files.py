@@ -15,6 +15,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from regraft.adapters.base_weights import BaseWeights
 from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
@@ -151,14 +152,14 @@ class ToolSource(Source):
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """PEFT's reading, with what told how the file is to be read.
 
         Raises ``AmbiguousError`` with what ``--from`` takes, where nothing tells how the experts are packed.
         """
         try:
-            reading = Source.read(self, side, packing or self.packed_as, shapes)
+            reading = Source.read(self, side, packing or self.packed_as, base)
         except AmbiguousError as error:
             choices = tuple(
                 Choice(f"{self.tool}/{each}", "its shapes fit")

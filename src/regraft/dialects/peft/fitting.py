@@ -21,11 +21,12 @@ _MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
 """Model types whose embedding has rows beyond the vocabulary (transformers, ``modeling_mllama.py``)."""
 
 
-def check_fit(scan: Scan, source: Source, known: Known, base: BaseWeights) -> None:
+def check_fit(scan: Scan, source: Source, base: BaseWeights) -> None:
     """Compare rows of the vocabulary, dims, and what is saved whole, with the base's tensors and with its config.
 
     Raises ``BadInputError``.
     """
+    known = base.known
     findings = [*_odd_indices(scan, source), *_unsaved(scan, source, base)]
     if known.model is not None:
         findings += [
@@ -77,13 +78,10 @@ def _unsaved(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]
     if not entries:
         return
     modules = {path for name in base.names() for path in _paths(name)}
-    there = {
-        spelled
-        for group in (source.saved() if modules else ())
-        for name in (() if group.rows else group.keys.names())
-        for path in _paths(name)
-        for spelled in spellings(path)
-    }
+    named = [name.removeprefix(PREFIX) for name in source.left_out]
+    for group in source.saved() if modules else ():
+        named += [] if group.rows else group.keys.names()
+    there = {spelled for name in named for path in _paths(name) for spelled in spellings(path)}
     holders = [one.rpartition(".")[0] for one in source.config.get("target_parameters") or []]
     groups = [each.modules for each in scan.pairs] + [each.modules for each in scan.tuned]
     adapted = [name for group in groups for name in group.names()]

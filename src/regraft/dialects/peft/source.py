@@ -99,6 +99,8 @@ class Source:
     """What was done to fused layers whose parts are adapted each by itself."""
     doubled: bool = False
     """Whether the base has a ``model`` in its ``model``."""
+    left_out: frozenset[str] = frozenset()
+    """Names of tensors that it had, and that only stood for something else."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
     _named: Names | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -193,12 +195,6 @@ class Source:
         """Raise ``RefusedError`` for what can be read but not converted."""
         refuse_nested(self.scan(), self.where)
 
-    def check_fit(self, known: Known, base: BaseWeights) -> None:
-        """Raise ``BadInputError`` where rows of the vocabulary or dims do not fit the base."""
-        from regraft.dialects.peft.fitting import check_fit
-
-        check_fit(self.scan(), self, known, base)
-
     def choose_layout(self, to: str, other: str, *, transposed: bool) -> tuple[str, str | None]:
         """The layout to take it for where names and shapes are the same in all, and the evidence if there is any.
 
@@ -256,10 +252,14 @@ class Source:
         self,
         side: Side,
         packing: str | None = None,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        base: BaseWeights | None = None,
     ) -> Reading:
         """All of it in the internal form. Raises ``BadInputError``, ``AmbiguousError``."""
-        reading = self._deltas(side, packing, shapes)
+        if base is not None:
+            from regraft.dialects.peft.fitting import check_fit
+
+            check_fit(self.scan(), self, base)
+        reading = self._deltas(side, packing, base)
         return replace(
             reading,
             saved=self.saved(),
@@ -267,17 +267,16 @@ class Source:
             promise=promise_of(self.config),
         )
 
-    def _deltas(
-        self, side: Side, packing: str | None, shapes: Mapping[str, tuple[int, ...]] | None
-    ) -> Reading:
+    def _deltas(self, side: Side, packing: str | None, base: BaseWeights | None) -> Reading:
         """What it adds to tensors of the base."""
         family = self.family
         if family is not None:
             shared = {name: x for name, x in self.tensors.items() if family.shares(name)}
             own = family(self.config, shared)
-            modules = ModuleReader(
-                self.scan(), list(self.tensors.values()), own, side, self.where, shapes
-            ).read()
+            reads = self.scan(), list(self.tensors.values()), own, side, self.where
+            modules = ModuleReader(*reads).read()
+            if modules.unknown and base is not None and base.weights is not None:
+                modules = ModuleReader(*reads, base.shapes()).read()
             return Reading(Adapter(modules=modules, family=own))
         reader = FactorReader(
             self.scan(),
@@ -366,11 +365,10 @@ class Source:
         return readings(self)
 
     def without(self, names: Iterable[str]) -> Self:
-        """The same with fewer tensors."""
-        gone = set(names)
-        return replace(
-            self, tensors={name: x for name, x in self.tensors.items() if name not in gone}
-        )
+        """The same without tensors that only stand for something else."""
+        gone = frozenset(names)
+        rest = {name: x for name, x in self.tensors.items() if name not in gone}
+        return replace(self, tensors=rest, left_out=self.left_out | gone)
 
     def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
         """The same with each module in the places that the result has for it.
