@@ -94,7 +94,7 @@ class Output:
         if mode == "none":
             yield None
             return
-        state = progress.State(verb, progress.counts_bytes(source))
+        state = progress.State(verb, source)
         shown = (
             progress.bar(state, _console(sys.stderr))
             if mode == "auto"

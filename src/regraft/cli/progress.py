@@ -29,7 +29,8 @@ class State:
     """How far one piece of work is."""
 
     verb: str
-    in_bytes: bool
+    source: Path | None = None
+    """What is worked on."""
     name: str = ""
     done: int = 0
     total: int = 0
@@ -42,8 +43,8 @@ class State:
     def as_text(self) -> str:
         """The state in one line.
 
-        >>> State("converting", True, "out", 1_200_000_000, 4_800_000_000, time.monotonic() - 12).as_text()
-        'converting out: 1.2 GB of 4.8 GB (25 %), 12 s'
+        >>> State("converting", None, "out", 3, 12, time.monotonic() - 12).as_text()
+        'converting out: 3 of 12 (25 %), 12 s'
         """
         from regraft.cli.output import visible
         from regraft.report import show_size
@@ -61,6 +62,13 @@ class State:
         told = {"verb": self.verb, "name": self.name, "done": self.done, "total": self.total}
         unit = "bytes" if self.in_bytes else "pieces"
         return json.dumps({"progress": {**told, "unit": unit, "seconds": round(self._seconds, 3)}})
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it is counted in bytes, as work on a checkpoint is; looked up only where something is shown."""
+        from regraft.checkpoints.source import is_checkpoint
+
+        return self.source is not None and is_checkpoint(self.source)
 
     @property
     def _seconds(self) -> float:
@@ -126,10 +134,3 @@ def bar(state: State, console: Console) -> Iterator[Tell]:
         timer.cancel()
         timer.join()
         shown.stop()
-
-
-def counts_bytes(source: Path | None) -> bool:
-    """Whether work on a source is counted in bytes: on a checkpoint it is."""
-    from regraft.checkpoints.source import is_checkpoint
-
-    return source is not None and is_checkpoint(source)
