@@ -63,8 +63,6 @@ class _Moved(Struct, frozen=True, eq=False):
 
     opened: Opened
     result: Converted
-    stamps: tuple[Stamp, ...]
-    """Its files as they were."""
     by_itself: bool = False
     """Whether it converted itself, as those of image models do."""
 
@@ -81,11 +79,14 @@ def convert_adapters(request: Request) -> Report:
     if asked.merge:
         return _merge(request, opening)
     target = Target.of(request.to, opening, request.dst)
+    files = [file for folder in opening.found.folders for file in opening.files(folder)]
     check_destination(request.src, request.dst, overwrite=asked.overwrite, file=target.file)
+    # What they are now, to be compared when the result is written.
+    stamps = tuple(map(Stamp.of, files))
     moved = _Conversion(request, opening, target).run()
     report = _report(request, opening.found, target, moved)
     if not asked.dry_run:
-        _write(request, opening.found.root, report.files, target, moved)
+        _write(request, opening.found.root, report.files, target, moved, stamps)
     request.tell("", len(moved), len(moved))
     return report
 
@@ -136,15 +137,13 @@ class _Conversion(Struct, frozen=True, dict=True):
         """One of them. Raises what `convert_adapter` raises."""
         request = self.request
         asked, given, base = request.asked, request.given, self.base
-        # What its files are now, to be compared when the result is written.
-        stamps = tuple(map(Stamp.of, self.opening.files(folder)))
         opened = self.opening.open(folder)
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
         if by_itself is not None:
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
-            return _Moved(opened, result, stamps, by_itself=True)
+            return _Moved(opened, result, by_itself=True)
         opened, note = at_home(opened, base, request.foreign)
         result = convert_adapter(
             opened,
@@ -157,7 +156,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             into=self.target.into,
         )
         result.report.notes += [note] if note is not None else []
-        return _Moved(opened, result, stamps)
+        return _Moved(opened, result)
 
     def certify(self, moved: _Moved, budget: Budget) -> None:
         """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
@@ -324,14 +323,18 @@ def _note_company(report: Report, results: list[Converted]) -> None:
 
 
 def _write(
-    request: Request, root: Path, files: Sequence[str], target: Target, moved: Sequence[_Moved]
+    request: Request,
+    root: Path,
+    files: Sequence[str],
+    target: Target,
+    moved: Sequence[_Moved],
+    stamps: Sequence[Stamp],
 ) -> None:
     others = list(map(Path, files))
     size = sum((root / path).stat().st_size for path in others)
     for one in moved:
         made = (*one.result.tensors.values(), *one.result.aside.values())
         size += sum(tensor.nbytes for tensor in made)
-    stamps = [stamp for one in moved for stamp in one.stamps]
     staged_place = staged_file if target.file else staged_folder
     with staged_place(request.dst, overwrite=request.asked.overwrite, size=size) as staged:
         for one in moved:
