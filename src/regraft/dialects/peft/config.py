@@ -38,17 +38,13 @@ class LoraConfig:
         self.rslora = bool(data.get("use_rslora"))
         self.ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
         self.alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
+        # Whether all modules have one scale.
         self.is_uniform = not self.ranks and not self.alphas
-
-    @property
-    def common(self) -> Scale | None:
-        """The scale of every module; ``None`` where patterns give some of them another."""
-        if not self.is_uniform:
-            return None
-        return Scale(self.data["r"], self.data["lora_alpha"], self.rslora)
 
     def scale(self, path: str) -> Scale:
         """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
+        if self.is_uniform:
+            return Scale(self.data["r"], self.data["lora_alpha"], self.rslora)
         rank = self.ranks.find(path)
         alpha = self.alphas.find(path)
         return Scale(

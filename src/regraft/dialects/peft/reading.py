@@ -193,9 +193,8 @@ class FactorReader:
         factors.kinds.append((keys, kind))
 
     def _scales(self, pairs: Pairs) -> list[Scale]:
-        common = self.lora.common
-        if common is not None:
-            return [common] * len(pairs.a)
+        if self.lora.is_uniform:
+            return [self.lora.scale("")] * len(pairs.a)
         entries = self.config.get("target_parameters")
         paths = pairs.owners()
         cache: dict[tuple[int, Any], Scale] = {}

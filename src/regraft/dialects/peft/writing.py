@@ -314,19 +314,11 @@ def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[
     """Paths whose rank or scale PEFT would not resolve from a config as their factors need it."""
     if not written:
         return []
-    lora = LoraConfig(config)
-    common = lora.common
-    if common is not None:
-        return [
-            path_of(w)
-            for w in written
-            if common.rank != w.scale.rank or common.ratio_to(w.scale) != 1.0
-        ]
-    wrong = []
-    for w in written:
-        scale = lora.scale(path_of(w))
-        if scale.rank != w.scale.rank or scale.ratio_to(w.scale) != 1.0:
-            wrong.append(path_of(w))
+    lora, wrong = LoraConfig(config), []
+    for path, wanted in ((path_of(w), w.scale) for w in written):
+        scale = lora.scale(path)
+        if scale.rank != wanted.rank or scale.ratio_to(wanted) != 1.0:
+            wrong.append(path)
     return wrong
 
 
