@@ -161,6 +161,13 @@ ODD = [
     "a : i == b : i wherever",
     "a{b : i == c : i",
     "a : 1 == b : 1",
+    "{*p}.a.{*q} : i == {*p}.b : i, {*a}x : j",
+    "{*p} : i == {*p}.{l}.b : i where l<config.n , i= config.a.b | config.c",
+    "a : i == b : i where i = config.a | last",
+    "a : i == b : i where i = config.a * 2, i < config.a | 7",
+    "a.{l} : i == b.{l} : i where l is config.a | last, fill = config.b",
+    "a : i == b : i where i = config.1",
+    "a : (i + j) == b : i j",
 ]
 
 
@@ -175,4 +182,5 @@ def test_a_term_that_is_read_in_one_piece_is_the_same_letter_by_letter(monkeypat
     texts = [*SHIPPED_EQUATIONS[::7], *ODD]
     quick = [outcome(text) for text in texts]
     monkeypatch.setattr(notation, "_plain_term", lambda stop: re.compile("(?!)"))
+    monkeypatch.setattr(notation, "_PLAIN_CLAUSE", re.compile("(?!)"))
     assert quick == [outcome(text) for text in texts]

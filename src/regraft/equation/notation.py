@@ -31,6 +31,7 @@ REST = "..."
 _KEY_ENDS = " \t\r\n:,()"
 _KEY_LETTERS = re.compile(r"[^ \t\r\n:,(){}]+")
 _BLANKS, _BLANKS_OF_A_LINE = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r]*")
+_SEPARATORS = re.compile(r"[ \t\r\n,]*")
 _WORD = re.compile(r"\w*")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?")
 
@@ -377,13 +378,15 @@ def parse_equation(text: str) -> Equation:
     scanner.skip()
     if scanner.at < len(text):
         raise scanner.error("this was not expected here")
-    for term in (*left, *right):
+    for term in (*left, *right) if "+" in text else ():
         pieces = prod(count_pieces(expr) for expr in (*term.holes, *term.dims))
         if pieces > _MOST_PIECES:
             message = (
                 f"its sums cut {term} into {pieces} pieces, and at most {_MOST_PIECES} are moved"
             )
             raise notation_error(text[:1000], 0, message)
+    if not clauses:
+        return Equation(text, left, right, ())
     where = tuple(c for c in clauses if isinstance(c, Where))
     bounds = tuple(c for c in clauses if isinstance(c, Bound))
     copies = tuple(c.axis for c in clauses if isinstance(c, Copies))
@@ -425,6 +428,11 @@ def _marks_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 _PLAIN_NAME = "[A-Za-z_][A-Za-z0-9_]*"
+_PLAIN_FIELD = rf"config(?:\.{_PLAIN_NAME})+"
+_PLAIN_CLAUSE = re.compile(
+    rf"({_PLAIN_NAME})[ ]*([=<])[ ]*({_PLAIN_FIELD}(?:[ ]\|[ ]{_PLAIN_FIELD})*)(?=[ ]*(?:,|\Z))"
+)
+"""Most clauses, in one piece: an axis or an index, and the config's fields that say how large it is."""
 
 
 @cache
@@ -435,7 +443,7 @@ def _plain_term(stop: str) -> re.Pattern[str]:
     """
     end = rf"[ ]+{stop}\s" if stop.isalpha() else rf"[ ]*{re.escape(stop)}"
     return re.compile(
-        rf"((?:[A-Za-z0-9_.-]|\{{{_PLAIN_NAME}\}})+)[ ]*:"
+        rf"(?!where\b)((?:\{{\*{_PLAIN_NAME}\}}(?=\.))?(?:[A-Za-z0-9_.-]|\{{{_PLAIN_NAME}\}})+)[ ]*:"
         rf"((?:[ ]+(?!where\b){_PLAIN_NAME})*(?:[ ]+\.\.\.)?)"
         rf"(?=[ ]*(?:[,\n]|\Z)|{end})"
     )
@@ -443,7 +451,10 @@ def _plain_term(stop: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=4096)
 def _plain_key(text: str) -> Key:
-    """A key whose holes are names."""
+    """A key whose holes are names; it may begin with any number of whole segments."""
+    if text.startswith("{*"):
+        name, _, rest = text.removeprefix("{*").partition("}")
+        return Key((Segments(name), *_plain_key(rest).parts))
     parts = re.split(r"\{(\w+)\}", text)
     each = (Hole(_axis(part)) if at % 2 else part for at, part in enumerate(parts))
     return Key(tuple(part for part in each if part))
@@ -452,6 +463,11 @@ def _plain_key(text: str) -> Key:
 @cache
 def _axis(name: str) -> Axis:
     return Axis(name)
+
+
+@lru_cache(maxsize=1024)
+def _fields(text: str) -> ConfigPath:
+    return ConfigPath(tuple(tuple(field.split(".")[1:]) for field in text.split(" | ")))
 
 
 class _Scanner:
@@ -478,7 +494,7 @@ class _Scanner:
 
     def take_word(self, word: str) -> bool:
         self.skip()
-        if self.ends((word,)):
+        if self._whole(word, self.at):
             self.at += len(word)
             return True
         return False
@@ -502,24 +518,27 @@ class _Scanner:
         return (not before or before.isspace() or before == ",") and (not after or after.isspace())
 
     def side(self, stops: tuple[str, ...]) -> tuple[Term, ...]:
-        terms = []
+        terms: list[Term] = []
+        plain_term = _plain_term(stops[0])
         while True:
-            self.skip()
-            while self.take(","):
-                self.skip()
-            if self.ends(stops) or self.at >= len(self.text):
+            separators = _SEPARATORS.match(self.text, self.at)
+            assert separators is not None
+            self.at = separators.end()
+            plain = plain_term.match(self.text, self.at)
+            if plain is not None:
+                dims = tuple(map(_axis, plain[2].split()))
+                terms.append(Term(_plain_key(plain[1]), dims, self.at))
+                self.at = plain.end()
+            elif self.ends(stops) or self.at >= len(self.text):
                 break
-            terms.append(self.term(stops))
+            else:
+                terms.append(self.term(stops))
         if not terms:
             raise self.error("a side needs at least one term")
         return tuple(terms)
 
     def term(self, stops: tuple[str, ...]) -> Term:
         start = self.at
-        plain = _plain_term(stops[0]).match(self.text, start)
-        if plain is not None:
-            self.at = plain.end()
-            return Term(_plain_key(plain[1]), tuple(map(_axis, plain[2].split())), start)
         key: Key | None = None
         if self._has_key(stops):
             key = self.key()
@@ -683,6 +702,11 @@ class _Scanner:
     def clause(self) -> Where | Bound | Begin | Fill | Copies:
         self.skip()
         start = self.at
+        plain = _PLAIN_CLAUSE.match(self.text, start)
+        if plain is not None:
+            self.at = plain.end()
+            made = Where if plain[2] == "=" else Bound
+            return made(plain[1], (("*", _fields(plain[3])),), start)
         axis = self.name()
         if axis == "copies" and self._name_follows():
             self.skip()
