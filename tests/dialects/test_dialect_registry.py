@@ -5,6 +5,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
+from regraft.dialects import tool_files
 from regraft.dialects.registry import _BUILT_IN, _FILES, sniffed
 from regraft.storage import torch_file
 from regraft.storage.torch_write import write_torch
@@ -35,3 +36,14 @@ def test_what_a_file_of_torch_is_is_told_without_its_tensors(name, tmp_path, mon
     monkeypatch.setattr(torch_file, "_read", read)
     sniffed(path)
     sniffed(tmp_path)
+
+
+def test_dialects_share_one_look_at_a_path(monkeypatch, tmp_path):
+    looks = []
+    look_now = tool_files._look_now
+    monkeypatch.setattr(tool_files, "_look_now", lambda src: looks.append(src) or look_now(src))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    sniffed(tmp_path)
+    assert looks == [tmp_path]
+    sniffed(tmp_path)  # the files may be others now
+    assert looks == [tmp_path, tmp_path]

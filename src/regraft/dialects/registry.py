@@ -162,9 +162,12 @@ def dialect_of(src: Path) -> Dialect:
 
 def sniffed(src: Path) -> dict[str, Evidence]:
     """The dialects that recognise a path as theirs, by name, with why."""
+    from regraft.dialects.tool_files import looking_once
+
     left_out = _left_out(src)
     known = dialects()
-    asked = {name: known[name].sniff(src) for name in known if name not in left_out}
+    with looking_once():
+        asked = {name: known[name].sniff(src) for name in known if name not in left_out}
     return {name: told for name, told in asked.items() if told is not None}
 
 

@@ -7,7 +7,9 @@ everything is PEFT's reader.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -72,8 +74,31 @@ class Look(Struct, frozen=True):
 def look_at(src: Path) -> Look | None:
     """The heads of a folder with an adapter, or of a weights file in one; ``None`` where it is none, or is broken.
 
-    The last ones are remembered, because every dialect asks.
+    The last ones are remembered, because every dialect asks; whether the files are still those is seen each time,
+    and in `looking_once` one time.
     """
+    seen = _seen.get()
+    if seen is None:
+        return _look_now(src)
+    if src not in seen:
+        seen[src] = _look_now(src)
+    return seen[src]
+
+
+_seen: ContextVar[dict[Path, Look | None] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Look at each path one time as long as this lasts, while dialects are asked one after the other."""
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def _look_now(src: Path) -> Look | None:
     folder = src if src.is_dir() else src.parent
     weights = src if src.is_file() else folder / WEIGHTS
     return _look(folder, weights, _state(folder / CONFIG), _state(weights))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -197,14 +197,31 @@ def _check_place(dst: Path, *, overwrite: bool, file: bool = False) -> list[Find
 
 def _is_same(one: Path, other: Path) -> bool:
     # By identity on disk, which sees through bind mounts and file systems that ignore case.
-    try:
-        return one.samefile(other)
-    except OSError:
-        return one == other
+    return _same_as(other)(one)
 
 
 def _is_inside(inner: Path, outer: Path) -> bool:
-    return any(_is_same(parent, outer) for parent in inner.parents)
+    return any(map(_same_as(outer), inner.parents))
+
+
+def _same_as(other: Path) -> Callable[[Path], bool]:
+    """Whether paths are one that is looked up once; what is not there is the same by its name alone."""
+    found = _status(other)
+
+    def is_same(one: Path) -> bool:
+        status = _status(one) if found is not None else None
+        if found is None or status is None:
+            return one == other
+        return os.path.samestat(status, found)
+
+    return is_same
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _resolve_entries(folder: Path) -> Iterator[Path]:
