@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from dialects.test_tools import ATTENTION, make_adapter, make_base
 from hypothesis import given
 from hypothesis import strategies as st
 from making import headers_of
@@ -15,7 +16,7 @@ from regraft.adapters.ranks import Options, compact, cut, make_uniform
 from regraft.adapters.scale import Scale
 from regraft.checking.certificate import verify_adapters
 from regraft.cli import main
-from regraft.storage.safetensors import open_tensors
+from regraft.storage.safetensors import open_tensors, write_tensors
 
 V4, V5 = "transformers-v4", "transformers-v5"
 
@@ -188,3 +189,20 @@ def test_what_is_asked_for_is_done_where_the_layout_is_there_already(tmp_path):
     assert not report.adapters[0].copied
     assert {t.rank for t in report.targets} == {1}
     assert regraft.convert(adapter, tmp_path / "same", to=V4, model=base).adapters[0].copied
+
+
+@pytest.mark.parametrize("asked", [{"via": "svd:2"}, {"compact": True}])
+def test_factors_of_a_decomposition_are_not_said_to_be_of_unequal_scale(tmp_path, asked):
+    """A LoRA with one rank and one alpha has no ratio to fold in; the numbers are new for another reason."""
+    base = make_base(tmp_path / "base", "llama")
+    src = make_adapter(tmp_path / "lora", ATTENTION)
+    if "compact" in asked:
+        file = src / "adapter_model.safetensors"
+        tensors = {name: np.array(x) for name, x in open_tensors(file).items()}
+        for name, tensor in tensors.items():
+            if name.endswith("lora_B.weight"):
+                tensor[:, -1] = 0
+        write_tensors(file, tensors, {"format": "pt"})
+    report = regraft.convert(src, tmp_path / "out", to="transformers-v5", model=base, **asked)
+    assert not [note for note in report.adapters[0].notes if "unequal scale" in note]
+    assert not any(target.exact for target in report.targets)

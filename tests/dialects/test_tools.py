@@ -401,6 +401,28 @@ def test_a_model_that_sees_is_held_as_its_language_model(tmp_path, tool):
     # What the message says to do.
     text = make_base(tmp_path / "text", "llama")
     regraft.convert(adapter, tmp_path / "out", to=tool, model=text, verify=True)
+    # A part beside the language model has no place there, so the same would lead to another refusal.
+    pair = {f"{tensor}.weight": np.ones((4, 4), "f4") for tensor in ("lora_A", "lora_B")}
+    beside = "base_model.model.model.multi_modal_projector.linear_1"
+    tensors |= {f"{beside}.{name}": x for name, x in pair.items()}
+    write_tensors(file, tensors, {"format": "pt"})
+    modules = {"target_modules": ["q_proj", "linear_1"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(about | modules))
+    with pytest.raises(regraft.RefusedError, match="this is no part of it") as caught:
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+    (finding,) = caught.value.findings
+    assert finding.key == beside.removeprefix("base_model.model.")
+    assert "text_config" not in finding.fix
+
+
+@pytest.mark.parametrize("tool", ["comfyui", "kohya", "diffusers", "ai-toolkit", "peft-image"])
+def test_an_adapter_of_a_language_model_is_none_for_image_tools(tmp_path, tool):
+    """Merging would not help, nor would a rule book: the tool has other models only."""
+    base = make_base(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "lora", ATTENTION)
+    with pytest.raises(regraft.RefusedError, match="this is one of llama") as caught:
+        regraft.convert(adapter, tmp_path / "no", to=tool, model=base)
+    assert "vllm, mlx or gguf" in caught.value.findings[0].fix
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -21,6 +21,7 @@ from regraft.adapters.components import Record
 from regraft.adapters.detect import Detected, Known, detect_layout, find_books
 from regraft.adapters.families.base import Family
 from regraft.adapters.form import Adapter, Array, Blob, Factors, Images, Lora, Saved, Written
+from regraft.adapters.home import beside_language_model
 from regraft.adapters.ladder import Carried, Ladder, unmoved_images
 from regraft.adapters.move import images
 from regraft.adapters.protocol import Into, Opened, Reading, Writer
@@ -132,6 +133,8 @@ def convert_adapter(
     to = to if into is None else into.layout(to, known)
     into = None if into is None or into.own else into
     try:
+        if into is not None and getattr(into.dialect, "image_only", False):
+            into.dialect.writer(opened, known, to)  # refuses, and says what it is for
         identity = identify(opened, known, to, layout)
         if packing is not None and identity.packing is None:
             identity = replace(identity, packing=packing)
@@ -251,15 +254,17 @@ def _only_its_language_model(opened: Opened, known: Known, to: Layout) -> Refuse
     name = inner.get("model_type")
     if not any(name in book.model_types for book in books):
         return None
-    return RefusedError(
-        Finding(
-            "no-image",
-            f"no rule book says how {model.model_type} is stored in {to.name}; its language model alone, {name}, has "
-            "a place there",
-            where=opened.where,
-            fix="save text_config of the base's config.json as a config.json of its own, and give that as --model",
-        )
+    alone = (
+        f"no rule book says how {model.model_type} is stored in {to.name}; its language model alone, {name}, has a "
+        "place there"
     )
+    fix = "save text_config of the base's config.json as a config.json of its own, and give that as --model"
+    key = None
+    if left := beside_language_model(opened.names()):
+        key, more = left[0], f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        alone += f", and this is no part of it{more}"
+        fix = "use it where the whole model is: transformers-v5, vllm, say"
+    return RefusedError(Finding("no-image", alone, where=opened.where, key=key, fix=fix))
 
 
 def _mixed_identity(opened: Opened, known: Known, to: str, detected: Detected) -> Identity:
@@ -663,7 +668,7 @@ class _Conversion:
     def note_scales(self, made: Sequence[Images]) -> None:
         """What happened to scales and dtypes where parts were joined."""
         loras = [lora for image in made for lora in image.loras if lora is not None]
-        folded = [lora.exact for lora in loras].count(False)
+        folded = sum(not lora.exact and not lora.decomposed for lora in loras)
         if folded:
             self.notes.append(
                 f"parts of unequal scale share one now in {_count(folded, 'target')}: the ratio was folded into B"

@@ -47,6 +47,8 @@ class Lora(Struct, gc=False):
     """Whether every number of the factors is one of the source's (or zero): nothing was rescaled."""
     changed: tuple[int, ...] = ()
     """The sources whose factors got other bits or another dtype, so that they alone do not give them back."""
+    decomposed: bool = False
+    """Whether the factors are those of a decomposition of the delta, of which no number is the source's."""
 
 
 def zeros_like(lora: Lora, out: int, into: int) -> Lora:

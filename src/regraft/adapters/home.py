@@ -11,7 +11,7 @@ Source: transformers 5.23.0, the models' ``base_model_prefix`` and ``_checkpoint
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from regraft.adapters.detect import Known, find_books, is_kin
@@ -67,6 +67,17 @@ def at_home(
         made = opened.renamed(lambda path: _REPEATED.sub(r"\1", path))
         return made, "language_model stood in its paths several times, and the model has it once"
     return opened, None
+
+
+def beside_language_model(names: Names) -> list[str]:
+    """Paths that are no part of the language model, of an adapter for a model that has one inside."""
+    paths = [path for group in (*names.modules, *names.tensors) for path in group.names()]
+    return _beside(paths, [home for home in HOMES if any(path.startswith(home) for path in paths)])
+
+
+def _beside(paths: Sequence[str], homes: Sequence[str]) -> list[str]:
+    within = (*homes, *_HEADS.values(), _HEAD)
+    return [path for path in paths if not path.startswith(within)]
 
 
 def _read_otherwise(
@@ -148,8 +159,7 @@ def _move_out(
     opened: Opened, paths: list[str], homes: list[str], model: ModelConfig
 ) -> tuple[Opened, str | None]:
     """Out of the module that had the language model; towers have no place there."""
-    heads = [*_HEADS.values(), _HEAD]
-    left = [path for path in paths if not path.startswith((*homes, *heads))]
+    left = _beside(paths, homes)
     if left:
         more = f" (and {len(left) - 1} more modules)" if len(left) > 1 else ""
         raise RefusedError(

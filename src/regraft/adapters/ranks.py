@@ -140,7 +140,7 @@ def cut(lora: Lora, how: str) -> float:
     lora.a = narrowed(new_a if batched else new_a[0], *like)
     lora.b = narrowed(new_b if batched else new_b[0], *like)
     lora.scale = lora.scale.at_rank(rank)
-    lora.exact = False
+    lora.exact, lora.decomposed = False, True
     return float(np.sqrt(lost / whole)) if whole else 0.0
 
 

@@ -94,8 +94,9 @@ class Dialect(Protocol):
 
     What else it may have: ``versions`` (what may stand after the slash, the oldest first), ``layout`` (the layout that
     its adapters usually are in), ``usage`` (how its tool gets a result, with ``{path}``), ``layout_for(known)`` (the
-    layout for a base that is known, or ``None``) and ``in_memory(result)`` (a result as it would be opened, if no files
-    are needed for that). What it opens may have ``convert(to, family, base, options)``, where its adapters are of more
+    layout for a base that is known, or ``None``), ``in_memory(result)`` (a result as it would be opened, if no files
+    are needed for that) and ``image_only`` (whether its ``writer`` refuses every model but image and video models).
+    What it opens may have ``convert(to, family, base, options)``, where its adapters are of more
     than one model (an image model's parts).
     """
 

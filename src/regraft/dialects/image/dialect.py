@@ -103,6 +103,8 @@ class ImageDialect(Struct, frozen=True):
     title: str
     layout: str = "diffusers"
     capabilities: Capabilities = _FILES
+    image_only: bool = True
+    """Its `writer` refuses adapters of other models."""
     usage: str = ""
     """How its tool is given a file, with places for its path and its name."""
 
@@ -165,13 +167,14 @@ class ImageDialect(Struct, frozen=True):
         )
 
     def writer(self, opened: Opened, known: Known, to: Layout) -> Writer:
-        """Nothing: these files are made by `ImageFile.convert`."""
+        """Nothing: these files are made by `ImageFile.convert`. Raises ``RefusedError``."""
         raise RefusedError(
             Finding(
                 "dialect",
-                f"{self.name} is for LoRAs of image and video models, and this adapter is of another kind",
+                f"{self.name} is for LoRAs of image and video models, and this is one of "
+                f"{known.model_type or 'another kind of model'}",
                 where=opened.where,
-                fix="name a layout, or another dialect (`regraft layouts` lists them)",
+                fix="convert it to transformers-v5, vllm, mlx or gguf, say (`regraft layouts` lists all)",
             )
         )
 
