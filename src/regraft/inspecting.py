@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from regraft.checkpoints.inspect import CheckpointInspection, inspect_checkpoint
 from regraft.dialects.image.inspect import ImageFolder, ImageSummary, summaries, summarize
 from regraft.dialects.image.recognise import recognise, weights_in
 from regraft.dialects.peft.inspect import Inspection, inspect
-from regraft.dialects.peft.source import CONFIG
+from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.source import CONFIG, NO_CONFIG
 from regraft.errors import RegraftError
-from regraft.planning.model import Foreign
+from regraft.planning.model import Foreign, load_model
 from regraft.sources import Resolved
+from regraft.storage.safetensors import read_header
 from regraft.values import replace
 
 _SOME = 20
@@ -43,6 +46,8 @@ def inspect_source(
             folder = (path / found.file).parent
             if (folder / CONFIG).is_file() and weights_in(folder) is None:
                 summary = _summary_of_peft(folder, found, source.model, foreign)
+            elif found.problem and found.tensors:
+                summary = _summary_of_others(path / found.file, found)
             files.append(summary)
             if each is not None:
                 each(summary)
@@ -79,6 +84,19 @@ def _summary_of_peft(
         base=adapter.base_model or "",
         problem=next((finding.message for finding in adapter.problems), ""),
     )
+
+
+def _summary_of_others(file: Path, found: ImageSummary) -> ImageSummary:
+    """What no LoRA of an image model is, in the same columns: a model's own weights, or PEFT's without their config."""
+    plain = ImageSummary(found.file, tensors=found.tensors, size=found.size)
+    if (file.parent / "config.json").is_file():
+        with suppress(RegraftError):
+            family = load_model(file.parent).model_type or ""
+            return replace(plain, family=family, algorithms={"whole weights": found.tensors})
+    names = read_header(file).tensors
+    if names and all(name.startswith(PREFIX) for name in names):
+        return replace(plain, trainer="PEFT", problem=NO_CONFIG)
+    return found
 
 
 def _image_in(path: Path) -> Path | None:

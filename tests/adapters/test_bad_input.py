@@ -568,3 +568,17 @@ def test_a_base_of_another_type_is_told_by_what_the_adapter_says(tmp_path, named
         regraft.convert(src, tmp_path / "out", to="transformers-v5", model=llama)
     (advised,) = {finding.fix for finding in caught.value.findings}
     assert advice.format(base=base) in advised
+
+
+def test_a_file_that_is_cut_off_is_told_so_without_its_config(tmp_path):
+    """No config mends it."""
+    whole = (GOLDEN / "cases/mixtral__gud_attn/adapter_model.safetensors").read_bytes()
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(alone, tmp_path / "out", to="transformers-v5")
+    assert caught.value.findings[0].code == "file-truncated"
+    alone.write_bytes(whole)
+    with pytest.raises(regraft.BadInputError, match="which says rank and alpha") as caught:
+        regraft.convert(alone, tmp_path / "out", to="transformers-v5")
+    assert caught.value.findings[0].code == "no-config"

@@ -13,6 +13,7 @@ from dialects.image.test_image import convert, same_bits, sdxl
 
 import regraft
 from regraft.cli import main
+from regraft.cli.output import Output
 from regraft.dialects.image.inspect import summarize
 from regraft.storage.safetensors import write_tensors
 from regraft.views.schema import schema_of
@@ -59,6 +60,35 @@ def test_a_folder_line_by_line(folder, capsys):
     assert "4 files, 1 with a problem" in capsys.readouterr().out
     assert main(["inspect", str(folder / "b.safetensors")]) == 0
     assert "lora_te1, lora_te2" in capsys.readouterr().out
+
+
+def test_what_else_lies_in_a_folder_is_told_for_what_it_is(folder, capsys):
+    """A model's own weights are no problem, and PEFT's weights lack their config, not a family."""
+    (folder / "base").mkdir()
+    write_tensors(folder / "base/model.safetensors", {"lm_head.weight": numbers(4, 4)}, {})
+    (folder / "base/config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "bare").mkdir()
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    pair = {name.format("A"): numbers(2, 8), name.format("B"): numbers(8, 2)}
+    write_tensors(folder / "bare/adapter_model.safetensors", pair, {})
+    assert main(["inspect", str(folder), "--json"]) == 1
+    found = {x["file"]: x for x in map(json.loads, capsys.readouterr().out.splitlines())}
+    base, bare = found["base/model.safetensors"], found["bare/adapter_model.safetensors"]
+    assert (base["family"], base["dialect"], base["problem"]) == ("llama", "", "")
+    assert bare["problem"].startswith("there is no adapter_config.json beside it")
+    assert main(["inspect", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "6 files, 2 with a problem"
+    assert lines[-3].startswith("Problem: bare/adapter_model.safetensors: there is no adapter_c")
+    assert "no family has a module" not in " ".join(lines[:7])  # or the column would be as wide
+
+
+def test_a_narrow_terminal_has_a_paragraph_for_each_file(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Output, "width", property(lambda _: 60))
+    assert main(["inspect", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a.safetensors"
+    assert lines[1].startswith("  flux, dialect kohya, trainer sd-scripts, algorithm LoRA, rank ")
 
 
 def test_a_file_with_other_names_of_each_kind(tmp_path):

@@ -317,7 +317,8 @@ def inspect_adapter(
         _read_family(source, known, result)
     remembered = read_remembered(source.metadata)
     if remembered.layout:
-        result.notes.append(f"regraft wrote it, from {remembered.source.layout}")
+        origin = f", from {remembered.source.layout}" if remembered.source.layout else ""
+        result.notes.append(f"regraft wrote it{origin}")
     return result
 
 

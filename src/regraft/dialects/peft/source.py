@@ -60,6 +60,8 @@ WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
 ASIDE = "regraft_kept.safetensors"
 """A file beside the weights: factors that their layout cannot hold, for the way back."""
+NO_CONFIG = f"there is no {CONFIG} beside it, which says rank and alpha"
+"""What is wrong with weights alone."""
 
 
 class PeftNames:
@@ -446,10 +448,12 @@ def find_adapters(src: Path) -> Found:
                 )
             )
         if not (src.parent / CONFIG).is_file():
+            if src.suffix == ".safetensors":
+                read_header(src)  # a file that is cut off is no better with a config beside it
             raise BadInputError(
                 Finding(
                     "no-config",
-                    f"there is no {CONFIG} beside it, and rank and alpha stand there",
+                    NO_CONFIG,
                     where=str(src),
                     fix=f"put the {CONFIG} that belongs to it beside it; LoRAs of image and video models have none, "
                     "and are known by how their names begin (lora_unet_, diffusion_model., unet., transformer.)",
@@ -476,11 +480,13 @@ def find_adapters(src: Path) -> Found:
             known
             or Finding(
                 "no-config",
-                f"there is no {CONFIG} here, and rank and alpha stand there"
+                f"there is no {CONFIG} here, which says rank and alpha"
                 if has
                 else f"there is neither an adapter here ({CONFIG}) nor a checkpoint (model.safetensors, or its index)",
                 where=str(src),
-                fix="give the folder that save_pretrained wrote",
+                fix=f"put the {CONFIG} there that save_pretrained wrote with it"
+                if has
+                else "give the folder that save_pretrained wrote",
             )
         )
     own = {folder / name for folder in folders for name in (CONFIG, WEIGHTS, WEIGHTS_BIN, ASIDE)}
