@@ -125,7 +125,9 @@ def _noted(told: list[RegraftError]) -> Iterator[None]:
 def find_sources(
     paths: Iterable[Path], depth: int = DEPTH, *, results: bool = True
 ) -> tuple[list[Item], list[Path]]:
-    """The adapters and checkpoints that paths stand for, and folders below ``depth`` that were not looked into.
+    """The adapters and checkpoints that paths stand for, and folders that were not looked into.
+
+    These are folders below ``depth``, and links to folders elsewhere.
 
     A path in which nothing is found is an item itself, so that what is wrong with it is said where it is opened.
     Hidden files and links to folders are passed over. Where there will be no ``results``, what is given twice is
@@ -137,7 +139,7 @@ def find_sources(
     items: list[Item] = []
     deeper: list[Path] = []
     for path in map(adapter_of, paths):
-        found = [path] if _is_one(path) else list(_walk(path, depth, deeper))
+        found = [path] if _is_one(path) else list(_walk(path, depth, deeper, path.resolve()))
         items += [Item(each, _name(each, path)) for each in found or [path]]
     if not results:
         return _told_apart(_each_once(items)), deeper
@@ -219,7 +221,7 @@ def _has_own_files(path: Path) -> bool:
     return any(name != "peft" for name in sniffed(path))
 
 
-def _walk(folder: Path, depth: int, deeper: list[Path]) -> Iterator[Path]:
+def _walk(folder: Path, depth: int, deeper: list[Path], root: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         inside = sorted((each for each in entries if not each.name.startswith(".")), key=_by_name)
     for each in inside:
@@ -228,8 +230,11 @@ def _walk(folder: Path, depth: int, deeper: list[Path]) -> Iterator[Path]:
             if _is_one(path):
                 yield path
             elif depth > 0:
-                yield from _walk(path, depth - 1, deeper)
+                yield from _walk(path, depth - 1, deeper, root)
             else:
+                deeper.append(path)
+        elif each.is_symlink() and each.is_dir():
+            if not path.resolve().is_relative_to(root):  # else it is there without the link
                 deeper.append(path)
         elif path.suffix in _WEIGHTS and each.is_file():
             yield path

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from dialects.test_tools import ATTENTION, make_adapter, make_base
 
 import regraft
 import regraft.api as convert_module
@@ -236,6 +237,17 @@ def test_links_hidden_and_deep_folders_are_not_followed(loras):
         find_sources([loras / "a", loras / "a"])
 
 
+def test_links_to_folders_elsewhere_are_told(loras, tmp_path, capsys):
+    shutil.move(loras / "a", tmp_path / "other-disk")
+    (loras / "a").symlink_to(tmp_path / "other-disk")
+    (loras / "latest").symlink_to("dora")  # it is converted under its own name
+    _, _, told = convert(capsys, loras, tmp_path / "out")
+    assert "links to folders are not followed" in told
+    assert f"lead to): {loras / 'a'}\n" in told
+    status, _, _ = convert(capsys, loras / "a", tmp_path / "out-a")
+    assert status == 0
+
+
 @pytest.mark.parametrize("file", ["", "adapter_model.safetensors", "adapter_config.json"])
 def test_check_tells_sources_of_one_name_apart_by_their_paths(file, tmp_path, monkeypatch, capsys):
     for team in ("teamA", "teamB"):
@@ -315,6 +327,23 @@ def test_one_that_is_the_same_in_both_layouts_is_unchanged(tmp_path, capsys):
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
     status, words, _ = convert(capsys, folder, tmp_path / "out")
     assert status == 0 and "2 sources: 2 unchanged" in words
+
+
+def test_another_tool_s_files_are_not_called_unchanged(tmp_path, capsys):
+    """MLX names Llama's modules as transformers does, and its file is another one all the same."""
+    base = make_base(tmp_path / "base", "llama")
+    src = [make_adapter(tmp_path / name, ATTENTION) for name in "ab"]
+    command = [
+        "convert",
+        *map(str, src),
+        str(tmp_path / "out"),
+        "--to",
+        "mlx",
+        "--model",
+        str(base),
+    ]
+    assert main(command) == 0
+    assert "2 sources: 2 converted" in capsys.readouterr().out
 
 
 COMMANDS = {

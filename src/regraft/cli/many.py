@@ -166,10 +166,18 @@ def warn_of_rest(out: Output, sources: Iterable[Path], deeper: Sequence[Path]) -
     """Say what of the folders is neither converted nor copied."""
     if out.quiet:
         return
-    if deeper:
-        shown = ", ".join(visible(str(path)) for path in deeper[:_SHOWN])
-        more = f" and {len(deeper) - _SHOWN} more" if len(deeper) > _SHOWN else ""
-        out.warn(f"Not looked into, because they are deep inside: {shown}{more}\n")
+    links = [path for path in deeper if path.is_symlink()]
+    for paths, why in (
+        ([path for path in deeper if path not in links], "they are deep inside"),
+        (
+            links,
+            "links to folders are not followed (name them to convert or check what they lead to)",
+        ),
+    ):
+        if paths:
+            shown = ", ".join(visible(str(path)) for path in paths[:_SHOWN])
+            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+            out.warn(f"Not looked into, because {why}: {shown}{more}\n")
     for folder in sources:
         if not folder.is_dir():
             continue

@@ -123,11 +123,19 @@ def converted(
 
 def _is_same(adapter: AdapterReport) -> bool:
     """Whether a result has the names and numbers of its source: no rule fired, and no tool's files became another's."""
-    dialects = {name.partition(":")[2] for name in (adapter.source_layout, adapter.target_layout)}
+    files = {_files_of(name) for name in (adapter.source_layout, adapter.target_layout)}
     moved = any(adapter.rules.values()) or not all(target.exact for target in adapter.targets)
     return adapter.copied or (
-        len(dialects) == 1 and not moved and adapter.tensors_in == adapter.tensors_out
+        len(files) == 1 and not moved and adapter.tensors_in == adapter.tensors_out
     )
+
+
+def _files_of(layout: str) -> str:
+    """The dialect of a layout's name (``LAYOUT:DIALECT``, or one word for both, as mlx); empty where it is PEFT's."""
+    from regraft.dialects.base import dialects
+
+    name, _, dialect = layout.partition(":")
+    return dialect or (name if name in dialects() else "")
 
 
 def checked(
