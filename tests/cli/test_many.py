@@ -162,7 +162,7 @@ def test_check_has_the_same_status_however_it_answers(tmp_path, capsys):
     for given in how:
         assert main(["check", str(loras), *given]) == 1
     words = capsys.readouterr().out
-    assert "bare: give the folder that save_pretrained wrote" in words.split("Fix:")[-1]
+    assert "bare: put the adapter_config.json there that save_pretrained" in words.split("Fix:")[-1]
     assert [source["name"] for source in data_of(page)["sources"]] == [
         "bare",
         "mixtral__dora",
