@@ -26,6 +26,7 @@ from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.report import Report
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination, copy_file, staged_file, staged_folder
+from regraft.storage.json_files import folder_with_config, told_in_json
 from regraft.storage.stale import sort_files
 from regraft.storage.stamp import Stamp
 from regraft.values import replace
@@ -267,7 +268,7 @@ def _merge(request: Request, opening: Opening) -> Report:
                 "option",
                 "merging takes one adapter, and its base with weights",
                 where=str(src),
-                fix="give the base's folder as --model, and one adapter's folder as SRC",
+                fix=f"give the base's folder as --model{_named_base(opening)}, and one adapter's folder as SRC",
             )
         )
     if isinstance(opening.dialect, ImageDialect):
@@ -295,6 +296,17 @@ def _merge(request: Request, opening: Opening) -> Report:
         dry_run=asked.dry_run,
         progress=request.progress,
     )
+
+
+def _named_base(opening: Opening) -> str:
+    """The folder that an adapter names as its base, in words, where it is on this machine."""
+    for folder in opening.found.folders[:1]:
+        config = folder / "adapter_config.json"
+        told = told_in_json(config.read_bytes()) if config.is_file() else None
+        named = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+        if folder_with_config(named) is not None:
+            return f" (the adapter names {named})"
+    return ""
 
 
 def _budget(seconds: float) -> Budget:

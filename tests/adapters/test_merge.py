@@ -54,6 +54,27 @@ def test_merging_takes_a_base_with_weights(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_base_the_one_that_the_adapter_names_is_told(tmp_path):
+    adapter = adapter_of("mixtral__gud_attn", tmp_path)
+    base, file = GOLDEN / "bases/mixtral", adapter / "adapter_config.json"
+    named = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
+    file.write_text(json.dumps(named))
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.convert(adapter, tmp_path / "out", to=V5, merge=True)
+    assert f"--model (the adapter names {base})" in caught.value.findings[0].fix
+
+
+def test_where_it_may_not_be_written_is_told_before_anything_is_opened(tmp_path, monkeypatch):
+    base, adapter = GOLDEN / "bases/mixtral", adapter_of("mixtral__gud_attn", tmp_path)
+    monkeypatch.setattr("regraft.merging.merge.open_base", lambda *_: pytest.fail("opened"))
+    with pytest.raises(regraft.BadInputError, match="the one that is read"):
+        regraft.merge(base, [adapter], base)
+    with pytest.raises(regraft.BadInputError) as caught:
+        regraft.merge(base, [(adapter, float("nan")), adapter], tmp_path / "out")
+    (finding,) = caught.value.findings
+    assert (finding.where, finding.code) == (str(adapter), "option")
+
+
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path):
     prompt = tmp_path / "prompt"
     prompt.mkdir()

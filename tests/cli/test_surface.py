@@ -94,6 +94,7 @@ def test_the_help_has_every_option(command, options):
     for field in described(options):
         assert f"{field.flag} " in text
         assert field.option.help.split()[-1] in text
+    assert "None]" not in text, "a range without ends is none"
 
 
 def test_layout_names_for_editors_are_those_there_are():

@@ -252,10 +252,16 @@ def _option(field: Described) -> Callable[[Command], Command]:
     elif option.kind in _LAYOUTS:
         settings["type"] = _Layout(_LAYOUTS[option.kind])
     elif str not in kinds and kinds & {int, float}:
+        bounds = {
+            "min": option.least,
+            "min_open": option.above,
+            "max": option.most,
+            "max_open": option.below,
+        }
         made: Any = click.FloatRange if float in kinds else click.IntRange
-        settings["type"] = made(
-            min=option.least, min_open=option.above, max=option.most, max_open=option.below
-        )
+        bare = click.FLOAT if float in kinds else click.INT
+        bounded = option.least is not None or option.most is not None
+        settings["type"] = made(**bounds) if bounded else bare
     if option.many:
         return click.option(field.flag, field.name, multiple=True, **settings)
     if field.default is NODEFAULT:

@@ -95,6 +95,10 @@ def merge(
         paths = [_weighted(adapter) for adapter in adapters]
         base_path, dst_path = Path(base), Path(os.path.realpath(dst))
         _check_given(base_path, paths, clip_weight)
+        if not dry_run and base_path.is_dir() and not dst_path.is_file():
+            # Before anything is opened, for that may take long; a file's name is looked at when the base is known.
+            for path in (base_path, *(path for path, _ in paths)):
+                check_destination(path, dst_path, overwrite=overwrite)
         casts = parse_casts(dtype)
         limit = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
         foreign = InstalledTransformers()
@@ -208,9 +212,19 @@ def _check_given(
         findings.append(Finding("no-weights", message, where=str(base), fix=fix))
     for path, _ in adapters:
         findings += absent(path)
-    weights = [*(weight for _, weight in adapters), clip_weight or 0.0]
-    if not all(map(isfinite, weights)):
-        findings.append(Finding("option", "a weight is no finite number"))
+    weights = [*((str(path), weight) for path, weight in adapters), (None, clip_weight or 0.0)]
+    findings += [
+        Finding(
+            "option",
+            f"its weight is {weight}, and no finite number"
+            if where
+            else "clip_weight is no finite number",
+            where=where,
+            fix="give a number, such as 0.8",
+        )
+        for where, weight in weights
+        if not isfinite(weight)
+    ]
     if findings:
         raise BadInputError(findings)
 
