@@ -123,7 +123,13 @@ def judge(cls):
     data = {**config, "architectures": [cls.__name__]}
     old, new = (outline_of(data, "", layout) for layout in (None, LAYOUTS[1]))
     kinds = old.kinds.get, new.kinds.get
-    found = learn_pairs(pairs, layouts=LAYOUTS, kind_of=kinds, model_types=[config["model_type"]])
+    found = learn_pairs(
+        pairs,
+        layouts=LAYOUTS,
+        kind_of=kinds,
+        model_types=[config["model_type"]],
+        orders=lambda: new.parameters,
+    )
     kind = registry.kind_of(pairs[0])
     if not found.sound:
         return kind, "not learned", ""

@@ -333,6 +333,22 @@ def test_numbers_computed_from_two_indices(number, text):
     assert texts(book) == [f"down.{{l}}.{{e}}.w : ... == in.{text}.w : ..."]
 
 
+def test_linear_layers_that_become_convolutions_of_one_position():
+    """Of any size: where the last dims are of size 1 numpy is wrong from 8192 elements on."""
+
+    def convert(state):
+        return {k: x[:, :, None, None] for k, x in state.items()}
+
+    sizes = [{f"l.{n}.w.weight": (size, size) for n in range(2)} for size in (90, 100)]
+    book = regraft.learn_from(convert, sizes, torch=False)
+    assert texts(book) == ["l.{l}.w.weight : a b == l.{l}.w.weight : a b 1 1"]
+
+
+def test_what_only_has_another_order_is_not_called_changed():
+    found = watch(lambda state: {"w": state["w"][::-1]}, {"w": (40, 4)}, torch=False)
+    assert "values change" not in found.odd["w"]
+
+
 def test_parts_around_others():
     def convert(state):
         a, b = (state[n].reshape(-1, 2, 5) for n in "ab")

@@ -24,6 +24,7 @@ from torch import nn
 
 from regraft.errors import BadInputError
 from regraft.names.live import skeleton_of, walk
+from regraft.names.modules import facts_of
 
 MODELS = {"vit": vit, "mixtral": mixtral}
 
@@ -286,3 +287,15 @@ def test_random_wrappers(tree, data):
 def test_value_head_is_the_holders():
     live = walk(ValueHead(mixtral()))
     assert sorted(live.own) == ["v_head.summary.bias", "v_head.summary.weight"]
+
+
+def test_a_linear_layer_that_returns_more_than_its_product_has_a_parameter():
+    """What is added to its output cannot be added to a router's, which is several tensors."""
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert facts_of(PhimoeTopKRouter).kind is None
+    assert facts_of(Doubled).kind == facts_of(torch.nn.Linear).kind == "linear"

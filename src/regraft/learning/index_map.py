@@ -383,8 +383,12 @@ def _boxes(
 ) -> Iterator[Box]:
     sides = _product_set(mask)
     part = flat[np.ix_(*sides)] if sides else flat
+    # Flat: of more than 8192 elements numpy 2.4.6 makes something else where the last dims are of size 1.
+    places = np.unravel_index(part.reshape(-1), shape) if shape else ()
     coordinates = (
-        np.stack(np.unravel_index(part, shape), axis=-1) if shape else part[..., None][..., :0]
+        np.stack([place.reshape(part.shape) for place in places], axis=-1)
+        if shape
+        else (part[..., None][..., :0])
     )
     yield from _sums(coordinates, sides, before, after)
 

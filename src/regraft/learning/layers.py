@@ -7,6 +7,7 @@ the config, or as the last.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,11 +171,7 @@ def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
     table: dict[object, list[list[Drafted]]] = defaultdict(lambda: [[] for _ in found])
     for number, each in enumerate(found):
         for member in each.drafts:
-            sides = tuple(
-                tuple((t.template, t.holes, t.dims) for t in side)
-                for side in (member.left, member.right)
-            )
-            table["made", sides, member.tags, member.copies, member.fills][number].append(member)
+            table["made", _look(member)][number].append(member)
         for state, some in (("kept", each.kept), ("dropped", each.unused)):
             for name in some:
                 term = Written(*names[name], (), "...")
@@ -187,6 +184,27 @@ def _forms(found: Sequence[Inferred], names: Names) -> list[_Form]:
         _Form(members, kept=key[0] == "kept", dropped=key[0] == "dropped")  # type: ignore[index]
         for key, members in table.items()
     ]
+
+
+def _look(member: Drafted) -> object:
+    """What an equation says, whatever its axes are called: of a large pair they have other names."""
+    names: dict[str, str] = {}
+
+    def called(text: str) -> str:
+        return _AXIS.sub(lambda axis: names.setdefault(axis[0], f"x{len(names)}"), text)
+
+    sides = tuple(
+        tuple(
+            (t.template, tuple((column, called(hole)) for column, hole in t.holes), called(t.dims))
+            for t in side
+        )
+        for side in (member.left, member.right)
+    )
+    fills = tuple((called(axis), value) for axis, value in member.fills)
+    return sides, tuple(map(called, member.tags)), tuple(map(called, member.copies)), fills
+
+
+_AXIS = re.compile(r"[a-z]\w*")
 
 
 def _rivals(forms: Sequence[_Form], names: Names) -> Iterator[tuple[_Place, list[_Rival]]]:
@@ -210,6 +228,11 @@ def _rivals(forms: Sequence[_Form], names: Names) -> Iterator[tuple[_Place, list
             ]
             if all(rival.fixed for rival in rivals):
                 continue  # w1 and w3 are no layers
+            beside = any(
+                sum(map(bool, each)) > 1 for each in zip(*(r.values for r in rivals), strict=True)
+            )
+            if not beside or not any(rival.everywhere for rival in rivals):
+                continue  # the same layers look otherwise at another size
             if all(
                 not (a & b)
                 for one, other in combinations(rivals, 2)

@@ -13,6 +13,8 @@ from importlib.resources.abc import Traversable
 from itertools import islice, product
 from typing import Any, TypedDict, cast
 
+import numpy as np
+
 from regraft.equation.notation import Key, parse_equation, parse_key
 from regraft.errors import AmbiguousError, BadInputError, Finding
 from regraft.learning.assemble import Drafted
@@ -592,6 +594,10 @@ def _value_changes(found: Inferred, pair: Pair) -> None:
         one, other = pair.before.get(name), pair.after[name]
         if one is None or one.shape != other.shape:
             continue
+        if one.dtype == other.dtype and np.array_equal(
+            np.sort(one.bits, None), np.sort(other.bits, None)
+        ):
+            continue  # only their order does
         if one.dtype != other.dtype:
             found.odd[name] = f"it was {one.dtype} and is {other.dtype}: a cast is no layout change"
         else:

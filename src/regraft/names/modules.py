@@ -101,8 +101,34 @@ def _look(kind: type) -> Facts:
     return Facts(
         classes=_model_classes(kind),
         native=_native(kind),
-        kind=next((_KINDS[name] for name in named if name in _KINDS), None),
+        kind=None
+        if _returns_several(kind)
+        else next((_KINDS[name] for name in named if name in _KINDS), None),
         extra_state=_has_extra_state(kind),
+    )
+
+
+def _returns_several(kind: type) -> bool:
+    """Whether a linear layer's own ``forward`` returns more than the product, as routers do.
+
+    What adds to a layer's output cannot add to that, so PEFT can only adapt its weight, as a parameter.
+    """
+    owner = next((c for c in kind.__mro__ if "forward" in vars(c)), None)
+    module = (owner.__module__ or "").partition(".")[0] if owner is not None else "torch"
+    if module == "torch" or not any(c.__name__ == "Linear" for c in kind.__mro__):
+        return False
+    import ast
+    import inspect
+    import textwrap
+
+    try:
+        source = textwrap.dedent(inspect.getsource(vars(owner)["forward"]))
+        tree = ast.parse(source)
+    except (OSError, TypeError, SyntaxError):
+        return False  # made by hand: there is no source
+    return any(
+        isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)
+        for node in ast.walk(tree)
     )
 
 
