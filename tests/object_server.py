@@ -52,6 +52,8 @@ class Objects:
     delay: float = 0.0
     date: str = ""
     """What answers say that the time is; the clock's, where it is empty."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of a key the ETag that its upload gave it."""
     blocks: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Of a key the blocks that Azure has and no list took up."""
     committed: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
@@ -171,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
             return
-        tag = '"other"' if fault == "etag" else etag(data)
+        tag = '"other"' if fault == "etag" else self.objects.tags.get(request.key, etag(data))
         wanted = self.headers.get("If-Match")
         if wanted is not None and wanted != tag and fault != "etag":
             self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
@@ -208,7 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = key.removeprefix(bucket + "/")
             if key.startswith(bucket + "/") and name.startswith(prefix):
                 rows.append(
-                    f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size><ETag>{escape(etag(data))}</ETag>"
+                    f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size>"
+                    f"<ETag>{escape(self.objects.tags.get(key, etag(data)))}</ETag>"
                     "<LastModified>2023-01-02T00:00:00.000Z</LastModified></Contents>"
                 )
         text = "".join(rows)
@@ -336,6 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             else:
                 self.objects.data[request.key] = body
+                self.objects.tags.pop(request.key, None)
                 self.objects.blocks.pop(request.key, None)
                 self.objects.seen.append(frozenset(self.objects.data))
         status = 201 if "x-ms-version" in self.headers else 200
@@ -369,10 +373,13 @@ class _Handler(BaseHTTPRequestHandler):
                 key, parts = upload
                 data = b"".join(parts[number] for number in sorted(parts))
                 self.objects.data[key] = data
+                digests = b"".join(hashlib.md5(parts[number]).digest() for number in sorted(parts))
+                tag = f'"{hashlib.md5(digests).hexdigest()}-{len(parts)}"'
+                self.objects.tags[key] = tag
                 self.objects.seen.append(frozenset(self.objects.data))
                 text = (
                     "<CompleteMultipartUploadResult><Location>l</Location><Bucket>b</Bucket>"
-                    f"<Key>{escape(key)}</Key><ETag>{escape(etag(data))}</ETag></CompleteMultipartUploadResult>"
+                    f"<Key>{escape(key)}</Key><ETag>{escape(tag)}</ETag></CompleteMultipartUploadResult>"
                 )
         self._answer(200, text.encode(), Content_Type="application/xml")
 

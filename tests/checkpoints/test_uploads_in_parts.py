@@ -326,3 +326,55 @@ def test_uploads_that_were_ended_elsewhere(src, wanted, server):
     assert 0 < made.before < made.pieces
     commit(server, src)
     assert server.folder("b/out") == wanted
+
+
+def test_a_stage_is_of_one_destination(src, wanted, server):
+    """Uploads lie at the result's own keys: no commit takes them to another place."""
+    part(server, src, "0/1")
+    for changed in ({"part": "0/1"}, {"commit": True}):
+        with pytest.raises(BadInputError, match=r"conversion to .*out, where") as caught:
+            regraft.convert(src, f"{server.out}2", **server.options, **changed)
+        assert codes(caught) == {"stage-other"}
+    assert not server.folder("b/out2")
+    commit(server, src)
+    assert server.folder("b/out") == wanted
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_an_abort_finds_the_uploads_by_itself(src, server):
+    part(server, src, "0/1")
+    assert left(server)
+    options = {"to": V5, "stage": server.options["stage"]}
+    regraft.convert(src, f"{server.out}-wrong", abort=True, **options)
+    assert not left(server) and not server.folder("b/out.stage")
+
+
+@pytest.mark.parametrize("server", ["s3", "az"], indirect=True)
+def test_a_commit_that_died_before_it_noted_a_file(src, wanted, server):
+    part(server, src, "0/1")
+    server.fault = lambda r: "403" if r.method == "PUT" and "/complete/" in r.key else None
+    with pytest.raises(BadInputError):
+        commit(server, src)
+    assert server.folder("b/out") and "b/out/model.safetensors.index.json" not in server.data
+    server.fault = None
+    commit(server, src)
+    assert server.folder("b/out") == wanted and not left(server)
+
+
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_what_lies_there_by_chance_is_not_what_was_made(src, wanted, server):
+    """A file of the same size is not taken for one that a commit which died let appear."""
+    part(server, src, "0/1")
+    server.fault = lambda r: "403" if r.method == "PUT" and "/complete/" in r.key else None
+    with pytest.raises(BadInputError):
+        commit(server, src)
+    server.fault = None
+    key = next(key for key in server.data if key.startswith("b/out/model-"))
+    server.data[key] = bytes(len(server.data[key]))
+    server.tags.pop(key)
+    with pytest.raises(BadInputError) as caught:
+        commit(server, src)
+    assert codes(caught) == {"stage-incomplete"}
+    part(server, src, "0/1")
+    commit(server, src)
+    assert server.folder("b/out") == wanted

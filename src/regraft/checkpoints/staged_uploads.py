@@ -6,6 +6,7 @@ that died goes on from that. In the stage, which is a folder in the store, stand
 STAGE/job-ID/job            what is being made
 STAGE/job-ID/uploads/F.K    the id of file F's upload; K counts those that were ended by somebody else
 STAGE/job-ID/committing     a commit has found everything, and nothing in the way
+STAGE/job-ID/completing/F   the ETag that file F will have, where that is known before it can be seen
 STAGE/job-ID/complete/F     file F can be seen
 STAGE/job-ID/ended          the job is over, and its notes are being removed
 STAGE/committed             the job that was committed here
@@ -28,14 +29,16 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.shares import Piece, cut, pieces_of
 from regraft.checkpoints.staging import check_complete, committed_already, job_of
 from regraft.checkpoints.stream import Advance, Stream
-from regraft.checkpoints.upload import check_free, place
+from regraft.checkpoints.upload import check_free, place, plain
 from regraft.errors import BadInputError, Finding
 from regraft.report import PartReport
 from regraft.storage.objects import Client
 from regraft.storage.scheduler import Share
 from regraft.storage.stage import Job
+from regraft.storage.stores import open_store
 from regraft.storage.threads import Pool
 from regraft.storage.uploads import Parts, Uploads, open_uploads
+from regraft.values import replace
 
 SIZE = 1 << 23
 """Bytes of a piece; S3 and GCS take no smaller parts than 5 MiB, and no more than 10,000."""
@@ -64,7 +67,7 @@ class RemoteStage:
             raise BadInputError(Finding("stage-place", message, where=self.url, fix=fix))
         self.uploads = open_uploads(target)
         self.files = ready.layout.files
-        self.job: Job = job_of(ready, size_of(self.files))
+        self.job: Job = replace(job_of(ready, size_of(self.files)), target=plain(target.store.url))
         self.pieces = cut(self.files, self.job.piece)
         self.is_committed = False
         self._join()
@@ -110,6 +113,9 @@ class RemoteStage:
             parts = self.uploads.parts(key, known.decode())
             if parts is not None:
                 return known.decode(), parts
+            if self._appeared(number):
+                self.note_complete(number)
+                return None
         raise AssertionError("counting does not end")
 
     def _begin(self, key: str, note: str) -> bytes:
@@ -157,6 +163,18 @@ class RemoteStage:
     def is_complete(self, number: int) -> bool:
         """Whether a file can be seen."""
         return self._read(f"{self.job.name}/complete/{number}") is not None
+
+    def _appeared(self, number: int) -> bool:
+        """Whether a commit that died let a file appear and could not say so any more."""
+        expected = self._read(f"{self.job.name}/completing/{number}")
+        if not expected:
+            return False
+        file = self.files[number]
+        return self.uploads.appeared(file.name, file.size, expected.decode())
+
+    def note_complete(self, number: int) -> None:
+        """Note that a file can be seen."""
+        self.client.put(f"{self.job.name}/complete/{number}", b"")
 
     def here(self, piece: Piece, parts: Parts) -> bool:
         """Whether a piece is among the parts that have come."""
@@ -301,8 +319,9 @@ def commit_uploads(
             return
         upload, parts = uploads[number]
         etags = {part: etag for part, (_, etag) in parts.items()}
-        etag = staged.uploads.complete(file.name, upload, etags)
-        stage.put(f"{staged.job.name}/complete/{number}", etag.encode())
+        stage.put(f"{staged.job.name}/completing/{number}", staged.uploads.tag(etags).encode())
+        staged.uploads.complete(file.name, upload, etags)
+        staged.note_complete(number)
 
     there = [row.key for row in target.listed() or []] if name is None else []
     complete = {file.name for file in staged.files if numbers[file.name] not in uploads}
@@ -318,16 +337,16 @@ def abort_uploads(target: Client, stage: Client) -> bool:
     Raises ``BadInputError``.
     """
     rows = stage.listed() or []
-    uploads = None
     for row in rows:
         if row.key.partition("/")[2] != "job":
             continue
         found = stage.first(row.key, _NOTE)
         if found is None:
             continue
-        uploads = uploads or open_uploads(target)
-        names = msgspec.json.decode(bytes(found[1]), type=Job).made
-        forget(stage, uploads, {str(number): name for number, name in enumerate(names)})
+        job = msgspec.json.decode(bytes(found[1]), type=Job)
+        is_here = job.target in ("", plain(target.store.url))
+        uploads = open_uploads(target if is_here else open_store(job.target))
+        forget(stage, uploads, {str(number): name for number, name in enumerate(job.made)})
     forget(stage, None, {})
     if any(row.key == "committed" for row in rows):
         stage.delete("committed")

@@ -59,12 +59,12 @@ def check_apart(source: Source, client: Client, name: str | None) -> None:
 
     Raises ``BadInputError``.
     """
-    to = _plain(client.store.url)
+    to = plain(client.store.url)
     for file in source.files:
         remote = remote_at(file.path)
         if remote is None:
             continue
-        where = _plain(remote.where)
+        where = plain(remote.where)
         folder = where.rpartition("/")[0]
         if to == folder and (name is None or f"{to}/{name}" == where):
             code, message = "destination-is-source", "the place to write is the one that is read"
@@ -76,7 +76,8 @@ def check_apart(source: Source, client: Client, name: str | None) -> None:
         raise BadInputError(Finding(code, message, where=client.where(name or ""), fix=fix))
 
 
-def _plain(address: str) -> str:
+def plain(address: str) -> str:
+    """An address, in the one of two spellings that most tools have."""
     return re.sub("^s3a:", "s3:", address)
 
 

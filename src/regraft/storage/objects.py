@@ -307,10 +307,10 @@ class Client:
             fix = "run again when nothing else writes to it"
             return BadInputError(Finding("file-changed", message, where=where, fix=fix))
         if error.trouble == "missing":
-            fix = "check the address"
-            return BadInputError(
-                Finding("missing-file", "there is nothing at it", where=where, fix=fix)
-            )
+            nowhere = re.search("NoSuchBucket|ContainerNotFound", error.message)
+            message = "there is no such bucket" if nowhere else "there is nothing at it"
+            fix = "check the address" + (", or make the bucket first" if nowhere else "")
+            return BadInputError(Finding("missing-file", message, where=where, fix=fix))
         if error.trouble == "forbidden":
             message = f"the store lets nobody in without the right credentials: {error.message}"
             fix = (

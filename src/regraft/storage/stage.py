@@ -42,7 +42,7 @@ Piece = tuple[int, int]
 
 
 class Job(Struct, frozen=True):
-    """What is being made. It is the same on every machine: there are no paths in it, and no numbers of files."""
+    """What is being made. It is the same on every machine: there are no paths of one in it, and no numbers of files."""
 
     source: str
     """What the source is called, for messages alone."""
@@ -54,16 +54,28 @@ class Job(Struct, frozen=True):
     """Bytes of a piece."""
     made: tuple[str, ...] = ()
     """The files of the result."""
+    target: str = ""
+    """The address that uploads go to; nothing where pieces are files, which a commit takes to any place."""
 
     @property
     def name(self) -> str:
         """The folder of the job."""
-        text = msgspec.json.encode((self.files, self.result, self.piece))
+        where = (self.target, self.made) if self.target else ()
+        text = msgspec.json.encode((self.files, self.result, self.piece, *where))
         return "job-" + hashlib.sha256(text).hexdigest()[:16]
+
+    @property
+    def place(self) -> str:
+        """What the uploads go to, for messages."""
+        return f"{self.target}/{self.made[0]}" if len(self.made) == 1 else self.target
 
     def against(self, other: Job, stage: str) -> BadInputError:
         """The error where a stage is another job's."""
         here = [row[0] for row in self.files]
+        if (self.target, self.made) != (other.target, other.made) and self.result == other.result:
+            what = f"it is that of a conversion to {other.place}, where its uploads go, and this one is to {self.place}"
+            fix = f"give --stage a folder of its own for each result, or end that one with --abort to {other.place}"
+            return BadInputError(Finding("stage-other", what, where=stage, fix=fix))
         if self.files == other.files:
             what = "it was begun with other options, rules or another release of regraft, and would have other bytes"
             fix = "give every part the same options; to change them, start over after --abort"

@@ -9,6 +9,7 @@ https://learn.microsoft.com/rest/api/storageservices/put-block), which azure-sto
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -64,8 +65,16 @@ class Uploads(Protocol):
     def parts(self, key: str, upload: str) -> Parts | None:
         """The parts that have come; ``None`` where there is no such upload."""
 
-    def complete(self, key: str, upload: str, names: dict[int, str]) -> str:
-        """Let the object appear, of the parts with these names; its ETag."""
+    def tag(self, names: dict[int, str]) -> str:
+        """The ETag that the object of the parts with these names will have; empty where nobody can know it before."""
+        return ""
+
+    def appeared(self, key: str, size: int, tag: str) -> bool:
+        """Whether there is an object of this size and this ETag."""
+        return False
+
+    def complete(self, key: str, upload: str, names: dict[int, str]) -> None:
+        """Let the object appear, of the parts with these names."""
 
     def abort(self, key: str, upload: str) -> None:
         """End an upload, whose parts are removed where the store can; it may be gone."""
@@ -152,11 +161,24 @@ class _S3(Uploads):
                 return parts
             after = page["NextPartNumberMarker"]
 
-    def complete(self, key: str, upload: str, names: dict[int, str]) -> str:
+    def tag(self, names: dict[int, str]) -> str:
+        """The ETag that S3 gives where parts are named by their MD5: that of all of these, and how many there are."""
+        digests = [names[number].strip('"') for number in sorted(names)]
+        if not all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests):
+            return ""
+        whole = hashlib.md5(bytes.fromhex("".join(digests)), usedforsecurity=False)
+        return f"{whole.hexdigest()}-{len(digests)}"
+
+    def appeared(self, key: str, size: int, tag: str) -> bool:
+        """Whether there is an object of this size and this ETag."""
+        seen = self._ask("head_object", key, gone=True)
+        return seen is not None and (seen["ContentLength"], seen["ETag"].strip('"')) == (size, tag)
+
+    def complete(self, key: str, upload: str, names: dict[int, str]) -> None:
         """Let the object appear."""
         parts = [{"PartNumber": number, "ETag": names[number]} for number in sorted(names)]
         options: dict[str, Any] = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
-        return str(self._ask("complete_multipart_upload", key, **options)["ETag"])
+        self._ask("complete_multipart_upload", key, **options)
 
     def abort(self, key: str, upload: str) -> None:
         """End an upload."""
@@ -273,11 +295,10 @@ class _Azure(Uploads):
             if block.id.startswith(upload)
         }
 
-    def complete(self, key: str, upload: str, names: dict[int, str]) -> str:
+    def complete(self, key: str, upload: str, names: dict[int, str]) -> None:
         """Let the blob appear."""
         blocks = [self._lib.BlobBlock(names[number]) for number in sorted(names)]
-        done = self._ask(key, "PUT", lambda blob: blob.commit_block_list(blocks))
-        return str(done["etag"])
+        self._ask(key, "PUT", lambda blob: blob.commit_block_list(blocks))
 
     def abort(self, key: str, upload: str) -> None:
         """Nothing: Azure removes the blocks by itself."""
