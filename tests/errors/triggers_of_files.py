@@ -19,7 +19,7 @@ from regraft.storage.dtypes import DTYPES, count_cells
 from regraft.storage.folder import check_destination, copy_file
 from regraft.storage.header import read_header
 from regraft.storage.json_files import load_json
-from regraft.storage.objects import Client, StoreError
+from regraft.storage.objects import Client, Store, StoreError
 from regraft.storage.stage import Stage
 from regraft.storage.stamp import Stamp
 from regraft.storage.work import Work, check_own, open_work
@@ -170,7 +170,7 @@ def _(lab):
         stamp.check(file.fileno())
 
 
-class _Refusing:
+class _Refusing(Store):
     """A store that gives one answer."""
 
     url = "s3://bucket"

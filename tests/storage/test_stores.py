@@ -292,3 +292,11 @@ def test_a_put_whose_answer_was_lost_is_no_other_object(server, monkeypatch):
     with pytest.raises(BadInputError, match="exists already"):
         client.put("x", b"other", create=True)
     assert server.data["b/out/x"] == b"data"
+
+
+def test_says_how_to_be_let_in(server):
+    server.fault = lambda request: "403"
+    for address, how in (("s3://b/in", "aws configure"), (f"{server.url}/b/in", "signed")):
+        with pytest.raises(BadInputError) as error:
+            open_store(address).first("x.bin", 1)
+        assert how in error.value.findings[0].fix

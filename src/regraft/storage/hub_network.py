@@ -46,12 +46,17 @@ def _library(where: str) -> Any:
 class HubStore(Store):
     """A repository at a revision, which cannot be written to."""
 
+    login = (
+        "check the name; log in with 'hf auth login' or set HF_TOKEN; where the model is gated, ask for access on its"
+        " page"
+    )
+
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         named = parse_id(self.url)
         if named is None:
             message = "an address of the hub is hf://ORG/NAME or hf://ORG/NAME@REVISION"
-            raise BadInputError(Finding("bad-address", message, where=url))
+            raise BadInputError(Finding("bad-address", message, where=url, fix="give one such"))
         self.repository, self.revision = named
         self._hub = _library(url)
         self._files = import_module("huggingface_hub.hf_api")
@@ -128,13 +133,16 @@ def trouble_of(error: Exception) -> StoreError:
     name = type(error).__name__
     answer = getattr(error, "response", None)
     status = getattr(answer, "status_code", None)
-    if name in ("GatedRepoError", "DisabledRepoError"):
+    if name == "GatedRepoError":
+        return StoreError("forbidden", "it is gated, and nobody is let in without access to it")
+    if name == "DisabledRepoError":
         return StoreError("forbidden", line)
     if name in ("OfflineModeIsEnabled", "LocalTokenNotFoundError"):
         return StoreError("forbidden", line)
     if answer is not None and status in BUSY:
         return StoreError("busy", line, asked_wait(answer.headers) or 0.0)
-    # The hub says 401 of what does not exist, to those who may not know it.
+    if status == 401:
+        line = f"{status}, which the hub says of what is private and of what there is not"
     if status in _STATUS:
         return StoreError(_STATUS[status], line)
     if status is not None and 400 <= status < 500 and status not in (408, 429):
@@ -156,7 +164,8 @@ def check_push(repository: str, *, offline: bool) -> None:
         raise BadInputError(Finding("bad-address", message, fix=fix))
     if offline or is_offline():
         message = "the network is not to be used (--offline, HF_HUB_OFFLINE), and --push needs it"
-        raise BadInputError(Finding("offline", message, where=repository))
+        fix = "leave --push out, and run 'hf upload' on the result where there is a network"
+        raise BadInputError(Finding("offline", message, where=repository, fix=fix))
     hub = _library(repository)
     client = Client(HubStore(f"hf://{repository}"))
     _once(client, lambda: hub.HfApi().whoami())

@@ -98,6 +98,8 @@ class Store(Protocol):
 
     url: str
     """Without a slash at the end."""
+    login: str = "log in the way that the store's own tools do (environment, config files), or ask for access"
+    """What somebody does whom the store does not let in."""
 
     def read(self, key: str, start: int, end: int) -> tuple[Found, Any]:
         """Bytes of an object, and what it is now; fewer where it ends before ``end``, none where it is empty.
@@ -313,11 +315,9 @@ class Client:
             return BadInputError(Finding("missing-file", message, where=where, fix=fix))
         if error.trouble == "forbidden":
             message = f"the store lets nobody in without the right credentials: {error.message}"
-            fix = (
-                "log in the way that the store's own tools do (aws configure, gcloud auth, az login,"
-                " hf auth login), or ask for access"
+            return BadInputError(
+                Finding("store-denied", message, where=where, fix=self.store.login)
             )
-            return BadInputError(Finding("store-denied", message, where=where, fix=fix))
         if error.trouble == "no-ranges":
             message = "the server sends whole files only, where a part was asked for"
             fix = "download the files, and give the folder; or use a server that answers Range"

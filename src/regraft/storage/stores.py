@@ -81,7 +81,9 @@ class _Obstore(Store):
         self.url, self._query = url.rstrip("/"), query
         self._lib = library("obstore", url, "regraft[cloud]")
         self._errors = import_module("obstore.exceptions")
-        self._is_http = urlsplit(url).scheme in ("http", "https")
+        scheme = urlsplit(url).scheme
+        self._is_http = scheme in ("http", "https")
+        self.login = f"{_LOGINS.get(scheme[:2], _LOGINS['az'])}; or ask for access"
         # The client asks again, and counts it; only the parts of an upload are sent again by obstore itself.
         self.opened = self._open(0)
 
@@ -403,6 +405,13 @@ def _line(error: Exception) -> str:
     )
 
 
+_LOGINS = {
+    "s3": "run 'aws configure', or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_REGION says where it is",
+    "gs": "run 'gcloud auth application-default login', or set GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or run 'az login'",
+    "ht": "check the address; give one that is signed, or the store's own (s3://, gs://, az://, hf://)",
+}
+"""By the first letters of a scheme, what lets somebody in."""
 _ENDPOINTS = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL",
