@@ -308,6 +308,10 @@ RANKED = {
     "PVeRA": lambda: peft.PveraConfig(r=2),
     "HRA": lambda: peft.HRAConfig(r=2),
     "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True),
+    "Lily": lambda: peft.LilyConfig(r=2, num_B=2, stride_A=1),
+    "MiSS": lambda: peft.MissConfig(r=2),
+    "GraLoRA": lambda: peft.GraloraConfig(r=2, alpha=6, gralora_k=2),
+    "LoKr": lambda: peft.LoKrConfig(r=2, alpha=3, init_weights=False, decompose_factor=2),
 }
 
 

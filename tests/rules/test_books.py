@@ -107,6 +107,11 @@ def test_a_wrong_field_is_named_with_its_line(head, line, message):
     assert message in text
 
 
+def test_a_version_that_no_adapter_is_written_in_is_an_error():
+    with pytest.raises(BadInputError, match="adapters are written as"):
+        book_of('[adapters]\nright = "peft-0.3"\n')
+
+
 def test_what_is_no_toml_says_so():
     ((place, message),) = findings("", "name = 3 3\n").items()
     assert place == ("test.toml", "toml")

@@ -658,6 +658,7 @@ def load_book(
         findings += loader.findings
     if table.left == table.right:
         findings.append(Finding("rule-book", "left and right are one layout", where=f"{shown}:1"))
+    findings += _unknown_versions(table, shown)
     seen: dict[str, str] = {}
     for rule in rules:
         if seen.setdefault(rule.name, rule.where) != rule.where:
@@ -817,6 +818,24 @@ _TABLE = re.compile(r"^[ \t]*\[\[(\w+)\]\]", re.MULTILINE)
 """A table of rules, with its name."""
 _TABLES = re.compile(r"^\[\[", re.MULTILINE)
 """The first table of rules; what stands before it is the head. No text of several lines stands in a head."""
+
+
+def _unknown_versions(table: _BookTable, shown: str) -> Iterator[Finding]:
+    """Versions of ``[adapters]`` that no book of regraft's names: nothing writes adapters so."""
+    told = table.adapters or _AdaptersTable()
+    named = [each for each in (told.left, told.right) if each is not None]
+    if not named:
+        return
+    versions = {each for book in _shipped() for each in (book.left_adapters, book.right_adapters)}
+    known = sorted(each for each in versions if each)
+    for each in named:
+        if each not in known:
+            yield Finding(
+                "rule-book",
+                f"[adapters] says {each!r}, and adapters are written as {' or '.join(known)}",
+                where=f"{shown}:1",
+                fix="give one of these, or leave the line out",
+            )
 
 
 def _head(table: _BookTable, shown: str) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Lily(Family):
     table = cells(rename=Cell(NONE, FAMILY, "the modules that share A and B stay together"))
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
-        return tensors["lily_B.weight"].shape[1], tensors["lily_A.weight"].shape[1]
+        a, b = tensors["lily_A.weight"], tensors["lily_B.weight"]
+        self.check_rank(a.shape[0], settings)
+        return b.shape[1], a.shape[1]
 
     def lora(self, part: Part, weight: Weight) -> Pair:
         raise self.refusal(self.fixed)

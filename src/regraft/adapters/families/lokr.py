@@ -42,6 +42,8 @@ class LoKr(Family):
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         if "lokr_t2" in tensors or any(t.ndim != 2 for t in tensors.values()):
             return None, None
+        for name in ("lokr_w1_b", "lokr_w2_b"):
+            self.check_rank(tensors[name].shape[0] if name in tensors else None, settings)
         (b1, a1), (b2, a2) = (_ends(tensors, name) for name in ("lokr_w1", "lokr_w2"))
         return b1 * b2, a1 * a2
 

@@ -55,6 +55,7 @@ class Miss(Family):
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         block = tensors[self.block]
+        self.check_rank(block.shape[0] if block.ndim == 2 else block.shape[-1], settings)
         if block.ndim == 3:
             return block.shape[0] * block.shape[1], None
         return (None if self._mini else block.shape[1]), None
