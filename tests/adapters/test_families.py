@@ -137,7 +137,10 @@ MAKERS = {
         lambda: peft.LoKrConfig(r=2, alpha=3, init_weights=False),
         lambda: peft.LoKrConfig(r=1, alpha=3, init_weights=False, decompose_both=True),
     ],
-    "AdaLoRA": [lambda: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=10)],
+    "AdaLoRA": [
+        lambda: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=10),
+        lambda: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=-1, total_step=10),
+    ],
     "HiRA": [lambda: peft.HiraConfig(r=2)],
     "DeLoRA": [lambda: peft.DeloraConfig(r=2, delora_lambda=3)],
     "MiSS": [

@@ -31,7 +31,7 @@ class AdaLora(LowRank):
     title = "AdaLoRA"
     prefix = "lora_"
     roles = {"lora_A": (RANK, IN), "lora_B": (OUT, RANK), "lora_E": (RANK, None)}
-    fields = {"lora_alpha": None, "init_r": None, "r": None}
+    fields = {"lora_alpha": None, "init_r": None}
     formula = "W + alpha/(init_r + 1e-5) B diag(E) A"
     rank = "r"
     table = cells(
@@ -52,8 +52,7 @@ class AdaLora(LowRank):
     def lora(self, part: Part, weight: Weight) -> Pair:
         a, b, e = part["lora_A"], part["lora_B"], part["lora_E"]
         alpha = part.settings["lora_alpha"]
-        scale = (alpha if alpha > 0 else float(part.settings["r"])) / (
-            part.settings["init_r"] + 1e-5
-        )
+        # Where alpha is not positive, PEFT takes the module's own rank, as its budget left it.
+        scale = (alpha if alpha > 0 else float(a.shape[-2])) / (part.settings["init_r"] + 1e-5)
         wide_b, wide_e = as_wide(b, e)
         return a, narrowed(wide_b * wide_e.swapaxes(-1, -2) * scale, b, e)

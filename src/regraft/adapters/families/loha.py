@@ -23,9 +23,10 @@ from regraft.adapters.families.base import (
     Wide,
     as_wide,
     cells,
+    narrowed,
 )
 from regraft.adapters.families.low_rank import LowRank
-from regraft.adapters.form import Array, common_dtype
+from regraft.adapters.form import Array
 from regraft.names.keys import Ints
 
 
@@ -63,13 +64,12 @@ class LoHa(LowRank):
         self.may_take(part, None, None)
         a1, b1, a2, b2 = (part[role] for role in self.roles)
         scale = self.scale(part).value
-        dtype = common_dtype({a1.dtype, np.dtype(np.float32)})
         columns = a1[..., :, :, None].astype(np.float64) * a2[..., :, None, :] * scale
         rows = b1[..., :, None, :].astype(np.float64) * b2[..., None, :, :]
         rank = a1.shape[-1] ** 2
         return (
-            rows.reshape(*rows.shape[:-3], rank, b1.shape[-1]).astype(dtype),
-            columns.reshape(*columns.shape[:-2], rank).astype(dtype),
+            narrowed(rows.reshape(*rows.shape[:-3], rank, b1.shape[-1]), a1),
+            narrowed(columns.reshape(*columns.shape[:-2], rank), a1),
         )
 
     def delta(self, part: Part, weight: Weight) -> Wide:
