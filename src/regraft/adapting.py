@@ -137,7 +137,7 @@ class _Conversion(Struct, frozen=True, dict=True):
     def move(self, folder: Path) -> _Moved:
         """One of them. Raises what `convert_adapter` raises."""
         request = self.request
-        asked, given, base = request.asked, request.given, self.base
+        asked, given = request.asked, request.given
         opened = self.opening.open(folder)
         ranks = Options(asked.via, asked.compact, asked.uniform_rank)
         by_itself = getattr(opened, "convert", None)
@@ -145,6 +145,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
             return _Moved(opened, result, by_itself=True)
+        base = self.base  # of a language model: that of an image model has no such config
         opened, note = at_home(opened, base, request.foreign)
         result = convert_adapter(
             opened,
