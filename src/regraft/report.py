@@ -42,8 +42,7 @@ class Target(Struct, frozen=True, gc=False):
     """How far an approximation is off, relative to the delta's Frobenius norm."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Trace:
+class Trace(Struct, frozen=True, eq=False):
     """Where every tensor went, for reports that show it; no part of the plain data."""
 
     headers: Headers

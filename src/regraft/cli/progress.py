@@ -6,10 +6,11 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +25,7 @@ _EVERY = {"plain": 10.0, "json": 1.0}
 """Seconds between lines."""
 
 
-@dataclass(slots=True)
-class State:
+class State(Struct):
     """How far one piece of work is."""
 
     verb: str

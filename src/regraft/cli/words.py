@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Indented, Table, Text
@@ -29,8 +30,7 @@ _KEYS = 3
 """More keys of one problem are shown as patterns."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(Struct, frozen=True):
     pattern: str
     count: int
     target: Target

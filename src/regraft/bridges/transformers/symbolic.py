@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.names.keys import MARK, Group, Ints, group_names
 
@@ -26,8 +26,7 @@ def stand_in(column: int) -> str:
     return f"97{column:02d}79"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class Rows(Struct, frozen=True, eq=False):
     """Keys that differ in whole-segment numbers only."""
 
     text: str
