@@ -274,6 +274,23 @@ def plain_data(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
+def count_in_words(number: int, noun: str, verb: str = "") -> str:
+    """A number and a noun, and a verb that goes with them.
+
+    >>> count_in_words(1, "key"), count_in_words(2, "key")
+    ('1 key', '2 keys')
+    >>> count_in_words(1, "tensor", "was copied"), count_in_words(2, "tensor", "was copied")
+    ('1 tensor was copied', '2 tensors were copied')
+    """
+    first, _, rest = verb.partition(" ")
+    if first and number != 1:
+        first = _PLURALS.get(first) or first.removesuffix("s")
+    return " ".join(filter(None, (f"{number} {noun}{'s' * (number != 1)}", first, rest)))
+
+
+_PLURALS = {"is": "are", "was": "were", "has": "have", "does": "do"}
+
+
 def show_size(count: float) -> str:
     """A number of bytes with a decimal unit.
 

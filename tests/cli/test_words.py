@@ -159,3 +159,32 @@ def test_check_shows_the_codes_of_its_problems(capsys):
         != 0
     )
     assert "[wrong-base]" in "".join(capsys.readouterr())
+
+
+def test_reasons_are_whole_where_there_is_no_terminal(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        config = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "x" * 150}
+        (tmp_path / "in" / name / "adapter_config.json").write_text(json.dumps(config))
+    main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "transformers-v5"])
+    words = capsys.readouterr().out
+    assert "one     failed" in words and "…" not in words
+
+
+def test_a_merge_is_counted_in_bytes(tmp_path, capsys):
+    base = str(CASES.parent / "bases/mixtral")
+    args = ["convert", str(CASES / "mixtral__gud_attn"), str(tmp_path / "out"), "--merge", "--progress", "json"]  # fmt: skip
+    assert main([*args, "--model", base, "--to", "transformers-v5"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line[:1] == "{"]
+    assert {line["progress"]["unit"] for line in lines} == {"bytes"}
+
+
+def test_diff_ends_with_a_verdict_and_how_many_differ(tmp_path, capsys):
+    base = CASES.parent / "bases/mixtral"
+    assert main(["diff", str(base), str(base)]) == 0
+    assert capsys.readouterr().out.endswith("Equal: they hold the same, bit for bit\n")
+    args = ["convert", str(base), str(tmp_path / "half"), "--to", "transformers-v4", "--drop", "lm_head.weight"]  # fmt: skip
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main(["diff", str(base), str(tmp_path / "half")]) == 4
+    assert capsys.readouterr().out.endswith("Not equal: 1 only in A\n")

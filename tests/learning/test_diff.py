@@ -241,7 +241,7 @@ def test_a_wrong_number_in_another_layout(tmp_path):
 
 def test_the_same_file(capsys):
     assert main(["diff", str(BASE), str(BASE)]) == 0
-    assert "They hold the same, bit for bit." in capsys.readouterr().out
+    assert "Equal: they hold the same, bit for bit" in capsys.readouterr().out
 
 
 def test_adapters_of_two_layouts(tmp_path):

@@ -27,7 +27,7 @@ from regraft.errors.extras import lacking
 from regraft.layouts.names import Layout
 from regraft.planning.identify import Detected, detect
 from regraft.planning.model import load_model
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, count_in_words
 from regraft.rules.book import rules_words
 from regraft.rules.mtp import WHY as MTP
 from regraft.rules.mtp import mtp_among
@@ -154,7 +154,7 @@ def _try(question: Loading, verdict: Verdict) -> None:
     mtp = mtp_among(loaded.unexpected, (part for _, part in question.model.parts())).names()
     unexpected = [key for key in loaded.unexpected if key not in mtp]
     if mtp:
-        verdict.notes.append(f"{len(mtp)} tensors are those of {MTP}")
+        verdict.notes.append(f"{MTP}: {count_in_words(len(mtp), 'tensor')}")
     bad = {
         "missing": loaded.missing,
         "unexpected": unexpected,

@@ -15,7 +15,7 @@ from regraft.checkpoints.source import CONFIG, INDEX, UNFINISHED
 from regraft.checkpoints.spelling import with_note
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.model import Foreign
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, count_in_words
 from regraft.storage.beside import check_files
 from regraft.storage.safetensors import sync_path
 from regraft.storage.weights import File
@@ -137,7 +137,7 @@ def _make_heads(ready: Prepared) -> list[bytes]:
     findings = list(_check_files(ready))
     moves, tensors = ready.moves, ready.source.tensors
     if ready.plan is not None and ready.plan.dropped:
-        message = f"{sum(len(d.group) for d in ready.plan.dropped)} tensors would be dropped"
+        message = f"{count_in_words(sum(len(d.group) for d in ready.plan.dropped), 'tensor')} would be dropped"
         fix = "convert to another folder"
         raise RefusedError([*findings, Finding("not-in-place", message, fix=fix)])
     if not moves.whole:

@@ -24,7 +24,7 @@ from regraft.checkpoints.source import Source
 from regraft.errors import BadInputError, Finding
 from regraft.names.patterns import patterns
 from regraft.planning.identify import Detected
-from regraft.report import CheckpointReport
+from regraft.report import CheckpointReport, count_in_words
 from regraft.values import replace
 
 
@@ -169,14 +169,16 @@ def _words(found: Parted, moved: Sequence[MovedPiece], to: str) -> list[str]:
     notes = []
     for why, names in found.dropped.items():
         shown = ", ".join(pattern for pattern, _ in patterns(names))
-        notes.append(f"dropped {len(names)} tensors: {shown}: {why}")
+        notes.append(f"dropped {count_in_words(len(names), 'tensor')}: {shown}: {why}")
     for each in moved:
         if each.plan is None:
             continue
         for dropped in each.plan.dropped:
             names = [each.piece.place + name for name in dropped.group.names()]
             shown = ", ".join(pattern for pattern, _ in patterns(names))
-            notes.append(f"dropped {len(names)} tensors: {shown}: {dropped.drop.why}")
+            notes.append(
+                f"dropped {count_in_words(len(names), 'tensor')}: {shown}: {dropped.drop.why}"
+            )
         for drop in each.plan.lacking():
             notes.append(
                 f"{to} has {each.piece.part.prefixes[0]}{drop.key}, too, and it is not made: {drop.why}"

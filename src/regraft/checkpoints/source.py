@@ -22,6 +22,7 @@ from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.names.keys import Group, Ints, group_names
 from regraft.names.patterns import patterns
+from regraft.report import count_in_words
 from regraft.storage.beside import check_files
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.formats import find_form, is_torch
@@ -384,7 +385,7 @@ def _only_of_torch(root: Path, notes: list[str]) -> str:
         raise BadInputError(find_form(root) or finding)
     if len(names) > 1:
         shown = ", ".join(names[:_SHOWN])
-        message = f"{len(names)} files here may have weights, and none has a loader's name: {shown}"
+        message = f"no file here has a loader's name; weights may be in {count_in_words(len(names), 'file')}: {shown}"
         fix = f"give the one that is meant: {root / names[0]}"
         raise BadInputError(Finding("no-index", message, where=str(root), fix=fix))
     notes.append(f"{names[0]} has the weights: nothing here has a name that loaders look for")

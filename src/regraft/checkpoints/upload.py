@@ -20,6 +20,7 @@ from regraft.checkpoints.sharding import OutFile
 from regraft.checkpoints.source import CONFIG, INDEX, Source
 from regraft.checkpoints.stream import Advance, Stream
 from regraft.errors import BadInputError, Finding
+from regraft.report import count_in_words
 from regraft.storage.objects import Client
 from regraft.storage.probe import open_regular
 from regraft.storage.stand_ins import remote_at
@@ -42,7 +43,8 @@ def check_free(client: Client, *, overwrite: bool, name: str | None = None) -> l
         raise BadInputError(Finding("bad-address", message, where=client.store.url, fix=fix))
     there = [row.key for row in rows if name is None or row.key == name]
     if there and not overwrite:
-        message = f"there are {len(there)} files at the address already, such as {there[0][:200]}"
+        many = count_in_words(len(there), "file")
+        message = f"something is at the address already ({many}, such as {there[0][:200]})"
         raise BadInputError(
             Finding(
                 "destination-exists",

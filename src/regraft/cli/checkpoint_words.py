@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Table, Text
 from regraft.cli.words import show_company, show_differences, show_notes
-from regraft.report import AdapterReport, CheckpointReport, PartReport, Report, show_size
-from regraft.views.wording import LOSSLESS, count_in_words, what_changed
+from regraft.report import (
+    AdapterReport,
+    CheckpointReport,
+    PartReport,
+    Report,
+    count_in_words,
+    show_size,
+)
+from regraft.views.wording import LOSSLESS, what_changed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,7 +110,7 @@ def show_checkpoint(out: Output, report: Report, checkpoint: CheckpointReport) -
     for adapter in merged:
         out.show(Text(f"  {_merged(adapter)}"))
     summary = Text(
-        f"{checkpoint.tensors_in} tensors in, {checkpoint.tensors_out} out, in "
+        f"{count_in_words(checkpoint.tensors_in, 'tensor')} in, {checkpoint.tensors_out} out, in "
         f"{len(checkpoint.files)} {'file' if len(checkpoint.files) == 1 else 'files'} of "
         f"{show_size(checkpoint.bytes)}; "
     )

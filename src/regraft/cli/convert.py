@@ -101,7 +101,9 @@ def _convert_one(
     from regraft.cli.forms import tell
     from regraft.cli.pages import failure_page
 
-    with failure_page(html, "convert", src), out.waiting("converting", src) as progress:
+    # A merge goes through its base, and is as far as that is.
+    measured = Path(asked.model) if asked.merge and asked.model is not None else src
+    with failure_page(html, "convert", src), out.waiting("converting", measured) as progress:
         say = None if out.quiet else lambda line: out.warn(line + "\n")
         report = convert_with(src, dst, asked, tell=say, progress=progress)
     return tell(out, report, html, src)

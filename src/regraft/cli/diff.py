@@ -11,6 +11,7 @@ from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 from regraft.options import DiffOptions
+from regraft.report import count_in_words
 from regraft.values import replace
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def show_diff(out: Output, found: Diff) -> None:
         one, other = (layout or "unknown" for layout in found.layouts)
         out.show(Text(f"  layouts: {one} and {other}", _FAINT))
     if found.same:
-        out.show(Text(f"Same name, same content: {_total(found.same)} tensors"))
+        out.show(Text(f"Same name, same content: {count_in_words(_total(found.same), 'tensor')}"))
     if found.moved:
         out.show(Text(), Text("Same content:"))
     for moved in found.moved:
@@ -115,9 +116,21 @@ def show_diff(out: Output, found: Diff) -> None:
     if found.book is not None:
         _show_book(out, found)
     if found.equal:
-        out.show(Text(), Text("They hold the same, bit for bit.", _GOOD))
+        out.show(Text(), Text.assemble(("Equal", _GOOD), ": they hold the same, bit for bit"))
     else:
-        out.show(Text(), Text("They do not hold the same.", _BAD))
+        out.show(Text(), Text.assemble(("Not equal", _BAD), f": {_unequal(found)}"))
+
+
+def _unequal(found: Diff) -> str:
+    """How many tensors there are of each kind that keeps two files from being equal."""
+    differ = [each.some for each in found.differ]
+    differ += [some for moved in found.moved for some in moved.differ]
+    counts = [
+        count_in_words(_total(differ), "tensor", "differs") if differ else "",
+        f"{_total(found.only_a)} only in A" if found.only_a else "",
+        f"{_total(found.only_b)} only in B" if found.only_b else "",
+    ]
+    return ", ".join(filter(None, counts)) or "they do not hold the same"
 
 
 def _show_book(out: Output, found: Diff) -> None:

@@ -88,7 +88,7 @@ def show_extraction(out: Output, report: Extraction) -> None:
     """What became of each matrix, the worst first."""
     from regraft.cli.styled import Column, Table, Text
     from regraft.cli.words import show_notes
-    from regraft.views.wording import count_in_words
+    from regraft.report import count_in_words
 
     name = visible(Path(report.tuned).name or report.tuned)
     out.show(Text.assemble((name, "bold"), f": extracted, {report.layout} -> {report.to}"))
@@ -105,7 +105,7 @@ def show_extraction(out: Output, report: Extraction) -> None:
         )
     matrices = "1 matrix" if len(report.targets) == 1 else f"{len(report.targets)} matrices"
     words = f"{matrices}, off by {report.error:.3g} together"
-    words += f"; {report.unchanged} tensors did not change"
+    words += f"; {count_in_words(report.unchanged, 'tensor')} did not change"
     if report.whole:
         words += f"; {count_in_words(len(report.whole), 'tensor')} kept as a whole"
     out.show(Text(words, "green"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Indented, Table, Text, width_of
 from regraft.dialects.image.inspect import ImageFolder, ImageSummary
-from regraft.report import show_size
+from regraft.report import count_in_words, show_size
 
 _MOST = 3
 """Ranks and alphas that are shown."""
@@ -69,7 +69,7 @@ def show_images(out: Output, folder: ImageFolder) -> None:
         for summary in wrong:
             words = visible(f"{summary.file}: {summary.problem}")
             out.show(Text.assemble(("Problem: ", "red"), words))
-    text = f"{len(summaries)} files" + (f", {len(wrong)} with a problem" if wrong else "")
+    text = count_in_words(len(summaries), "file") + (f", {len(wrong)} with a problem" if wrong else "")
     out.show(Text(text))
     if any(not s.family and not s.problem for s in summaries):
         out.show(Text("?: the base model is not known; give it with --model", "yellow"))

@@ -13,6 +13,7 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 from regraft.cli.probe import fixed_fields, wrong_fields
 from regraft.options import LearnOptions, ProbeOptions
+from regraft.report import count_in_words
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
@@ -155,9 +156,8 @@ def _problems(given: Mapping[str, Any]) -> Iterator[click.UsageError]:
 
 def show_learned(out: Output, found: LearnedBook) -> None:
     """What was learned, and how to use it."""
-    out.text(
-        f"{visible(found.book)}: {found.rules} rules, {found.explained} of {found.total} tensors explained\n"
-    )
+    rules, tensors = count_in_words(found.rules, "rule"), count_in_words(found.total, "tensor")
+    out.text(f"{visible(found.book)}: {rules}, {found.explained} of {tensors} explained\n")
     for each in found.verified:
         word = "equal, bit for bit, both ways" if each.equal else "NOT equal"
         seen = "learned from it" if each.learned_from else "not seen before"
@@ -166,7 +166,7 @@ def show_learned(out: Output, found: LearnedBook) -> None:
         out.text(f"  not explained: {visible(name)}: {why}\n")
     if found.unused:
         out.text(
-            f"  dropped: {len(found.unused)} tensors before, such as {visible(found.unused[0])}\n"
+            f"  dropped: {count_in_words(len(found.unused), 'tensor')} before, such as {visible(found.unused[0])}\n"
         )
     for note in found.notes:
         out.text(f"  note: {visible(note)}\n")

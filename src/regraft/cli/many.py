@@ -14,8 +14,8 @@ from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.cli.words import BAD, FAINT, GOOD, NAME, WARNING, explain_codes, show_findings
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.errors.codes import Status
+from regraft.report import count_in_words
 from regraft.views.outcome import SourceOutcome, failure
-from regraft.views.wording import count_in_words
 
 if TYPE_CHECKING:
     from regraft.sources import Item
@@ -124,7 +124,8 @@ def _show_table(out: Output, done: Sequence[SourceOutcome], asked: int) -> None:
     table = Table(*(Column(title, wrapped=True, style=FAINT) for title in titles))
     for outcome in done:
         verdict = Text(outcome.verdict, _COLORS.get(outcome.verdict, BAD))
-        table.add_row(visible(outcome.name), verdict, visible(_short(outcome.why)))
+        why = outcome.why if out.is_unbounded else _short(outcome.why)
+        table.add_row(visible(outcome.name), verdict, visible(why))
     counts = Counter(outcome.verdict for outcome in done)
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     left = f", {asked - len(done)} not tried (--fail-fast)" if len(done) < asked else ""

@@ -82,6 +82,11 @@ class Output:
         """How many columns stdout has; as many as it takes where it is no terminal."""
         return _console(sys.stdout).width if _is_painted(sys.stdout) else _UNBOUNDED
 
+    @property
+    def is_unbounded(self) -> bool:
+        """Whether lines on stdout may be as long as they are: it is no terminal."""
+        return not sys.stdout.isatty()
+
     @contextmanager
     def waiting(self, verb: str, source: Path | None = None) -> Iterator[Tell | None]:
         """Show on stderr how far some work is: as `progress` says, by default a bar on a terminal, else lines."""

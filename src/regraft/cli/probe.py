@@ -12,6 +12,7 @@ from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 from regraft.options import ProbeOptions
+from regraft.report import count_in_words
 
 if TYPE_CHECKING:
     from regraft.views.documents import Probes
@@ -117,4 +118,4 @@ def probe(
 def show_probes(out: Output, found: Probes) -> None:
     """One a line."""
     for each in found.probes:
-        out.text(f"{visible(each.folder)}: {each.tensors} tensors\n")
+        out.text(f"{visible(each.folder)}: {count_in_words(each.tensors, 'tensor')}\n")

@@ -10,7 +10,7 @@ import click
 from regraft.cli import options
 from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
-from regraft.views.wording import count_in_words
+from regraft.report import count_in_words
 
 if TYPE_CHECKING:
     from regraft.rules.lint.book import Fault, Linted

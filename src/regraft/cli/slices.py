@@ -133,8 +133,7 @@ def _cut(ready: Prepared, ranks: Ranks, plan: ParallelPlan) -> Slices:
 def show_slices(out: Output, found: RankSlices) -> None:
     """How much each rank reads, and what all of them hold; of one rank alone, of which files."""
     from regraft.cli.styled import Text
-    from regraft.report import show_size
-    from regraft.views.wording import count_in_words
+    from regraft.report import count_in_words, show_size
 
     size = show_size(found.size)
     for share in found.shares:

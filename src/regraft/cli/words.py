@@ -13,10 +13,10 @@ from regraft.cli.output import Output, visible
 from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
-from regraft.report import AdapterReport, Report, Target, show_size
+from regraft.report import AdapterReport, Report, Target, count_in_words, show_size
 from regraft.values import replace
 from regraft.views.loading import how_to_load
-from regraft.views.wording import LOSSLESS, count_in_words, what_changed
+from regraft.views.wording import LOSSLESS, what_changed
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
@@ -181,7 +181,7 @@ def _how(rule: str, adapter: AdapterReport) -> str:
 
 
 def _summary(adapter: AdapterReport) -> Text:
-    text = Text(f"{adapter.tensors_in} tensors in, {adapter.tensors_out} out")
+    text = Text(f"{count_in_words(adapter.tensors_in, 'tensor')} in, {adapter.tensors_out} out")
     changed = what_changed(adapter.targets)
     if adapter.copied:
         text.append("; copied as they are")

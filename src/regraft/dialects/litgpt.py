@@ -39,6 +39,7 @@ from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, Regra
 from regraft.errors.extras import install_line
 from regraft.names.keys import MARK, distinct_rows, fill_rows
 from regraft.planning.side import Side
+from regraft.report import count_in_words
 from regraft.storage.folder import copy_file
 from regraft.storage.probe import open_regular
 from regraft.values import replace
@@ -435,7 +436,7 @@ class LitgptWriter(PlainWriter):
         notes = super().notes(blob, made)
         if self.added:
             notes.append(
-                f"{self.added} modules that were not adapted got zeros: LitGPT adapts all layers alike"
+                f"{count_in_words(self.added, 'module')} not adapted before got zeros: LitGPT adapts all layers alike"
             )
         if _BASE not in blob.config:
             notes.append(

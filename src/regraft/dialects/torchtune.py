@@ -26,6 +26,7 @@ from regraft.dialects.dora import DORA_CONFIG, DoraFile, DoraWriter
 from regraft.dialects.everywhere import Sizes, as_images, layer_count, loras_of, most_common
 from regraft.dialects.halves import narrow, one_file, pairs, refuse_tied_head, shape_finding, whole
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError
+from regraft.report import count_in_words
 from regraft.storage.folder import copy_file
 from regraft.storage.json_files import load_json
 from regraft.storage.torch_file import open_torch, read_torch
@@ -148,7 +149,7 @@ class TorchtuneWriter(DoraWriter):
             return notes
         return [
             *notes,
-            f"{added} modules that were not adapted got zeros: torchtune adapts all layers alike",
+            f"{count_in_words(added, 'module')} not adapted before got zeros: torchtune adapts all layers alike",
         ]
 
 

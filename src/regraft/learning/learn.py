@@ -34,7 +34,7 @@ from regraft.learning.roles import KindOf, kinds_told
 from regraft.names.keys import group_names
 from regraft.names.live import skeleton_of_any
 from regraft.names.patterns import patterns
-from regraft.report import logged
+from regraft.report import count_in_words, logged
 from regraft.rules.book import Book, Drop, load_book
 from regraft.rules.templates import match_group
 from regraft.rules.write import write_book
@@ -352,7 +352,7 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
         for side, tensors in (("before", pair.before), ("after", pair.after)):
             bad = [n for n, t in tensors.items() if t.has_nan()]
             if bad:
-                message = f"{len(bad)} tensors {side} have values that are not numbers (NaN)"
+                message = f"values that are not numbers (NaN): in {count_in_words(len(bad), 'tensor')} {side}"
                 findings.append(
                     Finding(
                         "not-a-number",

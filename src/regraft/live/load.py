@@ -26,6 +26,7 @@ from regraft.names.live import walk_modules
 from regraft.names.patterns import patterns
 from regraft.places import address_of, below, locate, visiting
 from regraft.planning.slices import Region, shape_of_region
+from regraft.report import count_in_words
 from regraft.rules.book import Rules, only_books
 from regraft.storage.stand_ins import named, remote_at
 
@@ -116,7 +117,9 @@ def _load_checkpoint(
     done.add(amounts)
     done.tensors, done.bytes = len(parts), sum(part.bytes for part in parts)
     if casts:
-        done.notes.append(f"{len(casts)} tensors were cast to the model's dtypes")
+        done.notes.append(
+            f"{count_in_words(len(casts), 'tensor', 'was')} cast to the model's dtypes"
+        )
     if left:
         shown = ", ".join(pattern for pattern, _ in patterns(left))
         done.notes.append(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regraft.live.memory import Amounts, Way
-from regraft.report import show_size
+from regraft.report import count_in_words, show_size
 
 
 @dataclass(slots=True)
@@ -54,4 +54,6 @@ class Loaded:
             ("sent to devices", self.to_devices),
         )
         shown = ", ".join(f"{show_size(size)} {what}" for what, size in amounts if size)
-        return "\n  ".join([f"{self.tensors} tensors: {shown or 'nothing read'}", *self.notes])
+        return "\n  ".join(
+            [f"{count_in_words(self.tensors, 'tensor')}: {shown or 'nothing read'}", *self.notes]
+        )

@@ -16,6 +16,7 @@ from regraft.live.ruled import Ruled
 from regraft.names.live import Live, LiveModel, walk
 from regraft.names.patterns import patterns
 from regraft.names.resolve import Resolved, resolve
+from regraft.report import count_in_words
 from regraft.rules.book import Book, own_books
 
 
@@ -96,7 +97,7 @@ class Mapping:
         """What applies where, and to how many tensors."""
         for model, imported in zip(self.live.models, self.imported, strict=True):
             yield (
-                f"{_place(model)}: {imported.name}, {len(model.keys)} tensors, "
+                f"{_place(model)}: {imported.name}, {count_in_words(len(model.keys), 'tensor')}, "
                 f"as transformers {check_version()} has it"
             )
             if isinstance(imported, Ruled):

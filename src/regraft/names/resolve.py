@@ -15,6 +15,7 @@ from regraft.errors import AmbiguousError, BadInputError, Finding, UnmatchedKeys
 from regraft.names.keys import group_names
 from regraft.names.live import Live, LiveModel
 from regraft.names.modules import WRAPPER_SEGMENTS
+from regraft.report import count_in_words
 
 Lands = Callable[[int, list[str]], list[bool]]
 """Given a model's number and canonical keys, old or new, with or without the ``base_model_prefix`` that only a head
@@ -47,7 +48,9 @@ class Part:
     """Whether the prefix is the model's place in the holder, not counting wrappers."""
 
     def __str__(self) -> str:
-        return f"{len(self.keys)} keys" + (f" under {self.prefix!r}" if self.prefix else "")
+        return count_in_words(len(self.keys), "key") + (
+            f" under {self.prefix!r}" if self.prefix else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from regraft.names.patterns import patterns
 from regraft.planning.identify import Detected
 from regraft.planning.plan import Plan
+from regraft.report import count_in_words
 from regraft.rules.mtp import WHY as MTP
 
 
@@ -44,6 +45,6 @@ def _left(plan: Plan) -> Iterator[str]:
             yield f"the last {count} of {name} are padding that no value depends on, and are left"
     for why, names in dropped.items():
         shown = ", ".join(pattern for pattern, _ in patterns(names))
-        yield f"dropped {len(names)} tensors: {shown}: {why}"
+        yield f"dropped {count_in_words(len(names), 'tensor')}: {shown}: {why}"
     for why, names in lacking.items():
         yield f"{plan.target_layout} has these, too, and they are not made: {', '.join(names)}: {why}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.names.patterns import patterns
+from regraft.report import count_in_words
 from regraft.views.flows import Facts
 from regraft.views.model import Fact, Flow, Page, Row, Rows, Runs, Side, Tone, runs_of
-from regraft.views.wording import count_in_words, shape_in_words
+from regraft.views.wording import shape_in_words
 
 if TYPE_CHECKING:
     from regraft.explaining.diff import Diff, Moved, Some

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
-from regraft.report import AdapterReport, CheckpointReport, Report, Target, show_size
+from regraft.report import (
+    AdapterReport,
+    CheckpointReport,
+    Report,
+    Target,
+    count_in_words,
+    show_size,
+)
 from regraft.views.flows import Facts, Flows, made_facts, target_facts
 from regraft.views.loading import how_to_load
 from regraft.views.model import Fact, Flow, Page, Rows, Tone
-from regraft.views.wording import LOSSLESS, count_in_words, shape_in_words, what_changed
+from regraft.views.wording import LOSSLESS, shape_in_words, what_changed
 
 if TYPE_CHECKING:
     from regraft.checking.certificate import AdapterVerification
@@ -238,7 +245,9 @@ def page_of_verification(result: Verification) -> Page:
         facts=(
             Fact("first", result.source),
             Fact("second", result.destination),
-            Fact("compared", f"{result.tensors} tensors, {show_size(result.bytes)}"),
+            Fact(
+                "compared", f"{count_in_words(result.tensors, 'tensor')}, {show_size(result.bytes)}"
+            ),
         ),
         left=made.left.side(f"first: {result.source_layout}"),
         right=made.right.side(f"second: {result.target_layout}"),

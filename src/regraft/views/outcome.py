@@ -13,10 +13,9 @@ from regraft.checking.for_tool import ToolCheck
 from regraft.checking.verdict import Check
 from regraft.checkpoints.verify import Verification
 from regraft.errors import Finding, RefusedError, RegraftError, is_unknown
-from regraft.report import SCHEMA_VERSION, AdapterReport, Report
+from regraft.report import SCHEMA_VERSION, AdapterReport, Report, count_in_words
 from regraft.rules.book import rules_words
 from regraft.views.loading import how_to_load
-from regraft.views.wording import count_in_words
 
 Verdict = Literal[
     "converted",

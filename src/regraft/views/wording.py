@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from regraft.report import Target
+from regraft.report import Target, count_in_words
 
 LOSSLESS = "lossless: all values copied bit for bit"
 """What is said where `what_changed` has nothing to say."""
-
-
-def count_in_words(number: int, noun: str) -> str:
-    """A number and a noun.
-
-    >>> count_in_words(1, "key"), count_in_words(2, "key")
-    ('1 key', '2 keys')
-    """
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def shape_in_words(shape: Iterable[int]) -> str:

@@ -32,6 +32,7 @@ from regraft.live.ranks import is_sharded
 from regraft.live.ruled import Ruled
 from regraft.live.state_dict import StateDictReport, convert_model
 from regraft.names.live import LiveModel
+from regraft.report import count_in_words
 from regraft.rules.book import own_books
 from regraft.storage.stand_ins import named, remote_at
 
@@ -177,7 +178,9 @@ def load_files(model: Any, paths: Sequence[Path], config: Any, way: Way) -> tupl
     done = Loaded(way, tensors=len(parts), bytes=sum(part.bytes for part in parts))
     done.add(amounts)
     if casts:
-        done.notes.append(f"{len(casts)} tensors were cast to the dtypes of the model")
+        done.notes.append(
+            f"{count_in_words(len(casts), 'tensor', 'was')} cast to the dtypes of the model"
+        )
     return info, done
 
 

@@ -31,7 +31,7 @@ from regraft.dialects.image.read import (
 from regraft.dialects.image.weights import ImageBase
 from regraft.dialects.image.write import KEYED, Writing, Written, fit_to, write_deltas, writing
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
-from regraft.report import AdapterReport, Target
+from regraft.report import AdapterReport, Target, count_in_words
 from regraft.storage.safetensors import open_tensors, read_header
 from regraft.values import replace
 
@@ -424,7 +424,7 @@ def _notes(
         yield "the base's modules need biases, to which lora_bias adds"
     if adapter.others:
         first = next(iter(adapter.others))
-        yield f"{len(adapter.others)} tensors that are no weights of the model were copied: {first}"
+        yield f"copied, although no weights of the model: {count_in_words(len(adapter.others), 'tensor')}: {first}"
     if any(home.component != DENOISER for home in fitted):
         names = ", ".join(dict.fromkeys(h.component for h in fitted if h.component != DENOISER))
         yield f"text encoders: {names}"

@@ -28,6 +28,7 @@ from regraft.dialects.image.delta import (
 )
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
 from regraft.errors import BadInputError, Finding, RefusedError
+from regraft.report import count_in_words
 from regraft.values import replace
 
 
@@ -92,7 +93,7 @@ def group_tensors(tensors: Mapping[str, Array], where: str) -> Grouped:
         raise RefusedError(
             Finding(
                 "dialect",
-                f"this is {kind}, which regraft does not read ({len(keys)} tensors)",
+                f"this is {kind}, which regraft does not read ({count_in_words(len(keys), 'tensor')})",
                 where=where,
                 key=keys[0],
                 fix="export it as LoRA with the tool that made it",

@@ -10,6 +10,7 @@ from regraft.adapters.form import Array
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError, Finding
 from regraft.names.patterns import patterns
+from regraft.report import count_in_words
 from regraft.rules.book import Shared
 
 
@@ -44,7 +45,8 @@ def settle_shared(
     if not settled:
         return tensors, []
     shown = ", ".join(pattern for pattern, _ in patterns(settled))
-    said = f"{len(settled)} tensors are of a module that stood in two places, and are there once now: {shown}"
+    many = count_in_words(len(settled), "tensor")
+    said = f"a module stood in two places, and is there once now, with {many}: {shown}"
     return made, [said]
 
 
