@@ -173,8 +173,8 @@ def test_reasons_are_whole_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_a_merge_is_counted_in_bytes(tmp_path, capsys):
     base = str(CASES.parent / "bases/mixtral")
-    args = ["convert", str(CASES / "mixtral__gud_attn"), str(tmp_path / "out"), "--merge", "--progress", "json"]  # fmt: skip
-    assert main([*args, "--model", base, "--to", "transformers-v5"]) == 0
+    args = ["--merge", "--progress", "json", "--model", base, "--to", "transformers-v5"]
+    assert main(["convert", str(CASES / "mixtral__gud_attn"), str(tmp_path / "out"), *args]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line[:1] == "{"]
     assert {line["progress"]["unit"] for line in lines} == {"bytes"}
 
@@ -183,8 +183,8 @@ def test_diff_ends_with_a_verdict_and_how_many_differ(tmp_path, capsys):
     base = CASES.parent / "bases/mixtral"
     assert main(["diff", str(base), str(base)]) == 0
     assert capsys.readouterr().out.endswith("Equal: they hold the same, bit for bit\n")
-    args = ["convert", str(base), str(tmp_path / "half"), "--to", "transformers-v4", "--drop", "lm_head.weight"]  # fmt: skip
-    assert main(args) == 0
+    half = [str(tmp_path / "half"), "--to", "transformers-v4", "--drop", "lm_head.weight"]
+    assert main(["convert", str(base), *half]) == 0
     capsys.readouterr()
     assert main(["diff", str(base), str(tmp_path / "half")]) == 4
     assert capsys.readouterr().out.endswith("Not equal: 1 only in A\n")

@@ -140,22 +140,16 @@ def _line(out: Output, lead: str, text: str, style: str) -> None:
     out.show(Text.assemble((f"{lead}: ", style), shown))
 
 
-_VERDICTS = {
-    "full": ("Full effect", GOOD),
-    "unknown": ("Not known", WARNING),
-    "partial": ("A part of it", WARNING),
-    "none": ("No effect", BAD),
-    "fails": ("It fails", BAD),
-    "wrong-scale": ("Wrong effect", BAD),
-}
+_STYLES = {"full": GOOD, "unknown": WARNING, "partial": WARNING}
+"""Of a tool's verdicts; all others are bad."""
 
 
 def show_tool(out: Output, result: ToolCheck) -> None:
     """What another tool would do with an adapter."""
-    from regraft.dialects.judging import LOADED, OUTCOMES
+    from regraft.dialects.judging import LOADED, OUTCOMES, VERDICTS
     from regraft.names.patterns import group_alike
 
-    word, style = _VERDICTS[result.verdict]
+    word, style = VERDICTS[result.verdict], _STYLES.get(result.verdict, BAD)
     basis = "" if result.basis == "run" else f", from {result.basis}"
     out.show(
         Text.assemble((word, style), f": {result.tool} {result.version}{basis}"),

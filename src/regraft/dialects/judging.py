@@ -20,14 +20,23 @@ LOADED, IGNORED, FAILS = "loaded", "ignored", "fails"
 WRONG_SCALE, WRONG_VALUES = "wrong-scale", "wrong-values"
 UNKNOWN = "unknown"
 OUTCOMES = {
-    LOADED: "loaded with its full effect",
-    IGNORED: "passed over, without an error",
-    FAILS: "an error",
-    WRONG_SCALE: "loaded with another scale",
-    WRONG_VALUES: "loaded with other values",
+    LOADED: "loaded",
+    IGNORED: "ignored",
+    FAILS: "not loaded",
+    WRONG_SCALE: "with a wrong scale",
+    WRONG_VALUES: "with other values",
     UNKNOWN: "not known without the base",
 }
-"""What can become of a module's LoRA."""
+"""What can become of a module's LoRA, in words after a number; a check says it in the same ones."""
+VERDICTS = {
+    "full": "Full effect",
+    "unknown": "Not known",
+    "partial": "A part of it",
+    "none": "No effect",
+    "fails": "It fails",
+    "wrong-scale": "Wrong effect",
+}
+"""What a tool makes of all of it, as the terminal and the page say it."""
 
 
 class Files(Struct, frozen=True):
@@ -144,6 +153,7 @@ __all__ = [
     "LOADED",
     "OUTCOMES",
     "UNKNOWN",
+    "VERDICTS",
     "WRONG_SCALE",
     "WRONG_VALUES",
     "Files",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.dialects.judging import VERDICTS
 from regraft.errors import Finding, RegraftError
 from regraft.names.patterns import group_alike
 from regraft.report import (
@@ -349,11 +350,8 @@ def page_of_tool_check(result: ToolCheck) -> Page:
     facts += [Fact("raises", why, "bad") for why in result.failures]
     if result.no_fix is not None:
         facts.append(Fact("no fix is known", result.no_fix, "bad"))
-    verdict = Fact("Healthy", f"{release} loads it as it is", "good")
-    if result.is_unknown:
-        verdict = Fact("Not known", f"whether it loads with {release}", "warning")
-    elif not result.healthy:
-        verdict = Fact("Will not load correctly", f"with {release}", "bad")
+    tone: Tone = "good" if result.healthy else "warning" if result.is_unknown else "bad"
+    verdict = Fact(VERDICTS[result.verdict], release, tone)
     return Page(
         title=Path(result.source).name or result.source,
         command="check",
@@ -367,26 +365,28 @@ def page_of_tool_check(result: ToolCheck) -> Page:
 
 _FATES = {
     "loaded": "lands",
-    "ignored": "dropped",
+    "ignored": "ignored",
     "fails": "fails",
     "wrong-scale": "scaled",
-    "wrong-values": "differs",
-    "unknown": "warned",
+    "wrong-values": "values",
+    "unknown": "unknown",
 }
+"""What a tool makes of a module, by the states of the page."""
 _OUTCOMES = {
     "lands": "lands",
-    "dropped": "dropped",
+    "dropped": "ignored",
     "scaled": "scaled",
-    "differs": "differs",
-    "extra": "extra",
+    "differs": "values",
+    "extra": "causeless",
     "uncalled": "idle",
-    "fails": "fails",
+    "fails": "uncallable",
     "refused": "fails",
-    "elsewhere": "renamed",
+    "elsewhere": "elsewhere",
     "missing": "missing",
-    "unexpected": "unmatched",
-    "mismatched": "differs",
+    "unexpected": "unused",
+    "mismatched": "misshaped",
 }
+"""What becomes of a tensor in a check, by the states of the page; both have the same words for it."""
 _DIFFERENCES = {"missing": "missing", "extra": "extra"}
 _FAILED = {
     "refused": ("Refused", "there is no exact equivalent, or no safe way"),
