@@ -1,5 +1,7 @@
 """Modules that are no models of transformers: the user's own rule book tells how their state dicts were."""
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -108,3 +110,32 @@ def test_one_book_needs_no_list(book):
     for each in (book, str(book), loaded, [book], [loaded]):
         with regraft.only_books(each):
             assert regraft.convert_state_dict(old_of(Mine()), to="mine-2")
+
+
+class Grouped(Mine):
+    """Its keys and values have fewer rows than its queries, which its config alone tells."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+
+CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4}
+
+
+@pytest.mark.parametrize("form", ["dict", "object", "named"])
+def test_sizes_of_grouped_heads_come_from_the_modules_config(book, form):
+    where = "a = config.num_attention_heads * config.head_dim, b = config.num_key_value_heads * config.head_dim, b = c"
+    book.write_text(BOOK.replace("a = b, b = c", where))
+    config = {"named": {**CONFIG, "model_type": "mine"}}.get(form, CONFIG)
+    model = Grouped(SimpleNamespace(**config) if form == "object" else config)
+    rows = {"q": slice(0, 16), "k": slice(16, 20), "v": slice(20, 24)}
+    old = {}
+    for key, tensor in model.state_dict().items():
+        new = {key.replace("qkv", n): tensor[at] for n, at in rows.items()}
+        old |= new if "qkv" in key else {key: tensor}
+    with regraft.only_books(book):
+        back = regraft.convert_state_dict(model.state_dict(), to="mine-1", model=model)
+        made = regraft.convert_state_dict(old, to=model)
+    assert back.keys() == old.keys() and all(torch.equal(back[key], old[key]) for key in old)
+    model.load_state_dict(made, strict=True)

@@ -24,7 +24,7 @@ from regraft.live.inside import Moved, move_factors
 from regraft.live.left_out import left_out, mtp_of
 from regraft.live.mapping import Mapping as LiveMapping
 from regraft.live.mapping import mapping
-from regraft.live.own_module import is_own_module, plan_into
+from regraft.live.own_module import config_of, is_own_module, plan_into
 from regraft.live.ruled import Ruled
 from regraft.names.keys import group_names
 from regraft.names.patterns import patterns
@@ -36,6 +36,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.live.spread import Spread
+    from regraft.planning.model import ModelConfig
 
 Tensors = dict[str, Any]
 
@@ -132,6 +133,8 @@ def convert_state_dict(
             return _into_own(state_dict, to)
         return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
     layout = layout_named(to, adapter=False).name
+    if model is not None and is_own_module(model):
+        return _without_model(state_dict, layout, config_of(model))
     if model is not None:
         return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
     if key_mapping:
@@ -370,15 +373,17 @@ def _below(part: Part, path: str) -> bool:
     return part.own_path and path.split(".")[0] in part.prefix.split(".")
 
 
-def _without_model(state_dict: Mapping[str, Any], layout: str) -> ConvertedStateDict:
-    """By the rule library alone."""
+def _without_model(
+    state_dict: Mapping[str, Any], layout: str, config: ModelConfig | None = None
+) -> ConvertedStateDict:
+    """By the rule library alone, and the ``config`` of a module that only books of the user's own know."""
     from regraft.planning.identify import detect, make_plan
 
     names = list(state_dict)
     _raise(_no_tensors(state_dict, names))
     headers = _headers(state_dict)
     try:
-        known = detect(headers, None, "the state dict")
+        known = detect(headers, config, "the state dict")
     except (AmbiguousError, UnmatchedKeysError) as error:
         fix = "give the live model, too: model=..."
         raise type(error)(
@@ -394,7 +399,9 @@ def _into_own(state_dict: Mapping[str, Any], model: Any) -> ConvertedStateDict:
 
     _raise(_no_tensors(state_dict, list(state_dict)))
     there = _state_of(model)
-    plan, layout = plan_into(type(model).__name__, _headers(there), _headers(state_dict))
+    plan, layout = plan_into(
+        type(model).__name__, _headers(there), _headers(state_dict), config_of(model)
+    )
     made = _planned(state_dict, plan, StateDictReport(layout))
     result = ConvertedStateDict({key: place(made[key], own) for key, own in there.items()})
     result.report = made.report
