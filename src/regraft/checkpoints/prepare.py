@@ -57,7 +57,7 @@ from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.notes import notes_of
 from regraft.planning.plan import Plan
 from regraft.report import CheckpointReport, Trace
-from regraft.rules.book import rules_words
+from regraft.rules.book import own_books, rules_words
 from regraft.rules.mtp import check_mtp
 from regraft.storage.json_files import load_json
 from regraft.values import Struct, replace
@@ -259,6 +259,8 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
             "these were other names of tensors and have bytes of their own now: "
             + ", ".join(untied)
         )
+    if plan is not None and text is not None and known.layout != to:
+        report.notes += _class_notes(plan, text)
     if name is not None and report.config:
         report.notes.append(
             f"a file is written, and {source.config} stays as it is; the result's would be another: "
@@ -330,6 +332,19 @@ def model_of(source: Source, model: Path | None) -> ModelConfig | None:
     if path is None or is_of_diffusers(path):
         return None
     return load_model(path)
+
+
+def _class_notes(plan: Plan, config: bytes) -> list[str]:
+    """That a config still names the class that it was saved from: a book of the user's own says nothing of classes."""
+    architectures = json.loads(config).get("architectures")
+    own = {book.path for book in own_books()}
+    if not architectures or not any(book.path in own for book in plan.books):
+        return []
+    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+    return [
+        f"architectures in {CONFIG} is still {named}, since rule books say nothing of classes: change it where "
+        f"{plan.target_layout} is the layout of another class"
+    ]
 
 
 def _convert_config(
