@@ -69,7 +69,9 @@ def show_images(out: Output, folder: ImageFolder) -> None:
         for summary in wrong:
             words = visible(f"{summary.file}: {summary.problem}")
             out.show(Text.assemble(("Problem: ", "red"), words))
-    text = count_in_words(len(summaries), "file") + (f", {len(wrong)} with a problem" if wrong else "")
+    text = count_in_words(len(summaries), "file") + (
+        f", {len(wrong)} with a problem" if wrong else ""
+    )
     out.show(Text(text))
     if any(not s.family and not s.problem for s in summaries):
         out.show(Text("?: the base model is not known; give it with --model", "yellow"))
