@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         "build: a bound lets one more in",
         BUILD,
-        "bound.axis)] >= limit",
-        "bound.axis)] > limit",
+        "over = index >= limit",
+        "over = index > limit",
         PLAN,
     ),
     Mutant(
