@@ -121,6 +121,18 @@ def test_a_config_in_the_adapter_s_own_folder_is_its_base(tmp_path):
     assert "src/config.json" in " ".join(report.adapters[0].evidence)
 
 
+def test_a_config_in_the_adapter_s_own_folder_is_no_name_of_the_base(tmp_path):
+    src = adapter(tmp_path / "src")
+    (src / "config.json").write_text(json.dumps(text_config()))
+    said = json.loads((src / "adapter_config.json").read_text())
+    said["base_model_name_or_path"] = "somebody/model"
+    (src / "adapter_config.json").write_text(json.dumps(said))
+    for to in ("vllm", "transformers-v5:nemo"):
+        regraft.convert(src, tmp_path / to, to=to)
+        made = json.loads((tmp_path / to / "adapter_config.json").read_text())
+        assert made["base_model_name_or_path"] == "somebody/model"
+
+
 def test_inspect_and_explain_follow(text_base, tmp_path, capsys):
     big = adapter(tmp_path / "big", "model.language_model.")
     (told,) = regraft.inspect(big, model=text_base).adapters

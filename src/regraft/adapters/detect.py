@@ -86,7 +86,8 @@ class Known(Struct, frozen=True):
         given = f"the one given is {self.model.model_type or 'another'}"
         named = model_beside(self.hints)
         if named is not None and named.model_type != self.model.model_type:
-            return f"give the base that it was trained on, {self.hints.base} ({named.model_type}); {given}"
+            base = self.hints.base or self.hints.beside
+            return f"give the base that it was trained on, {base} ({named.model_type}); {given}"
         others = _families_explaining(self.names)
         if not others:
             return None
@@ -369,7 +370,7 @@ def _replicate_layers(model: ModelConfig, replication: Any) -> ModelConfig:
 
 def model_beside(hints: Hints) -> ModelConfig | None:
     """The config of the base that an adapter names, where it is on this machine."""
-    folder = folder_with_config(hints.base)
+    folder = folder_with_config(hints.base) or folder_with_config(hints.beside)
     if folder is not None:
         return load_model(folder)
     cached = find_cached(hints.base) if hints.base else None

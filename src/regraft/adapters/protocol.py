@@ -75,6 +75,8 @@ class Hints(Struct, frozen=True):
     task: str | None = None
     base: str | None = None
     """A path or an id of the base."""
+    beside: str | None = None
+    """A folder with the base's config beside the adapter: what the base is where ``base`` is no folder here."""
     replicated: object = None
     """Ranges of layers that the base was built of, one after the other."""
     spelled: tuple[str, ...] = ()

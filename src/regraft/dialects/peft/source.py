@@ -47,7 +47,7 @@ from regraft.storage.beside import check_files
 from regraft.storage.expressions import start_file
 from regraft.storage.formats import find_form
 from regraft.storage.hub import how_to_find
-from regraft.storage.json_files import folder_with_config, load_json
+from regraft.storage.json_files import load_json
 from regraft.storage.safetensors import TensorFile, open_tensors, read_header
 from regraft.storage.slow_expressions import find_slow
 from regraft.values import replace
@@ -180,11 +180,8 @@ class Source:
     def hints(self) -> Hints:
         """What its config and metadata say of the base."""
         hints = hints_of(self.config, self.metadata)
-        beside = Path(self.where) / "config.json"
-        if folder_with_config(hints.base) is None and beside.is_file():
-            return replace(
-                hints, base=self.where
-            )  # a base's config that was saved with the adapter
+        if (Path(self.where) / "config.json").is_file():  # the base's, saved with the adapter
+            return replace(hints, beside=self.where)
         return hints
 
     def stands_alone(self, model: ModelConfig | None) -> bool:
