@@ -15,6 +15,7 @@ from regraft.bridges.peft.known import Adapter
 from regraft.bridges.peft.place import fill, pair
 from regraft.bridges.peft.slots import Slot, adapter_slots, walk
 from regraft.dialects.peft.scan import PREFIX
+from regraft.dialects.peft.without_config import outside
 from regraft.errors import BadInputError, Finding, RefusedError
 
 
@@ -183,6 +184,4 @@ def _set_scale(layer: Any, path: str, adapter_name: str, config: Any) -> None:
 
 def _parameter_path(layer: Any, path: str) -> str:
     """The path of an adapted parameter, without the wrappers that stand between it and its module."""
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return f"{path}.{layer.parameter_name}"
+    return f"{outside(path)}.{layer.parameter_name}"

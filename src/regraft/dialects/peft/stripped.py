@@ -96,16 +96,14 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
     """
     split = [name.split(".") for name in names]
     gone: dict[str, None] = {}
-    named = {_adapter_in(s, family) for s in split if _is_of(s, family)}
-    named |= {found for s in split if (found := _adapter_in(s, family)) is not None}
+    of_family = {_adapter_in(s, family) for s in split if _is_of(s, family)}
+    named = of_family | {found for s in split if (found := _adapter_in(s, family)) is not None}
     # A training run names its adapter in every key: what stands in some of them is no name, but for PEFT's own name
     # behind what PEFT alone puts there.
     name = next(iter(named)) if len(named) == 1 else None
-    in_saved_alone = (
-        name is None
-        and named == {None, _DEFAULT}
-        and not any(_adapter_in(s, family) for s in split if _is_of(s, family))
-    )
+    among = family
+    if of_family == {None} and named == {None, _DEFAULT}:
+        name, among = _DEFAULT, ""
     weights = False
     made: list[str] = []
     everywhere = _where_module_is(split)
@@ -114,16 +112,13 @@ def strip_names(names: Sequence[str], family: str) -> Stripped:
         if len(kept) < len(segments):
             gone.update((s, None) for s in segments if s in _WRAPPERS or s == _MODULE)
         if name is not None:
-            kept = _without_name(kept, family, name)
-        elif in_saved_alone:
-            kept = _without_name(kept, "", _DEFAULT)
+            kept = _without_name(kept, among, name)
         at = next((i for i, s in enumerate(kept) if family and s.startswith(family)), 0)
         if at > 1 and kept[at - 1] == "weight":
             kept, weights = [*kept[: at - 1], *kept[at:]], True
         made.append(".".join(kept))
     count = sum(old != new for old, new in zip(names, made, strict=True))
     wrappers = tuple(sorted(g for g in gone if g in _WRAPPERS or everywhere is not None))
-    name = _DEFAULT if in_saved_alone else name
     return Stripped(made, tuple(names), wrappers, name, weights, count)
 
 
