@@ -7,13 +7,16 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from regraft import errors as errors
-    from regraft.api import convert, inspect
     from regraft.arrays.anonymous import rearrange
     from regraft.bridges.peft.hook import install, installed, uninstall
     from regraft.bridges.peft.load import load_adapter
     from regraft.checking.check import check
     from regraft.checking.verify import verify
     from regraft.checkpoints.inspect import CheckpointInspection
+    from regraft.converting.convert import convert
+    from regraft.converting.plan import plan
+    from regraft.converting.save import SaveInLayout, save_adapter
+    from regraft.converting.slices import slices
     from regraft.dialects.image.inspect import ImageFolder, ImageSummary
     from regraft.dialects.peft.inspect import Inspection
     from regraft.errors import (
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     )
     from regraft.explaining.diff import diff
     from regraft.explaining.explain import explain
+    from regraft.explaining.inspect import inspect
     from regraft.layouts.spelled import LayoutName
     from regraft.learning.learn import learn
     from regraft.learning.watch import learn_from
@@ -35,12 +39,9 @@ if TYPE_CHECKING:
     from regraft.live.state_dict import convert_state_dict
     from regraft.merging.extract import extract
     from regraft.merging.merge import merge
-    from regraft.planned import plan
     from regraft.planning.plan import Plan
     from regraft.report import Report
     from regraft.rules.book import load_book, only_books
-    from regraft.saving import SaveInLayout, save_adapter
-    from regraft.slicing import slices
 
 __version__ = "0.1.0.dev0"
 
@@ -96,8 +97,8 @@ _LAZY = {
     "RegraftError": "regraft.errors",
     "UnmatchedKeysError": "regraft.errors",
     "check": "regraft.checking.check",
-    "convert": "regraft.api",
-    "inspect": "regraft.api",
+    "convert": "regraft.converting.convert",
+    "inspect": "regraft.explaining.inspect",
     "install": "regraft.bridges.peft.hook",
     "installed": "regraft.bridges.peft.hook",
     "load_adapter": "regraft.bridges.peft.load",
@@ -109,7 +110,7 @@ _LAZY = {
     "LayoutName": "regraft.layouts.spelled",
     "Plan": "regraft.planning.plan",
     "Report": "regraft.report",
-    "SaveInLayout": "regraft.saving",
+    "SaveInLayout": "regraft.converting.save",
     "convert_state_dict": "regraft.live.state_dict",
     "from_pretrained": "regraft.live.load",
     "load_checkpoint": "regraft.live.load",
@@ -122,10 +123,10 @@ _LAZY = {
     "merge": "regraft.merging.merge",
     "load_book": "regraft.rules.book",
     "only_books": "regraft.rules.book",
-    "plan": "regraft.planned",
+    "plan": "regraft.converting.plan",
     "rearrange": "regraft.arrays.anonymous",
-    "save_adapter": "regraft.saving",
-    "slices": "regraft.slicing",
+    "save_adapter": "regraft.converting.save",
+    "slices": "regraft.converting.slices",
     "verify": "regraft.checking.verify",
 }
 

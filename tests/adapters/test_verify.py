@@ -9,7 +9,7 @@ from making import quick_cases
 from test_golden import CONVERTED, adapter_of, base_of, read
 
 import regraft
-import regraft.adapting
+import regraft.converting.adapters
 from regraft.checking.certificate import verify_adapters
 from regraft.cli import main
 from regraft.storage.safetensors import open_tensors, write_tensors
@@ -122,14 +122,14 @@ def test_convert_can_verify_before_it_writes(tmp_path, monkeypatch):
     report = regraft.convert(adapter, tmp_path / "out", to=V5, model=base_of(name), verify=True)
     assert report.adapters[0].verified
     shutil.rmtree(tmp_path / "out")
-    real = regraft.adapting.convert_adapter
+    real = regraft.converting.adapters.convert_adapter
 
     def wrong(*given, **more):
         result = real(*given, **more)
         result.config["lora_alpha"] *= 2
         return result
 
-    monkeypatch.setattr(regraft.adapting, "convert_adapter", wrong)
+    monkeypatch.setattr(regraft.converting.adapters, "convert_adapter", wrong)
     with pytest.raises(regraft.NotEqualError) as caught:
         regraft.convert(adapter, tmp_path / "out", to=V5, model=base_of(name), verify=True)
     assert {finding.code for finding in caught.value.findings} == {"differs"}

@@ -10,7 +10,7 @@ import pytest
 from killing import run_killed
 
 import regraft
-from regraft import adapting
+from regraft.converting import adapters as adapting
 from regraft.dialects.peft import saving
 from regraft.errors import BadInputError
 from regraft.storage.work import open_work, work_folder

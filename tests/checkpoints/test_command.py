@@ -83,7 +83,7 @@ def test_an_unknown_dtype(src, tmp_path):
 _MEASURED = """
 import sys
 from pathlib import Path
-import regraft.api
+import regraft.converting.convert
 from regraft.checkpoints.memory import resident
 from regraft.cli import main
 print(f"imports {resident()}")

@@ -269,7 +269,7 @@ def test_stopping_half_way_leaves_nothing(
 
     (lora / "README.md").touch()
     before = names_below(tmp_path)
-    monkeypatch.setattr("regraft.adapting.copy_file", stop)
+    monkeypatch.setattr("regraft.converting.adapters.copy_file", stop)
     monkeypatch.delenv("REGRAFT_DEBUG", raising=False)
     command = ["convert", str(lora), str(tmp_path / "a" / "out"), "--to", "transformers-v5"]
     assert main(command) == status

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft.api import inspect
 from regraft.cli import main
+from regraft.explaining.inspect import inspect
 from regraft.storage.safetensors import open_tensors, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"

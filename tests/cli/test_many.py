@@ -12,11 +12,11 @@ import pytest
 from dialects.test_tools import ATTENTION, make_adapter, make_base
 
 import regraft
-import regraft.api as convert_module
+import regraft.converting.convert as convert_module
 from regraft.checking.check import check, check_with
 from regraft.cli import main
 from regraft.errors import BadInputError, Finding
-from regraft.sources import find_sources
+from regraft.sources.resolve import find_sources
 from regraft.storage.safetensors import open_tensors, write_tensors
 from regraft.views.schema import schema_of
 

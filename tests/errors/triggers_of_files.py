@@ -245,7 +245,7 @@ def _(lab):
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    lab.patch.setattr("regraft.api.inspected", fail)
+    lab.patch.setattr("regraft.explaining.inspect.inspected", fail)
     return lab.run("inspect", src)
 
 

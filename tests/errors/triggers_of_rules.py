@@ -186,7 +186,7 @@ def _(lab):
     def fail(*_, **__):
         raise ValueError("half way")
 
-    lab.patch.setattr("regraft.adapting.find_source", fail)
+    lab.patch.setattr("regraft.converting.adapters.find_source", fail)
     return lab.run("convert", lab.adapter(), lab.out, "--to", "transformers-v5")
 
 

@@ -8,7 +8,7 @@ from object_server import serving
 
 import regraft
 from regraft.errors import BadInputError
-from regraft.places import opened
+from regraft.sources.places import opened
 from regraft.storage import objects, outline
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ from object_server import serving
 import regraft
 from regraft.cli.run import run
 from regraft.errors import BadInputError
-from regraft.places import leave, locate
+from regraft.sources.places import leave, locate
 from regraft.storage.chunked import ChunkedFile
 from regraft.storage.dcp import Chunk, Chunked, covers, read_dcp
 from regraft.storage.safetensors import open_tensors, read_header

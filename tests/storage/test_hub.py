@@ -8,7 +8,7 @@ import pytest
 import regraft
 from regraft.cli.run import run
 from regraft.errors import BadInputError
-from regraft.places import locate
+from regraft.sources.places import locate
 from regraft.storage.hub import cache_folder, find_cached
 
 GOLDEN = Path(__file__).parents[1] / "golden"

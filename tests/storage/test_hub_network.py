@@ -12,8 +12,8 @@ from hub_server import TOKEN, serving
 
 import regraft
 from regraft.cli.run import run
+from regraft.converting.push import extended
 from regraft.errors import BadInputError
-from regraft.pushing import extended
 from regraft.report import CheckpointReport, Report
 from regraft.storage import objects
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import regraft
 from regraft.checkpoints.verify import verify
-from regraft.places import leave, locate
+from regraft.sources.places import leave, locate
 
 HERE = Path(__file__).parent / "megatron"
 

@@ -13,7 +13,7 @@ from object_server import serving
 
 import regraft
 from regraft.errors import BadInputError
-from regraft.places import leave, locate
+from regraft.sources.places import leave, locate
 from regraft.storage import rank_files as rank_files_module
 from regraft.storage.dcp import Record
 from regraft.storage.rank_files import _mesh_shape, rank_files, read_rank_files

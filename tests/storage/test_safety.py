@@ -227,7 +227,7 @@ def test_a_file_that_becomes_shorter_while_it_is_used(tmp_path):
 
 
 def test_an_adapter_that_becomes_shorter_meanwhile(tmp_path, monkeypatch):
-    from regraft import adapting as api
+    from regraft.converting import adapters as api
 
     folder = tmp_path / "src"
     shutil.copytree(ADAPTER, folder)

@@ -60,7 +60,7 @@ from regraft.report import logged
 from regraft.rules.book import Rules, rules_words
 from regraft.rules.releases import layouts_of
 from regraft.rules.templates import match_group
-from regraft.sources import Resolved, resolved
+from regraft.sources.resolve import Resolved, resolved
 from regraft.storage.stand_ins import named
 from regraft.values import replace
 

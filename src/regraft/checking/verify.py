@@ -11,7 +11,7 @@ from regraft.checkpoints.verify import Verification
 from regraft.checkpoints.verify import verify as verify_checkpoints
 from regraft.report import logged
 from regraft.rules.book import Rules
-from regraft.sources import resolved
+from regraft.sources.resolve import resolved
 
 
 @logged

@@ -17,7 +17,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
-    from regraft.sources import Item
+    from regraft.sources.resolve import Item
     from regraft.views.outcome import SourceOutcome
 
 
@@ -75,7 +75,7 @@ def check(
     out = Output(json=json, quiet=quiet, progress=progress)
 
     def job() -> int:
-        from regraft.sources import find_sources
+        from regraft.sources.resolve import find_sources
 
         with options.own_books(asked.rules):
             bare = replace(asked, rules=())

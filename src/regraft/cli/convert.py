@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regraft.cli.progress import Mode
     from regraft.cli.run_journal import RunJournal
     from regraft.report import Report
-    from regraft.sources import Item
+    from regraft.sources.resolve import Item
     from regraft.views.outcome import SourceOutcome
 
 
@@ -68,7 +68,7 @@ def convert(
     def job() -> int:
         if asked.abort:
             return _convert_one(out, sources[0], dst, html, asked)
-        from regraft.sources import find_sources
+        from regraft.sources.resolve import find_sources
 
         there = [options.located(source, whole=not asked.dry_run) for source in sources]
         items, deeper = find_sources(there)
@@ -97,9 +97,9 @@ def _convert_one(
     html: Path | None,
     asked: ConvertOptions,
 ) -> int:
-    from regraft.api import convert_with
     from regraft.cli.forms import tell
     from regraft.cli.pages import failure_page
+    from regraft.converting.convert import convert_with
 
     # A merge goes through its base, and is as far as that is.
     measured = Path(asked.model) if asked.merge and asked.model is not None else src
@@ -152,8 +152,8 @@ def _convert_many(
 def _journal(dst: Path, asked: ConvertOptions) -> RunJournal | None:
     """Where what is done of many sources is noted; nowhere for what writes nothing on this machine."""
     from regraft.cli.run_journal import RunJournal
-    from regraft.places import address_of
     from regraft.rules.book import rules_words
+    from regraft.sources.places import address_of
 
     if asked.dry_run or address_of(dst) is not None:
         if asked.resume and not asked.dry_run:
@@ -171,7 +171,7 @@ def _journal(dst: Path, asked: ConvertOptions) -> RunJournal | None:
 def _with_its_base(src: Path, dst: Path, asked: ConvertOptions) -> tuple[Report, str | None]:
     """Convert one of many; without the base that is given for all where it belongs to another, and why that is."""
     from regraft.adapters.detect import why_of_another
-    from regraft.api import convert_with
+    from regraft.converting.convert import convert_with
     from regraft.errors import BadInputError
 
     try:

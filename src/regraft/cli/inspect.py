@@ -40,11 +40,11 @@ def inspect(
     out = Output(json=json, quiet=quiet)
 
     def job() -> int:
-        from regraft.api import inspected
         from regraft.cli.forms import page_of, tell
         from regraft.cli.pages import failure_page
         from regraft.cli.words import show_findings
         from regraft.dialects.image.inspect import ImageFolder, ImageSummary
+        from regraft.explaining.inspect import inspected
 
         def each(summary: ImageSummary) -> None:
             out.line(summary.to_dict())

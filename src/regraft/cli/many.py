@@ -18,7 +18,7 @@ from regraft.report import count_in_words
 from regraft.views.outcome import SourceOutcome, failure
 
 if TYPE_CHECKING:
-    from regraft.sources import Item
+    from regraft.sources.resolve import Item
 
 _LOADS = 20
 _COLORS = {

@@ -33,8 +33,8 @@ class _Place(click.Path):
 
 
 def located(path: Path, *, whole: bool = False) -> Path:
-    """A path of this machine for what a command line names; see `regraft.places.locate`."""
-    from regraft.places import locate
+    """A path of this machine for what a command line names; see `regraft.sources.places.locate`."""
+    from regraft.sources.places import locate
 
     return locate(path, whole=whole)
 
@@ -400,14 +400,14 @@ def usage(option: str) -> Iterator[None]:
 def _below(key: str | None) -> None:
     """Let the model be below a key, for this command line."""
     if key is not None:
-        from regraft.places import take_key
+        from regraft.sources.places import take_key
 
         take_key(key)
 
 
 def _stay_offline(*, wanted: bool) -> None:
     if wanted:
-        from regraft.places import stay_offline
+        from regraft.sources.places import stay_offline
 
         stay_offline(wanted=True)
 

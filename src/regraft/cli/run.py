@@ -49,10 +49,10 @@ def run(args: Sequence[str]) -> int:
     except Exception as error:
         return _fail_bug(out, error)
     finally:
-        if "regraft.places" in sys.modules:
-            sys.modules["regraft.places"].leave()
-            sys.modules["regraft.places"].take_key(None)
-            sys.modules["regraft.places"].stay_offline(wanted=False)
+        if "regraft.sources.places" in sys.modules:
+            sys.modules["regraft.sources.places"].leave()
+            sys.modules["regraft.sources.places"].take_key(None)
+            sys.modules["regraft.sources.places"].stay_offline(wanted=False)
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

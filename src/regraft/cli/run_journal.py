@@ -17,7 +17,7 @@ from msgspec import Struct
 
 import regraft
 from regraft.errors import BadInputError, Finding
-from regraft.sources import Item
+from regraft.sources.resolve import Item
 from regraft.storage.job import LocalJob
 from regraft.views.outcome import SourceOutcome, Verdict
 

@@ -78,7 +78,7 @@ def slices(
         from regraft.checkpoints.prepare import model_of
         from regraft.checkpoints.ranks import Ranks, left_whole
         from regraft.cli.forms import tell
-        from regraft.slicing import prepare_slices
+        from regraft.converting.slices import prepare_slices
         from regraft.views.documents import RankSlices
 
         first = Ranks(tp, ep, rank or 0)

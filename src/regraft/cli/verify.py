@@ -17,7 +17,7 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.cli.progress import Mode
-    from regraft.sources import Item
+    from regraft.sources.resolve import Item
     from regraft.views.outcome import SourceOutcome
 
 
@@ -58,7 +58,7 @@ def verify(
 
     def job() -> int:
         from regraft.checking.verify import verify
-        from regraft.sources import find_sources
+        from regraft.sources.resolve import find_sources
 
         if src.is_dir() and dst.is_dir():
             items, deeper = find_sources([src], results=False)

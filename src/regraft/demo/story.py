@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from regraft.api import convert
 from regraft.cli.output import Output
 from regraft.cli.words import show_adapters
+from regraft.converting.convert import convert
 from regraft.demo import proof
 from regraft.names.patterns import patterns
 

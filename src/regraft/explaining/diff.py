@@ -20,13 +20,13 @@ from regraft.layouts.names import Layout
 from regraft.learning.content import Content, Tensor, content_of, open_content
 from regraft.learning.propose import Proposal, compare, propose
 from regraft.names.patterns import patterns
-from regraft.places import check_there, locate, visiting
 from regraft.planning.compose import plan_along
 from regraft.planning.model import load_model
 from regraft.report import logged
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
 from regraft.shown import Shown
+from regraft.sources.places import check_there, locate, visiting
 
 
 @dataclass(frozen=True, slots=True)

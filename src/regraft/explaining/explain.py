@@ -30,7 +30,7 @@ from regraft.planning.plan import Headers, Plan
 from regraft.report import logged
 from regraft.rules.book import Book, Carry, Rules
 from regraft.rules.templates import Match, match_group, specificity
-from regraft.sources import resolved
+from regraft.sources.resolve import resolved
 from regraft.values import replace
 
 _NEAR = 3

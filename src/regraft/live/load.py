@@ -24,10 +24,10 @@ from regraft.live.ranks import is_sharded, local_region
 from regraft.live.state_dict import ConvertedStateDict, convert_state_dict
 from regraft.names.live import walk_modules
 from regraft.names.patterns import patterns
-from regraft.places import address_of, below, locate, visiting
 from regraft.planning.slices import Region, shape_of_region
 from regraft.report import count_in_words
 from regraft.rules.book import Rules, only_books
+from regraft.sources.places import address_of, below, locate, visiting
 from regraft.storage.stand_ins import named, remote_at
 
 if TYPE_CHECKING:

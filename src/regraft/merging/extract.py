@@ -28,11 +28,11 @@ from regraft.merging.low_rank import NoRoomError, Spectrum, spectrum, spectrum_w
 from regraft.merging.matrix import Matrix
 from regraft.merging.output_image import ImageOutput
 from regraft.merging.output_language import LanguageOutput
-from regraft.places import check_there
 from regraft.report import logged, show_size
 from regraft.rules.book import Rules, only_books, rules_words
 from regraft.rules.kinds import IN, KINDS, OUT
 from regraft.rules.said import saying
+from regraft.sources.places import check_there
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import check_destination
 

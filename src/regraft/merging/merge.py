@@ -23,11 +23,11 @@ from regraft.merging.addends import Addend
 from regraft.merging.base import Base, open_base, open_result, prepare_like, write_prepared
 from regraft.merging.image import image_addends
 from regraft.merging.language import language_addend
-from regraft.places import absent
 from regraft.planning.model import Foreign
 from regraft.report import AdapterReport, Report, Target, logged
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
+from regraft.sources.places import absent
 from regraft.storage.beside import narrow
 from regraft.storage.folder import check_destination
 from regraft.values import Struct

@@ -51,7 +51,7 @@ def refused_layout(to: Layout, where: str) -> RefusedError:
 
 
 class ImageFile(PlainFile):
-    """An opened file, for `regraft.api`: it converts itself, because its parts are of several models."""
+    """An opened file, for `regraft.converting.convert`: it converts itself, because its parts are of several models."""
 
     image: OpenedImage | None = field(default=None)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from regraft.api import convert
 from regraft.checkpoints.source import is_checkpoint
+from regraft.converting.convert import convert
+from regraft.converting.slices import prepare_slices
 from regraft.errors import AmbiguousError, Finding
 from regraft.layouts.spelled import LayoutName
-from regraft.places import leave, locate, opened
 from regraft.planning.plan import Plan
 from regraft.rules.book import Rules
-from regraft.slicing import prepare_slices
+from regraft.sources.places import leave, locate, opened
 
 
 def plan(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checkpoints.inspect import CheckpointInspection, inspect_checkpoint
 from regraft.dialects.image.inspect import ImageFolder, ImageSummary, summaries, summarize
 from regraft.dialects.image.recognise import recognise, weights_in
-from regraft.dialects.peft.inspect import Inspection, inspect
+from regraft.dialects.peft.inspect import Inspection
+from regraft.dialects.peft.inspect import inspect as inspect_adapters
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, NO_CONFIG
 from regraft.errors import RegraftError
+from regraft.layouts.spelled import LayoutName
+from regraft.options import InspectOptions
 from regraft.planning.model import Foreign, load_model
-from regraft.sources import Resolved
+from regraft.report import logged
+from regraft.rules.book import Rules
+from regraft.sources.resolve import Resolved, resolved
 from regraft.storage.safetensors import read_header
 from regraft.values import replace
 
@@ -24,6 +31,53 @@ _SOME = 20
 
 Found = Inspection | CheckpointInspection | ImageSummary | ImageFolder
 """What there is to tell, by what a path is."""
+
+
+def inspect(
+    src: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    source: LayoutName | str | None = None,
+    architecture: str | None = None,
+    rules: Rules = (),
+) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
+    """Tell what an adapter is, a checkpoint, a LoRA of an image model, or each of a folder.
+
+    The type of the result says which. What is wrong with an adapter that can be opened stands in its ``problems``; a
+    base model that is not known is no problem, only less is told.
+
+    >>> regraft.inspect("my-lora").adapters[0].layout  # doctest: +SKIP
+    'transformers-v4'
+    >>> regraft.inspect("kohya.safetensors").family  # doctest: +SKIP
+    'flux'
+
+    Args:
+        src: what `regraft.convert` takes.
+        model: the base model's folder or its ``config.json``.
+        source: the dialect of ``src``, or the family of its model; found out where it is not given.
+        architecture: the class of the model, where its ``config.json`` names none that transformers has.
+        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
+
+    Returns:
+        An ``Inspection`` of adapters, a ``CheckpointInspection``, an ``ImageSummary`` of one file, or an
+        ``ImageFolder`` of many.
+
+    Raises:
+        BadInputError: there is nothing of all this, or it cannot be opened, or ``model`` is no config.
+    """
+    asked = InspectOptions(model=model, source=source, architecture=architecture, rules=rules)
+    return inspected(src, asked)
+
+
+@logged
+def inspected(
+    src: str | os.PathLike[str],
+    asked: InspectOptions,
+    each: Callable[[ImageSummary], None] | None = None,
+) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
+    """What `inspect` does, its options in one value; ``each`` is told every file of many as soon as it is read."""
+    with resolved(src, **asked.values()) as found:
+        return inspect_source(found, InstalledTransformers(), each)
 
 
 def inspect_source(
@@ -53,7 +107,7 @@ def inspect_source(
                 each(summary)
         return ImageFolder(str(path), files)
     if source.is_adapter:
-        return inspect(path, model=source.model, foreign=foreign, said=source.given)
+        return inspect_adapters(path, model=source.model, foreign=foreign, said=source.given)
     return inspect_checkpoint(path, source.model, foreign)
 
 
@@ -63,7 +117,7 @@ def _summary_of_peft(
     """An adapter of another kind of model that lies beside LoRAs of image models, in the same columns."""
     plain = ImageSummary(found.file, tensors=found.tensors, size=found.size, trainer="PEFT")
     try:
-        (adapter,) = inspect(folder, model=model, foreign=foreign).adapters
+        (adapter,) = inspect_adapters(folder, model=model, foreign=foreign).adapters
     except RegraftError as error:
         return replace(plain, problem=error.findings[0].message)
     ranks: Counter[str] = Counter()

@@ -18,12 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from regraft.adapting import Request, convert_adapters
-from regraft.api import convert
 from regraft.bridges.peft.holders import Place, find_models, find_peft_models
 from regraft.bridges.peft.known import LiveTransformers, known_model, live_layout, to_numpy
 from regraft.bridges.peft.locks import alone_with
 from regraft.bridges.transformers.files import InstalledTransformers
+from regraft.converting.adapters import Request, convert_adapters
+from regraft.converting.convert import convert
 from regraft.dialects.names import layout_named, source_named
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.scan import PREFIX

@@ -23,9 +23,9 @@ from regraft.dialects.names import SourceName, layout_named, source_named
 from regraft.dialects.registry import sniffed
 from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.layouts.names import Layout
-from regraft.places import adapter_of, check_there, locate, visiting
 from regraft.rules.book import Rules, only_books, own_rules
 from regraft.rules.said import saying
+from regraft.sources.places import adapter_of, check_there, locate, visiting
 from regraft.storage.formats import is_run
 from regraft.values import replace
 

@@ -10,9 +10,9 @@ from regraft.checkpoints.prepare import Prepared, prepare
 from regraft.checkpoints.slices import Boxes, Slices, cut
 from regraft.dialects.names import layout_named, source_named
 from regraft.layouts.spelled import LayoutName
-from regraft.places import keep_with, leave, locate, opened, renaming
 from regraft.rules.book import Rules, only_books
 from regraft.rules.said import saying
+from regraft.sources.places import keep_with, leave, locate, opened, renaming
 
 
 def slices(

@@ -1,4 +1,4 @@
-"""The functions that most users need."""
+"""``regraft.convert``: checkpoints and adapters from one layout to another, by whatever way was asked for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.errors import BadInputError, Finding
 from regraft.layouts.spelled import LayoutName
-from regraft.options import ConvertOptions, InspectOptions, described
-from regraft.places import (
+from regraft.options import ConvertOptions, described
+from regraft.report import PartReport, Report, log_report
+from regraft.rules.book import Rules
+from regraft.sources.places import (
     address_of,
     below,
     file_named,
@@ -23,9 +25,7 @@ from regraft.places import (
     store_for,
     traffic,
 )
-from regraft.report import PartReport, Report, log_report, logged
-from regraft.rules.book import Rules
-from regraft.sources import Resolved, resolved
+from regraft.sources.resolve import Resolved, resolved
 from regraft.storage.hub import find_cached
 from regraft.storage.stand_ins import named
 from regraft.storage.training import left_words
@@ -33,9 +33,6 @@ from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.checkpoints.convert import Staged
-    from regraft.checkpoints.inspect import CheckpointInspection
-    from regraft.dialects.image.inspect import ImageFolder, ImageSummary
-    from regraft.dialects.peft.inspect import Inspection
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -213,7 +210,7 @@ def _pushed(
     progress: Progress | None,
 ) -> Report:
     """Convert, and send the result to the hub."""
-    from regraft.pushing import push_result
+    from regraft.converting.push import push_result
     from regraft.storage.hub_network import check_push
 
     assert asked.push is not None
@@ -345,7 +342,7 @@ def _convert_adapters(
     asked: ConvertOptions,
     progress: Progress | None,
 ) -> Report:
-    from regraft.adapting import Request, convert_adapters
+    from regraft.converting.adapters import Request, convert_adapters
 
     if asked.merge:
         no_address(dst, "--merge")
@@ -468,55 +465,6 @@ def _sent(address: str, asked: ConvertOptions, make: Callable[[Path], Report]) -
             with path.open("rb") as file:
                 store.stream(key, chunks_of(file), path.stat().st_size)
         return report
-
-
-def inspect(
-    src: str | os.PathLike[str],
-    *,
-    model: str | os.PathLike[str] | None = None,
-    source: LayoutName | str | None = None,
-    architecture: str | None = None,
-    rules: Rules = (),
-) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
-    """Tell what an adapter is, a checkpoint, a LoRA of an image model, or each of a folder.
-
-    The type of the result says which. What is wrong with an adapter that can be opened stands in its ``problems``; a
-    base model that is not known is no problem, only less is told.
-
-    >>> regraft.inspect("my-lora").adapters[0].layout  # doctest: +SKIP
-    'transformers-v4'
-    >>> regraft.inspect("kohya.safetensors").family  # doctest: +SKIP
-    'flux'
-
-    Args:
-        src: what `regraft.convert` takes.
-        model: the base model's folder or its ``config.json``.
-        source: the dialect of ``src``, or the family of its model; found out where it is not given.
-        architecture: the class of the model, where its ``config.json`` names none that transformers has.
-        rules: rule books to use in place of regraft's, as `regraft.convert` takes them.
-
-    Returns:
-        An ``Inspection`` of adapters, a ``CheckpointInspection``, an ``ImageSummary`` of one file, or an
-        ``ImageFolder`` of many.
-
-    Raises:
-        BadInputError: there is nothing of all this, or it cannot be opened, or ``model`` is no config.
-    """
-    asked = InspectOptions(model=model, source=source, architecture=architecture, rules=rules)
-    return inspected(src, asked)
-
-
-@logged
-def inspected(
-    src: str | os.PathLike[str],
-    asked: InspectOptions,
-    each: Callable[[ImageSummary], None] | None = None,
-) -> Inspection | CheckpointInspection | ImageSummary | ImageFolder:
-    """What `inspect` does, its options in one value; ``each`` is told every file of many as soon as it is read."""
-    from regraft.inspecting import inspect_source
-
-    with resolved(src, **asked.values()) as found:
-        return inspect_source(found, InstalledTransformers(), each)
 
 
 def _check_subject(asked: ConvertOptions, *, is_adapter: bool) -> None:
