@@ -1,6 +1,7 @@
 """A file's keys find their tensors, whatever they were saved from under, or are refused."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -141,9 +142,14 @@ def test_wrappers_inside(data):
 
     for make, new, old in FAMILIES.values():
         for keys in (new, old):
-            told = solve(walk(make()), [wrapped(key) for key in keys])
+            told = solve(_walked(make), [wrapped(key) for key in keys])
             [part] = told.parts
             assert dict(part.keys) == {key: wrapped(key) for key in keys}
+
+
+@cache
+def _walked(make):
+    return walk(make())
 
 
 def test_genuine_children():
