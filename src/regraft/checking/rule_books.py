@@ -68,7 +68,7 @@ def keys_of(src: Path, model: Path | None, book: Book) -> Keys:
             for group in subject.headers.groups
             for number in group.ids.tolist()
         }
-        return Keys(subject.headers.groups, dims, subject.where, whole=True)
+        return Keys(tuple(subject.headers.groups), dims, subject.where, whole=True)
     bases = list(dict.fromkeys(name.base for name in subject.names.values()))
     return Keys(tuple(group_names(bases)), {}, subject.where, whole=False)
 

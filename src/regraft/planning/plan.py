@@ -27,20 +27,14 @@ from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
 
 
-class Headers:
+class Headers(Struct, eq=False):
     """Names, shapes and dtypes of tensors. ``shapes[i]`` and ``dtypes[i]`` belong to the id ``i``."""
 
-    __slots__ = ("_rows", "_starts", "dtypes", "groups", "shapes")
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        shapes: Sequence[tuple[int, ...]],
-        dtypes: Sequence[str],
-    ) -> None:
-        self.groups, self.shapes, self.dtypes = tuple(groups), shapes, dtypes
-        self._rows: Ints | None = None
-        self._starts: Ints | None = None
+    groups: Sequence[Group]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[str]
+    _rows: Ints | None = None
+    _starts: Ints | None = None
 
     def find(self, number: int) -> tuple[Group, int]:
         """The group and the row of the tensor with an id."""

@@ -11,7 +11,8 @@ from regraft.layouts.graph import Edge
 from regraft.names.keys import Group
 from regraft.planning.model import Scope
 from regraft.rules.book import Book, module_template
-from regraft.rules.templates import Match, match_group
+from regraft.rules.direction import Direction
+from regraft.rules.templates import KeyTable, Match, match_group
 from regraft.rules.terms import RuleTerm
 
 
@@ -28,21 +29,26 @@ class Side(Struct, frozen=True, dict=True):
     def edges(self) -> tuple[Edge, ...]:
         """The edges that lead out of the layout, one for each book that knows it."""
         return tuple(
-            Edge.out_of(book, layout)
+            Edge(book, Direction.FORWARD if layout == book.left else Direction.BACKWARD)
             for layout in (self.layout, *self.also)
             for book in self.books
             if layout in book.layouts
         )
 
+    @cached_property
+    def _tables(self) -> tuple[KeyTable[RuleTerm], ...]:
+        """The terms of this side, a table for each book."""
+        return tuple(edge.book.terms(edge.reads) for edge in self.edges)
+
     @property
     def terms(self) -> list[RuleTerm]:
         """Every term of this side."""
-        return [term for edge in self.edges for term in edge.book.terms(edge.reads)]
+        return [term for table in self._tables for term in table]
 
     def matching(self, keys: Group) -> Iterator[tuple[RuleTerm, Match]]:
         """The terms of this side that speak of keys."""
-        for edge in self.edges:
-            yield from edge.book.terms(edge.reads).matching(keys)
+        for table in self._tables:
+            yield from table.matching(keys)
 
     def find(self, keys: Group) -> RuleTerm | None:
         """The term that speaks of a key on this side; of several the one with most of the key's text in its own."""

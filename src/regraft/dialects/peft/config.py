@@ -36,17 +36,18 @@ class LoraConfig:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
         self.rslora = bool(data.get("use_rslora"))
-        self.ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
-        self.alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
         # Whether all modules have one scale.
-        self.is_uniform = not self.ranks and not self.alphas
+        self.is_uniform = not (data.get("rank_pattern") or data.get("alpha_pattern"))
+        if not self.is_uniform:
+            self._ranks = Patterns(data.get("rank_pattern"), "rank_pattern")
+            self._alphas = Patterns(data.get("alpha_pattern"), "alpha_pattern")
 
     def scale(self, path: str) -> Scale:
         """Rank and alpha of a module (or of a parameter, by the module's path and the parameter's name)."""
         if self.is_uniform:
             return Scale(self.data["r"], self.data["lora_alpha"], self.rslora)
-        rank = self.ranks.find(path)
-        alpha = self.alphas.find(path)
+        rank = self._ranks.find(path)
+        alpha = self._alphas.find(path)
         return Scale(
             self.data["r"] if rank is None else rank,
             self.data["lora_alpha"] if alpha is None else alpha,

@@ -87,7 +87,7 @@ class PeftDeltas(Deltas):
         for key in self.ids:
             path, _, parameter = key.rpartition(".")
             nested.setdefault(path, []).append(parameter)
-        varies = bool(lora.ranks) or bool(lora.alphas)
+        varies = not lora.is_uniform
         common = lora.scale("").value
         for key in sorted(self.ids, key=self.ids.__getitem__):
             number = self.ids[key]

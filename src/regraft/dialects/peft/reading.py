@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.form import Array, Factors, is_float
 from regraft.adapters.scale import Scale
@@ -19,7 +20,7 @@ from regraft.dialects.peft.scan import PREFIX, Pairs, Scan
 from regraft.dialects.peft.targeting import Targeting, untargeted
 from regraft.equation.sizes import known_shape
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding
-from regraft.names.keys import Group
+from regraft.names.keys import MARK, Group, fill
 from regraft.planning.plan import Headers
 from regraft.planning.side import Side
 from regraft.rules.kinds import KINDS
@@ -31,6 +32,16 @@ _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 _AGAIN = "use the adapter_config.json that was saved with these weights, or save the adapter again"
+
+
+class _Modules(Struct, frozen=True, eq=False):
+    """Modules that are adapted, and what the books say of their weights."""
+
+    pairs: Pairs
+    keys: Group
+    found: RuleTerm | None
+    as_parameter: bool
+    """Whether they are adapted as parameters (``X.weight``)."""
 
 
 class FactorReader:
@@ -60,6 +71,14 @@ class FactorReader:
         self.targeted = 0
         self.untold = False
         self.untargeted: list[Finding] = []
+        self.groups: list[Group] = []
+        """Keys of the base tensors, whose ids count ``a``, ``b``, ``scales``, ``shapes`` and ``dtypes``."""
+        self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: list[str] = []
+        self.a: list[Array] = []
+        self.b: list[Array] = []
+        self.scales: list[Scale] = []
+        self.kinds: list[tuple[Group, str]] = []
 
     def read(self) -> Factors:
         """The factors.
@@ -67,28 +86,11 @@ class FactorReader:
         Raises ``BadInputError`` with everything that is wrong, ``AmbiguousError`` where the packing of stacked
         experts cannot be told.
         """
-        groups: list[Group] = []
-        factors = Factors(Headers((), [], []), [], [], [])
-        shapes: list[tuple[int, ...]] = []
-        dtypes: list[str] = []
-        wrapped: dict[str, list[Pairs]] = {}
-        for pairs in self.scan.pairs:
-            listed = self.side.parameters(pairs.modules)
-            stacked = self._unlisted(pairs.modules) if listed is None else listed
-            if (stacked or pairs.depth) and not pairs.attention:
-                wrapped.setdefault(pairs.modules.template, []).append(pairs)
-                continue
-            for part, as_parameter in self._split(pairs):
-                self._add_modules(
-                    part,
-                    as_parameter=as_parameter,
-                    factors=factors,
-                    groups=groups,
-                    shapes=shapes,
-                    dtypes=dtypes,
-                )
-        for same in wrapped.values():
-            self._add_parameters(same, factors, groups, shapes, dtypes)
+        modules, parameters = self._look_up()
+        for found in modules:
+            self._add_modules(found)
+        for same, listed in parameters:
+            self._add_parameters(same, listed)
         if not self.targeted and self.untargeted:
             self.findings.append(
                 Finding(
@@ -103,14 +105,38 @@ class FactorReader:
             )
         else:
             self.findings.extend(self.untargeted)
+        self._check_dtypes()
         if self.findings:
             raise BadInputError(self.findings)
         if len(self.shaped) == 1 and (self.ambiguous or self.assumed - self.shaped):
             return self._read_as(next(iter(self.shaped)))
         if self.ambiguous:
             raise AmbiguousError(self.ambiguous)
-        factors.headers = Headers(groups, shapes, dtypes)
-        return factors
+        headers = Headers(self.groups, self.shapes, self.dtypes)
+        return Factors(headers, self.a, self.b, self.scales, self.kinds)
+
+    def _look_up(self) -> tuple[list[_Modules], list[tuple[list[Pairs], tuple[str, ...] | None]]]:
+        """What the books say of everything that is adapted: of modules, and of parameters of one module each.
+
+        With the latter stand the names that a module's parameters have in order, where a book lists them.
+        """
+        modules: list[_Modules] = []
+        wrapped: dict[str, tuple[list[Pairs], tuple[str, ...] | None]] = {}
+        named = self.config.get("target_parameters")
+        start = 0
+        for pairs in self.scan.pairs:
+            listed = self.side.parameters(pairs.modules)
+            stacked = self._unlisted(pairs.modules) if listed is None and named else listed
+            if (stacked or pairs.depth) and not pairs.attention:
+                wrapped.setdefault(pairs.modules.template, ([], listed))[0].append(pairs)
+                continue
+            for part, as_parameter in self._split(pairs) if named else ((pairs, False),):
+                ids = np.arange(start, start + len(part.a))
+                template = f"{part.modules.template}.{part.parameter}"
+                keys = Group(template, ids, part.modules.numbers)
+                modules.append(_Modules(part, keys, self.side.find(keys), as_parameter))
+                start += len(ids)
+        return modules, list(wrapped.values())
 
     def _read_as(self, packing: str) -> Factors:
         """Read all in one packing: a file is packed by one PEFT, so what some shapes tell holds for the rest."""
@@ -126,7 +152,7 @@ class FactorReader:
     def _split(self, pairs: Pairs) -> Iterator[tuple[Pairs, bool]]:
         """The modules of a group, those that are adapted as parameters (``X.weight``) apart."""
         entries = self.config.get("target_parameters")
-        if not entries or pairs.attention:
+        if pairs.attention:
             yield pairs, False
             return
         modules = self.config.get("target_modules") or []
@@ -143,25 +169,15 @@ class FactorReader:
                 )
                 yield part, as_parameter
 
-    def _add_modules(
-        self,
-        pairs: Pairs,
-        *,
-        as_parameter: bool,
-        factors: Factors,
-        groups: list[Group],
-        shapes: list[tuple[int, ...]],
-        dtypes: list[str],
-    ) -> None:
-        start = len(factors.a)
+    def _add_modules(self, modules: _Modules) -> None:
+        pairs, keys, found, as_parameter = (
+            modules.pairs,
+            modules.keys,
+            modules.found,
+            modules.as_parameter,
+        )
         a = [self.tensors[i] for i in pairs.a.tolist()]
         b = [self.tensors[i] for i in pairs.b.tolist()]
-        keys = Group(
-            f"{pairs.modules.template}.{pairs.parameter}",
-            np.arange(start, start + len(a)),
-            pairs.modules.numbers,
-        )
-        found = self.side.find(keys)
         unruled = "embedding" if pairs.embedding else "parameter" if as_parameter else "any"
         if pairs.attention:
             unruled = "linear"
@@ -184,13 +200,13 @@ class FactorReader:
         flat = any(x.ndim > 2 for x in a) and self.side.carried_kind(keys)
         stored = self._check_pairs(pairs, a, b, scales, flat or kind)
         self._check_targets(pairs)
-        factors.a += a
-        factors.b += b
-        factors.scales += scales
-        groups.append(keys)
-        shapes += stored
-        dtypes += map(dtype_name, map(_DTYPE, a))
-        factors.kinds.append((keys, kind))
+        self.a += a
+        self.b += b
+        self.scales += scales
+        self.groups.append(keys)
+        self.shapes += stored
+        self.dtypes += map(dtype_name, map(_DTYPE, a))
+        self.kinds.append((keys, kind))
 
     def _scales(self, pairs: Pairs) -> list[Scale]:
         if self.lora.is_uniform:
@@ -214,7 +230,6 @@ class FactorReader:
         if scales.count(scales[0]) == len(scales) and all(len(found) == 1 for found in sizes):
             shape = _base_shape(a[0].shape, b[0].shape, first, kind)
             if isinstance(shape, tuple):
-                self._check_dtypes(pairs, a, b)
                 return [shape] * len(a)
         each = [(x.shape, y.shape, s.rank) for x, y, s in zip(a, b, scales, strict=True)]
         known = {key: _base_shape(*key, kind) for key in set(each)}
@@ -223,23 +238,22 @@ class FactorReader:
                 rows = [row for row, other in enumerate(each) if other == key]
                 more = f" ({len(rows)} modules like this one)" if len(rows) > 1 else ""
                 self._report("shape", problem + more, self.names[int(pairs.a[rows[0]])])
-        self._check_dtypes(pairs, a, b)
         return [shape if isinstance(shape := known[key], tuple) else (0, 0) for key in each]
 
-    def _check_dtypes(self, pairs: Pairs, a: list[Array], b: list[Array]) -> None:
-        for ids, arrays in ((pairs.a, a), (pairs.b, b)):
-            for dtype in set(map(_DTYPE, arrays)):
-                if not is_float(dtype):
-                    odd = next(i for i, x in enumerate(arrays) if x.dtype == dtype)
-                    self._report_dtype(dtype, self.names[int(ids[odd])])
-
-    def _report_dtype(self, dtype: np.dtype[Any], key: str) -> None:
-        self._report(
-            "dtype",
-            f"a LoRA factor is a floating-point tensor, this one is {dtype}",
-            key,
-            "save the adapter unquantised",
-        )
+    def _check_dtypes(self) -> None:
+        """Factors are numbers to multiply: of each other dtype, the first one is named."""
+        factors = [
+            i for pairs in self.scan.pairs for ids in (pairs.a, pairs.b) for i in ids.tolist()
+        ]
+        for dtype in dict.fromkeys(self.tensors[i].dtype for i in factors):
+            if not is_float(dtype):
+                odd = next(i for i in factors if self.tensors[i].dtype == dtype)
+                self._report(
+                    "dtype",
+                    f"a LoRA factor is a floating-point tensor, this one is {dtype}",
+                    self.names[odd],
+                    "save the adapter unquantised",
+                )
 
     def _check_targets(self, pairs: Pairs) -> None:
         if self.targeting.leaves_out:
@@ -268,11 +282,10 @@ class FactorReader:
                     )
                 )
             return
-        if not isinstance(modules, str) and modules is not None:
-            leaf = pairs.modules.template.rsplit(".", 1)[-1]
-            if "\0" not in leaf and leaf in modules and not pairs.attention:
-                self.targeted += len(pairs.a)
-                return
+        named = () if modules is None or isinstance(modules, str) else modules
+        if named and not pairs.attention and _last(pairs.modules).issubset(named):
+            self.targeted += len(pairs.a)
+            return
         missing = None
         for path in pairs.owners():
             if targets_module(modules if modules is not None else [], path) or targets_parameter(
@@ -293,21 +306,13 @@ class FactorReader:
                 )
             )
 
-    def _add_parameters(
-        self,
-        same: list[Pairs],
-        factors: Factors,
-        groups: list[Group],
-        shapes: list[tuple[int, ...]],
-        dtypes: list[str],
-    ) -> None:
+    def _add_parameters(self, same: list[Pairs], listed: tuple[str, ...] | None) -> None:
         by_module: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
         for pairs in same:
             for row, numbers in enumerate(map(tuple, pairs.modules.numbers.tolist())):
                 ids = int(pairs.a[row]), int(pairs.b[row])
                 by_module.setdefault(numbers, {})[pairs.depth] = ids
         template = same[0].modules.template
-        listed = self.side.parameters(same[0].modules)
         names = self._unlisted(same[0].modules) if listed is None else listed
         names = names or ("weight",)
         if len(names) > 1 and listed is None:
@@ -344,7 +349,7 @@ class FactorReader:
             for position, name in enumerate(wanted):
                 found.setdefault(name, []).append((numbers, depths[len(wanted) - 1 - position]))
         for name, rows in found.items():
-            self._add_parameter(f"{template}.{name}", rows, factors, groups, shapes, dtypes)
+            self._add_parameter(f"{template}.{name}", rows)
 
     def _unlisted(self, modules: Group) -> tuple[str, ...]:
         """The parameters of modules that no table gives: those that rules and config name.
@@ -369,12 +374,8 @@ class FactorReader:
         self,
         template: str,
         rows: list[tuple[tuple[int, ...], tuple[int, int]]],
-        factors: Factors,
-        groups: list[Group],
-        shapes: list[tuple[int, ...]],
-        dtypes: list[str],
     ) -> None:
-        start = len(factors.a)
+        start = len(self.a)
         numbers = np.array([row[0] for row in rows], dtype=np.int64).reshape(len(rows), -1)
         keys = Group(template, np.arange(start, start + len(rows)), numbers)
         found = self.side.find(keys)
@@ -384,9 +385,6 @@ class FactorReader:
             a, b = self.tensors[i], self.tensors[j]
             name = keys.name(row)
             scale = self.lora.scale(name)
-            for x, number in ((a, i), (b, j)):
-                if not is_float(x.dtype):
-                    self._report_dtype(x.dtype, self.names[number])
             if not KINDS[kind].name.startswith("experts"):
                 shape = _base_shape(a.shape, b.shape, scale.rank, kind)
                 if isinstance(shape, str):
@@ -417,14 +415,14 @@ class FactorReader:
                 a, b = unpack(a, b, experts, swapped=swaps(packing, kind, experts))
                 shape = _stored(kind, experts, b.shape[1], a.shape[2])
             kept.append(row)
-            factors.a.append(a)
-            factors.b.append(b)
-            factors.scales.append(scale)
-            shapes.append(shape)
-            dtypes.append(dtype_name(a.dtype))
+            self.a.append(a)
+            self.b.append(b)
+            self.scales.append(scale)
+            self.shapes.append(shape)
+            self.dtypes.append(dtype_name(a.dtype))
         keys = Group(template, np.arange(start, start + len(kept)), numbers[kept])
-        groups.append(keys)
-        factors.kinds.append((keys, kind))
+        self.groups.append(keys)
+        self.kinds.append((keys, kind))
 
     def _choose_packing(
         self,
@@ -490,6 +488,22 @@ class FactorReader:
             )
             return None
         return self.packing
+
+
+def _last(modules: Group) -> set[str]:
+    """The last segments of some paths.
+
+    >>> from regraft.names.keys import table
+    >>> _last(table("l.0.mlp.w1", "l.1.mlp.w1", "l.1.mlp.w2")[0]) == {"w1", "w2"}
+    True
+    """
+    leaf = modules.template.rpartition(".")[2]
+    marks = leaf.count(MARK)
+    if not marks:
+        return {leaf}
+    return {
+        fill(leaf, numbers) for numbers in set(map(tuple, modules.numbers[:, -marks:].tolist()))
+    }
 
 
 @lru_cache(maxsize=64)

@@ -53,10 +53,8 @@ class Pairs(Struct, frozen=True, eq=False):
     ``peft/tuners/lora/layer.py``, 0.18.1 and 0.21.2).
     """
 
-    @property
-    def parameter(self) -> str:
-        """The base tensor's name below its module."""
-        return IN_PROJ if self.attention == "in" else "weight"
+    parameter: str = "weight"
+    """The base tensor's name below its module."""
 
     def owners(self) -> list[str]:
         """The paths that the config's ranks, alphas and targets are about."""
@@ -186,7 +184,7 @@ def _with_attentions(pairs: Sequence[Pairs]) -> Iterator[Pairs]:
     for p in pairs:
         template = p.modules.template
         if template in attentions and not p.depth:
-            yield replace(p, attention="in")
+            yield replace(p, attention="in", parameter=IN_PROJ)
         elif template.endswith(_INSIDE):
             there = Group(
                 template.removesuffix(_INSIDE) + OUT_PROJ, p.modules.ids, p.modules.numbers

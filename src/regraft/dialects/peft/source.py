@@ -258,13 +258,9 @@ class Source:
             from regraft.dialects.peft.fitting import check_fit
 
             check_fit(self.scan(), self, base)
+        saved, unbound, promise = self.saved(), self._unbound(), promise_of(self.config)
         reading = self._deltas(side, packing, base)
-        return replace(
-            reading,
-            saved=self.saved(),
-            unbound=self._unbound(),
-            promise=promise_of(self.config),
-        )
+        return replace(reading, saved=saved, unbound=unbound, promise=promise)
 
     def _deltas(self, side: Side, packing: str | None, base: BaseWeights | None) -> Reading:
         """What it adds to tensors of the base."""
