@@ -3,6 +3,7 @@
 import ast
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -10,7 +11,7 @@ import regraft
 from regraft.cli import main
 from regraft.dialects.names import layout_named, source_named
 from regraft.errors import BadInputError
-from regraft.layouts.names import DialectName, Layout, parse_name
+from regraft.layouts.names import Layout, parse_name
 from regraft.rules.book import library, load_book, only_books
 
 BOOK = """
@@ -32,10 +33,19 @@ why = "it is the same"
 [adapters]
 left = "peft-0.18"
 """
+
+
+class Named(NamedTuple):
+    name: str
+    versions: tuple[str, ...] = ()
+    layout: str | None = None
+    title: str = ""
+
+
 KOHYA = {
-    "kohya": DialectName("kohya", layout="ldm"),
-    "peft": DialectName("peft", versions=("peft-0.18", "peft-0.19")),
-    "twice": DialectName("twice", layout="published"),
+    "kohya": Named("kohya", layout="ldm"),
+    "peft": Named("peft", versions=("peft-0.18", "peft-0.19")),
+    "twice": Named("twice", layout="published"),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from regraft.cli.styled import plain_lines
-from regraft.storage.stand_ins import named
+from regraft.storage.stand_ins import NAMES, named
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -106,6 +106,7 @@ class Output:
             else progress.lines(state, mode, self.warn)
         )
         with shown as tell:
+            tell(source.name if source is not None else "", 0, 0)
             yield tell
 
 
@@ -182,7 +183,7 @@ def _console(stream: TextIO) -> Console:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    text = named(text)
+    text = named(text) if NAMES else text
     try:
         try:
             stream.write(text)

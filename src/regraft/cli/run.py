@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import FrameType
 
 import click
@@ -24,7 +25,11 @@ class _Terminated(BaseException):
 
 
 def run(args: Sequence[str]) -> int:
-    """Run a command line and return its exit status."""
+    """Run a command line and return its exit status; what it says (--key, --offline) holds for it alone."""
+    return copy_context().run(_run, args)
+
+
+def _run(args: Sequence[str]) -> int:
     options = args[: args.index("--")] if "--" in args else args
     out = Output(json="--json" in options)
     try:
@@ -51,8 +56,6 @@ def run(args: Sequence[str]) -> int:
     finally:
         if "regraft.sources.places" in sys.modules:
             sys.modules["regraft.sources.places"].leave()
-            sys.modules["regraft.sources.places"].take_key(None)
-            sys.modules["regraft.sources.places"].stay_offline(wanted=False)
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

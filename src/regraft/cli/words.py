@@ -40,6 +40,21 @@ class _Row(Struct, frozen=True):
     """The largest one."""
 
 
+class _Said(Struct, frozen=True):
+    """What became of an adapter, in words that are not laid out yet."""
+
+    rows: list[_Row]
+    counted: str
+    changed: list[str]
+    """What is not bit for bit the source's."""
+
+
+def _said_of(adapter: AdapterReport) -> _Said:
+    rows = _rows_of(adapter)
+    counted = f"{count_in_words(adapter.tensors_in, 'tensor')} in, {adapter.tensors_out} out"
+    return _Said(rows, counted, what_changed(adapter.targets))
+
+
 def show_report(out: Output, report: Report) -> None:
     """What a conversion, or a merge, did."""
     if report.ended is not None:
@@ -58,11 +73,16 @@ def show_report(out: Output, report: Report) -> None:
 
 def show_adapters(out: Output, report: Report, *, load: bool = True) -> None:
     """What became of adapters; the last line says how to load the result, unless ``load`` is off."""
-    for adapter in report.adapters:
-        _show_adapter(out, adapter, report)
+    said = [_said_of(adapter) for adapter in report.adapters]
+    calls = how_to_load(report) if load and report.written else None
+    for adapter, told in zip(report.adapters, said, strict=True):
+        _show_adapter(out, adapter, told, report)
     show_company(out, report)
-    if load:
-        out.show(_last_line(report))
+    if calls is not None:
+        head, _, line = calls.partition(": ")
+        out.show(Text.assemble(f"{head}: ", (line, NAME)))
+    elif load:
+        out.show(Text("Nothing was written: this was a dry run.", WARNING))
 
 
 def show_company(out: Output, report: Report) -> None:
@@ -75,15 +95,14 @@ def show_company(out: Output, report: Report) -> None:
         out.show(Text("Rule books: " + ", ".join(map(visible, report.own_rules))))
 
 
-def _show_adapter(out: Output, adapter: AdapterReport, report: Report) -> None:
+def _show_adapter(out: Output, adapter: AdapterReport, said: _Said, report: Report) -> None:
     title = visible(adapter.name or Path(report.source).name or report.source)
     kind = f": {adapter.peft_type}, {adapter.source_layout} -> {adapter.target_layout}"
     head = Text.assemble((title, NAME), kind)
     out.show(head, *_bullets(adapter.evidence, FAINT), Text())
-    rows = _rows_of(adapter)
-    if rows:
-        out.show(*_targets(rows[:_ROWS], out.width), *_more(len(rows)), Text())
-    out.show(_summary(adapter))
+    if said.rows:
+        out.show(*_targets(said.rows[:_ROWS], out.width), *_more(len(said.rows)), Text())
+    out.show(_summary(adapter, said))
     show_notes(out, adapter.notes)
 
 
@@ -166,7 +185,7 @@ def _rows_of(adapter: AdapterReport) -> list[_Row]:
             pattern,
             count,
             targets[0],
-            _how(targets[0].rule, adapter),
+            targets[0].rule if targets[0].rule in adapter.rules else "unchanged",
             max(target.error for target in targets),
         )
         for targets in alike.values()
@@ -174,19 +193,12 @@ def _rows_of(adapter: AdapterReport) -> list[_Row]:
     ]
 
 
-def _how(rule: str, adapter: AdapterReport) -> str:
-    if rule in adapter.rules:
-        return rule
-    return "unchanged"
-
-
-def _summary(adapter: AdapterReport) -> Text:
-    text = Text(f"{count_in_words(adapter.tensors_in, 'tensor')} in, {adapter.tensors_out} out")
-    changed = what_changed(adapter.targets)
+def _summary(adapter: AdapterReport, said: _Said) -> Text:
+    text = Text(said.counted)
     if adapter.copied:
         text.append("; copied as they are")
-    elif changed:
-        text.append("; ").append("; ".join(changed), WARNING)
+    elif said.changed:
+        text.append("; ").append("; ".join(said.changed), WARNING)
     elif adapter.targets:
         text.append("; ").append(LOSSLESS, GOOD)
     if adapter.carried and not adapter.copied:
@@ -205,13 +217,6 @@ def _sampled(keys: Sequence[str]) -> str:
         f"{count_in_words(len(keys), 'target')} by 16 random vectors only, because the time was spent "
         f"(--verify-budget): {shown}"
     )
-
-
-def _last_line(report: Report) -> Text:
-    if not report.written:
-        return Text("Nothing was written: this was a dry run.", WARNING)
-    head, _, calls = how_to_load(report).partition(": ")
-    return Text.assemble(f"{head}: ", (calls, NAME))
 
 
 def show_adapter_verification(out: Output, result: AdapterVerification) -> None:

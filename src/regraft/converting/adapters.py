@@ -64,6 +64,8 @@ class _Moved(Struct, frozen=True, eq=False):
 
     opened: Opened
     result: Converted
+    base: ModelConfig | None = None
+    """The config of its base, where that is a language model and known."""
     by_itself: bool = False
     """Whether it converted itself, as those of image models do."""
 
@@ -82,10 +84,11 @@ def convert_adapters(request: Request) -> Report:
     target = Target.of(request.to, opening, request.dst)
     files = [file for folder in opening.found.folders for file in opening.files(folder)]
     check_destination(request.src, request.dst, overwrite=asked.overwrite, file=target.file)
+    company = sort_files(opening.found.root, opening.found.others)
     # What they are now, to be compared when the result is written.
     stamps = tuple(map(Stamp.of, files))
     moved = _Conversion(request, opening, target).run()
-    report = _report(request, opening.found, target, moved)
+    report = _report(request, opening.found, company, target, moved)
     if not asked.dry_run:
         _write(request, opening.found.root, report.files, target, moved, stamps)
     request.tell("", len(moved), len(moved))
@@ -100,10 +103,9 @@ class _Conversion(Struct, frozen=True, dict=True):
     target: Target
 
     @cached_property
-    def base(self) -> ModelConfig | None:
-        """The config of the base, where one was given."""
-        if self.request.known is not None or self.request.model is None:
-            return self.request.known
+    def base(self) -> ModelConfig:
+        """The config of the base that was named, read once for all."""
+        assert self.request.model is not None
         return load_model(self.request.model)
 
     def run(self) -> list[_Moved]:
@@ -145,7 +147,9 @@ class _Conversion(Struct, frozen=True, dict=True):
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
             return _Moved(opened, result, by_itself=True)
-        base = self.base  # of a language model: that of an image model has no such config
+        base = request.known
+        if base is None and request.model is not None:
+            base = self.base  # of a language model: that of an image model has no such config
         opened, note = at_home(opened, base, request.foreign)
         result = convert_adapter(
             opened,
@@ -158,7 +162,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             into=self.target.into,
         )
         result.report.notes += [note] if note is not None else []
-        return _Moved(opened, result)
+        return _Moved(opened, result, base)
 
     def certify(self, moved: _Moved, budget: Budget) -> None:
         """Compare what an adapter adds before and after; an approximation that was asked for is only measured.
@@ -176,7 +180,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             with reopened(dialect, moved.opened, moved.result) as made:
                 packing = request.given.packing
                 done = compare(
-                    moved.opened, made, self.base, tolerance, request.foreign, budget, packing
+                    moved.opened, made, moved.base, tolerance, request.foreign, budget, packing
                 )
         else:
             from regraft.checking.image import compare_images
@@ -201,8 +205,14 @@ def _family_of(base: Path | None) -> Family | None:
     return family_of_base(base)
 
 
-def _report(request: Request, found: Found, target: Target, moved: Sequence[_Moved]) -> Report:
-    """What was done, and which other files of the folder go along.
+def _report(
+    request: Request,
+    found: Found,
+    company: tuple[list[Path], list[str]],
+    target: Target,
+    moved: Sequence[_Moved],
+) -> Report:
+    """What was done, and which other files of the folder go along; ``company`` has those that mean the same elsewhere.
 
     Raises ``RefusedError`` where an approximation is off by more than was allowed.
     """
@@ -215,7 +225,7 @@ def _report(request: Request, found: Found, target: Target, moved: Sequence[_Mov
     _note_company(report, results)
     others = list(found.others)
     if not all(result.report.copied for result in results):
-        others, notes = sort_files(found.root, found.others)
+        others, notes = company
         report.adapters[0].notes += notes
     if target.file and others:
         report.adapters[0].notes.append(

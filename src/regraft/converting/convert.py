@@ -198,8 +198,8 @@ def convert_with(
         else:
             report = _convert_checkpoint(found, dst, asked, tell, progress)
         report.own_rules = list(found.own_rules)
-        log_report(report)
-        return report
+    log_report(report)
+    return report
 
 
 def _pushed(
@@ -382,10 +382,10 @@ def _convert_checkpoint(
         raise BadInputError(Finding("bad-address", message, where=address, fix=fix))
     store = None if address is None else store_for(address)
     assert found.to is not None
-    src = found.path
+    src, given = found.path, found.given.layout
     options: dict[str, Any] = {
         "to": found.to.name,
-        "source": found.given.name,
+        "source": None if given is None else given.name,
         "model": found.model,
         "untie": asked.untie,
         "foreign": InstalledTransformers(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from msgspec import Struct
 
 from regraft.dialects.registry import dialects
@@ -20,27 +18,31 @@ from regraft.layouts.names import (
 from regraft.values import replace
 
 
-class _DialectNames(Mapping[str, DialectName]):
-    """What dialects are called; one is imported only where more than its name is asked for."""
+class _Named(Struct, frozen=True):
+    """A dialect by its name; it is imported only where more than that is asked for."""
 
-    def __getitem__(self, name: str) -> DialectName:
-        dialect = dialects()[name]
-        versions = tuple(getattr(dialect, "versions", ()))
-        return DialectName(name, dialect.title, versions, getattr(dialect, "layout", None))
+    name: str
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(dialects())
+    @property
+    def title(self) -> str:
+        """In words, with the names of its tools."""
+        return dialects()[self.name].title
 
-    def __len__(self) -> int:
-        return len(dialects())
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """As they stand after the slash, the oldest first."""
+        return tuple(getattr(dialects()[self.name], "versions", ()))
 
-    def __contains__(self, name: object) -> bool:
-        return name in dialects()
+    @property
+    def layout(self) -> str | None:
+        """The layout that its adapters usually are in, where that is the same for all versions."""
+        layout: str | None = getattr(dialects()[self.name], "layout", None)
+        return layout
 
 
-def dialect_names() -> Mapping[str, DialectName]:
+def dialect_names() -> dict[str, DialectName]:
     """The dialects by name, with the ``versions`` and the usual ``layout`` of those that have them."""
-    return _DialectNames()
+    return {name: _Named(name) for name in dialects()}
 
 
 def layout_named(text: str, *, adapter: bool = True) -> Layout:

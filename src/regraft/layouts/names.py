@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from msgspec import Struct
+from typing import Protocol
 
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book, built_in, library
@@ -23,15 +22,24 @@ DEFAULT = "peft"
 """The dialect that is meant where none is named."""
 
 
-class DialectName(Struct, frozen=True):
+class DialectName(Protocol):
     """What a dialect is called, and which releases of its tool write adapters differently."""
 
-    name: str
-    title: str = ""
-    versions: tuple[str, ...] = ()
-    """As they stand after the slash, the oldest first."""
-    layout: str | None = None
-    """The layout that its adapters usually are in; ``None`` where books say it for each version, or nothing does."""
+    @property
+    def name(self) -> str:
+        """As it stands in the name of a layout."""
+
+    @property
+    def title(self) -> str:
+        """In words, with the names of its tools."""
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """As they stand after the slash, the oldest first."""
+
+    @property
+    def layout(self) -> str | None:
+        """The layout that its adapters usually are in; ``None`` where books say it for each version, or none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,8 @@ def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool 
 
     A bare name is a dialect's, if there is one and an adapter is meant; otherwise a layout's.
 
-    >>> peft = {"peft": DialectName("peft", versions=("peft-0.18", "peft-0.19"))}
+    >>> from types import SimpleNamespace
+    >>> peft = {"peft": SimpleNamespace(name="peft", versions=("peft-0.18", "peft-0.19"), layout=None)}
     >>> parse_name("transformers-v5", peft), str(parse_name("transformers-v4:peft/0.19", peft))
     (Layout(name='transformers-v5', packing=None, dialect=None, usual=False), 'transformers-v4/peft-0.19')
     >>> parse_name("peft/0.18", peft).name

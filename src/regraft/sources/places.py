@@ -173,12 +173,12 @@ def below(key: str | None) -> Iterator[None]:
 
 
 def take_key(key: str | None) -> None:
-    """Let `below` hold until it is said otherwise."""
+    """Let `below` hold until the end of this context, as of a command line."""
     KEY.set(key)
 
 
 def stay_offline(*, wanted: bool) -> None:
-    """Let nothing be asked over the network until it is said otherwise."""
+    """Let nothing be asked over the network until the end of this context, as of a command line."""
     _OFFLINE.set(wanted)
 
 

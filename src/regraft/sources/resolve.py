@@ -78,13 +78,8 @@ def resolved(
     Raises ``BadInputError`` for what is not there, and for unknown names.
     """
     with ExitStack() as stack:
-        told: list[RegraftError] = []
-        own: tuple[str, ...] = ()
-        with _noted(told):
-            stack.enter_context(only_books(rules))
-            own = tuple(own_rules())
-        books = not told
         stack.enter_context(visiting())
+        told: list[RegraftError] = []
         path, base, layout, given = Path(src), None, None, SourceName()
         others: list[Path] = []
         found: list[Path] = []
@@ -98,12 +93,19 @@ def resolved(
             base = None if model is None else locate(model)
         with _noted(told):
             check_there(*found, *others, model=base)
+        no_books: list[RegraftError] = []
+        own: tuple[str, ...] = ()
+        with _noted(no_books):
+            stack.enter_context(only_books(rules))
+            own = tuple(own_rules())
         adapter = not is_checkpoint(path)
+        # Books that are not there may be the ones that the layouts are of.
         with _noted(told):
-            # Books that are not there may be the ones that the layout is of.
-            layout = layout_named(to, adapter=adapter) if to is not None and books else None
-        with _noted(told):
-            given = source_named(source, adapter=adapter) if books else given
+            layout = layout_named(to, adapter=adapter) if to is not None and not no_books else None
+        if source is not None and not no_books:
+            with _noted(told):
+                given = source_named(source, adapter=adapter)
+        told = [*no_books, *told]
         if len(told) == 1:
             raise told[0]
         if told:

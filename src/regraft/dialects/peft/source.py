@@ -103,8 +103,13 @@ class Source:
     """Whether the base has a ``model`` in its ``model``."""
     left_out: frozenset[str] = frozenset()
     """Names of tensors that it had, and that only stood for something else."""
+    family: type[Family] | None = field(init=False, repr=False, compare=False)
+    """The family; ``None`` for plain LoRA, and for what is bound to no module."""
     _scanned: Scan | None = field(default=None, init=False, repr=False, compare=False)
     _named: Names | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.config)
 
     @property
     def peft_type(self) -> str:
@@ -135,11 +140,6 @@ class Source:
     def spelling(self) -> PeftNames:
         """How its tensors are named."""
         return PeftNames()
-
-    @property
-    def family(self) -> type[Family] | None:
-        """The family; ``None`` for plain LoRA, and for what is bound to no module."""
-        return family_of(self.config)
 
     @property
     def plain(self) -> bool:
@@ -580,9 +580,7 @@ def open_adapter(
         raise RefusedError(dialect)
     stripped = None
     if not (foreign or as_named):
-        family = family_of(config)
-        prefix = family.prefix if family is not None else "lora_" * (config["peft_type"] == "LORA")
-        tensors, stripped = strip_tensors(tensors, few, prefix, str(folder))
+        tensors, stripped = strip_tensors(tensors, few, _prefix_of(config), str(folder))
     config, tensors, told = unmerged(config, tensors, str(folder))
     name = str(folder.relative_to(root))
     name = "" if name == "." else name
@@ -590,6 +588,14 @@ def open_adapter(
     return Source(
         name, str(folder), config, tensors, metadata, files.weights, aside, stripped, told
     )
+
+
+def _prefix_of(config: Mapping[str, Any]) -> str:
+    """What the names of an adapter's own tensors begin with, below their modules; all kinds of LoRA have one."""
+    if config["peft_type"] == "LORA":
+        return "lora_"
+    family = family_of(config)
+    return family.prefix if family is not None else ""
 
 
 class _Files(Struct):
