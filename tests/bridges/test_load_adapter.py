@@ -206,7 +206,7 @@ def test_one_model_in_two_places_is_one_model():
 
 
 def test_a_holder_without_a_model_is_told_so():
-    with pytest.raises(regraft.BadInputError, match="no transformers model in this Linear"):
+    with pytest.raises(regraft.BadInputError, match=r"in this Linear.* load them with PEFT"):
         regraft.load_adapter(nn.Linear(2, 2), case_folder(CASE))
 
 

@@ -298,3 +298,18 @@ def test_a_books_own_layout_is_not_called_a_release_of_transformers() -> None:
         words
         == 'Load with PEFT, into a model in the layout mine: PeftModel.from_pretrained(model, "out")'
     )
+
+
+def test_a_rank_that_is_meant_as_a_lower_one(lora: Path, tmp_path: Path, capsys: Capture) -> None:
+    status = main(
+        ["convert", str(lora), str(tmp_path / "o"), "--to", "transformers-v5", "--rank", "8"]
+    )
+    assert status == 1 and "--via svd:RANK" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layout", "own"), [("gguf", "a .gguf file"), ("litgpt", "lit_model.pth")])
+def test_a_checkpoint_in_a_tools_layout_says_that_it_is_not_the_tools_file(
+    tmp_path: Path, capsys: Capture, layout: str, own: str
+) -> None:
+    assert main(["convert", str(BASE), str(tmp_path / "o"), "--to", layout, "--dry-run"]) == 0
+    assert own in " ".join(capsys.readouterr().out.split())

@@ -88,6 +88,8 @@ def test_a_bare_name_is_the_dialect_of_an_adapter_and_the_layout_of_a_checkpoint
         ("transformers-v5/peft-0.20", "peft-0.19"),
         ("transformers-v5:pefft", "peft"),
         ("transformer-v5:peft", "transformers-v5"),
+        ("v5", "transformers-v5"),
+        ("4", "transformers-v4"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_spelling(text, near):

@@ -252,6 +252,10 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         files = files_of_part(known.books[0].model_types[0], part, shapes, model)
         report.others += [*files.written, *files.copied]
         report.notes += files.notes
+    if to in _OWN_FORMS:
+        report.notes.append(
+            f"the names and shapes are those of {to}, in safetensors files; {_OWN_FORMS[to]}"
+        )
     report.dropped, report.kept = list(aside.dropped), list(aside.kept)
     report.notes += [*known.notes, *source.notes, *said, *aside.words(), *notes]
     if untied:
@@ -291,6 +295,14 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         files.written,
         files.copied,
     )
+
+
+_OWN_FORMS = {
+    "gguf": "a .gguf file for llama.cpp is not written (its own convert_hf_to_gguf.py makes one)",
+    "litgpt": "a lit_model.pth is not written (litgpt convert_to_litgpt makes one)",
+    "megatron": "Megatron's distributed checkpoint is not written (Megatron-Bridge makes one)",
+}
+"""Layouts of tools that read weights in a form of their own, and what the user may expect and does not get."""
 
 
 def _read_there(config: ModelConfig | None, to: str | None) -> ModelConfig | None:

@@ -102,7 +102,7 @@ def _told(dialect: Dialect, src: Path, said: SourceName) -> Dialect:
                 f"--alpha and --rank are for files that do not say them ({', '.join(names)}), and those of "
                 f"{dialect.name} do",
                 where=str(src),
-                fix="leave them out",
+                fix='leave them out; for a lower rank use --via svd:RANK (via="svd:RANK")',
             )
         )
     made: Dialect = told(said.alpha, said.rank)

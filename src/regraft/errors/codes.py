@@ -112,7 +112,8 @@ class Code(Enum):
         "no-image",
         Part.REFUSED,
         "no exact equivalent",
-        "merge the adapter into its base and convert the base",
+        "allow a LoRA of another rank (`--via dense`, `--via svd:RANK`) where what is refused is a delta; or "
+        "write the base with the adapter in it: `--merge`, with the base as `--model`",
         "the weight that a tensor belongs to is stored differently, and nothing carries this tensor "
         "along (DoRA's magnitudes, a LoRA's bias, another tuner's tensors); or an equation splits a "
         "matrix so that a low-rank block does not stay one",
@@ -121,14 +122,14 @@ class Code(Enum):
         "single-expert",
         Part.REFUSED,
         "a single expert that PEFT cannot hold",
-        "merge",
+        "write the base with the adapter in it: `--merge`, with the base as `--model`",
         "PEFT cannot hold a LoRA on a parameter of one single expert that is stored this way",
     )
     PARTIAL_WEIGHTS = (
         "partial-weights",
         Part.REFUSED,
         "saved weights that become one tensor are incomplete",
-        "merge",
+        "write the base with the adapter in it: `--merge`, with the base as `--model`",
         "`modules_to_save` saved some of the weights that become one tensor",
     )
     NEEDS_BASE_WEIGHTS = (
@@ -171,7 +172,7 @@ class Code(Enum):
         "nothing-left",
         Part.REFUSED,
         "nothing is left for PEFT to adapt",
-        "merge the adapter into its base and convert the base",
+        "write the base with the adapter in it: `--merge`, with the base as `--model`",
         "every LoRA had to be added to its base weight",
     )
 

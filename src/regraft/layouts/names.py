@@ -203,10 +203,14 @@ def _nearest(name: str, known: Sequence[str], titles: Mapping[str, DialectName])
     """The name that is meant, by its spelling or by a tool that the dialect's title names."""
     from difflib import get_close_matches  # slow to import, and asked of misspelled names only
 
+    meant = _letters(name)
+    for each in known if meant else ():  # a name's last part: v5, 5, transformers5
+        whole, last = _letters(each), _letters(each.rpartition("-")[2])
+        if meant in (last, last.removeprefix("v"), whole.replace("v", "")):
+            return each
     close = get_close_matches(name, known, n=1)
     if close:
         return close[0]
-    meant = _letters(name)
     for each, dialect in titles.items():
         if len(meant) > 2 and meant in _letters(dialect.title):
             return each

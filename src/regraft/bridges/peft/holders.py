@@ -86,7 +86,8 @@ def choose(root: Any, source: Opened, arriving: Arriving | None = None) -> tuple
                 "no-model",
                 f"there is no transformers model in this {type(root).__name__}",
                 where=source.where,
-                fix="give a PreTrainedModel, a PeftModel, or something that holds one",
+                fix="give a PreTrainedModel, a PeftModel, or something that holds one; for another model convert the "
+                "adapter's files (regraft.convert) and load them with PEFT",
             )
         )
     fitting: list[tuple[Place, Adapter]] = []
