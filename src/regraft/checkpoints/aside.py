@@ -13,7 +13,7 @@ from fnmatch import translate
 import numpy as np
 from msgspec import Struct
 
-from regraft.adapters.provenance import read_remembered
+from regraft.adapters.provenance import Remembered
 from regraft.checkpoints.source import Source
 from regraft.equation.notation import parse_equation
 from regraft.errors import BadInputError, Finding
@@ -38,18 +38,14 @@ class Aside(Struct, frozen=True):
     gone: tuple[str, ...] = ()
     """What was dropped on the way to this checkpoint, by its metadata, and is not in it."""
 
-    def without(self, headers: Headers) -> Headers:
+    def without(self, groups: Iterable[Group]) -> list[Group]:
         """Everything that is converted."""
-        if not self.kept:
-            return headers
         kept = set(self.kept)
-        groups = [_take(group, kept, wanted=False) for group in headers.groups]
-        return Headers([g for g in groups if len(g)], headers.shapes, headers.dtypes)
+        left = (_take(group, kept, wanted=False) for group in groups)
+        return [group for group in left if len(group)]
 
     def beside(self, plan: Plan, headers: Headers) -> Plan:
         """A plan of everything else with what is kept in it; ``headers`` are those of all tensors."""
-        if not self.kept:
-            return plan
         kept = set(self.kept)
         groups = [
             g for g in (_take(group, kept, wanted=True) for group in headers.groups) if len(g)
@@ -71,10 +67,12 @@ class Aside(Struct, frozen=True):
         return said
 
 
-def find_aside(source: Source, drop: Sequence[str], keep: Sequence[str]) -> Aside:
+def find_aside(
+    source: Source, drop: Sequence[str], keep: Sequence[str], remembered: Sequence[Remembered]
+) -> Aside:
     """What patterns match among the names of a checkpoint; those that its metadata says were kept before stay so.
 
-    A pattern is a whole name with ``*`` for any text, dots included.
+    ``remembered`` is what its metadata says. A pattern is a whole name with ``*`` for any text, dots included.
 
     Raises ``BadInputError`` for patterns that match nothing, and names that both kinds match; all together.
     """
@@ -109,7 +107,6 @@ def find_aside(source: Source, drop: Sequence[str], keep: Sequence[str]) -> Asid
     )
     if findings:
         raise BadInputError(findings)
-    remembered = [read_remembered(file.metadata) for file in source.files]
     there = set(names) if any(each.set_aside or each.dropped for each in remembered) else set()
     dropped, kept = list(found["--drop"]), dict(found["--keep"])
     gone: dict[str, None] = {}
@@ -131,8 +128,6 @@ def check_kept(
 
     MTP layers may stay, since nothing loads them with the model.
     """
-    if not kept:
-        return
     parts = (part for _, part in model.parts()) if model is not None else ()
     names = set(kept) - mtp_among(kept, parts).names()
     findings = []

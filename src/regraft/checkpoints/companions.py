@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from regraft.checkpoints.aliases import find_aliases
 from regraft.checkpoints.config import V4, V5
-from regraft.checkpoints.moves import Moves, Runs, Strided, add_entry
+from regraft.checkpoints.moves import Moves, Runs, Strided, add_output
 from regraft.checkpoints.quantization import (
     BESIDE,
     BITSANDBYTES,
@@ -43,8 +44,10 @@ from regraft.equation.notation import Axis, Expr, Product, Sum, Term, axes_of
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.plan import Entry, Headers, Plan
+from regraft.planning.steps import Output, output_of, steps_of
 from regraft.storage.ranges import open_ranges
 from regraft.storage.stamp import changed
+from regraft.values import replace
 
 _LEAVES = sorted(BESIDE, key=len, reverse=True)
 _OF_PARAMETERS = {
@@ -66,12 +69,15 @@ _NAMED_IN_METADATA = frozenset({"torchao"})
 _MODELOPT = "hf_quant_config.json"
 
 
-class Companions(Struct, frozen=True, eq=False):
+class Companions(Struct, frozen=True, eq=False, dict=True):
     """Which tensors belong to which; ``of[suffix]`` maps a weight's row to its companion's."""
 
     of: Mapping[str, Mapping[int, int]]
-    headers: Headers
-    """What to plan from: all tensors but the companions, with the shapes that the weights stand for."""
+    groups: Sequence[Group]
+    """All names but the companions', and those that weights stand for."""
+    shapes: Sequence[tuple[int, ...]]
+    """By id; those that the weights stand for."""
+    dtypes: Sequence[str]
     block: tuple[int, ...]
     """The block size that the config gives."""
     aliases: Mapping[int, int]
@@ -80,6 +86,11 @@ class Companions(Struct, frozen=True, eq=False):
     """The method; ``None`` where nothing is quantised."""
     packed: frozenset[int]
     """Weights whose elements are packed, so that they cannot be cut or joined."""
+
+    @cached_property
+    def headers(self) -> Headers:
+        """What to plan from."""
+        return Headers(self.groups, self.shapes, self.dtypes)
 
     def rows(self) -> list[int]:
         """The companions' rows."""
@@ -115,7 +126,9 @@ def find_companions(source: Source, config: Mapping[str, Any] | None) -> Compani
     dtypes += [tensors.dtypes[row] for row in named.values()]
     return Companions(
         found.of,
-        Headers(groups, shapes, dtypes),
+        groups,
+        shapes,
+        dtypes,
         block_size(config),
         owners,
         found.quantization(),
@@ -149,7 +162,9 @@ class _Found:
                 self._sort(name, row)
 
     def quantization(self) -> Quantization | None:
-        """The method, as far as the config and the tensors tell."""
+        """The method, as far as the config and the tensors tell; none without tensors that it adds."""
+        if not self.of:
+            return None
         algorithm = None
         try:
             told = msgspec.json.decode((self.source.root / _MODELOPT).read_bytes())
@@ -455,7 +470,10 @@ def _add(
         return
     sizes = _grid(entry, sources, tensors, companions.block, refuse)
     copies = lower(entry.rule.equation, sizes, reverse=entry.way.direction.backward)
-    add_entry(moves, entry, keys, copies, sizes, sources, tensors)
+    grid = replace(entry, sizes=sizes, copies=tuple(copies), sources=tuple(sources))
+    made = tuple(grid.shape(term) for term in grid.written)
+    names = tuple(group.names() for group in keys)
+    add_output(moves, Output(grid, names, made, tuple(steps_of(grid))), tensors)
 
 
 def _renamed(keys: Group, suffix: str) -> Group:
@@ -474,15 +492,7 @@ def _add_single(
     tensors = source.tensors
     like = int(sources[0].reshape(-1)[0])
     part = Moves()
-    add_entry(
-        part,
-        entry,
-        [entry.keys(term) for term in entry.written],
-        entry.copies,
-        entry.sizes,
-        entry.sources,
-        tensors,
-    )
+    add_output(part, output_of(entry), tensors)
     weights = {
         int(w): int(c)
         for ids, rows in zip(entry.sources, sources, strict=True)
@@ -509,11 +519,6 @@ def _add_single(
     none = np.zeros(len(rows), dtype=np.int64)
     moves.runs.append(Runs(rows, none, at + targets, none, tensors.sizes[rows]))
     moves.wholes.append((at, rows))
-
-
-def entry_keys(entry: Entry) -> list[Group]:
-    """The keys that an entry writes, term by term."""
-    return [entry.keys(term) for term in entry.written]
 
 
 def _grid(

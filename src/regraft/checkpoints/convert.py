@@ -137,9 +137,10 @@ def convert_checkpoint(
     if dry_run:
         return report
     from regraft.checkpoints import result  # a dry run need not wait for what writes
-    from regraft.checkpoints.reads import check_reads
 
-    if ready.plan is not None:
+    if ready.plan is not None and ready.demanding:
+        from regraft.checkpoints.reads import check_reads
+
         check_reads(ready.plan, ready.source)
     if staged is not None:
         result.stage(

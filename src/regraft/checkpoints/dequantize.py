@@ -39,7 +39,6 @@ from regraft.report import CheckpointReport
 from regraft.storage.beside import narrow
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.folder import check_destination, copy_file, staged_folder
-from regraft.storage.json_files import load_json
 from regraft.storage.weights import open_source
 
 Wide = npt.NDArray[np.float32]
@@ -391,9 +390,9 @@ def _write(
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(source.root / path, folder / path)
     if source.config is not None:
-        config = load_json(source.config)
-        (folder / CONFIG).write_text(json.dumps(plain_config(config), indent=2) + "\n")
-        shutil.copymode(source.config, folder / CONFIG)
+        config = plain_config(source.config_data)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(source.config.path, folder / CONFIG)
     kept = [*source.others, Path(CONFIG)]
     narrow(folder, [file.path for file in source.files], kept=kept)
 

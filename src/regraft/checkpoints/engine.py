@@ -78,14 +78,14 @@ class Engine:
                 thread.start()
             # Waiting for the disk is done here, so that no worker has to.
             while working or not self.complete.empty():
+                if self._is_due():
+                    self._note()
                 with suppress(Empty):
                     active = self.complete.get(timeout=0.5)
                     if active is None:
                         working -= 1
                     else:
                         self._seal(active)
-                if self._is_due():
-                    self._note()
         except OSError as error:
             raise cannot_write(self.work.dst, error) from error
         finally:

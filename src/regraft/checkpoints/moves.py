@@ -7,20 +7,20 @@ nothing of rules or models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from math import prod
 
 import numpy as np
 from msgspec import Struct, field
 
 from regraft.checkpoints.source import Tensors
-from regraft.equation.lower import Copy, Nest
+from regraft.equation.lower import Nest
 from regraft.errors import Finding, RefusedError
-from regraft.names.keys import Group, Ints
-from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.names.keys import Ints
+from regraft.planning.plan import Carried, Entry, index_grid
 from regraft.planning.slices import Slicer
-from regraft.planning.steps import steps_of
+from regraft.planning.steps import Output
 from regraft.storage.dtypes import DTYPES
-from regraft.values import replace
 
 LONG_RUN = 1 << 16
 """Runs of so many bytes are worth a system call each; shorter ones are gathered in memory."""
@@ -101,8 +101,8 @@ def identity(tensors: Tensors) -> Moves:
     return finish(moves, tensors)
 
 
-def moves_of(plan: Plan, tensors: Tensors) -> Moves:
-    """What a plan moves; not finished, so that more can be added.
+def moves_of(outputs: Sequence[Output], carried: Sequence[Carried], tensors: Tensors) -> Moves:
+    """What the entries of a plan write, and what it carries; not finished, so that more can be added.
 
     Rows beyond the tensors stand for weights whose bytes are in other tensors.
 
@@ -110,50 +110,39 @@ def moves_of(plan: Plan, tensors: Tensors) -> Moves:
     """
     moves = Moves()
     findings: list[Finding] = []
-    for entry in plan.entries:
-        if entry.renames:
-            ids = entry.sources[0].reshape(-1)
-            moves.add_whole(*_real(entry.keys(entry.written[0]), ids, tensors), tensors)
+    for output in outputs:
+        if output.entry.renames:
+            ids = output.entry.sources[0].reshape(-1)
+            moves.add_whole(*_real(output.names[0], ids, tensors), tensors)
         else:
-            findings += _check_packed(entry, tensors)
+            findings += _check_packed(output.entry, tensors)
             if not findings:
-                keys = [entry.keys(term) for term in entry.written]
-                add_entry(moves, entry, keys, entry.copies, entry.sizes, entry.sources, tensors)
+                add_output(moves, output, tensors)
     if findings:
         raise RefusedError(findings)
-    for carried in plan.carried:
-        moves.add_whole(*_real(carried.group, carried.group.ids, tensors), tensors)
+    for each in carried:
+        moves.add_whole(*_real(each.group.names(), each.group.ids, tensors), tensors)
     return moves
 
 
-def _real(keys: Group, ids: Ints, tensors: Tensors) -> tuple[list[str], Ints]:
+def _real(names: list[str], ids: Ints, tensors: Tensors) -> tuple[list[str], Ints]:
     real = ids < len(tensors)
-    return (keys if real.all() else keys.take(real)).names(), ids[real]
+    return names if real.all() else list(compress(names, real.tolist())), ids[real]
 
 
-def add_entry(
-    moves: Moves,
-    entry: Entry,
-    keys: Sequence[Group],
-    copies: Sequence[Copy],
-    sizes: dict[str, int],
-    sources: Sequence[Ints],
-    tensors: Tensors,
-) -> None:
-    """Add what an entry makes; ``sizes`` and ``copies`` may be those of another grid than its own."""
-    entry = replace(entry, sizes=sizes, copies=tuple(copies), sources=tuple(sources))
+def add_output(moves: Moves, output: Output, tensors: Tensors) -> None:
+    """Add what an entry writes."""
+    entry = output.entry
     count = len(entry)
-    shapes = [entry.shape(term) for term in entry.written]
-    steps = steps_of(entry)
     loops = np.arange(count, dtype=np.int64)[:, None]
     moves.whole = False
     bases, slots = [], []
-    for shape, group in zip(shapes, keys, strict=True):
-        bases.append(moves.add(group.names(), shape, len(group)))
-        slots.append(len(group) // count)
+    for shape, names in zip(output.shapes, output.names, strict=True):
+        bases.append(moves.add(names, shape, len(names)))
+        slots.append(len(names) // count)
     moves.made.append((entry, bases))
-    for step in steps:
-        ids = sources[step.source].reshape(count, -1)[:, step.source_slots]
+    for step in output.steps:
+        ids = entry.sources[step.source].reshape(count, -1)[:, step.source_slots]
         targets = bases[step.target] + loops * slots[step.target] + step.target_slots[None, :]
         rows = ids.reshape(-1), np.tile(step.source_at, count), targets.reshape(-1)
         _add_nest(moves, step.nest, *rows, np.tile(step.target_at, count), tensors)

@@ -7,7 +7,7 @@ those of a published model, so that what shapes do not tell is known; what is no
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,12 @@ def is_of_diffusers(path: Path) -> bool:
     file = path / CONFIG if path.is_dir() else path
     if (path / PIPELINE).is_file():
         return True
-    if file.name != CONFIG or not file.is_file():
-        return False
-    data = load_json(file)
-    return "_class_name" in data and "model_type" not in data
+    return file.name == CONFIG and file.is_file() and says_diffusers(load_json(file))
+
+
+def says_diffusers(config: Mapping[str, Any]) -> bool:
+    """Whether a config is one of diffusers."""
+    return "_class_name" in config and "model_type" not in config
 
 
 def _taken(parts: dict[str, tuple[Part, Shapes]], model: Path) -> PartFiles:

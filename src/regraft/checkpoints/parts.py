@@ -36,6 +36,7 @@ from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
+from regraft.planning.steps import output_of
 from regraft.rules.book import Book, built_in, library
 from regraft.rules.said import said
 from regraft.rules.templates import match_group
@@ -264,7 +265,8 @@ def move_pieces(source: Source, found: Parted) -> list[MovedPiece]:
             if piece.part.book:
                 to_diffusers = found.layout != DIFFUSERS
                 plan = piece.plan or _plan(piece, source.where, to_diffusers=to_diffusers)
-                moves = finish(moves_of(plan, piece.tensors), piece.tensors)
+                outputs = [output_of(entry) for entry in plan.entries]
+                moves = finish(moves_of(outputs, plan.carried, piece.tensors), piece.tensors)
                 moved.append(MovedPiece(piece, plan, moves))
             else:
                 moved.append(MovedPiece(piece, None, identity(piece.tensors)))

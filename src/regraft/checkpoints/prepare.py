@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.provenance import KEY
+from regraft.adapters.provenance import KEY, Remembered
 from regraft.checkpoints.aliases import add_aliases, use_owners
 from regraft.checkpoints.aside import Aside, check_kept, drop_rows, find_aside
 from regraft.checkpoints.casting import TORCH, Cast, cast_dtypes
@@ -28,7 +28,12 @@ from regraft.checkpoints.moves import (
     moves_of,
     pairs_from,
 )
-from regraft.checkpoints.part_files import PartFiles, files_of_part, is_of_diffusers
+from regraft.checkpoints.part_files import (
+    PartFiles,
+    files_of_part,
+    is_of_diffusers,
+    says_diffusers,
+)
 from regraft.checkpoints.parts import is_parted
 from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
@@ -36,7 +41,7 @@ from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, is_checkpoint, open_checkpoint
-from regraft.checkpoints.spelling import read_config, read_spelling, write_note
+from regraft.checkpoints.spelling import read_config, read_spelling, remembered_in, write_note
 from regraft.checkpoints.ties import (
     FIELD,
     Ties,
@@ -56,10 +61,11 @@ from regraft.planning.identify import Detected, detect, make_plan
 from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.notes import notes_of
 from regraft.planning.plan import Plan
+from regraft.planning.steps import output_of
 from regraft.report import CheckpointReport, Trace
 from regraft.rules.book import own_books, rules_words
 from regraft.rules.mtp import check_mtp
-from regraft.storage.json_files import load_json
+from regraft.storage.json_files import JsonFile
 from regraft.values import Struct, replace
 
 _UNUSED = (
@@ -106,6 +112,7 @@ def prepare(
     Raises what opening, detecting and planning raise.
     """
     opened = open_checkpoint(path)
+    told = told_of_model(opened, model)
     if to is not None and is_parted(opened):
         if keep:
             message = "--keep: the parts of a pipeline have no place for tensors that no rule moves"
@@ -121,14 +128,16 @@ def prepare(
             name=name,
             drop=drop,
         )
+    config = load_model(told) if told is not None else None
     source, stripped = strip_wrappers(opened)
-    source = replace(source, notes=(*source.notes, *stripped))
+    if stripped:
+        source = replace(source, notes=(*source.notes, *stripped))
     if to is not None:
         refuse_adapters(source)
     options = _Options(
         to, model, source_layout, shard_size, casts, foreign, name, untie, drop, keep
     )
-    return _prepare(source, options)
+    return _prepare(source, config, options)
 
 
 class _Options(Struct, frozen=True):
@@ -146,15 +155,16 @@ class _Options(Struct, frozen=True):
     keep: Sequence[str]
 
 
-def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Prepared:
+def _prepare(
+    whole: Source, config: ModelConfig | None, options: _Options, *, repaired: bool = False
+) -> Prepared:
     """The same for a checkpoint that was opened; one that is ``repaired`` is not repaired again."""
     to, foreign, name, untie = options.to, options.foreign, options.name, options.untie
     model, drop, keep, casts = options.model, options.drop, options.keep, options.casts
-    source = whole
-    config = model_of(source, model)
+    source, remembered = whole, remembered_in(whole)
     found = unequal_ties(source, _read_there(config, to), foreign) if to is not None else Ties()
     ties = found.unequal
-    aside = find_aside(source, drop, keep)
+    aside = find_aside(source, drop, keep, remembered)
     dropped = set(aside.dropped)
     halves = [tie for tie in ties if len(dropped & {tie.kept, tie.other}) == 1]
     refuse_rest(source, ties, aside.dropped)
@@ -164,11 +174,10 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     left = [tie for tie in ties if not dropped & {tie.kept, tie.other}]
     tensors = source.tensors
     companions = find_companions(source, config.data if config is not None else None)
-    headers, companions = (
-        companions.headers,
-        replace(companions, headers=aside.without(companions.headers)),
-    )
-    spelled = read_spelling((file.metadata for file in source.files), to)
+    spelled = read_spelling(remembered, to)
+    headers = companions.headers
+    if aside.kept:
+        companions = replace(companions, groups=aside.without(headers.groups))
     rest = companions.headers
     unstack = partial(find_unstacked, companions) if companions.quantization is not None else None
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, unstack)
@@ -181,10 +190,20 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         spelled_right = None if repaired else read_misspelled(whole, rest, known)
         if spelled_right is None:
             raise
-        return _prepare(spelled_right, options, repaired=True)
-    if plan is not None:
+        return _prepare(spelled_right, config, options, repaired=True)
+    if plan is not None and aside.kept:
         check_kept(known, plan.books, aside.kept, headers, config, source.where)
         plan = aside.beside(plan, headers)
+    if plan is not None and companions.of:
+        check_quantised(plan, companions)
+        check_step_by_step(plan, companions, source.where)
+    named = plan
+    if plan is not None and companions.aliases:
+        plan = use_owners(plan, companions.aliases)
+    here = plan.source_layout if plan is not None else known.layout or to or ""
+    rules, notes = ({}, []) if plan is None else (plan.fired(), notes_of(plan, known))
+    demanding = plan is not None and bool(plan.demanding())
+    outputs = [output_of(entry) for entry in plan.entries] if plan is not None else []
     if untie and not left and not found.undecided:
         raise BadInputError(nothing_to_untie(source))
     if plan is not None and (
@@ -209,23 +228,21 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         kept = frozenset(tensors.names[row] for row in companions.rows())
         beside = [(name, name) for name in kept]
     else:
-        check_quantised(plan, companions)
-        check_step_by_step(plan, companions, source.where)
-        named, plan = plan, use_owners(plan, companions.aliases)
-        moves = moves_of(plan, tensors)
-        untied = add_aliases(moves, named, companions.aliases, tensors)
+        moves = moves_of(outputs, plan.carried, tensors)
+        if named is not None and companions.aliases:
+            untied = add_aliases(moves, named, companions.aliases, tensors)
         count = len(moves.names)
-        add_companions(moves, plan, companions, source)
+        if companions.of:
+            add_companions(moves, plan, companions, source)
         kept = frozenset(moves.names[count:])
         beside = pairs_from(moves, count, tensors)
         moves = finish(moves, tensors)
     dtypes, changed = cast_dtypes(moves.names, moves.dtypes, casts, kept)
-    note = _note(source, known, plan, to, aside)
+    note = _note(source, known, plan, here, to, aside)
     part = part_by_book(known.books) if to == DIFFUSERS and plan is not None else None
     part = None if name is not None else part
     stem = part.stem if part is not None else None
     layout = lay_out(source, moves, dtypes, options.shard_size, name, note, stem)
-    rules, notes = ({}, []) if plan is None else (plan.fired(), notes_of(plan, known))
     report = CheckpointReport(
         known.layout or to or "",
         to or known.layout or "",
@@ -243,7 +260,9 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
     made = (moves.names, moves.shapes, dtypes)
     report.trace = Trace(headers, plan, len(tensors), beside=tuple(beside), made=made)
     text = (
-        _convert_config(source, known, to, casts, report, untie=untie) if to is not None else None
+        _convert_config(source, known, to, casts, report, remembered, untie=untie)
+        if to is not None
+        else None
     )
     files = PartFiles()
     if part is not None and (text is None or model is not None):
@@ -267,7 +286,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         report.notes += _class_notes(plan, text)
     if name is not None and report.config:
         report.notes.append(
-            f"a file is written, and {source.config} stays as it is; the result's would be another: "
+            f"a file is written, and {source.root / CONFIG} stays as it is; the result's would be another: "
             + "; ".join(report.config)
         )
         report.config = []
@@ -294,6 +313,7 @@ def _prepare(whole: Source, options: _Options, *, repaired: bool = False) -> Pre
         note,
         files.written,
         files.copied,
+        demanding,
     )
 
 
@@ -313,12 +333,11 @@ def _read_there(config: ModelConfig | None, to: str | None) -> ModelConfig | Non
 
 
 def _note(
-    source: Source, known: Detected, plan: Plan | None, to: str | None, aside: Aside
+    source: Source, known: Detected, plan: Plan | None, here: str, to: str | None, aside: Aside
 ) -> str | None:
-    """The note for the result's metadata; that of a source that stays as it is."""
+    """The note for the metadata of a result of the layout ``here``; that of a source that stays as it is."""
     if plan is None or to is None:
         if aside.dropped or aside.kept:
-            here = known.layout or to or ""
             return write_note((), here, here, {}, {}, aside.dropped, aside.kept)
         texts = (file.metadata.get(KEY) for file in source.files)
         return next((text for text in texts if text is not None), None)
@@ -328,11 +347,11 @@ def _note(
     if to != plan.books[0].left:
         groups = plan.headers.groups if known.imported else ()
         if source.config is not None:
-            before = load_json(source.config)
+            before = source.config_data
             after, _ = rename_fields(before, to)
-            if rename_fields(after, plan.source_layout)[0] == before:
+            if rename_fields(after, here)[0] == before:
                 before = after
-    return write_note(groups, plan.source_layout, to, before, after, aside.dropped, aside.kept)
+    return write_note(groups, here, to, before, after, aside.dropped, aside.kept)
 
 
 def model_of(source: Source, model: Path | None) -> ModelConfig | None:
@@ -340,10 +359,15 @@ def model_of(source: Source, model: Path | None) -> ModelConfig | None:
 
     ``None`` for one of diffusers: names tell its books.
     """
-    path = model if model is not None else source.config
-    if path is None or is_of_diffusers(path):
-        return None
-    return load_model(path)
+    told = told_of_model(source, model)
+    return load_model(told) if told is not None else None
+
+
+def told_of_model(source: Source, model: Path | None) -> Path | JsonFile | None:
+    """The file that `model_of` takes for the config of the model, as far as it is read already."""
+    if model is not None:
+        return None if is_of_diffusers(model) else model
+    return None if says_diffusers(source.config_data) else source.config
 
 
 def _class_notes(plan: Plan, config: bytes) -> list[str]:
@@ -365,12 +389,13 @@ def _convert_config(
     to: str,
     casts: Sequence[Cast],
     report: CheckpointReport,
+    remembered: Sequence[Remembered],
     *,
     untie: bool,
 ) -> bytes | None:
     if source.config is None:
         return None
-    config: dict[str, Any] = load_json(source.config)
+    config = dict(source.config_data)
     changes: list[str] = []
     is_sorted = list(config) == sorted(config)
     saved_by = str(config.get("transformers_version") or "")
@@ -378,7 +403,7 @@ def _convert_config(
     if known.layout != to or (to == V4 and saved_by.startswith("5.")):
         old = config
         config, changes = rename_fields(config, to)
-        before = read_config((file.metadata for file in source.files), to, old)
+        before = read_config(remembered, to, old)
         # A note decides how fields are spelled, and not what they say: it has to lead to what is there.
         there = known.layout or to
         if before not in (None, config) and rename_fields(before or {}, there)[0] == old:
@@ -394,7 +419,7 @@ def _convert_config(
         changes = [*changes, f"{FIELD} is now false"]
     report.config = changes
     if not changes:
-        return source.config.read_bytes()
+        return source.config.text.encode()
     return (json.dumps(config, indent=2, sort_keys=is_sorted) + "\n").encode()
 
 

@@ -21,6 +21,7 @@ from regraft.checkpoints.pipelines import DIFFUSERS
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import Layout, OutFile, lay_out
 from regraft.checkpoints.source import Source
+from regraft.checkpoints.spelling import remembered_in
 from regraft.errors import BadInputError, Finding
 from regraft.names.patterns import patterns
 from regraft.planning.identify import Detected
@@ -45,7 +46,7 @@ def prepare_parts(
 
     Raises what finding and planning raise.
     """
-    aside = find_aside(source, drop, ())
+    aside = find_aside(source, drop, (), remembered_in(source))
     source = drop_rows(source, aside.dropped)
     found = find_parts(source, source_layout)
     _check_target(source, found, to, name)

@@ -43,6 +43,8 @@ class Prepared(Struct, frozen=True, eq=False):
     """Files beside the weights that are made: where they go in the result's folder, and what is in them."""
     copied: Mapping[str, Path] = field(default_factory=dict)
     """Files beside the weights that are copied from elsewhere."""
+    demanding: bool = False
+    """Whether something is demanded of tensors that are read, so that they are looked at before anything is written."""
 
     def result(self) -> str:
         """A digest of everything that decides what the result is, beside the source's bytes: the same anywhere."""
@@ -75,10 +77,10 @@ class Prepared(Struct, frozen=True, eq=False):
 
     def job(self, options: Mapping[str, str]) -> LocalJob:
         """The work on this machine; ``options`` are words for what was asked for."""
+        digest = self._digest()
+        digest.update(json.dumps([UNIT, [(f.name, f.size) for f in self.layout.files]]).encode())
         files = {
             named(str(f.path.resolve())): (f.stamp.size, f.stamp.modified or f.stamp.version)
             for f in self.source.files
         }
-        digest = self._digest()
-        digest.update(json.dumps([UNIT, [(f.name, f.size) for f in self.layout.files]]).encode())
         return LocalJob(regraft.__version__, files, dict(options), digest.hexdigest())

@@ -32,9 +32,8 @@ def check_reads(plan: Plan, source: Source) -> None:
     findings: list[Finding] = []
     reader = _Reader(source)
     try:
-        for entry in (*plan.entries, *plan.demands):
-            if entry.repeats or entry.paddings(written=False):
-                findings += _wrong_of(entry, plan, source, reader)
+        for entry in plan.demanding():
+            findings += _wrong_of(entry, plan, source, reader)
     finally:
         reader.close()
     if findings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +13,8 @@ from regraft.checkpoints.source import CONFIG, INDEX
 from regraft.checkpoints.units import Cutter
 from regraft.checkpoints.workers import count_jobs
 from regraft.errors import BadInputError, Finding
-from regraft.storage.beside import narrow
-from regraft.storage.folder import check_destination, copy_file
-from regraft.storage.safetensors import sync_path
-from regraft.storage.work import Work, cannot_write, open_work, work_folder, write_file
+from regraft.storage.folder import Beside, check_destination, complete
+from regraft.storage.work import Work, cannot_write, open_work, work_folder
 
 if TYPE_CHECKING:
     from regraft.checkpoints.convert import Progress, Staged
@@ -91,10 +88,15 @@ def write(
     With a ``cutter`` each worker reads what its piece of the result is made of; without, sources are read in order.
     Everything else is as in `write_prepared`.
     """
+    beside = None if name is not None else _beside(ready)
+    advance = advancing(dst.name, ready, progress)
+    try:
+        job, size = ready.job(options or {}), ready.layout.size
+        size += beside.size if beside is not None else 0
+    except OSError as error:
+        raise cannot_write(dst, error) from error
     with open_work(dst, file=name is not None) as work:
-        advance = advancing(work.dst.name, ready, progress)
         try:
-            job, size = ready.job(options or {}), _size_of(ready)
             work.check_place(overwrite=overwrite)
             work.begin(job, resume=resume)
             ready.report.resumed = work.resumed
@@ -112,23 +114,21 @@ def write(
             if finish is not None:
                 work.forget()
                 finish(work.new)
-            _place(work, ready, overwrite=overwrite)
+            complete(work, [f.stamp for f in ready.source.files], beside, overwrite=overwrite)
         except OSError as error:
             raise cannot_write(work.dst, error) from error
 
 
-def _place(work: Work, ready: Prepared, *, overwrite: bool) -> None:
-    """Write everything beside the weights and put the result in its place.
-
-    Raises ``BadInputError`` where the source changed meanwhile, ``OSError``.
-    """
-    for file in ready.source.files:
-        file.stamp.check()
-    if not work.file:
-        _write_others(work, ready)
-    kept = [*ready.source.others, Path(CONFIG), *map(Path, ready.copied)]
-    narrow(work.new, [file.path for file in ready.source.files], kept=kept)
-    work.place(overwrite=overwrite)
+def _beside(ready: Prepared) -> Beside:
+    """What stands beside the weights; the index, which says that they are complete, comes last."""
+    source = ready.source
+    copied = {str(path): source.root / path for path in source.others}
+    written, like = dict(ready.written), {}
+    if ready.config is not None and source.config is not None:
+        written[CONFIG], like[CONFIG] = ready.config, source.config.path
+    if ready.layout.index is not None:
+        written[INDEX] = ready.layout.index
+    return Beside({**copied, **ready.copied}, written, like)
 
 
 def stage(
@@ -170,8 +170,9 @@ def stage(
         return
 
     def place(work: Work, ready: Prepared) -> None:
+        beside = None if work.file else _beside(ready)
         try:
-            _place(work, ready, overwrite=overwrite)
+            complete(work, [f.stamp for f in ready.source.files], beside, overwrite=overwrite)
         except OSError as error:
             raise cannot_write(work.dst, error) from error
 
@@ -188,30 +189,3 @@ def advancing(name: str, ready: Prepared, progress: Progress | None) -> Advance:
             progress(name, done[0], ready.layout.size)
 
     return advance
-
-
-def _size_of(ready: Prepared) -> int:
-    """How many bytes the result has, with everything beside the weights."""
-    others = sum((ready.source.root / path).stat().st_size for path in ready.source.others)
-    others += sum(path.stat().st_size for path in ready.copied.values())
-    others += sum(map(len, ready.written.values()))
-    return ready.layout.size + others + len(ready.layout.index or b"")
-
-
-def _write_others(work: Work, ready: Prepared) -> None:
-    """Everything beside the weights; the index, which says that they are complete, comes last."""
-    others = {str(path): ready.source.root / path for path in ready.source.others}
-    for path, origin in {**others, **ready.copied}.items():
-        target = work.new / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        copy_file(origin, target)
-        sync_path(target)
-    for path, text in ready.written.items():
-        (work.new / path).parent.mkdir(parents=True, exist_ok=True)
-        write_file(work.new / path, text)
-    if ready.config is not None and ready.source.config is not None:
-        write_file(work.new / CONFIG, ready.config)
-        shutil.copymode(ready.source.config, work.new / CONFIG)
-    if ready.layout.index is not None:
-        write_file(work.new / INDEX, ready.layout.index)

@@ -28,7 +28,7 @@ from regraft.storage.dtypes import DTYPES
 from regraft.storage.formats import find_form, is_torch
 from regraft.storage.header import TensorInfo, first_names
 from regraft.storage.hub import how_to_find
-from regraft.storage.json_files import load_json
+from regraft.storage.json_files import JsonFile, load_json, read_json
 from regraft.storage.stand_ins import remote_at
 from regraft.storage.weights import OF_TORCH, File, read_file
 from regraft.values import replace
@@ -90,8 +90,8 @@ class Source(Struct, frozen=True):
     """The folder that its files are in."""
     files: tuple[File, ...]
     tensors: Tensors
-    config: Path | None
-    """Its ``config.json``."""
+    config: JsonFile | None
+    """Its ``config.json``, which need not be sound."""
     index: Mapping[str, Any] | None
     """The index's metadata; ``None`` where there is no index."""
     others: tuple[Path, ...]
@@ -107,6 +107,18 @@ class Source(Struct, frozen=True):
     def is_remote(self) -> bool:
         """Whether any of its weights is in a store, or put together as it is read."""
         return any(remote_at(file.path) is not None for file in self.files)
+
+    @property
+    def config_data(self) -> dict[str, Any]:
+        """What its ``config.json`` says, to be changed by nobody; empty where there is none.
+
+        Raises ``BadInputError`` where it is not sound.
+        """
+        if self.config is None:
+            return {}
+        if self.config.error is not None:
+            raise self.config.error
+        return self.config.data
 
     @property
     def is_bin(self) -> bool:
@@ -166,7 +178,6 @@ def open_checkpoint(path: Path) -> Source:
             message = f"it is one of {int(part[3])} files of a checkpoint"
             fix = "give the folder that they are in"
             raise BadInputError(Finding("one-shard", message, where=str(path), fix=fix))
-        config = root / CONFIG if (root / CONFIG).is_file() else None
     else:
         root = path
         if not path.is_dir():
@@ -175,7 +186,6 @@ def open_checkpoint(path: Path) -> Source:
         index = _find_index(root, notes)
         weights = _list_shards(root, index, notes)
         found = [root / name for name in weights]
-        config = root / CONFIG if (root / CONFIG).is_file() else None
         others, left_out = _list_others(root, weights)
     if (root / UNFINISHED).exists():
         message = "a run that renamed its tensors in place did not come to its end"
@@ -185,6 +195,8 @@ def open_checkpoint(path: Path) -> Source:
     findings = _absent(found, index)
     found = [file for file in found if index is None or os.path.lexists(file)]
     findings += check_files(root, [*found, *heads, *(root / other for other in others)])
+    sound = not findings and (root / CONFIG).is_file()
+    config = read_json(root / CONFIG) if sound else None
     files: list[File] = []
     parts: list[tuple[Mapping[str, TensorInfo], int]] = []
     for file in found:

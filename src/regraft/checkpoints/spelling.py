@@ -16,27 +16,32 @@ from regraft.adapters.provenance import (
     KEY,
     KeptTable,
     Origin,
+    Remembered,
     read_remembered,
     write_remembered,
 )
+from regraft.checkpoints.source import Source
 from regraft.names.keys import MARK, Group, fill
 
 
-def read_spelling(metadata: Iterable[Mapping[str, str]], layout: str | None) -> list[str]:
-    """The names that a layout's tensors had before, by the metadata of a checkpoint's files."""
-    for entry in metadata:
-        found = read_remembered(entry)
+def remembered_in(source: Source) -> list[Remembered]:
+    """What the metadata of a checkpoint's files notes, file by file; nothing of those that note nothing."""
+    return [read_remembered(file.metadata) for file in source.files if KEY in file.metadata]
+
+
+def read_spelling(remembered: Iterable[Remembered], layout: str | None) -> list[str]:
+    """The names that a layout's tensors had before."""
+    for found in remembered:
         if found.names and found.source.layout == layout:
             return found.names
     return []
 
 
 def read_config(
-    metadata: Iterable[Mapping[str, str]], layout: str, config: Mapping[str, Any]
+    remembered: Iterable[Remembered], layout: str, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The config as it was in a layout; ``None`` where no note tells it, or it was changed since."""
-    for entry in metadata:
-        found = read_remembered(entry)
+    for found in remembered:
         if found.config and found.source.layout == layout:
             return found.config_before(config)
     return None

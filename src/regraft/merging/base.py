@@ -42,7 +42,6 @@ from regraft.planning.plan import Headers
 from regraft.report import CheckpointReport
 from regraft.rules.book import Book, built_in, library
 from regraft.storage.dtypes import DTYPES
-from regraft.storage.json_files import load_json
 from regraft.storage.ranges import Ranges
 from regraft.storage.weights import open_source
 from regraft.values import replace
@@ -374,7 +373,7 @@ def prepare_like(
     config = _config(base, casts, report)
     if name is not None and report.config:
         report.notes.append(
-            f"a file is written, and {source.config} stays as it is; the result's would be another: "
+            f"a file is written, and {source.root / CONFIG} stays as it is; the result's would be another: "
             + "; ".join(report.config)
         )
     ready = Prepared(source, known, None, moves, dtypes, layout, config, report, written=indexes)
@@ -383,10 +382,10 @@ def prepare_like(
 
 def _config(base: Base, casts: Sequence[Cast], report: CheckpointReport) -> bytes | None:
     """The config.json of the result."""
-    path = base.source.config
-    if path is None:
+    beside = base.source.config
+    if beside is None:
         return None
-    config = load_json(path)
+    config = dict(base.source.config_data)
     ordered = list(config) == sorted(config)
     whole = next((cast for cast in reversed(casts) if cast.pattern == "*"), None)
     for name in ("dtype", "torch_dtype"):
@@ -397,7 +396,7 @@ def _config(base: Base, casts: Sequence[Cast], report: CheckpointReport) -> byte
         config = without_ties(config)
         report.config.append("tie_word_embeddings is now false")
     if not report.config:
-        return path.read_bytes()
+        return beside.text.encode()
     return (json.dumps(config, indent=2, sort_keys=ordered) + "\n").encode()
 
 

@@ -16,7 +16,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book
 from regraft.rules.said import said
 from regraft.storage.hub import parse_id
-from regraft.storage.json_files import load_json
+from regraft.storage.json_files import JsonFile, load_json
 
 _SUB_MODELS = {
     "text_config": "language_model",
@@ -174,11 +174,15 @@ class ModelConfig(Struct, frozen=True):
         return len(self.model_types()) > 1
 
 
-def load_model(path: Path | str) -> ModelConfig:
-    """The config of a base model from its folder or its ``config.json``.
+def load_model(path: Path | str | JsonFile) -> ModelConfig:
+    """The config of a base model from its folder or its ``config.json``, which may be read already.
 
     Raises ``BadInputError``.
     """
+    if isinstance(path, JsonFile):
+        if path.error is not None:
+            raise path.error
+        return _model(path.data, path.path)
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not path.exists() and parse_id(str(path)) is None:
@@ -195,7 +199,11 @@ def load_model(path: Path | str) -> ModelConfig:
                 fix="give the folder of the base model, or its config.json" + _how_to_get(path),
             )
         )
-    data = load_json(file)
+    return _model(load_json(file), file)
+
+
+def _model(data: Mapping[str, Any], file: Path) -> ModelConfig:
+    """What a ``config.json`` says of a model, once it is clear that it can be one's."""
     if not isinstance(data.get("model_type"), str):
         raise BadInputError(
             Finding(

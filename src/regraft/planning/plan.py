@@ -275,6 +275,14 @@ class Plan(Struct, frozen=True, eq=False):
             counts[str(entry.rule)] = counts.get(str(entry.rule), 0) + len(entry)
         return counts
 
+    def demanding(self) -> list[Entry]:
+        """The entries that demand something of the tensors that they read: equal copies, padding."""
+        return [
+            entry
+            for entry in (*self.entries, *self.demands)
+            if entry.repeats or entry.paddings(written=False)
+        ]
+
     def targets(self) -> Iterator[Group]:
         """The keys of the result."""
         for entry in self.entries:

@@ -39,6 +39,28 @@ class Step(Struct, frozen=True, eq=False, dict=True):
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
+class Output(Struct, frozen=True, eq=False):
+    """What an entry writes, and how."""
+
+    entry: Entry
+    names: tuple[list[str], ...]
+    """Of each term that is written, loop values first, then stacked indices."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of each term; none where tensors are only renamed, and keep theirs."""
+    steps: tuple[Step, ...] = ()
+    """None where tensors are only renamed."""
+
+
+def output_of(entry: Entry) -> Output:
+    """What an entry writes: everything about it that knows nothing of bytes, worked out in one go."""
+    if entry.renames:
+        return Output(entry, (entry.keys(entry.written[0]).names(),))
+    steps = tuple(steps_of(entry))
+    shapes = tuple(entry.shape(term) for term in entry.written)
+    keys = [entry.keys(term) for term in entry.written]
+    return Output(entry, tuple(each.names() for each in keys), shapes, steps)
+
+
 def steps_of(entry: Entry) -> list[Step]:
     """What carrying out an entry takes, of which nothing depends on its tensors."""
     return [_step(entry, copy, entry.written) for copy in entry.copies]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from msgspec import Struct
+
 from regraft.errors import BadInputError, Finding
+from regraft.storage.beside import narrow
 from regraft.storage.probe import open_regular
 from regraft.storage.safetensors import sync_path
 from regraft.storage.stamp import Stamp
 from regraft.storage.stand_ins import remote_at
-from regraft.storage.work import cannot_write, open_work
+from regraft.storage.work import Work, cannot_write, open_work, write_file
 
 _CHUNK = 1 << 20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -87,6 +90,57 @@ def _staged(
             work.place(overwrite=overwrite)
         except OSError as error:
             raise cannot_write(dst, error) from error
+
+
+class Beside(Struct, frozen=True):
+    """What stands beside the weights of a result, by its path in the result's folder."""
+
+    copied: Mapping[str, Path]
+    """Files of the source, and of elsewhere, with their permissions and times."""
+    written: Mapping[str, bytes]
+    """Files that are made, in the order in which they are to be written."""
+    like: Mapping[str, Path]
+    """Those of them that get another file's permissions."""
+
+    @property
+    def size(self) -> int:
+        """In bytes. Raises ``OSError`` where a file that is copied cannot be looked at."""
+        copied = sum(path.stat().st_size for path in self.copied.values())
+        return copied + sum(map(len, self.written.values()))
+
+    def put(self, folder: Path) -> None:
+        """Write everything, onto the disk. Raises ``BadInputError``, ``OSError``."""
+        for path, origin in self.copied.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            copy_file(origin, target)
+            sync_path(target)
+        for path, text in self.written.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / path, text)
+        for path, origin in self.like.items():
+            shutil.copymode(origin, folder / path)
+
+
+def complete(
+    work: Work, sources: Sequence[Stamp], beside: Beside | None, *, overwrite: bool
+) -> None:
+    """Write what stands beside the weights of a result, and put it in its place.
+
+    It is no more open than the files that the weights were made of. ``beside`` is ``None`` for a result that is one
+    file.
+
+    Raises ``BadInputError`` where one of these changed meanwhile, ``OSError``.
+    """
+    for stamp in sources:
+        stamp.check()
+    kept: Iterable[str] = ()
+    if beside is not None:
+        beside.put(work.new)
+        kept = (*beside.copied, *beside.like)
+    narrow(work.new, [stamp.path for stamp in sources], kept=map(Path, kept))
+    work.place(overwrite=overwrite)
 
 
 def check_destination(

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from regraft.errors import BadInputError, Finding
 from regraft.storage.probe import PROBE_SIZE, open_regular, recognize_content
 
@@ -16,6 +18,28 @@ _MAX_JSON_BYTES = 100_000_000
 _MAX_JSON_DEPTH = 64
 """Configs are nested a handful of levels; whatever walks or writes one recursively stays far below Python's limit."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class JsonFile(Struct, frozen=True):
+    """A JSON file as it was when it was read, once for all who ask."""
+
+    path: Path
+    text: str
+    """What is in it, byte for byte; empty where it cannot be read."""
+    data: dict[str, Any]
+    """The object that it holds; nobody may change it."""
+    error: BadInputError | None
+    """What is wrong with it: raised by who needs it, since not everybody does."""
+
+
+def read_json(path: Path) -> JsonFile:
+    """Read a JSON file that holds an object, and keep what is wrong with it; see `load_json`."""
+    text = ""
+    try:
+        text = _read_text(path)
+        return JsonFile(path, text, parse_json(text, str(path)), None)
+    except BadInputError as error:
+        return JsonFile(path, text, {}, error)
 
 
 def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
