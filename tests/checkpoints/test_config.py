@@ -1,8 +1,12 @@
 """Fields of config.json in the names of either version."""
 
 import pytest
+from checkpoints.models import mixtral, snapshot, write_folder
 
+import regraft
+from regraft.checkpoints import prepare
 from regraft.checkpoints.config import V4, V5, convert_config
+from regraft.checkpoints.source import open_checkpoint
 from regraft.errors import BadInputError
 from regraft.planning.model import check_sizes
 
@@ -97,3 +101,27 @@ def test_a_model_type_that_is_no_text_is_an_error(kind, within):
         check_sizes(config if within else {"model_type": kind}, "config.json")
     (finding,) = caught.value.findings
     assert finding.code == "model-config" and finding.key.endswith("model_type")
+
+
+def test_a_config_that_changes_meanwhile_is_that_of_the_beginning(tmp_path, monkeypatch):
+    """It is read once, with the headers: no part of the work sees another one."""
+    src = write_folder(tmp_path / "src", mixtral())
+    regraft.convert(src, tmp_path / "wanted", to=V5)
+    look = prepare.find_companions
+
+    def later(source, config):
+        (src / "config.json").write_text("{}")
+        return look(source, config)
+
+    monkeypatch.setattr(prepare, "find_companions", later)
+    regraft.convert(src, tmp_path / "out", to=V5)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "wanted")
+
+
+def test_a_config_that_is_none_matters_to_those_who_need_it(tmp_path):
+    src = write_folder(tmp_path / "src", mixtral())
+    (src / "config.json").write_text("{")
+    assert open_checkpoint(src).tensors.names
+    with pytest.raises(BadInputError) as caught:
+        regraft.convert(src, tmp_path / "out", to=V5)
+    assert [finding.code for finding in caught.value.findings] == ["not-json"]
