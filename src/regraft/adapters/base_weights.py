@@ -141,7 +141,7 @@ class BaseWeights:
         groups = group_names(names)
         where = self.known.model.path if self.known.model is not None else ""
         books = self.known.books
-        told = detect_layouts(Lookup.of(books, groups), where)
+        told = detect_layouts(Lookup.of(books, groups)).checked(where)
         if self.layout == told.layout or self.layout in told.possible or not told.evidence:
             return
         arrays = _Lazy(weights, names)

@@ -129,7 +129,8 @@ def convert_adapter(
         opened.check_convertible()
     known = find_books(names, opened.hints(), model, opened.where, foreign)
     opened, known, settled = _settle_shared(opened, known, model, to, foreign)
-    known = replace(known, notes=(*known.notes, *names.notes, *settled))
+    if names.notes or settled:
+        known = replace(known, notes=(*known.notes, *names.notes, *settled))
     to = to if into is None else into.layout(to, known)
     into = None if into is None or into.own else into
     try:
@@ -206,12 +207,13 @@ def identify(opened: Opened, known: Known, to: Layout, given: Layout | None) -> 
     Raises ``BadInputError`` where ``given`` contradicts the names, or where it fits no layout, ``RefusedError`` where
     ``to`` is a layout that this model does not have.
     """
+    there = {name for book in known.books for name in (book.left, book.right)}
     for layout in (to, given) if given is not None else (to,):
-        if not any(layout.name in book.layouts for book in known.books):
+        if layout.name not in there:
             if layout is to and known.books and to.name in known_layouts():
                 raise _not_there(known, to)
             edges_to(known.books, layout.name)
-    detected = detect_layout(opened.names(), opened.hints(), known.books, opened.where)
+    detected = detect_layout(known.layouts, opened.hints(), known.books, opened.where)
     if given is None:
         evidence = [known.evidence, *detected.evidence]
         if detected.mixed:

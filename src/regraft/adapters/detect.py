@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from regraft.adapters.protocol import Hints, Names
-from regraft.equation.notation import Key
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, UnmatchedKeysError
 from regraft.errors.extras import lacking, or_ask_transformers
 from regraft.layouts.names import known_layouts
 from regraft.names.keys import Group
-from regraft.planning.detect import detect_layouts, names_tell
+from regraft.planning.base import look_up_base
+from regraft.planning.detect import Layouts, detect_layouts, mixed_layouts, names_tell
 from regraft.planning.lookup import Lookup
 from regraft.planning.model import (
     Foreign,
@@ -24,8 +24,7 @@ from regraft.planning.model import (
     Told,
     load_model,
 )
-from regraft.planning.outside import strange_heads
-from regraft.planning.own_class import own_modules, told_by_class, unchecked_names, whole_class
+from regraft.planning.own_class import unchecked_names
 from regraft.rules.book import Book, books_for, covers, library
 from regraft.rules.direction import SIDES
 from regraft.rules.releases import layouts_of
@@ -63,6 +62,8 @@ class Known(Struct, frozen=True):
     """The adapter's own, to tell whose they are where the base does not explain them."""
     hints: Hints | None = None
     """What the adapter says of its base."""
+    layouts: Layouts = Layouts((), {}, None)
+    """What its names tell of the layout that it is in."""
 
     @property
     def imported(self) -> bool:
@@ -110,95 +111,91 @@ def find_books(
     Raises ``UnmatchedKeysError`` where no book knows the model, ``AmbiguousError`` where several books fit
     and lead to different results.
     """
-    known = _with_own(_find_books(names, hints, model, where, foreign), names, foreign)
-    return replace(known, names=names, hints=hints)
-
-
-def _with_own(known: Known, names: Names, foreign: Foreign | None) -> Known:
-    """With what the base's class adds to the model that the books explain, where it is a class of its own."""
-    model = known.model
-    if model is None or not known.books:
-        return known
-    own = own_modules(
-        Lookup.of(known.books, names.candidates, known.scopes),
-        model,
-        foreign,
-        adapted={f"{group.template}.weight" for group in names.modules},
-        there=lambda: _names_of_base(model),
+    if not names.bound:
+        told = "nothing in it is bound to a layer of the base"
+        return Known((), {}, model, None, told, names=names, hints=hints)
+    groups = names.candidates
+    model = model or model_beside(hints)
+    if model is not None:
+        return _by_model(names, hints, model, where, foreign)
+    if (named := hints.model_type) is None:
+        return _by_keys(names, hints, where)
+    books = tuple(books_for([named]))
+    if not books:
+        raise _unknown_model([named], f"{where}/{hints.source}", given=False)
+    lookup = Lookup.of(books, groups, modules=names.modules)
+    if unknown := lookup.unknown_modules:
+        raise _unexplained(unknown[0], hints, where)
+    return Known(
+        books,
+        {},
+        None,
+        named,
+        f"base model: {named} ({hints.source})",
+        notes=unchecked_names(lookup),
+        names=names,
+        hints=hints,
+        layouts=detect_layouts(lookup),
     )
-    if own.note is None:
-        return known
-    return replace(
-        known,
-        books=(*known.books, *own.books),
-        scopes={**known.scopes, **own.scopes},
-        notes=(*known.notes, own.note),
-    )
 
 
-def _of_unknown_type(names: Names, model: ModelConfig, foreign: Foreign | None) -> Known:
-    """What is known of an adapter for a model of a type that no rule book knows.
+def _by_model(
+    names: Names, hints: Hints, model: ModelConfig, where: str, foreign: Foreign | None
+) -> Known:
+    """What is known of an adapter by its base's config.
 
-    Raises ``UnmatchedKeysError`` where the names of the base's own weights do not tell that nothing moves.
+    Raises ``BadInputError`` where the adapter names a base of another family, ``UnmatchedKeysError`` where nothing
+    knows the model.
     """
-    adapted = {f"{group.template}.weight" for group in names.modules}
-    own = whole_class(
-        names.candidates, model, foreign, adapted=adapted, there=lambda: _names_of_base(model)
+    given, model = model, _replicate_layers(model, hints.replicated)
+    types = model.model_types()
+    named = hints.model_type
+    if named is not None and named not in types and books_for([named]):
+        raise _of_another_family(hints, model, where)
+    classes = hints.classes or (*model.architectures(), *_TASKS.get(hints.task or "", ()))
+    base = look_up_base(
+        model,
+        names.candidates,
+        names.modules,
+        foreign,
+        ask=lambda: _ask(foreign, names, hints, given),
+        classes=classes,
+        there=lambda: _names_of_base(given),
     )
-    if own.note is None:
-        raise _unknown_model(model.model_types(), model.path, given=True)
-    told = f"the base is {model.architectures()[0]} ({model.path})"
-    return Known(own.books, own.scopes, model, model.model_type, told, notes=(own.note,))
+    if not base.books:
+        raise _unknown_model(types, model.path, given=True)
+    told = base.told
+    if told is not None:
+        evidence, notes = f"{told.evidence} ({model.path})", told.notes
+    elif base.by_types:
+        evidence = f"the base model is {', '.join(dict.fromkeys(types))} ({model.path})"
+        notes = (*base.unchecked, *_note_on_heads(base.heads, classes))
+    else:
+        evidence, notes = f"the base is {model.architectures()[0]} ({model.path})", ()
+    return Known(
+        base.books,
+        base.scopes,
+        model if told is None else given,
+        model.model_type,
+        evidence,
+        foreign if told is not None else None,
+        notes if base.own is None else (*notes, base.own),
+        told.architecture if told is not None else None,
+        names,
+        hints,
+        base.layouts,
+    )
 
 
 def _names_of_base(model: ModelConfig) -> list[str]:
     return model.weights.names() if model.weights is not None else names_beside(Path(model.path))
 
 
-def _find_books(
-    names: Names,
-    hints: Hints,
-    model: ModelConfig | None,
-    where: str,
-    foreign: Foreign | None,
-) -> Known:
-    if not names.bound:
-        return Known((), {}, model, None, "nothing in it is bound to a layer of the base")
-    if model is None:
-        model = model_beside(hints)
-    if model is not None:
-        _check_family(hints, model, where)
-        books = tuple(books_for(model.model_types()))
-        imported, unchecked = _asked(foreign, names, hints, model, books)
-        if imported is not None:
-            told = f"{imported.evidence} ({model.path})"
-            others = [book for book in books if book.tells != "both"]
-            return Known(
-                (imported.book, *others),
-                {book.name: model.scope_of(book.model_types) for book in others},
-                model,
-                model.model_type,
-                told,
-                foreign,
-                imported.notes,
-                imported.architecture,
-            )
-        if not books:
-            return _of_unknown_type(names, model, foreign)
-        model = _replicate_layers(model, hints.replicated)
-        scopes = {book.name: model.scope_of(book.model_types) for book in books}
-        shown = ", ".join(dict.fromkeys(model.model_types()))
-        told = f"the base model is {shown} ({model.path})"
-        return Known(books, scopes, model, model.model_type, told, notes=unchecked)
-    named = hints.model_type
-    if named is not None:
-        books = tuple(books_for([named]))
-        if not books:
-            raise _unknown_model([named], f"{where}/{hints.source}", given=False)
-        lookup = names.lookup(books)
-        _check_explained(lookup, hints, where)
-        told = f"base model: {named} ({hints.source})"
-        return Known(books, {}, None, named, told, notes=unchecked_names(lookup))
+def _by_keys(names: Names, hints: Hints, where: str) -> Known:
+    """What is known of an adapter by its keys alone.
+
+    Raises ``UnmatchedKeysError`` where they fit no model, ``AmbiguousError`` where they fit several that differ.
+    """
     fitting = books_by_keys(names)
     if not fitting:
         raise UnmatchedKeysError(
@@ -216,7 +213,16 @@ def _find_books(
     if len(outcomes) > 1:
         raise _undecided(list(outcomes.values()), names, where)
     (alike,) = outcomes.values()
-    return Known(alike[0], {}, None, None, f"the keys are those of {_families_of(fitting)}")
+    return Known(
+        alike[0],
+        {},
+        None,
+        None,
+        f"the keys are those of {_families_of(fitting)}",
+        names=names,
+        hints=hints,
+        layouts=detect_layouts(names.lookup(alike[0])),
+    )
 
 
 def _by_family(fitting: Sequence[Book]) -> list[tuple[Book, ...]]:
@@ -318,37 +324,15 @@ def base_names(names: Names) -> list[str]:
     return keys
 
 
-def _asked(
-    foreign: Foreign | None,
-    names: Names,
-    hints: Hints,
-    model: ModelConfig,
-    books: Sequence[Book],
-) -> tuple[Told | None, tuple[str, ...]]:
-    """What the installed transformers says, where books do not know all of a model or lack words for names.
-
-    Beside it, notes on names that nobody could be asked about.
-    """
-    if not covers(books, model.model_types()):
-        return _ask(foreign, names, hints, model), ()
-    packed = [table.module for book in books for table in book.parameters]
-    groups = _named(names, packed)
-    scopes = {book.name: model.scope_of(book.model_types) for book in books}
-    lookup = Lookup.of(books, groups, scopes)
-    told, notes = told_by_class(lookup, model, foreign, lambda: _ask(foreign, names, hints, model))
-    return told, (*notes, *_told_of_heads(lookup, hints, model))
-
-
-def _told_of_heads(lookup: Lookup, hints: Hints, model: ModelConfig) -> Iterator[str]:
+def _note_on_heads(strange: Sequence[Group], classes: Sequence[str]) -> tuple[str, ...]:
     """A note on heads that the base's class has not: an adapter's task may be another class's than the base's."""
-    classes = hints.classes or (*model.architectures(), *_TASKS.get(hints.task or "", ()))
-    strange = strange_heads(lookup, classes)
-    if strange:
-        heads = sorted({name for group in strange for name in group.names()})
-        yield (
-            f"{', '.join(classes)} {'has' if len(classes) == 1 else 'have'} no {', '.join(heads)}; it loads into a "
-            "model of a class that has it"
-        )
+    if not strange:
+        return ()
+    heads = sorted({name for group in strange for name in group.names()})
+    return (
+        f"{', '.join(classes)} {'has' if len(classes) == 1 else 'have'} no {', '.join(heads)}; it loads into a "
+        "model of a class that has it",
+    )
 
 
 def _ask(foreign: Foreign | None, names: Names, hints: Hints, model: ModelConfig) -> Told | None:
@@ -379,20 +363,18 @@ def model_beside(hints: Hints) -> ModelConfig | None:
     return None
 
 
-def _check_family(hints: Hints, model: ModelConfig, where: str) -> None:
+def _of_another_family(hints: Hints, model: ModelConfig, where: str) -> BadInputError:
     """The base that the adapter names must be the one that is given, where both are known."""
-    named = hints.model_type
-    types = model.model_types()
-    if named is not None and books_for([named]) and named not in types:
-        raise BadInputError(
-            Finding(
-                "wrong-base",
-                f"its base is {named}, but {model.path} is of {', '.join(dict.fromkeys(types))}",
-                where=where,
-                key=f"{hints.source}: {_NAMED}",
-                fix="give the base model that it was trained on",
-            )
+    types = ", ".join(dict.fromkeys(model.model_types()))
+    return BadInputError(
+        Finding(
+            "wrong-base",
+            f"its base is {hints.model_type}, but {model.path} is of {types}",
+            where=where,
+            key=f"{hints.source}: {_NAMED}",
+            fix="give the base model that it was trained on",
         )
+    )
 
 
 def is_kin(hints: Hints, names: Names, model: ModelConfig) -> bool:
@@ -403,8 +385,7 @@ def is_kin(hints: Hints, names: Names, model: ModelConfig) -> bool:
     """
     named = hints.model_type
     types = model.model_types()
-    mine = books_for([named]) if named is not None else []
-    if named is None or not mine or named in types:
+    if named is None or named in types or not (mine := books_for([named])):
         return True
     if _family_name(named) not in map(_family_name, types):
         return False
@@ -449,19 +430,18 @@ def why_of_another(findings: Iterable[Finding]) -> str | None:
     return next(of_another, None)
 
 
-def _check_explained(lookup: Lookup, hints: Hints, where: str) -> None:
+def _unexplained(group: Group, hints: Hints, where: str) -> UnmatchedKeysError:
     """Without a config the parts of a composite model are not known; then its keys are not explained."""
-    for group in lookup.unknown_modules:
-        raise UnmatchedKeysError(
-            Finding(
-                "model-needed",
-                f"{hints.source} says that the base is {hints.model_type}, which does not explain this key; it may "
-                "belong to a part of it that only its config names",
-                where=where,
-                key=group.name(0),
-                fix="give the base model with --model (its folder or its config.json)",
-            )
+    return UnmatchedKeysError(
+        Finding(
+            "model-needed",
+            f"{hints.source} says that the base is {hints.model_type}, which does not explain this key; it may "
+            "belong to a part of it that only its config names",
+            where=where,
+            key=group.name(0),
+            fix="give the base model with --model (its folder or its config.json)",
         )
+    )
 
 
 def _unknown_model(model_types: Sequence[str], where: str, *, given: bool) -> UnmatchedKeysError:
@@ -482,13 +462,6 @@ def _how_to_ask(*, given: bool) -> str:
         return f"pass --model DIR (its config.json is enough), so that the installed transformers can be asked{asked}"
     ask = line or "install a release of transformers that has the model"
     return f"{ask}, so that it can be asked, or write a rule book"
-
-
-def _named(names: Names, packed: Sequence[Key]) -> list[Group]:
-    """Names of tensors of the base; of packed parameters, which an adapter names by their module, none."""
-    weights = zip(names.modules, names.candidates, strict=False)
-    bare = [w for m, w in weights if not any(match_group(key, m) for key in packed)]
-    return [*bare, *names.tensors]
 
 
 def books_by_keys(names: Names) -> list[Book]:
@@ -564,12 +537,13 @@ class Detected(Struct, frozen=True):
     """The layouts that parts are of, where they are of several."""
 
 
-def detect_layout(names: Names, hints: Hints, books: Sequence[Book], where: str) -> Detected:
+def detect_layout(told: Layouts, hints: Hints, books: Sequence[Book], where: str) -> Detected:
     """The layout that the names tell; where they are the same in several, what else makes one likely.
 
     Raises ``BadInputError`` where the names of one rule are of two layouts.
     """
-    told = detect_layouts(names.lookup(books), where)
+    if told.clash:
+        raise mixed_layouts(told.clash, where)
     if told.layout is not None:
         shown = f"layout: {told.layout} (found {told.evidence[told.layout]})"
         return Detected(told.layout, [shown], by_names=True, possible=told.possible)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from regraft.adapters.ladder import Carried
     from regraft.adapters.tuned import TunedModules
     from regraft.layouts.names import Layout
-    from regraft.planning.model import ModelConfig
+    from regraft.planning.model import ModelConfig, Scope
     from regraft.planning.plan import Plan
     from regraft.planning.side import Side
 from regraft.planning.lookup import Lookup
@@ -49,19 +49,9 @@ class Names(Struct, frozen=True, eq=False, dict=True):
         weights = (Group(f"{m.template}.weight", m.ids, m.numbers) for m in self.modules)
         return (*weights, *self.tensors)
 
-    def lookup(self, books: Sequence[Book]) -> Lookup:
-        """What books say of them, with the parameters of modules; remembered, since it is asked for again."""
-        found = self._lookups.get(tuple(map(id, books)))
-        if found is None:
-            found = Lookup.of(books, self.candidates, modules=self.modules)
-            self._lookups[tuple(map(id, books))] = (
-                found  # which holds the books, so that ids stay theirs
-            )
-        return found
-
-    @cached_property
-    def _lookups(self) -> dict[tuple[int, ...], Lookup]:
-        return {}
+    def lookup(self, books: Sequence[Book], scopes: Mapping[str, Scope] | None = None) -> Lookup:
+        """What books say of them, with the parameters of modules."""
+        return Lookup.of(books, self.candidates, scopes, self.modules)
 
 
 class Hints(Struct, frozen=True):

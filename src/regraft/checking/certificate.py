@@ -57,6 +57,7 @@ from regraft.layouts.names import joined_to
 from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.compose import plan_along
+from regraft.planning.detect import detect_layouts
 from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.plan import Headers
 from regraft.rules.book import library
@@ -295,7 +296,12 @@ def _layouts(
     spelled = (*base_names(names[1]), *other.hints().remembered.names)
     known = find_books(names[0], replace(hints, spelled=spelled), model, one.where, foreign)
     found = [
-        detect_layout(each, source.hints(), known.books, source.where)
+        detect_layout(
+            detect_layouts(each.lookup(known.books, known.scopes)),
+            source.hints(),
+            known.books,
+            source.where,
+        )
         for each, source in zip(names, (one, other), strict=True)
     ]
     first, second = (detected.layout for detected in found)

@@ -214,7 +214,7 @@ def _open_adapter(
         known = find_books(keys, opened.hints(), config, opened.where, foreign)
         evidence.insert(0, known.evidence)
         if source is None:
-            detected = detect_layout(keys, opened.hints(), known.books, opened.where)
+            detected = detect_layout(known.layouts, opened.hints(), known.books, opened.where)
             layout = detected.layout
             evidence += detected.evidence
     except RegraftError as error:

@@ -22,35 +22,33 @@ from regraft.rules.book import Book
 from regraft.rules.direction import SIDES
 
 
-class Told(Struct, frozen=True):
-    """What names tell."""
+class Layouts(Struct, frozen=True):
+    """What names tell of the layouts that they may be of."""
 
     possible: tuple[str, ...]
     """The layouts that all keys may be of, those of the first books first; empty where parts are of several."""
     evidence: Mapping[str, str]
     """For layouts that keys tell, one such key."""
+    layout: str | None
+    """The layout, where there is only one that fits and a key tells it."""
+    mixed: tuple[str, ...] = ()
+    """The layouts that parts are of, where they are of several."""
+    clash: Mapping[str, str] = {}
+    """For the layouts of one rule's keys one such key, where they are of several: that is an error."""
 
-    @property
-    def layout(self) -> str | None:
-        """The layout, where there is only one that fits and a key tells it."""
-        only = len(self.possible) == 1 and self.possible[0] in self.evidence
-        return self.possible[0] if only else None
-
-    @property
-    def mixed(self) -> tuple[str, ...]:
-        """The layouts that parts are of, where they are of several."""
-        return () if self.possible else tuple(self.evidence)
+    def checked(self, where: str) -> Layouts:
+        """The same. Raises ``BadInputError`` where keys of one rule are of two layouts."""
+        if self.clash:
+            raise mixed_layouts(self.clash, where)
+        return self
 
 
-def detect_layouts(lookup: Lookup, where: str) -> Told:
-    """The layouts that names may be of.
-
-    Raises ``BadInputError`` where keys of one rule are of two layouts.
-    """
+def detect_layouts(lookup: Lookup) -> Layouts:
+    """The layouts that names may be of."""
     layouts = lookup.layouts
     ruled_out: set[str] = set()
-    evidence: dict[str, str] = {}
-    by_rule: dict[tuple[str, str, str], dict[str, str]] = {}
+    evidence: dict[str, Group] = {}
+    by_rule: dict[tuple[str, str, str], dict[str, Group]] = {}
     everything = [*zip(lookup.groups, lookup.found, strict=True), *lookup.modules]
     # By books: the first one's evidence counts.
     for book in lookup.books:
@@ -59,21 +57,25 @@ def detect_layouts(lookup: Lookup, where: str) -> Told:
             if words is None or len(words.rules) != 1:
                 continue
             ((layout, rules),) = words.rules.items()
-            key = group.name(0).removesuffix(".weight")
             ruled_out.add(book.right if layout == book.left else book.left)
-            evidence.setdefault(layout, key)
+            evidence.setdefault(layout, group)
             for rule in rules:
-                by_rule.setdefault((book.name, rule, _above(group)), {}).setdefault(layout, key)
+                by_rule.setdefault((book.name, rule, _above(group)), {}).setdefault(layout, group)
     if len(layouts) > 2:
         ruled_out |= _unexplained(lookup)
         ruled_out |= _without_parameters(lookup)
     possible = tuple(name for name in layouts if name not in ruled_out)
-    told = {name: key for name, key in evidence.items() if not possible or name in possible}
-    if not possible:
-        for keys in by_rule.values():
-            if len(keys) > 1:
-                raise mixed_layouts(keys, where)
-    return Told(possible, told)
+    told = _shown({name: g for name, g in evidence.items() if not possible or name in possible})
+    if possible:
+        only = possible[0] if len(possible) == 1 and possible[0] in told else None
+        return Layouts(possible, told, only)
+    clash = next((groups for groups in by_rule.values() if len(groups) > 1), {})
+    return Layouts((), told, None, tuple(told), _shown(clash))
+
+
+def _shown(groups: Mapping[str, Group]) -> dict[str, str]:
+    """For each layout a key that tells it, as messages show it."""
+    return {layout: group.name(0).removesuffix(".weight") for layout, group in groups.items()}
 
 
 def telling(books: Sequence[Book], groups: Sequence[Group]) -> tuple[Book, ...]:
@@ -124,13 +126,12 @@ def _unexplained(lookup: Lookup) -> set[str]:
 def _without_parameters(lookup: Lookup) -> set[str]:
     """Layouts in which a module that has parameters of its own in another is neither such a one nor has a weight."""
     missing: set[str] = set()
-    for group, found in lookup.modules:
-        having = {name for words in found for name in words.layouts}
-        if having:
-            weight = Group(f"{group.template}.weight", group.ids, group.numbers)
-            (there,) = Lookup.of([words.book for words in found], [weight]).found
-            missing |= set(lookup.layouts).difference(having, *(words.layouts for words in there))
+    # The first groups are the weights of the modules, in order.
+    for (_, owned), found in zip(lookup.modules, lookup.found, strict=False):
+        if owned:
+            known = (words.layouts for words in (*owned, *found))
+            missing |= set(lookup.layouts).difference(*known)
     return missing
 
 
-__all__ = ["Told", "detect_layouts", "mixed_layouts", "names_tell", "telling"]
+__all__ = ["Layouts", "detect_layouts", "mixed_layouts", "names_tell", "telling"]

@@ -262,7 +262,7 @@ def _layout_of(
             edges_to(books, given)
         return given, "its layout was given", ()
     books = telling(books, headers.groups)
-    told = detect_layouts(Lookup.of(books, headers.groups, scopes, known=known), where)
+    told = detect_layouts(Lookup.of(books, headers.groups, scopes, known=known)).checked(where)
     if told.layout is not None:
         return told.layout, f"layout: {told.layout} (found {told.evidence[told.layout]})", ()
     if told.mixed:

@@ -3,7 +3,7 @@
 Lookup.of(books, groups, scopes)      which keys, rules and carry-overs of which book match
 .unexplained                      what no book has a word for
 outside(lookup, model)                what only looks like a model's
-detect_layouts(lookup, where)         which layouts the keys may be of
+detect_layouts(lookup)            which layouts the keys may be of
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         named = tuple(
             (
                 group,
-                tuple(_owned(book, group) for book, scope in parts if scope.admits(group.template)),
+                tuple(
+                    Words(book, (), rules, tuple(rules))
+                    for book, scope in parts
+                    if scope.admits(group.template) and (rules := book.moving_parameters(group))
+                ),
             )
             for group in modules
         )
@@ -106,6 +110,18 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         return tuple(left)
 
     @property
+    def without_parameters(self) -> Lookup:
+        """The same without weights of modules of which a book lists the parameters: these have no weight."""
+        # The first groups are the weights of the modules, in order.
+        gone = {row for row, (_, owned) in enumerate(self.modules) if owned}
+        if not gone:
+            return self
+        rows = [row for row in range(len(self.groups)) if row not in gone]
+        groups = tuple(self.groups[row] for row in rows)
+        found = tuple(self.found[row] for row in rows)
+        return Lookup(self.books, self.layouts, groups, found, (), self.own)
+
+    @property
     def unknown_modules(self) -> list[Group]:
         """The weights of modules of which no book has a word, neither for them nor for their parameters.
 
@@ -115,7 +131,7 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         return [
             group
             for group, found, (_, owned) in weights
-            if not any(words.layouts for words in (*found, *owned))
+            if not owned and not any(words.layouts for words in found)
         ]
 
     def knows_parameters(self, module: Group) -> bool:
@@ -135,14 +151,3 @@ def _words(book: Book, group: Group) -> Words:
     }
     whole = len(rules) < len(SIDES) and book.carried.matches(group)
     return Words(book, keys, rules, (book.left, book.right) if whole else tuple(rules))
-
-
-def _owned(book: Book, group: Group) -> Words:
-    """What a book says of modules that have parameters of their own."""
-    rules = {}
-    for side, layout in zip(SIDES, (book.left, book.right), strict=True):
-        known = book.owners(side) if book.parameters else ()
-        names = tuple(rule for key, rule in known if match_group(key, group) is not None)
-        if names:
-            rules[layout] = names
-    return Words(book, (), rules, tuple(rules))

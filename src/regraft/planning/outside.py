@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from regraft.equation.notation import Hole, Key, Segments
 from regraft.names.keys import MARK, Group
 from regraft.planning.lookup import Lookup, Words
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
-from regraft.rules.templates import Match, match_group
-from regraft.values import replace
 
 _BY_ITSELF = ("model", "")
 """Where text models of transformers have their layers, with a head and without."""
@@ -45,26 +44,26 @@ def outside(lookup: Lookup, model: ModelConfig | None) -> list[Group]:
     user's own, what ``{*p}`` may hold is the user's to say.
     """
     found = [
-        (group, key, match)
+        (group, *each)
         for group, said in zip(lookup.groups, lookup.found, strict=True)
-        for key, match in _first(group, said, lookup.own)
+        for each in _first(group, said, lookup.own)
     ]
     layers: Counter[tuple[str, str]] = Counter()
-    for _, key, match in found:
+    for _, key, below, rows in found:
         if _numbers_layers(key):
-            layers[match.rests[0], str(key.parts[1])] += len(match.rows)
+            layers[below, str(key.parts[1])] += len(rows)
     if not layers:
         return []
     (((place, name), _),) = layers.most_common(1)
     alone = model is not None and not model.is_composite()
     if place not in (_BY_ITSELF if alone else _INSIDE):
-        return [group.take(match.rows) for group, _, match in found]
-    below = f"{place}{name}{MARK}.".removeprefix(".")
-    several = model is not None and model.is_composite()
+        return [group.take(rows) for group, _, _, rows in found]
+    layer = f"{place}{name}{MARK}.".removeprefix(".")
+    several = model is not None and not alone
     return [
-        group.take(match.rows)
-        for group, _, match in found
-        if match.rests[0] != place and (not several or f"{match.rests[0]}.".startswith(below))
+        group.take(rows)
+        for group, _, below, rows in found
+        if below != place and (not several or f"{below}.".startswith(layer))
     ]
 
 
@@ -94,20 +93,22 @@ def strange_heads(lookup: Lookup, classes: Sequence[str]) -> list[Group]:
     ]
 
 
-def _first(group: Group, said: Sequence[Words], own: Sequence[Book]) -> Iterator[tuple[Key, Match]]:
-    """The keys of books that take rows of a group, where they begin with ``{*p}``; each row once."""
-    left = np.arange(len(group.ids))
+def _first(
+    group: Group, said: Sequence[Words], own: Sequence[Book]
+) -> Iterator[tuple[Key, str, npt.NDArray[np.intp]]]:
+    """The keys of books that begin with ``{*p}``, what that holds, and the rows that they take; each row once."""
+    free = np.ones(len(group.ids), dtype=bool)
     for words in said:
         if words.book.tells != "both" or any(words.book is each for each in own):
             continue
-        for key, whole in words.keys:
-            match = whole if len(left) == len(group.ids) else match_group(key, group.take(left))
-            if match is None:
+        for key, match in words.keys:
+            rows = match.rows[free[match.rows]]
+            if not len(rows):
                 continue
             if isinstance(key.parts[0], Segments):
-                yield key, replace(match, rows=left[match.rows])
-            left = np.delete(left, match.rows)
-            if not len(left):
+                yield key, match.rests[0], rows
+            free[rows] = False
+            if not free.any():
                 return
 
 

@@ -55,7 +55,7 @@ from regraft.equation.notation import (
 from regraft.equation.sizes import undetermined
 from regraft.errors import BadInputError, Finding
 from regraft.import_path import entry_points_of
-from regraft.rules.direction import Direction, Side
+from regraft.rules.direction import SIDES, Direction, Side
 from regraft.rules.kinds import KINDS, NONE, OUT
 from regraft.rules.meet import meet
 from regraft.rules.said import said, saying
@@ -65,6 +65,7 @@ from regraft.values import replace
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+    from regraft.names.keys import Group
     from regraft.rules.templates import KeyTable
     from regraft.rules.terms import RuleTerm
 
@@ -387,7 +388,7 @@ class Book:
     owned: dict[str, list[tuple[Key, str]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What was asked for by side, see `owners`."""
+    """What was asked for by side, see `moving_parameters`."""
     passed: dict[Side, tuple[tuple[str, ...], ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -460,7 +461,19 @@ class Book:
             )
         return self.tables["keys"]
 
-    def owners(self, side: Side) -> list[tuple[Key, str]]:
+    def moving_parameters(self, modules: Group) -> dict[str, tuple[str, ...]]:
+        """The rules that move parameters of modules, for each layout in which these have parameters of their own."""
+        if not self.parameters:
+            return {}
+        from regraft.rules.templates import match_group
+
+        return {
+            self.layout(side): rules
+            for side in SIDES
+            if (rules := tuple(r for key, r in self._owners(side) if match_group(key, modules)))
+        }
+
+    def _owners(self, side: Side) -> list[tuple[Key, str]]:
         """The modules of a side that have parameters of their own, each with the rule that moves one of these."""
         known = f"owners {side}"
         if known not in self.owned:

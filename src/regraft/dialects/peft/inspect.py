@@ -35,6 +35,7 @@ from regraft.errors.codes import Status
 from regraft.layouts.names import DEFAULT
 from regraft.names.keys import one_of_each
 from regraft.names.patterns import Pattern, group_alike
+from regraft.planning.detect import detect_layouts
 from regraft.planning.model import Foreign, ModelConfig, load_model
 from regraft.planning.side import Side
 from regraft.rules.book import Book
@@ -251,7 +252,7 @@ def _inspect_other(
         dialect=dialect.name,
     )
     if books:
-        result.layouts = _find_layouts(names, opened, books, result)
+        result.layouts = _find_layouts(known, names, opened, books, result)
     elif hints.layout is not None:
         result.layouts = [hints.layout]
         result.evidence.append(f"layout: {hints.layout} (the form of the file)")
@@ -308,7 +309,7 @@ def inspect_adapter(
         problems=problems,
     )
     if books:
-        result.layouts = _find_layouts(names_of_scan(scan), source, books, result)
+        result.layouts = _find_layouts(known, names_of_scan(scan), source, books, result)
     result.others = _other_patterns(scan, tensors)
     if lora and scan.pairs:
         _read_targets(scan, source, known, result)
@@ -340,10 +341,11 @@ def _find_model(
 
 
 def _find_layouts(
-    names: Names, source: Opened, books: Sequence[Book], result: Inspected
+    known: Known | None, names: Names, source: Opened, books: Sequence[Book], result: Inspected
 ) -> list[str]:
+    told = known.layouts if known is not None else detect_layouts(names.lookup(books))
     try:
-        detected = detect_layout(names, source.hints(), books, source.where)
+        detected = detect_layout(told, source.hints(), books, source.where)
     except RegraftError as error:
         result.problems += error.findings
         return []
