@@ -46,23 +46,23 @@ def at_home(
     """
     if model is None:
         return opened, None
+    inside = has_parts(model)
     try:
         names = opened.names()
     except RegraftError:
         # Whoever converts it says what is wrong, where the base does not tell what is meant.
         return _read_otherwise(opened, model, foreign) or (opened, None)
-    paths = [path for group in (*names.modules, *names.tensors) for path in group.names()]
+    paths = [group.template for group in (*names.modules, *names.tensors)]
     if not paths or not names.bound:
         return opened, None
     if not is_kin(opened.hints(), names, model):
         # It stays where it is, and whoever looks for its rule books says that the base is another's.
         return opened, None
-    inside = has_parts(model)
     homes = [home for home in HOMES if any(path.startswith(home) for path in paths)]
     if inside and not homes and all(path.startswith((TEXT, _HEAD)) for path in paths):
         return _move_in(opened, names, model, foreign)
     if not inside and homes and not _is_in_own_book(model, names):
-        return _move_out(opened, paths, homes, model)
+        return _move_out(opened, names, homes, model)
     if inside and any(map(_REPEATED.search, paths)):
         made = opened.renamed(lambda path: _REPEATED.sub(r"\1", path))
         return made, "language_model stood in its paths several times, and the model has it once"
@@ -71,13 +71,16 @@ def at_home(
 
 def beside_language_model(names: Names) -> list[str]:
     """Paths that are no part of the language model, of an adapter for a model that has one inside."""
-    paths = [path for group in (*names.modules, *names.tensors) for path in group.names()]
-    return _beside(paths, [home for home in HOMES if any(path.startswith(home) for path in paths)])
+    groups = (*names.modules, *names.tensors)
+    return _beside(
+        names, [home for home in HOMES if any(g.template.startswith(home) for g in groups)]
+    )
 
 
-def _beside(paths: Sequence[str], homes: Sequence[str]) -> list[str]:
+def _beside(names: Names, homes: Sequence[str]) -> list[str]:
     within = (*homes, *_HEADS.values(), _HEAD)
-    return [path for path in paths if not path.startswith(within)]
+    beside = (g for g in (*names.modules, *names.tensors) if not g.template.startswith(within))
+    return [path for group in beside for path in group.names()]
 
 
 def _read_otherwise(
@@ -156,10 +159,10 @@ def _ways_in() -> Iterator[tuple[Rename, str]]:
 
 
 def _move_out(
-    opened: Opened, paths: list[str], homes: list[str], model: ModelConfig
+    opened: Opened, names: Names, homes: list[str], model: ModelConfig
 ) -> tuple[Opened, str | None]:
     """Out of the module that had the language model; towers have no place there."""
-    left = _beside(paths, homes)
+    left = _beside(names, homes)
     if left:
         more = f" (and {len(left) - 1} more modules)" if len(left) > 1 else ""
         raise RefusedError(

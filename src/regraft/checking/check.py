@@ -146,7 +146,7 @@ def check_with(
             return check_for(path, asked.to, base, family)
         if checkpoint and is_image(path):
             return _check_image_model(path, base, asked.to)
-        if (why := passed_over(path, asked.to)) is not None:
+        if checkpoint and (why := passed_over(path, asked.to)) is not None:
             fix = "leave --for out: whether transformers loads it is told then"
             raise BadInputError(Finding("not-an-adapter", why, where=str(path), fix=fix))
         if not checkpoint and dialect_of(path).name in IMAGE:
@@ -235,10 +235,9 @@ def _check(
 ) -> Check:
     path, layout = Path(src), layout_named(to)
     told = Path(model) if model is not None else None
-    result = Check(named(str(src)), str(layout))
     if is_checkpoint(path):
-        result.verdicts.append(check_checkpoint(path, told, layout))
-        return result
+        return Check(named(str(src)), str(layout), [check_checkpoint(path, told, layout)])
+    verdicts: list[Verdict] = []
     config = load_model(told) if told is not None else None
     checker = _Checker(path, told, layout, config, peft or StockPeft())
     opening = find_source(path)
@@ -253,13 +252,13 @@ def _check(
             verdict = Verdict(name, "adapter", healthy=False, findings=list(error.findings))
             verdict.unreadable = is_unreadable(error)
             verdict.no_remedy = "its files are wrong in themselves"
-            result.verdicts.append(verdict)
+            verdicts.append(verdict)
             continue
         if isinstance(source, Source):
-            result.verdicts.append(checker.check(source))
+            verdicts.append(checker.check(source))
         else:
-            result.verdicts.append(checker.check_other(opening, source))
-    return result
+            verdicts.append(checker.check_other(opening, source))
+    return Check(named(str(src)), str(layout), verdicts)
 
 
 @dataclass(slots=True)
@@ -273,8 +272,8 @@ class _Checker:
 
     def check(self, source: Source) -> Verdict:
         """What would become of one adapter."""
-        verdict = Verdict(source.name, source.peft_type)
         converted, failure = self.convert(source, self.to)
+        verdict = Verdict(source.name, source.peft_type)
         if converted is not None:
             verdict.layout = converted.report.source_layout
             verdict.notes += [n for n in converted.report.notes if n.startswith("it is a ")]

@@ -173,8 +173,7 @@ class Source:
         """What its keys say of the base. Raises ``BadInputError``."""
         if self._named is None:
             said = (str(self.stripped) if self.stripped else None, self.unmerged)
-            notes = tuple(note for note in said if note)
-            self._named = replace(names_of_scan(self.scan()), notes=notes)
+            self._named = names_of_scan(self.scan(), tuple(note for note in said if note))
         return self._named
 
     def hints(self) -> Hints:
@@ -390,12 +389,13 @@ class Source:
         return PeftWriter(self, known, to)
 
 
-def names_of_scan(scan: Scan) -> Names:
-    """What sorted keys say of the base."""
+def names_of_scan(scan: Scan, notes: tuple[str, ...] = ()) -> Names:
+    """What sorted keys say of the base; ``notes`` say what was done to them."""
     return Names(
         tuple(scan.modules()),
         (*(o.keys for o in scan.others), *scan.parameters()),
         bool(scan.pairs or scan.tuned) or any(o.prefix for o in scan.others),
+        notes,
     )
 
 
