@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import BadInputError
-from regraft.names.keys import MARK, distinct_rows, group_names
+from regraft.names.keys import MARK, group_names
+from regraft.planning.rows import distinct_rows
 
 
 def names_back(names):

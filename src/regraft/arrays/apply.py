@@ -13,7 +13,8 @@ from regraft.arrays.move import as_words, move, view_of
 from regraft.equation.lower import Nest, Padding, strides_of
 from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RefusedError
-from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.planning.plan import Entry, Plan
+from regraft.planning.rows import index_grid
 from regraft.planning.steps import Step, compared, steps_of
 
 

@@ -17,7 +17,8 @@ from regraft.checkpoints.source import Tensors
 from regraft.equation.lower import Nest
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
-from regraft.planning.plan import Carried, Entry, index_grid
+from regraft.planning.plan import Carried, Entry
+from regraft.planning.rows import index_grid
 from regraft.planning.slices import Slicer
 from regraft.planning.steps import Output
 from regraft.storage.dtypes import DTYPES

@@ -37,7 +37,7 @@ from regraft.dialects.halves import config_of, narrow, one_file, pairs, shape_fi
 from regraft.dialects.litgpt_model import model_config
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
 from regraft.errors.extras import install_line
-from regraft.names.keys import MARK, distinct_rows, fill_rows
+from regraft.names.keys import MARK, fill_rows
 from regraft.planning.side import Side
 from regraft.report import count_in_words
 from regraft.storage.folder import copy_file
@@ -340,9 +340,7 @@ class LitgptWriter(PlainWriter):
             before, _, ending = image.keys.template.partition(f"{_LAYERS}{MARK}.")
             if ending and not before:
                 numbers = image.keys.numbers[rows, 1:]
-                first, which = distinct_rows(numbers)
-                names = fill_rows(ending, numbers[first])
-                inside.update(dict(zip(names, np.bincount(which).tolist(), strict=True)))
+                inside.update(fill_rows(ending, numbers))
         if not inside:
             return []
         wanted = set(inside)

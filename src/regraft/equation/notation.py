@@ -293,8 +293,9 @@ class Equation(Struct, frozen=True, cache_hash=True, dict=True):
 
     @cached_property
     def asked(self) -> tuple[ConfigPath | ShapeOf, ...]:
-        """What the sizes of its axes are told by beyond the tensors' shapes."""
-        values = (value for clause in self.where for _, value in clause.values)
+        """What its clauses ask for beyond the tensors' shapes."""
+        clauses: tuple[Where | Bound | Begin, ...] = (*self.where, *self.bounds, *self.begins)
+        values = (value for clause in clauses for _, value in clause.values)
         return tuple(dict.fromkeys(v for v in values if isinstance(v, ConfigPath | ShapeOf)))
 
     def __str__(self) -> str:

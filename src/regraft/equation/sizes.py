@@ -167,13 +167,11 @@ def undetermined(equation: Equation, *, reverse: bool = False) -> tuple[str, ...
     return solver.settle_symbolically(dims)
 
 
-def limit_of(bound: Bound | Begin, lookup: Lookup) -> int | None:
-    """What a loop's index must stay below, or where a rule begins; ``None`` where nothing says it."""
-    return _evaluate(bound.values, {}, lookup)
+def evaluate(clause: Where | Bound | Begin, lookup: Lookup | None) -> int | None:
+    """The number that a clause without axes gives; ``None`` where nothing says it.
 
-
-def evaluate(clause: Where, lookup: Lookup | None) -> int | None:
-    """The number that a clause without axes gives; ``None`` where nothing says it."""
+    A size, what a loop's index must stay below, or where a rule begins.
+    """
     return _evaluate(clause.values, {}, lookup)
 
 

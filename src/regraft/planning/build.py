@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.equation.notation import (
+    REST,
     Affine,
+    Axis,
+    Bound,
     Equation,
     Expr,
     Term,
     axes_of,
 )
-from regraft.equation.sizes import (
-    SizeError,
-    UnknownSizeError,
-    evaluate,
-    limit_of,
-    solve_sizes,
-)
+from regraft.equation.sizes import SizeError, UnknownSizeError, evaluate, solve_sizes
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
-from regraft.names.keys import Group, Ints, distinct_rows
-from regraft.planning.families import Claim, Family, Sources
+from regraft.names.keys import Group, Ints
+from regraft.planning.families import Claim, Family, Part, Sources, Told
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
-from regraft.rules.book import Book, Carry, Rule
-from regraft.rules.indices import Givens, Indices, reading_of
-from regraft.rules.templates import (
-    Match,
-    Specificity,
-    match_group,
-)
+from regraft.planning.rows import distinct_rows
+from regraft.rules.book import Carry, Rule
+from regraft.rules.indices import Givens, reading_of
+from regraft.rules.templates import Match, Specificity, match_group
 from regraft.rules.terms import RuleTerm
+
+_ANY = (Axis(REST),)
+"""The dims of a term that fits any tensor."""
 
 Advice = Callable[[], str]
 """What to do about something, asked for where it is."""
@@ -78,7 +76,23 @@ def build_plan(
     return builder.build()
 
 
+class _Kept(Struct, frozen=True, eq=False):
+    """Keys that a carry-over speaks of."""
+
+    part: Part
+    group: Group
+    carry: Carry
+    match: Match
+
+    @property
+    def place(self) -> str:
+        """The line of the book that says so."""
+        return f"{self.part.edge.book.name} ({self.carry.where})"
+
+
 class _Builder:
+    """Builds a plan in passes: what names say, what the equations say of sizes, and the entries of both."""
+
     def __init__(
         self,
         headers: Headers,
@@ -91,24 +105,38 @@ class _Builder:
         unmatched_fix: Advice,
     ) -> None:
         self.unmatched_fix = unmatched_fix
-        self.headers, self.edges = headers, edges
-        self.books = tuple(edge.book for edge in edges)
-        self.scopes, self.where = scopes, where
+        self.headers, self.edges, self.where = headers, edges, where
+        self.parts = tuple(Part(edge, scopes.get(edge.book.name, Scope())) for edge in edges)
         self.sources = Sources(headers, partial=partial, all_seen=all_seen, where=where)
         self.unmatched: list[Finding] = []
         self.refused: list[Finding] = []
         self.owner = np.full(len(headers.shapes), -1, dtype=np.int64)
         """For every id the number of the claim that has it."""
+        self.kept: list[_Kept] = []
+        self.carried: list[Carried] = []
         self.dropped: list[Dropped] = []
+        self.left: list[Group] = []
+        """What nothing speaks of."""
         self.mixed = False
         self.lasts: dict[tuple[Rule, str, tuple[str, ...]], int] = {}
+        self.told: dict[Rule, Told] = {}
+        """What the config says of what each rule asks for that has a claim."""
 
     def build(self) -> Plan:
-        entries: list[Entry] = []
-        for rule, claims in self.claims().items():
-            entries.extend(self.entries(rule, claims))
-        carried = self.carry()
-        self.check_doubles(entries, carried)
+        # What the names say ...
+        claims = self.owned(self.claims())
+        self.carry()
+        families = self.families(claims)
+        # ... what the equations say of sizes ...
+        self.check_bounds(claims)
+        for family in families:
+            family.solve()
+        self.check_sizes()
+        # ... and what both are together.
+        entries = [entry for family in families for entry in family.entries()]
+        for group in self.left:
+            self.report_unmatched(group)
+        self.check_doubles(entries)
         if self.sources.findings or self.unmatched:
             kind: type[RegraftError] = (
                 BadInputError if self.sources.findings else UnmatchedKeysError
@@ -116,133 +144,157 @@ class _Builder:
             raise kind([*self.sources.findings, *self.unmatched, *self.refused])
         if self.refused:
             raise RefusedError(self.refused)
-        return Plan(self.edges, self.headers, tuple(entries), tuple(carried), tuple(self.dropped))
+        carried, dropped = tuple(self.carried), tuple(self.dropped)
+        return Plan(self.edges, self.headers, tuple(entries), carried, dropped)
 
-    def claims(self) -> dict[Rule, list[Claim]]:
-        found: list[tuple[Specificity, Claim]] = []
-        for edge in self.edges:
-            scope = self.scopes.get(edge.book.name, Scope())
-            admitted = [g for g in self.headers.groups if scope.admits(g.template)]
-            terms = edge.book.terms(edge.reads)
+    def claims(self) -> list[Claim]:
+        """The tensors that each term of a rule speaks of, the most closely described first."""
+        found = []
+        for part in self.parts:
+            terms = part.edge.book.terms(part.edge.reads)
             matches = [
-                (term, group, match) for group in admitted for term, match in terms.matching(group)
+                (term, group, match)
+                for group in self.headers.groups
+                if part.scope.admits(group.template)
+                for term, match in terms.matching(group)
             ]
-            for term, group, match in sorted(matches, key=lambda each: each[0].place):
-                claim = self.claim(term, group, match, scope)
-                if claim is not None:
-                    found.append((term.specificity, claim))
-        found.sort(key=lambda pair: pair[0], reverse=True)
-        ranks = {rank: place for place, (rank, _) in enumerate(found)}
-        digits = np.full(len(self.owner), -1)
-        claims: dict[Rule, list[Claim]] = {r: [] for book in self.books for r in book.rules}
-        taken: list[Claim] = []
-        for spelled, claim in found:
-            ids = claim.ids()
-            rivals = self.owner[ids]
-            if (rivals >= 0).any():
-                clash = (rivals >= 0) & (digits[ids] == ranks[spelled])
-                if clash.any():
-                    first = int(np.flatnonzero(clash)[0])
-                    other = taken[int(rivals[first])].rule
-                    self.sources.report(
-                        "two-rules",
-                        f"two rules claim it, the other one is {other}",
-                        key=self.headers.name(int(ids[first])),
-                        rule=str(claim.rule),
-                        fix="make one of them spell out what tells them apart",
-                    )
-                free = rivals < 0
-                if not free.any():
-                    continue
-                claim = claim.keep(free)
-                ids = claim.ids()
-            book = next(b for b in self.books if claim.rule in b.rules)
-            scope = self.scopes.get(book.name, Scope())
-            self.check_bounds(
-                claim.rule.equation, scope, claim.group, claim.match, claim.indices, claim.rule
-            )
-            self.owner[ids] = len(taken)
-            digits[ids] = ranks[spelled]
-            taken.append(claim)
-            claims[claim.rule].append(claim)
+            matches.sort(key=lambda each: each[0].place)
+            found += [self.claim(part, *each) for each in matches]
+        claims = [claim for claim in found if claim is not None]
+        claims.sort(key=lambda claim: claim.term.specificity, reverse=True)
         return claims
 
-    def claim(self, of: RuleTerm, group: Group, match: Match, scope: Scope) -> Claim | None:
+    def claim(self, part: Part, term: RuleTerm, group: Group, match: Match) -> Claim | None:
         """The keys of a group that a term speaks of: by name, and by number of dims."""
-        rule, term = of.rule, of.term
-        givens = self.givens(rule, term, group, match, scope)
+        equation = term.rule.equation
+        told = self.told.get(term.rule)
+        if told is None:
+            told = self.told[term.rule] = part.told(equation)
+        givens = self.givens(part, term, group, match, told) if equation.givens else {}
         if givens is None:
             return None
-        indices, fits = match.indices(of.reading, givens)
-        claim = Claim(rule, of.number, term, group, match, indices, givens)
+        indices, fits = match.indices(term.reading, givens)
+        claim = Claim(part, term, group, match, indices, givens, told)
         if not fits.all():
             if not fits.any():
                 return None
             claim = claim.keep(fits)
-        for begin in rule.equation.begins:
-            first = limit_of(begin, scope.look_up)
+        for begin in equation.begins:
+            first = evaluate(begin, told.get)
             if first is None:
                 self.sources.report(
                     "unknown-size",
                     f"nothing says from which index on a rule holds ({begin})",
                     key=group.name(int(match.rows[0])),
-                    rule=str(rule),
+                    rule=str(term.rule),
                     fix="give the base model with --model, with a config that says it",
                 )
                 return None
-            fits = claim.indices.of_loop(rule.equation, begin.axis) >= first
+            fits = _loop(equation, begin.axis, claim.indices.loops) >= first
             if not fits.any():
                 return None
             claim = claim if fits.all() else claim.keep(fits)
-        fixed = len(term.dims) - term.ends_open
-        dims = self.sources.dims[self.sources.shape_code[claim.ids()]]
-        fits = dims >= fixed if term.ends_open else dims == fixed
+        open_end = term.term.ends_open
+        fixed = len(term.term.dims) - open_end
+        dims = self.sources.dims[self.sources.shape_code[claim.ids]]
+        fits = dims >= fixed if open_end else dims == fixed
         if fits.all():
             return claim
         return claim.keep(fits) if fits.any() else None
 
+    def owned(self, claims: list[Claim]) -> list[Claim]:
+        """What is left of each claim, where a tensor belongs to the first that speaks of it.
+
+        Two that describe it as closely are reported.
+        """
+        ranks: dict[Specificity, int] = {}
+        rank = np.full(len(self.owner), -1)
+        kept: list[Claim] = []
+        for claim in claims:
+            here = ranks.setdefault(claim.term.specificity, len(ranks))
+            ids = claim.ids
+            rivals = self.owner[ids]
+            free = rivals < 0
+            if not free.all():
+                clash = ~free & (rank[ids] == here)
+                if clash.any():
+                    first = int(np.flatnonzero(clash)[0])
+                    other = kept[int(rivals[first])].term.rule
+                    self.sources.report(
+                        "two-rules",
+                        f"two rules claim it, the other one is {other}",
+                        key=self.headers.name(int(ids[first])),
+                        rule=str(claim.term.rule),
+                        fix="make one of them spell out what tells them apart",
+                    )
+                if not free.any():
+                    continue
+                claim = claim.keep(free)
+                ids = ids[free]
+            self.owner[ids] = len(kept)
+            rank[ids] = here
+            kept.append(claim)
+        return kept
+
+    def families(self, claims: list[Claim]) -> list[Family]:
+        """The claims of one rule that share what ``{*p}`` holds, in the order of the rules in their books."""
+        found: dict[Rule, dict[tuple[str, ...], list[Claim]]] = {}
+        for claim in claims:
+            same = found.setdefault(claim.term.rule, {})
+            same.setdefault(claim.match.rests, []).append(claim)
+        rules = dict.fromkeys(rule for part in self.parts for rule in part.edge.book.rules)
+        return [
+            Family(self.sources, same)
+            for rule in rules
+            if rule in found
+            for same in found[rule].values()
+        ]
+
     def givens(
-        self, rule: Rule, term: Term, group: Group, match: Match, scope: Scope
+        self, part: Part, term: RuleTerm, group: Group, match: Match, told: Told
     ) -> Givens | None:
         """The values of a rule's indices that have one value each; ``None`` where one is not known."""
         found: dict[str, int] = {}
-        for name, clause in rule.equation.givens.items():
-            value = evaluate(clause, scope.look_up)
+        for name, clause in term.rule.equation.givens.items():
+            value = evaluate(clause, told.get)
             if value is None and clause.or_last:
                 if self.sources.partial:
-                    shaped = self.shaped_as_last(rule, name, term, group, match)
+                    shaped = self.shaped_as_last(part.edge, term, name, group, match)
                     if shaped is not None and not shaped:
                         return None  # the last layer is not among them
                     value = next(iter(shaped)) if shaped is not None and len(shaped) == 1 else None
                 else:
-                    value = self.last(rule, name, match.rests, scope)
+                    value = self.last(part, term.rule, name, match.rests)
             if value is None:
                 self.sources.report(
                     "unknown-size",
                     f"nothing says which index {name} is ({clause})",
                     key=group.name(int(match.rows[0])),
-                    rule=str(rule),
+                    rule=str(term.rule),
                     fix="give the base model with --model, with a config that says it",
                 )
                 return None
             found[name] = value
         return found
 
-    def last(self, rule: Rule, name: str, rests: tuple[str, ...], scope: Scope) -> int | None:
+    def last(self, part: Part, rule: Rule, name: str, rests: tuple[str, ...]) -> int | None:
         """The greatest index that keys of the file have in the place of a name, where ``{*p}`` holds the same."""
         known = self.lasts.get((rule, name, rests))
         if known is not None:
             return known
-        edge = next(e for e in self.edges if rule in e.book.rules)
         found: list[int] = []
-        for term in edge.sides(rule)[0]:
+        for term in part.edge.sides(rule)[0]:
             assert term.key is not None
             for at, hole in enumerate(term.key.holes):
                 if tuple(axes_of(hole)) != (name,):
                     continue
                 for group in self.headers.groups:
                     match = match_group(term.key, group)
-                    if match is None or match.rests != rests or not scope.admits(group.template):
+                    if (
+                        match is None
+                        or match.rests != rests
+                        or not part.scope.admits(group.template)
+                    ):
                         continue
                     found.append(int(_layers(hole, match.holes[:, at]).max()))
         if found:
@@ -250,14 +302,13 @@ class _Builder:
         return max(found, default=None)
 
     def shaped_as_last(
-        self, rule: Rule, name: str, term: Term, group: Group, match: Match
+        self, edge: Edge, of: RuleTerm, name: str, group: Group, match: Match
     ) -> set[int] | None:
         """The layers whose tensors have the shape that a rule for the last layer asks for, where only some are there.
 
         ``None`` where a shape does not tell, since another rule for the same key would take it, too.
         """
-        assert term.key is not None
-        edge = next(e for e in self.edges if rule in e.book.rules)
+        rule, term = of.rule, of.term
         rivals = [
             (other, each)
             for other in edge.book.rules
@@ -265,8 +316,8 @@ class _Builder:
             if other is not rule and each.key is not None and len(each.dims) == len(term.dims)
             if match_group(each.key, group) is not None
         ]
-        at = next(n for n, hole in enumerate(term.key.holes) if tuple(axes_of(hole)) == (name,))
-        layers = _layers(term.key.holes[at], match.holes[:, at])
+        at = next(n for n, hole in enumerate(term.holes) if tuple(axes_of(hole)) == (name,))
+        layers = _layers(term.holes[at], match.holes[:, at])
         found: set[int] = set()
         for row, layer in zip(match.rows.tolist(), layers.tolist(), strict=True):
             shape = self.headers.shapes[int(group.ids[row])]
@@ -277,130 +328,126 @@ class _Builder:
             found.add(layer)
         return found
 
-    def entries(self, rule: Rule, claims: list[Claim]) -> Iterable[Entry]:
-        by_rests: dict[tuple[str, ...], list[Claim]] = defaultdict(list)
-        for claim in claims:
-            by_rests[claim.match.rests].append(claim)
-        edge = next(e for e in self.edges if rule in e.book.rules)
-        scope = self.scopes.get(edge.book.name, Scope())
-        for rests, same in by_rests.items():
-            yield from Family(self.sources, rule, edge.direction, scope, rests, same).entries()
-
-    def carry(self) -> list[Carried]:
-        carried: list[Carried] = []
+    def carry(self) -> None:
+        """Sort the keys that no rule has: those that stay, those that are dropped, and those that are left."""
         for group in self.headers.groups:
             free = self.owner[group.ids] < 0
             if not free.any():
                 continue
-            left = group if free.all() else group.take(free)
-            for book in self.books:
-                scope = self.scopes.get(book.name, Scope())
-                for carry in book.carries:
-                    if not len(left) or carry.term.key is None:
-                        continue
-                    match = match_group(carry.term.key, left)
-                    if match is None or not scope.admits(left.template):
-                        continue
-                    self.check_carried(book, left, carry, match)
-                    carried.append(Carried(left.take(match.rows), carry))
-                    rest = np.ones(len(left), dtype=bool)
-                    rest[match.rows] = False
-                    left = left.take(rest)
-            if self.mixed:
-                left = self.carry_settled(left, carried)
-            left = self.drop(left) if len(left) else left
-            if len(left):
-                self.report_unmatched(left)
-        return carried
+            left: Group | None = group if free.all() else group.take(free)
+            for part in self.parts:
+                if left is not None and part.scope.admits(left.template):
+                    left = self.keep(part, left)
+            if self.mixed and left is not None:
+                left = self.carry_settled(left)
+            if left is not None:
+                left = self.drop(left)
+            if left is not None:
+                self.left.append(left)
 
-    def carry_settled(self, group: Group, carried: list[Carried]) -> Group:
+    def keep(self, part: Part, group: Group) -> Group | None:
+        """Note down the keys that a book carries over; what is left."""
+        left: Group | None = group
+        while left is not None:
+            carry, match = next(part.edge.book.carried.matching(left), (None, None))
+            if carry is None or match is None:
+                break
+            self.kept.append(_Kept(part, left, carry, match))
+            stays, left = _split(left, match)
+            self.carried.append(Carried(stays, carry))
+        return left
+
+    def carry_settled(self, group: Group) -> Group | None:
         """Keys that are in the target's layout already, where parts are of several; what is left."""
-        for edge in self.edges:
-            scope = self.scopes.get(edge.book.name, Scope())
+        left: Group | None = group
+        for part in self.parts:
+            edge = part.edge
             for rule in edge.book.rules:
                 terms, kinds = edge.sides(rule)[1], rule.kinds(edge.direction)[1]
                 for term, kind in zip(terms, kinds, strict=True):
-                    if not len(group) or term.key is None or not scope.admits(group.template):
+                    if left is None:
+                        return None
+                    if term.key is None or not part.scope.admits(left.template):
                         continue
-                    match = match_group(term.key, group)
+                    match = match_group(term.key, left)
                     if match is None:
                         continue
                     equation = Equation(str(term), (term,), (term,), ())
                     why = f"it is in {edge.target} already"
-                    carry = Carry(term, equation, why, kind, rule.where)
-                    carried.append(Carried(group.take(match.rows), carry))
-                    rest = np.ones(len(group), dtype=bool)
-                    rest[match.rows] = False
-                    group = group.take(rest)
-        return group
+                    stays, left = _split(left, match)
+                    self.carried.append(
+                        Carried(stays, Carry(term, equation, why, kind, rule.where))
+                    )
+        return left
 
-    def drop(self, group: Group) -> Group:
+    def drop(self, group: Group) -> Group | None:
         """Note down what the target layout has no use for; what is left."""
+        left: Group | None = group
         for edge in self.edges:
             for drop in edge.book.drops:
-                if edge.reads not in drop.sides or not len(group):
-                    continue
-                match = match_group(drop.key, group)
-                if match is None:
-                    continue
-                self.dropped.append(Dropped(group.take(match.rows), drop))
-                rest = np.ones(len(group), dtype=bool)
-                rest[match.rows] = False
-                group = group.take(rest)
-        return group
+                if left is None:
+                    return None
+                match = match_group(drop.key, left) if edge.reads in drop.sides else None
+                if match is not None:
+                    gone, left = _split(left, match)
+                    self.dropped.append(Dropped(gone, drop))
+        return left
 
-    def check_bounds(
-        self,
-        equation: Equation,
-        scope: Scope,
-        group: Group,
-        match: Match,
-        indices: Indices,
-        where: Rule | str,
+    def check_bounds(self, claims: list[Claim]) -> None:
+        """Note keys whose index the base model has not."""
+        for claim in claims:
+            equation = claim.term.rule.equation
+            for bound in equation.bounds:
+                index = _loop(equation, bound.axis, claim.indices.loops)
+                self.check_bound(bound, index, claim.told, claim, str(claim.term.rule))
+        for kept in self.kept:
+            equation = kept.carry.equation
+            if equation.bounds and kept.carry.term.key is not None:
+                reading, told = reading_of(equation, kept.carry.term.key), kept.part.told(equation)
+                loops = reading.read(kept.match.holes, {})[0].loops
+                for bound in equation.bounds:
+                    index = _loop(equation, bound.axis, loops)
+                    self.check_bound(bound, index, told, kept, kept.place)
+
+    def check_bound(
+        self, bound: Bound, index: Ints, told: Told, of: Claim | _Kept, rule: str
     ) -> None:
         """Note a key of those that match whose index the base model has not."""
-        for bound in equation.bounds:
-            index = indices.of_loop(equation, bound.axis)
-            limit = limit_of(bound, scope.look_up)
-            if limit is None:
-                continue
-            over = index >= limit
-            if over.any():
-                self.sources.report(
-                    "wrong-base",
-                    f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
-                    f"{over.sum()} keys are beyond",
-                    key=group.name(int(match.rows[over][0])),
-                    rule=str(where),
-                    fix="give the base model that it was trained on",
-                )
+        limit = evaluate(bound, told.get)
+        over = None if limit is None else index >= limit
+        if limit is not None and over is not None and over.any():
+            self.sources.report(
+                "wrong-base",
+                f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
+                f"{over.sum()} keys are beyond",
+                key=of.group.name(int(of.match.rows[over][0])),
+                rule=rule,
+                fix="give the base model that it was trained on",
+            )
 
-    def check_carried(self, book: Book, group: Group, carry: Carry, match: Match) -> None:
-        scope = self.scopes.get(book.name, Scope())
-        place = f"{book.name} ({carry.where})"
-        assert carry.term.key is not None
-        found, _ = reading_of(carry.equation, carry.term.key).read(match.holes, {})
-        self.check_bounds(carry.equation, scope, group, match, found, place)
-        ids = group.ids[match.rows]
-        codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
-        for code, row in zip(codes.tolist(), first.tolist(), strict=True):
-            shape = self.sources.shape_list[code]
-            try:
-                solve_sizes(
-                    carry.equation,
-                    [(carry.term, shape)],
-                    lookup=scope.look_up,
-                )
-            except UnknownSizeError:
+    def check_sizes(self) -> None:
+        """Note keys that stay and have a size that the base model's have not."""
+        for kept in self.kept:
+            term, equation = kept.carry.term, kept.carry.equation
+            if term.dims == _ANY and not equation.where:
                 continue
-            except SizeError as error:
-                self.sources.report(
-                    "wrong-base",
-                    f"its shape is {list(shape)}, which does not fit the base model: {error}",
-                    key=group.name(int(match.rows[row])),
-                    rule=place,
-                    fix="give the base model that it was trained on",
-                )
+            told = kept.part.told(equation)
+            ids = kept.group.ids[kept.match.rows]
+            codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
+            for code, row in zip(codes.tolist(), first.tolist(), strict=True):
+                shape = self.sources.shape_list[code]
+                try:
+                    solve_sizes(equation, [(term, shape)], lookup=told.get)
+                except UnknownSizeError:
+                    continue
+                except SizeError as error:
+                    self.sources.report(
+                        "wrong-base",
+                        f"its shape is {list(shape)}, which does not fit the base model: {error}",
+                        key=kept.group.name(int(kept.match.rows[row])),
+                        rule=kept.place,
+                        fix="give the base model that it was trained on",
+                    )
 
     def report_unmatched(self, group: Group) -> None:
         for edge in self.edges:
@@ -432,7 +479,7 @@ class _Builder:
                         )
                     )
                     return
-        for book in self.books:
+        for book in (edge.book for edge in self.edges):
             for gap in book.gaps:
                 if match_group(gap.key, group) is not None:
                     self.unmatched.append(
@@ -446,7 +493,7 @@ class _Builder:
                         )
                     )
                     return
-        books = ", ".join(book.name for book in self.books) or "none"
+        books = ", ".join(edge.book.name for edge in self.edges) or "none"
         self.unmatched.append(
             Finding(
                 "unmatched",
@@ -457,13 +504,13 @@ class _Builder:
             )
         )
 
-    def check_doubles(self, entries: Sequence[Entry], carried: Sequence[Carried]) -> None:
+    def check_doubles(self, entries: Sequence[Entry]) -> None:
+        """Note keys of the target that two rules write."""
         by_template: dict[str, list[tuple[Group, str]]] = defaultdict(list)
         for entry in entries:
-            for term in entry.written:
-                group = entry.keys(term)
+            for group in entry.targets:
                 by_template[group.template].append((group, str(entry.rule)))
-        for item in carried:
+        for item in self.carried:
             by_template[item.group.template].append((item.group, f"carry-over {item.carry.where}"))
         for groups in by_template.values():
             if len(groups) < 2 or _all_differ([group.numbers for group, _ in groups]):
@@ -488,11 +535,22 @@ def _all_differ(numbers: Sequence[Ints]) -> bool:
     return len(distinct_rows(rows)[0]) == len(rows)
 
 
+def _split(group: Group, match: Match) -> tuple[Group, Group | None]:
+    """The keys of a group that match, and the others where there are any."""
+    if len(match.rows) == len(group.ids):
+        return group, None
+    rest = np.ones(len(group.ids), dtype=bool)
+    rest[match.rows] = False
+    return group.take(match.rows), group.take(rest)
+
+
+def _loop(equation: Equation, axis: str, loops: Ints) -> Ints:
+    """The values of one loop's index, key by key: behind the numbers in rests, where these count, are the loops."""
+    return loops[:, equation.loops.index(axis) - len(equation.loops)]
+
+
 def _others(group: Group) -> str:
     return f" (and {len(group) - 1} more)" if len(group) > 1 else ""
-
-
-__all__ = ["build_plan"]
 
 
 def _layers(hole: Expr, numbers: Ints) -> Ints:
@@ -512,3 +570,6 @@ def _fits(rule: Rule, term: Term, shape: tuple[int, ...]) -> bool:
     except SizeError:
         return False
     return True
+
+
+__all__ = ["build_plan"]

@@ -2,56 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from regraft.equation.lower import lower
+from regraft.equation.lower import Copy, lower
 from regraft.equation.notation import (
     Affine,
     Axis,
     ConfigPath,
+    Equation,
     Expr,
-    Key,
     ShapeOf,
     Term,
     axes_of,
 )
 from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_sizes
 from regraft.errors import Finding
-from regraft.names.keys import MARK, Group, Ints, distinct_rows
+from regraft.layouts.graph import Edge
+from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, entry_of, keys_of
-from regraft.rules.book import Rule
-from regraft.rules.direction import Direction
+from regraft.planning.rows import distinct_rows
 from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import Match, match_group, write_group
+from regraft.rules.terms import RuleTerm
 from regraft.values import replace
+
+Told = Mapping[ConfigPath | ShapeOf, int | None]
+"""What is known of what an equation asks for."""
+
+
+class Part(Struct, frozen=True, eq=False):
+    """A rule book's way to the target, and the part of the model that it speaks of."""
+
+    edge: Edge
+    scope: Scope
+
+    def told(self, equation: Equation) -> dict[ConfigPath | ShapeOf, int | None]:
+        """What the model's config says of all that an equation asks for."""
+        return {value: self.scope.look_up(value) for value in equation.asked}
 
 
 class Claim(Struct, frozen=True, eq=False):
     """The tensors of a group that one term of a rule speaks of."""
 
-    rule: Rule
-    term: int
-    read: Term
+    part: Part
+    term: RuleTerm
     group: Group
     match: Match
     indices: Indices
     givens: Givens
+    told: Told
 
+    @property
     def ids(self) -> Ints:
         """The ids of the tensors."""
         return self.group.ids[self.match.rows]
-
-    @property
-    def key(self) -> Key:
-        """The term's key."""
-        key = self.read.key
-        assert key is not None
-        return key
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> Claim:
         """Some of the tensors."""
@@ -71,8 +81,10 @@ class Sources:
     ) -> None:
         self.headers, self.partial, self.all_seen, self.where = headers, partial, all_seen, where
         self.findings: list[Finding] = []
-        codes = {shape: code for code, shape in enumerate(dict.fromkeys(headers.shapes))}
-        self.shape_code = np.array([codes[shape] for shape in headers.shapes], dtype=np.int64)
+        codes: defaultdict[tuple[int, ...], int] = defaultdict()
+        codes.default_factory = codes.__len__
+        shapes = headers.shapes
+        self.shape_code = np.fromiter(map(codes.__getitem__, shapes), np.int64, count=len(shapes))
         self.shape_list = list(codes)
         self.dims = np.array([len(shape) for shape in codes], dtype=np.int64)
 
@@ -89,80 +101,117 @@ class Sources:
         self.findings.append(Finding(code, message, self.where, key, rule, fix))
 
 
-class Family:
-    """The claims of one rule that share what ``{*p}`` holds."""
+class _Kind(Struct, eq=False):
+    """Loop values of a family whose tensors have the same shapes and counts."""
 
-    def __init__(
-        self,
-        sources: Sources,
-        rule: Rule,
-        direction: Direction,
-        scope: Scope,
-        rests: tuple[str, ...],
-        claims: list[Claim],
-    ) -> None:
-        self.sources, self.rule, self.rests = sources, rule, rests
-        self.way, self.scope = rule.ways[direction], scope
-        self.givens = claims[0].givens
+    members: Ints
+    """Their rows among the family's loop values."""
+    example: int
+    """The first of them."""
+    shapes: list[tuple[Term, tuple[int, ...]]]
+    """Of every term that is there its tensors' shape."""
+    counts: list[tuple[Expr, int]]
+    """How many values each index of a stack has."""
+    told: Told
+
+
+class _Solved(Struct, frozen=True, eq=False):
+    """The same, when the sizes are known."""
+
+    members: Ints
+    sizes: dict[str, int]
+    rest: tuple[int, ...]
+    stacks: list[tuple[int, ...]]
+    """For every term that is read how many values each stacked index of its key has."""
+    copies: tuple[Copy, ...]
+
+
+class Family:
+    """The claims of one rule that share what ``{*p}`` holds.
+
+    Made in three passes, each of them for all families before the next: their tensors are laid out by loop values
+    here, ``solve`` works out what the equation says of sizes, and ``entries`` puts both together.
+    """
+
+    def __init__(self, sources: Sources, claims: list[Claim]) -> None:
+        first = claims[0]
+        rule = first.term.rule
+        self.sources, self.rule, self.rests = sources, rule, first.match.rests
+        self.way, self.scope = rule.ways[first.part.edge.direction], first.part.scope
+        self.givens, self.told = first.givens, first.told
         self.read, self.written = self.way.read, self.way.written
         self.loop_names = rule.equation.loops
         self.holes = tuple(self.way.stacks[term] for term in self.read)
         rows: list[list[tuple[Ints, Ints, Ints]]] = [[] for _ in self.read]
         for claim in claims:
             found = claim.indices
-            rows[claim.term].append((found.loops, found.stacked, claim.ids()))
-        self.rows = [_join(parts) for parts in rows]
-        self.ids = claims[0].ids()
-        asked = rule.equation.asked
-        self.told: dict[ConfigPath | ShapeOf, int | None] = {
-            value: scope.look_up(value) for value in asked if isinstance(value, ConfigPath)
-        }
-        """What the config says of sizes, the same for all loop values."""
-        self.shapes_asked = [value for value in asked if isinstance(value, ShapeOf)]
+            rows[claim.term.number].append((found.loops, found.stacked, claim.ids))
+        parts = [_join(each) for each in rows]
+        self.ids = first.ids
+        codes, self.loops = _encode([part[0] for part in parts if part is not None])
+        self.shapes_asked = [value for value in rule.equation.asked if isinstance(value, ShapeOf)]
         self.most: dict[Expr, int] = {}
         """The most values that an index has for any loop values."""
+        self.placed: list[tuple[Ints, Ints, Ints] | None] = []
+        """For every term that is read its tensors: their loop values' rows, stacked indices and ids."""
+        self.kinds = list(self._kinds(parts, codes))
+        self.solved: list[_Solved] = []
 
-    def entries(self) -> Iterable[Entry]:
-        """One entry for all loop values that have the same shapes and counts."""
-        codes, loops = _encode([part[0] for part in self.rows if part is not None])
-        count = len(loops)
+    def _kinds(self, parts: list[tuple[Ints, Ints, Ints] | None], codes: Ints) -> Iterator[_Kind]:
+        """The loop values by shapes and counts, which are all that sizes depend on."""
+        count = len(self.loops)
         signature: list[Ints] = []
-        placed: list[tuple[Ints, Ints, Ints] | None] = []
         position = 0
-        for part, holes in zip(self.rows, self.holes, strict=True):
+        for part, holes in zip(parts, self.holes, strict=True):
             if part is None:
-                placed.append(None)
+                self.placed.append(None)
                 signature.append(np.full(count, -1))
                 signature.extend(np.full(count, 0) for _ in holes)
                 continue
             _, stack, ids = part
             at = codes[position : position + len(ids)]
             position += len(ids)
-            placed.append((at, stack, ids))
+            self.placed.append((at, stack, ids))
+            here = self.sources.shape_code[ids]
             shape = np.full(count, -1, dtype=np.int64)
-            shape[at[::-1]] = self.sources.shape_code[ids[::-1]]
-            odd = self.sources.shape_code[ids] != shape[at]
+            shape[at[::-1]] = here[::-1]
+            odd = here != shape[at]
             if odd.any():
                 self._report_odd_shape(ids, at, shape, odd)
             signature.append(shape)
-            for column in range(len(holes)):
+            for column, hole in enumerate(holes):
                 most = np.zeros(count, dtype=np.int64)
                 np.maximum.at(most, at, stack[:, column] + 1)
                 signature.append(most)
-                hole = holes[column]
                 self.most[hole] = max(self.most.get(hole, 0), int(most.max(initial=0)))
-        signature += self._target_sizes(loops)
+        signature += self._target_sizes()
         first, kind = distinct_rows(np.stack(signature, axis=1))
         for number, example in enumerate(first.tolist()):
-            entry = self._entry(np.flatnonzero(kind == number), loops, placed, signature, example)
-            if entry is not None:
-                yield entry
+            values = [int(column[example]) for column in signature]
+            yield self._kind(np.flatnonzero(kind == number), example, values)
 
-    def _target_sizes(self, loops: Ints) -> list[Ints]:
+    def _kind(self, members: Ints, example: int, values: list[int]) -> _Kind:
+        """Some loop values, by what they have in common: a code of a shape and counts for every term, and sizes."""
+        shapes: list[tuple[Term, tuple[int, ...]]] = []
+        counts: list[tuple[Expr, int]] = []
+        left = iter(values)
+        for term, holes in zip(self.read, self.holes, strict=True):
+            code = next(left)
+            if code >= 0:
+                shapes.append((term, self.sources.shape_list[code]))
+            counts.extend((hole, next(left)) for hole in holes)
+        told = dict(self.told)
+        told.update(
+            (value, None if size < 0 else size)
+            for value, size in zip(self.shapes_asked, left, strict=True)
+        )
+        return _Kind(members, example, shapes, counts, told)
+
+    def _target_sizes(self) -> list[Ints]:
         """What each ``shape(KEY, dim)`` is for every loop value, -1 where the target has no such tensor."""
         columns = []
         for value in self.shapes_asked:
-            sizes = [self._target_size(value, loop) for loop in loops]
+            sizes = [self._target_size(value, loop) for loop in self.loops]
             columns.append(np.array([-1 if s is None else s for s in sizes], dtype=np.int64))
         return columns
 
@@ -175,39 +224,56 @@ class Family:
         shape = self.scope.shapes.get(key)
         return None if shape is None else shape[value.dim]
 
-    def _entry(
-        self,
-        members: Ints,
-        loops: Ints,
-        placed: list[tuple[Ints, Ints, Ints] | None],
-        signature: list[Ints],
-        example: int,
-    ) -> Entry | None:
-        shapes: list[tuple[Term, tuple[int, ...]]] = []
-        seen: list[list[int]] = []
-        column = 0
-        for term, holes in zip(self.read, self.holes, strict=True):
-            code = int(signature[column][example])
-            if code >= 0:
-                shapes.append((term, self.sources.shape_list[code]))
-            seen.append([int(s[example]) for s in signature[column + 1 : column + 1 + len(holes)]])
-            column += 1 + len(holes)
+    def solve(self) -> None:
+        """Work out sizes and copies; what contradicts itself is reported."""
+        for kind in self.kinds:
+            try:
+                sizes, rest = self._sizes(kind)
+            except SizeError as error:
+                self._report_size(error, kind.example)
+                continue
+            stacks = [tuple(extent(hole, sizes) for hole in holes) for holes in self.holes]
+            sizes |= self.givens
+            copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
+            self.solved.append(_Solved(kind.members, sizes, rest, stacks, copies))
+
+    def _sizes(self, kind: _Kind) -> tuple[dict[str, int], tuple[int, ...]]:
+        equation, lookup = self.rule.equation, kind.told.get
         try:
-            sizes, rest = self._solve(shapes, seen, loops[example])
-        except SizeError as error:
-            self._report_size(error, loops[example], placed, example)
-            return None
-        back = np.full(len(loops), -1, dtype=np.int64)
+            return solve_sizes(equation, kind.shapes, lookup=lookup)
+        except UnknownSizeError as error:
+            unknown = set(error.axes)
+            counts: dict[Expr, int] = {}
+            for hole, found in kind.counts:
+                if found and unknown & set(axes_of(hole)):
+                    if not self.sources.partial:
+                        counts[hole] = max(counts.get(hole, 0), found)
+                    elif self.sources.all_seen:
+                        counts[hole] = self.most.get(hole, found)
+            return solve_sizes(equation, kind.shapes, counts.items(), lookup=lookup)
+
+    def entries(self) -> Iterator[Entry]:
+        """One entry for all loop values that have the same shapes and counts."""
+        for solved in self.solved:
+            entry = self._entry(solved)
+            if entry is not None:
+                yield entry
+
+    def _entry(self, solved: _Solved) -> Entry | None:
+        members, count = solved.members, len(self.loops)
+        loops = self.loops if len(members) == count else self.loops[members]
+        back = np.full(count, -1, dtype=np.int64)
         back[members] = np.arange(len(members))
         sources = []
         whole = True
-        for number, (part, holes) in enumerate(zip(placed, self.holes, strict=True)):
-            stack = tuple(extent(hole, sizes) for hole in holes)
+        for number, (part, stack) in enumerate(zip(self.placed, solved.stacks, strict=True)):
             filled = np.full((len(members), *stack), -1, dtype=np.int64)
             if part is not None:
                 at, index, ids = part
-                mine = back[at] >= 0
-                rows, index, ids = back[at[mine]], index[mine], ids[mine]
+                rows = back[at]
+                if len(members) < count:
+                    mine = rows >= 0
+                    rows, index, ids = rows[mine], index[mine], ids[mine]
                 outside = (index >= np.array(stack, dtype=np.int64)).any(axis=1)
                 if outside.any():
                     self._report_extra(ids[outside], number, stack)
@@ -215,47 +281,14 @@ class Family:
                     rows, index, ids = rows[~outside], index[~outside], ids[~outside]
                 filled[(rows, *index.T)] = ids
             if not self.sources.partial and (filled < 0).any():
-                self._report_missing(filled, number, stack, loops[members])
+                self._report_missing(filled, number, stack, loops)
                 whole = False
             sources.append(filled)
-        if not whole:
-            return None
-        sizes |= self.givens
-        copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
-        if not self._check_numbers(loops[members], sizes):
+        if not whole or not self._check_numbers(loops, solved.sizes):
             return None
         return entry_of(
-            self.way,
-            self.rests,
-            loops[members],
-            sizes,
-            rest,
-            tuple(sources),
-            copies,
+            self.way, self.rests, loops, solved.sizes, solved.rest, tuple(sources), solved.copies
         )
-
-    def _solve(
-        self, shapes: list[tuple[Term, tuple[int, ...]]], seen: list[list[int]], loop: Ints
-    ) -> tuple[dict[str, int], tuple[int, ...]]:
-        equation = self.rule.equation
-        told = dict(self.told)
-        told.update((value, self._target_size(value, loop)) for value in self.shapes_asked)
-        try:
-            return solve_sizes(equation, shapes, lookup=told.get)
-        except UnknownSizeError as error:
-            counts: list[tuple[Expr, int]] = []
-            unknown = set(error.axes)
-            for holes, counts_here in zip(self.holes, seen, strict=True):
-                for hole, found in zip(holes, counts_here, strict=True):
-                    if found and unknown & set(axes_of(hole)):
-                        if not self.sources.partial:
-                            counts.append((hole, found))
-                        elif self.sources.all_seen:
-                            counts.append((hole, self.most.get(hole, found)))
-            most_of: dict[Expr, int] = {}
-            for hole, number in counts:
-                most_of[hole] = max(most_of.get(hole, 0), number)
-            return solve_sizes(equation, shapes, most_of.items(), lookup=told.get)
 
     def _check_numbers(self, loops: Ints, sizes: dict[str, int]) -> bool:
         """Whether the keys that are written lead back to the indices that they were computed from."""
@@ -298,14 +331,8 @@ class Family:
             fix="save it again: tensors that become one tensor have one shape",
         )
 
-    def _report_size(
-        self,
-        error: SizeError,
-        loop: Ints,
-        placed: list[tuple[Ints, Ints, Ints] | None],
-        example: int,
-    ) -> None:
-        ids = next(part[2][part[0] == example] for part in placed if part is not None)
+    def _report_size(self, error: SizeError, example: int) -> None:
+        ids = next(part[2][part[0] == example] for part in self.placed if part is not None)
         missing = isinstance(error, UnknownSizeError)
         message = str(error)
         if isinstance(error, UnknownSizeError):

@@ -10,9 +10,10 @@ from msgspec import Struct
 from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import axes_of
 from regraft.equation.sizes import evaluate
-from regraft.names.keys import Group, Ints, distinct_rows
+from regraft.names.keys import Group, Ints
 from regraft.planning.model import Scope
 from regraft.planning.plan import keys_of
+from regraft.planning.rows import distinct_rows
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
 from regraft.rules.templates import match_group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from regraft.equation.notation import Term, axes_of
 from regraft.equation.sizes import extent, shape_of
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
+from regraft.planning.rows import index_grid
 from regraft.rules.book import Book, Carry, Drop, Rule, Way
 from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
@@ -57,7 +59,7 @@ class Headers(Struct, eq=False):
         return sum(map(len, self.groups))
 
 
-class Entry(Struct, frozen=True, eq=False):
+class Entry(Struct, frozen=True, eq=False, dict=True):
     """One rule at work: all values of its loops that have the same sizes.
 
     ``sources[t]`` holds the ids of the tensors of term ``t`` of the side that is read, shaped (loop values,
@@ -139,6 +141,11 @@ class Entry(Struct, frozen=True, eq=False):
         """The keys of a term, loop values first, then stacked indices, row major."""
         return keys_of(term, self.rule, self.rests, self.loops, self.stack(term), self.sizes)
 
+    @cached_property
+    def targets(self) -> tuple[Group, ...]:
+        """The keys of each term that is written."""
+        return tuple(self.keys(term) for term in self.written)
+
     @property
     def moves_nothing(self) -> bool:
         """Whether every tensor stays whole: one source, one target, the same bytes and the same kind."""
@@ -159,15 +166,6 @@ def entry_of(
     """One rule at work, in one direction."""
     terms = way.read, way.read_kinds, way.written, way.written_kinds
     return Entry(way, way.rule, *terms, rests, loops, sizes, rest, sources, copies, padded)
-
-
-def index_grid(sizes: Sequence[int]) -> Ints:
-    """All indices of a grid, (axes, points), row major.
-
-    >>> index_grid((2, 2)).tolist()
-    [[0, 0, 1, 1], [0, 1, 0, 1]]
-    """
-    return np.indices(tuple(sizes), dtype=np.int64).reshape(len(sizes), prod(sizes))
 
 
 def walk(
@@ -286,8 +284,7 @@ class Plan(Struct, frozen=True, eq=False):
     def targets(self) -> Iterator[Group]:
         """The keys of the result."""
         for entry in self.entries:
-            for term in entry.written:
-                yield entry.keys(term)
+            yield from entry.targets
         for carried in self.carried:
             yield carried.group
 
@@ -295,8 +292,8 @@ class Plan(Struct, frozen=True, eq=False):
         """The shape of every tensor of the result, by name."""
         found: dict[str, tuple[int, ...]] = {}
         for entry in self.entries:
-            for term in entry.written:
-                found.update(dict.fromkeys(entry.keys(term).names(), entry.shape(term)))
+            for term, keys in zip(entry.written, entry.targets, strict=True):
+                found.update(dict.fromkeys(keys.names(), entry.shape(term)))
         for carried in self.carried:
             shapes = (tuple(self.headers.shapes[i]) for i in carried.group.ids.tolist())
             found.update(zip(carried.group.names(), shapes, strict=True))

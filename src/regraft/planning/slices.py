@@ -16,7 +16,8 @@ from msgspec import Struct
 from regraft.equation.lower import Copy, CopyAxis, Padding, Place, strides_of
 from regraft.equation.notation import REST
 from regraft.names.keys import Ints
-from regraft.planning.plan import Entry, Plan, index_grid
+from regraft.planning.plan import Entry, Plan
+from regraft.planning.rows import index_grid
 from regraft.storage.dtypes import DTYPES
 from regraft.values import replace
 

@@ -25,10 +25,6 @@ class Indices(Struct, frozen=True, eq=False):
     stacked: Ints
     """(keys, stacked holes)."""
 
-    def of_loop(self, equation: Equation, axis: str) -> Ints:
-        """The values of one loop's index, key by key."""
-        return self.loops[:, equation.loops.index(axis) - len(equation.loops)]
-
 
 class Reading(Struct, frozen=True):
     """How the holes of one key template are read and written."""

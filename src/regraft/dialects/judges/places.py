@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from regraft.equation.notation import Bound, Equation, Term
-from regraft.equation.sizes import known_dims, limit_of
+from regraft.equation.sizes import evaluate, known_dims
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints, group_names
 from regraft.planning.model import ModelConfig, Scope
@@ -78,7 +78,7 @@ class Places:
 
 def _inside(bound: Bound, equation: Equation, loops: Ints, scope: Scope) -> bool:
     """Whether a number, that of a layer, is one that the base has."""
-    limit = limit_of(bound, scope.look_up)
+    limit = evaluate(bound, scope.look_up)
     names = equation.loops
     if limit is None or bound.axis not in names:
         return True
