@@ -27,7 +27,11 @@ else:
         Point(x=1, y=3)
         """
         if isinstance(value, Struct):
-            return structs.replace(value, **changes)
+            copy = structs.replace(value, **changes)
+            kept = getattr(copy, "__dict__", None)
+            if kept:  # what properties have worked out from the fields before
+                kept.clear()
+            return copy
         return dataclasses.replace(value, **changes)
 
 

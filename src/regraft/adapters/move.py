@@ -79,7 +79,8 @@ def images(
             ids = entry.sources[0].reshape(-1).tolist()
             yield Images(keys, "linear", [_as_it_is(number, factors) for number in ids])
             continue
-        whole = _Whole.of(landing) if fast else None
+        blocks = landing.blocks
+        whole = _Whole.of(landing, blocks) if fast else None
         loras: list[Lora | None] = []
         for loop in range(len(entry)):
             for slot in range(landing.slots):
@@ -440,11 +441,11 @@ class _Whole(Struct, frozen=True, eq=False):
     scratch: dict[tuple[tuple[int, int], np.dtype[Any]], Array] = field(default_factory=dict)
 
     @staticmethod
-    def of(landing: Landing) -> _Whole | None:
+    def of(landing: Landing, blocks: Sequence[Block]) -> _Whole | None:
         if BATCH not in landing.laid.roles:
             return None
         order = np.arange(landing.laid.sizes[BATCH])
-        for block in landing.blocks:
+        for block in blocks:
             if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
                 return None
             if not np.array_equal(block.target_batch, order):

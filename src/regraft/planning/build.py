@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from regraft.equation.notation import (
     REST,
     Affine,
     Axis,
-    Bound,
     Equation,
     Expr,
     Term,
@@ -22,7 +22,7 @@ from regraft.equation.sizes import SizeError, UnknownSizeError, evaluate, solve_
 from regraft.errors import BadInputError, Finding, RefusedError, RegraftError, UnmatchedKeysError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Group, Ints
-from regraft.planning.families import Claim, Family, Part, Sources, Told
+from regraft.planning.families import Claim, Family, Part, Sources, Told, of_loop
 from regraft.planning.model import Scope
 from regraft.planning.plan import Carried, Dropped, Entry, Headers, Plan
 from regraft.planning.rows import distinct_rows
@@ -119,8 +119,7 @@ class _Builder:
         """What nothing speaks of."""
         self.mixed = False
         self.lasts: dict[tuple[Rule, str, tuple[str, ...]], int] = {}
-        self.told: dict[Rule, Told] = {}
-        """What the config says of what each rule asks for that has a claim."""
+        self.known: dict[Rule, Told] = {}
 
     def build(self) -> Plan:
         # What the names say ...
@@ -128,10 +127,10 @@ class _Builder:
         self.carry()
         families = self.families(claims)
         # ... what the equations say of sizes ...
-        self.check_bounds(claims)
         for family in families:
             family.solve()
-        self.check_sizes()
+        for kept in self.kept:
+            self.check_kept(kept)
         # ... and what both are together.
         entries = [entry for family in families for entry in family.entries()]
         for group in self.left:
@@ -149,55 +148,58 @@ class _Builder:
 
     def claims(self) -> list[Claim]:
         """The tensors that each term of a rule speaks of, the most closely described first."""
-        found = []
+        found: list[Claim] = []
         for part in self.parts:
-            terms = part.edge.book.terms(part.edge.reads)
+            direction = part.edge.direction
+            admitted = [g for g in self.headers.groups if part.scope.admits(g.template)]
+            terms = part.edge.book.terms(direction.read)
             matches = [
-                (term, group, match)
-                for group in self.headers.groups
-                if part.scope.admits(group.template)
-                for term, match in terms.matching(group)
+                (t, group, match) for group in admitted for t, match in terms.matching(group)
             ]
             matches.sort(key=lambda each: each[0].place)
-            found += [self.claim(part, *each) for each in matches]
-        claims = [claim for claim in found if claim is not None]
-        claims.sort(key=lambda claim: claim.term.specificity, reverse=True)
-        return claims
+            read = []
+            for term, group, match in matches:
+                way = term.rule.ways[direction]
+                givens = self.givens(part, term, group, match) if way.rule.equation.givens else {}
+                if givens is not None:
+                    indices, fits = match.indices(term.reading, givens)
+                    read.append((Claim(part, way, term, group, match, indices, givens), fits))
+            found += filter(None, (self.fitting(claim, fits) for claim, fits in read))
+        found.sort(key=lambda claim: claim.term.specificity, reverse=True)
+        return found
 
-    def claim(self, part: Part, term: RuleTerm, group: Group, match: Match) -> Claim | None:
-        """The keys of a group that a term speaks of: by name, and by number of dims."""
-        equation = term.rule.equation
-        told = self.told.get(term.rule)
+    def told(self, part: Part, rule: Rule) -> Told:
+        """What the config says of what a rule asks for."""
+        told = self.known.get(rule)
         if told is None:
-            told = self.told[term.rule] = part.told(equation)
-        givens = self.givens(part, term, group, match, told) if equation.givens else {}
-        if givens is None:
-            return None
-        indices, fits = match.indices(term.reading, givens)
-        claim = Claim(part, term, group, match, indices, givens, told)
+            told = self.known[rule] = part.told(rule.equation)
+        return told
+
+    def fitting(self, claim: Claim, fits: npt.NDArray[np.bool_]) -> Claim | None:
+        """The keys of a claim whose numbers say something, where the rule holds, and of the term's number of dims."""
+        term, equation = claim.term.term, claim.term.rule.equation
         if not fits.all():
             if not fits.any():
                 return None
             claim = claim.keep(fits)
         for begin in equation.begins:
-            first = evaluate(begin, told.get)
+            first = evaluate(begin, self.told(claim.part, claim.term.rule).get)
             if first is None:
                 self.sources.report(
                     "unknown-size",
                     f"nothing says from which index on a rule holds ({begin})",
-                    key=group.name(int(match.rows[0])),
-                    rule=str(term.rule),
+                    key=claim.group.name(int(claim.match.rows[0])),
+                    rule=str(claim.term.rule),
                     fix="give the base model with --model, with a config that says it",
                 )
                 return None
-            fits = _loop(equation, begin.axis, claim.indices.loops) >= first
+            fits = of_loop(equation, begin.axis, claim.indices.loops) >= first
             if not fits.any():
                 return None
             claim = claim if fits.all() else claim.keep(fits)
-        open_end = term.term.ends_open
-        fixed = len(term.term.dims) - open_end
+        fixed = len(term.dims) - term.ends_open
         dims = self.sources.dims[self.sources.shape_code[claim.ids]]
-        fits = dims >= fixed if open_end else dims == fixed
+        fits = dims >= fixed if term.ends_open else dims == fixed
         if fits.all():
             return claim
         return claim.keep(fits) if fits.any() else None
@@ -244,19 +246,17 @@ class _Builder:
             same.setdefault(claim.match.rests, []).append(claim)
         rules = dict.fromkeys(rule for part in self.parts for rule in part.edge.book.rules)
         return [
-            Family(self.sources, same)
+            Family(self.sources, same, self.told(same[0].part, rule))
             for rule in rules
             if rule in found
             for same in found[rule].values()
         ]
 
-    def givens(
-        self, part: Part, term: RuleTerm, group: Group, match: Match, told: Told
-    ) -> Givens | None:
+    def givens(self, part: Part, term: RuleTerm, group: Group, match: Match) -> Givens | None:
         """The values of a rule's indices that have one value each; ``None`` where one is not known."""
         found: dict[str, int] = {}
         for name, clause in term.rule.equation.givens.items():
-            value = evaluate(clause, told.get)
+            value = evaluate(clause, self.told(part, term.rule).get)
             if value is None and clause.or_last:
                 if self.sources.partial:
                     shaped = self.shaped_as_last(part.edge, term, name, group, match)
@@ -393,61 +393,35 @@ class _Builder:
                     self.dropped.append(Dropped(gone, drop))
         return left
 
-    def check_bounds(self, claims: list[Claim]) -> None:
-        """Note keys whose index the base model has not."""
-        for claim in claims:
-            equation = claim.term.rule.equation
+    def check_kept(self, kept: _Kept) -> None:
+        """Note keys that stay and have an index or a size that the base model has not."""
+        term, equation = kept.carry.term, kept.carry.equation
+        if term.dims == _ANY and not equation.asked:
+            return
+        told = kept.part.told(equation)
+        ids = kept.group.ids[kept.match.rows]
+        if equation.bounds and term.key is not None:
+            indices, _ = reading_of(equation, term.key).read(kept.match.holes, {})
             for bound in equation.bounds:
-                index = _loop(equation, bound.axis, claim.indices.loops)
-                self.check_bound(bound, index, claim.told, claim, str(claim.term.rule))
-        for kept in self.kept:
-            equation = kept.carry.equation
-            if equation.bounds and kept.carry.term.key is not None:
-                reading, told = reading_of(equation, kept.carry.term.key), kept.part.told(equation)
-                loops = reading.read(kept.match.holes, {})[0].loops
-                for bound in equation.bounds:
-                    index = _loop(equation, bound.axis, loops)
-                    self.check_bound(bound, index, told, kept, kept.place)
-
-    def check_bound(
-        self, bound: Bound, index: Ints, told: Told, of: Claim | _Kept, rule: str
-    ) -> None:
-        """Note a key of those that match whose index the base model has not."""
-        limit = evaluate(bound, told.get)
-        over = None if limit is None else index >= limit
-        if limit is not None and over is not None and over.any():
-            self.sources.report(
-                "wrong-base",
-                f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
-                f"{over.sum()} keys are beyond",
-                key=of.group.name(int(of.match.rows[over][0])),
-                rule=rule,
-                fix="give the base model that it was trained on",
-            )
-
-    def check_sizes(self) -> None:
-        """Note keys that stay and have a size that the base model's have not."""
-        for kept in self.kept:
-            term, equation = kept.carry.term, kept.carry.equation
-            if term.dims == _ANY and not equation.where:
+                limit = evaluate(bound, told.get)
+                index = of_loop(equation, bound.axis, indices.loops)
+                if limit is not None and (index >= limit).any():
+                    self.sources.report_beyond(bound, limit, ids[index >= limit], kept.place)
+        codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
+        for code, row in zip(codes.tolist(), first.tolist(), strict=True):
+            shape = self.sources.shape_list[code]
+            try:
+                solve_sizes(equation, [(term, shape)], lookup=told.get)
+            except UnknownSizeError:
                 continue
-            told = kept.part.told(equation)
-            ids = kept.group.ids[kept.match.rows]
-            codes, first = np.unique(self.sources.shape_code[ids], return_index=True)
-            for code, row in zip(codes.tolist(), first.tolist(), strict=True):
-                shape = self.sources.shape_list[code]
-                try:
-                    solve_sizes(equation, [(term, shape)], lookup=told.get)
-                except UnknownSizeError:
-                    continue
-                except SizeError as error:
-                    self.sources.report(
-                        "wrong-base",
-                        f"its shape is {list(shape)}, which does not fit the base model: {error}",
-                        key=kept.group.name(int(kept.match.rows[row])),
-                        rule=kept.place,
-                        fix="give the base model that it was trained on",
-                    )
+            except SizeError as error:
+                self.sources.report(
+                    "wrong-base",
+                    f"its shape is {list(shape)}, which does not fit the base model: {error}",
+                    key=kept.group.name(int(kept.match.rows[row])),
+                    rule=kept.place,
+                    fix="give the base model that it was trained on",
+                )
 
     def report_unmatched(self, group: Group) -> None:
         for edge in self.edges:
@@ -513,7 +487,10 @@ class _Builder:
         for item in self.carried:
             by_template[item.group.template].append((item.group, f"carry-over {item.carry.where}"))
         for groups in by_template.values():
-            if len(groups) < 2 or _all_differ([group.numbers for group, _ in groups]):
+            if len(groups) < 2:
+                continue
+            rows = np.concatenate([group.numbers for group, _ in groups])
+            if len(distinct_rows(rows)[0]) == len(rows):
                 continue
             seen: dict[tuple[int, ...], str] = {}
             for group, rule in groups:
@@ -529,12 +506,6 @@ class _Builder:
                     seen[numbers] = rule
 
 
-def _all_differ(numbers: Sequence[Ints]) -> bool:
-    """Whether no row of numbers is there twice."""
-    rows = np.concatenate(numbers)
-    return len(distinct_rows(rows)[0]) == len(rows)
-
-
 def _split(group: Group, match: Match) -> tuple[Group, Group | None]:
     """The keys of a group that match, and the others where there are any."""
     if len(match.rows) == len(group.ids):
@@ -542,11 +513,6 @@ def _split(group: Group, match: Match) -> tuple[Group, Group | None]:
     rest = np.ones(len(group.ids), dtype=bool)
     rest[match.rows] = False
     return group.take(match.rows), group.take(rest)
-
-
-def _loop(equation: Equation, axis: str, loops: Ints) -> Ints:
-    """The values of one loop's index, key by key: behind the numbers in rests, where these count, are the loops."""
-    return loops[:, equation.loops.index(axis) - len(equation.loops)]
 
 
 def _others(group: Group) -> str:

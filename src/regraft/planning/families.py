@@ -13,6 +13,7 @@ from regraft.equation.lower import Copy, lower
 from regraft.equation.notation import (
     Affine,
     Axis,
+    Bound,
     ConfigPath,
     Equation,
     Expr,
@@ -20,13 +21,14 @@ from regraft.equation.notation import (
     Term,
     axes_of,
 )
-from regraft.equation.sizes import SizeError, UnknownSizeError, extent, solve_sizes
+from regraft.equation.sizes import SizeError, UnknownSizeError, evaluate, extent, solve_sizes
 from regraft.errors import Finding
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, entry_of, keys_of
 from regraft.planning.rows import distinct_rows
+from regraft.rules.book import Way
 from regraft.rules.indices import Givens, Indices, reading_of
 from regraft.rules.templates import Match, match_group, write_group
 from regraft.rules.terms import RuleTerm
@@ -51,12 +53,13 @@ class Claim(Struct, frozen=True, eq=False):
     """The tensors of a group that one term of a rule speaks of."""
 
     part: Part
+    way: Way
+    """The term's rule, in the direction in which it is read."""
     term: RuleTerm
     group: Group
     match: Match
     indices: Indices
     givens: Givens
-    told: Told
 
     @property
     def ids(self) -> Ints:
@@ -100,6 +103,17 @@ class Sources:
         """Note a problem; all of them are raised together."""
         self.findings.append(Finding(code, message, self.where, key, rule, fix))
 
+    def report_beyond(self, bound: Bound, limit: int, ids: Ints, rule: str) -> None:
+        """Note keys whose index the base model has not."""
+        self.report(
+            "wrong-base",
+            f"the base model has {limit} ({bound.axis} = 0 to {limit - 1}: {bound}); "
+            f"{len(ids)} keys are beyond",
+            key=self.headers.name(int(ids[0])),
+            rule=rule,
+            fix="give the base model that it was trained on",
+        )
+
 
 class _Kind(Struct, eq=False):
     """Loop values of a family whose tensors have the same shapes and counts."""
@@ -133,12 +147,12 @@ class Family:
     here, ``solve`` works out what the equation says of sizes, and ``entries`` puts both together.
     """
 
-    def __init__(self, sources: Sources, claims: list[Claim]) -> None:
+    def __init__(self, sources: Sources, claims: list[Claim], told: Told) -> None:
         first = claims[0]
         rule = first.term.rule
         self.sources, self.rule, self.rests = sources, rule, first.match.rests
-        self.way, self.scope = rule.ways[first.part.edge.direction], first.part.scope
-        self.givens, self.told = first.givens, first.told
+        self.way, self.scope = first.way, first.part.scope
+        self.givens, self.told = first.givens, told
         self.read, self.written = self.way.read, self.way.written
         self.loop_names = rule.equation.loops
         self.holes = tuple(self.way.stacks[term] for term in self.read)
@@ -225,7 +239,7 @@ class Family:
         return None if shape is None else shape[value.dim]
 
     def solve(self) -> None:
-        """Work out sizes and copies; what contradicts itself is reported."""
+        """Work out sizes and copies; what contradicts itself, or the base model, is reported."""
         for kind in self.kinds:
             try:
                 sizes, rest = self._sizes(kind)
@@ -236,6 +250,19 @@ class Family:
             sizes |= self.givens
             copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
             self.solved.append(_Solved(kind.members, sizes, rest, stacks, copies))
+        for bound in self.rule.equation.bounds:
+            limit = evaluate(bound, self.told.get)
+            if limit is not None:
+                self._check_bound(bound, limit)
+
+    def _check_bound(self, bound: Bound, limit: int) -> None:
+        index = of_loop(self.rule.equation, bound.axis, self.loops)
+        if index.max(initial=-1) < limit:
+            return
+        for part in self.placed:
+            beyond = part[2][index[part[0]] >= limit] if part is not None else part
+            if beyond is not None and len(beyond):
+                self.sources.report_beyond(bound, limit, beyond, str(self.rule))
 
     def _sizes(self, kind: _Kind) -> tuple[dict[str, int], tuple[int, ...]]:
         equation, lookup = self.rule.equation, kind.told.get
@@ -372,6 +399,11 @@ class Family:
             rule=str(self.rule),
             fix="complete the checkpoint; nothing can be fused without its siblings",
         )
+
+
+def of_loop(equation: Equation, axis: str, loops: Ints) -> Ints:
+    """The values of one loop's index; in a row stand the numbers in rests first, then the loops."""
+    return loops[:, equation.loops.index(axis) - len(equation.loops)]
 
 
 def _join(parts: list[tuple[Ints, Ints, Ints]]) -> tuple[Ints, Ints, Ints] | None:

@@ -41,7 +41,7 @@ class Headers(Struct, eq=False):
     def find(self, number: int) -> tuple[Group, int]:
         """The group and the row of the tensor with an id."""
         if self._rows is None or self._starts is None:
-            sizes = [len(group) for group in self.groups]
+            sizes = [len(group.ids) for group in self.groups]
             self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
             ids = np.concatenate([g.ids for g in self.groups]) if sizes else np.zeros(0, np.int64)
             self._rows = np.empty(ids.max(initial=-1) + 1, dtype=np.int64)

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Struct
 
-from regraft.equation.lower import check_equation, stacked_holes
+from regraft.equation.lower import check_equation
 from regraft.equation.notation import (
     Equation,
     Expr,
@@ -177,8 +177,10 @@ class Rule(Struct, frozen=True, cache_hash=True, dict=True):
     @cached_property
     def ways(self) -> dict[Direction, Way]:
         """The rule, read in either direction."""
+        from regraft.rules.indices import stacks_of
+
         equation = self.equation
-        stacks = {t: stacked_holes(equation, t) for t in (*equation.left, *equation.right)}
+        stacks = {term: stacks_of(equation, term) for term in (*equation.left, *equation.right)}
         left, right = (equation.left, self.left_kinds), (equation.right, self.right_kinds)
         return {
             Direction.FORWARD: Way(self, Direction.FORWARD, *left, *right, stacks),

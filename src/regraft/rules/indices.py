@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
 from regraft.equation.lower import is_stacked
-from regraft.equation.notation import Affine, Axis, Equation, Expr, Key
+from regraft.equation.notation import Affine, Axis, Equation, Expr, Key, Term
 from regraft.names.keys import Ints
 
 Givens = Mapping[str, int]
@@ -118,6 +119,14 @@ def _columns(columns: Sequence[Ints], count: int) -> Ints:
 def reading_of(equation: Equation, key: Key) -> Reading:
     """How the holes of a key of an equation are read."""
     return Reading(equation, key.holes, tuple(is_stacked(equation, hole) for hole in key.holes))
+
+
+def stacks_of(equation: Equation, term: Term) -> tuple[Expr, ...]:
+    """The holes of a term's key that count the tensors of a stack."""
+    if term.key is None:
+        return ()
+    reading = reading_of(equation, term.key)
+    return tuple(compress(reading.holes, reading.stacked))
 
 
 def given_names(equation: Equation, key: Key) -> tuple[str, ...]:
