@@ -36,6 +36,13 @@ def test_a_hole_is_a_number():
     }
 
 
+def test_some_rows_of_a_match_have_the_numbers_of_these_rows():
+    (group,) = group_names(["layers.3.w", "layers.5.w"])
+    match = match_group(parse_key("layers.{l}.w"), group)
+    assert match.holes.tolist() == [[3], [5]]
+    assert match.take(np.array([False, True])).holes.tolist() == [[5]]
+
+
 def test_a_hole_may_stand_within_a_segment():
     assert matches("shard_{s}.w{n}", "shard_3.w1", "shard_x.w1", "shard_3.w") == {
         "shard_3.w1": ([], [3, 1])
