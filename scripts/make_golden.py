@@ -35,12 +35,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from dataclasses import replace
+
 import peft
 import torch
 import transformers
 from safetensors.torch import save_file
-
-from regraft.values import replace
 
 Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]

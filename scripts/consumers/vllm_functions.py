@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import safetensors
@@ -25,7 +25,6 @@ from shared.running import main
 from shared.tiny import EXPERTS, LAYERS, adapter, off, packed
 
 import regraft
-from regraft.values import replace
 
 # The class, its file, and the linear layers that it has, as vLLM names them.
 FUSED = ("self_attn.qkv_proj", "self_attn.o_proj")

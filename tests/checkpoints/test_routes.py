@@ -1,5 +1,6 @@
 """A checkpoint over several layouts: one plan, and each byte moves once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from regraft.errors import BadInputError
 from regraft.rules.book import library, load_book
 from regraft.rules.write import write_book
 from regraft.storage.safetensors import open_tensors
-from regraft.values import replace
 
 BASE = Path(__file__).parents[1] / "golden/bases/mixtral"
 FLAT = """

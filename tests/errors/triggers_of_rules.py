@@ -1,5 +1,7 @@
 """What provokes the codes of rule books, of the notation, of lint, of plans and of the command line."""
 
+from dataclasses import replace
+
 import numpy as np
 from errors.lab import provokes
 from making import book_of, equation_of, headers_of, plan_of, rule_book
@@ -11,7 +13,6 @@ from regraft.layouts.graph import edges_to
 from regraft.planning.build import build_plan
 from regraft.rules.book import Gap
 from regraft.rules.lint.renames import Rename, lint_renames
-from regraft.values import replace
 
 STACK = "{*p}.{l}.experts.{e}.w : o i == {*p}.{l}.experts.w : e o i"
 

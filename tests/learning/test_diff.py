@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -22,7 +23,6 @@ from regraft.rules.book import library, load_book
 from regraft.rules.lint.book import lint_book
 from regraft.rules.write import write_book
 from regraft.storage.safetensors import open_tensors, write_tensors
-from regraft.values import replace
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASE = GOLDEN / "bases/mixtral"

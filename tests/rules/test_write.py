@@ -1,5 +1,7 @@
 """A book that was written is the book that is read."""
 
+import dataclasses
+
 import pytest
 from generated import equations
 from hypothesis import given
@@ -16,7 +18,7 @@ def named(rule):
 
 
 def without_places(book):
-    return replace(
+    return dataclasses.replace(
         book,
         path="",
         rules=tuple(sorted((replace(rule, where="") for rule in book.rules), key=named)),
@@ -58,7 +60,7 @@ def test_awkward_text(title, why, types, called):
         "[[special]]\nside = 'left'\nmodule = '{*p}.m'\ntensors = ['w']\n"
     )
     book = book_of(body.replace("'{*p}.a', ", ""))
-    book = replace(
+    book = dataclasses.replace(
         book,
         title=title,
         model_types=tuple(types),

@@ -8,6 +8,7 @@ leaves through its `Writer`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -163,7 +164,8 @@ def convert_adapter(
         raise _only_its_language_model(opened, known, to) or error from error
     except RefusedError as error:
         raise RefusedError(
-            replace(finding, where=finding.where or opened.where) for finding in error.findings
+            dataclasses.replace(finding, where=finding.where or opened.where)
+            for finding in error.findings
         ) from error
 
 

@@ -9,6 +9,7 @@ without effect are dropped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -308,7 +309,9 @@ def _share_scale(
             continue
         return scale, scaled, lossy
     assert refused is not None
-    raise RefusedError(replace(finding, key=key) for finding in refused.findings) from refused
+    raise RefusedError(
+        dataclasses.replace(finding, key=key) for finding in refused.findings
+    ) from refused
 
 
 def _common_scales(contributions: list[_Contribution], part: Part | None) -> Iterator[Scale]:

@@ -6,6 +6,7 @@ The room ``dialects`` has those that there are. Nothing here knows how any of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from regraft.planning.side import Side
 from regraft.planning.lookup import Lookup
 from regraft.rules.book import Book, Shared
-from regraft.values import replace
 
 
 class Names(Struct, frozen=True, eq=False, dict=True):

@@ -7,6 +7,7 @@ where the weight that it stands on is the same in both layouts, and refused othe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from regraft.planning.plan import Headers, Plan
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
 from regraft.rules.templates import match_group
-from regraft.values import replace
 
 
 def move_saved(

@@ -7,6 +7,7 @@ is short, 16 random vectors stand for an axis, and the result names the targets 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -285,7 +286,7 @@ def _without_stand_ins(
         deltas[item.key] = np.asarray(b @ a * item.scale.value)
         factors.update(names)
     more = {name: x for name, x in returned.tensors.items() if name not in factors}
-    return replace(without, tensors={**without.tensors, **more}), deltas
+    return dataclasses.replace(without, tensors={**without.tensors, **more}), deltas
 
 
 def _layouts(

@@ -6,6 +6,7 @@ the files into a model without weights. Both are compared, target by target.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import tempfile
@@ -479,7 +480,7 @@ class _Checker:
         (group,) = group_names([landing.key.removesuffix(".weight")])
         for table in modules_of(known, self.to.name):
             if not table.called and match_group(table.module, group) is not None:
-                return replace(landing, outcome="uncalled", detail=table.why)
+                return dataclasses.replace(landing, outcome="uncalled", detail=table.why)
         return landing
 
     def judge(self, source: Source, converted: Converted | None, verdict: Verdict) -> None:

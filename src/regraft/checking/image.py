@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,6 @@ from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers
-from regraft.values import replace
 
 _SHARED = "diffusers"
 """The layout that random base weights are made in; every family's book leads to it."""

@@ -6,6 +6,7 @@ is one `Prepared`, so that writing and comparing know nothing of parts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -272,7 +273,9 @@ def move_pieces(source: Source, found: Parted) -> list[MovedPiece]:
                 moved.append(MovedPiece(piece, None, identity(piece.tensors)))
         except RegraftError as error:
             kind = type(error) if not findings or isinstance(error, BadInputError) else kind
-            findings += (replace(f, key=f.key and piece.place + f.key) for f in error.findings)
+            findings += (
+                dataclasses.replace(f, key=f.key and piece.place + f.key) for f in error.findings
+            )
     if findings:
         raise kind(findings)
     return moved

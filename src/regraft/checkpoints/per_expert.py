@@ -9,6 +9,7 @@ Source: ``HfQuantizer.update_weight_conversions`` and ``get_load_operations`` of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,6 @@ from regraft.planning.plan import Carried, Entry, Headers
 from regraft.rules.book import Book, Carry, Rule
 from regraft.rules.direction import Direction
 from regraft.rules.templates import match_group
-from regraft.values import replace
 
 Flags = npt.NDArray[np.bool_]
 

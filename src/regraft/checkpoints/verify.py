@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
 from regraft.storage.stand_ins import named
 from regraft.storage.weights import open_source
-from regraft.values import replace
 
 _BUFFER = 4 << 20
 _JOBS = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from regraft.cli.app import Job
 from regraft.cli.output import Output, visible
 from regraft.options import DiffOptions
 from regraft.report import count_in_words
-from regraft.values import replace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, count_in_words, show_size
-from regraft.values import replace
 from regraft.views.loading import how_to_load
 from regraft.views.wording import LOSSLESS, what_changed
 

@@ -7,6 +7,7 @@ as a block of zeros, which adds nothing. What each of them demands for which mod
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from collections import defaultdict
@@ -599,7 +600,7 @@ def grouped(findings: Sequence[Finding], most: int = 20) -> list[Finding]:
         first.setdefault(place, finding)
         counts[place] += 1
     made = [
-        replace(f, message=f"{f.message} ({counts[place]} like this one)")
+        dataclasses.replace(f, message=f"{f.message} ({counts[place]} like this one)")
         if counts[place] > 1
         else f
         for place, f in first.items()

@@ -6,6 +6,7 @@ everything is PEFT's reader.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,7 +192,7 @@ class ToolSource(Source):
                 for each in getattr(dialects()[self.tool], "versions", ())
             )
             raise AmbiguousError(
-                replace(f, choices=choices or f.choices) for f in error.findings
+                dataclasses.replace(f, choices=choices or f.choices) for f in error.findings
             ) from None
         return replace(reading, evidence=(*self.told, *reading.evidence))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,6 @@ from regraft.report import logged
 from regraft.rules.book import Book, Carry, Rules
 from regraft.rules.templates import Match, match_group, specificity
 from regraft.sources.resolve import resolved
-from regraft.values import replace
 
 _NEAR = 3
 _TOO_FAR = 2.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regraft.adapters.form import Array
@@ -34,7 +34,6 @@ from regraft.names.keys import group_names
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Headers, Plan
-from regraft.values import replace
 
 _LISTED = 6
 """Names of tensors that are listed at most."""

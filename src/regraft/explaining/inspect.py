@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from regraft.bridges.transformers.files import InstalledTransformers
@@ -24,7 +25,6 @@ from regraft.report import logged
 from regraft.rules.book import Rules
 from regraft.sources.resolve import Resolved, resolved
 from regraft.storage.safetensors import read_header
-from regraft.values import replace
 
 _SOME = 20
 """Files of a folder, of which one of an image model makes it a folder of such files."""

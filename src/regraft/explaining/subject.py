@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,6 @@ from regraft.planning.model import ModelConfig, Scope, load_model
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.book import Book
 from regraft.rules.templates import match_group
-from regraft.values import replace
 
 SHARED = "shared by all modules of"
 """What the role of a tensor begins with that a family keeps once for all modules."""

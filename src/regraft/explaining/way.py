@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from regraft.planning.plan import Entry, Headers, Plan, walk
 from regraft.rules.book import Rule
 from regraft.rules.indices import given_names, reading_of
 from regraft.rules.templates import Match, Specificity, match_group
-from regraft.values import replace
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from regraft.learning.index_map import AxisRun, Box, Component, NotABoxError, Stack
-from regraft.values import replace
 
 _NAMES = "abcdfghijkmnopqstuvwxyz"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from regraft.learning.index_map import (
 from regraft.learning.loops import with_loops
 from regraft.learning.propose import Tied, pair_equal
 from regraft.learning.relate import Names, writable
-from regraft.values import replace
 
 _FEW = 1 << 22
 """Elements that are looked up one by one; of more, rows are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from regraft.learning.assemble import Drafted, Written
@@ -20,7 +20,6 @@ from regraft.learning.infer import Inferred
 from regraft.learning.loops import LAYER
 from regraft.learning.pairs import Pair
 from regraft.learning.relate import Names, isolated
-from regraft.values import replace
 
 LAST = "last"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from regraft.equation.notation import parse_equation, parse_key
 from regraft.learning.assemble import Drafted
@@ -16,7 +17,6 @@ from regraft.names.keys import group_names
 from regraft.rules.book import Book, Drop, Parameters, Rule, library, table_of
 from regraft.rules.direction import SIDES
 from regraft.rules.templates import match_group
-from regraft.values import replace
 
 Tensors = Mapping[str, Tensor]
 Orders = Callable[[], Mapping[str, Sequence[str]]]

@@ -7,6 +7,7 @@ loaded and carried out, and what it makes is compared with the file that is ther
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -110,10 +111,10 @@ def propose(
         verified = check(book, left, right, *whole)
         best = best or Proposal(book, text, verified, *whole, ambiguous)
         if verified:
-            best = replace(best, book=book, text=text, verified=True)
+            best = dataclasses.replace(best, book=book, text=text, verified=True)
             break
     assert best is not None
-    return replace(best, made=tuple(_made(best, left, right)))
+    return dataclasses.replace(best, made=tuple(_made(best, left, right)))
 
 
 def _made(proposal: Proposal, left: Tensors, right: Tensors) -> Iterator[Made]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from regraft.learning.pairs import Pair, arrays_of
 from regraft.learning.probe import Arrays, digits, labels
 from regraft.learning.roles import KindOf
 from regraft.rules.book import Book
-from regraft.values import replace
 
 Convert = Callable[[dict[str, Any]], Mapping[str, Any]]
 

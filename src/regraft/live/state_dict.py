@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from regraft.arrays.apply import apply_plan
@@ -32,7 +32,6 @@ from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
 from regraft.rules.mtp import with_mtp
-from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.live.spread import Spread

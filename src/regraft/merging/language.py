@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from regraft.layouts.names import Layout
 from regraft.merging.addends import Addend, Replacement
 from regraft.merging.base import Base
 from regraft.planning.model import Foreign
-from regraft.values import replace
 
 
 def language_addend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from regraft.planning.model import Foreign
 from regraft.storage.folder import staged_file, staged_folder
 from regraft.storage.safetensors import write_tensors
 from regraft.storage.waiting import Waiting
-from regraft.values import replace
 
 
 class ImageOutput:

@@ -27,6 +27,7 @@ names = ["gate_up_proj", "down_proj"]
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tomllib
@@ -547,7 +548,7 @@ class Book:
                     equation = parse_equation(f"{term.key} : ... == {term.key} : ...")
                     why = "it is spelled as usual"
                     carries.append(Carry(equation.left[0], equation, why, "any", rule.where))
-        return replace(
+        return dataclasses.replace(
             self,
             left=f"{self.left} as it is spelled",
             right=self.left,
@@ -747,7 +748,7 @@ def _environment_books(text: str, changed: tuple[int, ...]) -> tuple[Book, ...]:
             return _standing_in(name for name in text.split(os.pathsep) if name)
     except BadInputError as error:
         raise BadInputError(
-            replace(each, message=f"{each.message} (named by {ENVIRONMENT})")
+            dataclasses.replace(each, message=f"{each.message} (named by {ENVIRONMENT})")
             for each in error.findings
         ) from None
 
@@ -941,7 +942,7 @@ def installed_books() -> tuple[Book, ...]:
             message = f"the rule books of the installed package {package} cannot be read: {error}"
             fix = "install it again, or remove it"
             raise BadInputError(Finding("rule-book", message, where=package, fix=fix)) from error
-        found += (replace(book, package=package) for book in books)
+        found += (dataclasses.replace(book, package=package) for book in books)
     return tuple(found)
 
 

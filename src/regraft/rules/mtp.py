@@ -14,6 +14,7 @@ False
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -191,7 +192,7 @@ def with_mtp(book: Book, keys: MtpKeys) -> Book:
         return book
     twins = {str(t.equation): t for rule in book.rules for t in _twins(rule, keys)}
     carries = [_carry(f"{root}.{{*q}}", book) for root in keys.roots]
-    return replace(
+    return dataclasses.replace(
         book,
         rules=(*book.rules, *twins.values()),
         carries=(*carries, *book.carries),

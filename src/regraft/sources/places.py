@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -23,7 +24,6 @@ from regraft.errors import BadInputError, Finding, RegraftError
 from regraft.storage.hub import find_cached, how_to_find, is_offline, parse_id
 from regraft.storage.stand_ins import named
 from regraft.storage.training import KEY
-from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.storage.joined import Joined

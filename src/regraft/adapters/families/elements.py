@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from regraft.adapters.families.base import Wide, each, joined
 from regraft.adapters.form import Array
 from regraft.names.keys import Ints
-from regraft.values import replace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
@@ -31,7 +32,6 @@ from regraft.bridges.transformers.loading import loading_patch
 from regraft.dialects.peft.source import Source
 from regraft.errors import Finding, RefusedError, RegraftError
 from regraft.live.memory import Way
-from regraft.values import replace
 
 Function = Callable[..., Any]
 

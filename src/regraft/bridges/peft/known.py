@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from regraft.report import AdapterReport
 from regraft.rules.book import own_books
 from regraft.rules.releases import layout_of
 from regraft.storage.dtypes import DTYPES
-from regraft.values import replace
 
 _CARRIED = {
     DTYPES[name].numpy: (carrier, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from regraft.learning.command import Command
 from regraft.learning.learn import Learned, learn_pairs, learn_telling
 from regraft.learning.pairs import Pair
 from regraft.learning.watch import pair_of
-from regraft.values import replace
 
 if TYPE_CHECKING:
     from regraft.bridges.transformers.probing import Outline

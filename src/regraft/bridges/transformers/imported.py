@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from regraft.bridges.transformers.facts import file_name, module_name, unused
@@ -31,7 +31,6 @@ from regraft.names.skeleton import Skeleton, SubModel
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
 from regraft.rules.mtp import MtpKeys, mtp_among
-from regraft.values import replace
 
 STACKED = 99
 """The stand-in for the index of a stacked tensor."""

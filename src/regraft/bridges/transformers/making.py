@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -34,7 +34,6 @@ from regraft.rules.direction import Side
 from regraft.rules.kinds import KINDS
 from regraft.rules.mtp import is_mtp_module
 from regraft.rules.releases import layout_of
-from regraft.values import replace
 
 LEFT, RIGHT = layout_of("transformers", "4"), layout_of("transformers", "5")
 """The registry of a release of 5 converts what releases of 4 saved."""

@@ -11,7 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import is_
 from typing import Any
@@ -22,7 +22,6 @@ from transformers import core_model_loading as loading
 
 from regraft.errors import BadInputError, Finding
 from regraft.storage.expressions import Expression, expression, start_file
-from regraft.values import replace
 
 OLDEST, NEWEST = (5, 4), (5, 24)
 """The releases whose registry is known."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from regraft.bridges.transformers.facts import unwritten
 from regraft.bridges.transformers.scopes import Scoped, Scopes
-from regraft.values import replace
 
 WILDCARD = "*"
 _TRIES = 64

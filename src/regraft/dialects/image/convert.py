@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from regraft.dialects.image.write import KEYED, Writing, Written, fit_to, write_
 from regraft.errors import AmbiguousError, BadInputError, Choice, Finding, RegraftError
 from regraft.report import AdapterReport, Target, count_in_words
 from regraft.storage.safetensors import open_tensors, read_header
-from regraft.values import replace
 
 _STALE = re.compile(r"sshs_\w*hash|modelspec\.hash_sha256")
 """Entries that are of the old file's bytes."""

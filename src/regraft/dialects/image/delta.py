@@ -11,7 +11,7 @@ OneTrainer (``modules/module/LoRAModule.py``, ``oft_utils.py``) for OFT v2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 from typing import Any
 
@@ -22,7 +22,6 @@ from regraft.adapters.form import Array, common_dtype
 from regraft.adapters.scale import Number, Scale
 from regraft.arrays.pieces import multiply
 from regraft.names.keys import Ints
-from regraft.values import replace
 
 Weight = Callable[[], Wide] | None
 """Gives the base weight as a matrix (out, in); ``None`` where no base was given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 
 import numpy as np
@@ -29,7 +29,6 @@ from regraft.dialects.image.delta import (
 from regraft.dialects.image.leaves import has_no_weights, split_key, unread_kind
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.report import count_in_words
-from regraft.values import replace
 
 
 @dataclass(slots=True)

@@ -6,13 +6,13 @@ diffusers writes each component's PEFT config there, as JSON with prefixed keys;
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isfinite, nan
 from typing import Any
 
 from regraft.dialects.peft.config_check import check_fields
 from regraft.errors import BadInputError, Finding
 from regraft.storage.json_files import parse_json
-from regraft.values import replace
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """diffusers' entry of the header: the PEFT config of each component, as JSON with prefixed keys."""

@@ -5,6 +5,7 @@ Of the data only alphas are read, a few bytes each.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter, defaultdict
@@ -157,7 +158,7 @@ def summarize(path: Path) -> ImageSummary:
         config = config_beside(path)
         if config is not None:
             header = replace(header, metadata={**header.metadata, **said_in_header(config)})
-            return replace(_summary(path, header), dialect="peft-image", trainer="PEFT")
+            return dataclasses.replace(_summary(path, header), dialect="peft-image", trainer="PEFT")
         return _summary(path, header)
     except RegraftError as error:
         return ImageSummary(path.name, problem=error.findings[0].message)
@@ -172,7 +173,7 @@ def summaries(folder: Path) -> Iterator[ImageSummary]:
 
 
 def _named(summary: ImageSummary, name: str) -> ImageSummary:
-    return replace(summary, file=name)
+    return dataclasses.replace(summary, file=name)
 
 
 def _summary(path: Path, header: Header) -> ImageSummary:

@@ -8,7 +8,7 @@ done only by name (``via``), and otherwise refused with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -47,7 +47,6 @@ from regraft.planning.blocks import landings
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, Plan
-from regraft.values import replace
 
 GIVE_BASE = "give the base's weights as --model, and ask for deltas of full rank (--via dense)"
 DENSELY = "ask for deltas of full rank (--via dense), or of a lower rank (--via svd:RANK)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.adapters.form import Array, rescale
@@ -14,7 +14,6 @@ from regraft.adapters.scale import Number, Scale
 from regraft.dialects.image.delta import LORA, Delta
 from regraft.errors import RefusedError
 from regraft.storage.json_files import told_in_json
-from regraft.values import replace
 
 KEY = "regraft.origin"
 """Our entry of the header."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -35,7 +35,6 @@ from regraft.dialects.image.modules import Module, Names, body_names, names_of
 from regraft.dialects.image.origin import read_origin
 from regraft.dialects.image.prefixes import KNOWN_PREFIXES, Place, place_of
 from regraft.errors import BadInputError, Finding, UnmatchedKeysError
-from regraft.values import replace
 
 
 @dataclass(frozen=True, slots=True)

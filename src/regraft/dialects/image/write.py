@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -44,7 +44,6 @@ from regraft.dialects.image.header import ADAPTER_METADATA
 from regraft.dialects.image.moving import Ways, is_vector
 from regraft.dialects.image.read import Home
 from regraft.errors import Finding, RefusedError
-from regraft.values import replace
 
 KEYED, HEADER, CONFIG, FOLDED = "key", "header", "config", "folded"
 """Where a dialect has alpha."""

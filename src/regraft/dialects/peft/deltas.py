@@ -9,7 +9,7 @@ Source: PEFT 0.18.1 and 0.21.2, ``get_delta_weight`` of ``Linear``, ``Embedding`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from regraft.dialects.peft.scan import Scan
 from regraft.dialects.peft.source import Source
 from regraft.names.keys import group_names
 from regraft.storage.safetensors import TensorFile
-from regraft.values import replace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,13 +10,13 @@ Sources: NVIDIA-NeMo/Automodel#3595 (the part's name first), huggingface/transfo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from regraft.dialects.peft.renaming import RenamedTensors
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError
 from regraft.names.keys import one_of_each
-from regraft.values import replace
 
 if TYPE_CHECKING:
     from typing import TypeVar

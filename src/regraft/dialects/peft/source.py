@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -348,7 +349,7 @@ class Source:
             PREFIX + rename(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name: name
             for name in self.tensors
         }
-        return replace(
+        return dataclasses.replace(
             self, config=config, tensors=RenamedTensors(self.tensors, names), weights=None
         )
 
@@ -362,7 +363,7 @@ class Source:
         """The same without tensors that only stand for something else."""
         gone = frozenset(names)
         rest = {name: x for name, x in self.tensors.items() if name not in gone}
-        return replace(self, tensors=rest, left_out=self.left_out | gone)
+        return dataclasses.replace(self, tensors=rest, left_out=self.left_out | gone)
 
     def settle_shared(self, shared: Sequence[Shared]) -> tuple[Self, list[str]]:
         """The same with each module in the places that the result has for it.
@@ -370,11 +371,11 @@ class Source:
         Raises ``BadInputError`` where the two places of one module have other tensors.
         """
         tensors, notes = settle_shared(self.tensors, shared, self.where)
-        return (replace(self, tensors=tensors), notes) if notes else (self, [])
+        return (dataclasses.replace(self, tensors=tensors), notes) if notes else (self, [])
 
     def as_lora(self) -> Self:
         """The same with the config of a plain LoRA on the same modules."""
-        return replace(self, config=lora_config(self.config))
+        return dataclasses.replace(self, config=lora_config(self.config))
 
     def deltas(self, known: Known, layout: str, packing: str | None = None) -> Deltas:
         """What it adds to base tensors, by PEFT's formulas."""
