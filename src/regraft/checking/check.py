@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from msgspec import Struct
 
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.detect import Known, base_names, find_books
 from regraft.adapters.form import Array
 from regraft.adapters.home import at_home
-from regraft.adapters.protocol import Opened
+from regraft.adapters.protocol import Names, Opened
 from regraft.adapters.uncalled import modules_of
 from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft_finds_it
 from regraft.bridges.transformers.files import InstalledTransformers
@@ -39,7 +40,7 @@ from regraft.dialects.opening import Opening, Target, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
 from regraft.dialects.peft.inspect import inspect_adapter
 from regraft.dialects.peft.saving import save_adapter
-from regraft.dialects.peft.scan import PREFIX, Scan, scan_names
+from regraft.dialects.peft.scan import PREFIX, scan_names
 from regraft.dialects.peft.source import CONFIG, Source, names_of_scan
 from regraft.dialects.peft.variants import reclaimed_names
 from regraft.dialects.registry import IMAGE
@@ -141,18 +142,16 @@ def check_with(
         architecture=asked.architecture,
         rules=asked.rules,
     ) as found:
-        path, base, checkpoint = found.path, found.model, not found.is_adapter
+        path, base = found.path, found.model
         family = None if asked.source is None else _family_of_image(path, found)
-        if is_tool(asked.to) and not checkpoint:
+        if not found.is_adapter:
+            return _check_model(path, base, asked.to)
+        if is_tool(asked.to):
             return check_for(path, asked.to, base, family)
-        if checkpoint and is_image(path):
-            return _check_image_model(path, base, asked.to)
-        if checkpoint and (why := passed_over(path, asked.to)) is not None:
-            fix = "leave --for out: whether transformers loads it is told then"
-            raise BadInputError(Finding("not-an-adapter", why, where=str(path), fix=fix))
-        if not checkpoint and dialect_of(path).name in IMAGE:
-            return _check_image(path, base, asked.to, family)
-        return _check(path, base, asked.to, peft)
+        opening = find_source(path)
+        if opening.dialect.name in IMAGE:
+            return _check_image(opening, base, asked.to, family)
+        return _check(opening, base, asked.to, peft)
 
 
 def passed_over(src: Path, to: str) -> str | None:
@@ -169,6 +168,17 @@ def passed_over(src: Path, to: str) -> str | None:
 
 _IMAGE_LOADERS = ("diffusers", "comfyui")
 """The tools of which it is known how they take checkpoints of image models."""
+
+
+def _check_model(src: Path, model: Path | None, to: str) -> Check:
+    """A checkpoint. Raises ``BadInputError`` where it is to be checked for a tool that loads none."""
+    if is_image(src):
+        return _check_image_model(src, model, to)
+    if (why := passed_over(src, to)) is not None:
+        fix = "leave --for out: whether transformers loads it is told then"
+        raise BadInputError(Finding("not-an-adapter", why, where=str(src), fix=fix))
+    layout = layout_named(to)
+    return Check(named(str(src)), str(layout), [check_checkpoint(src, model, layout)])
 
 
 def _check_image_model(src: Path, model: Path | None, to: str) -> Check:
@@ -196,17 +206,18 @@ def _family_of_image(src: Path, found: Resolved) -> str:
     return family
 
 
-def _check_image(src: Path, model: Path | None, to: str, family: str | None) -> Check:
+def _check_image(opening: Opening, model: Path | None, to: str, family: str | None) -> Check:
     """A LoRA of an image model, as diffusers takes it where no tool was named.
 
     Raises ``RefusedError`` where a layout was named: such files are for tools.
     """
+    src = opening.src
     if to != _USUAL:
         tools = ", ".join(name for name in tool_readers() if name in _IMAGE_TOOLS)
         message = f"this is a LoRA of an image or video model, and {to} does not have these"
         raise RefusedError(Finding("dialect", message, where=str(src), fix=f"say --for {tools}"))
     found = check_for(src, _DIFFUSERS, model, family)
-    verdict = Verdict("", "LORA", dialect_of(src).name, found.healthy)
+    verdict = Verdict("", "LORA", opening.dialect.name, found.healthy)
     verdict.tried = f"{found.tool} {found.version}, known from {found.basis}"
     verdict.error = next(iter(found.failures), None)
     verdict.rows = rows_of((each.key, {"outcome": _FATES[each.outcome]}) for each in found.targets)
@@ -228,21 +239,14 @@ _FATES = {
 """What tools make of a module, in a check's words."""
 
 
-def _check(
-    src: str | os.PathLike[str],
-    model: str | os.PathLike[str] | None,
-    to: str,
-    peft: StockPeft | None,
-) -> Check:
-    path, layout = Path(src), layout_named(to)
-    told = Path(model) if model is not None else None
-    if is_checkpoint(path):
-        return Check(named(str(src)), str(layout), [check_checkpoint(path, told, layout)])
+def _check(opening: Opening, model: Path | None, to: str, peft: StockPeft | None) -> Check:
+    """Each adapter of a path."""
+    src, found, layout = opening.src, opening.found, layout_named(to)
     verdicts: list[Verdict] = []
-    config = load_model(told) if told is not None else None
-    checker = _Checker(path, told, layout, config, peft or StockPeft())
-    opening = find_source(path)
-    found = opening.found
+    stock = peft or StockPeft()
+    has_layout = stock.is_there and stock.layout() == layout.name
+    config = load_model(model) if model is not None else None
+    checker = _Checker(src, model, layout, config, stock, has_layout)
     for folder in found.folders:
         name = str(folder.relative_to(found.root)).removeprefix(".")
         try:
@@ -262,6 +266,17 @@ def _check(
     return Check(named(str(src)), str(layout), verdicts)
 
 
+class _Made(Struct, frozen=True, eq=False):
+    """What regraft makes of an adapter, or why it makes nothing."""
+
+    there: Opened | None
+    """The adapter with the paths that the base has for its modules; ``None`` where it has no place in it."""
+    moved: str | None
+    """What was done to these paths, where they were moved into or out of a bigger model than its own."""
+    converted: Converted | None = None
+    failure: RegraftError | None = None
+
+
 @dataclass(slots=True)
 class _Checker:
     src: Path
@@ -269,11 +284,14 @@ class _Checker:
     to: Layout
     config: ModelConfig | None
     peft: StockPeft
+    has_layout: bool
+    """Whether what is installed has models in the layout, so that it can be tried."""
     foreign: InstalledTransformers = field(default_factory=InstalledTransformers)
 
     def check(self, source: Source) -> Verdict:
         """What would become of one adapter."""
-        converted, failure = self.convert(source, self.to)
+        made = self.convert(source)
+        converted, failure = made.converted, made.failure
         verdict = Verdict(source.name, source.peft_type)
         if converted is not None:
             verdict.layout = converted.report.source_layout
@@ -284,9 +302,11 @@ class _Checker:
             # Nothing of it can be tried with this base, so none is built.
             self.judge(source, converted, verdict)
             return verdict
-        known = self.known(source)
+        scan, _ = scan_names(list(source.tensors), source.where, lora=verdict.kind == "LORA")
+        names = names_of_scan(scan)
+        known = self.known(source, names)
         model = self.config or (known.model if known is not None else None)
-        if not self.peft.is_there or self.peft.layout() != self.to.name:
+        if not self.has_layout:
             self.judge(source, converted, verdict)
             line = lacking("transformers", "peft", "torch")
             how = "" if line is None else f": {line}"
@@ -299,7 +319,7 @@ class _Checker:
                 "nothing could be tried, because the base model is not known: give it with --model"
             )
         else:
-            self.attempt(source, converted, known, model, verdict)
+            self.attempt(source, made, names, known, model, verdict)
         if failure is not None and is_unknown(failure) and verdict.tried is None:
             # Its base is not known, or not which of several it is: that says nothing against the adapter.
             verdict.healthy, verdict.no_remedy = None, None
@@ -340,39 +360,44 @@ class _Checker:
         verdict.remedy = self.remedy(opened)
         return verdict
 
-    def convert(self, source: Source, to: Layout) -> tuple[Converted | None, RegraftError | None]:
-        """The adapter in a layout, or why it cannot be in it."""
+    def convert(self, source: Source) -> _Made:
+        """The adapter in the layout, or why it cannot be in it."""
+        there, moved = None, None
         try:
-            opened, moved = at_home(source, self.config, self.foreign)
-            made = convert_adapter(opened, to, self.config, foreign=self.foreign)
+            there, moved = at_home(source, self.config, self.foreign)
+            made = convert_adapter(there, self.to, self.config, foreign=self.foreign)
         except RegraftError as error:
-            return None, error
+            return _Made(there, moved, failure=error)
         made.report.notes += [moved] if moved is not None else []
-        return made, None
+        return _Made(there, moved, made)
 
-    def scan(self, source: Source) -> tuple[Scan, list[Finding]]:
-        """What the adapter's names are."""
-        return scan_names(list(source.tensors), source.where, lora=source.peft_type == "LORA")
-
-    def known(self, source: Source) -> Known | None:
+    def known(self, source: Source, names: Names) -> Known | None:
         """What is known of the base, if it is."""
-        scan, _ = self.scan(source)
         try:
-            return find_books(
-                names_of_scan(scan), source.hints(), self.config, source.where, self.foreign
-            )
+            return find_books(names, source.hints(), self.config, source.where, self.foreign)
         except RegraftError:
             return None
 
     def attempt(
         self,
         source: Source,
-        converted: Converted | None,
+        made: _Made,
+        names: Names,
         known: Known | None,
         model: ModelConfig,
         verdict: Verdict,
     ) -> None:
         """Try it with the installed PEFT."""
+        converted, mapping = made.converted, source.config.get("auto_mapping")
+        if made.there is None and isinstance(mapping, Mapping):
+            # The class that PEFT noted is none that it could be tried with.
+            self.judge(source, converted, verdict)
+            return
+        noted = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+        named = noted if made.moved is None else None
+        labelled, said = _with_labels(model, source)
+        verdict.notes += said
+        bases, task = tuple(base_names(names)), source.config.get("task_type")
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-")))
             assert source.weights is not None
@@ -383,18 +408,12 @@ class _Checker:
             remedies: tuple[str, ...] = ()
             if converted is not None:
                 wanted = str(scratch / "wanted")
-                there, _ = at_home(source, self.config, self.foreign)
-                assert isinstance(there, Source)
-                save_adapter(scratch / "wanted", there, converted)
+                assert isinstance(made.there, Source)
+                save_adapter(scratch / "wanted", made.there, converted)
                 if not converted.report.copied:
                     remedies = (wanted,)
             try:
-                named = self.class_named(source)
-                scan, _ = self.scan(source)
-                names, task = tuple(base_names(names_of_scan(scan))), source.config.get("task_type")
-                labelled, said = _with_labels(model, source)
-                verdict.notes += said
-                trial = Trial(labelled, named, folder, wanted, remedies, names, task)
+                trial = Trial(labelled, named, folder, wanted, remedies, bases, task)
                 tried = self.peft.attempt(trial)
             except RegraftError as error:
                 self.judge(source, converted, verdict)
@@ -412,16 +431,6 @@ class _Checker:
         else:
             why = f": {tried.unwanted}" if tried.unwanted else ""
             verdict.no_remedy = f"what regraft makes of it does not load rightly either{why}"
-
-    def class_named(self, source: Source) -> str | None:
-        """The class that PEFT noted; none where the adapter is moved into or out of a bigger model than its own.
-
-        Raises what `at_home` raises.
-        """
-        mapping = source.config.get("auto_mapping")
-        if not isinstance(mapping, Mapping) or at_home(source, self.config, self.foreign)[1]:
-            return None
-        return mapping.get("base_model_class")
 
     def remedy(self, source: Opened) -> list[str]:
         """The command line that converts it."""

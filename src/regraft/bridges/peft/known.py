@@ -25,7 +25,7 @@ from regraft.bridges.torch_tensors import whole
 from regraft.bridges.transformers.imported import import_model
 from regraft.bridges.transformers.making import LEFT, RIGHT
 from regraft.bridges.transformers.registry import warn_of_release
-from regraft.dialects.base import dialects
+from regraft.dialects.base import Found, dialects
 from regraft.dialects.opening import find_source
 from regraft.dialects.peft.packing import packing_of_version
 from regraft.dialects.peft.scan import PREFIX
@@ -93,7 +93,13 @@ def open_any(path: Path) -> Opened:
     Raises ``BadInputError``, or ``AmbiguousError`` where there are several.
     """
     opening = find_source(path)
-    return open_one(path) if opening.dialect.name == DEFAULT else opening.one()
+    if opening.dialect.name != DEFAULT:
+        return opening.one()
+    if (path / CONFIG).is_file():
+        return opening.open(path)
+    if len(opening.found.folders) > 1:
+        raise _several(opening.found, path)
+    return opening.open(opening.found.folders[0])
 
 
 def open_one(path: Path) -> Source:
@@ -105,16 +111,21 @@ def open_one(path: Path) -> Source:
         return open_adapter(path, path)
     found = find_adapters(path)
     if len(found.folders) > 1:
-        names = ", ".join(str(folder.relative_to(found.root)) for folder in found.folders)
-        raise AmbiguousError(
-            Finding(
-                "which-adapter",
-                f"there are several adapters here: {names}",
-                where=str(path),
-                fix="give the folder of one of them",
-            )
-        )
+        raise _several(found, path)
     return open_adapter(found.folders[0], found.root, found.weights)
+
+
+def _several(found: Found, path: Path) -> AmbiguousError:
+    """That one adapter was expected, and there are more."""
+    names = ", ".join(str(folder.relative_to(found.root)) for folder in found.folders)
+    return AmbiguousError(
+        Finding(
+            "which-adapter",
+            f"there are several adapters here: {names}",
+            where=str(path),
+            fix="give the folder of one of them",
+        )
+    )
 
 
 class LiveWeights:
