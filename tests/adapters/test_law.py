@@ -20,6 +20,7 @@ from regraft.adapters.provenance import (
 from regraft.adapters.scale import Scale
 from regraft.arrays.apply import apply_plan
 from regraft.errors import RefusedError
+from regraft.planning.blocks import landings_of
 
 
 def book_for(made):
@@ -47,8 +48,8 @@ def convert(made, low, reverse=False, fast=True, record=None):
     plan = plan_of(book_for(made), present, "old" if reverse else "new", partial=True)
     record = Record() if record is None else record
     result = {}
-    for entry in plan.entries:
-        for image in images(entry, factors, record, fast=fast):
+    for landed in landings_of(plan):
+        for image in images(landed, factors, record, fast=fast):
             assert len(image.loras) == len(image.keys)
             for key, lora in zip(image.keys.names(), image.loras, strict=True):
                 assert key not in result
@@ -201,8 +202,8 @@ def test_the_fast_path_is_the_general_path_bit_for_bit(case):
     results = []
     for fast in (True, False):
         record = Record()
-        (entry,) = plan.entries
-        (image,) = images(entry, Factors(headers_of(shapes), a, b, scales), record, fast=fast)
+        (landed,) = landings_of(plan)
+        (image,) = images(landed, Factors(headers_of(shapes), a, b, scales), record, fast=fast)
         (lora,) = image.loras
         told = reread(record)
         results.append((lora, image.keys.names(), {key: told.part(key, 1000) for key in shapes}))

@@ -12,6 +12,7 @@ from regraft.adapters.form import Factors
 from regraft.adapters.move import images
 from regraft.adapters.scale import Scale
 from regraft.arrays.apply import apply_plan
+from regraft.planning.blocks import landings_of
 
 ONE = Scale(1, 1, False)
 
@@ -42,8 +43,8 @@ def converted(book, weights, factors, to="new", config=None):
     )
     return {
         key: lora
-        for entry in part.entries
-        for image in images(entry, given_, Record())
+        for landed in landings_of(part)
+        for image in images(landed, given_, Record())
         for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }

@@ -7,6 +7,7 @@ from regraft.adapters.components import Record
 from regraft.adapters.form import Factors, delta
 from regraft.adapters.move import images
 from regraft.adapters.scale import Scale
+from regraft.planning.blocks import landings_of
 
 RANDOM = np.random.default_rng(3)
 
@@ -22,8 +23,8 @@ def convert(text, shapes, a, b, scales=None, to="new", **kinds):
     )
     return {
         key: lora
-        for entry in plan.entries
-        for image in images(entry, factors, Record())
+        for landed in landings_of(plan)
+        for image in images(landed, factors, Record())
         for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -47,7 +48,7 @@ from regraft.adapters.roundtrip import (
 from regraft.adapters.saved import move_saved
 from regraft.adapters.scale import Scale
 from regraft.adapters.tuned import TunedModules
-from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled
+from regraft.adapters.uncalled import Kept, fill_saved, keep_uncalled, modules_of
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
@@ -56,9 +57,10 @@ from regraft.errors import (
     RegraftError,
     UnmatchedKeysError,
 )
-from regraft.layouts.graph import Edge, Route, edges_to, route_between
+from regraft.layouts.graph import Edge, edges_to, route_between
 from regraft.layouts.names import Layout, joined_to, known_layouts
 from regraft.names.keys import Group, group_names
+from regraft.planning.blocks import Landing, Way, landings_of
 from regraft.planning.build import build_plan
 from regraft.planning.model import Foreign, ModelConfig
 from regraft.planning.plan import Entry, Headers, Plan
@@ -79,7 +81,7 @@ class Converted(Struct):
     """Factors that the layout cannot hold, for a file beside the result."""
 
 
-class Identity(Struct, frozen=True, eq=False):
+class Identity(Struct, frozen=True, eq=False, dict=True):
     """What an adapter is: the books for its base, and the layout that it is in."""
 
     known: Known
@@ -90,6 +92,7 @@ class Identity(Struct, frozen=True, eq=False):
     also: tuple[str, ...] = ()
     """Other layouts that parts of it are in, where they are in several."""
 
+    @cached_property
     def side(self) -> Side:
         """What the books say of its keys."""
         return Side(self.known.books, self.layout, self.known.scopes, self.also)
@@ -333,9 +336,9 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
     identity = Identity(known, layout, None, ())
     try:
         reading = read(opened, identity, BaseWeights.of(known, layout))
-        step = route_of(identity, target, opened.where).steps[0]
+        step = route_between(known.books, layout, target, opened.where).steps[0]
         plan_step(reading.adapter, identity, step, opened.where, all_seen=reading.all_seen)
-        check_whole(opened, reading, identity.side())
+        check_whole(opened, reading, identity.side)
         move_rest(opened, reading, identity, target)
     except RefusedError:
         return None
@@ -349,7 +352,7 @@ def _misfit(opened: Opened, known: Known, layout: str, target: str) -> RegraftEr
 
 def read(opened: Opened, identity: Identity, base: BaseWeights) -> Reading:
     """The internal form; sizes that neither tensors nor config tell come from the base's weights."""
-    reading = opened.read(identity.side(), identity.packing, base)
+    reading = opened.read(identity.side, identity.packing, base)
     modules = reading.adapter.modules
     if modules is not None and reading.adapter.family is not None:
         reading.adapter.family.survey(
@@ -401,7 +404,7 @@ def _check_unmoved(opened: Opened, reading: Reading, identity: Identity) -> None
 
     Sizes are compared as the rules that lead out of the layout do. Raises ``BadInputError``.
     """
-    known, side, adapter = identity.known, identity.side(), reading.adapter
+    known, side, adapter = identity.known, identity.side, reading.adapter
     check_whole(opened, reading, side)
     if known.model is None or not side.edges:
         return
@@ -416,15 +419,6 @@ def _check_unmoved(opened: Opened, reading: Reading, identity: Identity) -> None
 
 
 # -- plan
-
-
-def route_of(identity: Identity, target: str, where: str) -> Route:
-    """The way to a layout; of one step where parts are of several, one of which is the target.
-
-    Raises ``BadInputError``, ``AmbiguousError``.
-    """
-    source = None if identity.also else identity.layout
-    return route_between(identity.known.books, source, target, where)
 
 
 def plan_step(
@@ -475,7 +469,7 @@ def move_rest(
     if not reading.saved:
         return unbound
     tensors = list(opened.tensors.values())
-    known, side = identity.known, identity.side()
+    known, side = identity.known, identity.side
     return unbound + move_saved(
         reading.saved, tensors, known, side, target, opened.kind, opened.where
     )
@@ -528,20 +522,6 @@ class _Adjusted(Struct, frozen=True, eq=False):
     entries: list[str]
 
 
-def _change_ranks(options: Options, made: Sequence[Images]) -> tuple[bool, list[str]]:
-    """What was asked for of ranks: whether components are not the source's any more, and notes."""
-    changed: list[tuple[int, int]] = []
-    notes = []
-    if options.compact:
-        changed = compact(made)
-        ranks = ", ".join(f"{a} -> {b}" for a, b in sorted(set(changed))) or "nothing to leave out"
-        notes.append(f"ranks without components that add nothing (--compact): {ranks}")
-    if options.uniform:
-        rank = make_uniform(made)
-        notes.append(f"all targets have rank {rank}, as was asked for")
-    return bool(changed), notes
-
-
 # -- the two ways, each of them all steps in order
 
 
@@ -568,9 +548,14 @@ class _Conversion:
         self.reading: Reading | None = None
         route = None
         if self.target is not None:
-            route = route_of(identity, self.target, opened.where)
+            # Where parts are of several layouts, one of which is the target, one step leads there.
+            source = None if identity.also else identity.layout
+            route = route_between(self.known.books, source, self.target, opened.where)
         self.steps = route.steps if route is not None else ()
         """The steps of the way; none where nothing moves."""
+        came = read_remembered(opened.metadata).source.packing if self.returns else None
+        self.written = replace(to, packing=to.packing or came or to.usual_packing)
+        """The layout to write, with its packing as asked for, as the adapter came, or as is usual."""
         self.report = _report(opened, str(to), identity)
         if len(self.steps) > 1:
             self.report.evidence.append(f"the way is {route}")
@@ -583,16 +568,20 @@ class _Conversion:
     def writer(self, opened: Opened) -> Writer:
         """What writes the result."""
         if self.into is not None:
-            return self.into.dialect.writer(opened, self.known, self.to)
-        return opened.writer(self.known, self.to)
+            return self.into.dialect.writer(opened, self.known, self.written)
+        return opened.writer(self.known, self.written)
 
     def use_base(self, opened: Opened, made: Sequence[Images], saved: Sequence[Saved]) -> _Adjusted:
         """Add what only the base's own weights can supply."""
         known, target, where = self.known, self.to.name, opened.where
-        writer, base = self.writer(opened), BaseWeights.of(known, target)
+        special = modules_of(known, target)
+        writer = self.writer(opened)
         entries = list(writer.entries(saved))
-        left, tensors, kept = keep_uncalled(made, saved, known, target, base, writer, where)
-        tensors = fill_saved(tensors, entries, known, target, base, kept, writer, where)
+        if not special:
+            return _Adjusted(writer, list(made), list(saved), Kept(), entries)
+        base = BaseWeights.of(known, target)
+        left, tensors, kept = keep_uncalled(made, saved, special, base, writer, where)
+        tensors = fill_saved(tensors, entries, special, base, kept, writer, where)
         if kept.entries:
             self.notes.append(
                 f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
@@ -600,13 +589,27 @@ class _Conversion:
             )
         return _Adjusted(writer, left, tensors, kept, [*entries, *kept.entries])
 
+    def change_ranks(self, made: Sequence[Images]) -> bool:
+        """Do what was asked for of ranks, and note it: whether components are not the source's any more."""
+        changed: list[tuple[int, int]] = []
+        if self.options.compact:
+            changed = compact(made)
+            ranks = (
+                ", ".join(f"{a} -> {b}" for a, b in sorted(set(changed))) or "nothing to leave out"
+            )
+            self.notes.append(f"ranks without components that add nothing (--compact): {ranks}")
+        if self.options.uniform:
+            rank = make_uniform(made)
+            self.notes.append(f"all targets have rank {rank}, as was asked for")
+        return bool(changed)
+
     def plan(self, adapter: Adapter, number: int) -> Plan:
         """A step of the way."""
         reading, step, where = self.reading, self.steps[number], self.opened.where
         assert reading is not None
         plan = plan_step(adapter, self.identity, step, where, all_seen=reading.all_seen)
         if number == 0:
-            check_whole(self.opened, reading, self.identity.side())
+            check_whole(self.opened, reading, self.identity.side)
         return plan
 
     def move_factors(
@@ -618,8 +621,9 @@ class _Conversion:
         for number in range(first, len(self.steps)):
             factors = factors if plan is None else factors_after(made, plan)
             plan = self.plan(Adapter(factors), number)
-            self.count(plan.fired())
-            made = list(_images(plan, factors, record))
+            landed, fired = landings_of(plan), plan.fired()
+            made = list(_images(plan, landed, factors, record))
+            self.count(fired)
         return made, plan, factors
 
     def count(self, fired: Mapping[str, int]) -> None:
@@ -718,8 +722,7 @@ class _LoraConversion(_Conversion):
         made, kept = done.made, done.kept
         via = self.options.via
         errors = tighten(made, via) if via is not None and via != "dense" else {}
-        changed, notes = _change_ranks(self.options, made)
-        self.notes += notes
+        changed = self.options.changes_ranks and self.change_ranks(made)
         if changed or errors:
             record = Record()
         blob = done.writer.write_lora(
@@ -733,7 +736,7 @@ class _LoraConversion(_Conversion):
         self.notes += blob.notes
         self.note_scales(made)
         rung = "svd" if errors else "family"
-        self.report.targets = _targets(blob.written, made, plan, rung, errors)
+        self.report.targets = _targets(blob.written, made, rung, errors)
         beside = tuple(map(opened.shown, done.saved))
         trace = Trace(factors.headers, plan, scales=factors.scales, beside=beside)
         self.finish(blob, done.saved, plan, trace)
@@ -858,13 +861,13 @@ class _FamilyConversion(_Conversion):
         plain = self.opened.as_lora()
         done = self.use_base(plain, made, own)
         errors = tighten(done.made, self.options.via)
-        _, notes = _change_ranks(self.options, done.made)
-        self.notes += notes
+        if self.options.changes_ranks:
+            self.change_ranks(done.made)
         blob = done.writer.write_lora(done.made, done.saved, done.entries, {}, ())
         self.notes += blob.notes
         self.note_scales(done.made)
         rung = "svd" if errors else carried.rung
-        self.report.targets = _targets(blob.written, done.made, plan, rung, errors)
+        self.report.targets = _targets(blob.written, done.made, rung, errors)
         how = {
             "lora": "exactly",
             "base": "exactly, with the base's weights",
@@ -955,19 +958,18 @@ def _rules(plan: Plan | None) -> dict[str, str]:
 
 
 def _targets(
-    written: Iterable[Written],
-    made: Iterable[Images],
-    plan: Plan | None,
-    rung: str = "family",
-    errors: Mapping[str, float] | None = None,
+    written: Iterable[Written], made: Sequence[Images], rung: str, errors: Mapping[str, float]
 ) -> list[Target]:
-    inexact = {
-        image.keys.name(row)
-        for image in made
-        for row, lora in enumerate(image.loras)
-        if lora is not None and not lora.exact
-    }
-    rules = _rules(plan)
+    rules: dict[str, str] = {}
+    inexact: set[str] = set()
+    for image in made:
+        names = image.keys.names()
+        rules.update(dict.fromkeys(names, image.why))
+        inexact.update(
+            name
+            for name, lora in zip(names, image.loras, strict=True)
+            if lora is not None and not lora.exact
+        )
     return [
         Target(
             w.key,
@@ -978,7 +980,7 @@ def _targets(
             w.key not in inexact and rung == "family",
             w.parameter is not None,
             rung,
-            (errors or {}).get(w.key, 0.0),
+            errors.get(w.key, 0.0),
         )
         for w in written
     ]
@@ -1005,10 +1007,15 @@ def _turned_embeddings(entry: Entry, factors: Factors, kinds: Mapping[str, str])
     return turned or factors
 
 
-def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
+def _images(
+    plan: Plan,
+    landed: Sequence[Sequence[tuple[Landing, Way]]],
+    factors: Factors,
+    record: Record,
+) -> Iterator[Images]:
     kinds = {keys.template: kind for keys, kind in factors.kinds}
-    for entry in plan.entries:
-        yield from images(entry, _turned_embeddings(entry, factors, kinds), record)
+    for entry, there in zip(plan.entries, landed, strict=True):
+        yield from images(there, _turned_embeddings(entry, factors, kinds), record)
     for carried in plan.carried:
         keys = carried.group
         kind = kinds[keys.template]
@@ -1017,4 +1024,4 @@ def _images(plan: Plan, factors: Factors, record: Record) -> Iterator[Images]:
         ]
         if kind == "any" or (kind == "parameter" and carried.carry.kind == "linear"):
             kind = "linear"
-        yield Images(keys, kind, loras)
+        yield Images(keys, kind, loras, carried.carry.why)

@@ -39,7 +39,7 @@ class Deltas:
         self.family = source.family
         self.base = BaseWeights.of(known, layout)
         identity = Identity(known, layout, packing, ())
-        self.side = identity.side()
+        self.side = identity.side
         self.reading = reading = read(source, identity, self.base)
         check_whole(source, reading, self.side)
         self.tuned, self.tuner = reading.adapter.modules, reading.adapter.family

@@ -82,6 +82,8 @@ class Images(Struct):
     keys: Group
     kind: str
     loras: list[Lora | None]
+    why: str = "carried over"
+    """The rule that made them, or why they stayed, for reports."""
 
 
 def rescale(b: Array, ratio: float) -> tuple[Array, bool]:

@@ -26,7 +26,7 @@ from regraft.adapters.scale import Scale
 from regraft.equation.lower import Copy, CopyAxis, Padding
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Ints
-from regraft.planning.blocks import Block, Landing, landings, no_image, offsets
+from regraft.planning.blocks import Block, Landing, Way, no_image, offsets
 from regraft.planning.plan import Entry, walk
 from regraft.rules.kinds import BATCH, IN, KINDS, OUT, Kind, lay_out
 from regraft.values import replace
@@ -59,36 +59,36 @@ class _Stack(Struct):
 
 
 def images(
-    entry: Entry, factors: Factors, record: Record, *, fast: bool = True
+    landed: Sequence[tuple[Landing, Way]], factors: Factors, record: Record, *, fast: bool = True
 ) -> Iterator[Images]:
-    """The LoRA of every tensor that an entry writes.
+    """The LoRA of every tensor that an entry writes, which lands as `landings_of` says.
 
     ``record`` says, on a way back, which components were whose, and is told, on a way there, for the next way
     back. ``fast`` allows the path for whole stacks; its results are those of the general path.
 
     Raises ``RefusedError`` where the equation has no low-rank image.
     """
-    if all((ids < 0).all() for ids in entry.sources):
+    if not landed:
         return
-    there = landings(entry)
+    entry = landed[0][0].entry
+    rule = str(entry.rule)
     if entry.rule.equation.copies or entry.rule.equation.fills:
         _check_one_sided(entry, factors)
     fast = fast and not record.recorded
-    for landing in there:
+    for landing, way in landed:
         keys, kind = landing.keys, landing.kind
-        if landing.stays and (kind == "any" or (fast and kind == "linear")):
+        if way == "stays":
             ids = entry.sources[0].reshape(-1).tolist()
-            yield Images(keys, "linear", [_as_it_is(number, factors) for number in ids])
+            yield Images(keys, "linear", [_as_it_is(number, factors) for number in ids], rule)
             continue
-        blocks = landing.blocks
-        whole = _Whole.of(landing, blocks) if fast else None
+        whole = _Whole(landing) if fast and way == "stacks" else None
         loras: list[Lora | None] = []
         for loop in range(len(entry)):
             for slot in range(landing.slots):
                 name = keys.name(loop * landing.slots + slot)
                 lora = whole.image(loop, factors, record, name) if whole else None
                 loras.append(lora or _image(landing, factors, loop, slot, record, name))
-        yield Images(keys, kind, loras)
+        yield Images(keys, kind, loras, rule)
 
 
 def _check_one_sided(entry: Entry, factors: Factors) -> None:
@@ -443,21 +443,6 @@ class _Whole(Struct, frozen=True, eq=False):
     landing: Landing
     scratch: dict[tuple[tuple[int, int], np.dtype[Any]], Array] = field(default_factory=dict)
 
-    @staticmethod
-    def of(landing: Landing, blocks: Sequence[Block]) -> _Whole | None:
-        if BATCH not in landing.laid.roles:
-            return None
-        order = np.arange(landing.laid.sizes[BATCH])
-        for block in blocks:
-            if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
-                return None
-            if not np.array_equal(block.target_batch, order):
-                return None
-            for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
-                if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
-                    return None
-        return _Whole(landing)
-
     def image(self, loop: int, factors: Factors, record: Record, key: str) -> Lora | None:
         """The LoRA of one target; ``None`` where something is uneven and the general path is needed."""
         batch, out_size, in_size = (self.landing.laid.sizes[role] for role in (BATCH, OUT, IN))
@@ -475,7 +460,8 @@ class _Whole(Struct, frozen=True, eq=False):
             first = scales[0]
             if scale is None:
                 scale = first
-            if first.exact != scale.exact or scales.count(first) != len(scales):
+            same = first == scale or first.exact == scale.exact
+            if not same or scales.count(first) != len(scales):
                 return None
             if len({x.shape for x in a}) > 1 or len({x.shape for x in b}) > 1 or a[0].ndim != 2:
                 return None

@@ -35,7 +35,12 @@ class Options(Struct, frozen=True):
     @property
     def asks(self) -> bool:
         """Whether anything is asked for."""
-        return self.via is not None or self.compact or self.uniform
+        return self.via is not None or self.changes_ranks
+
+    @property
+    def changes_ranks(self) -> bool:
+        """Whether ranks are to be others than those that come about."""
+        return self.compact or self.uniform
 
     def __post_init__(self) -> None:
         if self.via is not None and _VIA.fullmatch(self.via) is None:

@@ -45,19 +45,18 @@ def modules_of(known: Known, layout: str) -> list[Special]:
 def keep_uncalled(
     images: Iterable[Images],
     saved: Sequence[Saved],
-    known: Known,
-    layout: str,
+    special: Sequence[Special],
     base: BaseWeights,
     writer: Writer,
     where: str,
 ) -> tuple[list[Images], list[Saved], Kept]:
-    """Take LoRAs off modules that are never called, and save the sum of base and delta in their place.
+    """Take LoRAs off ``special`` modules that are never called, and save the sum of base and delta in their place.
 
     Other tensors of such a module (a trained bias) are saved with it.
 
     Raises ``RefusedError`` where the base's weights are needed and not at hand.
     """
-    special = [m for m in modules_of(known, layout) if not m.called]
+    uncalled = [m for m in special if not m.called]
     kept = Kept()
     by_key = {item.new: item for item in saved}
     result: list[Images] = []
@@ -65,7 +64,7 @@ def keep_uncalled(
     for image in images:
         template = image.keys.template.removesuffix(".weight")
         modules = Group(template, image.keys.ids, image.keys.numbers)
-        table = next((m for m in special if match_group(m.module, modules) is not None), None)
+        table = next((m for m in uncalled if match_group(m.module, modules) is not None), None)
         if table is None:
             result.append(image)
             continue
@@ -124,14 +123,13 @@ def _save(
 def fill_saved(
     saved: Sequence[Saved],
     entries: Iterable[str],
-    known: Known,
-    layout: str,
+    special: Sequence[Special],
     base: BaseWeights,
     kept: Kept,
     writer: Writer,
     where: str,
 ) -> list[Saved]:
-    """Complete modules that are saved as a whole and have more tensors in this layout.
+    """Complete ``special`` modules that are saved as a whole and have more tensors in this layout.
 
     Raises ``RefusedError`` where the base's weights are needed and not at hand.
     """
@@ -139,7 +137,7 @@ def fill_saved(
     owners = {o for key in have for e in entries if (o := writer.owner(key, e)) is not None}
     filled: list[Saved] = []
     findings: list[Finding] = []
-    for table in modules_of(known, layout):
+    for table in special:
         for owner in sorted(owners):
             (group,) = group_names([owner])
             if match_group(table.module, group) is None:

@@ -49,7 +49,7 @@ class LanguageOutput:
         opened = self._opened(dict.fromkeys(self.base.rows, Lora(_NONE, _NONE, Scale(1, 1))))
         model = self.base.model
         known = find_books(opened.names(), opened.hints(), model, opened.where, self.foreign)
-        side = Identity(known, self.layout.name, None, ()).side()
+        side = Identity(known, self.layout.name, None, ()).side
         found: dict[str, str] = {}
         for group in group_names(list(self.base.rows)):
             told = side.find(group)

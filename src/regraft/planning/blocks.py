@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct
@@ -18,7 +19,7 @@ from regraft.equation.lower import Copy, CopyAxis
 from regraft.equation.notation import Term
 from regraft.errors import Finding, RefusedError
 from regraft.names.keys import Group, Ints
-from regraft.planning.plan import Entry, walk
+from regraft.planning.plan import Entry, Plan, walk
 from regraft.rules.kinds import BATCH, IN, NONE, OUT, Laid, lay_out
 
 
@@ -41,6 +42,11 @@ class Block(Struct, frozen=True, eq=False):
     columns_to: Ints
     splits: bool
     """Whether a source tensor gives only a part of itself to one target."""
+
+
+Way = Literal["stays", "stacks", "blocks"]
+"""How the tensors of a term come about: each is one of the source under another name, is a stack of whole ones, or is
+made up of blocks."""
 
 
 class Landing(Struct, frozen=True, dict=True, eq=False):
@@ -74,6 +80,39 @@ class Landing(Struct, frozen=True, dict=True, eq=False):
         """
         here = (copy for copy in self.entry.copies if copy.target == self.number)
         return [_block(self.entry, copy, self.laid) for copy in here]
+
+    @cached_property
+    def way(self) -> Way:
+        """How its tensors come about, as matrices; raises as `blocks` does."""
+        if self.stays and self.kind in ("any", "linear"):
+            return "stays"
+        return "stacks" if BATCH in self.laid.roles and self._stacks_whole else "blocks"
+
+    @property
+    def _stacks_whole(self) -> bool:
+        """Whether experts that stand in keys become whole stacks, each of them in one run of rows and columns."""
+        order = np.arange(self.laid.sizes[BATCH])
+        for block in self.blocks:
+            if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
+                return False
+            if not np.array_equal(block.target_batch, order):
+                return False
+            for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
+                if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
+                    return False
+        return True
+
+
+def landings_of(plan: Plan) -> list[list[tuple[Landing, Way]]]:
+    """What lands by each entry of a plan, and how; nothing by one that reads nothing.
+
+    Raises ``RefusedError`` where an equation has no low-rank image.
+    """
+    there = [any((ids >= 0).any() for ids in entry.sources) for entry in plan.entries]
+    return [
+        [(landing, landing.way) for landing in landings(entry)] if reads else []
+        for entry, reads in zip(plan.entries, there, strict=True)
+    ]
 
 
 def landings(entry: Entry) -> list[Landing]:

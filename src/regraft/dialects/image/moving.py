@@ -43,7 +43,7 @@ from regraft.dialects.image.weights import ImageBase, as_matrix
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.layouts.graph import Edge
 from regraft.names.keys import Ints, group_names
-from regraft.planning.blocks import landings
+from regraft.planning.blocks import landings, landings_of
 from regraft.planning.build import build_plan
 from regraft.planning.model import Scope
 from regraft.planning.plan import Entry, Headers, Plan
@@ -501,8 +501,8 @@ def _join(
         [parts[i].scale for i in ids],
     )
     made: dict[str, Lora] = {}
-    for entry in plan.entries:
-        for image in images(entry, factors, Record()):
+    for landed in landings_of(plan):
+        for image in images(landed, factors, Record()):
             made.update(_loras(image))
     for pieces, name, _ in moved.joins:
         moved.deltas[name] = _with_vectors(made.get(name), pieces, parts, magnitudes.get(name))

@@ -57,9 +57,7 @@ class PeftWriter(Struct, frozen=True, dict=True):
 
     @property
     def packing(self) -> str:
-        """How stacked experts are to be packed: as asked for, as they came, or as is usual."""
-        if self.to.packing is None and self._comes_back:
-            return self._remembered.source.packing or self.to.usual_packing
+        """How stacked experts are to be packed."""
         return self.to.usual_packing
 
     @cached_property
@@ -119,8 +117,19 @@ class PeftWriter(Struct, frozen=True, dict=True):
             result.written.append(item)
             result.wrappers[item.module] = 1
         config = self._lora_config(result, saved, entries)
+        before = self._lora_config_before(result, config, saved)
+        config = config if before is None else before
         result.tensors.update(write_saved(saved, result.wrappers))
         written, notes = tuple(result.written), self._notes(config)
+        wrong = check_config(config, written) if before is None else ()
+        if wrong:
+            raise RegraftError(
+                Finding(
+                    "internal",
+                    "the config that was made does not give this target its scale; please report this",
+                    key=wrong[0],
+                )
+            )
         return Blob(config, result.tensors, written=written, notes=tuple(notes))
 
     def _lora_config(
@@ -132,18 +141,6 @@ class PeftWriter(Struct, frozen=True, dict=True):
             writer = ConfigWriter(config, result, self.known.model, self.side)
             config = writer.write(self.packing)
         self._write_entries(config, saved, entries, [each.module for each in result.written])
-        before = self._lora_config_before(result, config, saved)
-        if before is not None:
-            return before
-        wrong = check_config(config, result.written)
-        if wrong:
-            raise RegraftError(
-                Finding(
-                    "internal",
-                    "the config that was made does not give this target its scale; please report this",
-                    key=wrong[0],
-                )
-            )
         return config
 
     def _write_entries(

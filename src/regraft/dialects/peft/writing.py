@@ -317,6 +317,8 @@ def check_config(config: Mapping[str, Any], written: Sequence[Written]) -> list[
     lora, wrong = LoraConfig(config), []
     for path, wanted in ((path_of(w), w.scale) for w in written):
         scale = lora.scale(path)
+        if scale == wanted:
+            continue
         if scale.rank != wanted.rank or scale.ratio_to(wanted) != 1.0:
             wrong.append(path)
     return wrong
