@@ -513,13 +513,11 @@ def modules_after(carried: Carried, plan: Plan) -> TunedModules:
 
 
 class _Adjusted(Struct, frozen=True, eq=False):
-    """What is to be written, after what only the base's weights or an option can change."""
+    """What is to be written, after what only the base's weights can change."""
 
-    writer: Writer
     made: list[Images]
-    saved: list[Saved]
+    saved: Sequence[Saved]
     kept: Kept
-    entries: list[str]
 
 
 # -- the two ways, each of them all steps in order
@@ -571,15 +569,21 @@ class _Conversion:
             return self.into.dialect.writer(opened, self.known, self.written)
         return opened.writer(self.known, self.written)
 
-    def use_base(self, opened: Opened, made: Sequence[Images], saved: Sequence[Saved]) -> _Adjusted:
+    def writing(
+        self, opened: Opened, saved: Sequence[Saved], kept: Kept
+    ) -> tuple[Writer, list[str]]:
+        """What writes the result, and what its config must say of saved modules."""
+        writer = self.writer(opened)
+        return writer, [*writer.entries(saved), *kept.entries]
+
+    def use_base(self, opened: Opened, made: list[Images], saved: Sequence[Saved]) -> _Adjusted:
         """Add what only the base's own weights can supply."""
         known, target, where = self.known, self.to.name, opened.where
         special = modules_of(known, target)
-        writer = self.writer(opened)
-        entries = list(writer.entries(saved))
         if not special:
-            return _Adjusted(writer, list(made), list(saved), Kept(), entries)
-        base = BaseWeights.of(known, target)
+            return _Adjusted(made, saved, Kept())
+        writer, base = self.writer(opened), BaseWeights.of(known, target)
+        entries = writer.entries(saved)
         left, tensors, kept = keep_uncalled(made, saved, special, base, writer, where)
         tensors = fill_saved(tensors, entries, special, base, kept, writer, where)
         if kept.entries:
@@ -587,7 +591,7 @@ class _Conversion:
                 f"{_count(len(kept.table.modules), 'LoRA')} added to the base weights, which are saved in their "
                 f"place ({', '.join(kept.entries)}): the model reads these weights and does not call the modules"
             )
-        return _Adjusted(writer, left, tensors, kept, [*entries, *kept.entries])
+        return _Adjusted(left, tensors, kept)
 
     def change_ranks(self, made: Sequence[Images]) -> bool:
         """Do what was asked for of ranks, and note it: whether components are not the source's any more."""
@@ -725,9 +729,8 @@ class _LoraConversion(_Conversion):
         changed = self.options.changes_ranks and self.change_ranks(made)
         if changed or errors:
             record = Record()
-        blob = done.writer.write_lora(
-            made, done.saved, done.entries, returned.tensors, returned.written
-        )
+        writer, entries = self.writing(opened, moved, kept)
+        blob = writer.write_lora(made, done.saved, entries, returned.tensors, returned.written)
         self.check_left(kept, blob, returned)
         if not changed and not errors and self.into is None and direct:
             self.keep_bits(made, factors, kept, blob)
@@ -840,8 +843,9 @@ class _FamilyConversion(_Conversion):
         opened = self.opened
         self.notes += opened.warnings(self.to.name)
         done = self.use_base(opened, [], moved)
-        blob, checked = done.writer.write_family(
-            carried, plan, modules, ladder.family, done.saved, done.entries
+        writer, entries = self.writing(opened, moved, done.kept)
+        blob, checked = writer.write_family(
+            carried, plan, modules, ladder.family, done.saved, entries
         )
         if not checked:
             ladder.confirm(blob.config, carried.parts)
@@ -863,7 +867,8 @@ class _FamilyConversion(_Conversion):
         errors = tighten(done.made, self.options.via)
         if self.options.changes_ranks:
             self.change_ranks(done.made)
-        blob = done.writer.write_lora(done.made, done.saved, done.entries, {}, ())
+        writer, entries = self.writing(plain, own, done.kept)
+        blob = writer.write_lora(done.made, done.saved, entries, {}, ())
         self.notes += blob.notes
         self.note_scales(done.made)
         rung = "svd" if errors else carried.rung
