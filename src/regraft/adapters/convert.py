@@ -552,7 +552,7 @@ class _Conversion:
         self.steps = route.steps if route is not None else ()
         """The steps of the way; none where nothing moves."""
         came = read_remembered(opened.metadata).source.packing if self.returns else None
-        self.written = replace(to, packing=to.packing or came or to.usual_packing)
+        self.written = dataclasses.replace(to, packing=to.packing or came or to.usual_packing)
         """The layout to write, with its packing as asked for, as the adapter came, or as is usual."""
         self.report = _report(opened, str(to), identity)
         if len(self.steps) > 1:

@@ -86,21 +86,23 @@ class Landing(Struct, frozen=True, dict=True, eq=False):
         """How its tensors come about, as matrices; raises as `blocks` does."""
         if self.stays and self.kind in ("any", "linear"):
             return "stays"
-        return "stacks" if BATCH in self.laid.roles and self._stacks_whole else "blocks"
+        return "stacks" if _are_whole(self.blocks, self.laid) else "blocks"
 
-    @property
-    def _stacks_whole(self) -> bool:
-        """Whether experts that stand in keys become whole stacks, each of them in one run of rows and columns."""
-        order = np.arange(self.laid.sizes[BATCH])
-        for block in self.blocks:
-            if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
+
+def _are_whole(blocks: Iterable[Block], laid: Laid) -> bool:
+    """Whether experts that stand in keys become whole stacks, each of them in one run of rows and columns."""
+    if BATCH not in laid.roles:
+        return False
+    order = np.arange(laid.sizes[BATCH])
+    for block in blocks:
+        if block.cross or block.splits or block.source_batch.any() or block.target_slot.any():
+            return False
+        if not np.array_equal(block.target_batch, order):
+            return False
+        for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
+            if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
                 return False
-            if not np.array_equal(block.target_batch, order):
-                return False
-            for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
-                if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
-                    return False
-        return True
+    return True
 
 
 def landings_of(plan: Plan) -> list[list[tuple[Landing, Way]]]:
