@@ -113,7 +113,7 @@ def _check_one_sided(entry: Entry, factors: Factors) -> None:
                     )
     for padding in entry.paddings(written=False):
         term, kind = entry.read[padding.term], entry.read_kinds[padding.term]
-        shape = entry.flat_shape(term)
+        shape = entry.shapes[term]
         steps = lay_out(kind, shape).steps
         cut = {role: _positions(padding, steps[role]) for role in (OUT, IN)}
         for number in entry.sources[padding.term].reshape(-1).tolist():
@@ -143,7 +143,7 @@ def _read_at(
     """The factors at one end of a copy between tensors that are read, for each tensor on the way."""
     number = copy.target if other else copy.source
     kind = KINDS[entry.read_kinds[number]]
-    laid = lay_out(entry.read_kinds[number], entry.flat_shape(entry.read[number]))
+    laid = lay_out(entry.read_kinds[number], entry.shapes[entry.read[number]])
     keyed = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
     slots, moved = walk(entry, copy, keyed, entry.read, target=other)
     start = np.array(copy.target_start if other else copy.source_start).reshape(-1, 1) + moved

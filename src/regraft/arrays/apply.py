@@ -15,7 +15,7 @@ from regraft.equation.notation import Term
 from regraft.errors import BadInputError, Finding, RefusedError
 from regraft.planning.plan import Entry, Plan
 from regraft.planning.rows import index_grid
-from regraft.planning.steps import Step, compared, steps_of
+from regraft.planning.steps import Demands, Output, Step, demands_of, output_of
 
 
 def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -31,11 +31,11 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     findings: list[Finding] = []
     for entry in plan.demands:
+        demands = demands_of(entry)
         for loop in range(len(entry)):
-            used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
-            _check_reads(entry, used, plan, tensors, findings)
-    for entry in plan.entries:
-        _apply_entry(entry, plan, tensors, result, findings)
+            _check_reads(entry, demands, loop, plan, tensors, findings)
+    for output in [output_of(entry) for entry in plan.entries]:
+        _apply_entry(output, plan, tensors, result, findings)
     for carried in plan.carried:
         names = carried.group.names()
         result.update(zip(names, (tensors[i] for i in carried.group.ids.tolist()), strict=True))
@@ -46,24 +46,26 @@ def apply_plan(plan: Plan, tensors: Sequence[Any]) -> dict[str, Any]:
 
 
 def _apply_entry(
-    entry: Entry,
+    output: Output,
     plan: Plan,
     tensors: Sequence[Any],
     result: dict[str, Any],
     findings: list[Finding],
 ) -> None:
-    keys = [entry.keys(term).names() for term in entry.written]
-    slots = [len(names) // len(entry) for names in keys]
+    entry = output.entry
     if entry.renames:
         ids = entry.sources[0].reshape(-1).tolist()
-        result.update(zip(keys[0], (tensors[i] for i in ids), strict=True))
+        result.update(zip(output.names[0], (tensors[i] for i in ids), strict=True))
         return
-    steps = steps_of(entry)
+    demands = demands_of(entry)
     for loop in range(len(entry)):
-        made = _apply_loop(entry, loop, plan, tensors, steps, findings)
+        if demands and not _check_reads(entry, demands, loop, plan, tensors, findings):
+            continue
+        made = _apply_loop(entry, loop, plan, tensors, output.steps, output.shapes, findings)
         if made is None:
             continue
-        for names, count, arrays in zip(keys, slots, made, strict=True):
+        for names, arrays in zip(output.names, made, strict=True):
+            count = len(arrays)
             result.update(zip(names[loop * count : (loop + 1) * count], arrays, strict=True))
 
 
@@ -77,7 +79,11 @@ def apply_loop(
     if entry.renames:
         return [[tensors[i] for i in entry.sources[0][loop].reshape(-1).tolist()]]
     findings: list[Finding] = []
-    made = _apply_loop(entry, loop, plan, tensors, steps, findings)
+    demands = demands_of(entry)
+    made = None
+    if not demands or _check_reads(entry, demands, loop, plan, tensors, findings):
+        shapes = [entry.shape(term) for term in entry.written]
+        made = _apply_loop(entry, loop, plan, tensors, steps, shapes, findings)
     if made is None:
         mixed = all(finding.code == "mixed-dtypes" for finding in findings)
         raise (RefusedError if mixed else BadInputError)(findings)
@@ -90,12 +96,11 @@ def _apply_loop(
     plan: Plan,
     tensors: Sequence[Any],
     steps: Sequence[Step],
+    shapes: Sequence[tuple[int, ...]],
     findings: list[Finding],
 ) -> list[list[Any]] | None:
-    """The same; ``None`` and a finding where something is wrong."""
+    """The same, of tensors that are as the entry demands; ``None`` and a finding where their dtypes differ."""
     used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
-    if not _check_reads(entry, used, plan, tensors, findings):
-        return None
     dtypes = {str(tensors[i].dtype): i for ids in used for i in ids}
     if len(dtypes) > 1:
         findings.append(
@@ -110,8 +115,8 @@ def _apply_loop(
         return None
     like = tensors[used[0][0]]
     made = [
-        [_empty(entry.shape(term), like) for _ in range(prod(entry.stack(term)))]
-        for term in entry.written
+        [_empty(shape, like) for _ in range(prod(entry.stack(term)))]
+        for term, shape in zip(entry.written, shapes, strict=True)
     ]
     for padding in entry.paddings(written=True):
         pad(entry, padding, made[padding.term])
@@ -129,13 +134,15 @@ def _apply_loop(
 
 def _check_reads(
     entry: Entry,
-    used: Sequence[Sequence[int]],
+    demands: Demands,
+    loop: int,
     plan: Plan,
     tensors: Sequence[Any],
     findings: list[Finding],
 ) -> bool:
     """Whether what one loop value of an entry reads is as it demands; a finding where it is not."""
-    wrong = check_read(entry, [[tensors[i] for i in ids] for ids in used])
+    used = [ids[loop].reshape(-1).tolist() for ids in entry.sources]
+    wrong = check_read(entry, demands, [[tensors[i] for i in ids] for ids in used])
     if wrong is None:
         return True
     code, message, term, slot = wrong
@@ -153,12 +160,12 @@ Wrong = tuple[str, str, int, int]
 """A code, a message, and the term and the slot of the tensor that is wrong."""
 
 
-def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
+def check_read(entry: Entry, demands: Demands, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
     """What is wrong with the tensors of one loop value: copies that differ, padding that is something else.
 
     ``tensors`` are those of every term of the side that is read, numpy's or torch's.
     """
-    for step in compared(entry):
+    for step in demands.compared:
         nest = step.nest
         for slot, other_slot, at, other_at in step.places:
             one, other = tensors[step.source][slot], tensors[step.target][other_slot]
@@ -172,7 +179,7 @@ def check_read(entry: Entry, tensors: Sequence[Sequence[Any]]) -> Wrong | None:
             if one.dtype != other.dtype or not bool((views[0] == views[1]).all()):
                 message = "it is not equal to the others that become one tensor"
                 return "copies-differ", message, step.target, other_slot
-    for padding in entry.paddings(written=False):
+    for padding in demands.cut:
         for slot, view in padded(entry, entry.read, padding, tensors[padding.term]):
             if not bool((view == _value_bits(padding.value, tensors[padding.term][slot])).all()):
                 message = (
@@ -193,7 +200,7 @@ def padded(
 ) -> Iterator[tuple[int, Any]]:
     """Every block of padding: the slot of its tensor, and a view."""
     term = terms[padding.term]
-    shape = entry.flat_shape(term)
+    shape = entry.shapes[term]
     strides = strides_of(shape)
     stack = entry.stack(term)
     keyed = [(size, place) for size, place in padding.axes if place.in_key]

@@ -12,6 +12,7 @@ from regraft.errors import BadInputError, Finding
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, Plan
 from regraft.planning.slices import Region, Slicer, Strips, cut_whole
+from regraft.planning.steps import demands_of
 from regraft.storage.dtypes import DTYPES
 
 Read = Callable[["Lazy"], bytes]
@@ -124,12 +125,13 @@ def _check(entry: Entry, plan: Plan, tensors: Sequence[Lazy]) -> Iterator[Findin
     """What an entry demands of what it reads, and what cannot be made of bytes alone."""
     from regraft.arrays.apply import FIXES, check_read
 
-    rule = str(entry.rule)
-    if not entry.repeats and not entry.paddings(written=False):
+    demands = demands_of(entry)
+    if not demands:
         return
+    rule = str(entry.rule)
     for loop in range(len(entry)):
         ids = [part[loop].reshape(-1).tolist() for part in entry.sources]
-        wrong = check_read(entry, [[tensors[i].array() for i in some] for some in ids])
+        wrong = check_read(entry, demands, [[tensors[i].array() for i in some] for some in ids])
         if wrong is not None:
             code, message, term, slot = wrong
             key = plan.headers.name(ids[term][slot])

@@ -300,7 +300,7 @@ def _part(
         if found
         else lower(entry.rule.equation, sizes, reverse=entry.way.direction.backward)
     )
-    part = replace(entry, loops=entry.loops[loop : loop + 1], sizes=sizes, copies=copies)
+    part = entry.resized(sizes, loops=entry.loops[loop : loop + 1], copies=copies)
     if found is None:
         found = lowered[key] = copies, [] if part.renames else steps_of(part)
     return part, found[1]
@@ -376,7 +376,7 @@ def _combined(entry: Entry) -> str | None:
 
 def _windows(entry: Entry, sizes: Mapping[str, int], held: int) -> Iterator[_Windows]:
     """Windows of the first axes, so that no more elements are held at a time."""
-    sized = replace(entry, sizes=dict(sizes))
+    sized = entry.resized(dict(sizes))
     total = sum(prod(sized.stack(term)) * prod(sized.shape(term)) for term in entry.read)
     steps: dict[str, int] = {}
     for name in _common(entry):

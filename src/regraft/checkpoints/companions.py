@@ -47,7 +47,6 @@ from regraft.planning.plan import Entry, Headers, Plan
 from regraft.planning.steps import Output, output_of, steps_of
 from regraft.storage.ranges import open_ranges
 from regraft.storage.stamp import changed
-from regraft.values import replace
 
 _LEAVES = sorted(BESIDE, key=len, reverse=True)
 _OF_PARAMETERS = {
@@ -470,7 +469,7 @@ def _add(
         return
     sizes = _grid(entry, sources, tensors, companions.block, refuse)
     copies = lower(entry.rule.equation, sizes, reverse=entry.way.direction.backward)
-    grid = replace(entry, sizes=sizes, copies=tuple(copies), sources=tuple(sources))
+    grid = entry.resized(sizes, copies=tuple(copies), sources=tuple(sources))
     made = tuple(grid.shape(term) for term in grid.written)
     names = tuple(group.names() for group in keys)
     add_output(moves, Output(grid, names, made, tuple(steps_of(grid))), tensors)

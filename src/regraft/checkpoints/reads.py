@@ -16,6 +16,7 @@ from regraft.checkpoints.source import Source
 from regraft.checkpoints.tiles import read_into
 from regraft.errors import BadInputError, Finding
 from regraft.planning.plan import Entry, Plan
+from regraft.planning.steps import demands_of
 from regraft.storage.dtypes import DTYPES
 from regraft.storage.ranges import Ranges
 from regraft.storage.stamp import changed
@@ -41,9 +42,10 @@ def check_reads(plan: Plan, source: Source) -> None:
 
 
 def _wrong_of(entry: Entry, plan: Plan, source: Source, reader: _Reader) -> list[Finding]:
+    demands = demands_of(entry)
     for loop in range(len(entry)):
         ids = [each[loop].reshape(-1).tolist() for each in entry.sources]
-        wrong = check_read(entry, reader.tensors(entry, ids))
+        wrong = check_read(entry, demands, reader.tensors(entry, ids))
         if wrong is not None:
             code, message, term, slot = wrong
             key = plan.headers.name(ids[term][slot])

@@ -11,7 +11,7 @@ the first is read and the others are compared with it, and all are written. A bo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
@@ -405,6 +405,11 @@ def flat_shape(term: Term, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return shape_of(term, sizes, ())
 
 
+def flat_shapes(terms: Iterable[Term], sizes: Mapping[str, int]) -> dict[Term, tuple[int, ...]]:
+    """Some terms' shapes with ``...`` as one dim."""
+    return {term: flat_shape(term, sizes) for term in terms}
+
+
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides of a shape, in elements.
 
@@ -456,6 +461,7 @@ __all__ = [
     "check_equation",
     "expand",
     "flat_shape",
+    "flat_shapes",
     "is_stacked",
     "lower",
     "nest_of",

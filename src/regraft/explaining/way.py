@@ -170,7 +170,7 @@ def _place(
     target: bool,
 ) -> tuple[str, ...]:
     """A block in one tensor, dim by dim, as a slice is written."""
-    shape = entry.flat_shape(term)
+    shape = entry.shapes[term]
     result = []
     for dim, (start, offset, size) in enumerate(zip(starts, moved, shape, strict=True)):
         first = start + offset

@@ -64,7 +64,7 @@ class Landing(Struct, frozen=True, dict=True, eq=False):
     @cached_property
     def laid(self) -> Laid:
         """The dims of its tensors, by their roles."""
-        return lay_out(self.kind, self.entry.flat_shape(self.term))
+        return lay_out(self.kind, self.entry.shapes[self.term])
 
     @property
     def stays(self) -> bool:
@@ -135,7 +135,7 @@ def _role(axis: CopyAxis, sides: tuple[Laid, Laid], *, source: bool) -> str:
 
 
 def _block(entry: Entry, copy: Copy, written: Laid) -> Block:
-    shape = entry.flat_shape(entry.read[copy.source])
+    shape = entry.shapes[entry.read[copy.source]]
     read = lay_out(entry.read_kinds[copy.source], shape)
     laid = read, written
     iterated, straight, crossed = [], [], []

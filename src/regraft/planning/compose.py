@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from regraft.equation.lower import Copy, CopyAxis, Padding, Place
+from regraft.equation.lower import Copy, CopyAxis, Padding, Place, flat_shapes
 from regraft.equation.notation import Axis, Equation, Key, Term
 from regraft.errors import Finding, RefusedError
 from regraft.layouts.graph import Edge
@@ -440,4 +440,5 @@ def _literal(
     )
     ids = tuple(np.array([number], dtype=np.int64) for number in sources)
     way = rule.ways[Direction.FORWARD]
-    return entry_of(way, (), _NONE, sizes, (), ids, tuple(copies), tuple(padded))
+    here = flat_shapes((*read, *written), sizes)
+    return entry_of(way, (), _NONE, sizes, here, (), ids, tuple(copies), tuple(padded))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from regraft.equation.lower import Copy, lower
+from regraft.equation.lower import Copy, flat_shapes, lower
 from regraft.equation.notation import (
     Affine,
     Axis,
@@ -134,6 +134,8 @@ class _Solved(Struct, frozen=True, eq=False):
 
     members: Ints
     sizes: dict[str, int]
+    shapes: dict[Term, tuple[int, ...]]
+    """Of every term, with ``...`` as one dim."""
     rest: tuple[int, ...]
     stacks: list[tuple[int, ...]]
     """For every term that is read how many values each stacked index of its key has."""
@@ -249,7 +251,8 @@ class Family:
             stacks = [tuple(extent(hole, sizes) for hole in holes) for holes in self.holes]
             sizes |= self.givens
             copies = lower(self.rule.equation, sizes, reverse=self.way.direction.backward)
-            self.solved.append(_Solved(kind.members, sizes, rest, stacks, copies))
+            shapes = flat_shapes((*self.read, *self.written), sizes)
+            self.solved.append(_Solved(kind.members, sizes, shapes, rest, stacks, copies))
         for bound in self.rule.equation.bounds:
             limit = evaluate(bound, self.told.get)
             if limit is not None:
@@ -314,7 +317,14 @@ class Family:
         if not whole or not self._check_numbers(loops, solved.sizes):
             return None
         return entry_of(
-            self.way, self.rests, loops, solved.sizes, solved.rest, tuple(sources), solved.copies
+            self.way,
+            self.rests,
+            loops,
+            solved.sizes,
+            solved.shapes,
+            solved.rest,
+            tuple(sources),
+            solved.copies,
         )
 
     def _check_numbers(self, loops: Ints, sizes: dict[str, int]) -> bool:

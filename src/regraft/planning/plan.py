@@ -15,18 +15,19 @@ from regraft.equation.lower import (
     Copy,
     CopyAxis,
     Padding,
-    flat_shape,
+    flat_shapes,
     paddings,
     repeats,
 )
 from regraft.equation.notation import Term, axes_of
-from regraft.equation.sizes import extent, shape_of
+from regraft.equation.sizes import extent
 from regraft.layouts.graph import Edge
 from regraft.names.keys import MARK, Group, Ints
 from regraft.planning.rows import index_grid
 from regraft.rules.book import Book, Carry, Drop, Rule, Way
 from regraft.rules.indices import reading_of
 from regraft.rules.templates import write_group
+from regraft.values import replace
 
 
 class Headers(Struct, eq=False):
@@ -80,6 +81,8 @@ class Entry(Struct, frozen=True, eq=False, dict=True):
     """(loop values, numbers in ``{*p}`` and loops)."""
     sizes: dict[str, int]
     """Of every axis its size, and of every index that has one value that."""
+    shapes: Mapping[Term, tuple[int, ...]]
+    """Of every term the shape of its tensors, with ``...`` as one dim."""
     rest: tuple[int, ...]
     """What ``...`` stands for."""
     sources: tuple[Ints, ...]
@@ -127,11 +130,13 @@ class Entry(Struct, frozen=True, eq=False, dict=True):
 
     def shape(self, term: Term) -> tuple[int, ...]:
         """The shape of a term's tensors."""
-        return shape_of(term, self.sizes, self.rest)
+        shape = self.shapes[term]
+        return (*shape[:-1], *self.rest) if term.ends_open else shape
 
-    def flat_shape(self, term: Term) -> tuple[int, ...]:
-        """The same with ``...`` as one dim."""
-        return flat_shape(term, self.sizes)
+    def resized(self, sizes: dict[str, int], **changes: Any) -> Entry:
+        """The entry where its axes have other sizes, with other values in some fields."""
+        shapes = flat_shapes(self.shapes, sizes)
+        return replace(self, sizes=sizes, shapes=shapes, **changes)
 
     def stack(self, term: Term) -> tuple[int, ...]:
         """How many values each stacked index of a term's key has."""
@@ -158,6 +163,7 @@ def entry_of(
     rests: tuple[str, ...],
     loops: Ints,
     sizes: dict[str, int],
+    shapes: Mapping[Term, tuple[int, ...]],
     rest: tuple[int, ...],
     sources: tuple[Ints, ...],
     copies: tuple[Copy, ...],
@@ -165,7 +171,7 @@ def entry_of(
 ) -> Entry:
     """One rule at work, in one direction."""
     terms = way.read, way.read_kinds, way.written, way.written_kinds
-    return Entry(way, way.rule, *terms, rests, loops, sizes, rest, sources, copies, padded)
+    return Entry(way, way.rule, *terms, rests, loops, sizes, shapes, rest, sources, copies, padded)
 
 
 def walk(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 from msgspec import Struct
 
-from regraft.equation.lower import Copy, Nest, nest_of, strides_of
+from regraft.equation.lower import Copy, Nest, Padding, nest_of, strides_of
 from regraft.equation.notation import Term
 from regraft.names.keys import Ints
 from regraft.planning.plan import Entry, walk
 
 
-class Step(Struct, frozen=True, eq=False, dict=True):
+class Step(Struct, frozen=True, eq=False):
     """A copy as one loop nest, which is carried out once for every value of the axes that stand in a key.
 
     The four columns have one row for each of these; they are the same for all loop values of the entry.
@@ -32,11 +31,8 @@ class Step(Struct, frozen=True, eq=False, dict=True):
     """In elements, from where the nest begins."""
     target_at: Ints
 
-    @cached_property
-    def places(self) -> list[tuple[int, int, int, int]]:
-        """The columns row by row: source slot, target slot, and the offsets there."""
-        columns = self.source_slots, self.target_slots, self.source_at, self.target_at
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+    places: list[tuple[int, int, int, int]]
+    """The columns row by row: source slot, target slot, and the offsets there."""
 
 
 class Output(Struct, frozen=True, eq=False):
@@ -54,11 +50,10 @@ class Output(Struct, frozen=True, eq=False):
 def output_of(entry: Entry) -> Output:
     """What an entry writes: everything about it that knows nothing of bytes, worked out in one go."""
     if entry.renames:
-        return Output(entry, (entry.keys(entry.written[0]).names(),))
-    steps = tuple(steps_of(entry))
+        return Output(entry, tuple(keys.names() for keys in entry.targets))
     shapes = tuple(entry.shape(term) for term in entry.written)
-    keys = [entry.keys(term) for term in entry.written]
-    return Output(entry, tuple(each.names() for each in keys), shapes, steps)
+    steps = tuple(steps_of(entry))
+    return Output(entry, tuple(keys.names() for keys in entry.targets), shapes, steps)
 
 
 def steps_of(entry: Entry) -> list[Step]:
@@ -66,17 +61,34 @@ def steps_of(entry: Entry) -> list[Step]:
     return [_step(entry, copy, entry.written) for copy in entry.copies]
 
 
-def compared(entry: Entry) -> list[Step]:
-    """The pairs of blocks that must be equal among the tensors that an entry reads."""
-    return [_step(entry, copy, entry.read) for copy in entry.repeats]
+class Demands(Struct, frozen=True, eq=False):
+    """What an entry demands of the tensors that it reads."""
+
+    compared: list[Step]
+    """The pairs of blocks that must be equal."""
+    cut: tuple[Padding, ...]
+    """What must be padding, since it is cut off."""
+
+    def __bool__(self) -> bool:
+        return bool(self.compared or self.cut)
+
+
+def demands_of(entry: Entry) -> Demands:
+    """What an entry demands of the tensors that it reads: nothing, as a rule."""
+    compared = [_step(entry, copy, entry.read) for copy in entry.repeats]
+    return Demands(compared, entry.paddings(written=False))
 
 
 def _step(entry: Entry, copy: Copy, targets: Sequence[Term]) -> Step:
-    shapes = entry.flat_shape(entry.read[copy.source]), entry.flat_shape(targets[copy.target])
-    nest = nest_of(copy, *shapes)
-    strides = [np.array(strides_of(shape), dtype=np.int64) for shape in shapes]
     axes = [axis for axis in copy.axes if axis.source.in_key or axis.target.in_key]
     from_slots, from_dims = walk(entry, copy, axes, entry.read, target=False)
     to_slots, to_dims = walk(entry, copy, axes, targets, target=True)
-    at = strides[0] @ from_dims, strides[1] @ to_dims
-    return Step(copy.source, copy.target, nest, from_slots, to_slots, *at)
+    shapes = entry.shapes[entry.read[copy.source]], entry.shapes[targets[copy.target]]
+    nest = nest_of(copy, *shapes)
+    from_at, to_at = (
+        np.array(strides_of(shape), dtype=np.int64) @ dims
+        for shape, dims in zip(shapes, (from_dims, to_dims), strict=True)
+    )
+    columns = from_slots, to_slots, from_at, to_at
+    places = list(zip(*(column.tolist() for column in columns), strict=True))
+    return Step(copy.source, copy.target, nest, *columns, places)

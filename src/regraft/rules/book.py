@@ -182,10 +182,11 @@ class Rule(Struct, frozen=True, cache_hash=True, dict=True):
 
         equation = self.equation
         stacks = {term: stacks_of(equation, term) for term in (*equation.left, *equation.right)}
+        renames = _renames(equation, stacks)
         left, right = (equation.left, self.left_kinds), (equation.right, self.right_kinds)
         return {
-            Direction.FORWARD: Way(self, Direction.FORWARD, *left, *right, stacks),
-            Direction.BACKWARD: Way(self, Direction.BACKWARD, *right, *left, stacks),
+            Direction.FORWARD: Way(self, Direction.FORWARD, *left, *right, stacks, renames),
+            Direction.BACKWARD: Way(self, Direction.BACKWARD, *right, *left, stacks, renames),
         }
 
     def sides(self, direction: Direction) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
@@ -207,7 +208,7 @@ class Rule(Struct, frozen=True, cache_hash=True, dict=True):
         return f"{self.book}/{self.name} ({self.where})"
 
 
-class Way(Struct, frozen=True, eq=False, dict=True):
+class Way(Struct, frozen=True, eq=False):
     """A rule, read in one direction, with what follows from that alone."""
 
     rule: Rule
@@ -221,17 +222,16 @@ class Way(Struct, frozen=True, eq=False, dict=True):
     stacks: Mapping[Term, tuple[Expr, ...]]
     """The holes of each term's key that count the tensors of a stack."""
 
-    @cached_property
-    def renames(self) -> bool:
-        """Whether every tensor that is written is one that is read, byte by byte."""
-        if len(self.read) != 1 or len(self.written) != 1 or self.rule.equation.copies:
-            return False
-        one, other = self.read[0], self.written[0]
-        axes = (
-            tuple(name for hole in self.stacks[term] for name in axes_of(hole))
-            for term in (one, other)
-        )
-        return one.dims == other.dims and len(set(axes)) == 1
+    renames: bool
+    """Whether every tensor that is written is one that is read, byte by byte."""
+
+
+def _renames(equation: Equation, stacks: Mapping[Term, tuple[Expr, ...]]) -> bool:
+    if len(equation.left) != 1 or len(equation.right) != 1 or equation.copies:
+        return False
+    left, right = equation.left[0], equation.right[0]
+    axes = {tuple(n for hole in stacks[term] for n in axes_of(hole)) for term in (left, right)}
+    return left.dims == right.dims and len(axes) == 1
 
 
 class Carry(Struct, frozen=True):
