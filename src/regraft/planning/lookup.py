@@ -101,10 +101,12 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
         """The parts of groups that no book has a word for, bounds aside."""
         left = []
         for group, found in zip(self.groups, self.found, strict=True):
+            rows = [match.rows for words in found for _, match in words.keys]
+            if any(len(some) == len(group.ids) for some in rows):
+                continue
             free = np.ones(group.ids.shape, dtype=bool)
-            for words in found:
-                for _, match in words.keys:
-                    free[match.rows] = False
+            for some in rows:
+                free[some] = False
             if free.any():
                 left.append(group if free.all() else group.take(free))
         return tuple(left)
