@@ -58,7 +58,7 @@ from regraft.layouts.spelled import LayoutName
 from regraft.names.keys import group_names
 from regraft.options import CheckOptions
 from regraft.planning.model import ModelConfig, load_model
-from regraft.report import logged
+from regraft.report import log_result
 from regraft.rules.book import Rules, rules_words
 from regraft.rules.releases import layouts_of
 from regraft.rules.templates import match_group
@@ -130,7 +130,6 @@ def check(
     return check_with(src, asked, peft)
 
 
-@logged
 def check_with(
     src: str | os.PathLike[str], asked: CheckOptions, peft: StockPeft | None = None
 ) -> Check | ToolCheck:
@@ -142,16 +141,23 @@ def check_with(
         architecture=asked.architecture,
         rules=asked.rules,
     ) as found:
-        path, base = found.path, found.model
-        family = None if asked.source is None else _family_of_image(path, found)
-        if not found.is_adapter:
-            return _check_model(path, base, asked.to)
-        if is_tool(asked.to):
-            return check_for(path, asked.to, base, family)
-        opening = find_source(path)
-        if opening.dialect.name in IMAGE:
-            return _check_image(opening, base, asked.to, family)
-        return _check(opening, base, asked.to, peft)
+        result = _check_found(found, asked, peft)
+    log_result(result)
+    return result
+
+
+def _check_found(found: Resolved, asked: CheckOptions, peft: StockPeft | None) -> Check | ToolCheck:
+    """What is there, by what it is and what it is for."""
+    path, base = found.path, found.model
+    family = None if asked.source is None else _family_of_image(path, found)
+    if not found.is_adapter:
+        return _check_model(path, base, asked.to)
+    if is_tool(asked.to):
+        return check_for(path, asked.to, base, family)
+    opening = find_source(path)
+    if opening.dialect.name in IMAGE:
+        return _check_image(opening, base, asked.to, family)
+    return _check(opening, base, asked.to, peft)
 
 
 def passed_over(src: Path, to: str) -> str | None:

@@ -77,16 +77,16 @@ def check(
     def job() -> int:
         from regraft.sources.resolve import find_sources
 
+        if len(sources) == 1 and not sources[0].is_dir():
+            return _check_one(out, sources[0], asked, html, lenient=accept_unproven)
+        items, deeper = find_sources(sources, results=False)
+        if len(sources) == 1 and items[0].path == sources[0]:
+            return _check_one(out, sources[0], asked, html, lenient=accept_unproven)
+        from regraft.cli.many import warn_of_rest
+        from regraft.cli.pages import show_page_of_many
+
         with options.own_books(asked.rules):
             bare = replace(asked, rules=())
-            if len(sources) == 1 and not sources[0].is_dir():
-                return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
-            items, deeper = find_sources(sources, results=False)
-            if len(sources) == 1 and items[0].path == sources[0]:
-                return _check_one(out, sources[0], bare, html, lenient=accept_unproven)
-            from regraft.cli.many import warn_of_rest
-            from regraft.cli.pages import show_page_of_many
-
             warn_of_rest(out, (), deeper)
             tell = partial(show_page_of_many, out, html, "check", sources, asked=len(items))
             return _check_many(

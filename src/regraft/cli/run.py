@@ -54,8 +54,9 @@ def _run(args: Sequence[str]) -> int:
     except Exception as error:
         return _fail_bug(out, error)
     finally:
-        if "regraft.sources.places" in sys.modules:
-            sys.modules["regraft.sources.places"].leave()
+        places = sys.modules.get("regraft.sources.places")
+        if places is not None and places.OUTLINES:
+            places.leave()
 
 
 def _fail_known(out: Output, error: RegraftError, layout: str | None = None) -> int:

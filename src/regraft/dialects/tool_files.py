@@ -23,6 +23,7 @@ from regraft.adapters.convert import Converted
 from regraft.adapters.detect import Known
 from regraft.adapters.form import Array
 from regraft.adapters.protocol import Opened, Reading, Writer
+from regraft.dialects.alike import one_of_each
 from regraft.dialects.base import Found, dialects
 from regraft.dialects.peft.scan import PREFIX
 from regraft.dialects.peft.source import CONFIG, WEIGHTS, WEIGHTS_BIN, Source, find_adapters
@@ -35,7 +36,6 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts.names import Layout
-from regraft.names.keys import one_of_each
 from regraft.planning.side import Side
 from regraft.storage.json_files import load_json
 from regraft.storage.safetensors import read_header

@@ -60,7 +60,8 @@ _PARTS = ("shard-*-model-*.safetensors", "model_world_size_*_rank_*.pt")
 _FSDP = ("pytorch_model_fsdp_0", "model")
 """The folder of a checkpoint in which accelerate, and torchtitan's kin, put the model."""
 _OFFLINE: ContextVar[bool] = ContextVar("offline", default=False)
-_OPEN: list[Outline | Joined] = []
+OUTLINES: list[Outline | Joined] = []
+"""What stands for something beyond this machine, or in parts, until `leave`."""
 _QUERIES: dict[str, str] = {}
 """What follows the ``?`` of the web addresses that were named."""
 
@@ -89,12 +90,12 @@ def locate(path: str | os.PathLike[str], *, whole: bool = False) -> Path:
             else "copy it to this machine where there is a network, or leave out --offline"
         )
         raise BadInputError(Finding("offline", _forbidden(), where=address, fix=fix))
-    known = next((each for each in _OPEN if each.url == address), None)
+    known = next((each for each in OUTLINES if each.url == address), None)
     if known is None:
         from regraft.storage.outline import draw
 
         outline = draw(address, store_for(address), file_named(address), whole=whole)
-        _OPEN.append(outline)
+        OUTLINES.append(outline)
         if _is_adapter(outline):
             outline.fetch()
         known = outline
@@ -154,10 +155,10 @@ def _joined(path: Path) -> Path:
     inside = inside or path
     if not is_joined(inside):
         return path
-    known = next((each for each in _OPEN if each.url == str(path)), None)
+    known = next((each for each in OUTLINES if each.url == str(path)), None)
     if known is None:
         known = join(path, inside, KEY.get())
-        _OPEN.append(known)
+        OUTLINES.append(known)
     return known.path
 
 
@@ -189,7 +190,7 @@ def settings() -> tuple[str | None, bool]:
 
 def left_behind() -> list[str]:
     """What of training runs' checkpoints is no part of the model: states of optimizers and the like."""
-    return [name for each in _OPEN for name in getattr(each, "left", ())]
+    return [name for each in OUTLINES for name in getattr(each, "left", ())]
 
 
 def file_named(address: str) -> str | None:
@@ -225,15 +226,15 @@ def _is_adapter(outline: Outline) -> bool:
 
 def leave(since: int = 0) -> None:
     """Remove the outlines that were made, or all after the first ``since``."""
-    while len(_OPEN) > since:
-        _OPEN.pop().close()
+    while len(OUTLINES) > since:
+        OUTLINES.pop().close()
 
 
 def traffic(clients: Iterable[Client] = ()) -> dict[str, int]:
     """What went over the network for the outlines that are there and some other stores; empty where nothing did."""
     total: dict[str, int] = {}
     for one in [
-        *(outline.traffic for outline in _OPEN if outline.traffic is not None),
+        *(outline.traffic for outline in OUTLINES if outline.traffic is not None),
         *(client.traffic for client in clients),
     ]:
         for name, count in one.to_dict().items():
@@ -243,25 +244,26 @@ def traffic(clients: Iterable[Client] = ()) -> dict[str, int]:
 
 def opened() -> int:
     """How many outlines there are, for `leave` and `keep_with`."""
-    return len(_OPEN)
+    return len(OUTLINES)
 
 
 def keep_with(holder: object, since: int) -> None:
     """Let the outlines that were made after the first ``since`` be there as long as something is."""
-    for outline in _OPEN[since:]:
+    for outline in OUTLINES[since:]:
         finalize(holder, outline.close)
-    del _OPEN[since:]
+    del OUTLINES[since:]
 
 
 @contextmanager
 def visiting() -> Iterator[None]:
     """Let what the block locates be there until its end, and let its errors call it by its address."""
-    before = opened()
+    before = len(OUTLINES)
     try:
         with renaming():
             yield
     finally:
-        leave(before)
+        if len(OUTLINES) > before:
+            leave(before)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def resolved(
         with _noted(no_books):
             stack.enter_context(only_books(rules))
             own = tuple(own_rules())
-        adapter = not is_checkpoint(path)
+        adapter = _has_adapter(path) or not is_checkpoint(path)
         # Books that are not there may be the ones that the layouts are of.
         with _noted(told):
             layout = layout_named(to, adapter=adapter) if to is not None and not no_books else None
@@ -204,11 +204,16 @@ def _is_one(path: Path) -> bool:
     """Whether a path is one adapter or one checkpoint, and not a folder with some in it."""
     if not path.is_dir():
         return True
-    if (path / "adapter_config.json").is_file() or any(path.glob("adapter_model*")):
+    if _has_adapter(path):
         return True
     if is_checkpoint(path) and not _is_collection(path):
         return True
     return _has_own_files(path) or is_run(path)
+
+
+def _has_adapter(path: Path) -> bool:
+    """Whether a path is the folder of an adapter as PEFT saves it."""
+    return (path / "adapter_config.json").is_file() or any(path.glob("adapter_model*"))
 
 
 def _is_collection(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def load_adapter(
         RefusedError: it has no exact equivalent in this layout.
     """
     source = open_any(_found(path, subfolder))
-    with only_books(rules), alone_with(model):
+    with only_books(rules) if rules else nullcontext(), alone_with(model):
         place, adapter = choose(model, source)
         with alone_with(place.base):
             return _load(

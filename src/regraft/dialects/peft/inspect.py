@@ -21,6 +21,7 @@ from regraft.adapters.form import Array, Factors
 from regraft.adapters.home import at_home
 from regraft.adapters.protocol import Names, Opened
 from regraft.adapters.provenance import read_remembered
+from regraft.dialects.alike import one_of_each
 from regraft.dialects.base import Dialect
 from regraft.dialects.names import SourceName
 from regraft.dialects.opening import Opening, find_source
@@ -33,7 +34,6 @@ from regraft.dialects.unread import find_dialect
 from regraft.errors import AmbiguousError, BadInputError, Finding, RefusedError, RegraftError
 from regraft.errors.codes import Status
 from regraft.layouts.names import DEFAULT
-from regraft.names.keys import one_of_each
 from regraft.names.patterns import Pattern, group_alike
 from regraft.planning.detect import detect_layouts
 from regraft.planning.model import Foreign, ModelConfig, load_model

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from regraft.dialects.alike import one_of_each
 from regraft.dialects.peft.renaming import RenamedTensors
 from regraft.dialects.peft.scan import PREFIX
 from regraft.errors import BadInputError
-from regraft.names.keys import one_of_each
 
 if TYPE_CHECKING:
     from typing import TypeVar

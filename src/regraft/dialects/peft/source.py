@@ -17,6 +17,7 @@ from regraft.adapters.families.base import Family
 from regraft.adapters.families.table import family_of
 from regraft.adapters.form import Adapter, Array, Saved, SavedGroup
 from regraft.adapters.protocol import Hints, Names, Reading, Writer
+from regraft.dialects.alike import one_of_each
 from regraft.dialects.base import Found
 from regraft.dialects.peft.config import patterns_of, promise_of, targets_module
 from regraft.dialects.peft.config_check import check_fields
@@ -40,7 +41,6 @@ from regraft.errors import (
     RegraftError,
 )
 from regraft.layouts.names import Layout, layout_of_packing
-from regraft.names.keys import one_of_each
 from regraft.planning.model import ModelConfig
 from regraft.planning.side import Side
 from regraft.rules.book import Shared
