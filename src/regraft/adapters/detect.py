@@ -148,16 +148,19 @@ def _by_model(
     knows the model.
     """
     given, model = model, _replicate_layers(model, hints.replicated)
-    types = model.model_types()
-    named = hints.model_type
+    types, named = model.model_types(), hints.model_type
+    classes = hints.classes or (*model.architectures(), *_TASKS.get(hints.task or "", ()))
+    books = tuple(books_for(types))
+    is_whole = covers(books, types)
     if named is not None and named not in types and books_for([named]):
         raise _of_another_family(hints, model, where)
-    classes = hints.classes or (*model.architectures(), *_TASKS.get(hints.task or "", ()))
     base = look_up_base(
         model,
+        books,
         names.candidates,
         names.modules,
         foreign,
+        is_whole=is_whole,
         ask=lambda: _ask(foreign, names, hints, given),
         classes=classes,
         there=lambda: _names_of_base(given),
@@ -167,7 +170,7 @@ def _by_model(
     told = base.told
     if told is not None:
         evidence, notes = f"{told.evidence} ({model.path})", told.notes
-    elif base.by_types:
+    elif books:
         evidence = f"the base model is {', '.join(dict.fromkeys(types))} ({model.path})"
         notes = (*base.unchecked, *_note_on_heads(base.heads, classes))
     else:

@@ -407,9 +407,6 @@ class _Checker:
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-")))
             assert source.weights is not None
-            folder = stack.enter_context(
-                as_peft_finds_it(source.weights, Path(source.where) / CONFIG)
-            )
             wanted: str | None = None
             remedies: tuple[str, ...] = ()
             if converted is not None:
@@ -418,6 +415,9 @@ class _Checker:
                 save_adapter(scratch / "wanted", made.there, converted)
                 if not converted.report.copied:
                     remedies = (wanted,)
+            folder = stack.enter_context(
+                as_peft_finds_it(source.weights, Path(source.where) / CONFIG)
+            )
             try:
                 trial = Trial(labelled, named, folder, wanted, remedies, bases, task)
                 tried = self.peft.attempt(trial)

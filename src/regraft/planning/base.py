@@ -12,7 +12,7 @@ from regraft.planning.lookup import Lookup
 from regraft.planning.model import Foreign, ModelConfig, Scope, Told
 from regraft.planning.outside import strange_heads
 from regraft.planning.own_class import own_modules, told_by_class, whole_class
-from regraft.rules.book import Book, books_for, covers
+from regraft.rules.book import Book
 
 
 class Base(Struct, frozen=True, eq=False):
@@ -23,8 +23,6 @@ class Base(Struct, frozen=True, eq=False):
     scopes: Mapping[str, Scope]
     layouts: Layouts
     """What the names tell of the layout that they are in."""
-    by_types: bool
-    """Whether rule books know one of its model types."""
     told: Told | None
     """What its class says, where that was asked."""
     unchecked: tuple[str, ...]
@@ -37,23 +35,23 @@ class Base(Struct, frozen=True, eq=False):
 
 def look_up_base(
     model: ModelConfig,
+    books: tuple[Book, ...],
     names: Sequence[Group],
     modules: Sequence[Group],
     foreign: Foreign | None,
     *,
+    is_whole: bool,
     ask: Callable[[], Told | None],
     classes: Sequence[str],
     there: Callable[[], Collection[str]],
 ) -> Base:
-    """Look names up in the rule books of a model's types, and ask its class where these lack a word for one.
+    """Look names up in the rule ``books`` of a model's types, and ask its class where these lack a word for one.
 
-    ``names`` are those of tensors, the weights of ``modules`` first. ``ask`` gives what the class says; ``classes`` are
+    ``names`` are those of tensors, the weights of ``modules`` first. ``is_whole`` says that the books know all parts of
+    the model; otherwise its class is asked in any case. ``ask`` gives what the class says; ``classes`` are
     those whose heads may be among the names, ``there`` gives the names of the base's own weights, where these are
     known.
     """
-    types = model.model_types()
-    of_types = books = tuple(books_for(types))
-    is_whole = covers(books, types)
     scopes = {book.name: model.scope_of(book.model_types) for book in books}
     lookup = Lookup.of(books, names, scopes, modules)
     bare = lookup.without_parameters
@@ -75,7 +73,7 @@ def look_up_base(
         books, scopes = (*books, *own.books), {**scopes, **own.scopes}
         lookup = Lookup.of(books, names, scopes, modules, known=lookup)
     layouts = detect_layouts(lookup)
-    return Base(books, scopes, layouts, bool(of_types), told, unchecked, heads, own.note)
+    return Base(books, scopes, layouts, told, unchecked, heads, own.note)
 
 
 __all__ = ["Base", "look_up_base"]
