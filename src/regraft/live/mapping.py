@@ -32,18 +32,18 @@ class Mapping:
     @cached_property
     def imported(self) -> tuple[Imported | Ruled, ...]:
         """What the user's books or the registry do to each model; looked up when it is first needed."""
-        return tuple(self._rules_of(model) for model in self.live.models)
-
-    def _rules_of(self, model: LiveModel) -> Imported | Ruled:
-        ruled = Ruled.of(model, self.books)
-        return ruled if ruled is not None else import_model(model.skeleton, self.key_mapping)
+        told: list[Imported | Ruled] = []
+        for model in self.live.models:
+            ruled = Ruled.of(model, self.books) if self.books else None
+            told.append(ruled or import_model(model.skeleton, self.key_mapping))
+        return tuple(told)
 
     def resolve(self, keys: Sequence[str]) -> Resolved:
         """Which of a file's keys is which tensor of which model, whatever its saver had wrapped around it.
 
         Raises ``UnmatchedKeysError`` where nothing lands, ``AmbiguousError`` where two models fit.
         """
-        return resolve(self.live, keys, self._lands)
+        return resolve(self.live, keys, [imported.lands for imported in self.imported])
 
     def rename(self, key: str) -> str:
         """The live key for an old or a new one, bare or with prefixes; of a tensor that is cut, the first part's.
@@ -89,9 +89,6 @@ class Mapping:
             key=key,
             fix="check that it is of this model, or take it out",
         )
-
-    def _lands(self, number: int, keys: list[str]) -> list[bool]:
-        return self.imported[number].lands(keys)
 
     def lines(self) -> Iterator[str]:
         """What applies where, and to how many tensors."""
@@ -142,6 +139,7 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
     >>> print(mapping(transformers.ViTModel(config)).rename("encoder.layer.1.attention.attention.query.weight"))
     layers.1.attention.q_proj.weight
     """
+    checked = _checked(key_mapping) if key_mapping else {}
     live = walk(model)
     if not live.models:
         raise BadInputError(
@@ -154,7 +152,7 @@ def mapping(model: Any, *, key_mapping: dict[str, str] | None = None) -> Mapping
         )
     warn_of_release()
     own = tuple(book for book in own_books() if not book.is_addition)
-    return Mapping(live, _checked(key_mapping or {}), own)
+    return Mapping(live, checked, own)
 
 
 def _checked(key_mapping: Any) -> dict[str, str]:

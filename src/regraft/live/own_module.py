@@ -14,8 +14,8 @@ from regraft.rules.book import own_books
 
 
 def is_own_module(model: Any) -> bool:
-    """Whether a module has no model of transformers in it, and there are books of the user's own that may know it."""
-    return bool(own_books()) and hasattr(model, "state_dict") and not walk(model).models
+    """Whether a module has no model of transformers in it, so that only books of the user's own may know it."""
+    return hasattr(model, "state_dict") and not walk(model).models
 
 
 def config_of(model: Any) -> ModelConfig | None:

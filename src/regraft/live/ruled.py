@@ -44,7 +44,7 @@ class Ruled:
         """
         name = type(model.module).__name__
         config = ModelConfig(model.module.config.to_dict(), f"the {name} in memory")
-        known = tuple(books_for(config.model_types(), books)) if books else ()
+        known = tuple(books_for(config.model_types(), books))
         if type(model.module).__module__.startswith("transformers."):
             known = tuple(book for book in known if RIGHT in book.layouts)
         if not known:

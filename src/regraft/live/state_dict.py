@@ -14,7 +14,6 @@ from regraft.dialects.names import layout_named
 from regraft.errors import (
     AmbiguousError,
     BadInputError,
-    Choice,
     Finding,
     RegraftError,
     UnmatchedKeysError,
@@ -31,6 +30,7 @@ from regraft.names.patterns import patterns
 from regraft.names.resolve import Part, Resolved
 from regraft.planning.build import build_plan
 from regraft.planning.plan import Headers, Plan
+from regraft.rules.book import own_books
 from regraft.rules.mtp import with_mtp
 
 if TYPE_CHECKING:
@@ -128,11 +128,11 @@ def convert_state_dict(
         if model is not None:
             message = "model is for a layout's name in `to`"
             raise BadInputError(Finding("option", message, fix="give only `to`"))
-        if is_own_module(to):
+        if own_books() and is_own_module(to):
             return _into_own(state_dict, to)
         return _fitted(state_dict, mapping(to, key_mapping=key_mapping))
     layout = layout_named(to, adapter=False).name
-    if model is not None and is_own_module(model):
+    if model is not None and own_books() and is_own_module(model):
         return _without_model(state_dict, layout, config_of(model))
     if model is not None:
         return _named(state_dict, layout, mapping(model, key_mapping=key_mapping))
@@ -186,9 +186,11 @@ def _fitted(state_dict: Mapping[str, Any], target: LiveMapping) -> ConvertedStat
         resolved = target.resolve(list(state_dict))
     layouts = dict.fromkeys(imported.layout for imported in target.imported)
     report = StateDictReport(" and ".join(layouts), carried=list(resolved.carried))
+    report.prefixes = [
+        f"{target.live.models[p.model].path or 'the model'}: {p}" for p in resolved.parts
+    ]
     quiet, loud = left_out(target, resolved)
     report.left_out = {**quiet, **loud}
-    _check(target, resolved, state_dict, report.left_out)
     made: Tensors = {}
     findings: list[Finding] = []
     for number, _, new in _models(target, resolved, state_dict, None, report, findings):
@@ -260,13 +262,14 @@ def _models(
     """Each model's tensors in a layout, once; the same model may have been saved in two places.
 
     Without a layout, each is in the one that its model has.
+
+    Raises what is wrong with the keys, and with what they stand for.
     """
     from regraft.bridges.torch_tensors import whole
 
+    _check(mapping, resolved, state_dict, report.left_out)
     done: dict[int, Tensors] = {}
     for part in resolved.parts:
-        path = mapping.live.models[part.model].path
-        report.prefixes.append(f"{path or 'the model'}: {part}")
         tensors = {k: whole(state_dict[key]) for k, key in part.keys.items()}
         imported = mapping.imported[part.model]
         try:
@@ -299,16 +302,22 @@ def _warn(keys: Iterable[str], message: str) -> None:
 
 def _named(state_dict: Mapping[str, Any], layout: str, source: LiveMapping) -> ConvertedStateDict:
     """Each model's own keys in a layout."""
-    resolved = _with_mtp(source, source.resolve(list(state_dict)))
-    inside = move_factors(source, resolved, state_dict, layout)
+    resolved = source.resolve(list(state_dict))
+    inside = None
+    if resolved.unmatched:
+        resolved = _with_mtp(source, resolved)
+    if resolved.unmatched or resolved.carried:
+        inside = move_factors(source, resolved, state_dict, layout)
     if inside is not None:
         state_dict = inside.state_dict
         resolved = _with_mtp(source, source.resolve(list(state_dict)))
         without = tuple(key for key in resolved.unmatched if key not in inside.made)
         resolved = replace(resolved, unmatched=without)
     report = StateDictReport(layout)
+    report.prefixes = [
+        f"{source.live.models[p.model].path or 'the model'}: {p}" for p in resolved.parts
+    ]
     report.left_out, _ = left_out(source, resolved)
-    _check(source, resolved, state_dict, report.left_out)
     result = ConvertedStateDict()
     findings: list[Finding] = []
     several = len(source.live.models) > 1
@@ -414,7 +423,7 @@ def _planned(
     result = ConvertedStateDict(
         state_dict if plan is None else apply_plan(plan, list(state_dict.values()))
     )
-    _note_rules(plan, report)
+    _note_rules(plan.fired() if plan is not None else {}, report)
     result.report = report
     return result
 
@@ -480,31 +489,29 @@ def convert_model(
     """
     imported.check_known()
     if isinstance(imported, Ruled):
-        new, plan = imported.convert(tensors, layout)
-        _note_rules(plan, report)
+        new, way = imported.convert(tensors, layout)
+        _note_rules(way.fired() if way is not None else {}, report)
         return new
-    _check_layout(imported, layout)
-    own = imported.as_own(list(tensors))
-    named = {
-        key if name is None else name: tensors[key] for key, name in zip(tensors, own, strict=True)
-    }
-    here = {name for name in own if name is not None}
-    here -= _still_turned(imported, {name: named[name] for name in here & imported.turned})
-    result: Tensors = {}
-    if layout == RIGHT:
-        result = {key: tensor for key, tensor in named.items() if key in here}
-        go = {key: tensor for key, tensor in named.items() if key not in here}
-    elif here & imported.changed or _has_new_shapes(imported, named):
-        go = named
-    else:
-        return dict(tensors)
+    if layout not in (LEFT, RIGHT):
+        raise _no_book(imported, layout)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    names, stay = imported.sort(shapes, layout)
+    named = dict(zip(names, tensors.values(), strict=True))
+    result: Tensors = {key: tensor for key, tensor in named.items() if key in stay}
+    go = {key: tensor for key, tensor in named.items() if key not in stay}
     if not go:
         return result
     shapes = {key: tuple(tensor.shape) for key, tensor in go.items()}
-    book = with_mtp(imported.book(list(go), shapes), imported.mtp_among(list(go)))
-    plan = build_plan(_headers(go), [Edge.to(book, layout)], where="the state dict")
-    _note_rules(plan, report)
+    mtp = imported.mtp_among(list(go))
+    book = imported.book(list(go), shapes)
+    if mtp.groups:
+        book = with_mtp(book, mtp)
+    edge = Edge.to(book, layout)
+    headers = Headers(group_names(go), list(shapes.values()), [str(t.dtype) for t in go.values()])
+    plan = build_plan(headers, [edge], where="the state dict")
+    fired = plan.fired()
     made = apply_plan(plan, list(go.values()))
+    _note_rules(fired, report)
     twice = [key for key in made if key in result]
     _raise(
         Finding("two-homes", "it is there in the old layout and in the new one", key=key)
@@ -513,51 +520,17 @@ def convert_model(
     return {**result, **made}
 
 
-def _note_rules(plan: Plan | None, report: StateDictReport) -> None:
-    for rule, times in plan.fired().items() if plan is not None else ():
+def _note_rules(fired: Mapping[str, int], report: StateDictReport) -> None:
+    for rule, times in fired.items():
         if times:
             report.rules[rule] = report.rules.get(rule, 0) + times
 
 
-def _check_layout(imported: Imported, layout: str) -> None:
-    """Raises ``BadInputError`` for a layout of somebody's rule book, which transformers knows nothing of."""
-    if layout in (LEFT, RIGHT):
-        return
+def _no_book(imported: Imported, layout: str) -> BadInputError:
+    """The error for a layout of somebody's rule book, which transformers knows nothing of."""
     message = f"no rule book leads {imported.name} to {layout}"
     fix = "give the rule book that knows this model, too"
-    raise BadInputError(Finding("other-layouts", message, fix=fix))
-
-
-def _has_new_shapes(imported: Imported, named: Tensors) -> bool:
-    """Whether tensors that are called as they always were, and are stored differently now, have the new shape."""
-    same = {name: named[name] for name in imported.turned & named.keys()}
-    return bool(same.keys() - _still_turned(imported, same))
-
-
-def _still_turned(imported: Imported, tensors: Tensors) -> set[str]:
-    """Tensors that are called as they always were, and have their old shape.
-
-    Raises ``AmbiguousError`` where all of them are square in the dims that changed places.
-    """
-    shapes = imported.skeleton.tensors
-    old = {key for key, tensor in tensors.items() if tuple(tensor.shape) != tuple(shapes[key])}
-    square = {key for key in tensors if len(set(shapes[key][-2:])) == 1}
-    if old:
-        return old | square
-    if tensors and len(square) == len(tensors):
-        raise AmbiguousError(
-            Finding(
-                "which-layout",
-                "its name is the same in both layouts, and it is square, so its shape does not tell either",
-                key=next(iter(tensors)),
-                fix="convert the file first, and say with --from which layout it is in",
-                choices=tuple(
-                    Choice(name, "its shape fits", "its last two dims are the other way round")
-                    for name in (LEFT, RIGHT)
-                ),
-            )
-        )
-    return set()
+    return BadInputError(Finding("other-layouts", message, fix=fix))
 
 
 def _headers(tensors: Mapping[str, Any]) -> Headers:

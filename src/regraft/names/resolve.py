@@ -17,9 +17,9 @@ from regraft.names.live import Live, LiveModel
 from regraft.names.modules import WRAPPER_SEGMENTS
 from regraft.report import count_in_words
 
-Lands = Callable[[int, list[str]], list[bool]]
-"""Given a model's number and canonical keys, old or new, with or without the ``base_model_prefix`` that only a head
-model has, says for each whether the model has a place for it."""
+Lands = Sequence[Callable[[list[str]], list[bool]]]
+"""For each model what says of canonical keys, old or new, with or without the ``base_model_prefix`` that only a head
+model has, whether the model has a place for them."""
 
 Segments = tuple[str, ...]
 Kept = tuple[int, ...]
@@ -152,7 +152,7 @@ def _candidates(live: Live, keys: list[str], lands: Lands) -> list[_Candidate]:
             for code, rows in candidate.node.templates.items()
             for option, kept in _options(keys[rows[0]], candidate)
         ]
-        told = lands(number, [option for _, _, _, option, _ in asked]) if asked else []
+        told = lands[number]([option for _, _, _, option, _ in asked]) if asked else []
         homes: dict[tuple[int, str], int] = {}
         for (candidate, code, rows, option, kept), lands_there in zip(asked, told, strict=True):
             if not lands_there or code in candidate.choices:
@@ -299,7 +299,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
                 segments = keys[number][len(candidate.node.prefix) :].split(".")
                 text = ".".join(segments[i] for i in kept)
                 first.append((keys[number], text))
-    told = lands(candidate.model, [option for _, option in first])
+    told = lands[candidate.model]([option for _, option in first])
     homes = {key: option for (key, option), there in zip(first, told, strict=True) if there}
     rest = [
         (keys[number], option)
@@ -308,7 +308,7 @@ def _take(candidate: _Candidate, keys: list[str], used: set[str], lands: Lands) 
         if keys[number] not in homes
         for option, _ in _options(keys[number], candidate)
     ]
-    told = lands(candidate.model, [option for _, option in rest]) if rest else []
+    told = lands[candidate.model]([option for _, option in rest]) if rest else []
     for (key, option), there in zip(rest, told, strict=True):
         if there:
             homes.setdefault(key, option)

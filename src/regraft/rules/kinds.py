@@ -6,7 +6,7 @@ Source: how torch's and transformers' modules store their weights, and how PEFT 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from msgspec import Struct
@@ -79,6 +79,12 @@ KINDS = {
 (vocabulary = in, hidden = out), a ``parameter`` of its own (out, in), ``experts`` (E, out, in),
 ``experts-transposed`` (E, in, out) on a module that says so (``is_transposed``), ``experts-unmarked`` the same on a
 module that does not, ``vector`` and ``any`` for what has no delta."""
+
+
+def fitting(kinds: Sequence[str], terms: Sequence[Term]) -> tuple[str, ...]:
+    """Each term's kind where it can be of it, and else ``any``."""
+    pairs = zip(kinds, terms, strict=True)
+    return tuple(kind if KINDS[kind].fits(term) else "any" for kind, term in pairs)
 
 
 @lru_cache(maxsize=4096)

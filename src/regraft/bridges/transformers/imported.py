@@ -26,7 +26,7 @@ from regraft.bridges.transformers.symbolic import (
     stand_in,
     writer,
 )
-from regraft.errors import Finding, RefusedError, UnmatchedKeysError
+from regraft.errors import AmbiguousError, Choice, Finding, RefusedError, UnmatchedKeysError
 from regraft.names.skeleton import Skeleton, SubModel
 from regraft.planning.model import ModelConfig
 from regraft.rules.book import Book
@@ -50,8 +50,8 @@ class Origin:
 
     def placed(self, numbers: Sequence[int]) -> Origin:
         """With numbers in place of stand-ins."""
-        new = tuple(put(text, numbers) for text in self.new)
-        return replace(self, new=new, old=tuple(put(text, numbers) for text in self.old))
+        new, old = (tuple(put(text, numbers) for text in texts) for texts in (self.new, self.old))
+        return Origin(new, old, self.converter, self.fired, self.stuck)
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,43 @@ class Imported:
             for name in rows.names()
         )
 
+    def sort(
+        self, shapes: Mapping[str, tuple[int, ...]], layout: str
+    ) -> tuple[list[str], frozenset[str]]:
+        """Keys under the model's names, as far as they are spelled so, and those of these names that stay as they are.
+
+        ``shapes`` are those of the keys, ``layout`` is what they are wanted in: transformers 4's, or the model's own.
+
+        Raises ``AmbiguousError`` where shapes alone could tell tensors that are stored turned, and do not.
+        """
+        from regraft.bridges.transformers.making import RIGHT
+
+        own = self.as_own(list(shapes))
+        names = [key if name is None else name for key, name in zip(shapes, own, strict=True)]
+        named = dict(zip(names, shapes.values(), strict=True))
+        here = {name for name in own if name is not None}
+        here -= self._still_turned({name: named[name] for name in here & self.turned})
+        if layout == RIGHT:
+            return names, frozenset(here)
+        same = {name: named[name] for name in self.turned & named.keys()}
+        if here & self.changed or same.keys() - self._still_turned(same):
+            return names, frozenset()
+        return list(shapes), frozenset(shapes)
+
+    def _still_turned(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Tensors that are called as they always were, and have their old shape.
+
+        Raises ``AmbiguousError`` where all of them are square in the dims that changed places.
+        """
+        own = self.skeleton.tensors
+        old = {key for key, shape in shapes.items() if shape != tuple(own[key])}
+        square = {key for key in shapes if len(set(own[key][-2:])) == 1}
+        if old:
+            return old | square
+        if shapes and len(square) == len(shapes):
+            raise AmbiguousError(_square(next(iter(shapes))))
+        return set()
+
     def counts(self) -> dict[str, int]:
         """How many of the model's tensors each rule's key stands for."""
         from regraft.bridges.transformers.making import count_rules
@@ -274,7 +311,7 @@ class Imported:
             return self.renamer.forward(key, guards)
 
         def place(new: Renamed, numbers: Sequence[int]) -> Renamed:
-            return replace(new, key=put(new.key, numbers))
+            return new.at(put(new.key, numbers))
 
         for rows, new in self._outcomes(rows_of(keys), judge, place):
             yield from self._land(rows, new)
@@ -325,7 +362,7 @@ class Imported:
             if new is None or new.hit is None or new.key != split.targets[0]:
                 continue
             if new.hit.scoped is split.scoped and new.hit.source == source:
-                return replace(new, key=old)
+                return new.at(old)
         return None
 
     def _land(self, rows: Rows, new: Renamed) -> Iterator[tuple[Rows, Renamed | None]]:
@@ -364,6 +401,22 @@ def _is_around(one: str, other: str) -> bool:
     """Whether one of two paths is in the other."""
     short, long = sorted((one, other), key=len)
     return not short or f"{long}.".startswith(f"{short}.")
+
+
+def _square(key: str) -> Finding:
+    """What is said of a tensor of which nothing tells whether it is stored turned."""
+    from regraft.bridges.transformers.making import LEFT, RIGHT
+
+    return Finding(
+        "which-layout",
+        "its name is the same in both layouts, and it is square, so its shape does not tell either",
+        key=key,
+        fix="convert the file first, and say with --from which layout it is in",
+        choices=tuple(
+            Choice(name, "its shape fits", "its last two dims are the other way round")
+            for name in (LEFT, RIGHT)
+        ),
+    )
 
 
 def import_model(skeleton: Skeleton, key_mapping: dict[str, str] | None = None) -> Imported:

@@ -31,7 +31,7 @@ from regraft.equation.notation import parse_equation, parse_key
 from regraft.errors import BadInputError
 from regraft.rules.book import Book, Carry, Drop, Gap, Parameters, Rule, Shared, library
 from regraft.rules.direction import Side
-from regraft.rules.kinds import KINDS
+from regraft.rules.kinds import fitting
 from regraft.rules.mtp import is_mtp_module
 from regraft.rules.releases import layout_of
 
@@ -111,6 +111,7 @@ class _Maker:
     shapes: Mapping[str, tuple[int, ...]]
     told: dict[tuple[str, int], list[Told]] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
+    """Of kinds that need not fit yet."""
     respelled: list[Rule] = field(default_factory=list)
     shift: int = 0
     """1 where the file has the base model's prefix and the model has not, -1 the other way round."""
@@ -435,12 +436,6 @@ class _Maker:
         except BadInputError as error:
             self._stick(error.findings[0].message, [name])
             return
-        left = tuple(
-            k if KINDS[k].fits(t) else "any" for k, t in zip(left, equation.left, strict=True)
-        )
-        right = tuple(
-            k if KINDS[k].fits(t) else "any" for k, t in zip(right, equation.right, strict=True)
-        )
         self.rules.append(
             Rule(holes(name, _loop), equation, left, right, self.imported.name, where)
         )
@@ -475,15 +470,27 @@ class _Maker:
         )
         known = [b for b in library() if root.model_type in b.reclaimed_model_types]
         reclaimed = tuple(sorted({name for book in known for name in book.reclaimed}))
+        shared, parameters = tuple(self._shared()), tuple(self._parameters())
+        rules = tuple(
+            Rule(
+                rule.name,
+                rule.equation,
+                fitting(rule.left_kinds, rule.equation.left),
+                fitting(rule.right_kinds, rule.equation.right),
+                rule.book,
+                rule.where,
+            )
+            for rule in self.rules
+        )
         return Book(
             self.name,
             f"{self.imported.name}: from the registry of transformers {check_version()}",
             LEFT,
             RIGHT,
             types,
-            tuple(self.rules),
+            rules,
             tuple(self.carries_made),
-            tuple(self._parameters()),
+            parameters,
             (),
             reclaimed,
             types[:1] if reclaimed else (),
@@ -494,7 +501,7 @@ class _Maker:
             tuple({str(rule.equation): rule for rule in self.respelled}.values()),
             left_adapters="peft-0.18",
             right_adapters="peft-0.19",
-            shared=tuple(self._shared()),
+            shared=shared,
         )
 
     def _shared(self) -> Iterable[Shared]:

@@ -31,6 +31,10 @@ class Renamed:
     hit: Hit | None = None
     fired: tuple[Scoped, ...] = ()
 
+    def at(self, key: str) -> Renamed:
+        """The same for another key."""
+        return Renamed(key, self.hit, self.fired)
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -66,11 +70,11 @@ class Renamer:
         ways = [new, Renamed(key)]
         for way in ways[:2] if self.base else ():
             if self.is_head:
-                ways.append(replace(way, key=f"{self.base}.{way.key}"))
+                ways.append(way.at(f"{self.base}.{way.key}"))
             if not self.is_head and way.key.startswith(f"{self.base}."):
-                ways.append(replace(way, key=way.key[len(self.base) + 1 :]))
+                ways.append(way.at(way.key[len(self.base) + 1 :]))
         if self.is_head and new.key.startswith(f"{self.base}.") and new.key != key:
-            ways.append(replace(new, key=new.key[len(self.base) + 1 :]))
+            ways.append(new.at(new.key[len(self.base) + 1 :]))
         if self.is_head and self.base_was_doubled(key):
             ways.append(Renamed(key[len(self.base) + 1 :]))
         return ways
@@ -160,7 +164,7 @@ class Renamer:
         for old in (*self.undone(key), key):
             new = self.land(old)
             if new is not None and new.key == key and new.hit is None:
-                return replace(new, key=old)
+                return new.at(old)
         return None
 
     def undone(self, key: str) -> Iterator[str]:

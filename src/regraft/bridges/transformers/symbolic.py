@@ -102,7 +102,7 @@ def _split_inner(group: Group) -> Iterator[Rows]:
         values, code = np.unique(group.numbers[:, inner], axis=0, return_inverse=True)
         code = code.reshape(-1)
     else:
-        values, code = np.zeros((1, 0), dtype=np.int64), np.zeros(len(group), dtype=np.int64)
+        values, code = np.zeros((1, 0), dtype=np.int64), np.zeros(len(group.ids), dtype=np.int64)
     names = {number: place for place, number in enumerate(outer)}
     for number, spelled in enumerate(values.tolist()):
         rows = np.flatnonzero(code == number)
