@@ -10,13 +10,12 @@ What layouts there are, rule books say; what dialects there are, says who calls.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from regraft.errors import BadInputError, Finding
 from regraft.rules.book import Book, built_in, library
-from regraft.rules.direction import SIDES
 
 DEFAULT = "peft"
 """The dialect that is meant where none is named."""
@@ -99,11 +98,8 @@ def adapters_in(layout: str) -> str:
     >>> adapters_in("transformers-v4"), adapters_in("somebody's own")
     ('peft-0.18', 'peft-0.19')
     """
-    books = (*library(), *built_in())
-    said = next((found for book in books if (found := book.adapters(layout))), None)
-    return said or max(
-        each for book in books for each in (book.left_adapters, book.right_adapters) if each
-    )
+    said = next((version for name, version in _versions() if name == layout), None)
+    return said or max(version for _, version in _versions())
 
 
 def layout_of_packing(version: str) -> str | None:
@@ -112,11 +108,16 @@ def layout_of_packing(version: str) -> str | None:
     >>> layout_of_packing("peft-0.18")
     'transformers-v4'
     """
+    return next((name for name, each in _versions() if each == version), None)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """The layouts of which books say how adapters usually are written, each with the version."""
     for book in (*library(), *built_in()):
-        for side in SIDES:
-            if book.adapters(book.layout(side)) == version:
-                return book.layout(side)
-    return None
+        if book.left_adapters:
+            yield book.left, book.left_adapters
+        if book.right_adapters:
+            yield book.right, book.right_adapters
 
 
 def parse_name(text: str, dialects: Mapping[str, DialectName], *, adapter: bool = True) -> Layout:

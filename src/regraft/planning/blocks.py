@@ -99,10 +99,16 @@ def _are_whole(blocks: Iterable[Block], laid: Laid) -> bool:
             return False
         if not np.array_equal(block.target_batch, order):
             return False
-        for index in (block.rows_to, block.columns_to, block.rows_from, block.columns_from):
-            if (index != index[0]).any() or (np.diff(index[0]) != 1).any():
-                return False
+        places = (block.rows_to, block.columns_to, block.rows_from, block.columns_from)
+        if not all(map(_is_one_run, places)):
+            return False
     return True
+
+
+def _is_one_run(places: Ints) -> bool:
+    """Whether positions are the same at every iteration, and count up by one."""
+    first = places[0, 0]
+    return bool((places == np.arange(first, first + places.shape[1])).all())
 
 
 def landings_of(plan: Plan) -> list[list[tuple[Landing, Way]]]:

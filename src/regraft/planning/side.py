@@ -32,7 +32,7 @@ class Side(Struct, frozen=True, dict=True):
             Edge(book, Direction.FORWARD if layout == book.left else Direction.BACKWARD)
             for layout in (self.layout, *self.also)
             for book in self.books
-            if layout in book.layouts
+            if layout in (book.left, book.right)
         )
 
     @cached_property
