@@ -125,6 +125,9 @@ SHAPES = {
 
 def named(config, targets):
     config.target_modules = set(targets)
+    if getattr(config, "feedforward_modules", None):
+        forward = config.feedforward_modules  # PEFT takes entries of target_modules only
+        config.feedforward_modules = {x for x in targets if x.rpartition(".")[2] in forward}
     return config
 
 

@@ -44,7 +44,10 @@ class AdaLora(LowRank):
     )
 
     def check_rank(self, rank: int | None, settings: Mapping[str, Any]) -> None:
-        pass  # every module has what its budget left it
+        if rank is not None and not self.config.get("rank_pattern"):
+            self.check_field(
+                "init_r", rank, settings
+            )  # else every module has what its budget left it
 
     def join_ranks(self, parts: Sequence[Part | None], sizes: Sequence[int], along: str) -> Part:
         raise self.refusal("all modules share one init_r, and ranks add where weights are joined")

@@ -231,6 +231,17 @@ class Family:
                 f"adapter_config.json gives the rank {told}, its tensors have {rank}"
             )
 
+    def check_field(self, name: str, have: int, settings: Mapping[str, Any]) -> None:
+        """Raise ``UnreadableError`` where a field of the config gives a module's tensors another size than they have.
+
+        As ``check_rank``; a field that is absent says nothing.
+        """
+        told = settings.get(name, self.config.get(name))
+        if told is not None and told != have:
+            raise UnreadableError(
+                f"adapter_config.json gives {name} {told}, its tensors have {have}"
+            )
+
     # -- following the base
 
     def rename(self, part: Part, old: str, new: str) -> Part:

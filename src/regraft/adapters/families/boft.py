@@ -46,6 +46,9 @@ class Boft(Family):
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         _, count, side, _ = tensors["boft_R"].shape
+        for name, have in (("boft_block_size", side), ("boft_block_num", count)):
+            if self.config.get(name):  # 0: it follows from the other
+                self.check_field(name, have, settings)
         return tensors["boft_s"].size, count * side
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:

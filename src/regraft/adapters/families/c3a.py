@@ -54,6 +54,7 @@ class C3a(Family):
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         rows, columns, side = tensors["c3a_kernel"].shape
+        self.check_field("block_size", side, settings)
         return rows * side, columns * side
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:

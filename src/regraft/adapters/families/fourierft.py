@@ -5,6 +5,9 @@ Source: PEFT 0.21.2, ``peft/tuners/fourierft/layer.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from regraft.adapters.families.base import (
@@ -12,6 +15,7 @@ from regraft.adapters.families.base import (
     Family,
     Pair,
     Part,
+    Sizes,
     Weight,
     as_wide,
     cells,
@@ -20,6 +24,7 @@ from regraft.adapters.families.base import (
 from regraft.adapters.families.seeded import (
     random_order,
 )
+from regraft.adapters.form import Array
 
 
 class FourierFt(Family):
@@ -34,6 +39,10 @@ class FourierFt(Family):
     rank = "2 n"
     fixed = "its frequencies are those of the whole weight"
     table = cells(rest=LORA)
+
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
+        self.check_field("n_frequency", tensors["fourierft_spectrum"].size, settings)
+        return None, None
 
     def lora(self, part: Part, weight: Weight) -> Pair:
         (spectrum,) = as_wide(part["fourierft_spectrum"])

@@ -56,6 +56,7 @@ class GraLora(Family):
                 f"gralora_A is {list(a.shape)}, gralora_B {list(b.shape)}: they are no grid of blocks"
             )
         self.check_rank(a.shape[2], settings)
+        self.check_field("gralora_k", a.shape[0], settings)
         return b.shape[0] * b.shape[2], a.shape[0] * a.shape[1]
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:

@@ -39,6 +39,7 @@ class Lily(Family):
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         a, b = tensors["lily_A.weight"], tensors["lily_B.weight"]
         self.check_rank(a.shape[0], settings)
+        self.check_field("num_B", b.shape[0] // a.shape[0], settings)
         return b.shape[1], a.shape[1]
 
     def lora(self, part: Part, weight: Weight) -> Pair:

@@ -17,6 +17,7 @@ from regraft.adapters.families.base import (
     Pair,
     Part,
     Sizes,
+    UnreadableError,
     Weight,
     Wide,
     as_wide,
@@ -45,7 +46,23 @@ class LoKr(Family):
         for name in ("lokr_w1_b", "lokr_w2_b"):
             self.check_rank(tensors[name].shape[0] if name in tensors else None, settings)
         (b1, a1), (b2, a2) = (_ends(tensors, name) for name in ("lokr_w1", "lokr_w2"))
-        return b1 * b2, a1 * a2
+        out, into = b1 * b2, a1 * a2
+        factor = self.config.get("decompose_factor")
+        if factor is not None and (_cut(out, factor), _cut(into, factor)) != (b1, a1):
+            raise UnreadableError(
+                f"adapter_config.json gives decompose_factor {factor}, which cuts {out} x {into} otherwise than its "
+                f"tensors are cut ({b1} x {a1} times {b2} x {a2})"
+            )
+        rank = settings.get("r", self.config.get("r"))
+        for name, most in (("lokr_w1", max(b1, a1)), ("lokr_w2", max(b2, a2))):
+            if not isinstance(rank, int) or (
+                name == "lokr_w1" and not self.config.get("decompose_both")
+            ):
+                continue
+            if (name in tensors) == (rank < most / 2):
+                parted = "two factors" if name in tensors else "one matrix"
+                raise UnreadableError(f"with the rank {rank} PEFT makes {parted} of {name}")
+        return out, into
 
     def turn(self, part: Part) -> Part:
         self._check_linear(part)
@@ -69,6 +86,20 @@ class LoKr(Family):
             raise self.refusal(
                 "a convolution's kernel has a factor of its own here (use_effective_conv2d)"
             )
+
+
+def _cut(size: int, factor: int) -> int:
+    """The smaller of the two numbers that PEFT cuts a size into (``factorization`` in ``lokr/layer.py``)."""
+    if factor > 0 and size % factor == 0:
+        return factor
+    most = size if factor < 0 else factor
+    best = 1
+    for low in range(2, size + 1):
+        if low * low > size or low > most:
+            break
+        if size % low == 0:
+            best = low
+    return best
 
 
 def _ends(tensors: Mapping[str, Array], name: str) -> tuple[int, int]:

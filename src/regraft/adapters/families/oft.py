@@ -20,6 +20,7 @@ from regraft.adapters.families.base import (
     Family,
     Part,
     Sizes,
+    UnreadableError,
     Weight,
     Wide,
     as_wide,
@@ -67,8 +68,19 @@ class Oft(Family):
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         (packed,) = tensors.values()
         if self.config.get("block_share"):
+            if len(packed) != 1:
+                raise UnreadableError(
+                    f"adapter_config.json says that all blocks are one (block_share), and it has {len(packed)}"
+                )
             return None, None
-        return None, packed.shape[0] * side_of(packed.shape[1])
+        count, side = packed.shape[0], side_of(packed.shape[1])
+        for name, have in (("r", count), ("oft_block_size", side)):
+            told = self.config.get(name)
+            if (
+                told and count * side % told == 0
+            ):  # 0: it follows from the other; else PEFT chooses a divisor
+                self.check_field(name, have, settings)
+        return None, count * side
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:
         out = part.out if rows is None else len(rows)

@@ -63,7 +63,10 @@ class Poly(LowRank):
 
     def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
         out, into = super().sizes(tensors, settings)
-        splits = len(tensors[_A])
+        splits, skills = tensors[_A].shape[:2]
+        self.check_field("n_splits", splits, settings)
+        self.check_field("n_skills", skills, settings)
+        self.check_field("n_tasks", len(tensors[_LOGITS]), settings)
         return out and splits * out, into and splits * into
 
     @classmethod

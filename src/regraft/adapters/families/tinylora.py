@@ -21,6 +21,7 @@ from regraft.adapters.families.base import (
     NoImageError,
     Pair,
     Part,
+    Sizes,
     Weight,
     as_wide,
     cells,
@@ -61,6 +62,12 @@ class TinyLora(Family):
         super().__init__(config, shared)
         self._count = 0
         self._drawn: dict[object, dict[bytes, int]] = {}
+
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
+        found = super().sizes(tensors, settings)
+        if "tinylora_P" in tensors:
+            self.check_field("u", tensors["tinylora_P"].shape[0], settings)
+        return found
 
     def survey(self, parts: Mapping[str, Part]) -> None:
         self._count = len(parts)

@@ -71,6 +71,9 @@ class VbLora(LowRank):
         out, into = super().sizes(tensors, settings)
         if out is None or into is None:
             raise UnreadableError("its logits of A or of B are missing")
+        for name in ("vblora_logits_A", "vblora_logits_B"):
+            if name in tensors:
+                self.check_field("num_vectors", tensors[name].shape[2], settings)
         return out * self._length, into * self._length
 
     def take(self, part: Part, rows: Ints | None, columns: Ints | None) -> Part:

@@ -5,7 +5,9 @@ Source: PEFT 0.21.2, ``peft/tuners/waveft/layer.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from regraft.adapters.families.base import (
     NoImageError,
     Pair,
     Part,
+    Sizes,
     Weight,
     Wide,
     as_wide,
@@ -39,6 +42,11 @@ class WaveFt(Family):
     rank = "n"
     fixed = "its coefficients are those of the whole weight"
     table = cells(rest=LORA)
+
+    def sizes(self, tensors: Mapping[str, Array], settings: Mapping[str, Any]) -> Sizes:
+        if not self.config.get("proportional_parameters"):  # else it goes by the weight's size
+            self.check_field("n_frequency", tensors["waveft_spectrum"].size, settings)
+        return None, None
 
     def lora(self, part: Part, weight: Weight) -> Pair:
         (spectrum,) = as_wide(part["waveft_spectrum"])
