@@ -30,11 +30,19 @@ from regraft.bridges.peft.trial import Landing, StockPeft, Trial, Tried, as_peft
 from regraft.bridges.transformers.files import InstalledTransformers
 from regraft.checking.causes import causes_of_error, causes_of_rows
 from regraft.checking.checkpoint import check_checkpoint, check_image_checkpoint, is_image
-from regraft.checking.for_tool import ToolCheck, check_for, is_tool
+from regraft.checking.for_tool import ToolCheck, check_for
 from regraft.checking.verdict import Check, Row, Verdict, rows_of
 from regraft.checkpoints.source import is_checkpoint
 from regraft.dialects.base import dialect_of
-from regraft.dialects.judging import FAILS, IGNORED, LOADED, WRONG_SCALE, WRONG_VALUES, tool_readers
+from regraft.dialects.judging import (
+    FAILS,
+    IGNORED,
+    LOADED,
+    WRONG_SCALE,
+    WRONG_VALUES,
+    is_tool,
+    tool_readers,
+)
 from regraft.dialects.names import layout_named
 from regraft.dialects.opening import Opening, Target, find_source
 from regraft.dialects.peft.config import LoraConfig, targets_module, targets_parameter
@@ -141,23 +149,19 @@ def check_with(
         architecture=asked.architecture,
         rules=asked.rules,
     ) as found:
-        result = _check_found(found, asked, peft)
+        path, base = found.path, found.model
+        family = None if asked.source is None else _family_of_image(path, found)
+        result: Check | ToolCheck
+        if not found.is_adapter:
+            result = _check_model(path, base, asked.to)
+        elif is_tool(asked.to):
+            result = check_for(path, asked.to, base, family)
+        elif (opening := find_source(path)).dialect.name in IMAGE:
+            result = _check_image(opening, base, asked.to, family)
+        else:
+            result = _check(opening, base, asked.to, peft)
     log_result(result)
     return result
-
-
-def _check_found(found: Resolved, asked: CheckOptions, peft: StockPeft | None) -> Check | ToolCheck:
-    """What is there, by what it is and what it is for."""
-    path, base = found.path, found.model
-    family = None if asked.source is None else _family_of_image(path, found)
-    if not found.is_adapter:
-        return _check_model(path, base, asked.to)
-    if is_tool(asked.to):
-        return check_for(path, asked.to, base, family)
-    opening = find_source(path)
-    if opening.dialect.name in IMAGE:
-        return _check_image(opening, base, asked.to, family)
-    return _check(opening, base, asked.to, peft)
 
 
 def passed_over(src: Path, to: str) -> str | None:

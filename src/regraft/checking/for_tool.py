@@ -119,11 +119,6 @@ class ToolCheck(Shown):
         }
 
 
-def is_tool(name: str) -> bool:
-    """Whether a name, with ``@VERSION`` or without, is a tool's that loads adapters."""
-    return name.partition("@")[0] in tool_readers()
-
-
 def check_for(
     src: str | os.PathLike[str],
     tool: str,
@@ -368,4 +363,4 @@ def _asks_for_base(error: RegraftError) -> bool:
     return all("--model" in fix and "--via" not in fix for fix in fixes)
 
 
-__all__ = ["CONFIG", "ToolCheck", "check_for", "is_tool"]
+__all__ = ["CONFIG", "ToolCheck", "check_for"]

@@ -66,7 +66,7 @@ class _Layout(click.ParamType):  # type: ignore[type-arg] # it takes arguments i
             source_named(value)
             return
         if self.of == "tool":
-            from regraft.checking.for_tool import is_tool
+            from regraft.dialects.judging import is_tool
 
             if is_tool(value):
                 return

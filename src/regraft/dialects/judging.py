@@ -142,6 +142,11 @@ def tool_readers() -> dict[str, ToolReader]:
     return {reader.tool: reader for reader in _readers()}
 
 
+def is_tool(name: str) -> bool:
+    """Whether a name, with ``@VERSION`` or without, is a tool's that loads adapters."""
+    return name.partition("@")[0] in tool_readers()
+
+
 def _readers() -> Iterator[ToolReader]:
     for dialect in dialects().values():
         yield from getattr(dialect, "readers", ())
@@ -160,5 +165,6 @@ __all__ = [
     "Judgement",
     "Outcome",
     "ToolReader",
+    "is_tool",
     "tool_readers",
 ]
