@@ -242,7 +242,7 @@ class _Solver:
         self.equation = equation
         self.lookup = lookup
         self.sizes: dict[str, int] = {}
-        self.told: dict[str, str] = {}
+        self.told: dict[str, Where] = {}
         self.axes = equation.axes
         self.same: dict[str, tuple[str, Fraction]] = {}
         for clause in equation.where:
@@ -256,8 +256,10 @@ class _Solver:
 
     def relate(self, clause: Where) -> None:
         """Note that an axis is so many times another: ``m = 4 q``."""
-        parts = list(_parts(clause.values)) if clause.values else []
-        if len(parts) != 1 or len(clause.axes) != 1:
+        if len(clause.axes) != 1:
+            return
+        parts = list(_parts(clause.values))
+        if len(parts) != 1:
             return
         (other,) = clause.axes
         if ("/", Axis(other)) in parts[0]:
@@ -282,20 +284,22 @@ class _Solver:
         clause = self.told.get(self.root(axis)[0])
         return f"{axis} = {self.sizes[axis]}" + (f" by {clause}" if clause else "")
 
-    def put(self, axis: str, size: int, at: int | None, told: str = "") -> None:
+    def put(self, axis: str, size: int, at: int | None, told: Where | None = None) -> None:
+        """Note a size, which a clause may tell, and with it those of the axes that are so many times this one."""
         if size < 0:
             raise SizeError(f"{axis} would be {size}", at)
         root, times = self.root(axis)
-        here = f" ({told})" if told else ""
         own = ((axis, times),) if axis in self.axes else ()
         for name, factor in self.alike.get(root, own):
             wanted = size if factor is times else size / times * factor
             if wanted.denominator != 1:
+                here = f" ({told})" if told else ""
                 raise SizeError(f"{axis} = {size}{here} leaves no whole number for {name}", at)
             if self.sizes.setdefault(name, int(wanted)) != wanted:
+                here = f" ({told})" if told else ""
                 message = f"{self.why(name)} in one place and {int(wanted)} in another{here}"
                 raise SizeError(message, at)
-        if told:
+        if told is not None:
             self.told.setdefault(root, told)
         if axis not in self.axes:
             self.sizes.setdefault(axis, size)
@@ -307,7 +311,7 @@ class _Solver:
             for clause in self.equation.where:
                 value = _evaluate(clause.values, self.sizes, self.lookup)
                 if value is not None:
-                    self.put(clause.axis, value, clause.start, str(clause))
+                    self.put(clause.axis, value, clause.start, clause)
             for dim, size, at in known:
                 self.solve(dim, size, at)
             if len(self.sizes) == before:

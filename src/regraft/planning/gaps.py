@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import compress
 
 import numpy as np
 from msgspec import Struct
 
-from regraft.equation.lower import stacked_holes
 from regraft.equation.notation import axes_of
 from regraft.equation.sizes import evaluate
 from regraft.names.keys import Group, Ints
@@ -16,7 +16,6 @@ from regraft.planning.plan import keys_of
 from regraft.planning.rows import distinct_rows
 from regraft.planning.side import Side
 from regraft.rules.book import Rule
-from regraft.rules.templates import match_group
 from regraft.rules.terms import RuleTerm
 
 
@@ -61,13 +60,15 @@ class _Stacks(Struct, frozen=True, eq=False):
 
 def _stacks(group: Group, side: Side) -> Iterator[_Stacks]:
     """The keys of a group as stacks, where a rule makes such of them."""
-    term = side.find(group)
-    if term is None:
+    closest = side.closest(group)
+    if closest is None:
         return
-    axes = [tuple(axes_of(hole)) for hole in stacked_holes(term.rule.equation, term.term)]
-    scope = side.scope_of(next(e.book for e in side.edges if term.rule in e.book.rules).name)
-    match = match_group(term.key, group) if axes and scope.admits(group.template) else None
-    if match is None or any(len(names) != 1 for names in axes):
+    term, match = closest
+    axes = [tuple(axes_of(hole)) for hole in compress(term.reading.holes, term.reading.stacked)]
+    if not axes or any(len(names) != 1 for names in axes):
+        return
+    scope = side.scope_of(term.rule.book)
+    if not scope.admits(group.template):
         return
     found, fits = match.indices(term.reading, {})
     if fits.all():

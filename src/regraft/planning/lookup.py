@@ -18,7 +18,6 @@ from regraft.equation.notation import Key
 from regraft.names.keys import Group
 from regraft.planning.model import Scope
 from regraft.rules.book import Book, own_books
-from regraft.rules.direction import SIDES
 from regraft.rules.templates import Match, match_group
 
 
@@ -143,13 +142,12 @@ class Lookup(Struct, frozen=True, eq=False, dict=True):
 
 
 def _words(book: Book, group: Group) -> Words:
-    keys = tuple(book.keys.matching(group))
-    if not keys:
-        return Words(book, (), {}, ())
-    rules = {
-        layout: names
-        for side, layout in zip(SIDES, (book.left, book.right), strict=True)
-        if (names := tuple(term.rule.name for term, _ in book.terms(side).matching(group)))
-    }
-    whole = len(rules) < len(SIDES) and book.carried.matches(group)
-    return Words(book, keys, rules, (book.left, book.right) if whole else tuple(rules))
+    found = tuple(book.words.matching(group))
+    rules: dict[str, tuple[str, ...]] = {}
+    for layout in (book.left, book.right):
+        names = tuple(word.rule for word, _ in found if word.layout == layout and word.rule)
+        if names:
+            rules[layout] = names
+    whole = any(word.rule is None for word, _ in found)
+    layouts = (book.left, book.right) if whole else tuple(rules)
+    return Words(book, tuple((word.key, match) for word, match in found), rules, layouts)

@@ -30,6 +30,8 @@ def distinct_rows(rows: Ints) -> tuple[Ints, Ints]:
     """
     if not rows.size:
         return np.arange(min(len(rows), 1)), np.zeros(len(rows), dtype=np.int64)
+    if (rows == rows[0]).all():
+        return np.zeros(1, dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     least = rows.min(axis=0)
     limits = rows.max(axis=0) - least + 1
     if np.prod(limits.astype(float)) < 2**62:

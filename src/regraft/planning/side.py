@@ -50,10 +50,15 @@ class Side(Struct, frozen=True, dict=True):
         for table in self._tables:
             yield from table.matching(keys)
 
+    def closest(self, keys: Group) -> tuple[RuleTerm, Match] | None:
+        """The term that speaks of keys on this side; of several the one with most of the key's text in its own."""
+        hits = list(self.matching(keys))
+        return max(hits, key=lambda hit: hit[0].specificity) if hits else None
+
     def find(self, keys: Group) -> RuleTerm | None:
-        """The term that speaks of a key on this side; of several the one with most of the key's text in its own."""
-        hits = (term for term, _ in self.matching(keys))
-        return max(hits, key=lambda term: term.specificity, default=None)
+        """The same without what the numbers in the keys are."""
+        found = self.closest(keys)
+        return None if found is None else found[0]
 
     def scope_of(self, book: str) -> Scope:
         """What a book's ``config.x`` means here, by the book's name."""

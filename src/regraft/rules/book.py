@@ -244,6 +244,16 @@ class Carry(Struct, frozen=True):
     where: str
 
 
+class Word(Struct, frozen=True, eq=False):
+    """A key that a book speaks of."""
+
+    key: Key
+    rule: str | None = None
+    """The name of the rule that it is a term of; ``None`` for a carry-over."""
+    layout: str | None = None
+    """The layout of which the rule reads it; ``None`` where it only writes it, and for a carry-over."""
+
+
 class Drop(Struct, frozen=True):
     """Keys of one layout that the other has no use for."""
 
@@ -387,7 +397,7 @@ class Book:
     tables: dict[str, KeyTable[Any]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """What was asked for by key, see `terms`, `carried` and `keys`."""
+    """What was asked for by key, see `terms`, `carried` and `words`."""
     owned: dict[str, list[tuple[Key, str]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -452,17 +462,22 @@ class Book:
         return self.tables["carried"]
 
     @property
-    def keys(self) -> KeyTable[Key]:
+    def words(self) -> KeyTable[Word]:
         """All keys that it has a word for, of rules in both layouts and of carry-overs."""
         from regraft.rules.templates import KeyTable
 
-        if "keys" not in self.tables:
-            terms = [t for rule in self.rules for t in (*rule.equation.left, *rule.equation.right)]
-            terms += [carry.term for carry in self.carries]
-            self.tables["keys"] = KeyTable(
-                (term.key, term.key) for term in terms if term.key is not None
-            )
-        return self.tables["keys"]
+        if "words" not in self.tables:
+            found = [
+                Word(term.key, rule.name, self.layout(side) if rule.reads in (None, side) else None)
+                for rule in self.rules
+                for side in SIDES
+                for term, _ in rule.side(side)
+                if term.key is not None
+            ]
+            carried = (carry.term.key for carry in self.carries)
+            found += [Word(key) for key in carried if key is not None]
+            self.tables["words"] = KeyTable((word.key, word) for word in found)
+        return self.tables["words"]
 
     def moving_parameters(self, modules: Group) -> dict[str, tuple[str, ...]]:
         """The rules that move parameters of modules, for each layout in which these have parameters of their own."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import compress
+from operator import not_
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ class Indices(Struct, frozen=True, eq=False):
     """(keys, stacked holes)."""
 
 
-class Reading(Struct, frozen=True):
+class Reading(Struct, frozen=True, dict=True):
     """How the holes of one key template are read and written."""
 
     equation: Equation
@@ -46,6 +47,8 @@ class Reading(Struct, frozen=True):
         """
         count = len(numbers)
         fits = np.ones(count, dtype=bool)
+        if self._plain is not None:
+            return Indices(*(numbers[:, columns] for columns in self._plain)), fits
         known: dict[str, Ints] = {
             name: np.full(count, value, dtype=np.int64) for name, value in givens.items()
         }
@@ -97,6 +100,21 @@ class Reading(Struct, frozen=True):
                 value = loops[:, names.index(name)] if name in names else givens[name]
                 numbers[:, at] += factor * value
         return numbers
+
+    @cached_property
+    def _plain(self) -> tuple[list[int], list[int]] | None:
+        """The columns of the loops and of the stacked holes, where each hole is one index as it is."""
+        if not all(isinstance(hole, Axis) for hole in self.holes):
+            return None
+        names = [hole.name for hole in self.holes if isinstance(hole, Axis)]
+        loops = self.equation.loops
+        if self.equation.givens or sorted(compress(names, map(not_, self.stacked))) != sorted(
+            loops
+        ):
+            return None
+        return [names.index(name) for name in loops], [
+            at for at, stacked in enumerate(self.stacked) if stacked
+        ]
 
     def _unknown(self, at: int, givens: Givens) -> int:
         if self.stacked[at] or isinstance(self.holes[at], Axis):
