@@ -13,7 +13,7 @@ from msgspec import Struct
 from regraft.adapters.convert import Converted, convert_adapter
 from regraft.adapters.form import not_finite
 from regraft.adapters.home import at_home
-from regraft.adapters.protocol import Opened
+from regraft.adapters.protocol import Into, Opened
 from regraft.adapters.ranks import MERGE, Options
 from regraft.dialects.base import Found
 from regraft.dialects.image.families import Family, only_image_family
@@ -78,15 +78,20 @@ def convert_adapters(request: Request) -> Report:
     asked = request.asked
     if asked.via == MERGE:
         return _held_or_merged(request)
-    opening = find_source(request.src, request.given)
     if asked.merge:
-        return _merge(request, opening)
-    target = Target.of(request.to, opening, request.dst)
-    files = [file for folder in opening.found.folders for file in opening.files(folder)]
+        return _merge(request, find_source(request.src, request.given))
+    target = Target.of(request.to, request.dst)
+    opening = find_source(request.src, request.given)
+    if target.file and len(opening.found.folders) > 1:
+        message = (
+            f"there are {len(opening.found.folders)} adapters, and the destination is one file"
+        )
+        fix = "name a folder to write, or convert them one by one"
+        raise BadInputError(Finding("option", message, where=str(request.src), fix=fix))
     check_destination(request.src, request.dst, overwrite=asked.overwrite, file=target.file)
     company = sort_files(opening.found.root, opening.found.others)
     # What they are now, to be compared when the result is written.
-    stamps = tuple(map(Stamp.of, files))
+    stamps = tuple(map(Stamp.of, opening.files))
     moved = _Conversion(request, opening, target).run()
     report = _report(request, opening.found, company, target, moved)
     if not asked.dry_run:
@@ -147,7 +152,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             with only_image_family(_family_of(request.model)):
                 result = by_itself(request.to, given.family, request.model, ranks)
             return _Moved(opened, result, by_itself=True)
-        base = request.known
+        base, dialect = request.known, self.target.dialect
         if base is None and request.model is not None:
             base = self.base  # of a language model: that of an image model has no such config
         opened, note = at_home(opened, base, request.foreign)
@@ -159,7 +164,7 @@ class _Conversion(Struct, frozen=True, dict=True):
             ranks,
             request.foreign,
             packing=given.packing,
-            into=self.target.into,
+            into=Into(dialect, dialect.name == self.opening.dialect.name),
         )
         result.report.notes += [note] if note is not None else []
         return _Moved(opened, result, base)

@@ -2,7 +2,7 @@
 
     opening = find_source(path, said)      which dialect, which adapters
     for opened in opening: ...             each of them
-    Target.of(to, opening.dialect, dst)    what writes, and whether it writes one file
+    Target.of(to, dst)                     what writes, and whether it writes one file
 
 Everything that takes an adapter's path goes through here, so all of it takes every dialect.
 """
@@ -52,18 +52,12 @@ class Opening(Struct, frozen=True):
     src: Path
     dialect: Dialect
     found: Found
+    files: tuple[Path, ...] = ()
+    """All files of the adapters."""
 
     def open(self, folder: Path) -> Opened:
         """One of them. Raises ``BadInputError``, ``RefusedError``, or ``AmbiguousError``."""
         return self.dialect.open(folder, self.found.root, self.found.weights)
-
-    def files(self, folder: Path) -> list[Path]:
-        """The files of one of them."""
-        found = self.found
-        if found.weights is not None:
-            return [found.weights, *found.beside]
-        others = {found.root / path for path in found.others}
-        return [path for path in folder.iterdir() if path.is_file() and path not in others]
 
     def __iter__(self) -> Iterator[Opened]:
         return map(self.open, self.found.folders)
@@ -88,7 +82,13 @@ def find_source(src: Path, said: SourceName | None = None) -> Opening:
     dialect = dialect_of(src) if named is None else dialects()[named]
     if said is not None and (said.alpha is not None or said.rank is not None):
         dialect = _told(dialect, src, said)
-    return Opening(src, dialect, dialect.find(src))
+    found = dialect.find(src)
+    if found.weights is not None:
+        return Opening(src, dialect, found, (found.weights, *found.beside))
+    others = {found.root / path for path in found.others}
+    inside = (path for folder in found.folders for path in folder.iterdir())
+    own = tuple(path for path in inside if path.is_file() and path not in others)
+    return Opening(src, dialect, found, own)
 
 
 def _told(dialect: Dialect, src: Path, said: SourceName) -> Dialect:
@@ -113,7 +113,6 @@ class Target(Struct, frozen=True):
     """What adapters are written in, and as what."""
 
     dialect: Dialect
-    into: Into
     file: bool
     """Whether the destination is one file."""
 
@@ -124,12 +123,12 @@ class Target(Struct, frozen=True):
         return Into(dialect, dialect.name == source.dialect.name)
 
     @staticmethod
-    def of(to: Layout, source: Opening, dst: Path) -> Target:
+    def of(to: Layout, dst: Path) -> Target:
         """What writes ``to`` at a path.
 
         Raises ``BadInputError`` where the dialect writes no such file, or no folder.
         """
-        dialect, into = dialects()[to.dialect or DEFAULT], Target.writes(to, source)
+        dialect = dialects()[to.dialect or DEFAULT]
         can = dialect.capabilities
         file = dst.suffix in can.suffixes and not dst.is_dir()
         endings = " or ".join(can.suffixes)
@@ -145,10 +144,4 @@ class Target(Struct, frozen=True):
                 f", or a file that ends in {endings}" if endings else ""
             )
             raise BadInputError(Finding("destination-is-file", message, where=str(dst), fix=fix))
-        if file and len(source.found.folders) > 1:
-            message = (
-                f"there are {len(source.found.folders)} adapters, and the destination is one file"
-            )
-            fix = "name a folder to write, or convert them one by one"
-            raise BadInputError(Finding("option", message, where=str(source.src), fix=fix))
-        return Target(dialect, into, file)
+        return Target(dialect, file)

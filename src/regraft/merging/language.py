@@ -58,7 +58,7 @@ def language_addend(
         evidence=tuple(evidence),
         tensors=len(opened.tensors),
         ties=bool(_config(opened).get("ensure_weight_tying")),
-        files=opening.files(opening.found.folders[0]),
+        files=opening.files,
     )
     addend.notes += [moved] if moved is not None else []
     addend.replaced = _replaced(before, target, opened)
