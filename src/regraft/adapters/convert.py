@@ -551,10 +551,11 @@ class _Conversion:
             route = route_between(self.known.books, source, self.target, opened.where)
         self.steps = route.steps if route is not None else ()
         """The steps of the way; none where nothing moves."""
+        shown = str(to)
         came = read_remembered(opened.metadata).source.packing if self.returns else None
         self.written = dataclasses.replace(to, packing=to.packing or came or to.usual_packing)
         """The layout to write, with its packing as asked for, as the adapter came, or as is usual."""
-        self.report = _report(opened, str(to), identity)
+        self.report = _report(opened, shown, identity)
         if len(self.steps) > 1:
             self.report.evidence.append(f"the way is {route}")
         self.notes = self.report.notes

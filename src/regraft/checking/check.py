@@ -156,10 +156,8 @@ def check_with(
             result = _check_model(path, base, asked.to)
         elif is_tool(asked.to):
             result = check_for(path, asked.to, base, family)
-        elif (opening := find_source(path)).dialect.name in IMAGE:
-            result = _check_image(opening, base, asked.to, family)
         else:
-            result = _check(opening, base, asked.to, peft)
+            result = _check_adapters(path, base, asked.to, family, peft)
     log_result(result)
     return result
 
@@ -216,18 +214,17 @@ def _family_of_image(src: Path, found: Resolved) -> str:
     return family
 
 
-def _check_image(opening: Opening, model: Path | None, to: str, family: str | None) -> Check:
+def _check_image(src: Path, model: Path | None, to: str, family: str | None, dialect: str) -> Check:
     """A LoRA of an image model, as diffusers takes it where no tool was named.
 
     Raises ``RefusedError`` where a layout was named: such files are for tools.
     """
-    src = opening.src
     if to != _USUAL:
         tools = ", ".join(name for name in tool_readers() if name in _IMAGE_TOOLS)
         message = f"this is a LoRA of an image or video model, and {to} does not have these"
         raise RefusedError(Finding("dialect", message, where=str(src), fix=f"say --for {tools}"))
     found = check_for(src, _DIFFUSERS, model, family)
-    verdict = Verdict("", "LORA", opening.dialect.name, found.healthy)
+    verdict = Verdict("", "LORA", dialect, found.healthy)
     verdict.tried = f"{found.tool} {found.version}, known from {found.basis}"
     verdict.error = next(iter(found.failures), None)
     verdict.rows = rows_of((each.key, {"outcome": _FATES[each.outcome]}) for each in found.targets)
@@ -249,9 +246,14 @@ _FATES = {
 """What tools make of a module, in a check's words."""
 
 
-def _check(opening: Opening, model: Path | None, to: str, peft: StockPeft | None) -> Check:
-    """Each adapter of a path."""
-    src, found, layout = opening.src, opening.found, layout_named(to)
+def _check_adapters(
+    src: Path, model: Path | None, to: str, family: str | None, peft: StockPeft | None
+) -> Check:
+    """Each adapter of a path; ``family`` is that of a LoRA of an image model, where it was named."""
+    opening = find_source(src)
+    if opening.dialect.name in IMAGE:
+        return _check_image(src, model, to, family, opening.dialect.name)
+    found, shown, layout = opening.found, named(str(src)), layout_named(to)
     verdicts: list[Verdict] = []
     stock = peft or StockPeft()
     has_layout = stock.is_there and stock.layout() == layout.name
@@ -273,7 +275,7 @@ def _check(opening: Opening, model: Path | None, to: str, peft: StockPeft | None
             verdicts.append(checker.check(source))
         else:
             verdicts.append(checker.check_other(opening, source))
-    return Check(named(str(src)), str(layout), verdicts)
+    return Check(shown, str(layout), verdicts)
 
 
 class _Made(Struct, frozen=True, eq=False):
@@ -314,6 +316,7 @@ class _Checker:
             return verdict
         scan, _ = scan_names(list(source.tensors), source.where, lora=verdict.kind == "LORA")
         names = names_of_scan(scan)
+        bases = tuple(base_names(names))
         known = self.known(source, names)
         model = self.config or (known.model if known is not None else None)
         if not self.has_layout:
@@ -329,7 +332,7 @@ class _Checker:
                 "nothing could be tried, because the base model is not known: give it with --model"
             )
         else:
-            self.attempt(source, made, names, known, model, verdict)
+            self.attempt(source, made, bases, known, model, verdict)
         if failure is not None and is_unknown(failure) and verdict.tried is None:
             # Its base is not known, or not which of several it is: that says nothing against the adapter.
             verdict.healthy, verdict.no_remedy = None, None
@@ -392,12 +395,12 @@ class _Checker:
         self,
         source: Source,
         made: _Made,
-        names: Names,
+        bases: tuple[str, ...],
         known: Known | None,
         model: ModelConfig,
         verdict: Verdict,
     ) -> None:
-        """Try it with the installed PEFT."""
+        """Try it with the installed PEFT; ``bases`` are names that tensors of the base may have, by its keys."""
         converted, mapping = made.converted, source.config.get("auto_mapping")
         if made.there is None and isinstance(mapping, Mapping):
             # The class that PEFT noted is none that it could be tried with.
@@ -407,7 +410,7 @@ class _Checker:
         named = noted if made.moved is None else None
         labelled, said = _with_labels(model, source)
         verdict.notes += said
-        bases, task = tuple(base_names(names)), source.config.get("task_type")
+        task = source.config.get("task_type")
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regraft-")))
             assert source.weights is not None
