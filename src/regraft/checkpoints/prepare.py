@@ -253,7 +253,7 @@ def _prepare(
         files=[file.name for file in layout.files],
         others=[str(path) for path in source.others],
         rules=rules,
-        carried=sum(len(c.group) for c in plan.carried) if plan is not None else len(tensors),
+        carried=sum(len(c.group.ids) for c in plan.carried) if plan is not None else len(tensors),
         renamed=len(moves.kept),
         casts=changed,
     )
