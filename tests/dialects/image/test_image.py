@@ -468,3 +468,22 @@ def test_an_alpha_without_factors_is_said(to, convert):
     with pytest.raises(regraft.BadInputError, match="an alpha, and no factors") as caught:
         convert({**tensors, f"{stem}.alpha": np.float32(1)}, to)
     assert [finding.key for finding in caught.value.findings] == [stem]
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"ss_network_dim": "8"}, "ss_network_dim is 8, and the tensors have 2"),
+        ({"ss_network_alpha": "16"}, "ss_network_alpha is 16, and the tensors have 3"),
+        ({"ss_network_dim": "2", "ss_network_alpha": "3.0"}, None),
+        ({"ss_network_dim": "Dynamic", "ss_network_alpha": "None"}, None),
+    ],
+)
+def test_a_header_that_says_another_rank_or_alpha(tmp_path, header, words):
+    write_tensors(tmp_path / "a.safetensors", kohya_flux(alpha=3)[0], header)
+    out = tmp_path / "b.safetensors"
+    report = regraft.convert(tmp_path / "a.safetensors", out, to="comfyui", source="flux")
+    said = [note for note in report.notes if "the header's" in note]
+    assert [note.partition(": ")[0] for note in said] == (
+        [] if words is None else [f"the header's {words}"]
+    )

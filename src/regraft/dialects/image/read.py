@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
@@ -442,6 +442,8 @@ def read_adapter(
             "it was trained with split_qkv: the rank in the file is three times (four, with the MLP) the one that was "
             "trained, alpha is not, and every loader applies alpha / rank as it is in the file; so does regraft"
         )
+    else:
+        notes += _unlike_header(metadata, deltas.values())
     return ImageAdapter(fit.family, deltas, grouped.others, metadata, (why,), tuple(notes))
 
 
@@ -468,6 +470,30 @@ def _is_split(metadata: Mapping[str, str], deltas: Mapping[Home, Delta]) -> bool
         "split_qkv" in said
         and re.search(r'split_qkv"?\s*[:=]\s*"?(true|1)', said.lower()) is not None
     )
+
+
+def _unlike_header(metadata: Mapping[str, str], deltas: Iterable[Delta]) -> Iterator[str]:
+    """Ranks and alphas that sd-scripts' header says, and that no module has.
+
+    Tools that merge, resize or edit files leave the header as it was, so this is no error; loaders go by the tensors.
+    """
+    loras = [delta for delta in deltas if delta.algebra == LORA]
+    have: dict[str, set[Number | None]] = {
+        "ss_network_dim": {delta.rank for delta in loras},
+        "ss_network_alpha": {delta.alpha for delta in loras},
+    }
+    for name, found in have.items():
+        numbers = sorted({float(each) for each in found if each is not None})
+        try:
+            said = float(metadata[name])
+        except (KeyError, ValueError):
+            continue  # absent, None, or Dynamic, as resizing writes it
+        if numbers and said not in numbers:
+            shown = " and ".join(f"{each:g}" for each in numbers[:3])
+            more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+            yield f"the header's {name} is {said:g}, and the tensors have {shown}{more}: the tensors count"
+        elif loras and not numbers and said not in have["ss_network_dim"]:
+            yield f"the header's {name} is {said:g}, and no module has an alpha: the scale is 1"
 
 
 @dataclass(slots=True)
