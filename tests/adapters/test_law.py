@@ -49,7 +49,7 @@ def convert(made, low, reverse=False, fast=True, record=None):
     record = Record() if record is None else record
     result = {}
     for landed in landings_of(plan):
-        for image in images(landed, factors, record, fast=fast):
+        for image in images(landed, factors, factors.headers.names(), record, fast=fast):
             assert len(image.loras) == len(image.keys)
             for key, lora in zip(image.keys.names(), image.loras, strict=True):
                 assert key not in result
@@ -203,7 +203,8 @@ def test_the_fast_path_is_the_general_path_bit_for_bit(case):
     for fast in (True, False):
         record = Record()
         (landed,) = landings_of(plan)
-        (image,) = images(landed, Factors(headers_of(shapes), a, b, scales), record, fast=fast)
+        factors = Factors(headers_of(shapes), a, b, scales)
+        (image,) = images(landed, factors, factors.headers.names(), record, fast=fast)
         (lora,) = image.loras
         told = reread(record)
         results.append((lora, image.keys.names(), {key: told.part(key, 1000) for key in shapes}))

@@ -44,7 +44,7 @@ def converted(book, weights, factors, to="new", config=None):
     return {
         key: lora
         for landed in landings_of(part)
-        for image in images(landed, given_, Record())
+        for image in images(landed, given_, given_.headers.names(), Record())
         for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }

@@ -24,7 +24,7 @@ def convert(text, shapes, a, b, scales=None, to="new", **kinds):
     return {
         key: lora
         for landed in landings_of(plan)
-        for image in images(landed, factors, Record())
+        for image in images(landed, factors, factors.headers.names(), Record())
         for key, lora in zip(image.keys.names(), image.loras, strict=True)
         if lora is not None
     }

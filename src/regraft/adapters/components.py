@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct, field
 
 from regraft.adapters.scale import Number, Scale
-from regraft.names.keys import MARK, fill
-from regraft.planning.plan import Headers
 
 _MOST = 1 << 20
 
@@ -78,14 +76,11 @@ class Record(Struct):
             )
         )
 
-    def note_stack(
-        self, target: str, headers: Headers, ids: Sequence[int], places: range, scale: Scale
-    ) -> None:
+    def note_stack(self, target: str, keys: Sequence[str], places: range, scale: Scale) -> None:
         """Remember sources that are a whole stack: number i of the keys belongs to batch i."""
-        if len(ids) == 1:
-            key, batch = headers.name(ids[0]), 0
-        else:
-            key, batch = _numbered(headers, ids[0], ids[1]), len(ids)
+        key, batch = keys[0], 0
+        if len(keys) > 1:
+            key, batch = _numbered(keys[0], keys[1]), len(keys)
         self.noted.setdefault(target, []).append(
             (key, batch, scale.rank, scale.alpha, places.start)
         )
@@ -105,12 +100,15 @@ def read_record(parts: Mapping[str, Iterable[Noted]], *, rslora: bool) -> Record
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def _numbered(headers: Headers, first: int, second: int) -> str:
-    """The key that two neighbours share, with ``{}`` for the number in which they differ."""
-    group, row = headers.find(first)
-    other, other_row = headers.find(second)
-    numbers = group.numbers[row].tolist()
-    (at,) = [i for i, n in enumerate(other.numbers[other_row].tolist()) if n != numbers[i]]
-    head = fill(MARK.join(group.template.split(MARK)[: at + 1]), numbers[:at])
-    tail = fill(MARK.join(group.template.split(MARK)[at + 1 :]), numbers[at + 1 :])
-    return head + "{}" + tail
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+def _numbered(first: str, second: str) -> str:
+    """The key that two neighbours share, with ``{}`` for the number in which they differ.
+
+    >>> _numbered("l.1.experts.0.w1", "l.1.experts.1.w1")
+    'l.1.experts.{}.w1'
+    """
+    parts, others = _DIGITS.split(first), _DIGITS.split(second)
+    (at,) = [i for i, (one, other) in enumerate(zip(parts, others, strict=True)) if one != other]
+    return "".join([*parts[:at], "{}", *parts[at + 1 :]])

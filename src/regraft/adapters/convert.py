@@ -626,8 +626,8 @@ class _Conversion:
         for number in range(first, len(self.steps)):
             factors = factors if plan is None else factors_after(made, plan)
             plan = self.plan(Adapter(factors), number)
-            landed, fired = landings_of(plan), plan.fired()
-            made = list(_images(plan, landed, factors, record))
+            landed, fired, sources = landings_of(plan), plan.fired(), factors.headers.names()
+            made = list(_images(plan, landed, factors, sources, record))
             self.count(fired)
         return made, plan, factors
 
@@ -1017,11 +1017,12 @@ def _images(
     plan: Plan,
     landed: Sequence[Sequence[tuple[Landing, Way]]],
     factors: Factors,
+    sources: Sequence[str],
     record: Record,
 ) -> Iterator[Images]:
     kinds = {keys.template: kind for keys, kind in factors.kinds}
     for entry, there in zip(plan.entries, landed, strict=True):
-        yield from images(there, _turned_embeddings(entry, factors, kinds), record)
+        yield from images(there, _turned_embeddings(entry, factors, kinds), sources, record)
     for carried in plan.carried:
         keys = carried.group
         kind = kinds[keys.template]

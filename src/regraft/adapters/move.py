@@ -59,10 +59,16 @@ class _Stack(Struct):
 
 
 def images(
-    landed: Sequence[tuple[Landing, Way]], factors: Factors, record: Record, *, fast: bool = True
+    landed: Sequence[tuple[Landing, Way]],
+    factors: Factors,
+    sources: Sequence[str],
+    record: Record,
+    *,
+    fast: bool = True,
 ) -> Iterator[Images]:
     """The LoRA of every tensor that an entry writes, which lands as `landings_of` says.
 
+    ``sources`` are the names of what the factors are of, by their numbers.
     ``record`` says, on a way back, which components were whose, and is told, on a way there, for the next way
     back. ``fast`` allows the path for whole stacks; its results are those of the general path.
 
@@ -86,8 +92,8 @@ def images(
         for loop in range(len(entry)):
             for slot in range(landing.slots):
                 name = keys.name(loop * landing.slots + slot)
-                lora = whole.image(loop, factors, record, name) if whole else None
-                loras.append(lora or _image(landing, factors, loop, slot, record, name))
+                lora = whole.image(loop, factors, sources, record, name) if whole else None
+                loras.append(lora or _image(landing, factors, sources, loop, slot, record, name))
         yield Images(keys, kind, loras, rule)
 
 
@@ -183,7 +189,13 @@ def _as_it_is(source: int, factors: Factors) -> Lora | None:
 
 
 def _image(
-    landing: Landing, factors: Factors, loop: int, slot: int, record: Record, key: str
+    landing: Landing,
+    factors: Factors,
+    sources: Sequence[str],
+    loop: int,
+    slot: int,
+    record: Record,
+    key: str,
 ) -> Lora | None:
     entry, laid = landing.entry, landing.laid
     batch, out_size, in_size = (laid.sizes[role] for role in (BATCH, OUT, IN))
@@ -233,7 +245,7 @@ def _image(
                 record.note(
                     key,
                     Part(
-                        factors.headers.name(contribution.source),
+                        sources[contribution.source],
                         int(block.source_batch[at]),
                         number,
                         tuple(places),
@@ -443,7 +455,9 @@ class _Whole(Struct, frozen=True, eq=False):
     landing: Landing
     scratch: dict[tuple[tuple[int, int], np.dtype[Any]], Array] = field(default_factory=dict)
 
-    def image(self, loop: int, factors: Factors, record: Record, key: str) -> Lora | None:
+    def image(
+        self, loop: int, factors: Factors, sources: Sequence[str], record: Record, key: str
+    ) -> Lora | None:
         """The LoRA of one target; ``None`` where something is uneven and the general path is needed."""
         batch, out_size, in_size = (self.landing.laid.sizes[role] for role in (BATCH, OUT, IN))
         parts: list[tuple[Block, list[int], list[Array], list[Array]]] = []
@@ -498,9 +512,8 @@ class _Whole(Struct, frozen=True, eq=False):
         if len(parts) > 1 and self._may_share(a_out, packed, spans):
             return None
         for (_, ids, _, _), (start, r, _, _) in zip(parts, spans, strict=True):
-            record.note_stack(
-                key, factors.headers, ids, range(start, start + r), factors.scales[ids[0]]
-            )
+            keys, places = [sources[i] for i in ids], range(start, start + r)
+            record.note_stack(key, keys, places, factors.scales[ids[0]])
         return Lora(a_out, packed.transpose(2, 0, 1), scale.at_rank(rank))
 
     def _gather(self, arrays: list[Array]) -> Array:

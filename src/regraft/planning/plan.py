@@ -56,6 +56,14 @@ class Headers(Struct, eq=False):
         group, row = self.find(number)
         return group.name(row)
 
+    def names(self) -> list[str]:
+        """All names by id, for who asks for many."""
+        names = [""] * len(self.shapes)
+        for group in self.groups:
+            for number, name in zip(group.ids.tolist(), group.names(), strict=True):
+                names[number] = name
+        return names
+
     def __len__(self) -> int:
         return sum(map(len, self.groups))
 

@@ -502,7 +502,7 @@ def _join(
     )
     made: dict[str, Lora] = {}
     for landed in landings_of(plan):
-        for image in images(landed, factors, Record()):
+        for image in images(landed, factors, keys, Record()):
             made.update(_loras(image))
     for pieces, name, _ in moved.joins:
         moved.deltas[name] = _with_vectors(made.get(name), pieces, parts, magnitudes.get(name))
