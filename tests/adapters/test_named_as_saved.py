@@ -65,6 +65,16 @@ def test_what_named_no_module_names_none_afterwards(tmp_path, weights):
     assert config["modules_to_save"] == []
 
 
+def test_without_the_bases_names_it_is_said(tmp_path):
+    saved = {"base_model.model.lm_head.weight": np.ones((32, 16), np.float32)}
+    entries = ["gate", "lm_head", "classifier"]
+    src = changed(tmp_path / "src", saved, modules_to_save=entries, task_type="SEQ_CLS")
+    shutil.copy(BASE / "config.json", tmp_path)
+    report = regraft.convert(src, tmp_path / "out", to=V5, model=tmp_path / "config.json")
+    (note,) = [note for note in report.notes if "modules_to_save" in note]
+    assert note.startswith("modules_to_save names 'gate', and the file has no tensor of it")
+
+
 @pytest.mark.parametrize("entry", ["experts", "mlp"])
 def test_experts_that_are_adapted_and_named_as_saved(tmp_path, entry):
     regraft.convert(CASE, tmp_path / "new", to=V5, model=BASE)

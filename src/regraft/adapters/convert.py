@@ -641,6 +641,7 @@ class _Conversion:
         self.reading = reading = read(self.opened, self.identity, base)
         self.packing = reading.packing or self.packing
         self.report.evidence += reading.evidence
+        self.notes += reading.notes
         if not self.steps:
             _check_unmoved(self.opened, reading, self.identity)
         return reading

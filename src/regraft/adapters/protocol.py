@@ -111,6 +111,8 @@ class Reading(Struct, frozen=True, eq=False):
     """Tensors that belong to no module of the base, by their names."""
     promise: Promise | None = None
     """``None`` where it does not say that it has every module of a name."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, and what no more is known of."""
 
     @property
     def all_seen(self) -> bool:

@@ -21,10 +21,10 @@ _MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
 """Model types whose embedding has rows beyond the vocabulary (transformers, ``modeling_mllama.py``)."""
 
 
-def check_fit(scan: Scan, source: Source, base: BaseWeights) -> None:
+def check_fit(scan: Scan, source: Source, base: BaseWeights) -> list[str]:
     """Compare rows of the vocabulary, dims, and what is saved whole, with the base's tensors and with its config.
 
-    Raises ``BadInputError``.
+    Returns what cannot be told without the base's names. Raises ``BadInputError``.
     """
     known = base.known
     findings = [*_odd_indices(scan, source), *_unsaved(scan, source, base)]
@@ -36,6 +36,7 @@ def check_fit(scan: Scan, source: Source, base: BaseWeights) -> None:
         ]
     if findings:
         raise BadInputError(findings)
+    return [] if base.names() else _perhaps_unsaved(source)
 
 
 def _odd_indices(scan: Scan, source: Source) -> Iterator[Finding]:
@@ -100,6 +101,33 @@ def _unsaved(scan: Scan, source: Source, base: BaseWeights) -> Iterator[Finding]
                 key="modules_to_save",
                 fix=_CONFIG_OF_WEIGHTS,
             )
+
+
+_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Names that PEFT adds to ``modules_to_save`` by itself, whether or not the model has such a module."""
+
+
+def _perhaps_unsaved(source: Source) -> list[str]:
+    """Entries of ``modules_to_save`` without a tensor, where the base's names are not at hand."""
+    entries = source.config.get("modules_to_save") or []
+    usual = _BY_TASK.get(str(source.config.get("task_type")), ())
+    entries = [entry for entry in entries if entry not in usual]
+    if not entries:
+        return []
+    named = [name.removeprefix(PREFIX) for name in source.left_out]
+    for group in source.saved():
+        named += [] if group.rows else group.keys.names()
+    there = {path for name in named for path in _paths(name)}
+    return [
+        f"modules_to_save names {entry!r}, and the file has no tensor of it: if the base has such a module, PEFT does "
+        "not load the adapter (with the base's weights as --model this is checked)"
+        for entry in entries
+        if not any(path.endswith(entry) for path in there)
+    ]
 
 
 def _paths(name: str) -> Iterator[str]:

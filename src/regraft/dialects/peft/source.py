@@ -254,13 +254,14 @@ class Source:
         base: BaseWeights | None = None,
     ) -> Reading:
         """All of it in the internal form. Raises ``BadInputError``, ``AmbiguousError``."""
+        notes: list[str] = []
         if base is not None:
             from regraft.dialects.peft.fitting import check_fit
 
-            check_fit(self.scan(), self, base)
+            notes = check_fit(self.scan(), self, base)
         saved, unbound, promise = self.saved(), self._unbound(), promise_of(self.config)
         reading = self._deltas(side, packing, base)
-        return replace(reading, saved=saved, unbound=unbound, promise=promise)
+        return replace(reading, saved=saved, unbound=unbound, promise=promise, notes=tuple(notes))
 
     def _deltas(self, side: Side, packing: str | None, base: BaseWeights | None) -> Reading:
         """What it adds to tensors of the base."""
