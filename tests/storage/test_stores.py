@@ -8,7 +8,7 @@ from object_server import serving
 
 from regraft.errors import BadInputError
 from regraft.storage import objects
-from regraft.storage.objects import TRIES
+from regraft.storage.objects import TRIES, Client, StoreError
 from regraft.storage.outline import draw
 from regraft.storage.probe import open_regular
 from regraft.storage.ranges import RemoteRanges, open_ranges
@@ -300,3 +300,21 @@ def test_says_how_to_be_let_in(server):
         with pytest.raises(BadInputError) as error:
             open_store(address).first("x.bin", 1)
         assert how in error.value.findings[0].fix
+
+
+def test_a_server_that_stalls_is_given_up_sooner(monkeypatch):
+    """Each try runs out of time, so that as many as for quick failures would take minutes."""
+    now = [0.0]
+
+    class Stalled:
+        url = "http://host"
+
+        def read(self, key, start, end):
+            now[0] += 60
+            raise StoreError("transient", "operation timed out")
+
+    monkeypatch.setattr("regraft.storage.objects.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("regraft.storage.objects.pause", lambda seconds: True)
+    with pytest.raises(BadInputError, match="no answer in 2 tries: operation timed out"):
+        Client(Stalled()).first("x.bin", 8)
+    assert now[0] == 120

@@ -23,6 +23,8 @@ TRIES = 6
 PAUSE = 0.1
 """Seconds before the second try; each further one waits about twice as long."""
 _LONGEST = 5.0
+PATIENCE = 90.0
+"""Seconds of tries without an answer after which there is no other one: a server that stalls lets each run out."""
 LONGEST_ASKED = 300.0
 """The most seconds that are waited because a store asks for it; the hub counts requests by five minutes."""
 _SMALL = 1 << 24
@@ -43,6 +45,8 @@ class StoreError(Exception):
         self.trouble, self.message = trouble, message
         self.wait = wait
         """The seconds after which it wants to be asked again, where it said so."""
+        self.tries = 1
+        """How often it was asked before it was given up."""
 
 
 def asked_wait(headers: Mapping[str, str], now: float | None = None) -> float | None:
@@ -273,12 +277,17 @@ class Client:
 
         A store that is busy is left alone for as long as it asks. Raises `StoreError`.
         """
+        tried = 0.0
         for attempt in range(TRIES):
+            begin = time.monotonic()
             self.traffic.add(requests=1, retries=int(attempt > 0))
             try:
                 return once()
             except StoreError as error:
-                if error.trouble not in ("transient", "busy") or attempt + 1 == TRIES:
+                error.tries = attempt + 1
+                tried += time.monotonic() - begin
+                last = attempt + 1 == TRIES or tried > PATIENCE
+                if error.trouble not in ("transient", "busy") or last:
                     raise
                 asked = self._asked_wait(key, error)
                 # Never all threads at the same moment.
@@ -336,6 +345,6 @@ class Client:
             )
             fix = "run it again after that time, with fewer --jobs where it counts requests"
             return BadInputError(Finding("store-failed", message, where=where, fix=fix))
-        message = f"no answer in {TRIES} tries: {error.message}"
+        message = f"no answer in {error.tries} tries: {error.message}"
         fix = "check the network and the address, and run it again"
         return BadInputError(Finding("store-failed", message, where=where, fix=fix))
