@@ -349,9 +349,11 @@ class _Builder:
         """Note down the keys that a book carries over; what is left."""
         left: Group | None = group
         while left is not None:
-            carry, match = next(part.edge.book.carried.matching(left), (None, None))
-            if carry is None or match is None:
+            words = part.edge.book.words.matching(left)
+            found = next(((word.carry, match) for word, match in words if word.carry), None)
+            if found is None:
                 break
+            carry, match = found
             self.kept.append(_Kept(part, left, carry, match))
             stays, left = _split(left, match)
             self.carried.append(Carried(stays, carry))

@@ -252,6 +252,8 @@ class Word(Struct, frozen=True, eq=False):
     """The name of the rule that it is a term of; ``None`` for a carry-over."""
     layout: str | None = None
     """The layout of which the rule reads it; ``None`` where it only writes it, and for a carry-over."""
+    carry: Carry | None = None
+    """The carry-over, where it is that of one."""
 
 
 class Drop(Struct, frozen=True):
@@ -474,8 +476,8 @@ class Book:
                 for term, _ in rule.side(side)
                 if term.key is not None
             ]
-            carried = (carry.term.key for carry in self.carries)
-            found += [Word(key) for key in carried if key is not None]
+            carried = ((carry.term.key, carry) for carry in self.carries)
+            found += [Word(key, carry=carry) for key, carry in carried if key is not None]
             self.tables["words"] = KeyTable((word.key, word) for word in found)
         return self.tables["words"]
 
