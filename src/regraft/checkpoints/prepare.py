@@ -21,7 +21,6 @@ from regraft.checkpoints.companions import (
 )
 from regraft.checkpoints.config import V4
 from regraft.checkpoints.config import convert_config as rename_fields
-from regraft.checkpoints.misspelled import read_misspelled
 from regraft.checkpoints.moves import (
     finish,
     identity,
@@ -35,9 +34,7 @@ from regraft.checkpoints.part_files import (
     says_diffusers,
 )
 from regraft.checkpoints.parts import is_parted
-from regraft.checkpoints.per_expert import find_unstacked
 from regraft.checkpoints.pipelines import DIFFUSERS, part_by_book
-from regraft.checkpoints.prepare_parts import prepare_parts
 from regraft.checkpoints.prepared import Prepared
 from regraft.checkpoints.sharding import lay_out
 from regraft.checkpoints.source import ADAPTER, CONFIG, Source, is_checkpoint, open_checkpoint
@@ -118,6 +115,8 @@ def prepare(
             message = "--keep: the parts of a pipeline have no place for tensors that no rule moves"
             fix = "leave them out with --drop PATTERN"
             raise BadInputError(Finding("option", message, where=opened.where, fix=fix))
+        from regraft.checkpoints.prepare_parts import prepare_parts
+
         return prepare_parts(
             opened,
             to,
@@ -179,7 +178,11 @@ def _prepare(
     if aside.kept:
         companions = replace(companions, groups=aside.without(headers.groups))
     rest = companions.headers
-    unstack = partial(find_unstacked, companions) if companions.quantization is not None else None
+    unstack = None
+    if companions.quantization is not None:
+        from regraft.checkpoints.per_expert import find_unstacked
+
+        unstack = partial(find_unstacked, companions)
     known = detect(rest, config, source.where, options.source_layout, foreign, spelled, unstack)
     if to is not None and known.mtp.groups:
         check_mtp(known.books, known.mtp, (known.layout or "", to), source.where)
@@ -187,6 +190,8 @@ def _prepare(
         way_out = partial(_way_out, Path(source.where), model)
         plan = make_plan(rest, known, to, source.where, way_out) if to is not None else None
     except UnmatchedKeysError:
+        from regraft.checkpoints.misspelled import read_misspelled
+
         spelled_right = None if repaired else read_misspelled(whole, rest, known)
         if spelled_right is None:
             raise

@@ -15,7 +15,6 @@ from regraft.cli.styled import Column, Indented, Table, Text
 from regraft.errors import Finding
 from regraft.names.patterns import patterns
 from regraft.report import AdapterReport, Report, Target, count_in_words, show_size
-from regraft.views.loading import how_to_load
 from regraft.views.wording import LOSSLESS, what_changed
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def show_report(out: Output, report: Report) -> None:
 
 def show_adapters(out: Output, report: Report, *, load: bool = True) -> None:
     """What became of adapters; the last line says how to load the result, unless ``load`` is off."""
+    from regraft.views.loading import how_to_load
+
     said = [_said_of(adapter) for adapter in report.adapters]
     calls = how_to_load(report) if load and report.written else None
     for adapter, told in zip(report.adapters, said, strict=True):
