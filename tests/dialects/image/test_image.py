@@ -487,3 +487,12 @@ def test_a_header_that_says_another_rank_or_alpha(tmp_path, header, words):
     assert [note.partition(": ")[0] for note in said] == (
         [] if words is None else [f"the header's {words}"]
     )
+
+
+@pytest.mark.parametrize("to", ["comfyui", "diffusers"])
+def test_a_file_that_fits_several_models_alike_names_them_all(tmp_path, to):
+    tensors = {n: x for n, x in kohya_flux()[0].items() if "double_blocks_0_img_attn_qkv" in n}
+    write_tensors(tmp_path / "a.safetensors", tensors, {})
+    report = regraft.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to)
+    (note,) = [note for note in report.notes if note.startswith("base: ")]
+    assert "FLUX.1 or Chroma" in note and "HunyuanVideo; the result is the same" in note

@@ -170,7 +170,9 @@ def convert_image(
                 result for _, result in made if result.tensors.keys() == opened.tensors.keys()
             ]
             if len(staying) == 1:
-                return _unsettled(staying[0], [fit.family for fit, _ in made])
+                return _unsettled(
+                    staying[0], [fit.family for fit, _ in made], "its names stay what they are"
+                )
         raise AmbiguousError(
             Finding(
                 "which-model",
@@ -181,14 +183,16 @@ def convert_image(
                 choices=tuple(_choice(fit, result) for fit, result in made),
             )
         )
+    if len(made) > 1:
+        return _unsettled(made[0][1], [fit.family for fit, _ in made], "the result is the same")
     return made[0][1]
 
 
-def _unsettled(made: Made, families: Sequence[Family]) -> Made:
-    """A file that keeps its names, whichever of some families it is for."""
+def _unsettled(made: Made, families: Sequence[Family], why: str) -> Made:
+    """A file whose result is known, whichever of some families it is for."""
     titles = " or ".join(family.title for family in families)
     made.report.notes[:] = [n for n in made.report.notes if not n.startswith("base: ")]
-    made.report.notes.append(f"base: {titles}; its names stay what they are for either")
+    made.report.notes.append(f"base: {titles}; {why} for each of them")
     return made
 
 
