@@ -36,7 +36,8 @@ def check_fit(scan: Scan, source: Source, base: BaseWeights) -> list[str]:
         ]
     if findings:
         raise BadInputError(findings)
-    return [] if base.names() else _perhaps_unsaved(source)
+    unsaved = _perhaps_unsaved(source)
+    return [] if unsaved and base.names() else unsaved
 
 
 def _odd_indices(scan: Scan, source: Source) -> Iterator[Finding]:
