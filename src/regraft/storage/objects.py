@@ -22,6 +22,8 @@ TRIES = 6
 """How often one request is sent at most."""
 PAUSE = 0.1
 """Seconds before the second try; each further one waits about twice as long."""
+_STALLED: dict[str, tuple[float, StoreError]] = {}
+"""Addresses that were given up because nothing came, and when: who asks next need not wait as long again."""
 _LONGEST = 5.0
 PATIENCE = 90.0
 """Seconds of tries without an answer after which there is no other one: a server that stalls lets each run out."""
@@ -277,7 +279,9 @@ class Client:
 
         A store that is busy is left alone for as long as it asks. Raises `StoreError`.
         """
-        tried = 0.0
+        address, tried = self.where(key), 0.0
+        if address in _STALLED and time.monotonic() - _STALLED[address][0] < PATIENCE:
+            raise _STALLED[address][1]
         for attempt in range(TRIES):
             begin = time.monotonic()
             self.traffic.add(requests=1, retries=int(attempt > 0))
@@ -288,6 +292,8 @@ class Client:
                 tried += time.monotonic() - begin
                 last = attempt + 1 == TRIES or tried > PATIENCE
                 if error.trouble not in ("transient", "busy") or last:
+                    if tried > PATIENCE:
+                        _STALLED[address] = time.monotonic(), error
                     raise
                 asked = self._asked_wait(key, error)
                 # Never all threads at the same moment.
