@@ -56,3 +56,9 @@ def test_nothing(output, quick, capsys):
         assert tell is None
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_worked_on_is_named_before_anything_is_told(quick, capsys, tmp_path):
+    with Output(progress="json").waiting("converting", tmp_path / "my-lora"):
+        pass
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["progress"]["name"] == "my-lora"
