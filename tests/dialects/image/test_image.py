@@ -475,6 +475,11 @@ def test_an_alpha_without_factors_is_said(to, convert):
     [
         ({"ss_network_dim": "8"}, "ss_network_dim is 8, and the tensors have 2"),
         ({"ss_network_alpha": "16"}, "ss_network_alpha is 16, and the tensors have 3"),
+        (
+            {"ss_network_module": "networks.oft"},
+            "ss_network_module is oft, and the tensors are LoRA's",
+        ),
+        ({"ss_network_module": "networks.lora_flux", "ss_network_dim": "2"}, None),
         ({"ss_network_dim": "2", "ss_network_alpha": "3.0"}, None),
         ({"ss_network_dim": "Dynamic", "ss_network_alpha": "None"}, None),
     ],

@@ -477,7 +477,16 @@ def _unlike_header(metadata: Mapping[str, str], deltas: Iterable[Delta]) -> Iter
 
     Tools that merge, resize or edit files leave the header as it was, so this is no error; loaders go by the tensors.
     """
+    deltas = list(deltas)
     loras = [delta for delta in deltas if delta.algebra == LORA]
+    network = metadata.get("ss_network_module", "").rpartition(".")[2].lower()
+    kinds = {delta.algebra for delta in deltas}
+    said_kind = next(
+        (kind for kind in ("lora", "loha", "lokr", "oft") if network.startswith(kind)), None
+    )
+    if said_kind is not None and kinds and not any(said_kind in kind.lower() for kind in kinds):
+        shown = " and ".join(sorted(kinds))
+        yield f"the header's ss_network_module is {network}, and the tensors are {shown}'s: the tensors count"
     have: dict[str, set[Number | None]] = {
         "ss_network_dim": {delta.rank for delta in loras},
         "ss_network_alpha": {delta.alpha for delta in loras},
