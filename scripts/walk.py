@@ -1,8 +1,8 @@
 """How a call walks through the rooms of the package: functions, modules, and changes of room.
 
-A room is what stands directly under ``regraft/``. Each way is called twice in one process, and the second call is
-traced, so that imports and caches do not count. Of every function the first call counts: what a reader who follows
-the way has to open, one after the other.
+A room is what stands directly under ``regraft/``. Each way is called twice in a process of its own, and the second
+call is traced, so that imports and caches do not count, and no way is shortened by what another one imported. Of every
+function the first call counts: what a reader who follows the way has to open, one after the other.
 
     python scripts/walk.py                 # the five ways, as a table
     python scripts/walk.py adapter --modules   # one of them, with what it visits
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -122,16 +123,21 @@ def main() -> None:
     parser.add_argument("ways", nargs="*", help=f"some of: {', '.join(WAYS)}")
     parser.add_argument("--modules", action="store_true", help="list the modules by visits")
     given = parser.parse_args()
-    print(f"{'way':20} functions modules rooms room changes")
-    for name in given.ways or WAYS:
-        walk = trace(WAYS[name]())
-        rooms = {room_of(module) for module in walk.visits}
-        print(
-            f"{name:20} {len(walk.functions):9} {len(walk.visits):7} {len(rooms):5} {walk.changes:12}"
-        )
-        if given.modules:
-            for module, visits in walk.visits.most_common():
-                print(f"    {visits:4}  {module}")
+    if len(given.ways) != 1:
+        print(f"{'way':20} functions modules rooms room changes", flush=True)
+        for name in given.ways or WAYS:
+            more = ["--modules"] if given.modules else []
+            subprocess.run([sys.executable, __file__, name, *more], check=True)
+        return
+    (name,) = given.ways
+    walk = trace(WAYS[name]())
+    rooms = {room_of(module) for module in walk.visits}
+    print(
+        f"{name:20} {len(walk.functions):9} {len(walk.visits):7} {len(rooms):5} {walk.changes:12}"
+    )
+    if given.modules:
+        for module, visits in walk.visits.most_common():
+            print(f"    {visits:4}  {module}")
 
 
 if __name__ == "__main__":
