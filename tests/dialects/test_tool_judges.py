@@ -122,3 +122,33 @@ def test_the_base_that_a_file_names_is_read(tmp_path, lora, base):
     assert any("only the last 1 blocks" in target.reason for target in found.targets)
     (lora / "config.json").write_text((base / "config.json").read_text())
     assert not regraft.check(lora, tool="vllm").notes
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", "8"),
+        ("r", True),
+        ("lora_alpha", "x"),
+        ("lora_alpha", None),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "x"}),
+    ],
+)
+@pytest.mark.parametrize("tool", ["vllm", "sglang", "unsloth", "nemo"])
+def test_what_is_no_number_is_said(lora, base, tool, field, value):
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    found = regraft.check(lora, tool=tool, model=base)
+    assert found.verdict == "fails" and f"{field} is {value!r}" in found.failures[0]
+
+
+@pytest.mark.parametrize("tool", ["vllm", "sglang", "nemo"])
+def test_a_base_that_nothing_tells_is_no_bug(lora, tool):
+    """Each way in which a tool treats some model types is looked at then."""
+    file = lora / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "task_type": "other", "use_rslora": "yes"}
+    file.write_text(json.dumps(config))
+    assert regraft.check(lora, tool=tool).verdict

@@ -316,3 +316,12 @@ def test_a_family_answers_where_its_layout_has_the_same_name(tmp_path):
 def test_how_deep_attention_is_in_each_level_of_a_unet(family, depth):
     shapes = {name: tuple(shape) for name, shape in cases(family)[1]["diffusers"].items()}
     assert seen_config("UNet2DConditionModel", shapes)["transformer_layers_per_block"] == depth
+
+
+def test_a_broken_config_beside_a_file_fails_nothing(flux, tmp_path):
+    """Names tell which pipeline it is, so no config is needed."""
+    src = tmp_path / "src" / "flux.safetensors"
+    src.parent.mkdir()
+    shutil.copy(flux[0], src)
+    (src.parent / "config.json").write_text("{")
+    assert regraft.convert(src, tmp_path / "out", to="diffusers", dry_run=True).checkpoint.files

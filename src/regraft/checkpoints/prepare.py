@@ -109,7 +109,6 @@ def prepare(
     Raises what opening, detecting and planning raise.
     """
     opened = open_checkpoint(path)
-    told = told_of_model(opened, model)
     if to is not None and is_parted(opened):
         if keep:
             message = "--keep: the parts of a pipeline have no place for tensors that no rule moves"
@@ -127,7 +126,7 @@ def prepare(
             name=name,
             drop=drop,
         )
-    config = load_model(told) if told is not None else None
+    config = model_of(opened, model)  # a broken one fails nothing that needs none
     source, stripped = strip_wrappers(opened)
     if stripped:
         source = replace(source, notes=(*source.notes, *stripped))

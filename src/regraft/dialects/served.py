@@ -58,6 +58,7 @@ class Table(Struct, frozen=True):
         merged["projections"] = tuple(merged["projections"])
         for name in ("embeddings", "unknown", "known", "adapts", "refuses"):
             merged[name] = tuple(merged.get(name, ()))
+        merged["complete"] = tuple(map(tuple, merged.get("complete", ())))
         return Demands(**{k: v for k, v in merged.items() if k in Demands.__struct_fields__})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ def shapes_of(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 
 
 def not_read(files: Files, tool: str, judged: Judgement) -> bool:
-    """Note that a tool reads PEFT's two files only, where these are none."""
+    """Note that a tool reads PEFT's two files only, where these are none, or have no numbers where these belong."""
     if files.config is None or "peft_type" not in files.config:
         what = (
             "it has no adapter_config.json" if files.config is None else "its config is not PEFT's"
@@ -152,7 +152,30 @@ def not_read(files: Files, tool: str, judged: Judgement) -> bool:
     if not files.tensors:
         judged.failures.append("there is no adapter_model.safetensors with tensors")
         return True
-    return False
+    is_lora = str(files.config["peft_type"]).upper() == "LORA"
+    odd = list(_no_numbers(files.config)) if is_lora else []
+    judged.failures += [f"adapter_config.json: {name} is {value!r:.100}" for name, value in odd]
+    return bool(odd)
+
+
+def _no_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of a LoRA's config is to be reckoned with, and is no number for it."""
+    for name, least in (("r", 1), ("lora_alpha", None)):
+        if name in config and not _is_number(config[name], least):
+            yield name, config[name]
+    for name, least in (("rank_pattern", 1), ("alpha_pattern", None)):
+        table = config.get(name)
+        if table is None:
+            continue
+        if not isinstance(table, dict) or not all(_is_number(x, least) for x in table.values()):
+            yield name, table
+
+
+def _is_number(value: Any, least: int | None) -> bool:
+    """Whether something is a number; a whole one, and not too small, where the least is given."""
+    kinds = (int, float) if least is None else int
+    is_one = isinstance(value, kinds) and not isinstance(value, bool)
+    return is_one and (least is None or value >= least)
 
 
 def beyond_layers(module: Module, model: ModelConfig | None) -> bool:
