@@ -325,3 +325,15 @@ def test_a_broken_config_beside_a_file_fails_nothing(flux, tmp_path):
     shutil.copy(flux[0], src)
     (src.parent / "config.json").write_text("{")
     assert regraft.convert(src, tmp_path / "out", to="diffusers", dry_run=True).checkpoint.files
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_slices_are_those_of_the_result(flux, folder, tmp_path, back):
+    src, to, out = (folder, "bfl", "out.safetensors") if back else (flux[0], "diffusers", "out")
+    regraft.convert(src, tmp_path / out, to=to)
+    made = (
+        read(tmp_path / out)
+        if back
+        else {f"{p}/{n}": x for p, part in weights(tmp_path / out).items() for n, x in part.items()}
+    )
+    assert same(regraft.slices(src, to=to).read(), made)

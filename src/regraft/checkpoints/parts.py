@@ -293,6 +293,13 @@ def join_moves(parts: Sequence[tuple[str, Moves, Ints]]) -> Moves:
         whole.runs += (_shift(run, rows, at) for run in moves.runs)
         whole.strided += (_shift(block, rows, at) for block in moves.strided)
         whole.wholes += ((at + first, rows[ids]) for first, ids in moves.wholes)
+        whole.made += (
+            (
+                replace(entry, sources=tuple(rows[ids] for ids in entry.sources)),
+                [at + base for base in bases],
+            )
+            for entry, bases in moves.made
+        )
         whole.whole = whole.whole and moves.whole
         firsts.append(rows[moves.first])
         sizes.append(moves.sizes)
