@@ -173,3 +173,13 @@ def test_a_size_that_the_tensors_have_not(kind):
     config = {**config, list(config)[-1 if kind != "TINYLORA" else 1]: other}
     with pytest.raises(UnreadableError, match=f"{other}"):
         family({"peft_type": kind, **config}, {}).sizes(tensors, config)
+
+
+def test_the_lokr_of_a_convolution():
+    """As PEFT makes it for Conv2d(3, 8, 4) with r=1: the second factor's columns are 3 channels of 4 x 4 cells."""
+    tensors = zeros(lokr_w1=(2, 1), lokr_w2_a=(4, 1), lokr_w2_b=(1, 48))
+    config = {"peft_type": "LOKR", "r": 1, "alpha": 1, "decompose_factor": -1}
+    assert family_of(config)(config, {}).sizes(tensors, {"r": 1}) == (8, 48)
+    with pytest.raises(UnreadableError, match="decompose_factor 4"):
+        wrong = {**config, "decompose_factor": 4}
+        family_of(wrong)(wrong, {}).sizes(tensors, {"r": 1})

@@ -6,6 +6,7 @@ Source: PEFT 0.21.2, ``peft/tuners/lokr/layer.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,11 @@ class LoKr(Family):
         (b1, a1), (b2, a2) = (_ends(tensors, name) for name in ("lokr_w1", "lokr_w2"))
         out, into = b1 * b2, a1 * a2
         factor = self.config.get("decompose_factor")
-        if factor is not None and (_cut(out, factor), _cut(into, factor)) != (b1, a1):
+        # Columns of two factors may be those of a convolution, each of them once for every cell of its kernel.
+        kernels = _divisors(a2) if "lokr_w2_b" in tensors else [1]
+        if factor is not None and (
+            _cut(out, factor) != b1 or all(_cut(into // kernel, factor) != a1 for kernel in kernels)
+        ):
             raise UnreadableError(
                 f"adapter_config.json gives decompose_factor {factor}, which cuts {out} x {into} otherwise than its "
                 f"tensors are cut ({b1} x {a1} times {b2} x {a2})"
@@ -100,6 +105,16 @@ def _cut(size: int, factor: int) -> int:
         if size % low == 0:
             best = low
     return best
+
+
+def _divisors(size: int) -> list[int]:
+    """All of a number, 1 first.
+
+    >>> _divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    low = [n for n in range(1, isqrt(size) + 1) if size % n == 0]
+    return list(dict.fromkeys([*low, *(size // n for n in reversed(low))]))
 
 
 def _ends(tensors: Mapping[str, Array], name: str) -> tuple[int, int]:
