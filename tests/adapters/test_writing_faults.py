@@ -172,3 +172,9 @@ def test_a_source_that_is_written_to(lora, out, monkeypatch):
 def test_a_name_of_a_file_is_refused(lora, tmp_path):
     with pytest.raises(BadInputError, match="an adapter is a folder"):
         regraft.convert(lora, tmp_path / "out.safetensors", to=V5)
+
+
+def test_a_source_that_is_none_is_said_before_the_destination(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(regraft.BadInputError, match="neither an adapter here"):
+        regraft.convert(tmp_path / "empty", tmp_path / "x.safetensors", to="transformers-v5")

@@ -80,8 +80,8 @@ def convert_adapters(request: Request) -> Report:
         return _held_or_merged(request)
     if asked.merge:
         return _merge(request, find_source(request.src, request.given))
-    target = Target.of(request.to, request.dst)
     opening = find_source(request.src, request.given)
+    target = Target.of(request.to, request.dst)
     if target.file and len(opening.found.folders) > 1:
         message = (
             f"there are {len(opening.found.folders)} adapters, and the destination is one file"
