@@ -398,7 +398,7 @@ class _Builder:
     def check_kept(self, kept: _Kept) -> None:
         """Note keys that stay and have an index or a size that the base model has not."""
         term, equation = kept.carry.term, kept.carry.equation
-        if term.dims == _ANY and not equation.asked:
+        if term.dims == _ANY and not (equation.asked or equation.bounds):
             return
         told = kept.part.told(equation)
         ids = kept.group.ids[kept.match.rows]
