@@ -8,6 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints.models import mixtral, write_folder
+from checkpoints.quantised_samples import SAMPLES, quantised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making import Text
@@ -338,3 +340,15 @@ def test_the_same_bits_of_another_type_are_not_the_same(large, monkeypatch, smal
     for name, key, dtype in (("old", "a.w", np.float16), ("new", "b.w", ml_dtypes.bfloat16)):
         write_tensors(large / name / "model.safetensors", {key: bits.view(dtype)}, {})
     assert not diff(large / "old", large / "new").equal
+
+
+@pytest.mark.parametrize("name", ["AWQ", "compressed-tensors, MXFP4"])
+@pytest.mark.parametrize("attention", [False, True])
+def test_weights_in_several_quantised_tensors_are_compared_by_contents(tmp_path, name, attention):
+    make, config = SAMPLES[name]
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    one = write_folder(tmp_path / "one", quantised(make, attention=attention), config)
+    old = write_folder(tmp_path / "old", mixtral(32, 32), plain)
+    regraft.convert(old, tmp_path / "new", to="transformers-v5")
+    told = diff(one, tmp_path / "new")
+    assert any("several quantised tensors" in note for note in told.notes)

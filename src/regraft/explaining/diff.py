@@ -200,6 +200,14 @@ class _Comparison:
         if one.kind == "adapter":
             self.convert_adapter(one, other.layout)
             return
+        named = (name for group in one.headers.groups for name in group.names())
+        packed = next((name for name in named if name not in self.left.tensors), None)
+        if packed is not None:
+            self.notes.append(
+                f"rule books speak of whole weights, and the first has {packed} in several quantised tensors: contents "
+                f"alone are compared; to compare by the books, convert it to {other.layout} first"
+            )
+            return
         try:
             route = route_between(one.books, one.layout, other.layout, one.where)
             plan = plan_along(one.headers, route.steps, scopes=one.scopes, where=one.where)
