@@ -394,6 +394,7 @@ CASES = [
         peft(tensors=lambda: factors(DENSE)),
     ),
     case("vllm", "bias", "fails", "bias is not none", "llama", peft(bias="all")),
+    case("vllm", "no number", "fails", "lora_alpha is 'x'", "llama", peft(lora_alpha="x")),
     case("vllm", "lora_bias", "fails", "does not have lora_bias", "llama", peft(lora_bias=True)),
     case(
         "vllm",
