@@ -78,9 +78,9 @@ def convert_adapters(request: Request) -> Report:
     asked = request.asked
     if asked.via == MERGE:
         return _held_or_merged(request)
-    if asked.merge:
-        return _merge(request, find_source(request.src, request.given))
     opening = find_source(request.src, request.given)
+    if asked.merge:
+        return _merge(request, opening)
     target = Target.of(request.to, request.dst)
     if target.file and len(opening.found.folders) > 1:
         message = (

@@ -13,6 +13,7 @@ from regraft.adapters.scale import Scale
 from regraft.dialects.judges.places import Places
 from regraft.dialects.judging import Files, Judgement
 from regraft.dialects.peft.config import LoraConfig, targets_parameter
+from regraft.dialects.peft.field_types import is_count, is_number
 from regraft.dialects.served import count_experts, language_config
 from regraft.dialects.tool_files import INNER, PACKED, PREFIX, parameter_of
 from regraft.errors import RegraftError
@@ -160,22 +161,15 @@ def not_read(files: Files, tool: str, judged: Judgement) -> bool:
 
 def _no_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What of a LoRA's config is to be reckoned with, and is no number for it."""
-    for name, least in (("r", 1), ("lora_alpha", None)):
-        if name in config and not _is_number(config[name], least):
+    for name, accepts in (("r", is_count), ("lora_alpha", is_number)):
+        if name in config and not accepts(config[name]):
             yield name, config[name]
-    for name, least in (("rank_pattern", 1), ("alpha_pattern", None)):
+    for name, accepts in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
         table = config.get(name)
         if table is None:
             continue
-        if not isinstance(table, dict) or not all(_is_number(x, least) for x in table.values()):
+        if not isinstance(table, dict) or not all(map(accepts, table.values())):
             yield name, table
-
-
-def _is_number(value: Any, least: int | None) -> bool:
-    """Whether something is a number; a whole one, and not too small, where the least is given."""
-    kinds = (int, float) if least is None else int
-    is_one = isinstance(value, kinds) and not isinstance(value, bool)
-    return is_one and (least is None or value >= least)
 
 
 def beyond_layers(module: Module, model: ModelConfig | None) -> bool:
